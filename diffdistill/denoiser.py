@@ -1,0 +1,171 @@
+"""The one picture of every network: D(x_t, t, c) = E[x_0 | x_t, c].
+
+Teacher, generator and fake score are all `Denoiser`s. A network is any module with the `Network` interface.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.path import Path, Prediction, expand
+from diffdistill.schema import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cond:
+    """What a network may be conditioned on, besides x_t and t. Every part is [B, ...] or None.
+
+    label: [B] int64 in 0 .. num_classes - 1, or num_classes for "no class".
+    text: [B, L, C] token embeddings.  pooled_text: [B, C].  size: [B, 6], SDXL's added sizes in pixels.
+    guidance_input: [B], a guidance scale that the network takes as input.
+    second_time: [B], an end time (trajectory students).  augmentation: [B, A], EDM's augmentation labels.
+    """
+
+    label: Tensor | None = None
+    text: Tensor | None = None
+    pooled_text: Tensor | None = None
+    size: Tensor | None = None
+    guidance_input: Tensor | None = None
+    second_time: Tensor | None = None
+    augmentation: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """The parts that are given, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in named if value is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Cond":
+        """The same parts, each changed by `change`."""
+        return Cond(**{name: change(value) for name, value in self.parts().items()})
+
+    def __getitem__(self, index: slice | Tensor) -> "Cond":
+        return self.map(lambda value: value[index])
+
+    @staticmethod
+    def cat(first: "Cond", second: "Cond") -> "Cond":
+        """Both batches, one after the other. Raises ValueError if they have different parts."""
+        left, right = first.parts(), second.parts()
+        if left.keys() != right.keys():
+            raise ValueError(f"cannot join conditions with {sorted(left)} and {sorted(right)}")
+        return Cond(**{name: torch.cat([left[name], right[name]]) for name in left})
+
+
+NO_COND = Cond()
+
+
+class Network(Protocol):
+    """What a Denoiser asks of the module inside it."""
+
+    accepts: frozenset[str]
+    """The names of the parts of Cond that it takes."""
+    num_classes: int
+    """0 for a network without labels. Label `num_classes` then means "no class"."""
+    knows_unconditional: bool
+    """Whether it was trained with the condition dropped, so that guidance has a meaning."""
+    resolution_multiple: int
+    """Image sides must be multiples of this."""
+
+    def __call__(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor: ...
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor: ...
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]: ...
+
+
+Want = Literal["x0", "features", "both"]
+
+
+class Denoiser(nn.Module):
+    """A network seen as D(x_t, t, c), whatever it predicts.
+
+    net: a `Network`; path: where its noise levels live; predicts: what its output means;
+    sigma_data: the data's standard deviation, used by predicts="edm" only.
+    Raises UserError where path and prediction do not fit.
+    """
+
+    def __init__(self, net: nn.Module, path: Path, predicts: Prediction, *, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        if predicts not in path.predictions:
+            choices = ", ".join(path.predictions)
+            raise UserError(f"predicts: {predicts!r} does not fit the path; choose from {choices}")
+        self.net = net
+        self.path = path
+        self.predicts: Prediction = predicts
+        self.sigma_data = sigma_data
+
+    def forward(  # noqa: PLR0913
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float | Tensor = 1.0,
+        uncond: Cond | None = None,
+        want: Want = "x0",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Denoise x_t, or tap the bottleneck.
+
+        x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
+        guidance: w of D_u + w (D_c - D_u), a number or [B]; 1 calls the network on `cond` alone and 0 on `uncond`
+        alone; any other value puts both into one batched call. uncond: default `unconditional(cond)`.
+        want: "x0" -> [B, ...]; "features" -> the bottleneck [B, C, h, w], stopping there; "both" -> a pair
+        (features at w = 1 or 0 only).  Returns float32 or wider.
+        Raises ValueError on a condition that the network does not take, and where it knows no "no class".
+        Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
+        """
+        unknown = cond.parts().keys() - self.net.accepts  # type: ignore[operator]
+        if unknown:
+            raise ValueError(f"this network takes {sorted(self.net.accepts)}, not {sorted(unknown)}")  # type: ignore[arg-type]
+        if isinstance(guidance, (int, float)) and guidance == 1:
+            return self._evaluate(x_t, t, cond, want)
+        null = self.unconditional(cond) if uncond is None else uncond
+        if isinstance(guidance, (int, float)) and guidance == 0:
+            return self._evaluate(x_t, t, null, want)
+        if want != "x0":
+            raise ValueError("features are of one condition: use guidance 0 or 1")
+        both = self._evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond), "x0")
+        assert isinstance(both, Tensor)
+        without, with_cond = both.chunk(2)
+        scale = expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
+        return without + scale * (with_cond - without)
+
+    def unconditional(self, cond: Cond) -> Cond:
+        """`cond` with the class taken away. Raises ValueError if the network was never trained so."""
+        if not self.net.knows_unconditional or cond.label is None:
+            raise ValueError("guidance: this network was trained without dropping its condition; use guidance 1")
+        return replace(cond, label=torch.full_like(cond.label, int(self.net.num_classes)))  # type: ignore[arg-type]
+
+    def convert(self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor) -> Tensor:
+        """D at (x_t, t) as score, eps, v or flow."""
+        return self.path.from_x0(x0, kind, x_t, t)
+
+    def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
+        scaled = expand(self._input_scale(t), x_t) * x_t
+        time_input = self.path.time_input(t).to(scaled.dtype)
+        if want == "features":
+            tapped: Tensor = self.net.features(scaled, time_input, cond)  # type: ignore[operator]
+            return tapped
+        if want == "both":
+            output, features = self.net.forward_with_features(scaled, time_input, cond)  # type: ignore[operator]
+            return self._read(output, x_t, t), features
+        return self._read(self.net(scaled, time_input, cond), x_t, t)
+
+    def _input_scale(self, t: Tensor) -> Tensor:
+        if self.predicts != "edm":
+            return torch.ones_like(t, dtype=torch.float64)
+        return (self.sigma_data**2 + t.double() ** 2).rsqrt()
+
+    def _read(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's output as x0, in float32 or wider: autocast ends here."""
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        if self.predicts != "edm":
+            return self.path.to_x0(output, self.predicts, x_t, t)
+        total = t.double() ** 2 + self.sigma_data**2  # Karras et al. 2022, table 1
+        skip, scale = self.sigma_data**2 / total, t.double() * self.sigma_data / total.sqrt()
+        return expand(skip, x_t) * x_t + expand(scale, x_t) * output
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode and no parameter gradients. Gradients still flow through to the inputs."""
+    return module.eval().requires_grad_(False)

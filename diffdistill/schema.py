@@ -1,0 +1,46 @@
+"""The one decorator behind every configurable value, and the error that users see when a value is wrong."""
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import BeforeValidator, Field
+
+__all__ = ["Fraction", "NonNegative", "Positive", "PositiveInt", "Rates", "UserError", "field", "schema"]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+def _tuple_of_list(value: object) -> object:
+    """YAML has lists only; a frozen value holds tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Rates = Annotated[tuple[Positive, ...], BeforeValidator(_tuple_of_list)]
+"""A tuple of positive numbers, written as a list in YAML."""
+
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A fault in what the user gave. The command line prints it without a traceback and exits with 2."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def schema(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys and wrong types.
+
+    The same checks hold for YAML and for direct construction in Python. Numbers are not guessed from strings,
+    nor integers from booleans. Raises pydantic.ValidationError, a ValueError, from the constructor.
+    """
+    config = pydantic.ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    decorate: Callable[[type[T]], Any] = pydantic.dataclasses.dataclass(
+        frozen=True, kw_only=True, config=config
+    )
+    made: type[T] = decorate(cls)
+    return made
