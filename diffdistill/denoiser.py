@@ -130,13 +130,21 @@ class Denoiser(nn.Module):
         scale = expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
         return without + scale * (with_cond - without)
 
+    def class_cond(self, label: Tensor) -> Cond:
+        """The condition for classes [B]; empty if the network takes none."""
+        return Cond(label=label) if self.net.num_classes else NO_COND
+
     def unconditional(self, cond: Cond) -> Cond:
         """`cond` with the class taken away. Raises ValueError if the network was never trained so."""
         if not self.net.knows_unconditional or cond.label is None:
-            raise ValueError("guidance: this network was trained without dropping its condition; use guidance 1")
+            raise ValueError(
+                "guidance: this network was trained without dropping its condition; use guidance 1"
+            )
         return replace(cond, label=torch.full_like(cond.label, int(self.net.num_classes)))  # type: ignore[arg-type]
 
-    def convert(self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor) -> Tensor:
+    def convert(
+        self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor
+    ) -> Tensor:
         """D at (x_t, t) as score, eps, v or flow."""
         return self.path.from_x0(x0, kind, x_t, t)
 

@@ -58,6 +58,10 @@ class Path(ABC):
     def time_input(self, t: Tensor) -> Tensor:
         """The number that a network is given for t, float64."""
 
+    @abstractmethod
+    def time_of_input(self, time_input: Tensor) -> Tensor:
+        """The inverse of `time_input`, float64."""
+
     @property
     def predictions(self) -> tuple[Prediction, ...]:
         """What networks on this path may predict."""
@@ -115,8 +119,12 @@ class Path(ABC):
 
     def karras_times(self, num_steps: int, rho: float = 7.0) -> Tensor:
         """num_steps times from t_max down to t_min, even in ratio^(1/rho): Karras et al. 2022, eq. 5."""
-        low, high = (float(self.ratio(torch.tensor(t, dtype=torch.float64))) for t in (self.t_min, self.t_max))
-        return self.time_of_ratio(karras_ratios(torch.linspace(1, 0, num_steps, dtype=torch.float64), low, high, rho))
+        low, high = (
+            float(self.ratio(torch.tensor(t, dtype=torch.float64))) for t in (self.t_min, self.t_max)
+        )
+        return self.time_of_ratio(
+            karras_ratios(torch.linspace(1, 0, num_steps, dtype=torch.float64), low, high, rho)
+        )
 
 
 def karras_ratios(fraction: Tensor, low: float, high: float, rho: float) -> Tensor:
@@ -164,6 +172,9 @@ class EDM(Path):
     def time_input(self, t: Tensor) -> Tensor:
         return t.double().log() / 4
 
+    def time_of_input(self, time_input: Tensor) -> Tensor:
+        return (4 * time_input.double()).exp()
+
 
 @schema
 class VPCosine(Path):
@@ -198,6 +209,9 @@ class VPCosine(Path):
 
     def time_input(self, t: Tensor) -> Tensor:
         return 1000 * t.double()
+
+    def time_of_input(self, time_input: Tensor) -> Tensor:
+        return time_input.double() / 1000
 
 
 @schema
@@ -245,6 +259,9 @@ class VPLinear(Path):
 
     def time_input(self, t: Tensor) -> Tensor:
         return 1000 * t.double()
+
+    def time_of_input(self, time_input: Tensor) -> Tensor:
+        return time_input.double() / 1000
 
 
 @schema
@@ -327,6 +344,9 @@ class VPDiscrete(Path):
     def time_input(self, t: Tensor) -> Tensor:
         return t.double()
 
+    def time_of_input(self, time_input: Tensor) -> Tensor:
+        return time_input.double()
+
 
 @schema
 class Flow(Path):
@@ -368,6 +388,9 @@ class Flow(Path):
     def time_input(self, t: Tensor) -> Tensor:
         return 1000 * t.double()
 
+    def time_of_input(self, time_input: Tensor) -> Tensor:
+        return time_input.double() / 1000
+
 
 AnyPath = Annotated[EDM | VPCosine | VPLinear | VPDiscrete | Flow, Field(discriminator="name")]
 """The paths that a config may name."""
@@ -376,5 +399,3 @@ AnyPath = Annotated[EDM | VPCosine | VPLinear | VPDiscrete | Flow, Field(discrim
 def _check_order(low_name: str, low: float, high_name: str, high: float) -> None:
     if low >= high:
         raise ValueError(f"{low_name} = {low} must be below {high_name} = {high}")
-
-

@@ -1,0 +1,43 @@
+"""Exponential moving averages of weights, with a half-life in images and a ramp-up."""
+
+from copy import deepcopy
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from diffdistill.denoiser import freeze
+from diffdistill.schema import NonNegative, schema
+
+
+@schema
+class EMAConfig:
+    """halflife_images: images after which a weight has half forgotten.  ramp: the half-life is at most this share
+    of the images seen, so that the start is forgotten; 0 switches the ramp off."""
+
+    halflife_images: Annotated[float, Field(gt=0)] = 500_000
+    ramp: NonNegative = 0.05
+
+
+class EMA:
+    """A frozen copy of a module that follows it."""
+
+    def __init__(self, module: nn.Module, config: EMAConfig) -> None:
+        self.module = freeze(deepcopy(module))
+        self.config = config
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, *, images_seen: int, batch_images: int) -> None:
+        """average <- beta average + (1 - beta) weights, beta = 0.5^(batch / half-life).  At 0 images seen: a copy.
+
+        Karras et al. 2022, training loop: the half-life is ramped up to its full value with the images seen.
+        """
+        halflife = self.config.halflife_images
+        if self.config.ramp:
+            halflife = min(halflife, self.config.ramp * images_seen)
+        beta = 0.5 ** (batch_images / max(halflife, 1e-8))
+        mine = [p.data for p in self.module.parameters()]
+        torch._foreach_lerp_(mine, [p.data for p in module.parameters()], 1 - beta)
+        for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
+            own.copy_(other)

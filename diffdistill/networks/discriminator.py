@@ -1,0 +1,48 @@
+"""Discriminator heads on a denoiser's bottleneck features."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.schema import UserError
+
+
+class Head(nn.Module):
+    """DMD2's head: halve to 4 x 4, then to one logit a sample.  Yin et al. 2024, arXiv:2405.14867, section 4.3.
+
+    channels, side: shape [channels, side, side] of the features.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        while side > 4:
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), *_norm_act(channels)]
+            side //= 2
+        layers += [nn.Conv2d(channels, channels, side), *_norm_act(channels), nn.Conv2d(channels, 1, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: [B, C, h, w].  Returns logits [B], an estimate of log(p_real / p_fake)."""
+        logits: Tensor = self.layers(features.float()).flatten(1)
+        return logits.mean(1)
+
+
+def _norm_act(channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()]
+
+
+def make_head(denoiser: Denoiser, image_shape: tuple[int, ...]) -> Head:
+    """A head that fits the denoiser's features. Raises UserError if its network has none."""
+    device = next(denoiser.parameters()).device if any(True for _ in denoiser.parameters()) else "cpu"
+    x = torch.zeros(1, *image_shape, device=device)
+    t = torch.full((1,), denoiser.path.t_max, device=device, dtype=torch.float64)
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        with torch.no_grad():
+            features = denoiser(x, t, denoiser.class_cond(label), want="features")
+    except ValueError as error:
+        raise UserError(f"gan: {error}") from error
+    return Head(features.shape[1], features.shape[2])

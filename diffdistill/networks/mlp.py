@@ -1,0 +1,91 @@
+"""A residual MLP denoiser for small images and points: cheap, so that long runs fit on a CPU."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.schema import Fraction, PositiveInt, schema
+
+
+@schema
+class MLPConfig:
+    """Settings of `MLP`."""
+
+    name: Literal["mlp"] = "mlp"
+    width: PositiveInt = 512
+    blocks: PositiveInt = 3
+
+    def build(self, image_shape: tuple[int, ...], num_classes: int, class_dropout: Fraction) -> "MLP":
+        """The network for data [*image_shape]."""
+        return MLP(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+
+
+class MLP(nn.Module):
+    """Residual MLP over the flattened image; the tap is the state after half of the blocks. A `Network`."""
+
+    def __init__(
+        self, config: MLPConfig, image_shape: tuple[int, ...], num_classes: int, *, knows_unconditional: bool
+    ):
+        super().__init__()
+        self.accepts = frozenset({"label"} if num_classes else ())
+        self.num_classes = num_classes
+        self.knows_unconditional = knows_unconditional
+        self.resolution_multiple = 1
+        self.frequencies = 32
+        size = math.prod(image_shape)
+        self.embed = nn.Linear(2 * self.frequencies + num_classes, config.width)
+        self.input = nn.Linear(size, config.width)
+        self.blocks = nn.ModuleList(MLPBlock(config.width) for _ in range(config.blocks))
+        self.output = nn.Linear(config.width, size)
+        nn.init.normal_(self.output.weight, std=1e-4)
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """x: [B, ...]; time_input: [B].  Returns x's shape."""
+        return self.forward_with_features(x, time_input, cond)[0]
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The state after half of the blocks, [B, width, 1, 1]; the rest does not run."""
+        embedding = self._embed(time_input, cond)
+        return self._run(self.input(x.flatten(1)), embedding, first_half=True)[:, :, None, None]
+
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Output and tap from one pass."""
+        embedding = self._embed(time_input, cond)
+        tapped = self._run(self.input(x.flatten(1)), embedding, first_half=True)
+        h = self._run(tapped, embedding, first_half=False)
+        return self.output(F.silu(h)).reshape(x.shape), tapped[:, :, None, None]
+
+    def _run(self, h: Tensor, embedding: Tensor, *, first_half: bool) -> Tensor:
+        middle = (len(self.blocks) + 1) // 2
+        for block in self.blocks[:middle] if first_half else self.blocks[middle:]:
+            h = block(h, embedding)
+        return h
+
+    def _embed(self, time_input: Tensor, cond: Cond) -> Tensor:
+        scale = torch.logspace(-3, 1, self.frequencies, device=time_input.device, dtype=time_input.dtype)
+        angles = time_input[:, None] * scale
+        parts = [angles.cos(), angles.sin()]
+        if self.num_classes:
+            label = torch.full_like(time_input, self.num_classes, dtype=torch.int64)
+            label = label if cond.label is None else cond.label
+            parts.append(F.one_hot(label, self.num_classes + 1)[:, : self.num_classes].to(angles.dtype))
+        return F.silu(self.embed(torch.cat(parts, 1)))
+
+
+class MLPBlock(nn.Module):
+    """h + W2 silu(W1 norm(h) + embedding)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.first, self.modulate, self.second = (nn.Linear(width, width) for _ in range(3))
+        nn.init.normal_(self.second.weight, std=1e-3)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """h, embedding: [B, width]."""
+        changed: Tensor = h + self.second(F.silu(self.first(self.norm(h)) + self.modulate(embedding)))
+        return changed

@@ -1,0 +1,225 @@
+"""The transfer operator and the samplers made of it.
+
+A sampler turns unit noise [B, ...] into images; `denoiser` may be guided. All work on any path.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffdistill.denoiser import NO_COND, Cond, Denoiser
+from diffdistill.path import Path, VPDiscrete, expand
+from diffdistill.schema import Positive, PositiveInt, Rates, schema
+
+FreshNoise = Callable[[int], Tensor]
+"""The unit noise [B, ...] that a stochastic sampler adds after step i."""
+
+
+class Sampler(Protocol):
+    @property
+    def num_evaluations(self) -> int:
+        """Calls of the denoiser for one image (a guided one counts once)."""
+        ...
+
+    def __call__(  # noqa: PLR0913
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float = 1.0,
+        fresh_noise: FreshNoise | None = None,
+    ) -> Tensor:
+        """noise: [B, ...] of N(0, 1).  Returns images [B, ...]."""
+        ...
+
+
+def transfer(path: Path, x: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """S(x, x0; t -> s) = alpha_s x0 + sigma_s (x - alpha_t x0) / sigma_t: one DDIM step in any path.
+
+    x, x0: [B, ...]; t, s: [B].  Returns [B, ...].  Song et al. 2021, arXiv:2010.02502, eq. 12 with eta = 0.
+    """
+    ratio = path.sigma(s) / path.sigma(t)
+    return expand(ratio, x) * x + expand(path.alpha(s) - path.alpha(t) * ratio, x) * x0
+
+
+@schema
+class Heun:
+    """EDM's deterministic second-order sampler: 2 num_steps - 1 evaluations.
+
+    Karras et al. 2022, algorithm 1, in y = x / alpha and r = sigma / alpha, which is EDM's own form on EDM's path.
+    """
+
+    name: Literal["heun"] = "heun"
+    num_steps: Annotated[int, Field(ge=2)] = 18
+    rho: Positive = 7.0
+
+    @property
+    def num_evaluations(self) -> int:
+        return 2 * self.num_steps - 1
+
+    def __call__(  # noqa: PLR0913
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float = 1.0,
+        fresh_noise: FreshNoise | None = None,
+    ) -> Tensor:
+        path = denoiser.path
+        times = path.karras_times(self.num_steps, self.rho)
+        ratios = [*path.ratio(times).tolist(), 0.0]
+
+        def slope(y: Tensor, time: Tensor, ratio: float) -> Tensor:
+            t = time.expand(len(y)).to(y.device)
+            return (y - denoiser(expand(path.alpha(t), y) * y, t, cond, guidance=guidance)) / ratio
+
+        y = noise * ratios[0]
+        for i, (ratio, following) in enumerate(zip(ratios, ratios[1:], strict=False)):
+            first = slope(y, times[i], ratio)
+            moved = y + (following - ratio) * first
+            if following > 0:
+                second = slope(moved, times[i + 1], following)
+                moved = y + (following - ratio) * 0.5 * (first + second)
+            y = moved
+        return y
+
+
+@schema
+class DDIM:
+    """The transfer operator along `num_steps` times, the last of them giving x0.  Song et al. 2021.
+
+    spacing: "time", even in the path's time (on a discrete path diffusers' "trailing"), or "karras".
+    """
+
+    name: Literal["ddim"] = "ddim"
+    num_steps: PositiveInt = 50
+    spacing: Literal["time", "karras"] = "time"
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.num_steps
+
+    def times(self, path: Path) -> Tensor:
+        """The times [num_steps], noise first, float64."""
+        if self.spacing == "karras" and self.num_steps > 1:
+            return path.karras_times(self.num_steps)
+        if isinstance(path, VPDiscrete):
+            count = path.t_max + 1
+            return (
+                count - torch.arange(self.num_steps, dtype=torch.float64) * (count / self.num_steps)
+            ).round() - 1
+        return torch.linspace(path.t_max, path.t_min, self.num_steps + 1, dtype=torch.float64)[:-1]
+
+    def __call__(  # noqa: PLR0913
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float = 1.0,
+        fresh_noise: FreshNoise | None = None,
+    ) -> Tensor:
+        times = self.times(denoiser.path).to(noise.device)
+        x = noise * expand(denoiser.path.sigma(times[:1]), noise)
+        return ddim(denoiser, x, times, cond, guidance=guidance)
+
+
+def ddim(
+    denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = NO_COND, *, guidance: float = 1.0
+) -> Tensor:
+    """Carry x from times[0] along `times` and return the last estimate of x0.
+
+    x: [B, ...] at times[0]; times: [n], noisier first.  Returns [B, ...].
+    """
+    for time, following in zip(times, times[1:], strict=False):
+        t, s = time.expand(len(x)), following.expand(len(x))
+        x = transfer(denoiser.path, x, denoiser(x, t, cond, guidance=guidance), t, s)
+    estimate: Tensor = denoiser(x, times[-1].expand(len(x)), cond, guidance=guidance)
+    return estimate
+
+
+@schema
+class FewSteps:
+    """How a distilled generator makes its image: one call, or a few with fresh noise between them.
+
+    init_ratio: the noise-to-signal ratio that the first call is told, the same level in every path.
+    init_noise: "sigma" feeds sigma_t n, pure noise at that level; "unit" feeds n itself (DMD2 on latents).
+    later_ratios: the levels to re-noise to for further calls, decreasing.
+    Yin et al. 2024, arXiv:2405.14867, section 4.4 (several steps); Zhou et al. 2024, arXiv:2404.04057 (ratio 2.5).
+    """
+
+    name: Literal["few_steps"] = "few_steps"
+    init_ratio: Positive = 2.5
+    init_noise: Literal["sigma", "unit"] = "sigma"
+    later_ratios: Rates = ()
+
+    def __post_init__(self) -> None:
+        ratios = (self.init_ratio, *self.later_ratios)
+        if any(a <= b for a, b in zip(ratios, ratios[1:], strict=False)):
+            raise ValueError(f"init_ratio and later_ratios must decrease: {list(ratios)}")
+
+    @property
+    def num_evaluations(self) -> int:
+        return 1 + len(self.later_ratios)
+
+    def times(self, path: Path) -> Tensor:
+        """[num_evaluations], noise first, float64.  A discrete path gets whole numbers."""
+        ratios = torch.tensor([self.init_ratio, *self.later_ratios], dtype=torch.float64)
+        times = path.time_of_ratio(ratios).clamp(path.t_min, path.t_max)
+        return times.round() if isinstance(path, VPDiscrete) else times
+
+    def __call__(  # noqa: PLR0913
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float = 1.0,
+        fresh_noise: FreshNoise | None = None,
+    ) -> Tensor:
+        last = self.num_evaluations - 1
+        start = self.roll_out(denoiser, noise, cond, step=last, fresh_noise=fresh_noise, guidance=guidance)
+        image: Tensor = denoiser(start.x, start.t, cond, guidance=guidance)
+        return image
+
+    def roll_out(  # noqa: PLR0913
+        self,
+        generator: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        step: int,
+        fresh_noise: FreshNoise | None = None,
+        guidance: float = 1.0,
+    ) -> "StepInput":
+        """What call number `step` (0 is the first) is given when the generator makes the image itself.
+
+        noise: [B, ...] unit.  Returns x_t [B, ...] and t [B].  Training on it is DMD2's backward simulation.
+        Raises ValueError if a later step has no fresh noise.
+        """
+        path = generator.path
+        times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
+        x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
+        for i in range(step):
+            if fresh_noise is None:
+                raise ValueError("several steps need fresh_noise")
+            x = path.diffuse(generator(x, times[i], cond, guidance=guidance), fresh_noise(i), times[i + 1])
+        return StepInput(x, times[step])
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """x: [B, ...] at t: [B]."""
+
+    x: Tensor
+    t: Tensor
+
+
+AnySampler = Annotated[Heun | DDIM | FewSteps, Field(discriminator="name")]
+"""The samplers that a config may name."""

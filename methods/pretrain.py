@@ -1,0 +1,68 @@
+"""Pretraining: a diffusion model on your data, to be the teacher.  Karras et al. 2022, arXiv:2206.00364.
+
+Implemented: the denoising loss with any weight (EDM's, or the MSE in x0, eps, v, flow), class dropout for guidance.
+Not implemented: EDM's augmentation pipe.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.draws import Draws
+from diffdistill.losses import DenoisingWeight, denoising_loss
+from diffdistill.method import Batch, Draw, Loss, Players, Setting, Update
+from diffdistill.sampling import AnySampler, Heun
+from diffdistill.schema import Fraction, UserError, field, schema
+from diffdistill.timesteps import AnyTimeLaw, LogNormal
+
+
+@schema
+class Pretrain:
+    """Train a teacher.
+
+    time_law: noise levels; weight: of ||D - x0||^2; class_dropout: share of samples that lose their class, which
+    makes guidance possible; teacher_sampler: how its samples are made.
+    """
+
+    name: Literal["pretrain"] = "pretrain"
+    time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    weight: DenoisingWeight = "edm"
+    class_dropout: Fraction = 0.1
+    teacher_sampler: AnySampler = field(default_factory=Heun)
+
+    student = "teacher"
+    needs_images = True
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        return (Update(("teacher",), "teacher_loss"),)
+
+    def sampler(self, setting: Setting) -> AnySampler:
+        return self.teacher_sampler
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        if setting.network is None:
+            raise UserError("network: pretrain needs one")
+        return {"teacher": setting.network}
+
+    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+        return {}
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        return {
+            "t": self.time_law(rng.uniform("t"), setting.path),
+            "eps": rng.normal("eps", setting.image_shape),
+            "is_dropped": rng.uniform("class dropout") < self.class_dropout,
+        }
+
+    def teacher_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """w(t) ||D(x_t, t, c) - x_0||^2 on real data."""
+        teacher: Denoiser = players.teacher
+        cond = batch.cond
+        if cond.label is not None:
+            null = torch.full_like(cond.label, int(teacher.net.num_classes))  # type: ignore[arg-type]
+            cond = cond.map(lambda label: torch.where(draw["is_dropped"], null, label))
+        loss = denoising_loss(teacher, batch.images, draw["eps"], draw["t"], cond, self.weight)
+        return Loss(loss, {"denoising": loss.detach()})
