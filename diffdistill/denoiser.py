@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
         self.predicts: Prediction = predicts
         self.sigma_data = sigma_data
 
-    def forward(  # noqa: PLR0913
+    def forward(
         self,
         x_t: Tensor,
         t: Tensor,
@@ -137,14 +137,10 @@ class Denoiser(nn.Module):
     def unconditional(self, cond: Cond) -> Cond:
         """`cond` with the class taken away. Raises ValueError if the network was never trained so."""
         if not self.net.knows_unconditional or cond.label is None:
-            raise ValueError(
-                "guidance: this network was trained without dropping its condition; use guidance 1"
-            )
+            raise ValueError("guidance: this network was trained without dropping its condition; use guidance 1")
         return replace(cond, label=torch.full_like(cond.label, int(self.net.num_classes)))  # type: ignore[arg-type]
 
-    def convert(
-        self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor
-    ) -> Tensor:
+    def convert(self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor) -> Tensor:
         """D at (x_t, t) as score, eps, v or flow."""
         return self.path.from_x0(x0, kind, x_t, t)
 

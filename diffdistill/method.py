@@ -87,9 +87,7 @@ class Players(Mapping[str, nn.Module]):
         try:
             return self.__dict__["_modules"][name]
         except KeyError:
-            raise AttributeError(
-                f"no player {name!r}; there are {sorted(self.__dict__['_modules'])}"
-            ) from None
+            raise AttributeError(f"no player {name!r}; there are {sorted(self.__dict__['_modules'])}") from None
 
 
 @runtime_checkable

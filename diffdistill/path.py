@@ -119,12 +119,8 @@ class Path(ABC):
 
     def karras_times(self, num_steps: int, rho: float = 7.0) -> Tensor:
         """num_steps times from t_max down to t_min, even in ratio^(1/rho): Karras et al. 2022, eq. 5."""
-        low, high = (
-            float(self.ratio(torch.tensor(t, dtype=torch.float64))) for t in (self.t_min, self.t_max)
-        )
-        return self.time_of_ratio(
-            karras_ratios(torch.linspace(1, 0, num_steps, dtype=torch.float64), low, high, rho)
-        )
+        low, high = (float(self.ratio(torch.tensor(t, dtype=torch.float64))) for t in (self.t_min, self.t_max))
+        return self.time_of_ratio(karras_ratios(torch.linspace(1, 0, num_steps, dtype=torch.float64), low, high, rho))
 
 
 def karras_ratios(fraction: Tensor, low: float, high: float, rho: float) -> Tensor:

@@ -25,7 +25,7 @@ class Sampler(Protocol):
         """Calls of the denoiser for one image (a guided one counts once)."""
         ...
 
-    def __call__(  # noqa: PLR0913
+    def __call__(
         self,
         denoiser: Denoiser,
         noise: Tensor,
@@ -62,7 +62,7 @@ class Heun:
     def num_evaluations(self) -> int:
         return 2 * self.num_steps - 1
 
-    def __call__(  # noqa: PLR0913
+    def __call__(
         self,
         denoiser: Denoiser,
         noise: Tensor,
@@ -111,12 +111,10 @@ class DDIM:
             return path.karras_times(self.num_steps)
         if isinstance(path, VPDiscrete):
             count = path.t_max + 1
-            return (
-                count - torch.arange(self.num_steps, dtype=torch.float64) * (count / self.num_steps)
-            ).round() - 1
+            return (count - torch.arange(self.num_steps, dtype=torch.float64) * (count / self.num_steps)).round() - 1
         return torch.linspace(path.t_max, path.t_min, self.num_steps + 1, dtype=torch.float64)[:-1]
 
-    def __call__(  # noqa: PLR0913
+    def __call__(
         self,
         denoiser: Denoiser,
         noise: Tensor,
@@ -130,9 +128,7 @@ class DDIM:
         return ddim(denoiser, x, times, cond, guidance=guidance)
 
 
-def ddim(
-    denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = NO_COND, *, guidance: float = 1.0
-) -> Tensor:
+def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = NO_COND, *, guidance: float = 1.0) -> Tensor:
     """Carry x from times[0] along `times` and return the last estimate of x0.
 
     x: [B, ...] at times[0]; times: [n], noisier first.  Returns [B, ...].
@@ -174,7 +170,7 @@ class FewSteps:
         times = path.time_of_ratio(ratios).clamp(path.t_min, path.t_max)
         return times.round() if isinstance(path, VPDiscrete) else times
 
-    def __call__(  # noqa: PLR0913
+    def __call__(
         self,
         denoiser: Denoiser,
         noise: Tensor,
@@ -188,7 +184,7 @@ class FewSteps:
         image: Tensor = denoiser(start.x, start.t, cond, guidance=guidance)
         return image
 
-    def roll_out(  # noqa: PLR0913
+    def roll_out(
         self,
         generator: Denoiser,
         noise: Tensor,

@@ -39,8 +39,6 @@ def schema(cls: type[T]) -> type[T]:
     nor integers from booleans. Raises pydantic.ValidationError, a ValueError, from the constructor.
     """
     config = pydantic.ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
-    decorate: Callable[[type[T]], Any] = pydantic.dataclasses.dataclass(
-        frozen=True, kw_only=True, config=config
-    )
+    decorate: Callable[[type[T]], Any] = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)
     made: type[T] = decorate(cls)
     return made

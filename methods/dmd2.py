@@ -72,13 +72,9 @@ class DMD2:
         if teacher is None:
             raise UserError("teacher: dmd2 distils one; name a pretrained run")
         if self.guidance != 1 and not teacher.net.knows_unconditional:
-            raise UserError(
-                f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1"
-            )
+            raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
         copies = {name: deepcopy(teacher).requires_grad_(True) for name in ("generator", "fake")}
-        return copies | (
-            {"discriminator": make_head(teacher, setting.image_shape)} if self.gan_weight else {}
-        )
+        return copies | ({"discriminator": make_head(teacher, setting.image_shape)} if self.gan_weight else {})
 
     def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
         """Teacher pairs for the regression: noise, image, label."""

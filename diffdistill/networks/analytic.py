@@ -100,7 +100,7 @@ def gaussian_denoiser(path: Path, mean: Tensor, covariance: Tensor) -> Denoiser:
     return mixture_denoiser(path, torch.ones(1), mean[None], covariance[None])
 
 
-def gaussian_flow(  # noqa: PLR0913
+def gaussian_flow(
     path: Path, mean: Tensor, covariance: Tensor, x: Tensor, t_from: Tensor, t_to: Tensor
 ) -> Tensor:
     """Where the exact probability-flow ODE of N(mean, covariance) carries x from t_from to t_to.
@@ -108,9 +108,7 @@ def gaussian_flow(  # noqa: PLR0913
     x: [B, D]; times: [B].  Returns [B, D] float64.  Each eigenmode is scaled by its ratio of standard deviations.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
-    (a_from, s_from), (a_to, s_to) = (
-        (path.alpha(t)[:, None], path.sigma(t)[:, None]) for t in (t_from, t_to)
-    )
+    (a_from, s_from), (a_to, s_to) = ((path.alpha(t)[:, None], path.sigma(t)[:, None]) for t in (t_from, t_to))
     ratio = ((a_to**2 * values + s_to**2) / (a_from**2 * values + s_from**2)).sqrt()
     moved = ((x.double() - a_from * mean) @ vectors * ratio) @ vectors.T
     return expand(path.alpha(t_to), moved) * mean + moved

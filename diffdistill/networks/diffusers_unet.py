@@ -17,9 +17,7 @@ class DiffusersUNetConfig:
     name: Literal["diffusers_unet"] = "diffusers_unet"
     options: dict[str, Any]
 
-    def build(
-        self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction
-    ) -> "DiffusersUNet":
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "DiffusersUNet":
         """The network for images [C, H, W]. Raises UserError on options that diffusers refuses."""
         from diffusers import UNet2DModel
 
@@ -32,9 +30,7 @@ class DiffusersUNetConfig:
             raise UserError(f"network.options: {error}") from error
         multiple = 2 ** (len(model.config.down_block_types) - 1)
         if any(side % multiple for side in image_shape[1:]):
-            raise UserError(
-                f"network.options: image sides must be multiples of {multiple}, not {image_shape[1:]}"
-            )
+            raise UserError(f"network.options: image sides must be multiples of {multiple}, not {image_shape[1:]}")
         return DiffusersUNet(model, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
 
 

@@ -27,9 +27,7 @@ class MLPConfig:
 class MLP(nn.Module):
     """Residual MLP over the flattened image; the tap is the state after half of the blocks. A `Network`."""
 
-    def __init__(
-        self, config: MLPConfig, image_shape: tuple[int, ...], num_classes: int, *, knows_unconditional: bool
-    ):
+    def __init__(self, config: MLPConfig, image_shape: tuple[int, ...], num_classes: int, *, knows_unconditional: bool):
         super().__init__()
         self.accepts = frozenset({"label"} if num_classes else ())
         self.num_classes = num_classes

@@ -44,17 +44,13 @@ class UNetConfig:
                 f"network.channels: {len(self.channels)} resolutions need image sides that are multiples of "
                 f"{multiple}; the images are {image_shape[1]} x {image_shape[2]}"
             )
-        return UNet(
-            self, image_shape[0], num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0
-        )
+        return UNet(self, image_shape[0], num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
 
 
 class UNet(nn.Module):
     """A U-Net on [B, C, H, W] with a tap at the encoder's last output. A `Network`."""
 
-    def __init__(
-        self, config: UNetConfig, image_channels: int, num_classes: int, *, knows_unconditional: bool
-    ):
+    def __init__(self, config: UNetConfig, image_channels: int, num_classes: int, *, knows_unconditional: bool):
         super().__init__()
         self.accepts = frozenset({"label"} if num_classes else ())
         self.num_classes = num_classes
@@ -62,9 +58,7 @@ class UNet(nn.Module):
         self.resolution_multiple = 2 ** (len(config.channels) - 1)
         width = 4 * config.channels[0]
         self.frequencies = config.channels[0]
-        self.embed_time = nn.Sequential(
-            nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.embed_time = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_label = nn.Linear(num_classes, width, bias=False) if num_classes else None
 
         def block(channels_in: int, level: int, resample: Literal["up", "down"] | None = None) -> "UNetBlock":
@@ -132,9 +126,7 @@ class UNet(nn.Module):
         embedding = self.embed_time(torch.cat([angles.cos(), angles.sin()], 1))
         if self.embed_label is not None and cond.label is not None:
             one_hot = F.one_hot(cond.label, self.num_classes + 1)[:, : self.num_classes]
-            embedding = embedding + self.embed_label(
-                one_hot.to(embedding.dtype) * math.sqrt(self.num_classes)
-            )
+            embedding = embedding + self.embed_label(one_hot.to(embedding.dtype) * math.sqrt(self.num_classes))
         return F.silu(embedding)
 
 
