@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both install what they need and can be run again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN := runs/demo
+# TESTS narrows `make test` down, as in: make test TESTS=tests/test_path.py
+TESTS ?= tests
+
+.PHONY: help install demo test test-full format clean
+
+help:  ## Say what there is to do.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## Create .venv with the tested set of packages.
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about 5 GB, a few minutes the first time."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Train a digits teacher, distil it to one step, print the table, write the pictures.
+	@$(BIN)/diffdistill demo --run $(RUN)
+
+test: $(INSTALLED)  ## ruff, mypy and the tests that CI runs.
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -m "not full and not gpu" $(TESTS)
+
+test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes long.
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -m "not gpu" $(TESTS)
+
+format: $(INSTALLED)  ## Let ruff rewrite what it can.
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean:  ## Remove the virtual environment and the caches; runs stay.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
