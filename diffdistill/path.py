@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from diffdistill.schema import Positive, UserError, schema
@@ -273,10 +273,7 @@ class VPDiscrete(Path):
     beta_start: Positive = 1e-4
     beta_end: Positive = 0.02
     num_steps: Annotated[int, Field(ge=2)] = 1000
-    betas: Annotated[
-        tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None,
-        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-    ] = None
+    betas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
 
     @classmethod
     def from_scheduler(cls, config: Mapping[str, Any]) -> "VPDiscrete":

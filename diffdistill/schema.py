@@ -5,7 +5,7 @@ from dataclasses import field
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 __all__ = ["Fraction", "NonNegative", "Positive", "PositiveInt", "Rates", "UserError", "field", "schema"]
 
@@ -13,16 +13,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-
-
-def _tuple_of_list(value: object) -> object:
-    """YAML has lists only; a frozen value holds tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Rates = Annotated[tuple[Positive, ...], BeforeValidator(_tuple_of_list)]
-"""A tuple of positive numbers, written as a list in YAML."""
-
+Rates = tuple[Positive, ...]
 
 T = TypeVar("T")
 

@@ -8,15 +8,11 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @schema
@@ -24,8 +20,8 @@ class UNetConfig:
     """Settings of `UNet`. One entry of `channels` and of `attention` for each resolution, the finest first."""
 
     name: Literal["unet"] = "unet"
-    channels: Annotated[tuple[PositiveInt, ...], BeforeValidator(_tuple), Field(min_length=1)] = (32, 64)
-    attention: Annotated[tuple[bool, ...], BeforeValidator(_tuple)] = (False, True)
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64)
+    attention: tuple[bool, ...] = (False, True)
     blocks: PositiveInt = 1
     head_channels: PositiveInt = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

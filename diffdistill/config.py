@@ -1,0 +1,257 @@
+"""A run as one file: YAML plus `key.sub=value` overrides, checked by the schema, every fault shown at once."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from diffdistill.data import AnyData
+from diffdistill.ema import EMAConfig
+from diffdistill.method import Method, registered
+from diffdistill.networks import AnyNetwork
+from diffdistill.path import EDM, AnyPath, Prediction
+from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:
+    AnyMethod = Annotated[Union[tuple(registered().values())], Field(discriminator="name")]  # noqa: UP007
+
+
+@schema
+class OptimizerConfig:
+    """One player's optimiser. clip_norm and clip_value bound its gradient; rates are per iteration of the run.
+
+    decay: after `decay_start` of the run the rate falls to zero, linearly or as a cosine.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Positive
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = None
+    clip_value: Positive | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay_start: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
+@schema
+class TrainConfig:
+    """The loop. One step is one iteration of the method: every update that is due."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None  # per process; smaller ones accumulate to the same result
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    max_skips: PositiveInt = 20  # this many skipped updates in a row stop the run
+    log_every: PositiveInt = 50
+    preview_every: Annotated[int, Field(ge=0)] = 500  # 0: none
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 3
+
+
+@schema
+class ModelConfig:
+    """A new model. sigma_data: the data's standard deviation, for predicts: edm."""
+
+    network: AnyNetwork
+    path: AnyPath = field(default_factory=EDM)
+    predicts: Prediction = "edm"
+    sigma_data: Positive = 0.5
+
+
+@schema
+class RunConfig:
+    """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method."""
+
+    run: str
+    method: AnyMethod
+    data: AnyData = field(default_factory=AnyData)
+    model: ModelConfig | None = None
+    teacher: str | None = None
+    optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
+    ema: EMAConfig | None = field(default_factory=EMAConfig)
+    train: TrainConfig
+
+    def optimizer(self, player: str) -> OptimizerConfig:
+        """The settings of a player's optimiser: its own, or those under `default`."""
+        found = self.optimizers.get(player) or self.optimizers.get("default")
+        if found is None:
+            raise UserError(f"optimizers: none for the player {player!r}; give it one, or one under `default`")
+        return found
+
+
+def load_config(file: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides, and check everything.
+
+    Raises UserError naming every fault: its dotted place, the value, and the choices.
+    """
+    return parse_config(apply_overrides(read_yaml(file), overrides), origin=str(file))
+
+
+def parse_config(data: object, *, origin: str = "config") -> RunConfig:
+    """A nested dict as a RunConfig. Raises UserError."""
+    return validate(RunConfig, data, origin=origin)
+
+
+def validate(kind: type[T], data: object, *, origin: str) -> T:
+    """A nested dict as any schema class. Raises UserError naming every fault."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        faults = [_describe(kind, data, fault) for fault in error.errors()]
+        raise UserError(f"{origin}: {len(faults)} fault{'s' * (len(faults) > 1)}\n  " + "\n  ".join(faults)) from None
+
+
+def dump(value: object) -> Any:
+    """A schema value as plain JSON types."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def dump_yaml(value: object) -> str:
+    """A schema value as YAML that `load_config` reads back."""
+    return yaml.safe_dump(dump(value), sort_keys=False)
+
+
+def json_schema() -> str:
+    """The schema of a run's YAML, for editors."""
+    return json.dumps(TypeAdapter(RunConfig).json_schema(), indent=1) + "\n"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 2e-4 as a number and refuses repeated keys and aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.constructor.ConstructorError(None, None, f"repeated key {repeated[0]!r}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(file: str | FilePath) -> dict[str, Any]:
+    """A YAML mapping. Raises UserError if the file is missing, unreadable or not a mapping."""
+    try:
+        text = FilePath(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    data = parse_yaml(text, origin=str(file))
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: must be a mapping of settings, not {type(data).__name__}")
+    return data
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """Any YAML value. Raises UserError with the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid YAML: {error}") from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`data` with each `key.sub=value` set; values are read as YAML. Raises UserError on a malformed one."""
+    data = json.loads(json.dumps(data, default=str))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip(". "):
+            raise UserError(f"override {override!r}: write key.sub=value")
+        *parents, last = key.split(".")
+        place = data
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UserError(f"override {override!r}: {parent!r} is a value, not a group of settings")
+        place[last] = parse_yaml(text, origin=f"override {override!r}")
+    return data
+
+
+def _describe(kind: type, data: object, fault: Any) -> str:
+    """One fault as `place = value: what is wrong; choices`."""
+    place, holder, value = _walk(kind, data, fault["loc"])
+    code, context = fault["type"], fault.get("ctx", {})
+    shown = f" = {value!r}" if not isinstance(value, (dict, list, type(None))) else ""
+    if code in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f.name for f in fields(holder)] if is_dataclass(holder) else []
+        return f"{place}: unknown key{_did_you_mean(place.rpartition('.')[2], known)}"
+    if code in ("missing", "missing_argument", "missing_keyword_only_argument", "union_tag_not_found"):
+        return f"{place}: is required"
+    if code == "union_tag_invalid":
+        choices = re.findall(r"'([^']*)'", context["expected_tags"])
+        return f"{place}.name = {context['tag']!r}: unknown{_did_you_mean(context['tag'], choices)}"
+    if code == "literal_error":
+        return f"{place}{shown}: choose from {context['expected']}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{place}{shown}: {message[:1].lower() + message[1:]}"
+
+
+def _walk(kind: Any, data: object, loc: Sequence[str | int]) -> tuple[str, Any, object]:
+    """The dotted place of a fault, the schema class that holds it, and the value there."""
+    place, holder, here = "", kind, data
+    expected: Any = kind
+    for step in loc:
+        if isinstance(here, dict) and here.get("name") == step and step not in here:
+            continue  # pydantic names the union's choice as a step of its own
+        holder = _class_of(expected, here)
+        hints = get_type_hints(holder, include_extras=True) if is_dataclass(holder) else {}
+        expected = hints.get(str(step), _item_type(expected))
+        place += f"[{step}]" if isinstance(step, int) else f".{step}" if place else str(step)
+        try:
+            here = here[step]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            here = None
+    return place or "config", holder, here
+
+
+def _class_of(expected: Any, here: object) -> Any:
+    """The schema class meant by `here` among those that a type allows."""
+    allowed = [kind for kind in _alternatives(expected) if is_dataclass(kind)]
+    name = here.get("name") if isinstance(here, dict) else None
+    named = [kind for kind in allowed if getattr(kind, "name", None) == name]
+    return (named or allowed or [expected])[0]
+
+
+def _alternatives(expected: Any) -> list[Any]:
+    """The classes in a type: through Annotated, unions and None."""
+    inner = [kind for argument in get_args(expected) for kind in _alternatives(argument)]
+    return inner or [expected]
+
+
+def _item_type(expected: Any) -> Any:
+    """What a dict or tuple holds, as far as schema classes go."""
+    inside = [kind for kind in _alternatives(expected) if is_dataclass(kind)]
+    return inside[0] if inside else Any
+
+
+def _did_you_mean(wrong: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(wrong), choices, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (choices: {', '.join(choices)})" if choices else hint
+
+
