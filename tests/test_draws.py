@@ -1,0 +1,124 @@
+"""Counter-based random numbers: known answers, moments, and that nothing but (seed, step, index, name) matters."""
+
+import math
+
+import pytest
+import torch
+
+from diffdistill.draws import Draws, philox
+
+COUNT = 200_000
+
+
+def as_ints(words: str) -> list[int]:
+    return [int(word, 16) for word in words.split()]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (
+            "ffffffff ffffffff ffffffff ffffffff",
+            "ffffffff ffffffff",
+            "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        ),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+    ids=["zeros", "ones", "digits of pi"],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
+    first, second = as_ints(key)
+    words = philox(tuple(torch.tensor([word]) for word in as_ints(counter)), (first, second))
+    assert [word.item() for word in words] == as_ints(expected)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 8, 8)])
+def test_a_sample_s_numbers_do_not_depend_on_the_batch_it_is_in(shape):
+    whole = Draws(7, 3, torch.arange(10)).normal("eps", shape)
+    parts = [Draws(7, 3, index).normal("eps", shape) for index in torch.arange(10).split(4)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_uniforms_and_integers_do_not_depend_on_the_batch_either():
+    whole, second = Draws(7, 3, torch.arange(10)), Draws(7, 3, torch.arange(5, 10))
+    assert torch.equal(whole.uniform("t")[5:], second.uniform("t"))
+    assert torch.equal(whole.integers("label", 10)[5:], second.integers("label", 10))
+
+
+def test_a_longer_shape_starts_with_the_numbers_of_a_shorter_one():
+    rng = Draws(7, 3, torch.arange(4))
+    assert torch.equal(rng.normal("eps", (16,))[:, :8], rng.normal("eps", (8,)))
+
+
+def test_normals_have_the_moments_of_a_normal_law():
+    x = Draws(0, 0, torch.arange(COUNT // 8)).normal("eps", (8,), torch.float64)
+    # Five standard errors of each moment: those of x, x^2, x^3 and x^4 have variances 1, 2, 15 and 96.
+    for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert (x**power).mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / COUNT))
+
+
+def test_normals_of_one_sample_are_uncorrelated():
+    x = Draws(0, 0, torch.arange(COUNT // 8)).normal("eps", (8,), torch.float64)
+    off_diagonal = (x.T @ x / len(x)).fill_diagonal_(0)
+    assert off_diagonal.abs().max().item() < 5 / math.sqrt(len(x))  # five standard errors
+
+
+def test_uniforms_have_the_moments_of_a_uniform_law_and_stay_inside_it():
+    u = Draws(0, 0, torch.arange(COUNT)).uniform("t")
+    assert bool(((u > 0) & (u < 1)).all())
+    assert u.mean().item() == pytest.approx(1 / 2, abs=5 * math.sqrt(1 / 12 / COUNT))
+    assert u.var().item() == pytest.approx(1 / 12, abs=5 * math.sqrt(1 / 180 / COUNT))
+
+
+def test_integers_are_equally_frequent():
+    counts = Draws(0, 0, torch.arange(COUNT)).integers("label", 7).bincount()
+    expected = COUNT / 7
+    assert len(counts) == 7
+    assert (counts - expected).abs().max().item() < 5 * math.sqrt(expected)  # five standard errors
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Draws(0, 1, torch.arange(COUNT)), Draws(1, 0, torch.arange(COUNT)), Draws(1 << 40, 0, torch.arange(COUNT))],
+    ids=["another step", "another seed", "a seed beyond 32 bits"],
+)
+def test_another_step_or_seed_gives_independent_numbers(other):
+    first = Draws(0, 0, torch.arange(COUNT)).normal("eps", (), torch.float64)
+    second = other.normal("eps", (), torch.float64)
+    assert (first * second).mean().abs().item() < 5 / math.sqrt(COUNT)  # five standard errors
+
+
+def test_two_names_are_independent_and_one_name_repeats():
+    rng = Draws(0, 0, torch.arange(COUNT))
+    first, second = rng.normal("z", (), torch.float64), rng.normal("eps", (), torch.float64)
+    assert (first * second).mean().abs().item() < 5 / math.sqrt(COUNT)  # five standard errors
+    assert torch.equal(first, rng.normal("z", (), torch.float64))
+
+
+def test_sample_numbers_beyond_32_bits_have_numbers_of_their_own():
+    far = Draws(0, 0, torch.tensor([5, 5 + (1 << 32)])).uniform("t")
+    assert far[0] != far[1]
+
+
+def test_a_shared_integer_is_the_same_for_every_part_of_the_batch():
+    parts = [Draws(0, 11, index).shared_integer("step", 1000) for index in torch.arange(12).split(3)]
+    assert len(set(parts)) == 1
+
+
+def test_a_shared_integer_takes_every_value_over_the_steps():
+    index = torch.arange(2)
+    values = [Draws(0, step, index).shared_integer("step", 4) for step in range(100)]
+    # Each count is binomial(100, 1/4): 25 +- 4.3, so five standard errors leave at least 4.
+    assert all(values.count(value) >= 4 for value in range(4))
+
+
+def test_a_torch_seed_is_accepted_by_torch_and_differs_between_steps():
+    seeds = {Draws(0, step, torch.arange(2)).torch_seed("dropout") for step in range(50)}
+    assert len(seeds) == 50
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
