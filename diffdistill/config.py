@@ -170,7 +170,7 @@ def read_yaml(file: str | FilePath) -> dict[str, Any]:
 def parse_yaml(text: str, *, origin: str) -> Any:
     """Any YAML value. Raises UserError with the line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not valid YAML: {error}") from None
 
@@ -253,5 +253,3 @@ def _did_you_mean(wrong: str, choices: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(wrong), choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (choices: {', '.join(choices)})" if choices else hint
-
-

@@ -100,9 +100,7 @@ def gaussian_denoiser(path: Path, mean: Tensor, covariance: Tensor) -> Denoiser:
     return mixture_denoiser(path, torch.ones(1), mean[None], covariance[None])
 
 
-def gaussian_flow(
-    path: Path, mean: Tensor, covariance: Tensor, x: Tensor, t_from: Tensor, t_to: Tensor
-) -> Tensor:
+def gaussian_flow(path: Path, mean: Tensor, covariance: Tensor, x: Tensor, t_from: Tensor, t_to: Tensor) -> Tensor:
     """Where the exact probability-flow ODE of N(mean, covariance) carries x from t_from to t_to.
 
     x: [B, D]; times: [B].  Returns [B, D] float64.  Each eigenmode is scaled by its ratio of standard deviations.

@@ -1,0 +1,187 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, hashed, renamed into place, never pickled.
+
+A checkpoint is a folder `step-00000500` with some `<group>.safetensors`, `state.json` and `manifest.json` (the
+SHA-256 of each of the others, and of itself).
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffdistill.schema import UserError
+
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """step: iterations done.  tensors: by group, then by name.  state: counters, configs."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int) -> FilePath:
+    """Write into a temporary folder, fsync, rename; then drop all but the newest `keep`.
+
+    Returns the checkpoint's folder. Raises OSError (the disk is full, say) with nothing half written left behind
+    and all earlier checkpoints intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{PREFIX}{checkpoint.step:08d}"
+    temporary = folder / f".writing-{target.name}"
+    clear_temporary(folder)
+    try:
+        temporary.mkdir()
+        for group, tensors in checkpoint.tensors.items():
+            _write_tensors(temporary / f"{group}.safetensors", tensors)
+        _write_synced(temporary / "state.json", json.dumps(checkpoint.state, indent=1))
+        hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
+        _write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
+        _sync_folder(temporary)
+        if target.exists():  # the same step, written again after a resume from an earlier one
+            _remove(target)
+        temporary.rename(target)
+        _sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        _remove(old)
+    return target
+
+
+def list_checkpoints(folder: FilePath) -> list[FilePath]:
+    """The checkpoints in a folder, oldest first, damaged ones included."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.is_dir()) if folder.is_dir() else []
+
+
+def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, device: str = "cpu") -> Checkpoint:
+    """Read a checkpoint after checking every hash. groups: only these tensors (default: all).
+
+    Raises CheckpointError naming the damaged file and the newest whole checkpoint before it.
+    """
+    fault = find_damage(target)
+    if fault:
+        whole = [c for c in list_checkpoints(target.parent) if c.name < target.name and not find_damage(c)]
+        offer = f"; the newest whole one before it is {whole[-1]}" if whole else "; there is no whole one before it"
+        raise CheckpointError(f"{target}: damaged: {fault}{offer}")
+    state = json.loads((target / "state.json").read_text())
+    wanted = [file for file in sorted(target.glob("*.safetensors")) if groups is None or file.stem in groups]
+    return Checkpoint(
+        step=int(target.name.removeprefix(PREFIX)),
+        tensors={file.stem: load_file(file, device=device) for file in wanted},
+        state=state,
+    )
+
+
+def find_damage(target: FilePath) -> str | None:
+    """What is wrong with a checkpoint, or None: every file is there, of the right hash, and nothing else is."""
+    try:
+        manifest = json.loads((target / MANIFEST).read_text())
+        hashes = manifest["files"]
+        if manifest["self"] != _hash_text(json.dumps(hashes)):
+            return f"{MANIFEST} does not match its own hash"
+        for name, expected in hashes.items():
+            if _hash(target / FilePath(name).name) != expected:
+                return f"{name} does not match its hash (truncated or changed)"
+    except FileNotFoundError as error:
+        return f"{FilePath(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def clear_temporary(folder: FilePath) -> None:
+    """Remove what a killed writer left behind."""
+    for leftover in [*folder.glob(".writing-*"), *folder.glob(".removing-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return (isinstance(error, OSError) and error.errno in full) or "No space left" in str(error)
+
+
+def write_text_atomically(file: FilePath, text: str) -> None:
+    """The old text or the new one, never a part."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        _write_synced(temporary, text)
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """The old file or the new one, never a part."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        _write_tensors(temporary, tensors)
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _remove(checkpoint: FilePath) -> None:
+    """Out of sight in one step, then off the disk."""
+    doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(ready, file)
+    except SafetensorError as error:  # it wraps the operating system's error
+        code = errno.ENOSPC if is_disk_full(error) else errno.EIO
+        raise OSError(code, str(error), str(file)) from error
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _write_synced(file: FilePath, text: str) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(folder: FilePath) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(file: FilePath) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

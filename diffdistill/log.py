@@ -1,0 +1,110 @@
+"""What a run tells: a progress bar, metrics.jsonl and TensorBoard, all offline."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+class Meter:
+    """Means of detached scalars between two reports; nothing is copied to the host before `means`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value.detach(), count + 1)
+
+    def means(self) -> dict[str, float]:
+        """The means so far, and start anew."""
+        found = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        self._sums.clear()
+        return found
+
+
+class RunLog:
+    """Reports of one run.
+
+    folder: the run's.  start_step: lines of a killed run after this step are dropped, so that none stands twice.
+    """
+
+    def __init__(self, folder: FilePath, *, title: str, start_step: int, num_steps: int, quiet: bool = False) -> None:
+        self.file = folder / METRICS
+        self._drop_after(start_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._console = Console(stderr=True)
+        self._quiet = quiet
+        self._is_live = self._console.is_terminal and not quiet
+        self._title, self._num_steps, self._start_step = title, num_steps, start_step
+        self._began = time.perf_counter()
+        self._bar = Progress(
+            TextColumn(f"{title}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=self._console,
+            disable=not self._is_live,
+        )
+        self._task = self._bar.add_task(title, total=num_steps, completed=start_step, speed="", losses="")
+
+    def __enter__(self) -> "RunLog":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._board.close()
+
+    def step(self, step: int) -> None:
+        """One more iteration is done."""
+        if self._is_live:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, images: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, the same to TensorBoard, and the newest losses to the bar (or a plain line)."""
+        seconds = time.perf_counter() - self._began
+        speed = (step - self._start_step) / max(seconds, 1e-9)
+        line = {"step": step, "images": images, "seconds": round(seconds, 3), "its_per_second": round(speed, 3)}
+        with self.file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line | dict(values)) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        losses = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name.endswith("/loss"))
+        if self._is_live:
+            self._bar.update(self._task, completed=step, speed=f"{speed:.1f} it/s", losses=losses)
+        elif not self._quiet:
+            left = (self._num_steps - step) / max(speed, 1e-9)
+            print(
+                f"{self._title} {step}/{self._num_steps} {speed:.1f} it/s, {left:.0f} s left  {losses}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def say(self, message: str) -> None:
+        """A line for people, above the bar."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def _drop_after(self, step: int) -> None:
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a killed run
+        self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

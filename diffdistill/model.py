@@ -1,0 +1,83 @@
+"""Denoisers on disk: what a checkpoint says about its network, and how a run's weights become a Denoiser."""
+
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor
+
+from diffdistill.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from diffdistill.config import ModelConfig, validate
+from diffdistill.denoiser import Denoiser, freeze
+from diffdistill.sampling import AnySampler
+from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+
+
+@schema
+class ModelSpec:
+    """Enough to build a network again: its config, the images it was made for, and how to sample from it."""
+
+    model: ModelConfig
+    image_shape: tuple[PositiveInt, ...]
+    num_classes: int
+    class_dropout: Fraction
+    sampler: AnySampler
+
+    def build(self) -> Denoiser:
+        """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
+        net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
+        return Denoiser(net, self.model.path, self.model.predicts, sigma_data=self.model.sigma_data)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """denoiser: frozen.  spec: what it is.  source: the checkpoint it came from."""
+
+    denoiser: Denoiser
+    spec: ModelSpec
+    source: FilePath
+
+
+def load_model(place: str | FilePath, *, use_ema: bool = True) -> TrainedModel:
+    """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder.
+
+    use_ema: the averaged weights where there are some.  Raises UserError if there is none or it is damaged.
+    """
+    target = find_checkpoint(FilePath(place))
+    checkpoint = load_checkpoint(target, groups=("players", "ema"))
+    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
+    student = f"{checkpoint.state['student']}."
+    group = "ema" if use_ema and "ema" in checkpoint.tensors else "players"
+    weights = {k.removeprefix(student): v for k, v in checkpoint.tensors[group].items() if k.startswith(student)}
+    denoiser = spec.build()
+    load_strictly(denoiser, weights, origin=str(target))
+    freeze(denoiser)
+    return TrainedModel(denoiser, spec, target)
+
+
+def find_checkpoint(place: FilePath) -> FilePath:
+    """The newest checkpoint of a run's folder, or `place` itself if it is one. Raises CheckpointError."""
+    if not place.is_dir():
+        raise CheckpointError(f"{place}: no such folder; give a run's folder or one of its checkpoints")
+    if (place / "state.json").exists():
+        return place
+    found = list_checkpoints(place / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{place}: holds no checkpoint (looked for {place}/checkpoints/step-*)")
+    return found[-1]
+
+
+def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], *, origin: str) -> None:
+    """load_state_dict with one readable message. Raises UserError if names or shapes differ."""
+    own = module.state_dict()
+    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if faults:
+        listed = "; ".join(sorted(faults)[:3])
+        raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
+    module.load_state_dict(weights)

@@ -1,0 +1,402 @@
+"""The loop: draw -> loss -> backward -> step -> EMA. It knows no paper; a method says who steps when.
+
+Everything random depends on (seed, step, global sample index), every rate on the step alone: so a run that was
+stopped and resumed equals one that was not, bit for bit on a CPU, and accumulation equals one large batch.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffdistill.checkpoint import (
+    Checkpoint,
+    clear_temporary,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    write_tensors_atomically,
+    write_text_atomically,
+)
+from diffdistill.config import ModelConfig, RunConfig, dump, dump_yaml
+from diffdistill.denoiser import NO_COND, Cond
+from diffdistill.draws import Draws
+from diffdistill.ema import EMA
+from diffdistill.log import Meter, RunLog
+from diffdistill.method import Batch, Loss, Players, Setting, Update
+from diffdistill.model import ModelSpec, TrainedModel, load_model, load_strictly
+from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from diffdistill.preview import save_panels
+from diffdistill.schema import UserError
+from diffdistill.stopping import StopRequested, stop_signals
+
+FREE_TO_CHANGE = ("run", "train.steps", "train.log_every", "train.preview_every", "train.checkpoint_every")
+FREE_TO_CHANGE += ("train.keep_checkpoints", "train.device", "train.on_nonfinite", "train.max_skips")
+"""Settings that a resumed run may change."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. The command line prints it without a traceback and exits with 1."""
+
+
+@dataclass
+class MicroBatch:
+    """A part of the global batch on this process; `draw` gathers what the step's updates carry over."""
+
+    rng: Draws
+    batch: Batch
+    draw: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Trainer:
+    """One run, from its config. Build it, then `run()`.
+
+    Raises UserError for whatever the config asks that cannot be, before anything is written.
+    """
+
+    def __init__(self, config: RunConfig, *, resume: bool | str = False, quiet: bool = False) -> None:
+        """resume: False starts anew (an existing run's folder is refused), True goes on from the newest
+        checkpoint, a name ("step-00000500") from that one."""
+        self.config, self.method, self.quiet = config, config.method, quiet
+        train = config.train
+        self.folder = FilePath(config.run)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if train.precision == "bf16" else "no", cpu=train.device == "cpu"
+        )
+        self.device = self.accelerator.device
+        images, labels = config.data.load()
+        self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
+        self.teacher = self._load_teacher()
+        self.spec, self.setting = self._settle()
+        self._check_labels()
+        self.start = self._find_start(resume)
+        modules = self.method.players(self.setting)
+        teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
+        self._check_optimizers(modules)
+        self.trained = {name: module.to(self.device).train() for name, module in modules.items()}
+        self.players = Players(**teachers, **self.trained)
+        self.optimizers = {name: make_optimizer(module, config.optimizer(name)) for name, module in modules.items()}
+        self.ema = EMA(self.trained[self.method.student], config.ema) if config.ema else None
+        self.step = 0
+        self.skips = 0
+        self.stored: dict[str, Tensor] = {}
+        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._meter = Meter()
+        if self.start:
+            self._restore(self.start)
+
+    @property
+    def student(self) -> nn.Module:
+        """The player that samples are taken from: the EMA where there is one."""
+        return self.ema.module if self.ema else self.trained[self.method.student]
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.config.train.global_batch_size
+
+    def run(self) -> FilePath:
+        """Train to the last step. Returns the newest checkpoint's folder.
+
+        SIGINT and SIGTERM save a checkpoint and raise StopRequested. Raises TrainingError when the losses stay
+        non-finite, OSError when nothing can be written (the last good checkpoint stays).
+        """
+        train = self.config.train
+        self._open_folder()
+        self._prepare()
+        title = f"{self.method.name} {self.folder}"
+        log = RunLog(self.folder, title=title, start_step=self.step, num_steps=train.steps, quiet=self.quiet)
+        with log, stop_signals() as stopping:
+            while self.step < train.steps:
+                self.train_step(log)
+                log.step(self.step)
+                last = self.step == train.steps
+                if self.step % train.log_every == 0 or last:
+                    log.report(self.step, self.images_seen, self._meter.means())
+                if train.preview_every and (self.step % train.preview_every == 0 or last):
+                    self.save_preview()
+                if self.step % train.checkpoint_every == 0 or last or stopping:
+                    self.save()
+                if stopping:
+                    raise StopRequested(stopping[0], self.step, self.folder)
+        return list_checkpoints(self.folder / "checkpoints")[-1]
+
+    def train_step(self, log: RunLog | None = None) -> None:
+        """One iteration: every update that is due, in the method's order, then the EMA."""
+        micros = list(self._micro_batches())
+        for update in self.method.updates:
+            if self.step % update.every == 0:
+                is_done = self._update(update, micros, log)
+                if is_done and self.ema and self.method.student in update.players:
+                    self.ema.update(
+                        self.trained[self.method.student],
+                        images_seen=self.images_seen,
+                        batch_images=self.config.train.global_batch_size * update.every,
+                    )
+        self.step += 1
+
+    def save(self) -> FilePath:
+        """Write a checkpoint of everything that a resumed run needs."""
+        tensors = {"players": _flatten({name: module.state_dict() for name, module in self.trained.items()})}
+        if self.ema:
+            tensors["ema"] = _flatten({self.method.student: self.ema.module.state_dict()})
+        tensors["optimizers"] = _flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
+        state = {
+            "format": 1,
+            "step": self.step,
+            "skips": self.skips,
+            "student": self.method.student,
+            "model": dump(self.spec),
+            "config": dump(self.config),
+            "teacher": str(self.teacher.source) if self.teacher else None,
+        }
+        keep = self.config.train.keep_checkpoints
+        return save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=keep)
+
+    @torch.no_grad()
+    def save_preview(self, count: int = 40) -> FilePath:
+        """previews/step-*.png: the student's samples and, where there are such players, the teacher's and the fake
+        score's denoising of them at one noise level and on the same noise."""
+        rng = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
+        cond = self._class_cond(torch.arange(count, device=self.device) % max(self.setting.num_classes, 1))
+        noise = rng.normal("preview", self.setting.image_shape)
+        sampler = self.method.sampler(self.setting)
+        fresh = [rng.normal(f"fresh {i}", self.setting.image_shape) for i in range(16)]
+        x = sampler(self.student, noise, cond, fresh_noise=lambda i: fresh[i])  # type: ignore[arg-type]
+        panels = {f"{self.method.student} ({sampler.num_evaluations} ev.)": x}
+        path = self.setting.path
+        t = path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=self.device))
+        x_t = path.diffuse(x, rng.normal("preview eps", self.setting.image_shape), t)
+        for name in ("teacher", "fake"):
+            if name in self.players and name != self.method.student:
+                panels[f"{name}'s D(x_t), ratio 1"] = self.players[name](x_t, t, cond)
+        file = self.folder / "previews" / f"step-{self.step:08d}.png"
+        save_panels(file, panels, columns=10 if self.setting.num_classes == 10 else 8)
+        return file
+
+    def _update(self, update: Update, micros: list[MicroBatch], log: RunLog | None) -> bool:
+        """One optimiser step of some players. Returns whether it was taken."""
+        for name, module in self.trained.items():
+            module.requires_grad_(name in update.players)
+        logs: list[Loss] = []
+        for micro in micros:
+            torch.manual_seed(micro.rng.torch_seed(update.loss))  # for dropout inside the networks
+            with self.accelerator.autocast():
+                loss: Loss = getattr(self.method, update.loss)(self.players, micro.draw, micro.batch)
+            self.accelerator.backward(loss.total / len(micros))
+            micro.draw |= loss.carry
+            logs.append(loss)
+        norms = {name: self._clip(name) for name in update.players}
+        is_finite = bool(torch.isfinite(torch.stack([*norms.values(), *(loss.total.detach() for loss in logs)])).all())
+        if is_finite:
+            for name in update.players:
+                for group in self.optimizers[name].param_groups:
+                    group["lr"] = learning_rate(self.config.optimizer(name), self.step, self.config.train.steps)
+                self.optimizers[name].step()
+            self.skips = 0
+        for name in update.players:
+            self.optimizers[name].zero_grad(set_to_none=True)
+        self._note(update, logs, norms, is_finite, log)
+        return is_finite
+
+    def _clip(self, name: str) -> Tensor:
+        """The gradient's norm before clipping, after clipping it as the config says."""
+        options, parameters = self.config.optimizer(name), list(self.trained[name].parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf)
+        if options.clip_value:
+            nn.utils.clip_grad_value_(parameters, options.clip_value)
+        return norm
+
+    def _note(
+        self, update: Update, logs: list[Loss], norms: dict[str, Tensor], is_finite: bool, log: RunLog | None
+    ) -> None:
+        """Record an update; if it was not finite, say so by name, and stop when told to or when it goes on."""
+        first = update.players[0]
+        if is_finite:
+            for loss in logs:
+                self._meter.add({f"{first}/loss": loss.total, **{f"{first}/{k}": v for k, v in loss.logs.items()}})
+            self._meter.add({f"{name}/gradient_norm": norm for name, norm in norms.items()})
+            return
+        self.skips += 1
+        parts = {
+            name: float(value) for loss in logs for name, value in ({"total": loss.total} | dict(loss.logs)).items()
+        }
+        bad = [f"{update.loss} ({name} = {value})" for name, value in parts.items() if not math.isfinite(value)]
+        bad += [f"the gradient of {name}" for name, norm in norms.items() if not math.isfinite(float(norm))]
+        message = f"step {self.step}, player {first}: {', '.join(dict.fromkeys(bad))} is not finite"
+        if self.config.train.on_nonfinite == "stop" or self.skips >= self.config.train.max_skips:
+            more = f", {self.skips} updates in a row" if self.skips > 1 else ""
+            raise TrainingError(f"{message}{more}. The last checkpoint is intact; try a lower learning rate")
+        if log:
+            log.say(f"{message}; this update is skipped")
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """This process's share of the step's samples, in pieces."""
+        train, processes = self.config.train, self.accelerator.num_processes
+        share = train.global_batch_size // processes
+        begin = self.images_seen + share * self.accelerator.process_index
+        size = min(train.micro_batch_size or share, share)
+        for first in range(begin, begin + share, size):
+            index = torch.arange(first, first + size, device=self.device)
+            rng = Draws(train.seed, self.step, index)
+            yield MicroBatch(rng, self._data(index), self.method.draw(rng, self.setting))
+
+    def _data(self, index: Tensor) -> Batch:
+        """Real images for global sample numbers: each epoch is a permutation that depends on (seed, epoch)."""
+        if not self.method.needs_images:
+            return Batch(self.images[:0], NO_COND, self.stored)
+        count = len(self.images)
+        rows = torch.empty_like(index)
+        for epoch in (index // count).unique().tolist():
+            here = index // count == epoch
+            rows[here] = self._order(epoch)[index[here] % count]
+        label = self.labels[rows] if self.labels is not None else rows
+        return Batch(self.images[rows], self._class_cond(label), self.stored)
+
+    def _order(self, epoch: int) -> Tensor:
+        if self._permutation[0] != epoch:
+            seed = Draws(self.config.train.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed("data order")
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(self.images), generator=generator).to(self.device)
+            self._permutation = (epoch, order)
+        return self._permutation[1]
+
+    def _class_cond(self, label: Tensor) -> Cond:
+        return Cond(label=label) if self.setting.num_classes else NO_COND
+
+    def _load_teacher(self) -> TrainedModel | None:
+        if self.config.teacher is None:
+            return None
+        teacher = load_model(self.config.teacher)
+        teacher.denoiser.to(self.device)
+        return teacher
+
+    def _settle(self) -> tuple[ModelSpec, Setting]:
+        """The network's description and the method's setting, from the teacher or from `model`."""
+        config, shape = self.config, tuple(self.images.shape[1:])
+        batch, processes = config.train.global_batch_size, self.accelerator.num_processes
+        micro = config.train.micro_batch_size or batch // processes
+        if batch % processes or (batch // processes) % min(micro, batch // processes):
+            raise UserError(
+                f"train.global_batch_size = {batch}: must be a multiple of processes x micro_batch_size "
+                f"= {processes} x {micro}"
+            )
+        if (config.model is None) == (self.teacher is None):
+            raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
+        if self.teacher:
+            spec = self.teacher.spec
+            if spec.image_shape != shape:
+                raise UserError(f"data: images are {shape}, but the teacher's are {spec.image_shape}")
+            setting = Setting(shape, spec.num_classes, spec.model.path, teacher=self.teacher.denoiser)
+            sampler = self.method.sampler(setting)
+            return ModelSpec(**(_fields(spec) | {"sampler": sampler})), setting
+        assert isinstance(config.model, ModelConfig)
+        classes = int(self.labels.max()) + 1 if self.labels is not None else 0
+        setting = Setting(shape, classes, config.model.path)
+        spec = ModelSpec(
+            model=config.model,
+            image_shape=shape,
+            num_classes=classes,
+            class_dropout=getattr(self.method, "class_dropout", 0.0),
+            sampler=self.method.sampler(setting),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            network = spec.build()
+        return spec, Setting(shape, classes, config.model.path, network=network)
+
+    def _check_labels(self) -> None:
+        if self.labels is None or not self.setting.num_classes:
+            return
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= self.setting.num_classes:
+            raise UserError(
+                f"data: labels go from {low} to {high}; the teacher knows 0 to {self.setting.num_classes - 1}"
+            )
+
+    def _check_optimizers(self, modules: dict[str, nn.Module]) -> None:
+        for name in self.config.optimizers:
+            if name not in modules and name != "default":
+                raise UserError(f"optimizers.{name}: no such player; choose from {', '.join([*modules, 'default'])}")
+        for name in modules:
+            self.config.optimizer(name)
+
+    def _find_start(self, resume: bool | str) -> FilePath | None:
+        """The checkpoint to go on from. Raises UserError where that makes no sense."""
+        folder = self.folder / "checkpoints"
+        found = list_checkpoints(folder)
+        if not resume:
+            if found:
+                raise UserError(f"{self.folder}: holds a run already; add --resume to go on, or name another `run`")
+            return None
+        if isinstance(resume, str):
+            if not (folder / resume).is_dir():
+                names = ", ".join(c.name for c in found) or "none"
+                raise UserError(f"{folder}: no checkpoint {resume!r}; there are: {names}")
+            return folder / resume
+        return found[-1] if found else None
+
+    def _restore(self, target: FilePath) -> None:
+        """Put everything back as it was. Raises UserError if the config or the architecture has changed."""
+        checkpoint = load_checkpoint(target)
+        changed = [
+            f"{key}: was {old!r}, now {new!r}"
+            for key, old, new in _differences(checkpoint.state["config"], dump(self.config))
+            if not key.startswith(FREE_TO_CHANGE)
+        ]
+        if changed:
+            raise UserError(f"{target}: the config has changed since:\n  " + "\n  ".join(changed))
+        for name, module in self.trained.items():
+            load_strictly(module, _part(checkpoint.tensors["players"], name), origin=f"{target} ({name})")
+            restore_optimizer(self.optimizers[name], _part(checkpoint.tensors["optimizers"], name))
+        if self.ema:
+            weights = _part(checkpoint.tensors["ema"], self.method.student)
+            load_strictly(self.ema.module, weights, origin=f"{target} (ema)")
+        self.step, self.skips = int(checkpoint.state["step"]), int(checkpoint.state["skips"])
+
+    def _open_folder(self) -> None:
+        """Make the run's folder and write the resolved config. Raises UserError where that is not allowed."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.folder / "config.yaml", dump_yaml(self.config))
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"run = {str(self.folder)!r}: cannot be written: {error.strerror}") from None
+        clear_temporary(self.folder / "checkpoints")
+
+    def _prepare(self) -> None:
+        """What the method makes once; kept with the run, so that a resumed run uses the same."""
+        from safetensors.torch import load_file
+
+        file = self.folder / "prepared.safetensors"
+        if not (self.start and file.exists()):
+            made = self.method.prepare(self.setting, self.config.train.seed)
+            if made:
+                write_tensors_atomically(file, made)
+            else:
+                return
+        self.stored = load_file(file, device=str(self.device))
+
+
+def _flatten(groups: dict[str, Any]) -> dict[str, Tensor]:
+    return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def _part(tensors: Any, group: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{group}."): t for name, t in tensors.items() if name.startswith(f"{group}.")}
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+
+
+def _differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted places at which two nested dicts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            yield from _differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+    elif old != new:
+        yield place, old, new
