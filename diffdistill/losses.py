@@ -53,8 +53,8 @@ def field_loss(x: Tensor, field: Tensor) -> Tensor:
     x: [B, ...] with graph; field: [B, ...], of which no gradient is taken.  Its value is 0.5 mean v^2.
     Poole et al. 2022 (DreamFusion) eq. 3; this form: Yin et al. 2024, arXiv:2311.18828, eq. 7.
     """
-    target = (x - field).detach()
-    return 0.5 * F.mse_loss(x.float() if x.dtype.itemsize < 4 else x, target)
+    x = _widen(x)
+    return 0.5 * F.mse_loss(x, (x - field).detach().to(x.dtype))
 
 
 def sample_normaliser(x: Tensor, estimate: Tensor, minimum: float = 1e-5) -> Tensor:
@@ -62,21 +62,29 @@ def sample_normaliser(x: Tensor, estimate: Tensor, minimum: float = 1e-5) -> Ten
 
     x, estimate: [B, ...].  Returns [B, 1, ...], float32 or wider.  Yin et al. 2024, arXiv:2311.18828, eq. 8.
     """
-    gap = (x - estimate).detach()
-    gap = gap.to(torch.promote_types(gap.dtype, torch.float32)).abs()
+    gap = (_widen(x.detach()) - _widen(estimate.detach())).abs()
     return gap.mean(dim=tuple(range(1, gap.ndim)), keepdim=True).clamp_min(minimum)
 
 
 def zero_nonfinite(field: Tensor) -> Tensor:
-    """Samples whose field is not finite push nothing; never torch's default of +-3.4e38 for infinity."""
-    return torch.nan_to_num(field, nan=0.0, posinf=0.0, neginf=0.0)
+    """A sample whose field is not finite in every pixel pushes nothing.  field: [B, ...].
+
+    Zeroed as a whole: torch.nan_to_num's default would make +-3.4e38 of an infinity.
+    """
+    is_finite = field.isfinite().flatten(1).all(1).reshape(-1, *[1] * (field.ndim - 1))
+    return torch.where(is_finite, field, 0.0)
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating: mean softplus(-l).  At the optimal l = log(p/q) its gradient is softened reverse KL's."""
-    return F.softplus(-fake_logits.float()).mean()
+    return F.softplus(-_widen(fake_logits)).mean()
 
 
 def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """mean softplus(-l_real) + mean softplus(l_fake), minimal at l = log(p/q).  Goodfellow et al. 2014."""
-    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+    return F.softplus(-_widen(real_logits)).mean() + F.softplus(_widen(fake_logits)).mean()
+
+
+def _widen(x: Tensor) -> Tensor:
+    """x in float32, or in its own type if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

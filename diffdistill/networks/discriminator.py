@@ -26,7 +26,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features: [B, C, h, w].  Returns logits [B], an estimate of log(p_real / p_fake)."""
-        logits: Tensor = self.layers(features.float()).flatten(1)
+        logits: Tensor = self.layers(features.to(torch.promote_types(features.dtype, torch.float32))).flatten(1)
         return logits.mean(1)
 
 

@@ -1,0 +1,314 @@
+"""Shared losses: gradients against closed forms on quadrature nodes, and numbers that are not finite."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import NO_COND, Denoiser
+from diffdistill.losses import (
+    denoising_loss,
+    denoising_weight,
+    field_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    sample_normaliser,
+    zero_nonfinite,
+)
+from diffdistill.networks.analytic import gaussian_denoiser, mixture_denoiser
+from diffdistill.networks.discriminator import Head
+from diffdistill.path import EDM, Path, VPCosine, expand
+
+PATH = EDM()
+SIX_DIGITS = 2e-6  # values that are known to six decimals
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def normal_nodes(count: int = 40) -> tuple[Tensor, Tensor]:
+    """Gauss-Hermite nodes of N(0, 1) and their weights, which sum to one."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+
+
+def product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of two sets of nodes and the weight of each pair, flat."""
+    a, b = torch.meshgrid(first[0], second[0], indexing="ij")
+    return a.flatten(), b.flatten(), torch.outer(first[1], second[1]).flatten()
+
+
+def averaged_by(x: Tensor, weights: Tensor) -> Tensor:
+    """x unchanged; a gradient of a plain mean over it becomes that of the mean by `weights`."""
+    same = x.clone()
+    same.register_hook(lambda gradient: gradient * weights.reshape(-1, *[1] * (x.ndim - 1)) * len(x))
+    return same
+
+
+class GaussianFixture:
+    """A Gaussian teacher and an affine generator theta + tau z, with the generator's exact denoiser."""
+
+    m, s, theta, tau, sigma = 0.7, 0.5, -0.4, 0.9, 1.3
+
+    def __init__(self) -> None:
+        z, eps, self.weights = product(normal_nodes(), normal_nodes())
+        self.z, self.eps = z[:, None], eps[:, None]
+        self.t = torch.full_like(z, self.sigma)
+        self.teacher = one_gaussian(PATH, self.m, self.s)
+        self.fake = one_gaussian(PATH, self.theta, self.tau)
+
+    def gradient(self, field_of_noised) -> Tensor:
+        """The gradient by (theta, tau) when field_of_noised(x_t) is pushed through the generator."""
+        theta, tau = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (self.theta, self.tau))
+        x = averaged_by(theta + tau * self.z, self.weights)
+        with torch.no_grad():
+            field = field_of_noised(PATH.diffuse(x, self.eps, self.t))
+        return torch.stack(torch.autograd.grad(field_loss(x, field), (theta, tau)))
+
+    def score(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
+        return denoiser.convert(denoiser(x_t, self.t), "score", x_t, self.t)
+
+
+class MixtureFixture:
+    """A two-component teacher and the generator t + u y, y from another mixture; every law exact."""
+
+    shift, scale, variance = 0.2, 1.1, 0.8
+    teacher_law = ((0.3, 0.7), (-1.5, 1.0), (0.3, 0.2))
+    latent_law = ((0.6, 0.4), (-0.5, 0.8), (0.25, 0.15))
+    expected_softened = (-0.040398, -0.075387)
+
+    def __init__(self) -> None:
+        nodes, weights = normal_nodes()
+        shares, means, variances = self.latent_law
+        latent = torch.cat([m + math.sqrt(v) * nodes for m, v in zip(means, variances, strict=True)])
+        latent_weights = torch.cat([share * weights for share in shares])
+        y, eps, self.weights = product((latent, latent_weights), (nodes, weights))
+        self.y, self.eps = y[:, None], eps[:, None]
+        self.t = torch.full_like(y, math.sqrt(self.variance))
+        self.teacher = one_dimensional_mixture(*self.teacher_law)
+        self.fake = one_dimensional_mixture(*self.generated_law(self.shift, self.scale))
+
+    def generated_law(self, shift: float, scale: float):
+        shares, means, variances = self.latent_law
+        return shares, tuple(shift + scale * m for m in means), tuple(scale**2 * v for v in variances)
+
+    def log_density(self, denoiser: Denoiser, points: Tensor) -> Tensor:
+        """log density of the law of x_t at points [B, 1]."""
+        t = torch.full((len(points),), math.sqrt(self.variance), dtype=torch.float64)
+        return denoiser.net.log_prob(points, t, NO_COND)
+
+    def log_ratio(self, points: Tensor) -> Tensor:
+        """log p_t / q_t at points [B, 1], the discriminator's optimum."""
+        return self.log_density(self.teacher, points) - self.log_density(self.fake, points)
+
+    def gradient(self, loss_of_noised) -> Tensor:
+        """The gradient by (shift, scale) of a loss of x (with graph) and its noised form."""
+        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (self.shift, self.scale))
+        x = averaged_by(shift + scale * self.y, self.weights)
+        loss = loss_of_noised(x, PATH.diffuse(x, self.eps, self.t))
+        return torch.stack(torch.autograd.grad(loss, (shift, scale)))
+
+    def softened_divergence(self, shift: float, scale: float) -> float:
+        """E_q[(r + 1) log((r + 1) / 2r)], r = p_t / q_t, on a grid."""
+        grid = torch.linspace(-12, 12, 20001, dtype=torch.float64)[:, None]
+        log_q = self.log_density(one_dimensional_mixture(*self.generated_law(shift, scale)), grid)
+        log_r = self.log_density(self.teacher, grid) - log_q
+        integrand = log_q.exp() * (log_r.exp() + 1) * (torch.log1p(log_r.exp()) - math.log(2) - log_r)
+        return (integrand.sum() * (24 / 20000)).item()
+
+
+def one_gaussian(path: Path, mean: float, std: float) -> Denoiser:
+    return gaussian_denoiser(
+        path, torch.tensor([mean], dtype=torch.float64), torch.tensor([[std]], dtype=torch.float64) ** 2
+    )
+
+
+def one_dimensional_mixture(shares, means, variances) -> Denoiser:
+    weights, centres, widths = (torch.tensor(part, dtype=torch.float64) for part in (shares, means, variances))
+    return mixture_denoiser(PATH, weights, centres[:, None], widths)
+
+
+def test_the_field_loss_sends_each_pixel_its_field_over_the_number_of_pixels():  # D1
+    x, field = random(4, 3, 2, 2).requires_grad_(), random(4, 3, 2, 2, seed=1)
+    (gradient,) = torch.autograd.grad(field_loss(x, field), x)
+    torch.testing.assert_close(gradient, field / x.numel(), rtol=1e-12, atol=1e-15)  # x - (x - v) rounds once
+
+
+def test_the_field_loss_has_half_the_mean_square_of_the_field_as_its_value():  # D2
+    x, field = random(4, 3, 2, 2), random(4, 3, 2, 2, seed=1)
+    assert field_loss(x, field).item() == pytest.approx(0.5 * (field**2).mean().item(), rel=1e-12)
+
+
+def test_the_field_loss_takes_no_gradient_of_the_field():
+    x, field = random(4, 3).requires_grad_(), random(4, 3, seed=1).requires_grad_()
+    field_loss(x, field * x).backward()
+    assert field.grad is None
+    torch.testing.assert_close(x.grad, (field * x).detach() / x.numel(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("image_type", [torch.bfloat16, torch.float32])
+def test_a_wider_field_may_be_pushed_through_narrower_images(image_type):
+    x = random(4, 3).to(image_type).requires_grad_()
+    field_loss(x, random(4, 3, seed=1)).backward()
+    assert x.grad is not None
+    assert x.grad.dtype == image_type
+
+
+def test_the_score_difference_pushes_the_generator_down_the_reverse_kl():  # A1
+    fixture = GaussianFixture()
+    found = fixture.gradient(lambda x_t: fixture.score(fixture.fake, x_t) - fixture.score(fixture.teacher, x_t))
+    a, b = fixture.s**2 + fixture.sigma**2, fixture.tau**2 + fixture.sigma**2
+    by_mean, by_spread = (fixture.theta - fixture.m) / a, fixture.tau / a - fixture.tau / b
+    expected = torch.tensor([by_mean, by_spread], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(found, torch.tensor([-0.567010, 0.103918]).double(), rtol=0, atol=SIX_DIGITS)
+
+
+def test_the_denoiser_difference_is_sigma_squared_times_the_score_difference():
+    fixture = GaussianFixture()
+    scores = fixture.gradient(lambda x_t: fixture.score(fixture.fake, x_t) - fixture.score(fixture.teacher, x_t))
+    estimates = fixture.gradient(lambda x_t: fixture.fake(x_t, fixture.t) - fixture.teacher(x_t, fixture.t))
+    torch.testing.assert_close(estimates, fixture.sigma**2 * scores, rtol=1e-12, atol=0)
+
+
+def test_a_generator_that_is_the_teacher_is_not_pushed():
+    fixture = GaussianFixture()
+    found = fixture.gradient(lambda x_t: fixture.score(fixture.teacher, x_t) - fixture.score(fixture.teacher, x_t))
+    assert torch.equal(found, torch.zeros(2, dtype=torch.float64))
+
+
+def test_the_discriminator_loss_is_stationary_at_the_log_density_ratio():  # E1
+    fixture = MixtureFixture()
+    points = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
+    real, fake = (fixture.log_density(denoiser, points).exp() for denoiser in (fixture.teacher, fixture.fake))
+
+    def slope(logits: Tensor) -> Tensor:
+        logits = logits.detach().requires_grad_()
+        loss = gan_discriminator_loss(averaged_by(logits, real), averaged_by(logits, fake))
+        return torch.autograd.grad(loss, logits)[0]
+
+    best = fixture.log_ratio(points)
+    torch.testing.assert_close(slope(best), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
+    assert slope(best + 0.1).min() > 1e-4
+    assert slope(best - 0.1).max() < -1e-4
+
+
+def test_the_gan_at_its_best_discriminator_pushes_down_the_softened_reverse_kl():  # E2
+    fixture, step = MixtureFixture(), 1e-4
+    found = fixture.gradient(lambda x, x_t: gan_generator_loss(fixture.log_ratio(x_t)))
+    torch.testing.assert_close(found, torch.tensor(fixture.expected_softened).double(), rtol=0, atol=SIX_DIGITS)
+    around = [(step, 0), (-step, 0), (0, step), (0, -step)]
+    right, left, wide, narrow = (fixture.softened_divergence(fixture.shift + a, fixture.scale + b) for a, b in around)
+    expected = torch.tensor([right - left, wide - narrow], dtype=torch.float64) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)  # differences of order step^2, 40 nodes
+
+
+def test_the_softened_field_gives_the_gradient_of_the_gan_at_its_best_discriminator():
+    fixture = MixtureFixture()
+
+    def softened(x: Tensor, x_t: Tensor) -> Tensor:
+        with torch.no_grad():
+            difference = fixture.fake(x_t, fixture.t) - fixture.teacher(x_t, fixture.t)
+            weight = 1 / (1 + fixture.log_ratio(x_t).exp()) / fixture.variance
+            field = expand(weight, x_t) * difference
+        return field_loss(x, field)
+
+    by_gan = fixture.gradient(lambda x, x_t: gan_generator_loss(fixture.log_ratio(x_t)))
+    torch.testing.assert_close(fixture.gradient(softened), by_gan, rtol=1e-10, atol=0)
+
+
+def test_gan_losses_keep_float64():
+    logits = random(5)
+    assert gan_generator_loss(logits).dtype == torch.float64
+    assert gan_discriminator_loss(logits, logits).dtype == torch.float64
+
+
+def test_gan_losses_of_bfloat16_logits_are_reduced_in_float32():
+    logits = random(5).bfloat16()
+    assert gan_generator_loss(logits).dtype == torch.float32
+    assert gan_discriminator_loss(logits, logits).dtype == torch.float32
+
+
+def test_a_discriminator_head_runs_in_float64():
+    head = Head(8, 8).double()
+    assert head(random(2, 8, 8, 8)).dtype == torch.float64
+
+
+def test_the_normaliser_is_each_sample_s_mean_distance():
+    x, estimate = random(4, 3, 2, 2), random(4, 3, 2, 2, seed=1)
+    expected = torch.stack([(a - b).abs().mean() for a, b in zip(x, estimate, strict=True)])
+    found = sample_normaliser(x, estimate)
+    assert found.shape == (4, 1, 1, 1)
+    torch.testing.assert_close(found.flatten(), expected, rtol=1e-12, atol=0)
+
+
+def test_the_normaliser_has_no_gradient():
+    x, estimate = random(4, 3).requires_grad_(), random(4, 3, seed=1).requires_grad_()
+    assert not sample_normaliser(x, estimate).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("x", "estimate"),
+    [(random(4, 3, 16, 16), random(4, 3, 16, 16, seed=1)), (torch.ones(4, 8), torch.full((4, 8), -0.00387))],
+    ids=["random", "one distance that bfloat16 cannot hold"],
+)
+def test_the_normaliser_of_bfloat16_images_is_that_of_float64_within_a_thousandth(x, estimate):
+    x, estimate = x.bfloat16(), estimate.bfloat16()
+    expected = (x.double() - estimate.double()).abs().flatten(1).mean(1)
+    torch.testing.assert_close(sample_normaliser(x, estimate).flatten().double(), expected, rtol=1e-3, atol=0)
+
+
+def test_a_normaliser_of_nothing_is_the_minimum():
+    x = random(4, 3)
+    assert torch.equal(sample_normaliser(x, x, 0.25), torch.full((4, 1), 0.25, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+def test_a_sample_with_one_number_that_is_not_finite_pushes_nothing_and_the_others_push_on(fault):
+    field = random(4, 3, 2)
+    broken = field.clone()
+    broken[1, 2, 0] = fault
+    expected = field.clone()
+    expected[1] = 0
+    assert torch.equal(zero_nonfinite(broken), expected)
+
+
+@pytest.mark.parametrize("path", [EDM(), VPCosine()], ids=["edm", "vp_cosine"])
+@pytest.mark.parametrize("weight", ["edm", "x0", "eps", "v", "snr5"])
+def test_the_denoising_loss_is_the_mean_weighted_square_error(path, weight):
+    denoiser = one_gaussian(path, 0.7, 0.5)
+    x0, eps, t = random(6, 1), random(6, 1, seed=1), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    error = denoiser(path.diffuse(x0, eps, t), t) - x0
+    expected = (denoising_weight(weight, path, t, denoiser.sigma_data)[:, None] * error**2).mean()
+    torch.testing.assert_close(denoising_loss(denoiser, x0, eps, t, NO_COND, weight), expected, rtol=1e-12, atol=0)
+
+
+def test_the_denoising_loss_takes_no_gradient_of_the_data():
+    net = nn.Linear(1, 1).double()
+    denoiser = one_gaussian(PATH, 0.7, 0.5)
+    x0 = net(random(6, 1))
+    t = torch.ones(6, dtype=torch.float64)
+    assert not denoising_loss(denoiser, x0, random(6, 1, seed=1), t, NO_COND, "edm").requires_grad
+
+
+def test_the_denoising_loss_is_smallest_at_the_exact_denoiser():
+    z, eps, weights = product(normal_nodes(), normal_nodes())
+    x0, t = 0.7 + 0.5 * z[:, None], torch.full_like(z, 1.3)
+    exact = one_gaussian(PATH, 0.7, 0.5)
+
+    class Shifted(nn.Module):
+        accepts = exact.net.accepts
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x, time_input, cond):
+            return averaged_by(exact.net(x, time_input, cond) + self.by, weights)
+
+    net = Shifted()
+    denoising_loss(Denoiser(net, PATH, "x0"), x0, eps[:, None], t, NO_COND, "edm").backward()
+    assert abs(net.by.grad.item()) < 1e-12
