@@ -211,6 +211,7 @@ class TestNeighbours:
     def test_repeated_samples_still_lie_in_their_own_balls_of_radius_zero(self) -> None:
         real = normal(5, 4).repeat_interleave(4, 0)
         assert precision_recall(real, real[::4].repeat(4, 1)) == (1.0, 1.0)
+        assert density_coverage(real, real[::4], k=3)[1] == 1.0
 
     def test_far_fakes_have_neither_precision_nor_recall(self) -> None:
         real, fake = self.sets()
