@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from importlib import resources
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
@@ -100,6 +101,17 @@ def load_config(file: str | FilePath, overrides: Sequence[str] = ()) -> RunConfi
     Raises UserError naming every fault: its dotted place, the value, and the choices.
     """
     return parse_config(apply_overrides(read_yaml(file), overrides), origin=str(file))
+
+
+def find_config(name: str) -> FilePath:
+    """A file, or a packaged config by its name ("dmd2/digits"). Raises UserError naming the packaged ones."""
+    if FilePath(name).exists():
+        return FilePath(name)
+    home = FilePath(str(resources.files("diffdistill.configs")))
+    packaged = {str(file.relative_to(home).with_suffix("")): file for file in sorted(home.glob("*/*.yaml"))}
+    if name in packaged:
+        return packaged[name]
+    raise UserError(f"{name}: no such file, nor a packaged config{_did_you_mean(name, list(packaged))}")
 
 
 def parse_config(data: object, *, origin: str = "config") -> RunConfig:

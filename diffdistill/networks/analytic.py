@@ -20,6 +20,12 @@ class Mixture(nn.Module):
     Data is [B, *shape] with D numbers a sample.
     """
 
+    log_weights: Tensor
+    means: Tensor
+    values: Tensor
+    vectors: Tensor
+    classes: Tensor | None
+
     def __init__(
         self, path: Path, weights: Tensor, means: Tensor, covariances: Tensor, classes: Tensor | None = None
     ) -> None:
@@ -80,7 +86,7 @@ class Mixture(nn.Module):
         return self._prior(len(projected), cond) + density
 
     def _prior(self, batch: int, cond: Cond) -> Tensor:
-        prior: Tensor = self.log_weights.expand(batch, -1)  # type: ignore[operator]
+        prior: Tensor = self.log_weights.expand(batch, -1)
         if cond.label is None or self.classes is None:
             return prior
         other = (cond.label[:, None] != self.classes) & (cond.label[:, None] != self.num_classes)

@@ -1,0 +1,225 @@
+"""The command line. Exit codes: 0 done; 1 failed; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from diffdistill import __version__
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+app = typer.Typer(
+    help="One-step image generators, distilled from diffusion models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged one, as in dmd2/digits.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as often as you like.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run's folder.")]
+FromCheckpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="With --resume: this checkpoint, as in step-00000500.")
+]
+Run = Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
+Guidance = Annotated[float, typer.Option(help="w of D_u + w (D_c - D_u); 1 is none.")]
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong, plainly, and leave."""
+    Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """A command whose expected faults end in one message and the right exit code, never in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from diffdistill.schema import UserError
+
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            fail(str(error), 2)
+        except KeyboardInterrupt:
+            fail("stopped; nothing of this step was saved", 130)
+        except Exception as error:
+            message, code = _expected(error)
+            if code is None:
+                raise
+            fail(message, code)
+
+    return run
+
+
+def _expected(error: Exception) -> tuple[str, int | None]:
+    """The message and exit code of a fault that is not a bug, or (.., None)."""
+    from pydantic import ValidationError
+
+    from diffdistill.checkpoint import is_disk_full
+    from diffdistill.stopping import StopRequested
+    from diffdistill.trainer import TrainingError
+
+    if isinstance(error, StopRequested):
+        return str(error), error.exit_code
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()), 2
+    if is_disk_full(error):
+        return f"the disk is full: {error}. The last good checkpoint is intact; make room and go on with --resume", 1
+    if isinstance(error, (TrainingError, OSError)):
+        return str(error), 1
+    return "", None
+
+
+@app.command()
+@guarded
+def demo(
+    run: Annotated[str | None, typer.Option(help="Where to write; default runs/demo, or runs/demo-fast.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of training.", min=0)] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="A few steps only: does everything work here?")] = False,
+) -> None:
+    """Train a digits teacher, distil it to one step with DMD2, print the table and write the pictures.
+
+    Example: diffdistill demo
+    """
+    from diffdistill.demo import run_demo
+
+    run_demo(FilePath(run or ("runs/demo-fast" if fast else "runs/demo")), seed=seed, is_fast=fast, console=console)
+
+
+@app.command()
+@guarded
+def pretrain(
+    config: Config, overrides: Overrides = None, resume: Resume = False, checkpoint: FromCheckpoint = None
+) -> None:
+    """Train a diffusion model, to be the teacher.
+
+    Example: diffdistill pretrain pretrain/digits run=runs/teacher train.steps=500
+    """
+    _train(config, overrides, resume, checkpoint, only="pretrain")
+
+
+@app.command()
+@guarded
+def train(
+    config: Config, overrides: Overrides = None, resume: Resume = False, checkpoint: FromCheckpoint = None
+) -> None:
+    """Distil a teacher by the method that the config names.
+
+    Example: diffdistill train dmd2/digits teacher=runs/teacher method.guidance=1.5
+    """
+    _train(config, overrides, resume, checkpoint, only=None)
+
+
+def _train(config: str, overrides: list[str] | None, resume: bool, checkpoint: str | None, *, only: str | None) -> None:
+    from diffdistill.config import find_config, load_config
+    from diffdistill.schema import UserError
+    from diffdistill.trainer import Trainer
+
+    parsed = load_config(find_config(config), overrides or ())
+    if only and parsed.method.name != only:
+        raise UserError(f"{config}: method.name = {parsed.method.name!r}; use `diffdistill train` for it")
+    if checkpoint and not resume:
+        raise UserError("--checkpoint: goes with --resume")
+    done = Trainer(parsed, resume=checkpoint or resume).run()
+    console.print(f"done: {done}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
+def sample(
+    run: Run,
+    out: Annotated[str, typer.Option(help="The PNG to write.")] = "samples.png",
+    count: Annotated[int, typer.Option(help="Number of images.", min=1, max=10_000)] = 100,
+    label: Annotated[int | None, typer.Option(help="One class for all; default: all classes in turn.")] = None,
+    seed: Seed = 0,
+    guidance: Guidance = 1.0,
+) -> None:
+    """Sample from a teacher or a student and write a grid.
+
+    Example: diffdistill sample runs/demo/student --count 100 --out digits.png
+    """
+    from diffdistill.inference import sample_grid
+
+    made = sample_grid(run, FilePath(out), count=count, label=label, seed=seed, guidance=guidance)
+    console.print(
+        f"{made.file}: {count} images, {made.num_evaluations} evaluations each, {made.ms_per_image:.2f} ms each"
+    )
+
+
+@app.command(name="eval")
+@guarded
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(help="Runs' folders or checkpoints.")],
+    seed: Seed = 0,
+    guidance: Guidance = 1.0,
+    out: Annotated[str | None, typer.Option(help="Also write the rows to this JSON file.")] = None,
+) -> None:
+    """Measure digits models by the protocol digits-pixels: 1,800 samples against the training split.
+
+    Example: diffdistill eval runs/demo/teacher runs/demo/student --out table.json
+    """
+    from diffdistill.demo import evaluate_run, show_table
+
+    show_table(
+        [evaluate_run(run, seed=seed, guidance=guidance) for run in runs], console, FilePath(out) if out else None
+    )
+
+
+@app.command()
+@guarded
+def methods() -> None:
+    """List the methods, who steps when, and what each needs.
+
+    Example: diffdistill methods
+    """
+    from rich.table import Table
+
+    from diffdistill.method import registered
+
+    table = Table("method", "what it is", "updates (every n iterations)", "real images")
+    for name, kind in registered().items():
+        method: Any = kind()
+        updates = ", ".join(f"{'+'.join(u.players)} ({u.every})" for u in method.updates)
+        title = (sys.modules[kind.__module__].__doc__ or "").strip().split("\n")[0]
+        table.add_row(name, title, updates, "yes" if method.needs_images else "no")
+    console.print(table)
+
+
+@app.command()
+@guarded
+def doctor(folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs") -> None:
+    """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.
+
+    Example: diffdistill doctor
+    """
+    from diffdistill.doctor import examine, show
+
+    if not show(examine(FilePath(folder)), console):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(f"diffdistill {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def main() -> None:
+    """The console command."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    app()
