@@ -12,7 +12,8 @@ from rich.console import Console
 
 from diffdistill import __version__
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 app = typer.Typer(
     help="One-step image generators, distilled from diffusion models.",
@@ -105,7 +106,7 @@ def pretrain(
 
     Example: diffdistill pretrain pretrain/digits run=runs/teacher train.steps=500
     """
-    _train(config, overrides, resume, checkpoint, only="pretrain")
+    _train(config, overrides, resume=resume, checkpoint=checkpoint, only="pretrain")
 
 
 @app.command()
@@ -117,10 +118,10 @@ def train(
 
     Example: diffdistill train dmd2/digits teacher=runs/teacher method.guidance=1.5
     """
-    _train(config, overrides, resume, checkpoint, only=None)
+    _train(config, overrides, resume=resume, checkpoint=checkpoint, only=None)
 
 
-def _train(config: str, overrides: list[str] | None, resume: bool, checkpoint: str | None, *, only: str | None) -> None:
+def _train(config: str, overrides: list[str] | None, *, resume: bool, checkpoint: str | None, only: str | None) -> None:
     from diffdistill.config import find_config, load_config
     from diffdistill.schema import UserError
     from diffdistill.trainer import Trainer

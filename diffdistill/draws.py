@@ -7,6 +7,7 @@ processes all see the numbers of one undisturbed run.
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,10 @@ class Draws:
         angle = (2 * math.pi) * _unit(second)
         pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)
         return pairs[:, :count].reshape(-1, *shape).to(dtype)
+
+    def fresh_noise(self, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+        """The noise that a stochastic sampler adds after its step i: [B, *shape] by i."""
+        return lambda i: self.normal(f"fresh {i}", shape)
 
     def uniform(self, name: str) -> Tensor:
         """[B] in (0, 1), float64."""

@@ -22,7 +22,7 @@ class SampledGrid:
     ms_per_image: float
 
 
-def sample_grid(  # noqa: PLR0913
+def sample_grid(
     place: str, file: FilePath, *, count: int, label: int | None = None, seed: int = 0, guidance: float = 1.0
 ) -> SampledGrid:
     """Sample `count` images from a run or checkpoint and write a grid.
@@ -62,7 +62,7 @@ def sample_images(
                 rng.normal("noise", model.spec.image_shape),
                 model.denoiser.class_cond(chosen),
                 guidance=guidance,
-                fresh_noise=lambda i, rng=rng: rng.normal(f"fresh {i}", model.spec.image_shape),
+                fresh_noise=rng.fresh_noise(model.spec.image_shape),
             )
         )
     return torch.cat(made)

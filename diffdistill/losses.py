@@ -35,7 +35,7 @@ def denoising_weight(weight: DenoisingWeight, path: Path, t: Tensor, sigma_data:
 
 
 def denoising_loss(
-    denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, weight: DenoisingWeight
+    denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, *, weight: DenoisingWeight
 ) -> Tensor:
     """Mean over batch and pixels of w(t) ||D(x_t, t, c) - x0||^2. x0 is taken as data: no gradient reaches it.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.path import Path
-from diffdistill.sampling import Sampler
+from diffdistill.sampling import AnySampler
 
 REGISTRY = {
     "pretrain": "diffdistill.methods.pretrain:Pretrain",
@@ -112,7 +112,7 @@ class Method(Protocol):
         """Whether the losses look at real data."""
         ...
 
-    def sampler(self, setting: Setting) -> Sampler:
+    def sampler(self, setting: Setting) -> AnySampler:
         """How the student makes images."""
         ...
 

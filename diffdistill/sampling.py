@@ -5,6 +5,7 @@ A sampler turns unit noise [B, ...] into images; `denoiser` may be guided. All w
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -80,7 +81,7 @@ class Heun:
             return (y - denoiser(expand(path.alpha(t), y) * y, t, cond, guidance=guidance)) / ratio
 
         y = noise * ratios[0]
-        for i, (ratio, following) in enumerate(zip(ratios, ratios[1:], strict=False)):
+        for i, (ratio, following) in enumerate(pairwise(ratios)):
             first = slope(y, times[i], ratio)
             moved = y + (following - ratio) * first
             if following > 0:
@@ -133,7 +134,7 @@ def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = NO_COND, *, 
 
     x: [B, ...] at times[0]; times: [n], noisier first.  Returns [B, ...].
     """
-    for time, following in zip(times, times[1:], strict=False):
+    for time, following in pairwise(times):
         t, s = time.expand(len(x)), following.expand(len(x))
         x = transfer(denoiser.path, x, denoiser(x, t, cond, guidance=guidance), t, s)
     estimate: Tensor = denoiser(x, times[-1].expand(len(x)), cond, guidance=guidance)
@@ -157,7 +158,7 @@ class FewSteps:
 
     def __post_init__(self) -> None:
         ratios = (self.init_ratio, *self.later_ratios)
-        if any(a <= b for a, b in zip(ratios, ratios[1:], strict=False)):
+        if any(a <= b for a, b in pairwise(ratios)):
             raise ValueError(f"init_ratio and later_ratios must decrease: {list(ratios)}")
 
     @property

@@ -35,7 +35,13 @@ from diffdistill.preview import save_panels
 from diffdistill.schema import UserError
 from diffdistill.stopping import StopRequested, stop_signals
 
-FREE_TO_CHANGE = ("run", "train.steps", "train.log_every", "train.preview_every", "train.checkpoint_every")
+FREE_TO_CHANGE: tuple[str, ...] = (
+    "run",
+    "train.steps",
+    "train.log_every",
+    "train.preview_every",
+    "train.checkpoint_every",
+)
 FREE_TO_CHANGE += ("train.keep_checkpoints", "train.device", "train.on_nonfinite", "train.max_skips")
 """Settings that a resumed run may change."""
 
@@ -165,8 +171,7 @@ class Trainer:
         cond = self._class_cond(torch.arange(count, device=self.device) % max(self.setting.num_classes, 1))
         noise = rng.normal("preview", self.setting.image_shape)
         sampler = self.method.sampler(self.setting)
-        fresh = [rng.normal(f"fresh {i}", self.setting.image_shape) for i in range(16)]
-        x = sampler(self.student, noise, cond, fresh_noise=lambda i: fresh[i])  # type: ignore[arg-type]
+        x = sampler(self.student, noise, cond, fresh_noise=rng.fresh_noise(self.setting.image_shape))  # type: ignore[arg-type]
         panels = {f"{self.method.student} ({sampler.num_evaluations} ev.)": x}
         path = self.setting.path
         t = path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=self.device))

@@ -154,7 +154,7 @@ class DMD2:
         if x is None:
             with torch.no_grad():
                 x = self._generate(players, draw)
-        denoising = denoising_loss(players.fake, x, draw["fake eps"], draw["fake t"], cond, self.fake_weight)
+        denoising = denoising_loss(players.fake, x, draw["fake eps"], draw["fake t"], cond, weight=self.fake_weight)
         total, logs = denoising, {"denoising": denoising.detach()}
         if self.gan_weight:
             real = self._logits(players, draw, batch.images, "gan real", batch.cond)

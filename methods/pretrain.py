@@ -64,5 +64,5 @@ class Pretrain:
         if cond.label is not None:
             null = torch.full_like(cond.label, int(teacher.net.num_classes))  # type: ignore[arg-type]
             cond = cond.map(lambda label: torch.where(draw["is_dropped"], null, label))
-        loss = denoising_loss(teacher, batch.images, draw["eps"], draw["t"], cond, self.weight)
+        loss = denoising_loss(teacher, batch.images, draw["eps"], draw["t"], cond, weight=self.weight)
         return Loss(loss, {"denoising": loss.detach()})

@@ -1,7 +1,7 @@
 """diffusers' UNet2DModel as a `Network`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -52,11 +52,8 @@ class DiffusersUNet(nn.Module):
 
     def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """The mid-block's output; the up-blocks do not run."""
-        with self._tapped(stop=True) as tapped:
-            try:
-                self(x, time_input, cond)
-            except _StopForwardError:
-                pass
+        with self._tapped(stop=True) as tapped, suppress(_StopForwardError):
+            self(x, time_input, cond)
         return tapped[0]
 
     def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
