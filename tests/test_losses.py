@@ -283,7 +283,9 @@ def test_the_denoising_loss_is_the_mean_weighted_square_error(path, weight):
     x0, eps, t = random(6, 1), random(6, 1, seed=1), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
     error = denoiser(path.diffuse(x0, eps, t), t) - x0
     expected = (denoising_weight(weight, path, t, denoiser.sigma_data)[:, None] * error**2).mean()
-    torch.testing.assert_close(denoising_loss(denoiser, x0, eps, t, NO_COND, weight), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        denoising_loss(denoiser, x0, eps, t, NO_COND, weight=weight), expected, rtol=1e-12, atol=0
+    )
 
 
 def test_the_denoising_loss_takes_no_gradient_of_the_data():
@@ -291,7 +293,7 @@ def test_the_denoising_loss_takes_no_gradient_of_the_data():
     denoiser = one_gaussian(PATH, 0.7, 0.5)
     x0 = net(random(6, 1))
     t = torch.ones(6, dtype=torch.float64)
-    assert not denoising_loss(denoiser, x0, random(6, 1, seed=1), t, NO_COND, "edm").requires_grad
+    assert not denoising_loss(denoiser, x0, random(6, 1, seed=1), t, NO_COND, weight="edm").requires_grad
 
 
 def test_the_denoising_loss_is_smallest_at_the_exact_denoiser():
@@ -310,5 +312,5 @@ def test_the_denoising_loss_is_smallest_at_the_exact_denoiser():
             return averaged_by(exact.net(x, time_input, cond) + self.by, weights)
 
     net = Shifted()
-    denoising_loss(Denoiser(net, PATH, "x0"), x0, eps[:, None], t, NO_COND, "edm").backward()
+    denoising_loss(Denoiser(net, PATH, "x0"), x0, eps[:, None], t, NO_COND, weight="edm").backward()
     assert abs(net.by.grad.item()) < 1e-12
