@@ -7,7 +7,7 @@ RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/test_path.py
 TESTS ?= tests
 
-.PHONY: help install demo test test-full format clean
+.PHONY: help install demo test test-full format schema clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes
 
 format: $(INSTALLED)  ## Let ruff rewrite what it can.
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+schema: $(INSTALLED)  ## Write configs/schema.json anew, which editors complete configs by.
+	@$(BIN)/python -c 'from diffdistill.config import json_schema; print(json_schema(), end="")' > configs/schema.json
 
 clean:  ## Remove the virtual environment and the caches; runs stay.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -92,6 +92,16 @@ def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, 
     )
 
 
+def flatten(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Nested tensors by dotted name: {"fake": {"weight": w}} as {"fake.weight": w}."""
+    return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def select_group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The part of `flatten`'s result that one group gave."""
+    return {name.removeprefix(f"{group}."): t for name, t in tensors.items() if name.startswith(f"{group}.")}
+
+
 def find_damage(target: FilePath) -> str | None:
     """What is wrong with a checkpoint, or None: every file is there, of the right hash, and nothing else is."""
     try:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path as FilePath
@@ -136,6 +136,15 @@ def dump(value: object) -> Any:
 def dump_yaml(value: object) -> str:
     """A schema value as YAML that `load_config` reads back."""
     return yaml.safe_dump(dump(value), sort_keys=False)
+
+
+def differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted places at which two dumped values differ, with both."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+    elif old != new:
+        yield place, old, new
 
 
 def json_schema() -> str:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from diffdistill.checkpoint import (
     Checkpoint,
     clear_temporary,
+    flatten,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    select_group,
     write_tensors_atomically,
     write_text_atomically,
 )
-from diffdistill.config import ModelConfig, RunConfig, dump, dump_yaml
+from diffdistill.config import ModelConfig, RunConfig, differences, dump, dump_yaml
 from diffdistill.denoiser import NO_COND, Cond
 from diffdistill.draws import Draws
 from diffdistill.ema import EMA
@@ -147,10 +149,10 @@ class Trainer:
 
     def save(self) -> FilePath:
         """Write a checkpoint of everything that a resumed run needs."""
-        tensors = {"players": _flatten({name: module.state_dict() for name, module in self.trained.items()})}
+        tensors = {"players": flatten({name: module.state_dict() for name, module in self.trained.items()})}
         if self.ema:
-            tensors["ema"] = _flatten({self.method.student: self.ema.module.state_dict()})
-        tensors["optimizers"] = _flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
+            tensors["ema"] = flatten({self.method.student: self.ema.module.state_dict()})
+        tensors["optimizers"] = flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
         state = {
             "format": 1,
             "step": self.step,
@@ -350,16 +352,16 @@ class Trainer:
         checkpoint = load_checkpoint(target)
         changed = [
             f"{key}: was {old!r}, now {new!r}"
-            for key, old, new in _differences(checkpoint.state["config"], dump(self.config))
+            for key, old, new in differences(checkpoint.state["config"], dump(self.config))
             if not key.startswith(FREE_TO_CHANGE)
         ]
         if changed:
             raise UserError(f"{target}: the config has changed since:\n  " + "\n  ".join(changed))
         for name, module in self.trained.items():
-            load_strictly(module, _part(checkpoint.tensors["players"], name), origin=f"{target} ({name})")
-            restore_optimizer(self.optimizers[name], _part(checkpoint.tensors["optimizers"], name))
+            load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{target} ({name})")
+            restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))
         if self.ema:
-            weights = _part(checkpoint.tensors["ema"], self.method.student)
+            weights = select_group(checkpoint.tensors["ema"], self.method.student)
             load_strictly(self.ema.module, weights, origin=f"{target} (ema)")
         self.step, self.skips = int(checkpoint.state["step"]), int(checkpoint.state["skips"])
 
@@ -386,22 +388,5 @@ class Trainer:
         self.stored = load_file(file, device=str(self.device))
 
 
-def _flatten(groups: dict[str, Any]) -> dict[str, Tensor]:
-    return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
-
-
-def _part(tensors: Any, group: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{group}."): t for name, t in tensors.items() if name.startswith(f"{group}.")}
-
-
 def _fields(spec: ModelSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
-
-
-def _differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted places at which two nested dicts differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            yield from _differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
-    elif old != new:
-        yield place, old, new

@@ -1,0 +1,88 @@
+"""What the tests share: one thread, runs that take a second, and one tiny digits teacher."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffdistill.config import RunConfig, apply_overrides, dump_yaml, parse_config, parse_yaml
+from diffdistill.trainer import Trainer
+
+torch.set_num_threads(1)
+
+MakeConfig = Callable[..., RunConfig]
+WriteConfig = Callable[..., Path]
+
+SMALL_TRAIN = """
+  steps: 4
+  global_batch_size: 8
+  device: cpu
+  log_every: 1
+  preview_every: 0
+  checkpoint_every: 100
+"""
+
+SETTINGS = {
+    "pretrain": f"""
+method:
+  name: pretrain
+  time_law: {{name: lognormal, mean: -0.6, std: 1.2}}
+  teacher_sampler: {{name: heun, num_steps: 3, rho: 5}}
+model:
+  network: {{name: unet, channels: [8, 16]}}
+  path: {{name: edm, sigma_min: 0.02, sigma_max: 20}}
+  sigma_data: 0.75
+optimizers:
+  teacher: {{lr: 2e-3, betas: [0.9, 0.99]}}
+ema: {{halflife_images: 100}}
+train: {SMALL_TRAIN}""",
+    "dmd2": f"""
+method:
+  name: dmd2
+  steps: {{init_ratio: 2.5}}
+  fake_updates: 2
+  gan_weight: 0.03
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+}
+
+
+def small_config(method: str, run: Path, *overrides: str, teacher: Path | None = None) -> RunConfig:
+    """A run of a few steps on a tiny network, changed by overrides as on the command line."""
+    settings = parse_yaml(SETTINGS[method], origin="the tests' settings")
+    settings |= {"run": str(run)} | ({"teacher": str(teacher)} if teacher else {})
+    return parse_config(apply_overrides(settings, overrides))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's folder of a digits teacher, trained for ten steps."""
+    folder = tmp_path_factory.mktemp("shared") / "teacher"
+    Trainer(small_config("pretrain", folder, "train.steps=10"), quiet=True).run()
+    return folder
+
+
+@pytest.fixture
+def make_config(teacher: Path, tmp_path: Path) -> MakeConfig:
+    """`make_config("dmd2", "train.steps=3")`: a small run in `tmp_path / "run"`."""
+
+    def make(method: str, *overrides: str) -> RunConfig:
+        return small_config(method, tmp_path / "run", *overrides, teacher=teacher if method != "pretrain" else None)
+
+    return make
+
+
+@pytest.fixture
+def write_config(make_config: MakeConfig, tmp_path: Path) -> WriteConfig:
+    """The same as a YAML file, for the command line."""
+
+    def write(method: str, *overrides: str) -> Path:
+        file = tmp_path / f"{method}.yaml"
+        file.write_text(dump_yaml(make_config(method, *overrides)))
+        return file
+
+    return write
