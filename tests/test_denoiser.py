@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DModel
+from exact import on_every_path, random
 from torch import Tensor, nn
 
 from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
@@ -12,24 +13,12 @@ from diffdistill.networks.analytic import Mixture, gaussian_denoiser, gaussian_f
 from diffdistill.networks.diffusers_unet import DiffusersUNet
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
+from diffdistill.path import EDM, Path, VPCosine
 from diffdistill.schema import UserError
 
 SHAPE = (1, 8, 8)
 CLASSES = 3
 BATCH = 4
-PATHS: dict[str, Path] = {
-    "edm": EDM(),
-    "vp_cosine": VPCosine(),
-    "vp_linear": VPLinear(),
-    "vp_discrete": VPDiscrete(),
-    "flow": Flow(),
-}
-on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def make_network(name: str, *, class_dropout: float = 0.1, num_classes: int = CLASSES) -> nn.Module:

@@ -2,9 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from exact import MixtureFixture, averaged_by, normal_nodes, one_gaussian, pairs, random
 from torch import Tensor, nn
 
 from diffdistill.denoiser import NO_COND, Denoiser
@@ -17,35 +17,11 @@ from diffdistill.losses import (
     sample_normaliser,
     zero_nonfinite,
 )
-from diffdistill.networks.analytic import gaussian_denoiser, mixture_denoiser
 from diffdistill.networks.discriminator import Head
-from diffdistill.path import EDM, Path, VPCosine, expand
+from diffdistill.path import EDM, VPCosine, expand
 
 PATH = EDM()
 SIX_DIGITS = 2e-6  # values that are known to six decimals
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def normal_nodes(count: int = 40) -> tuple[Tensor, Tensor]:
-    """Gauss-Hermite nodes of N(0, 1) and their weights, which sum to one."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
-    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
-
-
-def product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs of two sets of nodes and the weight of each pair, flat."""
-    a, b = torch.meshgrid(first[0], second[0], indexing="ij")
-    return a.flatten(), b.flatten(), torch.outer(first[1], second[1]).flatten()
-
-
-def averaged_by(x: Tensor, weights: Tensor) -> Tensor:
-    """x unchanged; a gradient of a plain mean over it becomes that of the mean by `weights`."""
-    same = x.clone()
-    same.register_hook(lambda gradient: gradient * weights.reshape(-1, *[1] * (x.ndim - 1)) * len(x))
-    return same
 
 
 class GaussianFixture:
@@ -54,11 +30,11 @@ class GaussianFixture:
     m, s, theta, tau, sigma = 0.7, 0.5, -0.4, 0.9, 1.3
 
     def __init__(self) -> None:
-        z, eps, self.weights = product(normal_nodes(), normal_nodes())
+        z, eps, self.weights = pairs(normal_nodes(), normal_nodes())
         self.z, self.eps = z[:, None], eps[:, None]
         self.t = torch.full_like(z, self.sigma)
-        self.teacher = one_gaussian(PATH, self.m, self.s)
-        self.fake = one_gaussian(PATH, self.theta, self.tau)
+        self.teacher = one_gaussian(self.m, self.s)
+        self.fake = one_gaussian(self.theta, self.tau)
 
     def gradient(self, field_of_noised) -> Tensor:
         """The gradient by (theta, tau) when field_of_noised(x_t) is pushed through the generator."""
@@ -70,65 +46,6 @@ class GaussianFixture:
 
     def score(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
         return denoiser.convert(denoiser(x_t, self.t), "score", x_t, self.t)
-
-
-class MixtureFixture:
-    """A two-component teacher and the generator t + u y, y from another mixture; every law exact."""
-
-    shift, scale, variance = 0.2, 1.1, 0.8
-    teacher_law = ((0.3, 0.7), (-1.5, 1.0), (0.3, 0.2))
-    latent_law = ((0.6, 0.4), (-0.5, 0.8), (0.25, 0.15))
-    expected_softened = (-0.040398, -0.075387)
-
-    def __init__(self) -> None:
-        nodes, weights = normal_nodes()
-        shares, means, variances = self.latent_law
-        latent = torch.cat([m + math.sqrt(v) * nodes for m, v in zip(means, variances, strict=True)])
-        latent_weights = torch.cat([share * weights for share in shares])
-        y, eps, self.weights = product((latent, latent_weights), (nodes, weights))
-        self.y, self.eps = y[:, None], eps[:, None]
-        self.t = torch.full_like(y, math.sqrt(self.variance))
-        self.teacher = one_dimensional_mixture(*self.teacher_law)
-        self.fake = one_dimensional_mixture(*self.generated_law(self.shift, self.scale))
-
-    def generated_law(self, shift: float, scale: float):
-        shares, means, variances = self.latent_law
-        return shares, tuple(shift + scale * m for m in means), tuple(scale**2 * v for v in variances)
-
-    def log_density(self, denoiser: Denoiser, points: Tensor) -> Tensor:
-        """log density of the law of x_t at points [B, 1]."""
-        t = torch.full((len(points),), math.sqrt(self.variance), dtype=torch.float64)
-        return denoiser.net.log_prob(points, t, NO_COND)
-
-    def log_ratio(self, points: Tensor) -> Tensor:
-        """log p_t / q_t at points [B, 1], the discriminator's optimum."""
-        return self.log_density(self.teacher, points) - self.log_density(self.fake, points)
-
-    def gradient(self, loss_of_noised) -> Tensor:
-        """The gradient by (shift, scale) of a loss of x (with graph) and its noised form."""
-        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (self.shift, self.scale))
-        x = averaged_by(shift + scale * self.y, self.weights)
-        loss = loss_of_noised(x, PATH.diffuse(x, self.eps, self.t))
-        return torch.stack(torch.autograd.grad(loss, (shift, scale)))
-
-    def softened_divergence(self, shift: float, scale: float) -> float:
-        """E_q[(r + 1) log((r + 1) / 2r)], r = p_t / q_t, on a grid."""
-        grid = torch.linspace(-12, 12, 20001, dtype=torch.float64)[:, None]
-        log_q = self.log_density(one_dimensional_mixture(*self.generated_law(shift, scale)), grid)
-        log_r = self.log_density(self.teacher, grid) - log_q
-        integrand = log_q.exp() * (log_r.exp() + 1) * (torch.log1p(log_r.exp()) - math.log(2) - log_r)
-        return (integrand.sum() * (24 / 20000)).item()
-
-
-def one_gaussian(path: Path, mean: float, std: float) -> Denoiser:
-    return gaussian_denoiser(
-        path, torch.tensor([mean], dtype=torch.float64), torch.tensor([[std]], dtype=torch.float64) ** 2
-    )
-
-
-def one_dimensional_mixture(shares, means, variances) -> Denoiser:
-    weights, centres, widths = (torch.tensor(part, dtype=torch.float64) for part in (shares, means, variances))
-    return mixture_denoiser(PATH, weights, centres[:, None], widths)
 
 
 def test_the_field_loss_sends_each_pixel_its_field_over_the_number_of_pixels():  # D1
@@ -279,7 +196,7 @@ def test_a_sample_with_one_number_that_is_not_finite_pushes_nothing_and_the_othe
 @pytest.mark.parametrize("path", [EDM(), VPCosine()], ids=["edm", "vp_cosine"])
 @pytest.mark.parametrize("weight", ["edm", "x0", "eps", "v", "snr5"])
 def test_the_denoising_loss_is_the_mean_weighted_square_error(path, weight):
-    denoiser = one_gaussian(path, 0.7, 0.5)
+    denoiser = one_gaussian(0.7, 0.5, path)
     x0, eps, t = random(6, 1), random(6, 1, seed=1), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
     error = denoiser(path.diffuse(x0, eps, t), t) - x0
     expected = (denoising_weight(weight, path, t, denoiser.sigma_data)[:, None] * error**2).mean()
@@ -290,16 +207,16 @@ def test_the_denoising_loss_is_the_mean_weighted_square_error(path, weight):
 
 def test_the_denoising_loss_takes_no_gradient_of_the_data():
     net = nn.Linear(1, 1).double()
-    denoiser = one_gaussian(PATH, 0.7, 0.5)
+    denoiser = one_gaussian(0.7, 0.5)
     x0 = net(random(6, 1))
     t = torch.ones(6, dtype=torch.float64)
     assert not denoising_loss(denoiser, x0, random(6, 1, seed=1), t, NO_COND, weight="edm").requires_grad
 
 
 def test_the_denoising_loss_is_smallest_at_the_exact_denoiser():
-    z, eps, weights = product(normal_nodes(), normal_nodes())
+    z, eps, weights = pairs(normal_nodes(), normal_nodes())
     x0, t = 0.7 + 0.5 * z[:, None], torch.full_like(z, 1.3)
-    exact = one_gaussian(PATH, 0.7, 0.5)
+    exact = one_gaussian(0.7, 0.5)
 
     class Shifted(nn.Module):
         accepts = exact.net.accepts

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from exact import PATHS, STABLE_DIFFUSION, on_every_path
 from torch import Tensor
 
 from diffdistill.draws import Draws
@@ -13,15 +14,6 @@ from diffdistill.path import EDM, Flow, Path, Prediction, VPCosine, VPDiscrete, 
 from diffdistill.schema import UserError
 from diffdistill.timesteps import Karras, KarrasIndex
 
-STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PATHS: dict[str, Path] = {
-    "edm": EDM(),
-    "vp_cosine": VPCosine(),
-    "vp_linear": VPLinear(),
-    "vp_discrete": VPDiscrete(),
-    "flow": Flow(),
-}
-on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 ROUND_OFF = 1e-12  # a handful of float64 operations on numbers of order one
 
 

@@ -7,29 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from exact import STABLE_DIFFUSION, on_every_path, random
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser, freeze
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow, mixture_denoiser
 from diffdistill.networks.diffusers_unet import DiffusersUNet
-from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
+from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete
 from diffdistill.sampling import DDIM, FewSteps, Heun, Sampler, ddim, transfer
 
-STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PATHS: dict[str, Path] = {
-    "edm": EDM(),
-    "vp_cosine": VPCosine(),
-    "vp_linear": VPLinear(),
-    "vp_discrete": VPDiscrete(),
-    "flow": Flow(),
-}
-on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 MEAN = torch.tensor([0.7, -0.3, 0.1], dtype=torch.float64)
 VARIANCES = torch.tensor([0.04, 0.25, 1.5], dtype=torch.float64)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def gaussian(path: Path) -> Denoiser:

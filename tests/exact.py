@@ -1,0 +1,155 @@
+"""Networks whose every answer is known, and nodes that turn expectations into sums."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import NO_COND, Cond, Denoiser
+from diffdistill.networks.analytic import gaussian_denoiser, mixture_denoiser
+from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
+
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PATHS: dict[str, Path] = {
+    "edm": EDM(),
+    "vp_cosine": VPCosine(),
+    "vp_linear": VPLinear(),
+    "vp_discrete": VPDiscrete(),
+    "flow": Flow(),
+}
+on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, float64, from a generator of their own."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(*values: float) -> Tensor:
+    """The values as float64, never by way of float32."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def normal_nodes(count: int = 40) -> tuple[Tensor, Tensor]:
+    """Gauss-Hermite nodes of N(0, 1) and their weights, which sum to one."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+
+
+def pairs(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of two sets of nodes and the weight of each pair, flat."""
+    a, b = torch.meshgrid(first[0], second[0], indexing="ij")
+    return a.flatten(), b.flatten(), torch.outer(first[1], second[1]).flatten()
+
+
+def averaged_by(x: Tensor, weights: Tensor) -> Tensor:
+    """x unchanged; a gradient of a plain mean over it becomes that of the mean by `weights`."""
+    same = x.clone()
+    same.register_hook(lambda gradient: gradient * weights.reshape(-1, *[1] * (x.ndim - 1)) * len(x))
+    return same
+
+
+def one_gaussian(mean: float, std: float, path: Path | None = None) -> Denoiser:
+    """The exact denoiser of N(mean, std^2) on the line, by default on EDM's path."""
+    return gaussian_denoiser(path or EDM(), numbers(mean), numbers(std)[None] ** 2)
+
+
+class Affine(nn.Module):
+    """The generator offset_c + gain z. A mean over its samples is taken by `weights`, if given."""
+
+    resolution_multiple = 1
+
+    def __init__(self, offset: list[float], gain: float, weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
+        self.gain = nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+        self.weights = weights
+        self.num_classes = len(offset) if len(offset) > 1 else 0
+        self.knows_unconditional = False
+        self.accepts = frozenset({"label"} if self.num_classes else ())
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        offset = self.offset[torch.zeros(len(x), dtype=torch.int64) if cond.label is None else cond.label]
+        made = offset.reshape(-1, *[1] * (x.ndim - 1)) + self.gain * x
+        if self.weights is not None:
+            made = averaged_by(made, self.weights)
+        return made
+
+
+class LearnedGaussian(nn.Module):
+    """The exact denoiser of N(mean_c, variance) on EDM's path, with parameters; the last mean is that of "no class"."""
+
+    knows_unconditional = True
+    resolution_multiple = 1
+    accepts = frozenset({"label"})
+
+    def __init__(self, mean: list[float], variance: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.variance = nn.Parameter(torch.tensor(variance, dtype=torch.float64))
+        self.num_classes = len(mean) - 1
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        label = torch.full((len(x),), self.num_classes) if cond.label is None else cond.label
+        square = EDM().time_of_input(time_input)[:, None] ** 2
+        return (self.variance * x + square * self.mean[label][:, None]) / (self.variance + square)
+
+
+class MixtureFixture:
+    """A two-component teacher and the generator t + u y, y from another mixture; every law exact."""
+
+    shift, scale, variance = 0.2, 1.1, 0.8
+    teacher_law = ((0.3, 0.7), (-1.5, 1.0), (0.3, 0.2))
+    latent_law = ((0.6, 0.4), (-0.5, 0.8), (0.25, 0.15))
+    expected_softened = (-0.040398, -0.075387)
+
+    def __init__(self) -> None:
+        nodes, weights = normal_nodes()
+        shares, means, variances = self.latent_law
+        latent = torch.cat([m + math.sqrt(v) * nodes for m, v in zip(means, variances, strict=True)])
+        latent_weights = torch.cat([share * weights for share in shares])
+        y, eps, self.weights = pairs((latent, latent_weights), (nodes, weights))
+        self.y, self.eps = y[:, None], eps[:, None]
+        self.t = torch.full_like(y, math.sqrt(self.variance))
+        self.teacher = mixture_on_the_line(*self.teacher_law)
+        self.fake = mixture_on_the_line(*self.generated_law(self.shift, self.scale))
+
+    def generated_law(self, shift: float, scale: float):
+        shares, means, variances = self.latent_law
+        return shares, tuple(shift + scale * m for m in means), tuple(scale**2 * v for v in variances)
+
+    def log_density(self, denoiser: Denoiser, points: Tensor) -> Tensor:
+        """log density of the law of x_t at points [B, 1]."""
+        t = torch.full((len(points),), math.sqrt(self.variance), dtype=torch.float64)
+        return denoiser.net.log_prob(points, t, NO_COND)
+
+    def log_ratio(self, points: Tensor) -> Tensor:
+        """log p_t / q_t at points [B, 1], the discriminator's optimum."""
+        return self.log_density(self.teacher, points) - self.log_density(self.fake, points)
+
+    def gradient(self, loss_of_noised) -> Tensor:
+        """The gradient by (shift, scale) of a loss of x (with graph) and its noised form."""
+        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (self.shift, self.scale))
+        x = averaged_by(shift + scale * self.y, self.weights)
+        loss = loss_of_noised(x, EDM().diffuse(x, self.eps, self.t))
+        return torch.stack(torch.autograd.grad(loss, (shift, scale)))
+
+    def softened_divergence(self, shift: float, scale: float) -> float:
+        """E_q[(r + 1) log((r + 1) / 2r)], r = p_t / q_t, on a grid."""
+        grid = torch.linspace(-12, 12, 20001, dtype=torch.float64)[:, None]
+        log_q = self.log_density(mixture_on_the_line(*self.generated_law(shift, scale)), grid)
+        log_r = self.log_density(self.teacher, grid) - log_q
+        integrand = log_q.exp() * (log_r.exp() + 1) * (torch.log1p(log_r.exp()) - math.log(2) - log_r)
+        return (integrand.sum() * (24 / 20000)).item()
+
+
+def mixture_on_the_line(shares, means, variances) -> Denoiser:
+    """The exact denoiser of a mixture of Gaussians on the line, on EDM's path."""
+    return mixture_denoiser(EDM(), *components(shares, means, variances))
+
+
+def components(shares, means, variances) -> tuple[Tensor, Tensor, Tensor]:
+    """A law on the line as `Mixture` takes it."""
+    return numbers(*shares), numbers(*means)[:, None], numbers(*variances)
