@@ -7,8 +7,9 @@ processes all see the numbers of one undisturbed run.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,21 +19,24 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four words of 32 random bits per counter.
+Word = TypeVar("Word", Tensor, int)
 
-    counter: four int64 tensors with values in [0, 2^32), broadcastable.  key: two such integers.
-    Returns four int64 tensors in [0, 2^32).  Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, int]) -> tuple[Word, Word, Word, Word]:
+    """Four words of 32 random bits per counter and key.
+
+    counter: four int64 tensors (or integers) with values in [0, 2^32), broadcastable; key: two such.
+    Returns four of them in [0, 2^32).  Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         # The product wraps at 64 bits, which keeps its low and (after the mask) high halves right.
         left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            ((right >> 32) & _MASK) ^ c1 ^ k0,
+            ((right >> 32) & _MASK) ^ (c1 ^ k0),
             right & _MASK,
-            ((left >> 32) & _MASK) ^ c3 ^ k1,
+            ((left >> 32) & _MASK) ^ (c3 ^ k1),
             left & _MASK,
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
@@ -53,13 +57,18 @@ class Draws:
 
     def normal(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """[B, *shape] of N(0, 1)."""
+        return self.normals((name,), shape, dtype)[name]
+
+    def normals(
+        self, names: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """`normal` for several names: the same numbers, in one pass."""
         count = math.prod(shape)
-        words = self._words(name, self.index, -(-count // 4))
-        first, second = words[..., 0::2], words[..., 1::2]
-        radius = (-2 * _unit(first).log()).sqrt()
-        angle = (2 * math.pi) * _unit(second)
-        pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)
-        return pairs[:, :count].reshape(-1, *shape).to(dtype)
+        words = self._words(names, self.index, -(-count // 4))
+        radius = (-2 * _unit(words[..., 0::2], dtype).log()).sqrt_()
+        angle = _unit(words[..., 1::2], dtype) * (2 * math.pi)
+        values = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(2)[..., :count]
+        return dict(zip(names, values.reshape(len(names), -1, *shape).unbind(0), strict=True))
 
     def fresh_noise(self, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
         """The noise that a stochastic sampler adds after its step i: [B, *shape] by i."""
@@ -67,32 +76,48 @@ class Draws:
 
     def uniform(self, name: str) -> Tensor:
         """[B] in (0, 1), float64."""
-        return _unit(self._words(name, self.index, 1)[:, 0])
+        return self.uniforms((name,))[name]
+
+    def uniforms(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """`uniform` for several names: the same numbers, in one pass."""
+        values = _unit(self._words(names, self.index, 1)[..., 0], torch.float64)
+        return dict(zip(names, values.unbind(0), strict=True))
 
     def integers(self, name: str, high: int) -> Tensor:
         """[B] int64 in 0 .. high - 1."""
-        return self._words(name, self.index, 1)[:, 0] * high >> 32
+        return integer_of(self.uniform(name), high)
 
     def shared_integer(self, name: str, high: int) -> int:
         """One integer in 0 .. high - 1 for the whole batch: the same in every micro-batch and process."""
-        everyone = torch.tensor([_MASK])
-        return int(self._words(name + " (shared)", everyone, 1)[0, 0]) * high >> 32
+        return self._one(name + " (shared)", _MASK)[0] * high >> 32
 
     def torch_seed(self, name: str) -> int:
         """A seed for torch's own generator, for what draws inside a network (dropout)."""
-        words = self._words(name, self.index[:1].cpu(), 1)[0].tolist()
-        return int(words[0] << 31 | words[1] >> 1)
+        words = self._one(name, int(self.index[0]))
+        return words[0] << 31 | words[1] >> 1
 
-    def _words(self, name: str, index: Tensor, blocks: int) -> Tensor:
-        """[len(index), 4 * blocks] words; samples are told apart by up to 2^64 numbers, steps by 2^32."""
+    def _one(self, name: str, index: int) -> tuple[int, int, int, int]:
+        return philox((index & _MASK, index >> 32, 0, self.step & _MASK), (self._hash(name), self.seed >> 32 & _MASK))
+
+    def _hash(self, name: str) -> int:
+        return (self.seed ^ zlib.crc32(name.encode())) & _MASK
+
+    def _words(self, names: Sequence[str], index: Tensor, blocks: int) -> Tensor:
+        """[len(names), len(index), 4 * blocks]: up to 2^64 samples, 2^32 steps, and names told apart by the key."""
         device = index.device
-        block = torch.arange(blocks, device=device)[None]
         index = index[:, None]
+        block = torch.arange(blocks, device=device)
         counter = (index & _MASK, index >> 32, block, torch.tensor(self.step & _MASK, device=device))
-        key = ((self.seed ^ zlib.crc32(name.encode())) & _MASK, (self.seed >> 32) & _MASK)
-        return torch.stack(philox(counter, key), -1).flatten(1)
+        key = torch.tensor([self._hash(name) for name in names], device=device)[:, None, None]
+        words = philox(counter, (key, (self.seed >> 32) & _MASK))
+        return torch.stack(torch.broadcast_tensors(*words), -1).flatten(2)
 
 
-def _unit(words: Tensor) -> Tensor:
-    """32-bit words as float64 in (0, 1), never its ends."""
-    return (words.double() + 0.5) * 2.0**-32
+def integer_of(uniform: Tensor, high: int) -> Tensor:
+    """Uniform numbers in (0, 1) as integers 0 .. high - 1, int64."""
+    return (uniform * high).long().clamp_max(high - 1)
+
+
+def _unit(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """32-bit words in (0, 1], never 0; in float64 never 1 either."""
+    return (words.to(dtype) + 0.5) * 2.0**-32

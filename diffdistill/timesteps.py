@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffdistill.draws import integer_of
 from diffdistill.path import Path, karras_ratios
 from diffdistill.schema import Positive, schema
 
@@ -70,7 +71,7 @@ class KarrasIndex:
             raise ValueError(f"need low <= high < num_levels, not {self.low}, {self.high}, {self.num_levels}")
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        index = integer_of(uniform, self.low, self.high)
+        index = self.low + integer_of(uniform, self.high - self.low + 1).double()
         levels = karras_ratios(index / (self.num_levels - 1), self.ratio_min, self.ratio_max, self.rho)
         return clamp_time(path.time_of_ratio(levels), path)
 
@@ -97,7 +98,7 @@ class UniformInteger:
     high: Annotated[int, Field(ge=0)] = 999
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        return clamp_time(integer_of(uniform, self.low, self.high), path)
+        return clamp_time(self.low + integer_of(uniform, self.high - self.low + 1).double(), path)
 
 
 @schema
@@ -118,11 +119,6 @@ AnyTimeLaw = Annotated[
     LogNormal | Karras | KarrasIndex | Uniform | UniformInteger | LogitNormal, Field(discriminator="name")
 ]
 """The laws that a config may name."""
-
-
-def integer_of(uniform: Tensor, low: int, high: int) -> Tensor:
-    """A uniform number as one of the integers low .. high, float64."""
-    return low + (uniform * (high - low + 1)).floor().clamp_max(high - low)
 
 
 def clamp_time(t: Tensor, path: Path) -> Tensor:

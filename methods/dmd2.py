@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffdistill.denoiser import Cond
-from diffdistill.draws import Draws
+from diffdistill.draws import Draws, integer_of
 from diffdistill.losses import (
     DenoisingWeight,
     denoising_loss,
@@ -100,24 +100,20 @@ class DMD2:
         return {"noise": noise, "image": image, "label": label}
 
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
-        noise = {name: rng.normal(name, setting.image_shape) for name in ("z", "eps", "fake eps")}
-        times = {
-            "t": self.generator_time_law(rng.uniform("t"), setting.path),
-            "fake t": self.fake_time_law(rng.uniform("fake t"), setting.path),
-        }
-        label = rng.integers("label", max(setting.num_classes, 1))
-        drawn = {"label": label, **noise, **times}
+        laws = {"": self.generator_time_law, "fake ": self.fake_time_law}
         if self.gan_weight:
-            for call in ("gan", "gan fake", "gan real"):
-                drawn[f"{call} t"] = self.gan_time_law(rng.uniform(f"{call} t"), setting.path)
-                drawn[f"{call} eps"] = rng.normal(f"{call} eps", setting.image_shape)
-        if self.regression_weight:
-            drawn["pair"] = rng.integers("pair", self.regression_pairs)
+            laws |= dict.fromkeys(("gan ", "gan real ", "gan fake "), self.gan_time_law)
+        uniforms = rng.uniforms([*(f"{call}t" for call in laws), "label", "pair"])
+        pair = {"pair": integer_of(uniforms["pair"], self.regression_pairs)} if self.regression_weight else {}
         # One step index for the whole batch; the simulated steps before it have noise of their own.
-        drawn["step"] = torch.tensor(rng.shared_integer("step", self.steps.num_evaluations))
-        for i in range(self.steps.num_evaluations - 1):
-            drawn[f"fresh {i}"] = rng.normal(f"fresh {i}", setting.image_shape)
-        return drawn
+        fresh = [f"fresh {i}" for i in range(self.steps.num_evaluations - 1)]
+        return {
+            **{f"{call}t": law(uniforms[f"{call}t"], setting.path) for call, law in laws.items()},
+            **rng.normals(["z", *(f"{call}eps" for call in laws), *fresh], setting.image_shape),
+            "label": integer_of(uniforms["label"], max(setting.num_classes, 1)),
+            **pair,
+            "step": torch.tensor(rng.shared_integer("step", self.steps.num_evaluations)),
+        }
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Distribution matching, plus the GAN's and the regression's share.  Equations 1, 4 and section 4.2."""
