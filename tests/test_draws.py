@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffdistill.draws import Draws, philox
+from diffdistill.draws import Draws, integer_of, philox
 
 COUNT = 200_000
 
@@ -35,6 +35,38 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     first, second = as_ints(key)
     words = philox(tuple(torch.tensor([word]) for word in as_ints(counter)), (first, second))
     assert [word.item() for word in words] == as_ints(expected)
+
+
+def test_philox_of_plain_integers_is_philox_of_tensors():
+    counter, key = as_ints("243f6a88 85a308d3 13198a2e 03707344"), (0xA4093822, 0x299F31D0)
+    words = philox(tuple(torch.tensor([word]) for word in counter), key)
+    assert list(philox(tuple(counter), key)) == [word.item() for word in words]
+
+
+def test_several_names_in_one_pass_give_the_numbers_of_each_name_alone():
+    rng, names = Draws(7, 3, torch.arange(10)), ["z", "eps", "fresh 0"]
+    normals, uniforms = rng.normals(names, (1, 5)), rng.uniforms(names)
+    for name in names:
+        assert torch.equal(normals[name], rng.normal(name, (1, 5)))
+        assert torch.equal(uniforms[name], rng.uniform(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_normals_are_the_rounded_float32_ones(dtype):
+    rng = Draws(7, 3, torch.arange(1000))
+    assert torch.equal(rng.normal("eps", (8,), dtype), rng.normal("eps", (8,)).to(dtype))
+
+
+def test_float32_normals_are_the_float64_ones_to_float32_precision():
+    rng = Draws(7, 3, torch.arange(1000))
+    single, double = (rng.normal("eps", (8,), dtype).double() for dtype in (torch.float32, torch.float64))
+    # Near the median a float32 uniform close to 1 leaves the radius an error of sqrt(2 x 6e-8).
+    torch.testing.assert_close(single, double, rtol=1e-5, atol=4e-4)
+
+
+def test_integers_of_the_ends_of_the_unit_interval_stay_in_range():
+    ends = torch.tensor([2.0**-33, 1 - 2.0**-33, 1.0], dtype=torch.float64)
+    assert integer_of(ends, 7).tolist() == [0, 6, 6]
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (1, 8, 8)])
