@@ -39,7 +39,8 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int) -> FilePath:
-    """Write into a temporary folder, fsync, rename; then drop all but the newest `keep`.
+    """Write into a temporary folder, fsync, rename; then drop all but the newest `keep`, and any later step's: a run
+    that went back to an earlier checkpoint has left those behind.
 
     Returns the checkpoint's folder. Raises OSError (the disk is full, say) with nothing half written left behind
     and all earlier checkpoints intact.
@@ -63,8 +64,10 @@ def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int) -> F
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
+    found = list_checkpoints(folder)
+    end = found.index(target) + 1
+    for other in found[: max(0, end - keep)] + found[end:]:
+        _remove(other)
     return target
 
 

@@ -6,6 +6,7 @@ stopped and resumed equals one that was not, bit for bit on a CPU, and accumulat
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -37,14 +38,8 @@ from diffdistill.preview import save_panels
 from diffdistill.schema import UserError
 from diffdistill.stopping import StopRequested, stop_signals
 
-FREE_TO_CHANGE: tuple[str, ...] = (
-    "run",
-    "train.steps",
-    "train.log_every",
-    "train.preview_every",
-    "train.checkpoint_every",
-)
-FREE_TO_CHANGE += ("train.keep_checkpoints", "train.device", "train.on_nonfinite", "train.max_skips")
+LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
+FREE_TO_CHANGE = ("run", *(f"train.{name}" for name in ("steps", "device", "on_nonfinite", "max_skips", *LOGGING)))
 """Settings that a resumed run may change."""
 
 
@@ -73,17 +68,18 @@ class Trainer:
         self.config, self.method, self.quiet = config, config.method, quiet
         train = config.train
         self.folder = FilePath(config.run)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if train.precision == "bf16" else "no", cpu=train.device == "cpu"
-        )
+        # accelerate allows one precision a process, but runs may follow each other in one: autocast is ours.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=train.device == "cpu")
         self.device = self.accelerator.device
         images, labels = config.data.load()
         self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
-        self.teacher = self._load_teacher()
+        self.start = self._find_start(resume)
+        checkpoint = load_checkpoint(self.start) if self.start else None
+        self.teacher = self._load_teacher(checkpoint)
         self.spec, self.setting = self._settle()
         self._check_labels()
-        self.start = self._find_start(resume)
-        modules = self.method.players(self.setting)
+        with self._seeded():
+            modules = self.method.players(self.setting)
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
         self._check_optimizers(modules)
         self.trained = {name: module.to(self.device).train() for name, module in modules.items()}
@@ -91,12 +87,12 @@ class Trainer:
         self.optimizers = {name: make_optimizer(module, config.optimizer(name)) for name, module in modules.items()}
         self.ema = EMA(self.trained[self.method.student], config.ema) if config.ema else None
         self.step = 0
-        self.skips = 0
+        self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
         self.stored: dict[str, Tensor] = {}
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
         self._meter = Meter()
-        if self.start:
-            self._restore(self.start)
+        if checkpoint:
+            self._restore(checkpoint)
 
     @property
     def student(self) -> nn.Module:
@@ -122,14 +118,14 @@ class Trainer:
             while self.step < train.steps:
                 self.train_step(log)
                 log.step(self.step)
-                last = self.step == train.steps
+                last, is_stopping = self.step == train.steps, bool(stopping)  # a signal may arrive at any line
                 if self.step % train.log_every == 0 or last:
                     log.report(self.step, self.images_seen, self._meter.means())
                 if train.preview_every and (self.step % train.preview_every == 0 or last):
                     self.save_preview()
-                if self.step % train.checkpoint_every == 0 or last or stopping:
+                if self.step % train.checkpoint_every == 0 or last or is_stopping:
                     self.save()
-                if stopping:
+                if is_stopping:
                     raise StopRequested(stopping[0], self.step, self.folder)
         return list_checkpoints(self.folder / "checkpoints")[-1]
 
@@ -192,7 +188,7 @@ class Trainer:
         logs: list[Loss] = []
         for micro in micros:
             torch.manual_seed(micro.rng.torch_seed(update.loss))  # for dropout inside the networks
-            with self.accelerator.autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
                 loss: Loss = getattr(self.method, update.loss)(self.players, micro.draw, micro.batch)
             self.accelerator.backward(loss.total / len(micros))
             micro.draw |= loss.carry
@@ -204,7 +200,7 @@ class Trainer:
                 for group in self.optimizers[name].param_groups:
                     group["lr"] = learning_rate(self.config.optimizer(name), self.step, self.config.train.steps)
                 self.optimizers[name].step()
-            self.skips = 0
+            self.skips[update.loss] = 0
         for name in update.players:
             self.optimizers[name].zero_grad(set_to_none=True)
         self._note(update, logs, norms, is_finite, log)
@@ -228,15 +224,17 @@ class Trainer:
                 self._meter.add({f"{first}/loss": loss.total, **{f"{first}/{k}": v for k, v in loss.logs.items()}})
             self._meter.add({f"{name}/gradient_norm": norm for name, norm in norms.items()})
             return
-        self.skips += 1
+        skips = self.skips[update.loss] = self.skips.get(update.loss, 0) + 1
         parts = {
-            name: float(value) for loss in logs for name, value in ({"total": loss.total} | dict(loss.logs)).items()
+            name: float(value.detach())
+            for loss in logs
+            for name, value in ({"total": loss.total} | dict(loss.logs)).items()
         }
         bad = [f"{update.loss} ({name} = {value})" for name, value in parts.items() if not math.isfinite(value)]
         bad += [f"the gradient of {name}" for name, norm in norms.items() if not math.isfinite(float(norm))]
         message = f"step {self.step}, player {first}: {', '.join(dict.fromkeys(bad))} is not finite"
-        if self.config.train.on_nonfinite == "stop" or self.skips >= self.config.train.max_skips:
-            more = f", {self.skips} updates in a row" if self.skips > 1 else ""
+        if self.config.train.on_nonfinite == "stop" or skips >= self.config.train.max_skips:
+            more = f", {skips} updates in a row" if skips > 1 else ""
             raise TrainingError(f"{message}{more}. The last checkpoint is intact; try a lower learning rate")
         if log:
             log.say(f"{message}; this update is skipped")
@@ -275,10 +273,12 @@ class Trainer:
     def _class_cond(self, label: Tensor) -> Cond:
         return Cond(label=label) if self.setting.num_classes else NO_COND
 
-    def _load_teacher(self) -> TrainedModel | None:
-        if self.config.teacher is None:
+    def _load_teacher(self, checkpoint: Checkpoint | None) -> TrainedModel | None:
+        """The frozen teacher; of a resumed run the very checkpoint that it began with."""
+        place = checkpoint.state["teacher"] if checkpoint else self.config.teacher
+        if place is None:
             return None
-        teacher = load_model(self.config.teacher)
+        teacher = load_model(place)
         teacher.denoiser.to(self.device)
         return teacher
 
@@ -311,10 +311,16 @@ class Trainer:
             class_dropout=getattr(self.method, "class_dropout", 0.0),
             sampler=self.method.sampler(setting),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
+        with self._seeded():
             network = spec.build()
         return spec, Setting(shape, classes, config.model.path, network=network)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """New networks depend on the run's seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.train.seed)
+            yield
 
     def _check_labels(self) -> None:
         if self.labels is None or not self.setting.num_classes:
@@ -347,23 +353,22 @@ class Trainer:
             return folder / resume
         return found[-1] if found else None
 
-    def _restore(self, target: FilePath) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back as it was. Raises UserError if the config or the architecture has changed."""
-        checkpoint = load_checkpoint(target)
         changed = [
             f"{key}: was {old!r}, now {new!r}"
             for key, old, new in differences(checkpoint.state["config"], dump(self.config))
-            if not key.startswith(FREE_TO_CHANGE)
+            if key not in FREE_TO_CHANGE
         ]
         if changed:
-            raise UserError(f"{target}: the config has changed since:\n  " + "\n  ".join(changed))
+            raise UserError(f"{self.start}: the config has changed since:\n  " + "\n  ".join(changed))
         for name, module in self.trained.items():
-            load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{target} ({name})")
+            load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
             restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))
         if self.ema:
             weights = select_group(checkpoint.tensors["ema"], self.method.student)
-            load_strictly(self.ema.module, weights, origin=f"{target} (ema)")
-        self.step, self.skips = int(checkpoint.state["step"]), int(checkpoint.state["skips"])
+            load_strictly(self.ema.module, weights, origin=f"{self.start} (ema)")
+        self.step, self.skips = int(checkpoint.state["step"]), dict(checkpoint.state["skips"])
 
     def _open_folder(self) -> None:
         """Make the run's folder and write the resolved config. Raises UserError where that is not allowed."""

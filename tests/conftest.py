@@ -30,7 +30,7 @@ method:
   time_law: {{name: lognormal, mean: -0.6, std: 1.2}}
   teacher_sampler: {{name: heun, num_steps: 3, rho: 5}}
 model:
-  network: {{name: unet, channels: [8, 16]}}
+  network: {{name: mlp, width: 32, blocks: 2}}
   path: {{name: edm, sigma_min: 0.02, sigma_max: 20}}
   sigma_data: 0.75
 optimizers:
@@ -60,18 +60,28 @@ def small_config(method: str, run: Path, *overrides: str, teacher: Path | None =
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's folder of a digits teacher, trained for ten steps."""
+    """The run's folder of a digits teacher, a tiny U-Net trained for ten steps."""
     folder = tmp_path_factory.mktemp("shared") / "teacher"
+    network = "model.network={name: unet, channels: [8, 16]}"
+    Trainer(small_config("pretrain", folder, network, "train.steps=10"), quiet=True).run()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an MLP, a few times faster."""
+    folder = tmp_path_factory.mktemp("shared") / "quick-teacher"
     Trainer(small_config("pretrain", folder, "train.steps=10"), quiet=True).run()
     return folder
 
 
-@pytest.fixture
-def make_config(teacher: Path, tmp_path: Path) -> MakeConfig:
-    """`make_config("dmd2", "train.steps=3")`: a small run in `tmp_path / "run"`."""
+@pytest.fixture(scope="session")
+def make_config(quick_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
+    """`make_config("dmd2", "train.steps=3")`: a small run in a new folder."""
 
     def make(method: str, *overrides: str) -> RunConfig:
-        return small_config(method, tmp_path / "run", *overrides, teacher=teacher if method != "pretrain" else None)
+        run = tmp_path_factory.mktemp("small") / "run"
+        return small_config(method, run, *overrides, teacher=quick_teacher if method != "pretrain" else None)
 
     return make
 
