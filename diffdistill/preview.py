@@ -5,10 +5,12 @@ from pathlib import Path as FilePath
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 CAPTION_HEIGHT = 14
+GAP = 2
 
 
 def save_grid(file: FilePath, images: Tensor, *, columns: int, min_side: int = 32) -> None:
@@ -39,6 +41,7 @@ def _grid(images: Tensor, columns: int, min_side: int) -> Image.Image:
     pixels = to_uint8(images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1))
     enlarge = max(1, -(-min_side // pixels.shape[-1]))
     pixels = pixels.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    pixels = F.pad(pixels, (0, GAP, 0, GAP), value=255)
     rows = -(-len(pixels) // columns)
     missing = rows * columns - len(pixels)
     pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 255)])
