@@ -22,6 +22,7 @@ from torch import Tensor
 from diffdistill.schema import UserError
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 PREFIX = "step-"
 
 
@@ -53,7 +54,7 @@ def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int) -> F
         temporary.mkdir()
         for group, tensors in checkpoint.tensors.items():
             _write_tensors(temporary / f"{group}.safetensors", tensors)
-        _write_synced(temporary / "state.json", json.dumps(checkpoint.state, indent=1))
+        _write_synced(temporary / STATE, json.dumps({**checkpoint.state, "step": checkpoint.step}, indent=1))
         hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
         _write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
         _sync_folder(temporary)
@@ -86,11 +87,11 @@ def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, 
         whole = [c for c in list_checkpoints(target.parent) if c.name < target.name and not find_damage(c)]
         offer = f"; the newest whole one before it is {whole[-1]}" if whole else "; there is no whole one before it"
         raise CheckpointError(f"{target}: damaged: {fault}{offer}")
-    state = json.loads((target / "state.json").read_text())
-    wanted = [file for file in sorted(target.glob("*.safetensors")) if groups is None or file.stem in groups]
+    state = json.loads((target / STATE).read_text())
+    files = [target / name for name in json.loads((target / MANIFEST).read_text())["files"] if name != STATE]
     return Checkpoint(
-        step=int(target.name.removeprefix(PREFIX)),
-        tensors={file.stem: load_file(file, device=device) for file in wanted},
+        step=int(state["step"]),
+        tensors={f.stem: load_file(f, device=device) for f in files if groups is None or f.stem in groups},
         state=state,
     )
 
@@ -106,7 +107,7 @@ def select_group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]
 
 
 def find_damage(target: FilePath) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is there, of the right hash, and nothing else is."""
+    """What is wrong with a checkpoint, or None: every file of the manifest is there, of the right hash."""
     try:
         manifest = json.loads((target / MANIFEST).read_text())
         hashes = manifest["files"]

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from diffdistill.checkpoint import write_text_atomically
+
 METRICS = "metrics.jsonl"
 
 
@@ -107,4 +109,4 @@ class RunLog:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of a killed run
-        self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text_atomically(self.file, "".join(f"{line}\n" for line in kept))

@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from diffdistill.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from diffdistill.checkpoint import MANIFEST, STATE, CheckpointError, list_checkpoints, load_checkpoint
 from diffdistill.config import ModelConfig, validate
 from diffdistill.denoiser import Denoiser, freeze
 from diffdistill.sampling import AnySampler
@@ -59,7 +59,7 @@ def find_checkpoint(place: FilePath) -> FilePath:
     """The newest checkpoint of a run's folder, or `place` itself if it is one. Raises CheckpointError."""
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; give a run's folder or one of its checkpoints")
-    if (place / "state.json").exists():
+    if (place / STATE).exists() or (place / MANIFEST).exists():
         return place
     found = list_checkpoints(place / "checkpoints")
     if not found:

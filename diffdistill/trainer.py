@@ -151,7 +151,6 @@ class Trainer:
         tensors["optimizers"] = flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
         state = {
             "format": 1,
-            "step": self.step,
             "skips": self.skips,
             "student": self.method.student,
             "model": dump(self.spec),

@@ -88,11 +88,11 @@ def make_config(quick_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def write_config(make_config: MakeConfig, tmp_path: Path) -> WriteConfig:
-    """The same as a YAML file, for the command line."""
+    """The same as a YAML file, for the command line; its run is `tmp_path / "run"`."""
 
     def write(method: str, *overrides: str) -> Path:
         file = tmp_path / f"{method}.yaml"
-        file.write_text(dump_yaml(make_config(method, *overrides)))
+        file.write_text(dump_yaml(make_config(method, f"run={tmp_path / 'run'}", *overrides)))
         return file
 
     return write
