@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from diffdistill.data import AnyData
+from diffdistill.data import AnyData, Digits
 from diffdistill.ema import EMAConfig
 from diffdistill.method import Method, registered
 from diffdistill.networks import AnyNetwork
@@ -80,7 +80,7 @@ class RunConfig:
 
     run: str
     method: AnyMethod
-    data: AnyData = field(default_factory=AnyData)
+    data: AnyData = field(default_factory=Digits)
     model: ModelConfig | None = None
     teacher: str | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]

@@ -27,6 +27,7 @@ from diffdistill.checkpoint import (
     write_text_atomically,
 )
 from diffdistill.config import ModelConfig, RunConfig, differences, dump, dump_yaml
+from diffdistill.data.order import DataOrder
 from diffdistill.denoiser import NO_COND, Cond
 from diffdistill.draws import Draws
 from diffdistill.ema import EMA
@@ -39,7 +40,12 @@ from diffdistill.schema import UserError
 from diffdistill.stopping import StopRequested, stop_signals
 
 LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
-FREE_TO_CHANGE = ("run", *(f"train.{name}" for name in ("steps", "device", "on_nonfinite", "max_skips", *LOGGING)))
+PLACES = ("data.cache", "data.path", "data.root", "data.download", "data.labels_file")  # the content must stay
+FREE_TO_CHANGE = (
+    "run",
+    *PLACES,
+    *(f"train.{name}" for name in ("steps", "device", "on_nonfinite", "max_skips", *LOGGING)),
+)
 """Settings that a resumed run may change."""
 
 
@@ -71,8 +77,8 @@ class Trainer:
         # accelerate allows one precision a process, but runs may follow each other in one: autocast is ours.
         self.accelerator = Accelerator(mixed_precision="no", cpu=train.device == "cpu")
         self.device = self.accelerator.device
-        images, labels = config.data.load()
-        self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
+        self.source = config.data.load().to(self.device)
+        self.order = DataOrder(self.source, train.seed)
         self.start = self._find_start(resume)
         checkpoint = load_checkpoint(self.start) if self.start else None
         self.teacher = self._load_teacher(checkpoint)
@@ -89,7 +95,6 @@ class Trainer:
         self.step = 0
         self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
         self.stored: dict[str, Tensor] = {}
-        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
         self._meter = Meter()
         if checkpoint:
             self._restore(checkpoint)
@@ -102,6 +107,11 @@ class Trainer:
     @property
     def images_seen(self) -> int:
         return self.step * self.config.train.global_batch_size
+
+    @property
+    def images(self) -> Tensor:
+        """All real images at once: for small sets."""
+        return self.source.rows(torch.arange(len(self.source)))
 
     def run(self) -> FilePath:
         """Train to the last step. Returns the newest checkpoint's folder.
@@ -155,6 +165,7 @@ class Trainer:
             "student": self.method.student,
             "model": dump(self.spec),
             "config": dump(self.config),
+            "data": self.source.key,
             "teacher": str(self.teacher.source) if self.teacher else None,
         }
         keep = self.config.train.keep_checkpoints
@@ -244,30 +255,20 @@ class Trainer:
         share = train.global_batch_size // processes
         begin = self.images_seen + share * self.accelerator.process_index
         size = min(train.micro_batch_size or share, share)
+        images, cond = self._real(begin, share)
         for first in range(begin, begin + share, size):
-            index = torch.arange(first, first + size, device=self.device)
-            rng = Draws(train.seed, self.step, index)
-            yield MicroBatch(rng, self._data(index), self.method.draw(rng, self.setting))
+            rng = Draws(train.seed, self.step, torch.arange(first, first + size, device=self.device))
+            part = slice(first - begin, first - begin + size)
+            batch = Batch(images[part], cond[part], self.stored)
+            yield MicroBatch(rng, batch, self.method.draw(rng, self.setting))
 
-    def _data(self, index: Tensor) -> Batch:
-        """Real images for global sample numbers: each epoch is a permutation that depends on (seed, epoch)."""
+    def _real(self, first: int, count: int) -> tuple[Tensor, Cond]:
+        """Real images and their condition for the samples from `first` on; none where the method needs none."""
         if not self.method.needs_images:
-            return Batch(self.images[:0], NO_COND, self.stored)
-        count = len(self.images)
-        rows = torch.empty_like(index)
-        for epoch in (index // count).unique().tolist():
-            here = index // count == epoch
-            rows[here] = self._order(epoch)[index[here] % count]
-        label = self.labels[rows] if self.labels is not None else rows
-        return Batch(self.images[rows], self._class_cond(label), self.stored)
-
-    def _order(self, epoch: int) -> Tensor:
-        if self._permutation[0] != epoch:
-            seed = Draws(self.config.train.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed("data order")
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(self.images), generator=generator).to(self.device)
-            self._permutation = (epoch, order)
-        return self._permutation[1]
+            return torch.empty(0, *self.source.image_shape, device=self.device), NO_COND
+        next_first = first + self.config.train.global_batch_size
+        images, labels = self.order.take(first, count, next_first=next_first)
+        return images, NO_COND if labels is None else self._class_cond(labels)
 
     def _class_cond(self, label: Tensor) -> Cond:
         return Cond(label=label) if self.setting.num_classes else NO_COND
@@ -283,7 +284,7 @@ class Trainer:
 
     def _settle(self) -> tuple[ModelSpec, Setting]:
         """The network's description and the method's setting, from the teacher or from `model`."""
-        config, shape = self.config, tuple(self.images.shape[1:])
+        config, shape = self.config, self.source.image_shape
         batch, processes = config.train.global_batch_size, self.accelerator.num_processes
         micro = config.train.micro_batch_size or batch // processes
         if batch % processes or (batch // processes) % min(micro, batch // processes):
@@ -301,7 +302,7 @@ class Trainer:
             sampler = self.method.sampler(setting)
             return ModelSpec(**(_fields(spec) | {"sampler": sampler})), setting
         assert isinstance(config.model, ModelConfig)
-        classes = int(self.labels.max()) + 1 if self.labels is not None else 0
+        classes = self.source.num_classes
         setting = Setting(shape, classes, config.model.path)
         spec = ModelSpec(
             model=config.model,
@@ -322,13 +323,14 @@ class Trainer:
             yield
 
     def _check_labels(self) -> None:
-        if self.labels is None or not self.setting.num_classes:
+        known, labels = self.setting.num_classes, self.source.labels
+        if not known or not self.method.needs_images:
             return
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= self.setting.num_classes:
-            raise UserError(
-                f"data: labels go from {low} to {high}; the teacher knows 0 to {self.setting.num_classes - 1}"
-            )
+        if labels is None:
+            raise UserError(f"data: has no labels, but the teacher was trained on {known} classes; give it labels")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= known:
+            raise UserError(f"data: labels go from {low} to {high}; the teacher knows 0 to {known - 1}")
 
     def _check_optimizers(self, modules: dict[str, nn.Module]) -> None:
         for name in self.config.optimizers:
@@ -361,6 +363,8 @@ class Trainer:
         ]
         if changed:
             raise UserError(f"{self.start}: the config has changed since:\n  " + "\n  ".join(changed))
+        if checkpoint.state.get("data", self.source.key) != self.source.key:
+            raise UserError(f"{self.start}: the images or labels under `data` are not those that the run began with")
         for name, module in self.trained.items():
             load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
             restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))

@@ -211,6 +211,4 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 @cache
 def _reference() -> tuple[Tensor, Tensor]:
     """Images [1437, 1, 8, 8] and labels [1437] of the training split."""
-    images, labels = Digits(split=DIGITS_PIXELS.reference_split).load()
-    assert labels is not None
-    return images, labels
+    return Digits(split=DIGITS_PIXELS.reference_split).tensors()

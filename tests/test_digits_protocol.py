@@ -58,7 +58,7 @@ class Recorder:
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
     """The exact denoiser of one Gaussian a class, fitted to the training split."""
-    images, labels = Digits().load()
+    images, labels = Digits().tensors()
     assert labels is not None
     rows = [images[labels == label].flatten(1).double() for label in range(10)]
     means, covariances = torch.stack([x.mean(0) for x in rows]), torch.stack([torch.cov(x.T) for x in rows])

@@ -4,3 +4,5 @@ from diffdistill.data.digits import Digits
 
 AnyData = Digits
 """The data sets that a config may name."""
+
+__all__ = ["AnyData", "Digits"]

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdistill.data.source import TensorImages
 from diffdistill.schema import schema
 
 SPLIT_SEED = 0
@@ -19,7 +20,11 @@ class Digits:
     name: Literal["digits"] = "digits"
     split: Literal["train", "test"] = "train"
 
-    def load(self) -> tuple[Tensor, Tensor | None]:
+    def load(self) -> TensorImages:
+        """The images of `tensors`, in memory."""
+        return TensorImages(*self.tensors())
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
         """Images [N, 1, 8, 8] float32 in [-1, 1] and labels [N] int64.
 
         The split is numpy's default_rng(0).permutation(1797): the first 1,437 train. Alpaydin & Kaynak 1998.

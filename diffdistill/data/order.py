@@ -1,0 +1,46 @@
+"""Which image is seen when: each epoch is a permutation that depends on (seed, epoch) alone."""
+
+import torch
+from torch import Tensor
+
+from diffdistill.data.source import ImageSource
+from diffdistill.draws import Draws
+
+KEPT_EPOCHS = 4  # permutations held at a time: this step's, and the next one's when an epoch ends between them
+
+
+class DataOrder:
+    """The images of a source by global sample number. Nothing to save: a resumed run sees what it would have seen."""
+
+    def __init__(self, source: ImageSource, seed: int) -> None:
+        self.source, self.seed = source, seed
+        self._permutations: dict[int, Tensor] = {}
+
+    def take(self, first: int, count: int, *, next_first: int) -> tuple[Tensor, Tensor | None]:
+        """Images [count, C, H, W] and labels [count] of the samples from `first` on.
+
+        next_first: where the step after this one begins; its images are read in the background.
+        """
+        rows = self.rows(first, count)
+        images = self.source.rows(rows)
+        self.source.expect(self.rows(next_first, count))
+        labels = self.source.labels
+        return images, None if labels is None else labels[rows.to(labels.device)]
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """The numbers of the images that the samples `first` to `first + count - 1` are: [count] int64, CPU."""
+        index = torch.arange(first, first + count)
+        epochs, places = index // len(self.source), index % len(self.source)
+        rows = torch.empty_like(index)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            rows[here] = self._permutation(epoch)[places[here]]
+        return rows
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch not in self._permutations:
+            seed = Draws(self.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed("data order")
+            order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(seed))
+            kept = list(self._permutations.items())[1 - KEPT_EPOCHS :]
+            self._permutations = dict([*kept, (epoch, order)])
+        return self._permutations[epoch]
