@@ -153,7 +153,7 @@ def json_schema() -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 2e-4 as a number and refuses repeated keys and aliases."""
+    """Safe YAML that reads 2e-4 as a number and refuses repeated keys, keys that are no text, and aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -166,7 +166,11 @@ class _Loader(yaml.SafeLoader):
         repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
         if repeated:
             raise yaml.constructor.ConstructorError(None, None, f"repeated key {repeated[0]!r}", node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is not a name", node.start_mark)
+        return mapping
 
 
 _Loader.add_implicit_resolver(

@@ -29,7 +29,7 @@ def schema(cls: type[T]) -> type[T]:
     The same checks hold for YAML and for direct construction in Python. Numbers are not guessed from strings,
     nor integers from booleans. Raises pydantic.ValidationError, a ValueError, from the constructor.
     """
-    config = pydantic.ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     decorate: Callable[[type[T]], Any] = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)
     made: type[T] = decorate(cls)
     return made

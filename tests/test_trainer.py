@@ -120,10 +120,11 @@ def test_every_epoch_is_another_permutation_of_the_images(
         return Loss(sum(p.sum() for p in players.teacher.parameters()) * 0.0)
 
     monkeypatch.setattr(Pretrain, "teacher_loss", look_only)
-    trainer = trained(make_config("pretrain", "train.global_batch_size=500"), 6)
-    count = len(trainer.images)
+    config = make_config("pretrain", "train.global_batch_size=500")
+    trained(config, 6)
+    everything = config.data.load()[0].flatten(1)
+    count = len(everything)
     first, second = (torch.cat(seen)[i * count : (i + 1) * count].flatten(1) for i in (0, 1))
-    everything = trainer.images.flatten(1)
     assert not torch.equal(first, second)
     for epoch in (first, second):
         assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, everything.tolist()))
