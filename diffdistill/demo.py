@@ -73,7 +73,7 @@ def show_table(rows: Sequence[Row], console: Console, file: FilePath | None) -> 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
+from diffdistill.checkpoint import is_disk_full
 from diffdistill.draws import Draws
 from diffdistill.model import TrainedModel, load_model
 from diffdistill.preview import save_grid
@@ -36,6 +37,8 @@ def sample_grid(
     try:
         save_grid(file, images, columns=min(10, count))
     except (OSError, ValueError) as error:
+        if is_disk_full(error):
+            raise
         raise UserError(f"--out {file}: cannot be written: {error}") from None
     return SampledGrid(file, model.spec.sampler.num_evaluations, milliseconds)
 

@@ -20,6 +20,7 @@ from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.pretrain import Pretrain
 from diffdistill.networks.discriminator import Head
 from diffdistill.optimizers import learning_rate
+from diffdistill.preview import CAPTION_HEIGHT, GAP
 from diffdistill.trainer import Trainer, TrainingError
 
 MakeConfig = Callable[..., RunConfig]
@@ -122,7 +123,7 @@ def test_every_epoch_is_another_permutation_of_the_images(
     monkeypatch.setattr(Pretrain, "teacher_loss", look_only)
     config = make_config("pretrain", "train.global_batch_size=500")
     trained(config, 6)
-    everything = config.data.load()[0].flatten(1)
+    everything = config.data.tensors()[0].flatten(1)
     count = len(everything)
     first, second = (torch.cat(seen)[i * count : (i + 1) * count].flatten(1) for i in (0, 1))
     assert not torch.equal(first, second)
@@ -275,8 +276,8 @@ def test_bf16_trains_and_keeps_weights_in_float32_whatever_ran_before(make_confi
 
 def test_the_preview_shows_samples_teacher_and_fake_side_by_side(make_config: MakeConfig) -> None:
     file = Trainer(make_config("dmd2")).save_preview()
-    width, height = 10 * 32, 4 * 32  # 40 digits of 8 x 8, four times enlarged
-    assert Image.open(file).size == (3 * width + 2 * 8, 14 + height)
+    width, height = 10 * (32 + GAP), 4 * (32 + GAP)  # 40 digits of 8 x 8, four times enlarged
+    assert Image.open(file).size == (3 * width + 2 * 8, CAPTION_HEIGHT + height)
 
 
 def test_a_run_reports_on_time_and_keeps_the_newest_checkpoints(make_config: MakeConfig) -> None:
