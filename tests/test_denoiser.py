@@ -229,14 +229,31 @@ def test_samples_do_not_see_one_another(name):
 
 
 @on_every_network
-def test_the_estimate_is_float32_under_bfloat16_autocast(name):
-    denoiser, (x, t, cond) = make_denoiser(name).float(), inputs()
+@pytest.mark.parametrize("predicts", ["edm", "x0", "eps"])
+def test_the_estimate_is_float32_under_bfloat16_autocast(name, predicts):
+    denoiser, (x, t, cond) = freeze(Denoiser(make_network(name), EDM(), predicts)).float(), inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = denoiser(x.float(), t, cond)
     assert found.dtype == torch.float32
     plain = denoiser(x.float(), t, cond)
     assert not torch.equal(found, plain)  # autocast did run
     torch.testing.assert_close(found, plain, rtol=0.05, atol=0.05 * plain.abs().max().item())  # 8 bits, ten layers
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [((18, 32), "18 must be a multiple of 4"), ((32, 52), "52 must be a multiple of 4 and of its 3 attention heads")],
+)
+def test_a_unet_refuses_channels_that_it_cannot_share_out(channels, message):
+    with pytest.raises(ValueError, match=f"channels: {message}"):
+        UNetConfig(channels=channels)
+
+
+@pytest.mark.parametrize("channels", [(4, 8), (12, 36), (68, 20)])
+def test_a_unet_runs_with_any_channels_that_it_does_not_refuse(channels):
+    net = UNetConfig(channels=channels).build(SHAPE, 0, 0.0).double()
+    x, t, _ = inputs()
+    assert net(x, t, NO_COND).shape == x.shape
 
 
 def test_freeze_stops_parameter_gradients_and_lets_input_gradients_through():

@@ -154,6 +154,20 @@ def test_a_discriminator_head_runs_in_float64():
     assert head(random(2, 8, 8, 8)).dtype == torch.float64
 
 
+@pytest.mark.parametrize(("channels", "side"), [(16, 1), (32, 4), (64, 4), (64, 8), (512, 1), (768, 8)])
+def test_a_discriminator_head_tells_samples_apart_whatever_the_width_of_its_features(channels, side):
+    torch.manual_seed(0)  # torch initialises from the global generator
+    head = Head(channels, side).double()
+    assert head(random(16, channels, side, side)).std() > 0.1
+
+
+@pytest.mark.parametrize(("channels", "side", "groups"), [(768, 8, 32), (1280, 32, 32)])
+def test_a_discriminator_head_has_the_paper_s_32_groups_at_the_paper_s_widths(channels, side, groups):
+    with torch.device("meta"):
+        norms = [layer for layer in Head(channels, side).layers if isinstance(layer, nn.GroupNorm)]
+    assert [norm.num_groups for norm in norms] == [groups] * len(norms)
+
+
 def test_the_normaliser_is_each_sample_s_mean_distance():
     x, estimate = random(4, 3, 2, 2), random(4, 3, 2, 2, seed=1)
     expected = torch.stack([(a - b).abs().mean() for a, b in zip(x, estimate, strict=True)])

@@ -31,7 +31,8 @@ class Head(nn.Module):
 
 
 def _norm_act(channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()]
+    """At most 32 groups, as the paper's, of at least 8 channels: on a 1 x 1 map a group of one is always zero."""
+    return [nn.GroupNorm(math.gcd(32, channels, max(1, channels // 8)), channels), nn.SiLU()]
 
 
 def make_head(denoiser: Denoiser, image_shape: tuple[int, ...]) -> Head:

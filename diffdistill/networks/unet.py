@@ -31,6 +31,13 @@ class UNetConfig:
             raise ValueError(
                 f"channels and attention need one entry a resolution: {len(self.channels)} and {len(self.attention)}"
             )
+        for channels, attends in zip(self.channels, self.attention, strict=True):
+            heads = max(1, channels // self.head_channels) if attends else 1
+            if channels % 4 or channels % heads:
+                shares = (
+                    f" and of its {heads} attention heads (head_channels = {self.head_channels})" if attends else ""
+                )
+                raise ValueError(f"channels: {channels} must be a multiple of 4{shares}")
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "UNet":
         """The network for images [C, H, W]. Raises UserError if the sides cannot be halved often enough."""
