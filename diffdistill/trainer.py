@@ -286,8 +286,8 @@ class Trainer:
         """The network's description and the method's setting, from the teacher or from `model`."""
         config, shape = self.config, self.source.image_shape
         batch, processes = config.train.global_batch_size, self.accelerator.num_processes
-        micro = config.train.micro_batch_size or batch // processes
-        if batch % processes or (batch // processes) % min(micro, batch // processes):
+        micro = config.train.micro_batch_size or max(1, batch // processes)
+        if batch % (processes * micro):
             raise UserError(
                 f"train.global_batch_size = {batch}: must be a multiple of processes x micro_batch_size "
                 f"= {processes} x {micro}"

@@ -63,7 +63,7 @@ BAD_SETTINGS = [
     ("dmd2", ["method=dmd2"], ["method = 'dmd2'", "should be an object"]),
     ("dmd2", ["method.steps.later_ratios=[9.0]"], ["method.steps", "must decrease: [2.5, 9.0]"]),
     ("pretrain", ["model.network.name=vit"], ["model.network.name = 'vit'", "choices: unet, "]),
-    ("pretrain", ["data.name=cifar"], ["data.name = 'cifar'", "choose from 'digits'"]),
+    ("pretrain", ["data.name=cifar"], ["data.name = 'cifar'", "digits"]),
     ("pretrain", ["optimizers={}"], ["optimizers", "at least 1 item"]),
     # What only shows when the parts are put together.
     (
@@ -76,6 +76,11 @@ BAD_SETTINGS = [
         "pretrain",
         ["train.micro_batch_size=3"],
         ["train.global_batch_size = 8", "processes x micro_batch_size", "1 x 3"],
+    ),
+    (
+        "pretrain",
+        ["train.micro_batch_size=16"],
+        ["train.global_batch_size = 8", "processes x micro_batch_size", "1 x 16"],
     ),
     ("pretrain", ["model=null"], ["either `model` (to pretrain) or `teacher` (to distil), not both or neither"]),
     ("pretrain", ["teacher=runs/other"], ["runs/other: no such folder"]),
