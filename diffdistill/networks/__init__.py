@@ -5,8 +5,12 @@ from typing import Annotated
 from pydantic import Field
 
 from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
+from diffdistill.networks.dit import DiTConfig
+from diffdistill.networks.edm_unet import ADM, DDPMPP
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.unet import UNetConfig
 
-AnyNetwork = Annotated[UNetConfig | MLPConfig | DiffusersUNetConfig, Field(discriminator="name")]
+AnyNetwork = Annotated[
+    UNetConfig | DDPMPP | ADM | DiTConfig | MLPConfig | DiffusersUNetConfig, Field(discriminator="name")
+]
 """The networks that a config may name."""

@@ -1,0 +1,189 @@
+"""A diffusion transformer.  Peebles & Xie 2023, arXiv:2212.09748: Scalable Diffusion Models with Transformers.
+
+Implemented: patches, fixed sine-cosine positions, adaLN-Zero blocks, time and class embeddings with a row for "no
+class". The learned variance is a number of outputs (`learn_sigma`) that is not used: D needs the mean alone.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+
+FREQUENCIES = 256  # of the time embedding, sines and cosines together
+
+
+@schema
+class DiTConfig:
+    """Settings of `DiT`, by default those of DiT-S/2; the class methods are the paper's table 1.
+
+    patch: its side in pixels.  learn_sigma: twice the outputs, as in the published weights; the second half is unused.
+    """
+
+    name: Literal["dit"] = "dit"
+    patch: PositiveInt = 2
+    width: Annotated[int, Field(ge=4, multiple_of=4)] = 384
+    depth: PositiveInt = 12
+    heads: PositiveInt = 6
+    learn_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"heads = {self.heads} must divide width = {self.width}")
+
+    @classmethod
+    def small(cls, patch: int = 2, *, learn_sigma: bool = False) -> "DiTConfig":
+        """DiT-S: 33 million parameters."""
+        return cls(patch=patch, learn_sigma=learn_sigma)
+
+    @classmethod
+    def base(cls, patch: int = 2, *, learn_sigma: bool = False) -> "DiTConfig":
+        """DiT-B: 130 million parameters."""
+        return cls(patch=patch, width=768, depth=12, heads=12, learn_sigma=learn_sigma)
+
+    @classmethod
+    def large(cls, patch: int = 2, *, learn_sigma: bool = False) -> "DiTConfig":
+        """DiT-L: 458 million parameters."""
+        return cls(patch=patch, width=1024, depth=24, heads=16, learn_sigma=learn_sigma)
+
+    @classmethod
+    def extra_large(cls, patch: int = 2, *, learn_sigma: bool = False) -> "DiTConfig":
+        """DiT-XL: 675 million parameters."""
+        return cls(patch=patch, width=1152, depth=28, heads=16, learn_sigma=learn_sigma)
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "DiT":
+        """The network for images [C, H, W]. Raises UserError if patches do not tile them."""
+        if any(side % self.patch for side in image_shape[1:]):
+            raise UserError(f"network.patch = {self.patch}: must divide the image sides {image_shape[1:]}")
+        return DiT(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+
+
+class DiT(nn.Module):
+    """A transformer on patches of [B, C, H, W] with a tap behind its middle block. A `Network`."""
+
+    positions: Tensor
+
+    def __init__(
+        self, config: DiTConfig, image_shape: tuple[int, int, int], num_classes: int, *, knows_unconditional: bool
+    ) -> None:
+        super().__init__()
+        self.accepts = frozenset({"label"} if num_classes else ())
+        self.num_classes = num_classes
+        self.knows_unconditional = knows_unconditional
+        self.resolution_multiple = self.patch = config.patch
+        self.image_channels, height, width = image_shape
+        self.grid = (height // config.patch, width // config.patch)
+        outputs = self.image_channels * (2 if config.learn_sigma else 1)
+        self.input = nn.Conv2d(self.image_channels, config.width, config.patch, stride=config.patch)
+        self.register_buffer("positions", _positions(self.grid, config.width), persistent=False)
+        self.embed_time = nn.Sequential(
+            nn.Linear(FREQUENCIES, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+        )
+        self.embed_label = nn.Embedding(num_classes + 1, config.width) if num_classes else None
+        self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads) for _ in range(config.depth))
+        self.modulate = nn.Linear(config.width, 2 * config.width)
+        self.output = nn.Linear(config.width, config.patch**2 * outputs)
+        self._initialise()
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
+        return self.forward_with_features(x, time_input, cond)[0]
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The tokens behind the middle block, [B, width, H / patch, W / patch]; the rest does not run."""
+        return self._as_image(self._first_half(x, self._embed(time_input, cond)))
+
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Output and tap from one pass."""
+        embedding = self._embed(time_input, cond)
+        tapped = h = self._first_half(x, embedding)
+        for block in self.blocks[self._middle :]:
+            h = block(h, embedding)
+        shift, scale = self.modulate(embedding)[:, None].chunk(2, 2)
+        patches = self.output(_modulated(h, shift, scale))
+        return self._unpatch(patches)[:, : self.image_channels], self._as_image(tapped)
+
+    @property
+    def _middle(self) -> int:
+        return (len(self.blocks) + 1) // 2
+
+    def _first_half(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.input(x).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks[: self._middle]:
+            h = block(h, embedding)
+        return h
+
+    def _embed(self, time_input: Tensor, cond: Cond) -> Tensor:
+        half = FREQUENCIES // 2
+        powers = torch.arange(half, device=time_input.device, dtype=time_input.dtype) / half
+        angles = time_input[:, None] * (1 / 10000) ** powers
+        embedding = self.embed_time(torch.cat([angles.cos(), angles.sin()], 1))
+        if self.embed_label is not None:
+            null = torch.full_like(time_input, self.num_classes, dtype=torch.int64)
+            embedding = embedding + self.embed_label(null if cond.label is None else cond.label)
+        return F.silu(embedding)
+
+    def _as_image(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+    def _unpatch(self, patches: Tensor) -> Tensor:
+        """[B, N, patch * patch * C], the channel fastest -> [B, C, H, W]."""
+        rows, columns = self.grid
+        tiles = patches.reshape(len(patches), rows, columns, self.patch, self.patch, -1)
+        return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _initialise(self) -> None:
+        """The paper's section 3.2: every block starts as the identity, and the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.input.weight.flatten(1))
+        assert self.input.bias is not None
+        nn.init.zeros_(self.input.bias)
+        for layer in (self.embed_time[0], self.embed_time[2], self.embed_label):
+            if layer is not None:
+                assert isinstance(layer.weight, Tensor)
+                nn.init.normal_(layer.weight, std=0.02)
+        for linear in (self.modulate, self.output, *(block.modulate for block in self.blocks)):
+            assert isinstance(linear, nn.Linear)
+            nn.init.zeros_(linear.weight)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each scaled, shifted and gated by time and class (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.modulate = nn.Linear(width, 6 * width)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """h: [B, N, width]; embedding: [B, width].  Returns h's shape."""
+        parts = self.modulate(embedding)[:, None].chunk(6, 2)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
+        h = h + gate * self._attend(_modulated(h, shift, scale))
+        return h + mlp_gate * self.mlp(_modulated(h, mlp_shift, mlp_scale))
+
+    def _attend(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def _positions(grid: tuple[int, int], width: int) -> Tensor:
+    """[1, N, width]: half of it for the column, half for the row, each sines, then cosines."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequencies for place in (column, row)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)[None].float()

@@ -1,0 +1,166 @@
+"""What EDM's two U-Nets are made of: one block and two embeddings.
+
+Karras et al. 2022, arXiv:2206.00364, appendix F.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+
+Resample = Literal["up", "down"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where DDPM++ and ADM differ.
+
+    embed: time and condition as one vector.  initialise: the weights at the start.  heads: attention heads for so
+    many channels.  attends_late: in the decoder only a resolution's last block has attention.  is_scaled: the
+    embedding scales and shifts a block's middle, behind its norm, rather than shifts it before.  skip_scale: times
+    each residual sum.  has_resampled_projection: a block that resamples has a 1x1 convolution on its shortcut.
+    eps: of the norms.  output_names: EDM's for the last norm and convolution.
+    """
+
+    embed: Callable[[int, int, int], nn.Module]
+    initialise: Callable[[nn.Module], None]
+    heads: Callable[[int], int]
+    attends_late: bool
+    is_scaled: bool
+    skip_scale: float
+    has_resampled_projection: bool
+    eps: float
+    output_names: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block. name: EDM's.  heads: 0 without attention.  takes_skip: channels_in counts an encoder's output."""
+
+    name: str
+    channels_in: int
+    channels: int
+    resample: Resample = None
+    heads: int = 0
+    takes_skip: bool = False
+
+
+class Block(nn.Module):
+    """Norm, convolution, time and condition, norm, convolution, attention; each of two sums times `skip_scale`."""
+
+    def __init__(self, plan: BlockPlan, family: Family, width: int, dropout: float) -> None:
+        super().__init__()
+        channels_in, channels = plan.channels_in, plan.channels
+        self.resample: Resample = plan.resample
+        self.takes_skip = plan.takes_skip
+        self.heads = plan.heads
+        self.is_scaled = family.is_scaled
+        self.skip_scale = family.skip_scale
+        self.dropout = dropout
+        self.norm_in, self.norm_mid = group_norm(channels_in, family.eps), group_norm(channels, family.eps)
+        self.conv_in = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulate = nn.Linear(width, 2 * channels if family.is_scaled else channels)
+        is_projected = channels != channels_in or (plan.resample is not None and family.has_resampled_projection)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1) if is_projected else nn.Identity()
+        if plan.heads:
+            self.norm_attention = group_norm(channels, family.eps)
+            self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+            self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: [B, C_in, H, W]; embedding: [B, width].  Returns [B, C, H', W']."""
+        h = self.conv_in(self._resize(F.silu(self.norm_in(x))))
+        h = F.silu(self._condition(h, self.modulate(embedding)[:, :, None, None]))
+        h = self.conv_out(F.dropout(h, self.dropout, self.training))
+        h = (h + self.shortcut(self._resize(x))) * self.skip_scale
+        return self._attend(h) if self.heads else h
+
+    def _condition(self, h: Tensor, modulation: Tensor) -> Tensor:
+        if not self.is_scaled:
+            return self.norm_mid(h + modulation)
+        scale, shift = modulation.chunk(2, 1)
+        return torch.addcmul(shift, self.norm_mid(h), scale + 1)
+
+    def _resize(self, x: Tensor) -> Tensor:
+        """Down and up by the box filter [1, 1]: the mean of four pixels, and each pixel four times."""
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        # EDM's layout: the three of one channel stand next to one another.
+        qkv = self.qkv(self.norm_attention(x)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
+        return (x + self.project(h)) * self.skip_scale
+
+
+class DDPMPPEmbedding(nn.Module):
+    """Time, class and augmentation, added up, then two layers. "No class" is a vector of zeros."""
+
+    def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
+        super().__init__()
+        self.frequencies = channels // 2
+        self.label = nn.Linear(num_classes, channels) if num_classes else None
+        self.augmentation = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
+        self.first, self.second = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, time_input: Tensor, cond: Cond) -> Tensor:
+        """time_input: [B].  Returns [B, 4 channels]."""
+        angles = _angles(time_input, self.frequencies, steps=self.frequencies - 1)  # the lowest, 1 / 10000, included
+        h = torch.cat([angles.sin(), angles.cos()], 1)
+        if self.label is not None:
+            h = h + self.label(_one_hot(cond, self.label.in_features, h) * math.sqrt(self.label.in_features))
+        if self.augmentation is not None and cond.augmentation is not None:
+            h = h + self.augmentation(cond.augmentation.to(h.dtype))
+        return F.silu(self.second(F.silu(self.first(h))))
+
+
+class ADMEmbedding(nn.Module):
+    """Time and augmentation through two layers, then the class. "No class" is a vector of zeros."""
+
+    def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
+        super().__init__()
+        self.frequencies = channels // 2
+        self.label = nn.Linear(num_classes, 4 * channels, bias=False) if num_classes else None
+        self.augmentation = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
+        self.first, self.second = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, time_input: Tensor, cond: Cond) -> Tensor:
+        """time_input: [B].  Returns [B, 4 channels]."""
+        angles = _angles(time_input, self.frequencies, steps=self.frequencies)
+        h = torch.cat([angles.cos(), angles.sin()], 1)
+        if self.augmentation is not None and cond.augmentation is not None:
+            h = h + self.augmentation(cond.augmentation.to(h.dtype))
+        h = self.second(F.silu(self.first(h)))
+        if self.label is not None:
+            h = h + self.label(_one_hot(cond, self.label.in_features, h))
+        return F.silu(h)
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """As many equal groups as there can be, at most 32 and each of at least 4 channels."""
+    most = max(1, min(32, channels // 4))
+    groups = max(count for count in range(1, most + 1) if channels % count == 0)
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def _angles(time_input: Tensor, count: int, *, steps: int) -> Tensor:
+    """[B, count]: time at the frequencies 1, r, r^2 ... with r^steps = 1 / 10000."""
+    powers = torch.arange(count, device=time_input.device, dtype=time_input.dtype) / steps
+    return time_input[:, None] * (1 / 10000) ** powers
+
+
+def _one_hot(cond: Cond, num_classes: int, like: Tensor) -> Tensor:
+    """[B, num_classes]: zeros for "no class" and where no label is given."""
+    if cond.label is None:
+        return like.new_zeros(len(like), num_classes)
+    return F.one_hot(cond.label, num_classes + 1)[:, :num_classes].to(like.dtype)
