@@ -80,7 +80,7 @@ class FakeWithoutClass(DMD2):
         return DMD2.fake_loss(self, players, draw | {"label": torch.full_like(draw["label"], 4)}, batch)
 
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
-        return DMD2.field(self, _changed(players, fake=lambda fake: _blind(fake)), draw, x)
+        return DMD2.field(self, _changed(players, fake=_blind), draw, x)
 
 
 @schema
@@ -174,6 +174,6 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_the_ring_catches_a_planted_fault(fault: type[DMD2]) -> None:
     settings = {name: getattr(right(), name) for name in ("steps", "fake_updates", "gan_weight")}
-    laws = {name: TIME_LAW for name in ("generator_time_law", "fake_time_law")}
+    laws = dict.fromkeys(("generator_time_law", "fake_time_law"), TIME_LAW)
     result = train_ring(fault(**settings, **laws))
     assert not result.passes, result

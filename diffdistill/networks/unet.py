@@ -183,7 +183,7 @@ class UNetBlock(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least 4 channels, as EDM."""
+    """At most 32 groups of at least 4 channels, a power of two of them."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels, eps=1e-6)
 
 
