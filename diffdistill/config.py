@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from diffdistill.data import AnyData, Digits
 from diffdistill.ema import EMAConfig
+from diffdistill.health import HealthConfig
 from diffdistill.method import Method, registered
 from diffdistill.networks import AnyNetwork
 from diffdistill.path import EDM, AnyPath, Prediction
@@ -85,6 +86,7 @@ class RunConfig:
     teacher: str | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     ema: EMAConfig | None = field(default_factory=EMAConfig)
+    health: HealthConfig | None = field(default_factory=HealthConfig)
     train: TrainConfig
 
     def optimizer(self, player: str) -> OptimizerConfig:

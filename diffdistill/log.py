@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from diffdistill.checkpoint import write_text_atomically
 
 METRICS = "metrics.jsonl"
+WARNINGS = "warnings.txt"
 
 
 class Meter:
@@ -94,6 +95,12 @@ class RunLog:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def warn(self, message: str) -> None:
+        """A warning for people, and a line of warnings.txt."""
+        with (self.file.parent / WARNINGS).open("a", encoding="utf-8") as handle:
+            handle.write(message + "\n")
+        self.say(f"health: {message}")
 
     def say(self, message: str) -> None:
         """A line for people, above the bar."""

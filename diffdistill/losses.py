@@ -69,10 +69,11 @@ def sample_normaliser(x: Tensor, estimate: Tensor, minimum: float = 1e-5) -> Ten
 def zero_nonfinite(field: Tensor) -> Tensor:
     """A sample whose field is not finite in every pixel pushes nothing.  field: [B, ...].
 
-    Zeroed as a whole: torch.nan_to_num's default would make +-3.4e38 of an infinity.
+    Zeroed as a whole: torch.nan_to_num's default would make +-3.4e38 of an infinity. If no sample is finite, the
+    field stays as it is, for the trainer's guard to name: a broken network must not look like a finished one.
     """
     is_finite = field.isfinite().flatten(1).all(1).reshape(-1, *[1] * (field.ndim - 1))
-    return torch.where(is_finite, field, 0.0)
+    return torch.where(is_finite | ~is_finite.any(), field, 0.0)
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:

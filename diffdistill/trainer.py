@@ -6,10 +6,8 @@ stopped and resumed equals one that was not, bit for bit on a CPU, and accumulat
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,24 +24,28 @@ from diffdistill.checkpoint import (
     write_tensors_atomically,
     write_text_atomically,
 )
-from diffdistill.config import ModelConfig, RunConfig, differences, dump, dump_yaml
+from diffdistill.config import RunConfig, differences, dump, dump_yaml
 from diffdistill.data.order import DataOrder
 from diffdistill.denoiser import NO_COND, Cond
 from diffdistill.draws import Draws
 from diffdistill.ema import EMA
+from diffdistill.health import Health, Reference
 from diffdistill.log import Meter, RunLog
-from diffdistill.method import Batch, Loss, Players, Setting, Update
-from diffdistill.model import ModelSpec, TrainedModel, load_model, load_strictly
+from diffdistill.method import Batch, Loss, Players, Update
+from diffdistill.model import load_strictly
 from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
 from diffdistill.preview import save_panels
 from diffdistill.schema import UserError
+from diffdistill.setup import check_batch, check_labels, check_optimizers, find_start, load_teacher, seeded, settle
 from diffdistill.stopping import StopRequested, stop_signals
 
 LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
 PLACES = ("data.cache", "data.path", "data.root", "data.download", "data.labels_file")  # the content must stay
 FREE_TO_CHANGE = (
     "run",
+    "health",
     *PLACES,
+    *(f"health.{name}" for name in ("every", "samples", "patience", "warmup_steps")),
     *(f"train.{name}" for name in ("steps", "device", "on_nonfinite", "max_skips", *LOGGING)),
 )
 """Settings that a resumed run may change."""
@@ -79,15 +81,16 @@ class Trainer:
         self.device = self.accelerator.device
         self.source = config.data.load().to(self.device)
         self.order = DataOrder(self.source, train.seed)
-        self.start = self._find_start(resume)
+        self.start = find_start(self.folder, resume)
         checkpoint = load_checkpoint(self.start) if self.start else None
-        self.teacher = self._load_teacher(checkpoint)
-        self.spec, self.setting = self._settle()
-        self._check_labels()
-        with self._seeded():
+        self.teacher = load_teacher(checkpoint.state["teacher"] if checkpoint else config.teacher, self.device)
+        check_batch(train, self.accelerator.num_processes)
+        self.spec, self.setting = settle(config, self.source, self.teacher)
+        check_labels(self.method, self.setting, self.source)
+        with seeded(train.seed):
             modules = self.method.players(self.setting)
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
-        self._check_optimizers(modules)
+        check_optimizers(config, list(modules))
         self.trained = {name: module.to(self.device).train() for name, module in modules.items()}
         self.players = Players(**teachers, **self.trained)
         self.optimizers = {name: make_optimizer(module, config.optimizer(name)) for name, module in modules.items()}
@@ -96,6 +99,9 @@ class Trainer:
         self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
         self.stored: dict[str, Tensor] = {}
         self._meter = Meter()
+        self.health = (
+            Health(config.health, Reference.of_source(self.source)) if config.health and self.teacher else None
+        )
         if checkpoint:
             self._restore(checkpoint)
 
@@ -130,7 +136,7 @@ class Trainer:
                 log.step(self.step)
                 last, is_stopping = self.step == train.steps, bool(stopping)  # a signal may arrive at any line
                 if self.step % train.log_every == 0 or last:
-                    log.report(self.step, self.images_seen, self._meter.means())
+                    self.report(log)
                 if train.preview_every and (self.step % train.preview_every == 0 or last):
                     self.save_preview()
                 if self.step % train.checkpoint_every == 0 or last or is_stopping:
@@ -152,6 +158,21 @@ class Trainer:
                         batch_images=self.config.train.global_batch_size * update.every,
                     )
         self.step += 1
+
+    def report(self, log: RunLog) -> None:
+        """Log the means since the last report, and the health signals when they are due, with their warnings."""
+        values, health = self._meter.means(), self.health
+        if (
+            health
+            and self.step // health.config.every > (self.step - self.config.train.log_every) // health.config.every
+        ):
+            sampler, seed = self.method.sampler(self.setting), self.config.train.seed
+            shape, student = self.setting.image_shape, self.method.student
+            signals = health.examine(self.players, student, sampler, step=self.step, shape=shape, seed=seed)
+            for warning in health.judge(self.step, signals, values):
+                log.warn(warning)
+            values |= {f"health/{name}": value for name, value in signals.items()}
+        log.report(self.step, self.images_seen, values)
 
     def save(self) -> FilePath:
         """Write a checkpoint of everything that a resumed run needs."""
@@ -195,16 +216,18 @@ class Trainer:
         """One optimiser step of some players. Returns whether it was taken."""
         for name, module in self.trained.items():
             module.requires_grad_(name in update.players)
-        logs: list[Loss] = []
+        losses: list[Loss] = []
         for micro in micros:
             torch.manual_seed(micro.rng.torch_seed(update.loss))  # for dropout inside the networks
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
                 loss: Loss = getattr(self.method, update.loss)(self.players, micro.draw, micro.batch)
             self.accelerator.backward(loss.total / len(micros))
             micro.draw |= loss.carry
-            logs.append(loss)
+            losses.append(loss)
         norms = {name: self._clip(name) for name in update.players}
-        is_finite = bool(torch.isfinite(torch.stack([*norms.values(), *(loss.total.detach() for loss in logs)])).all())
+        is_finite = bool(
+            torch.isfinite(torch.stack([*norms.values(), *(loss.total.detach() for loss in losses)])).all()
+        )
         if is_finite:
             for name in update.players:
                 for group in self.optimizers[name].param_groups:
@@ -213,31 +236,33 @@ class Trainer:
             self.skips[update.loss] = 0
         for name in update.players:
             self.optimizers[name].zero_grad(set_to_none=True)
-        self._note(update, logs, norms, is_finite, log)
+        self._note(update, losses, norms, is_finite, log)
         return is_finite
 
     def _clip(self, name: str) -> Tensor:
         """The gradient's norm before clipping, after clipping it as the config says."""
         options, parameters = self.config.optimizer(name), list(self.trained[name].parameters())
-        norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if options.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, options.clip_norm, norm)
         if options.clip_value:
             nn.utils.clip_grad_value_(parameters, options.clip_value)
         return norm
 
     def _note(
-        self, update: Update, logs: list[Loss], norms: dict[str, Tensor], is_finite: bool, log: RunLog | None
+        self, update: Update, losses: list[Loss], norms: dict[str, Tensor], is_finite: bool, log: RunLog | None
     ) -> None:
         """Record an update; if it was not finite, say so by name, and stop when told to or when it goes on."""
         first = update.players[0]
         if is_finite:
-            for loss in logs:
+            for loss in losses:
                 self._meter.add({f"{first}/loss": loss.total, **{f"{first}/{k}": v for k, v in loss.logs.items()}})
             self._meter.add({f"{name}/gradient_norm": norm for name, norm in norms.items()})
             return
         skips = self.skips[update.loss] = self.skips.get(update.loss, 0) + 1
         parts = {
             name: float(value.detach())
-            for loss in logs
+            for loss in losses
             for name, value in ({"total": loss.total} | dict(loss.logs)).items()
         }
         bad = [f"{update.loss} ({name} = {value})" for name, value in parts.items() if not math.isfinite(value)]
@@ -272,87 +297,6 @@ class Trainer:
 
     def _class_cond(self, label: Tensor) -> Cond:
         return Cond(label=label) if self.setting.num_classes else NO_COND
-
-    def _load_teacher(self, checkpoint: Checkpoint | None) -> TrainedModel | None:
-        """The frozen teacher; of a resumed run the very checkpoint that it began with."""
-        place = checkpoint.state["teacher"] if checkpoint else self.config.teacher
-        if place is None:
-            return None
-        teacher = load_model(place)
-        teacher.denoiser.to(self.device)
-        return teacher
-
-    def _settle(self) -> tuple[ModelSpec, Setting]:
-        """The network's description and the method's setting, from the teacher or from `model`."""
-        config, shape = self.config, self.source.image_shape
-        batch, processes = config.train.global_batch_size, self.accelerator.num_processes
-        micro = config.train.micro_batch_size or max(1, batch // processes)
-        if batch % (processes * micro):
-            raise UserError(
-                f"train.global_batch_size = {batch}: must be a multiple of processes x micro_batch_size "
-                f"= {processes} x {micro}"
-            )
-        if (config.model is None) == (self.teacher is None):
-            raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
-        if self.teacher:
-            spec = self.teacher.spec
-            if spec.image_shape != shape:
-                raise UserError(f"data: images are {shape}, but the teacher's are {spec.image_shape}")
-            setting = Setting(shape, spec.num_classes, spec.model.path, teacher=self.teacher.denoiser)
-            sampler = self.method.sampler(setting)
-            return ModelSpec(**(_fields(spec) | {"sampler": sampler})), setting
-        assert isinstance(config.model, ModelConfig)
-        classes = self.source.num_classes
-        setting = Setting(shape, classes, config.model.path)
-        spec = ModelSpec(
-            model=config.model,
-            image_shape=shape,
-            num_classes=classes,
-            class_dropout=getattr(self.method, "class_dropout", 0.0),
-            sampler=self.method.sampler(setting),
-        )
-        with self._seeded():
-            network = spec.build()
-        return spec, Setting(shape, classes, config.model.path, network=network)
-
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """New networks depend on the run's seed alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.train.seed)
-            yield
-
-    def _check_labels(self) -> None:
-        known, labels = self.setting.num_classes, self.source.labels
-        if not known or not self.method.needs_images:
-            return
-        if labels is None:
-            raise UserError(f"data: has no labels, but the teacher was trained on {known} classes; give it labels")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= known:
-            raise UserError(f"data: labels go from {low} to {high}; the teacher knows 0 to {known - 1}")
-
-    def _check_optimizers(self, modules: dict[str, nn.Module]) -> None:
-        for name in self.config.optimizers:
-            if name not in modules and name != "default":
-                raise UserError(f"optimizers.{name}: no such player; choose from {', '.join([*modules, 'default'])}")
-        for name in modules:
-            self.config.optimizer(name)
-
-    def _find_start(self, resume: bool | str) -> FilePath | None:
-        """The checkpoint to go on from. Raises UserError where that makes no sense."""
-        folder = self.folder / "checkpoints"
-        found = list_checkpoints(folder)
-        if not resume:
-            if found:
-                raise UserError(f"{self.folder}: holds a run already; add --resume to go on, or name another `run`")
-            return None
-        if isinstance(resume, str):
-            if not (folder / resume).is_dir():
-                names = ", ".join(c.name for c in found) or "none"
-                raise UserError(f"{folder}: no checkpoint {resume!r}; there are: {names}")
-            return folder / resume
-        return found[-1] if found else None
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back as it was. Raises UserError if the config or the architecture has changed."""
@@ -394,7 +338,3 @@ class Trainer:
             else:
                 return
         self.stored = load_file(file, device=str(self.device))
-
-
-def _fields(spec: ModelSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
