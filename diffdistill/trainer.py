@@ -79,9 +79,9 @@ class Trainer:
         # accelerate allows one precision a process, but runs may follow each other in one: autocast is ours.
         self.accelerator = Accelerator(mixed_precision="no", cpu=train.device == "cpu")
         self.device = self.accelerator.device
+        self.start = find_start(self.folder, resume)
         self.source = config.data.load().to(self.device)
         self.order = DataOrder(self.source, train.seed)
-        self.start = find_start(self.folder, resume)
         checkpoint = load_checkpoint(self.start) if self.start else None
         self.teacher = load_teacher(checkpoint.state["teacher"] if checkpoint else config.teacher, self.device)
         check_batch(train, self.accelerator.num_processes)

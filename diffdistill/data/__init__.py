@@ -1,8 +1,19 @@
-"""Data sets: what a config may name under `data`."""
+"""Data sets: what a config may name under `data`. Each has `load()`, which gives an ImageSource."""
+
+from typing import Annotated
+
+from pydantic import Field
 
 from diffdistill.data.digits import Digits
+from diffdistill.data.huggingface import HuggingFace
+from diffdistill.data.image_folder import ImageFolder
+from diffdistill.data.npz import Npz
+from diffdistill.data.torchvision_sets import Cifar10, FashionMNIST
 
-AnyData = Digits
+AnyData = Annotated[
+    Digits | Cifar10 | FashionMNIST | ImageFolder | HuggingFace | Npz,
+    Field(discriminator="name"),
+]
 """The data sets that a config may name."""
 
-__all__ = ["AnyData", "Digits"]
+__all__ = ["AnyData", "Cifar10", "Digits", "FashionMNIST", "HuggingFace", "ImageFolder", "Npz"]

@@ -1,0 +1,100 @@
+"""Images before they are prepared: a name and a way to read each, in a stable order, with labels."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffdistill.schema import UserError
+
+MAX_FILE_BYTES = 256 * 2**20
+"""The most that one encoded image may hold, on disk or unpacked."""
+
+MAX_CLASSES = 1_000_000
+"""A label beyond this is taken for a mistake: networks hold a row for every class."""
+
+Content = bytes | NDArray[np.uint8]
+"""An encoded image file, or pixels [H, W, C]."""
+
+
+class UnreadableImage(Exception):  # noqa: N818
+    """One image that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image. `read` raises UnreadableImage or OSError."""
+
+    name: str
+    read: Callable[[], Content]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """labels: one for each item.  names: of the classes, by label; empty where labels are plain numbers."""
+
+    labels: tuple[int, ...]
+    count: int
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Everything that a data set holds.
+
+    origin: what the user called it, for messages.  notes: what the user should know, a line each.
+    is_lasting: whether the files that were named for it hold all of its content.
+    """
+
+    origin: str
+    items: Sequence[Item]
+    classes: Classes | None = None
+    notes: tuple[str, ...] = ()
+    is_lasting: bool = True
+
+
+def numbered_classes(values: Sequence[str], *, origin: str) -> Classes:
+    """Labels from text: numbers as they are, else names, sorted and counted from 0.
+
+    Raises UserError on an empty label and on numbers that no network can hold.
+    """
+    if "" in values:
+        raise UserError(f"{origin}: a label is empty")
+    if all(re.fullmatch(r"[0-9]{1,9}", value) for value in values):
+        return checked_classes([int(value) for value in values], origin=origin)
+    names = sorted(set(values))
+    number = {name: i for i, name in enumerate(names)}
+    return Classes(tuple(number[value] for value in values), len(names), tuple(names))
+
+
+def checked_classes(values: Iterable[int], *, origin: str, names: tuple[str, ...] = ()) -> Classes:
+    """Labels that are numbers already. names: of the classes, where they are known.
+
+    Raises UserError if one is negative or too large.
+    """
+    labels = tuple(int(value) for value in values)
+    low, high = min(labels, default=0), max(labels, default=0)
+    limit = len(names) or MAX_CLASSES
+    if low < 0 or high >= limit:
+        raise UserError(f"{origin}: labels go from {low} to {high}; they must lie in 0 to {limit - 1}")
+    return Classes(labels, len(names) or high + 1, names)
+
+
+def shown(name: str) -> str:
+    """A file's name as it may be printed: without control characters and bytes that are no text."""
+    return name if name.isprintable() else ascii(name)
+
+
+def listed(names: Sequence[str], *, most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    first = ", ".join(shown(name) for name in names[:most])
+    return first + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def checked_size(size: int) -> int:
+    """`size` in bytes. Raises UnreadableImage if no image should be that large."""
+    if size > MAX_FILE_BYTES:
+        raise UnreadableImage(f"{size / 2**20:,.0f} MiB, over the limit of {MAX_FILE_BYTES // 2**20} MiB")
+    return size

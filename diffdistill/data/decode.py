@@ -1,0 +1,114 @@
+"""One image file as pixels: uint8, grey or RGB, cropped and resized. Nothing is changed without a note of it."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffdistill.data.collection import Content, UnreadableImage
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is decoded, whatever the file's name says. Formats that run other programs (EPS) are not among them."""
+
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".pbm", ".pnm", ".avif", ".heic", ".heif", ".jxl", ".jp2"),
+)
+"""Names that mean an image. The last five are there to be named as unreadable rather than passed over."""
+
+MAX_PIXELS = 2**27
+HIGH_BYTE = ("I;16", "I;16L", "I;16B", "I;16N")
+
+ANIMATED = "animated: the first frame is taken"
+TRANSPARENT = "transparent: laid on white"
+ENLARGED = "smaller than the resolution: enlarged"
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """resolution: of the centre crop's side, resized by Pillow's Lanczos filter; None leaves images as they are.
+    channels: 1 for grey (ITU-R 601-2), 3 for RGB, None for what the pixels have."""
+
+    resolution: int | None = None
+    channels: int | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """pixels: [C, H, W] uint8.  notes: what was done to the image that its owner may not expect."""
+
+    pixels: NDArray[np.uint8]
+    notes: tuple[str, ...] = ()
+
+
+def decode(content: Content, sizing: Sizing) -> Decoded:
+    """An encoded file or an array as pixels. Raises UnreadableImage with the reason."""
+    try:
+        image, notes = _open(content) if isinstance(content, bytes) else (_image_of(content), ())
+        image, more = _to_eight_bits(image, sizing.channels or (1 if image.mode == "L" else 3))
+        image, last = _crop_and_resize(image, sizing.resolution)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise UnreadableImage(_reason(error)) from error
+    pixels = np.asarray(image)
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return Decoded(np.ascontiguousarray(pixels), (*notes, *more, *last))
+
+
+def _open(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+    if not content:
+        raise UnreadableImage("empty")
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{width} x {height} pixels, over the limit of {MAX_PIXELS:,}")
+    is_animated = getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP")
+    image.load()
+    return ImageOps.exif_transpose(image), (ANIMATED,) if is_animated else ()
+
+
+def _image_of(pixels: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _to_eight_bits(image: Image.Image, channels: int) -> tuple[Image.Image, tuple[str, ...]]:
+    """Any of Pillow's modes as L or RGB."""
+    notes: tuple[str, ...] = ()
+    if image.mode in HIGH_BYTE or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # convert() would clip at 255. Pillow itself takes the high byte where such an image has colours.
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UnreadableImage(f"pixels of mode {image.mode}, whose range is not known")
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            white = Image.new("RGBA", image.size, "white")
+            image, notes = Image.alpha_composite(white, image), (TRANSPARENT,)
+    return image.convert("L" if channels == 1 else "RGB"), notes
+
+
+def _crop_and_resize(image: Image.Image, resolution: int | None) -> tuple[Image.Image, tuple[str, ...]]:
+    """The largest square in the middle, at the resolution."""
+    width, height = image.size
+    side = min(width, height)
+    if side < 2:
+        raise UnreadableImage(f"{width} x {height} pixels: a placeholder, not an image")
+    if resolution is None:
+        return image, ()
+    left, top = (width - side) // 2, (height - side) // 2
+    if width != height:
+        image = image.crop((left, top, left + side, top + side))
+    if side != resolution:
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return image, (ENLARGED,) if side < resolution else ()
+
+
+def _reason(error: Exception) -> str:
+    """Pillow's fault in a few words, without memory addresses."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image in a format that is read ({', '.join(FORMATS)})"
+    text = " ".join(str(error).split())[:100]
+    return text or type(error).__name__

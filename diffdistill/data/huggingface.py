@@ -1,0 +1,140 @@
+"""Data sets of the `datasets` library: by hub name, saved to disk, or a folder of images as it reads them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from diffdistill.data.collection import (
+    Classes,
+    Collection,
+    Item,
+    UnreadableImage,
+    checked_classes,
+    checked_size,
+    numbered_classes,
+)
+from diffdistill.data.decode import Sizing
+from diffdistill.data.prepare import load_prepared
+from diffdistill.data.source import MappedImages
+from diffdistill.schema import PositiveInt, UserError, schema
+
+
+@schema
+class HuggingFace:
+    """One split of a Hugging Face data set, in its own order.
+
+    path: a folder written by save_to_disk, a folder of images, or else a name on the hub.  subset: the hub's
+    configuration name.  label_column: default none; ClassLabel, integers or text.
+    resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
+    """
+
+    name: Literal["huggingface"] = "huggingface"
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = None
+    resolution: PositiveInt | None = None
+    channels: Literal[1, 3] = 3
+    cache: str | None = None
+
+    def load(self) -> MappedImages:
+        """The prepared images. Raises UserError if the data set, split or columns are not there."""
+        folder = FilePath(self.path).expanduser()
+        files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+        return load_prepared(
+            {
+                "name": self.name,
+                "split": self.split,
+                "columns": [self.image_column, self.label_column],
+                "subset": self.subset,
+            },
+            self._collect,
+            files=files,
+            sizing=Sizing(self.resolution, self.channels),
+            cache=self.cache,
+        )
+
+    def _collect(self) -> Collection:
+        try:
+            import datasets
+        except ImportError:
+            raise UserError("the `datasets` library is missing: pip install 'diffdistill[data]'") from None
+        rows = self._open(datasets)
+        self._check_column(rows, "image_column", self.image_column)
+        if not isinstance(rows.features[self.image_column], datasets.Image):
+            kinds = {name: type(kind).__name__ for name, kind in rows.features.items()}
+            raise UserError(f"data.image_column = {self.image_column!r}: holds no images; the columns are {kinds}")
+        classes = self._classes(rows) if self.label_column else None
+        encoded = rows.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
+        read = partial(_read, encoded, self.image_column)
+        if not len(encoded):
+            raise UserError(f"data.path = {self.path!r}: the split {self.split!r} is empty")
+        is_lasting = _is_held(encoded[0][self.image_column], FilePath(self.path).expanduser())
+        return Collection(self.path, _items(read, len(encoded)), classes, is_lasting=is_lasting)
+
+    def _open(self, datasets: Any) -> Any:
+        """The split. Nothing of a data set is ever run as a program."""
+        folder = FilePath(self.path).expanduser()
+        try:
+            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+                opened = datasets.load_from_disk(str(folder))
+                return self._choose_split(opened, datasets)
+            if folder.is_dir():
+                return datasets.load_dataset("imagefolder", data_dir=str(folder), split=self.split)
+            if self.path.startswith(("/", ".", "~")):
+                raise UserError(f"data.path = {self.path!r}: no such folder")
+            return datasets.load_dataset(self.path, self.subset, split=self.split)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"data.path = {self.path!r}: cannot be loaded by `datasets`: {reason}") from None
+
+    def _choose_split(self, opened: Any, datasets: Any) -> Any:
+        if isinstance(opened, datasets.DatasetDict):
+            if self.split not in opened:
+                raise UserError(f"data.split = {self.split!r}: choose from {', '.join(opened)}")
+            return opened[self.split]
+        if opened.split is not None and str(opened.split) != self.split:
+            raise UserError(f"data.split = {self.split!r}: {self.path} holds only {str(opened.split)!r}")
+        return opened
+
+    def _check_column(self, rows: Any, setting: str, column: str) -> None:
+        if column not in rows.column_names:
+            raise UserError(f"data.{setting} = {column!r}: choose from {', '.join(rows.column_names)}")
+
+    def _classes(self, rows: Any) -> Classes:
+        assert self.label_column is not None
+        self._check_column(rows, "label_column", self.label_column)
+        values, kind = list(rows[self.label_column]), rows.features[self.label_column]
+        origin = f"data.label_column = {self.label_column!r}"
+        if any(value is None for value in values):
+            raise UserError(f"{origin}: {sum(value is None for value in values):,} of {len(values):,} are missing")
+        if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+            return checked_classes(values, origin=origin, names=tuple(getattr(kind, "names", None) or ()))
+        if all(isinstance(value, str) for value in values):
+            return numbered_classes([value.strip() for value in values], origin=origin)
+        raise UserError(f"{origin}: holds neither integers nor text, but {type(values[0]).__name__}")
+
+
+def _items(read: Callable[[int], bytes], count: int) -> tuple[Item, ...]:
+    return tuple(Item(str(number), partial(read, number)) for number in range(count))
+
+
+def _is_held(cell: Any, folder: FilePath) -> bool:
+    """Whether an image lies in the table, or in a file of the data set's folder."""
+    return cell is not None and (cell["bytes"] is not None or FilePath(cell["path"]).is_relative_to(folder.absolute()))
+
+
+def _read(rows: Any, column: str, number: int) -> bytes:
+    """The encoded image, from the table or from the file that it names."""
+    cell = rows[number][column]
+    if cell is None:
+        raise UnreadableImage("missing")
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    file = FilePath(cell["path"])
+    checked_size(file.stat().st_size)
+    return file.read_bytes()

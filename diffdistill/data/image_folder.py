@@ -1,0 +1,130 @@
+"""A folder or a zip of images, with labels from the folders' names or a CSV file, or without."""
+
+import csv
+import io
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Literal
+
+from diffdistill.data.collection import Classes, Collection, UnreadableImage, listed, numbered_classes
+from diffdistill.data.decode import Sizing
+from diffdistill.data.files import Listing, list_images, without_common_folders
+from diffdistill.data.prepare import load_prepared
+from diffdistill.data.source import MappedImages
+from diffdistill.schema import PositiveInt, UserError, schema
+
+CSV_COLUMNS = ("file", "label")
+
+
+@schema
+class ImageFolder:
+    """Images below a folder or in a zip, sorted by name, prepared once in the cache.
+
+    labels: none; folders: the name of the outermost folder, those apart that all images share; csv: `labels_file`,
+    a CSV file with the columns file and label, on disk or among the images. Labels that are numbers stay as they are,
+    names are sorted and counted from 0.
+    resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
+    """
+
+    name: Literal["image_folder"] = "image_folder"
+    path: str
+    labels: Literal["none", "folders", "csv"] = "none"
+    labels_file: str | None = None
+    resolution: PositiveInt | None = None
+    channels: Literal[1, 3] = 3
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.labels == "csv") != (self.labels_file is not None):
+            raise ValueError(f"labels_file = {self.labels_file!r}: goes with labels: csv, and only with it")
+
+    def load(self) -> MappedImages:
+        """The prepared images. Raises UserError if there are none, or too many cannot be read."""
+        listing = list_images(FilePath(self.path).expanduser())
+        files = [*listing.paths, *([found] if (found := self._labels_on_disk()) else [])]
+        return load_prepared(
+            {"name": self.name, "labels": self.labels, "labels_file": self.labels_file},
+            partial(self._collect, listing),
+            files=files,
+            sizing=Sizing(self.resolution, self.channels),
+            cache=self.cache,
+        )
+
+    def _collect(self, listing: Listing) -> Collection:
+        names = [item.name for item in listing.items]
+        classes: Classes | None = None
+        notes: list[str] = []
+        if self.labels == "folders":
+            classes = classes_of_folders(names, origin=self.path)
+        elif self.labels == "csv":
+            text, origin = self._labels_text(listing)
+            classes, notes = classes_of_csv(names, text, origin=origin)
+        if links := listing.ignored["symbolic link"]:
+            notes = [*notes, f"{self.path}: {links:,} symbolic links are passed over"]
+        return Collection(self.path, listing.items, classes, tuple(notes))
+
+    def _labels_on_disk(self) -> FilePath | None:
+        file = FilePath(self.labels_file).expanduser() if self.labels_file else None
+        inside = FilePath(self.path).expanduser() / self.labels_file if self.labels_file else None
+        return next((found for found in (file, inside) if found and found.is_file()), None)
+
+    def _labels_text(self, listing: Listing) -> tuple[str, str]:
+        """The CSV file's text, and where it was found."""
+        assert self.labels_file is not None
+        found, inside = self._labels_on_disk(), listing.others.get(self.labels_file)
+        if not found and not inside:
+            csvs = [name for name in listing.others if name.lower().endswith(".csv")]
+            among = f"; among the images there is {listed(csvs)}" if csvs else ""
+            raise UserError(f"data.labels_file = {self.labels_file!r}: no such file{among}")
+        origin = str(found or f"{self.path}:{self.labels_file}")
+        try:
+            content = found.read_bytes() if found else inside.read()  # type: ignore[union-attr]
+            assert isinstance(content, bytes)
+            return content.decode("utf-8-sig"), origin
+        except (OSError, UnicodeDecodeError, UnreadableImage) as error:
+            raise UserError(f"{origin}: cannot be read: {error}") from None
+
+
+def classes_of_folders(names: list[str], *, origin: str) -> Classes:
+    """The name of the outermost folder that not all images share. Raises UserError if an image is in none."""
+    parts = [name.split("/") for name in without_common_folders(names)]
+    loose = [name for name, p in zip(names, parts, strict=True) if len(p) < 2]
+    if loose:
+        raise UserError(f"{origin}: labels: folders, but these images are in no folder: {listed(loose)}")
+    return numbered_classes([p[0] for p in parts], origin=origin)
+
+
+def classes_of_csv(names: list[str], text: str, *, origin: str) -> tuple[Classes, list[str]]:
+    """Labels by file name, and what the user should know. Raises UserError unless every image has just one."""
+    labels = _rows_of_csv(text, origin)
+    short = without_common_folders(names)
+    found = [labels.get(name, labels.get(brief)) for name, brief in zip(names, short, strict=True)]
+    missing = [name for name, label in zip(names, found, strict=True) if label is None]
+    if missing:
+        raise UserError(f"{origin}: {len(missing):,} of {len(names):,} images have no label: {listed(missing)}")
+    unused = sorted(labels.keys() - set(names) - set(short))
+    notes = [f"{origin}: {len(unused):,} rows name files that are not there: {listed(unused)}"] if unused else []
+    return numbered_classes([label for label in found if label is not None], origin=origin), notes
+
+
+def _rows_of_csv(text: str, origin: str) -> dict[str, str]:
+    """Labels by file name. Raises UserError if the table is not one of files and labels."""
+    labels: dict[str, str] = {}
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = rows.fieldnames or []
+        if not set(CSV_COLUMNS) <= set(header):
+            raise UserError(f"{origin}: needs the columns file and label, separated by a comma; it has {header}")
+        for row in rows:
+            file, label = (row["file"] or "").strip().removeprefix("./"), (row["label"] or "").strip()
+            if file in labels:
+                raise UserError(f"{origin}, line {rows.line_num}: {shown_file(file)} stands there twice")
+            labels[file] = label
+    except csv.Error as error:
+        raise UserError(f"{origin}, line {rows.line_num}: {error}") from None
+    return labels
+
+
+def shown_file(name: str) -> str:
+    """A file of a table as it may be printed."""
+    return listed([name])

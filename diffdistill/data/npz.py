@@ -1,0 +1,94 @@
+"""Arrays in a .npz file."""
+
+import zipfile
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffdistill.data.collection import Classes, Collection, Item, checked_classes
+from diffdistill.data.decode import Sizing
+from diffdistill.data.files import check_unpacked_size
+from diffdistill.data.prepare import load_prepared
+from diffdistill.data.source import MappedImages
+from diffdistill.schema import PositiveInt, UserError, schema
+
+
+@schema
+class Npz:
+    """A .npz file with `images`, uint8 [N, H, W, C] or [N, C, H, W], and perhaps `labels`, integers [N].
+
+    layout: only for arrays that could be either, such as [N, 3, 32, 3].
+    resolution: centre crop and Lanczos resize to this side.  channels: 1 for grey, 3 for RGB; default: as they are.
+    """
+
+    name: Literal["npz"] = "npz"
+    path: str
+    layout: Literal["auto", "NHWC", "NCHW"] = "auto"
+    resolution: PositiveInt | None = None
+    channels: Literal[1, 3] | None = None
+    cache: str | None = None
+
+    def load(self) -> MappedImages:
+        """The prepared images. Raises UserError if the file does not hold what it should; pickles are not read."""
+        file = FilePath(self.path).expanduser()
+        if not file.is_file():
+            raise UserError(f"data.path = {self.path!r}: no such file")
+        return load_prepared(
+            {"name": self.name, "layout": self.layout},
+            partial(self._collect, file),
+            files=[file],
+            sizing=Sizing(self.resolution, self.channels),
+            cache=self.cache,
+        )
+
+    def _collect(self, file: FilePath) -> Collection:
+        images, labels = _read(file)
+        images = self._channels_last(images)
+        classes = None if labels is None else _classes(labels, len(images), origin=self.path)
+        return Collection(self.path, array_items(images), classes)
+
+    def _channels_last(self, images: NDArray[Any]) -> NDArray[np.uint8]:
+        """[N, H, W, C] of either layout."""
+        if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+            raise UserError(
+                f"{self.path}: `images` is {images.dtype} {list(images.shape)}; it must be uint8 "
+                "[N, H, W, C] or [N, C, H, W]"
+            )
+        fits = {"NHWC": images.shape[3] in (1, 3), "NCHW": images.shape[1] in (1, 3)}
+        layout = self.layout
+        if layout == "auto":
+            if all(fits.values()):
+                raise UserError(f"{self.path}: `images` {list(images.shape)} could be either; set data.layout")
+            layout = "NHWC" if fits["NHWC"] else "NCHW"
+        if not fits[layout]:
+            raise UserError(f"{self.path}: `images` is {list(images.shape)}; one or three channels are read")
+        return images if layout == "NHWC" else images.transpose(0, 2, 3, 1)
+
+
+def array_items(images: NDArray[np.uint8]) -> tuple[Item, ...]:
+    """One item for each of [N, H, W, C], named by its number."""
+    return tuple(Item(str(number), partial(images.__getitem__, number)) for number in range(len(images)))
+
+
+def _read(file: FilePath) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """`images` and `labels`. Raises UserError if the file is damaged, a bomb, or not of this kind."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            check_unpacked_size(archive, file)
+        with np.load(file, allow_pickle=False) as arrays:
+            if "images" not in arrays:
+                raise UserError(f"{file}: has the arrays {', '.join(sorted(arrays)) or 'none'}; it needs `images`")
+            return arrays["images"], arrays.get("labels")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged zip, a pickle, a header that asks for more than there is
+        raise UserError(f"{file}: cannot be read as .npz: {' '.join(str(error).split())[:200]}") from None
+
+
+def _classes(labels: NDArray[Any], count: int, *, origin: str) -> Classes:
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{origin}: `labels` is {labels.dtype} {list(labels.shape)}; it must be integers [{count}]")
+    return checked_classes(labels.tolist(), origin=origin)

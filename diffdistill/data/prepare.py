@@ -1,0 +1,247 @@
+"""From files to one memory-mapped uint8 array, once: kept in a cache, keyed by content, whole or absent.
+
+A prepared set is a folder `<key>` with images.npy [N, C, H, W], labels.npy [N] where there are labels, and meta.json.
+The key is the SHA-256 of every name, size, content and label, and of the sizing. Beside it, `sources/<fingerprint>`
+remembers the key of files with these paths, sizes and times, so that an unchanged folder is not read again.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffdistill.data import cache as kept
+from diffdistill.data.collection import Collection, Item, UnreadableImage, shown
+from diffdistill.data.decode import Decoded, Sizing, decode
+from diffdistill.data.source import MappedImages
+from diffdistill.schema import UserError
+
+VERSION = 1  # of the decoding; another one makes another key
+MAX_UNREADABLE = 0.01
+NUM_LISTED = 5
+CHUNK = 256  # images in flight
+LONG = 5_000  # images, from which on a log without a terminal gets a line
+
+
+def load_prepared(
+    settings: dict[str, Any],
+    collect: Callable[[], Collection],
+    *,
+    files: Sequence[FilePath],
+    sizing: Sizing,
+    cache: str | None,
+) -> MappedImages:
+    """The images of a data set from the cache, prepared now if they are not there.
+
+    settings: whatever else decides on the content.  collect: lists the images; called only if need be.
+    files: all that the content is read from; none, and the content is hashed every time.
+    Raises UserError if a hundredth of the images or more cannot be read, or the cache cannot be written.
+    """
+    root = kept.cache_folder(cache)
+    fingerprint = _fingerprint(settings, sizing, files) if files else None
+    key = kept.recall(root, fingerprint)
+    if key and kept.is_whole(root / key):
+        return _open(root / key)
+    collection = collect()
+    key = _key(collection, sizing)
+    if not kept.is_whole(root / key):
+        _prepare(root, collection, sizing, key)
+    if fingerprint and collection.is_lasting:
+        kept.remember(root, fingerprint, key)
+    return _open(root / key)
+
+
+def _prepare(root: FilePath, collection: Collection, sizing: Sizing, key: str) -> None:
+    """Write a set into the cache, unless another process does so first."""
+    with kept.locked(root, key) as is_alone:
+        if not kept.is_whole(root / key):
+            with kept.new_folder(root, key, is_alone=is_alone) as folder:
+                _write(folder, collection, sizing, key)
+
+
+@dataclass
+class Report:
+    """What could not be read, and what was changed."""
+
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def warning(self, origin: str, total: int) -> str | None:
+        """All of it in one line."""
+        parts, count = [], len(self.unreadable)
+        if count:
+            parts = [f"{count:,} of {total:,} images ({count / total:.2%}) cannot be read and are left out: {self}"]
+        parts += [f"{number:,} are {note}" for note, number in sorted(self.notes.items())]
+        return f"{origin}: {'; '.join(parts)}" if parts else None
+
+    def __str__(self) -> str:
+        first = ", ".join(f"{shown(name)} ({reason})" for name, reason in self.unreadable[:NUM_LISTED])
+        more = len(self.unreadable) - NUM_LISTED
+        return first + (f" and {more:,} more" if more > 0 else "")
+
+
+def _open(folder: FilePath) -> MappedImages:
+    meta = json.loads((folder / kept.META).read_text(encoding="utf-8"))
+    for line in meta["warnings"]:
+        kept.say(line)
+    images = np.load(folder / kept.IMAGES, mmap_mode="r", allow_pickle=False)
+    labels = None
+    if meta["num_classes"]:
+        labels = torch.from_numpy(np.load(folder / kept.LABELS, allow_pickle=False))
+    content = json.dumps([meta["files"], meta["num_classes"]])
+    key = hashlib.sha256(content.encode()).hexdigest()  # of what is there, wherever it came from
+    return MappedImages(np.asarray(images), labels, key=key, num_classes=meta["num_classes"])
+
+
+def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -> None:
+    """images.npy, labels.npy and meta.json of a collection."""
+    report = Report()
+    with (folder / kept.IMAGES).open("wb") as handle, closing(_decoded(collection, sizing, report)) as found:
+        rows, shape = _write_images(handle, collection, found)
+    classes = collection.classes
+    if classes:
+        labels = np.array(classes.labels, dtype=np.int64)[rows]
+        np.save(folder / kept.LABELS, labels, allow_pickle=False)
+    warning = report.warning(collection.origin, len(collection.items))
+    meta = {
+        "version": VERSION,
+        "key": key,
+        "origin": collection.origin,
+        "shape": [len(rows), *shape],
+        "num_classes": classes.count if classes else 0,
+        "class_names": list(classes.names) if classes else [],
+        "warnings": [*collection.notes, *([warning] if warning else [])],
+        "unreadable": report.unreadable,
+    }
+    kept.seal(folder, meta)
+
+
+def _write_images(
+    handle: IO[bytes], collection: Collection, found: Iterator[tuple[int, Decoded]]
+) -> tuple[list[int], tuple[int, ...]]:
+    """images.npy, not through memory. Returns which rows of the collection it has, and an image's shape."""
+    rows: list[int] = []
+    shape: tuple[int, ...] = ()
+    for row, decoded in found:
+        if not rows:
+            shape = decoded.pixels.shape
+            _write_header(handle, (len(collection.items), *shape))  # of a fixed length: written again at the end
+        if decoded.pixels.shape != shape:
+            names = [collection.items[number].name for number in (rows[0], row)]
+            raise UserError(_different(collection.origin, names, [shape, decoded.pixels.shape]))
+        handle.write(decoded.pixels.data)
+        rows.append(row)
+    handle.seek(0)
+    _write_header(handle, (len(rows), *shape))
+    return rows, shape
+
+
+def _decoded(collection: Collection, sizing: Sizing, report: Report) -> Generator[tuple[int, Decoded], None, None]:
+    """The readable images with their row numbers, in order; the others go into `report`.
+
+    Raises UserError as soon as too many are unreadable.
+    """
+    items, total = collection.items, len(collection.items)
+    with _progress(f"preparing {collection.origin}", total) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on images that are odd but readable
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            for begin in range(0, total, CHUNK):
+                chunk = items[begin : begin + CHUNK]
+                for row, made in enumerate(threads.map(lambda item: _try(item, sizing), chunk), begin):
+                    if isinstance(made, Decoded):
+                        report.notes.update(made.notes)
+                        yield row, made
+                    else:
+                        report.unreadable.append((items[row].name, made))
+                advance(len(chunk))
+                _refuse_too_many(collection, report, begin + len(chunk))
+
+
+def _refuse_too_many(collection: Collection, report: Report, looked_at: int) -> None:
+    total = len(collection.items)
+    if len(report.unreadable) >= MAX_UNREADABLE * total:
+        seen = f"the first {looked_at:,} of {total:,}" if looked_at < total else f"{total:,}"
+        raise UserError(
+            f"{collection.origin}: {len(report.unreadable):,} of {seen} images cannot be read (fewer than "
+            f"{MAX_UNREADABLE:.0%} are left out with a warning): {report}. Repair or remove them"
+        )
+
+
+def _try(item: Item, sizing: Sizing) -> Decoded | str:
+    """An image, or why there is none."""
+    try:
+        return decode(item.read(), sizing)
+    except UnreadableImage as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _different(origin: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> str:
+    sizes = [f"{shown(name)} is {shape[2]} x {shape[1]}" for name, shape in zip(names, shapes, strict=True)]
+    return f"{origin}: images differ in size ({', '.join(sizes)}); set data.resolution"
+
+
+def _write_header(handle: IO[bytes], shape: tuple[int, ...]) -> None:
+    """NumPy leaves room for any N, so that a header can be written over another."""
+    npy.write_array_header_1_0(handle, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def _key(collection: Collection, sizing: Sizing) -> str:
+    """SHA-256 of all that decides on the prepared arrays."""
+    digest = hashlib.sha256(f"{VERSION} {sizing.resolution} {sizing.channels}".encode())
+    classes = collection.classes
+    if classes:
+        digest.update(json.dumps([classes.count, classes.names, classes.labels]).encode())
+    with _progress(f"looking through {collection.origin}", len(collection.items)) as advance:
+        for number, item in enumerate(collection.items, 1):
+            content: Any = b""
+            with suppress(UnreadableImage, OSError):  # it will be named when it is decoded
+                content = item.read()
+            if isinstance(content, np.ndarray):
+                digest.update(repr(content.shape).encode())
+                content = np.ascontiguousarray(content).tobytes()
+            name = item.name.encode("utf-8", "surrogateescape")
+            digest.update(b"%d %s %d " % (len(name), name, len(content)))
+            digest.update(hashlib.sha256(content).digest())
+            if number % CHUNK == 0:
+                advance(CHUNK)
+    return digest.hexdigest()
+
+
+def _fingerprint(settings: dict[str, Any], sizing: Sizing, files: Sequence[FilePath]) -> str:
+    """SHA-256 of the files' places, sizes and times, and of the settings."""
+    digest = hashlib.sha256(json.dumps([VERSION, settings, sizing.resolution, sizing.channels]).encode())
+    for file in files:
+        found = file.stat()
+        place = os.fsencode(file.absolute())
+        digest.update(b"%s %d %d %d\0" % (place, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line elsewhere, nothing for what is soon done. Yields how to say that n more are done."""
+    console = Console(stderr=True)
+    if total < LONG or not console.is_terminal:
+        if total >= LONG:
+            kept.say(f"{title}: {total:,} images")
+        yield lambda number: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda number: bar.advance(task, number)
