@@ -122,7 +122,7 @@ class DMD2:
         matching = field_loss(x, field_value)
         total, logs = matching, {"matching": matching.detach(), "field": field_value.abs().mean()}
         if self.gan_weight:
-            adversarial = gan_generator_loss(self._logits(players, draw, x, "gan", self._cond(players, draw)))
+            adversarial = gan_generator_loss(self._logits(players, draw, x, ("gan",), self._cond(players, draw)))
             total = total + self.gan_weight * adversarial
             logs["gan"] = adversarial.detach()
         if self.regression_weight:
@@ -153,8 +153,9 @@ class DMD2:
         denoising = denoising_loss(players.fake, x, draw["fake eps"], draw["fake t"], cond, weight=self.fake_weight)
         total, logs = denoising, {"denoising": denoising.detach()}
         if self.gan_weight:
-            real = self._logits(players, draw, batch.images, "gan real", batch.cond)
-            fake = self._logits(players, draw, x, "gan fake", cond)
+            both = Cond.cat(batch.cond, cond)
+            logits = self._logits(players, draw, torch.cat([batch.images, x]), ("gan real", "gan fake"), both)
+            real, fake = logits.chunk(2)
             discrimination = gan_discriminator_loss(real, fake)
             total = total + self.gan_fake_weight * discrimination
             logs |= {
@@ -173,10 +174,11 @@ class DMD2:
         x: Tensor = players.generator(start.x, start.t, cond)
         return x
 
-    def _logits(self, players: Players, draw: Draw, images: Tensor, call: str, cond: Cond) -> Tensor:
-        """The head on the bottleneck of the fake score (or teacher), at noise of this call's own."""
-        t = draw[f"{call} t"]
-        noised = players.teacher.path.diffuse(images, draw[f"{call} eps"], t)
+    def _logits(self, players: Players, draw: Draw, images: Tensor, calls: tuple[str, ...], cond: Cond) -> Tensor:
+        """The head on the bottleneck of the fake score (or teacher), each call at noise of its own, in one pass."""
+        t = torch.cat([draw[f"{call} t"] for call in calls])
+        eps = torch.cat([draw[f"{call} eps"] for call in calls])
+        noised = players.teacher.path.diffuse(images, eps, t)
         logits: Tensor = players.discriminator(players[self.gan_features](noised, t, cond, want="features"))
         return logits
 

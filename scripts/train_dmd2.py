@@ -17,8 +17,8 @@ method = DMD2(
     generator_time_law=noise_levels,
     fake_time_law=LogNormal(mean=-0.6, std=1.2),
     gan_time_law=noise_levels,
-    gan_weight=0.03,
-    gan_fake_weight=0.03,
+    gan_weight=0.15,
+    gan_fake_weight=0.1,
 )
 config = RunConfig(
     run="runs/digits-dmd2",
@@ -29,7 +29,7 @@ config = RunConfig(
         "default": OptimizerConfig(lr=1e-3, decay="linear"),
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=1000, global_batch_size=64, checkpoint_every=250),
+    train=TrainConfig(steps=1200, global_batch_size=64, checkpoint_every=300),
 )
 
 if __name__ == "__main__":

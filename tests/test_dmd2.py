@@ -165,7 +165,7 @@ def test_gan_features_are_those_of_the_named_network(features):
     method.generator_loss(players, draw, batch)
     assert taps == {"fake": 0, "teacher": 0} | {features: 1}
     method.fake_loss(players, draw, batch)
-    assert taps == {"fake": 0, "teacher": 0} | {features: 3}
+    assert taps == {"fake": 0, "teacher": 0} | {features: 2}  # real and generated images in one pass
 
 
 def test_without_a_gan_the_fake_score_s_loss_is_the_denoising_loss_of_the_samples():
@@ -259,7 +259,7 @@ def test_no_network_is_called_twice_on_the_same_input(steps, features):
     calls = watch(players)
     carry = method.generator_loss(players, draw, batch).carry
     method.fake_loss(players, draw | carry, batch)
-    assert len(calls) >= 10
+    assert len(calls) >= 9
     assert len(set(calls)) == len(calls)
 
 
