@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
 RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/test_path.py
 TESTS ?= tests
 
-.PHONY: help install demo test test-full format schema clean
+.PHONY: help install demo test test-full format schema docs clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,8 +39,17 @@ test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes
 format: $(INSTALLED)  ## Let ruff rewrite what it can.
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-schema: $(INSTALLED)  ## Write configs/schema.json anew, which editors complete configs by.
+schema: $(INSTALLED)  ## Write configs/schema.json, which editors complete configs by, and the docs' tables anew.
 	@$(BIN)/python -c 'from diffdistill.config import json_schema; print(json_schema(), end="")' > configs/schema.json
+	@$(BIN)/python docs/settings.py
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS_INSTALLED)  ## Build the documentation into site/.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html is written."
 
 clean:  ## Remove the virtual environment and the caches; runs stay.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info
