@@ -57,6 +57,7 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
+    num_threads: PositiveInt | None = None  # on a CPU; a very small network is fastest, and surest, on one
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skips: PositiveInt = 20  # this many skipped updates in a row stop the run
     log_every: PositiveInt = 50

@@ -46,7 +46,7 @@ FREE_TO_CHANGE = (
     "health",
     *PLACES,
     *(f"health.{name}" for name in ("every", "samples", "patience", "warmup_steps")),
-    *(f"train.{name}" for name in ("steps", "device", "on_nonfinite", "max_skips", *LOGGING)),
+    *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
 )
 """Settings that a resumed run may change."""
 
@@ -79,6 +79,8 @@ class Trainer:
         # accelerate allows one precision a process, but runs may follow each other in one: autocast is ours.
         self.accelerator = Accelerator(mixed_precision="no", cpu=train.device == "cpu")
         self.device = self.accelerator.device
+        if train.num_threads:
+            torch.set_num_threads(train.num_threads)
         self.start = find_start(self.folder, resume)
         self.source = config.data.load().to(self.device)
         self.order = DataOrder(self.source, train.seed)
