@@ -102,17 +102,35 @@ def test_the_new_method_trains_from_its_config(method_file: Path, quick_teacher:
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
 
 
+def programs(page: str) -> list[str]:
+    """The Python that a page shows, apart from whole files."""
+    return [block for kind, title, block in FENCE.findall((DOCS / page).read_text()) if kind == "python" and not title]
+
+
 def test_the_tutorial_runs_on_a_folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "pictures").mkdir()
     for number in range(12):
         Image.new("RGB", (40, 30), (20 * number, 100, 200)).save(tmp_path / "pictures" / f"{number}.png")
+    look_at_the_data, use_it = programs("tutorial.md")
     short = ["train.steps=1", "train.global_batch_size=8", "train.preview_every=0", "train.device=cpu"]
     for name in ("my-teacher.yaml", "my-student.yaml"):
         (tmp_path / name).write_text(FILES[name])
         Trainer(load_config(name, short), quiet=True).run()
-    assert (tmp_path / "runs" / "my-student" / "checkpoints" / "step-00000001").is_dir()
+    exec(look_at_the_data, {})
+    assert (tmp_path / "pictures.png").exists()
+    made: dict[str, Any] = {}
+    exec(use_it, made)
+    assert made["images"].shape == (16, 3, 16, 16)
+
+
+def test_the_python_of_the_configs_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(FILES["small.yaml"])
+    [program] = programs("configs.md")
+    exec(program, {})
+    assert (tmp_path / "runs" / "small" / "checkpoints" / "step-00000010").is_dir()
 
 
 def links() -> Iterator[tuple[Path, str]]:
