@@ -30,11 +30,13 @@ test: $(INSTALLED)  ## ruff, mypy and the tests that CI runs.
 	@$(BIN)/mypy
 	@$(BIN)/pytest -m "not full and not gpu" $(TESTS)
 
-test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes long.
+test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes long. Writes docs/test-full.txt.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -m "not gpu" $(TESTS)
+	@{ date -u '+%Y-%m-%d, make test-full:'; $(BIN)/python scripts/describe_machine.py; } > docs/test-full.txt
+	@$(BIN)/pytest -m "not gpu" --durations=10 $(TESTS) > docs/test-full.out; status=$$?; \
+		tail -n 14 docs/test-full.out | tee -a docs/test-full.txt; rm docs/test-full.out; exit $$status
 
 format: $(INSTALLED)  ## Let ruff rewrite what it can.
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
