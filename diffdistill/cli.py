@@ -29,6 +29,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 FromCheckpoint = Annotated[
     str | None, typer.Option("--checkpoint", help="With --resume: this checkpoint, as in step-00000500.")
 ]
+Sweeps = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", help="key=value,value,...: train every combination and compare them; may be given again."),
+]
 Run = Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
 Guidance = Annotated[float, typer.Option(help="w of D_u + w (D_c - D_u); 1 is none.")]
@@ -112,12 +116,21 @@ def pretrain(
 @app.command()
 @guarded
 def train(
-    config: Config, overrides: Overrides = None, resume: Resume = False, checkpoint: FromCheckpoint = None
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    checkpoint: FromCheckpoint = None,
+    sweep: Sweeps = None,
 ) -> None:
     """Distil a teacher by the method that the config names.
 
     Example: diffdistill train dmd2/digits teacher=runs/teacher method.guidance=1.5
+
+    Example: diffdistill train dmd2/digits run=runs/gan --sweep gan_weight=0.01,0.03,0.1
     """
+    if sweep:
+        _sweep(config, overrides, sweep, resume=resume, checkpoint=checkpoint)
+        return
     _train(config, overrides, resume=resume, checkpoint=checkpoint, only=None)
 
 
@@ -133,6 +146,16 @@ def _train(config: str, overrides: list[str] | None, *, resume: bool, checkpoint
         raise UserError("--checkpoint: goes with --resume")
     done = Trainer(parsed, resume=checkpoint or resume).run()
     console.print(f"done: {done}", highlight=False, soft_wrap=True)
+
+
+def _sweep(config: str, overrides: list[str] | None, sweep: list[str], *, resume: bool, checkpoint: str | None) -> None:
+    from diffdistill.config import find_config
+    from diffdistill.schema import UserError
+    from diffdistill.sweep import run_sweep
+
+    if checkpoint:
+        raise UserError("--checkpoint: names a step of one run; a sweep goes on with --resume alone")
+    run_sweep(find_config(config), overrides or (), sweep, resume=resume, console=console)
 
 
 @app.command()

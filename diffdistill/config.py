@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -19,6 +19,7 @@ from diffdistill.method import Method, registered
 from diffdistill.networks import AnyNetwork
 from diffdistill.path import EDM, AnyPath, Prediction
 from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
+from diffdistill.trackers import TrackerNames
 
 T = TypeVar("T")
 
@@ -88,6 +89,7 @@ class RunConfig:
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     ema: EMAConfig | None = field(default_factory=EMAConfig)
     health: HealthConfig | None = field(default_factory=HealthConfig)
+    trackers: TrackerNames = ("tensorboard",)
     train: TrainConfig
 
     def optimizer(self, player: str) -> OptimizerConfig:
@@ -267,7 +269,8 @@ def _class_of(expected: Any, here: object) -> Any:
 
 def _alternatives(expected: Any) -> list[Any]:
     """The classes in a type: through Annotated, unions and None."""
-    inner = [kind for argument in get_args(expected) for kind in _alternatives(argument)]
+    arguments = get_args(expected)[:1] if get_origin(expected) is Annotated else get_args(expected)
+    inner = [kind for argument in arguments for kind in _alternatives(argument)]
     return inner or [expected]
 
 

@@ -12,7 +12,10 @@ from rich.console import Console
 # torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
 TORCHVISION_OFFSET = 15
 REQUIRED_GIB = 1.0
-CORE = ("torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic", "typer", "scikit-learn", "tensorboard")
+CORE = (
+    *("torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic", "typer"),
+    *("scikit-learn", "tensorboard", "matplotlib"),
+)
 EXTRAS = {
     "torchvision": "eval",
     "clean-fid": "eval",

@@ -1,17 +1,19 @@
-"""What a run tells: a progress bar, metrics.jsonl and TensorBoard, all offline."""
+"""What a run tells: a progress bar, metrics.jsonl, curves.png, and the trackers that its config names."""
 
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from diffdistill.checkpoint import write_text_atomically
+from diffdistill.curves import draw_curves
+from diffdistill.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 WARNINGS = "warnings.txt"
@@ -39,12 +41,23 @@ class RunLog:
     """Reports of one run.
 
     folder: the run's.  start_step: lines of a killed run after this step are dropped, so that none stands twice.
+    trackers: their names; settings: what they are told about the run.
     """
 
-    def __init__(self, folder: FilePath, *, title: str, start_step: int, num_steps: int, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        folder: FilePath,
+        *,
+        title: str,
+        start_step: int,
+        num_steps: int,
+        quiet: bool = False,
+        trackers: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.file = folder / METRICS
         self._drop_after(start_step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._has_new_curves, self._has_said_curves = False, False
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._is_live = self._console.is_terminal and not quiet
@@ -62,6 +75,7 @@ class RunLog:
             disable=not self._is_live,
         )
         self._task = self._bar.add_task(title, total=num_steps, completed=start_step, speed="", losses="")
+        self._trackers = Trackers(trackers, folder, start_step=start_step, settings=settings or {}, say=self.say)
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
@@ -69,7 +83,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        self._board.close()
+        self._draw()
+        self._trackers.close()
 
     def step(self, step: int) -> None:
         """One more iteration is done."""
@@ -77,14 +92,14 @@ class RunLog:
             self._bar.update(self._task, completed=step)
 
     def report(self, step: int, images: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, the same to TensorBoard, and the newest losses to the bar (or a plain line)."""
+        """One line of metrics.jsonl, the same to the trackers, and the newest losses to the bar (or a plain line)."""
         seconds = time.perf_counter() - self._began
         speed = (step - self._start_step) / max(seconds, 1e-9)
         line = {"step": step, "images": images, "seconds": round(seconds, 3), "its_per_second": round(speed, 3)}
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line | dict(values)) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._has_new_curves = True
+        self._trackers.numbers(step, values)
         losses = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name.endswith("/loss"))
         if self._is_live:
             self._bar.update(self._task, completed=step, speed=f"{speed:.1f} it/s", losses=losses)
@@ -96,6 +111,11 @@ class RunLog:
                 flush=True,
             )
 
+    def preview(self, step: int, file: FilePath) -> None:
+        """A new preview: to the trackers that take pictures. A good moment to draw the curves anew, too."""
+        self._trackers.picture("preview", file, step)
+        self._draw()
+
     def warn(self, message: str) -> None:
         """A warning for people, and a line of warnings.txt."""
         with (self.file.parent / WARNINGS).open("a", encoding="utf-8") as handle:
@@ -105,6 +125,18 @@ class RunLog:
     def say(self, message: str) -> None:
         """A line for people, above the bar."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def _draw(self) -> None:
+        """curves.png, if there is anything new to see. A picture that cannot be drawn is said once."""
+        if not self._has_new_curves:
+            return
+        try:
+            draw_curves(self.file.parent, title=self._title)
+            self._has_new_curves = False
+        except Exception as error:
+            if not self._has_said_curves:
+                self.say(f"curves.png cannot be drawn: {type(error).__name__}: {error}; the run goes on")
+            self._has_said_curves = True
 
     def _drop_after(self, step: int) -> None:
         if not self.file.exists():

@@ -15,12 +15,12 @@ GAP = 2
 
 def save_grid(file: FilePath, images: Tensor, *, columns: int, min_side: int = 32) -> None:
     """One PNG of [N, C, H, W] images in [-1, 1], row by row; small ones are enlarged to `min_side` pixels."""
-    _grid(images, columns, min_side).save(_ready(file))
+    tile(images, columns, min_side).save(_ready(file))
 
 
 def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, min_side: int = 32) -> None:
     """One PNG with a captioned grid per entry, side by side."""
-    grids = {caption: _grid(images, columns, min_side) for caption, images in panels.items()}
+    grids = {caption: tile(images, columns, min_side) for caption, images in panels.items()}
     gap = 8
     width = sum(grid.width for grid in grids.values()) + gap * (len(grids) - 1)
     sheet = Image.new("RGB", (width, CAPTION_HEIGHT + max(grid.height for grid in grids.values())), "white")
@@ -37,7 +37,8 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.detach().float().nan_to_num(0.0) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def _grid(images: Tensor, columns: int, min_side: int) -> Image.Image:
+def tile(images: Tensor, columns: int, min_side: int) -> Image.Image:
+    """[N, C, H, W] images in [-1, 1] row by row, each enlarged by a whole number to `min_side` pixels at least."""
     pixels = to_uint8(images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1))
     enlarge = max(1, -(-min_side // pixels.shape[-1]))
     pixels = pixels.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)

@@ -44,6 +44,7 @@ PLACES = ("data.cache", "data.path", "data.root", "data.download", "data.labels_
 FREE_TO_CHANGE = (
     "run",
     "health",
+    "trackers",
     *PLACES,
     *(f"health.{name}" for name in ("every", "samples", "patience", "warmup_steps")),
     *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
@@ -131,7 +132,15 @@ class Trainer:
         self._open_folder()
         self._prepare()
         title = f"{self.method.name} {self.folder}"
-        log = RunLog(self.folder, title=title, start_step=self.step, num_steps=train.steps, quiet=self.quiet)
+        log = RunLog(
+            self.folder,
+            title=title,
+            start_step=self.step,
+            num_steps=train.steps,
+            quiet=self.quiet,
+            trackers=self.config.trackers,
+            settings=dump(self.config),
+        )
         with log, stop_signals() as stopping:
             while self.step < train.steps:
                 self.train_step(log)
@@ -140,7 +149,7 @@ class Trainer:
                 if self.step % train.log_every == 0 or last:
                     self.report(log)
                 if train.preview_every and (self.step % train.preview_every == 0 or last):
-                    self.save_preview()
+                    log.preview(self.step, self.save_preview())
                 if self.step % train.checkpoint_every == 0 or last or is_stopping:
                     self.save()
                 if is_stopping:
