@@ -221,14 +221,31 @@ def methods() -> None:
 
 @app.command()
 @guarded
-def doctor(folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs") -> None:
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(help="A config to be tried out; default: look at the machine.")
+    ] = None,
+    overrides: Overrides = None,
+    folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs",
+    memory: Annotated[float | None, typer.Option(help="GiB to fit into; default: what there is.", min=0)] = None,
+) -> None:
     """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.
 
-    Example: diffdistill doctor
-    """
-    from diffdistill.doctor import examine, show
+    With a config: predict its memory, say what to turn on where it does not fit, and take two steps. Writes nothing.
 
-    if not show(examine(FilePath(folder)), console):
+    Example: diffdistill doctor
+
+    Example: diffdistill doctor pretrain/digits train.global_batch_size=512 --memory 24
+    """
+    from diffdistill.doctor import examine, examine_config, show
+
+    if config is None:
+        findings = examine(FilePath(folder))
+    else:
+        from diffdistill.config import find_config, load_config
+
+        findings = list(examine_config(load_config(find_config(config), overrides or ()), memory))
+    if not show(findings, console):
         raise typer.Exit(1)
 
 

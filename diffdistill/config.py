@@ -19,6 +19,7 @@ from diffdistill.method import Method, registered
 from diffdistill.networks import AnyNetwork
 from diffdistill.path import EDM, AnyPath, Prediction
 from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
+from diffdistill.speed import SpeedConfig
 from diffdistill.trackers import TrackerNames
 
 T = TypeVar("T")
@@ -34,9 +35,12 @@ class OptimizerConfig:
     """One player's optimiser. clip_norm and clip_value bound its gradient; rates are per iteration of the run.
 
     decay: after `decay_start` of the run the rate falls to zero, linearly or as a cosine.
+    implementation: torch's; auto is fused for Adam and torch's own choice for SGD.
+    adam8bit, adamw8bit: bitsandbytes' on a CUDA GPU, a quarter of the moments' bytes.
     """
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "adam8bit", "adamw8bit"] = "adam"
+    implementation: Literal["auto", "fused", "foreach", "loop"] = "auto"
     lr: Positive
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.999)
     eps: Positive = 1e-8
@@ -46,6 +50,10 @@ class OptimizerConfig:
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_start: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    def __post_init__(self) -> None:
+        if self.name.endswith("8bit") and self.implementation != "auto":
+            raise ValueError(f"implementation = {self.implementation!r}: {self.name} has only its own; use auto")
 
 
 @schema
@@ -79,7 +87,10 @@ class ModelConfig:
 
 @schema
 class RunConfig:
-    """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method."""
+    """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
+
+    ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
+    """
 
     run: str
     method: AnyMethod
@@ -88,9 +99,21 @@ class RunConfig:
     teacher: str | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     ema: EMAConfig | None = field(default_factory=EMAConfig)
+    more_emas: dict[Annotated[str, Field(pattern="^[a-z0-9_]+$")], EMAConfig] = field(default_factory=dict)
     health: HealthConfig | None = field(default_factory=HealthConfig)
     trackers: TrackerNames = ("tensorboard",)
     train: TrainConfig
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+    def __post_init__(self) -> None:
+        if self.more_emas and self.ema is None:
+            raise ValueError("more_emas: they stand beside `ema`, which is null; give it one")
+
+    @property
+    def emas(self) -> dict[str, EMAConfig]:
+        """Every average by its group in a checkpoint: "ema", and "ema-<name>" for the others."""
+        first = {} if self.ema is None else {"ema": self.ema}
+        return first | {f"ema-{name}": config for name, config in self.more_emas.items()}
 
     def optimizer(self, player: str) -> OptimizerConfig:
         """The settings of a player's optimiser: its own, or those under `default`."""

@@ -93,6 +93,7 @@ class Denoiser(nn.Module):
         self.path = path
         self.predicts: Prediction = predicts
         self.sigma_data = sigma_data
+        self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
 
     def forward(
         self,
@@ -114,7 +115,7 @@ class Denoiser(nn.Module):
         Raises ValueError on a condition that the network does not take, and where it knows no "no class".
         Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
         """
-        unknown = cond.parts().keys() - self.net.accepts  # type: ignore[operator]
+        unknown = set(cond.parts()).difference(self.net.accepts)  # type: ignore[arg-type]
         if unknown:
             raise ValueError(f"this network takes {sorted(self.net.accepts)}, not {sorted(unknown)}")  # type: ignore[arg-type]
         if isinstance(guidance, (int, float)) and guidance == 1:
@@ -145,6 +146,12 @@ class Denoiser(nn.Module):
         return self.path.from_x0(x0, kind, x_t, t)
 
     def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
+        if self.autocast is not None:
+            with torch.autocast(x_t.device.type, self.autocast):
+                return self._call(x_t, t, cond, want)
+        return self._call(x_t, t, cond, want)
+
+    def _call(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
         scaled = expand(self._input_scale(t), x_t) * x_t
         time_input = self.path.time_input(t).to(scaled.dtype)
         if want == "features":

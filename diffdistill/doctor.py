@@ -1,13 +1,20 @@
-"""Is this machine ready? Versions, GPU, folders, disk."""
+"""Is this machine ready? Versions, GPU, folders, disk. And will a config fit into its memory?"""
 
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from diffdistill.config import RunConfig
+    from diffdistill.memory import MemoryPlan, Rehearsal
+    from diffdistill.trainer import Trainer
 
 # torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
 TORCHVISION_OFFSET = 15
@@ -25,6 +32,7 @@ EXTRAS = {
     "peft": "hf",
     "datasets": "hf",
     "xformers": "xformers",
+    "bitsandbytes": "8bit",
 }
 
 
@@ -40,6 +48,32 @@ class Finding:
 def examine(folder: FilePath) -> list[Finding]:
     """Everything that `diffdistill doctor` reports. folder: where runs would be written."""
     return [*_packages(), _torchvision(), _gpu(), _writable(folder), _disk(folder)]
+
+
+def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iterator[Finding]:
+    """Predict a run's memory, say whether it fits, then take two real steps and count. Nothing is written.
+
+    memory_gib: of the device to fit into; default: this GPU's, or this machine's.  Raises UserError as a run would.
+    """
+    from torch import OutOfMemoryError
+
+    from diffdistill.memory import plan_memory, rehearse, show_bytes
+    from diffdistill.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as nowhere:  # the run's own folder may hold a run already
+        trainer = Trainer(replace(config, run=nowhere), quiet=True)
+        plan = plan_memory(trainer)
+        available = _device_memory(trainer)
+        yield _fit(trainer, plan, available if memory_gib is None else int(memory_gib * 2**30))
+        if plan.total > available:
+            yield Finding("two steps", f"not taken: this machine has {show_bytes(available)}")
+            return
+        try:
+            counted = rehearse(trainer)
+        except OutOfMemoryError as error:
+            yield Finding("two steps", f"out of memory, though predicted to fit: {error}", is_fault=True)
+        else:
+            yield from _compare(plan, counted)
 
 
 def show(findings: Sequence[Finding], console: Console) -> bool:
@@ -109,6 +143,55 @@ def _writable(folder: FilePath) -> Finding:
 def _disk(folder: FilePath) -> Finding:
     free = shutil.disk_usage(_existing(folder)).free / 2**30
     return Finding("disk", f"{free:.1f} GiB free", free < REQUIRED_GIB)
+
+
+def _device_memory(trainer: "Trainer") -> int:
+    """Bytes of the GPU, or of the machine where it trains on the CPU."""
+    import torch
+
+    if trainer.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(trainer.device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int) -> Finding:
+    from diffdistill.memory import advise, show_bytes
+
+    kept = f"{show_bytes(plan.peak_activations)} of activations for {plan.micro_batch_size} samples"
+    text = f"{show_bytes(plan.total)} of {show_bytes(memory)}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
+    if plan.total <= memory:
+        return Finding("memory, predicted", text)
+    advice = "".join(f"\n      {line}" for line in advise(trainer, plan, memory))
+    return Finding("memory, predicted", f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)
+
+
+def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:
+    """Predicted against counted, and the speed."""
+    for name, expected in plan.players.items():
+        found = counted.players[name]
+        parts = {
+            "weights": (expected.weights, found.weights),
+            "gradients": (expected.gradients, found.gradients),
+            "optimiser": (expected.optimizer, found.optimizer),
+        }
+        yield Finding(name, ", ".join(f"{part} {_both(*pair)}" for part, pair in parts.items() if any(pair)))
+    if counted.averages:
+        place = "" if plan.has_averages_on_device else ", on the CPU"
+        yield Finding("averages", f"{_both(plan.averages, counted.averages)}{place}")
+    yield Finding("activations", _both(plan.peak_activations, counted.activations))
+    if counted.device_peak is not None:
+        yield Finding("GPU's peak", _both(plan.total, counted.device_peak))
+    first, *rest = counted.seconds
+    later = ", ".join(f"{seconds:.2f}" for seconds in rest)
+    yield Finding("seconds a step", f"{first:.2f} with warming up, then {later}; counting takes a part of it")
+
+
+def _both(predicted: int, counted: int) -> str:
+    from diffdistill.memory import show_bytes
+
+    if predicted == counted:
+        return f"{show_bytes(predicted)} as predicted"
+    return f"{show_bytes(counted)}, {show_bytes(predicted)} predicted ({predicted / max(counted, 1) - 1:+.1%})"
 
 
 def _existing(folder: FilePath) -> FilePath:

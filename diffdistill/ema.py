@@ -21,11 +21,16 @@ class EMAConfig:
 
 
 class EMA:
-    """A frozen copy of a module that follows it."""
+    """A frozen copy of a module that follows it.  device: where it lives; None: where the module is."""
 
-    def __init__(self, module: nn.Module, config: EMAConfig) -> None:
-        self.module = freeze(deepcopy(module))
+    def __init__(self, module: nn.Module, config: EMAConfig, device: str | torch.device | None = None) -> None:
+        self.module = freeze(deepcopy(module)).to(device)
         self.config = config
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The average on a device: itself where it lives there, else a copy."""
+        has_to_move = any(p.device.type != device.type for p in self.module.parameters())
+        return deepcopy(self.module).to(device) if has_to_move else self.module
 
     @torch.no_grad()
     def update(self, module: nn.Module, *, images_seen: int, batch_images: int) -> None:
@@ -38,6 +43,7 @@ class EMA:
             halflife = min(halflife, self.config.ramp * images_seen)
         beta = 0.5 ** (batch_images / max(halflife, 1e-8))
         mine = [p.data for p in self.module.parameters()]
-        torch._foreach_lerp_(mine, [p.data for p in module.parameters()], 1 - beta)
+        theirs = [p.data.to(own.device) for own, p in zip(mine, module.parameters(), strict=True)]
+        torch._foreach_lerp_(mine, theirs, 1 - beta)
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(other)

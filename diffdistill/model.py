@@ -38,16 +38,21 @@ class TrainedModel:
     source: FilePath
 
 
-def load_model(place: str | FilePath, *, use_ema: bool = True) -> TrainedModel:
+def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
     """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder.
 
-    use_ema: the averaged weights where there are some.  Raises UserError if there is none or it is damaged.
+    use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
+    Raises UserError if there is none or it is damaged.
     """
     target = find_checkpoint(FilePath(place))
-    checkpoint = load_checkpoint(target, groups=("players", "ema"))
+    named = f"ema-{ema}" if ema else "ema"
+    checkpoint = load_checkpoint(target, groups=("players", named))
+    if ema and named not in checkpoint.tensors:
+        known = ", ".join(sorted(f.stem.removeprefix("ema-") for f in target.glob("ema-*.safetensors"))) or "none"
+        raise UserError(f"{target}: no average {ema!r} beside `ema`; there are: {known}")
     spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
     student = f"{checkpoint.state['student']}."
-    group = "ema" if use_ema and "ema" in checkpoint.tensors else "players"
+    group = named if (use_ema or ema) and named in checkpoint.tensors else "players"
     weights = {k.removeprefix(student): v for k, v in checkpoint.tensors[group].items() if k.startswith(student)}
     denoiser = spec.build()
     load_strictly(denoiser, weights, origin=str(target))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.config import OptimizerConfig
+from diffdistill.schema import UserError
 
 
 def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -18,10 +19,25 @@ def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
 
 
 def make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
-    """The named optimiser over all of a module's parameters, in torch's fused form."""
+    """The named optimiser over all of a module's parameters.
+
+    Raises UserError where an 8-bit one cannot be: bitsandbytes is not installed, or the module is not on a GPU.
+    """
     parameters = list(module.parameters())
-    if options.name == "sgd":
-        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.betas[0], weight_decay=options.weight_decay)
+    if options.name.endswith("8bit"):
+        return _make_8bit(parameters, options)
+    is_sgd = options.name == "sgd"
+    use_fused = True if options.implementation == "fused" or (options.implementation == "auto" and not is_sgd) else None
+    use_foreach = {"foreach": True, "loop": False}.get(options.implementation)  # None: torch's choice
+    if is_sgd:
+        return torch.optim.SGD(
+            parameters,
+            lr=options.lr,
+            momentum=options.betas[0],
+            weight_decay=options.weight_decay,
+            fused=use_fused,
+            foreach=use_foreach,
+        )
     kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
     return kind(
         parameters,
@@ -29,22 +45,58 @@ def make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.O
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
-        fused=True,
+        fused=use_fused,
+        foreach=use_foreach,
     )
+
+
+def _make_8bit(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
+    """bitsandbytes' Adam with block-wise 8-bit moments.  Dettmers et al. 2022, arXiv:2110.02861."""
+    plain = options.name.removesuffix("8bit")
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        install = "pip install 'diffdistill[8bit]'"
+        raise UserError(f"optimizers: {options.name} needs bitsandbytes: {install}, or use {plain}") from None
+    if any(not parameter.is_cuda for parameter in parameters):
+        raise UserError(f"optimizers: {options.name} needs a CUDA GPU; use {plain}")
+    kind = optim.Adam8bit if plain == "adam" else optim.AdamW8bit
+    made: torch.optim.Optimizer = kind(
+        parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+    )
+    return made
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's moments and counters by parameter number; rates depend on the step and are not kept."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items() if value is not None
-    }
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for number, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+                is_shared = tensor.data_ptr() in seen  # bitsandbytes' tables, which safetensors would refuse
+                found[f"{number}.{key}"] = tensor.clone() if is_shared else tensor
+                seen.add(tensor.data_ptr())
+    return found
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put `optimizer_tensors` back."""
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = _parameters(optimizer)
+    state: dict[int, dict[str, Tensor | int]] = {}
     for name, value in tensors.items():
         number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
+        state.setdefault(int(number), {})[key] = _like_before(value, parameters[int(number)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _like_before(value: Tensor, parameter: Tensor) -> Tensor | int:
+    """A moment in its parameter's layout, which fused kernels take for granted; a whole number as such."""
+    if value.shape == parameter.shape and value.ndim:
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+    return int(value) if value.dtype == torch.int64 else value

@@ -24,7 +24,7 @@ from diffdistill.checkpoint import (
     write_tensors_atomically,
     write_text_atomically,
 )
-from diffdistill.config import RunConfig, differences, dump, dump_yaml
+from diffdistill.config import RunConfig, differences, dump, dump_yaml, parse_config
 from diffdistill.data.order import DataOrder
 from diffdistill.denoiser import NO_COND, Cond
 from diffdistill.draws import Draws
@@ -37,6 +37,7 @@ from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tens
 from diffdistill.preview import save_panels
 from diffdistill.schema import UserError
 from diffdistill.setup import check_batch, check_labels, check_optimizers, find_start, load_teacher, seeded, settle
+from diffdistill.speed import apply_speed
 from diffdistill.stopping import StopRequested, stop_signals
 
 LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
@@ -48,6 +49,7 @@ FREE_TO_CHANGE = (
     *PLACES,
     *(f"health.{name}" for name in ("every", "samples", "patience", "warmup_steps")),
     *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
+    *(f"speed.{name}" for name in ("activation_checkpointing", "compile", "channels_last", "ema_device")),
 )
 """Settings that a resumed run may change."""
 
@@ -95,9 +97,12 @@ class Trainer:
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
         check_optimizers(config, list(modules))
         self.trained = {name: module.to(self.device).train() for name, module in modules.items()}
+        apply_speed(config.speed, self.trained, self.setting.teacher)
         self.players = Players(**teachers, **self.trained)
         self.optimizers = {name: make_optimizer(module, config.optimizer(name)) for name, module in modules.items()}
-        self.ema = EMA(self.trained[self.method.student], config.ema) if config.ema else None
+        ema_device = self.device if config.speed.ema_device == "same" else torch.device("cpu")
+        student = self.trained[self.method.student]
+        self.emas = {group: EMA(student, settings, ema_device) for group, settings in config.emas.items()}
         self.step = 0
         self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
         self.stored: dict[str, Tensor] = {}
@@ -109,9 +114,14 @@ class Trainer:
             self._restore(checkpoint)
 
     @property
+    def ema(self) -> EMA | None:
+        """The average that samples are taken from."""
+        return self.emas.get("ema")
+
+    @property
     def student(self) -> nn.Module:
         """The player that samples are taken from: the EMA where there is one."""
-        return self.ema.module if self.ema else self.trained[self.method.student]
+        return self.ema.on(self.device) if self.ema else self.trained[self.method.student]
 
     @property
     def images_seen(self) -> int:
@@ -162,8 +172,8 @@ class Trainer:
         for update in self.method.updates:
             if self.step % update.every == 0:
                 is_done = self._update(update, micros, log)
-                if is_done and self.ema and self.method.student in update.players:
-                    self.ema.update(
+                for ema in self.emas.values() if is_done and self.method.student in update.players else ():
+                    ema.update(
                         self.trained[self.method.student],
                         images_seen=self.images_seen,
                         batch_images=self.config.train.global_batch_size * update.every,
@@ -188,8 +198,8 @@ class Trainer:
     def save(self) -> FilePath:
         """Write a checkpoint of everything that a resumed run needs."""
         tensors = {"players": flatten({name: module.state_dict() for name, module in self.trained.items()})}
-        if self.ema:
-            tensors["ema"] = flatten({self.method.student: self.ema.module.state_dict()})
+        for group, ema in self.emas.items():
+            tensors[group] = flatten({self.method.student: ema.module.state_dict()})
         tensors["optimizers"] = flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
         state = {
             "format": 1,
@@ -223,15 +233,33 @@ class Trainer:
         save_panels(file, panels, columns=10 if self.setting.num_classes == 10 else 8)
         return file
 
-    def _update(self, update: Update, micros: list[MicroBatch], log: RunLog | None) -> bool:
-        """One optimiser step of some players. Returns whether it was taken."""
+    def loss(self, update: Update, micro: MicroBatch) -> Loss:
+        """An update's loss on a micro-batch, with a graph to the update's players alone."""
         for name, module in self.trained.items():
             module.requires_grad_(name in update.players)
+        torch.manual_seed(micro.rng.torch_seed(update.loss))  # for dropout inside the networks
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            made: Loss = getattr(self.method, update.loss)(self.players, micro.draw, micro.batch)
+        return made
+
+    def micro_batch(self, first: int, images: Tensor, cond: Cond, size: int) -> MicroBatch:
+        """The samples from number `first` on, with this step's random numbers.  images: [size, ...], or empty."""
+        rng = Draws(self.config.train.seed, self.step, torch.arange(first, first + size, device=self.device))
+        return MicroBatch(rng, Batch(images, cond, self.stored), self.method.draw(rng, self.setting))
+
+    def real(self, first: int, count: int) -> tuple[Tensor, Cond]:
+        """Real images and their condition for the samples from `first` on; none where the method needs none."""
+        if not self.method.needs_images:
+            return torch.empty(0, *self.source.image_shape, device=self.device), NO_COND
+        next_first = first + self.config.train.global_batch_size
+        images, labels = self.order.take(first, count, next_first=next_first)
+        return images, NO_COND if labels is None else self._class_cond(labels)
+
+    def _update(self, update: Update, micros: list[MicroBatch], log: RunLog | None) -> bool:
+        """One optimiser step of some players. Returns whether it was taken."""
         losses: list[Loss] = []
         for micro in micros:
-            torch.manual_seed(micro.rng.torch_seed(update.loss))  # for dropout inside the networks
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-                loss: Loss = getattr(self.method, update.loss)(self.players, micro.draw, micro.batch)
+            loss = self.loss(update, micro)
             self.accelerator.backward(loss.total / len(micros))
             micro.draw |= loss.carry
             losses.append(loss)
@@ -291,29 +319,20 @@ class Trainer:
         share = train.global_batch_size // processes
         begin = self.images_seen + share * self.accelerator.process_index
         size = min(train.micro_batch_size or share, share)
-        images, cond = self._real(begin, share)
+        images, cond = self.real(begin, share)
         for first in range(begin, begin + share, size):
-            rng = Draws(train.seed, self.step, torch.arange(first, first + size, device=self.device))
             part = slice(first - begin, first - begin + size)
-            batch = Batch(images[part], cond[part], self.stored)
-            yield MicroBatch(rng, batch, self.method.draw(rng, self.setting))
-
-    def _real(self, first: int, count: int) -> tuple[Tensor, Cond]:
-        """Real images and their condition for the samples from `first` on; none where the method needs none."""
-        if not self.method.needs_images:
-            return torch.empty(0, *self.source.image_shape, device=self.device), NO_COND
-        next_first = first + self.config.train.global_batch_size
-        images, labels = self.order.take(first, count, next_first=next_first)
-        return images, NO_COND if labels is None else self._class_cond(labels)
+            yield self.micro_batch(first, images[part], cond[part], size)
 
     def _class_cond(self, label: Tensor) -> Cond:
         return Cond(label=label) if self.setting.num_classes else NO_COND
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back as it was. Raises UserError if the config or the architecture has changed."""
+        before = parse_config(checkpoint.state["config"], origin=str(self.start))  # with defaults for newer settings
         changed = [
             f"{key}: was {old!r}, now {new!r}"
-            for key, old, new in differences(checkpoint.state["config"], dump(self.config))
+            for key, old, new in differences(dump(before), dump(self.config))
             if key not in FREE_TO_CHANGE
         ]
         if changed:
@@ -323,9 +342,9 @@ class Trainer:
         for name, module in self.trained.items():
             load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
             restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))
-        if self.ema:
-            weights = select_group(checkpoint.tensors["ema"], self.method.student)
-            load_strictly(self.ema.module, weights, origin=f"{self.start} (ema)")
+        for group, ema in self.emas.items():
+            weights = select_group(checkpoint.tensors[group], self.method.student)
+            load_strictly(ema.module, weights, origin=f"{self.start} ({group})")
         self.step, self.skips = int(checkpoint.state["step"]), dict(checkpoint.state["skips"])
 
     def _open_folder(self) -> None:

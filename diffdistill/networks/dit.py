@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 
 FREQUENCIES = 256  # of the time embedding, sines and cosines together
@@ -155,7 +156,7 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Recomputable):
     """Attention and MLP, each scaled, shifted and gated by time and class (adaLN-Zero)."""
 
     def __init__(self, width: int, heads: int) -> None:

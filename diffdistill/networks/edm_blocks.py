@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.networks.recompute import Recomputable
 
 Resample = Literal["up", "down"] | None
 
@@ -51,7 +52,7 @@ class BlockPlan:
     takes_skip: bool = False
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """Norm, convolution, time and condition, norm, convolution, attention; each of two sums times `skip_scale`."""
 
     def __init__(self, plan: BlockPlan, family: Family, width: int, dropout: float) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, schema
 
 
@@ -74,7 +75,7 @@ class MLP(nn.Module):
         return F.silu(self.embed(torch.cat(parts, 1)))
 
 
-class MLPBlock(nn.Module):
+class MLPBlock(Recomputable):
     """h + W2 silu(W1 norm(h) + embedding)."""
 
     def __init__(self, width: int) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 
 
@@ -133,7 +134,7 @@ class UNet(nn.Module):
         return F.silu(embedding)
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(Recomputable):
     """Norm, convolution, time and class by scale and shift, convolution, attention; residuals times sqrt(1/2)."""
 
     def __init__(

@@ -1,0 +1,37 @@
+"""Blocks that keep only their inputs for the backward pass, and compute the rest again there.
+
+Chen et al. 2016, arXiv:1604.06174: Training Deep Nets with Sublinear Memory Cost.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Recomputable(nn.Module):
+    """A block of a network that can be told to do so: the same numbers and gradients, dropout included."""
+
+    is_recomputed = False
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.is_recomputed and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *inputs, use_reentrant=False)
+        return super().__call__(*inputs)
+
+
+def recomputable_blocks(module: nn.Module) -> list[Recomputable]:
+    """Every block within a module that can be recomputed."""
+    return [part for part in module.modules() if isinstance(part, Recomputable)]
+
+
+def set_recompute(module: nn.Module, is_on: bool = True) -> bool:
+    """Recompute each block of a network, ours or diffusers'. Returns whether there is any."""
+    blocks = recomputable_blocks(module)
+    for block in blocks:
+        block.is_recomputed = is_on
+    models = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
+    for model in models:
+        (model.enable_gradient_checkpointing if is_on else model.disable_gradient_checkpointing)()  # type: ignore[operator]
+    return bool(blocks or models)

@@ -1,0 +1,89 @@
+"""Memory against time: recomputed activations, compiled players, layouts, a half-precision teacher. Off by default.
+
+docs/memory.md has what each saves and costs; `diffdistill doctor CONFIG` says what a config needs.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.networks.diffusers_unet import DiffusersUNet
+from diffdistill.networks.recompute import set_recompute
+from diffdistill.schema import UserError, schema
+
+RECOMPILES = 64  # graphs kept for one function: each player has one for each want, mode and set of live gradients
+
+
+@schema
+class SpeedConfig:
+    """What trades time for memory, all off by default. Each but teacher_dtype may change when a run is resumed.
+
+    activation_checkpointing: each block keeps only its inputs and is computed again in the backward pass; the
+    gradients are the same, bit for bit.  compile: torch.compile of the players, by its backend.  channels_last: the
+    layout of convolutions; on many GPUs faster in bf16.  ema_device: cpu keeps the averages off the GPU and costs a
+    copy of the weights at each update.  teacher_dtype: bf16 stores the teacher's convolutions and linear layers in it
+    and computes them as autocast would; its D, and so the score difference, stays in float32.
+    """
+
+    activation_checkpointing: bool = False
+    compile: Literal["inductor", "aot_eager", "eager"] | None = None
+    channels_last: bool = False
+    ema_device: Literal["same", "cpu"] = "same"
+    teacher_dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+def apply_speed(speed: SpeedConfig, trained: Mapping[str, nn.Module], teacher: Denoiser | None) -> None:
+    """Change the players in place, before their optimisers are made.
+
+    Raises UserError where a setting would do nothing: no teacher, no blocks, no convolutions.
+    """
+    players = ({} if teacher is None else {"teacher": teacher}) | dict(trained)
+    denoisers = {name: module for name, module in players.items() if isinstance(module, Denoiser)}
+    if speed.teacher_dtype == "bf16":
+        if teacher is None:
+            raise UserError("speed.teacher_dtype = 'bf16': this method has no teacher; use fp32")
+        store_in_bf16(teacher)
+    for name, denoiser in denoisers.items():
+        network = type(denoiser.net).__name__
+        if speed.activation_checkpointing and not set_recompute(denoiser.net):
+            raise UserError(
+                f"speed.activation_checkpointing: {name}'s network {network} has no blocks to recompute; use false"
+            )
+        if speed.channels_last and not _has_convolutions(denoiser):
+            raise UserError(f"speed.channels_last: {name}'s network {network} has no convolutions; use false")
+    if speed.channels_last:
+        for module in players.values():
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if speed.compile:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
+        for denoiser in denoisers.values():
+            for part in _compiled_parts(denoiser):
+                part.compile(backend=speed.compile)
+
+
+def store_in_bf16(denoiser: Denoiser) -> None:
+    """The weights that autocast would round at every call, rounded once: the same D, in float32, from half the bytes.
+
+    Norms, embeddings of time and the arithmetic around the network stay as they are.
+    """
+    for module in denoiser.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            module.to(torch.bfloat16)
+    denoiser.autocast = torch.bfloat16
+
+
+def _has_convolutions(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def _compiled_parts(denoiser: Denoiser) -> list[nn.Module]:
+    """The denoiser as a whole; of diffusers' networks all blocks but the middle one, whose output a hook taps:
+    compiled code does not see hooks that come and go."""
+    if not isinstance(denoiser.net, DiffusersUNet):
+        return [denoiser]
+    model = denoiser.net.model
+    blocks = (model.down_blocks, model.up_blocks)
+    return [block for part in blocks if isinstance(part, nn.ModuleList) for block in part]

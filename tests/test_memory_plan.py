@@ -1,0 +1,222 @@
+"""What a run will need: to the byte where it can be, and within a tenth for activations; against real steps."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+from typer.testing import CliRunner
+
+from diffdistill.cli import app
+from diffdistill.config import OptimizerConfig, RunConfig
+from diffdistill.counting import LiveTensors, SavedTensors
+from diffdistill.memory import Growth, MemoryPlan, advise, optimizer_bytes, plan_memory, rehearse
+from diffdistill.optimizers import make_optimizer
+from diffdistill.trainer import Trainer
+
+MakeConfig = Callable[..., RunConfig]
+WriteConfig = Callable[..., Path]
+
+TOLERANCE = 0.1
+NETWORKS = {
+    "unet": "{name: unet, channels: [8, 16], dropout: 0.1}",
+    "mlp": "{name: mlp, width: 32, blocks: 2}",
+    "ddpmpp": "{name: ddpmpp, channels: 8, multipliers: [1, 2], blocks: 1, attention_resolutions: [4]}",
+    "dit": "{name: dit, width: 32, depth: 2, heads: 2}",
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_of(make_config: MakeConfig) -> Callable[[str], str]:
+    """`teacher_of("dit")`: a run with this network, trained for a step."""
+
+    @cache
+    def run(network: str) -> str:
+        config = make_config("pretrain", f"model.network={NETWORKS[network]}", "train.steps=1")
+        return str(Trainer(config, quiet=True).run())
+
+    return run
+
+
+@pytest.fixture
+def new_trainer(make_config: MakeConfig, teacher_of: Callable[[str], str]) -> Callable[..., Trainer]:
+    """A trainer that has not begun, of this method and network."""
+
+    def make(method: str, network: str, *overrides: str) -> Trainer:
+        place = "model.network=" + NETWORKS[network] if method == "pretrain" else f"teacher={teacher_of(network)}"
+        return Trainer(make_config(method, place, *overrides))
+
+    return make
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", ["pretrain", "dmd2"])
+def test_the_plan_is_what_two_steps_need(new_trainer: Callable[..., Trainer], method: str, network: str) -> None:
+    trainer = new_trainer(method, network, "train.global_batch_size=16", "train.micro_batch_size=8")
+    plan = plan_memory(trainer)
+    counted = rehearse(trainer)
+    assert plan.players == counted.players, "weights, gradients and optimiser states are exact"
+    assert plan.averages == counted.averages > 0
+    assert plan.peak_activations == pytest.approx(counted.activations, rel=TOLERANCE)
+    assert len(counted.seconds) == 2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.precision=bf16",
+        "speed.activation_checkpointing=true",
+        "speed.teacher_dtype=bf16",
+        "speed.channels_last=true",
+        "method.gan_features=teacher",
+        "method={name: dmd2, gan_weight: 0, regression_weight: 1, regression_pairs: 20}",
+        "method.steps={init_ratio: 2.5, later_ratios: [1.0]}",
+        "optimizers.default={name: sgd, lr: 0.1, betas: [0.9, 0.999]}",
+        "more_emas={long: {}}",
+    ],
+)
+def test_the_plan_knows_the_settings(new_trainer: Callable[..., Trainer], setting: str) -> None:
+    trainer = new_trainer("dmd2", "unet", setting)
+    plan = plan_memory(trainer)
+    counted = rehearse(trainer)
+    assert plan.players == counted.players
+    assert plan.averages == counted.averages
+    assert plan.peak_activations == pytest.approx(counted.activations, rel=TOLERANCE)
+
+
+def test_planning_leaves_the_run_as_it_was(new_trainer: Callable[..., Trainer]) -> None:
+    plain, planned = new_trainer("dmd2", "unet"), new_trainer("dmd2", "unet")
+    plan = plan_memory(planned)
+    advise(planned, plan, 0)
+    for trainer in (plain, planned):
+        trainer.train_step()
+    for name, module in plain.trained.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, planned.trained[name].state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        OptimizerConfig(lr=0.1),
+        OptimizerConfig(lr=0.1, name="adamw", implementation="loop"),
+        OptimizerConfig(lr=0.1, name="sgd", betas=(0.9, 0.999)),
+        OptimizerConfig(lr=0.1, name="sgd"),
+    ],
+    ids=["adam", "adamw", "sgd with momentum", "sgd"],
+)
+def test_an_optimiser_s_state_is_known_to_the_byte(options: OptimizerConfig) -> None:
+    module = nn.Sequential(nn.Linear(5, 7), nn.Conv2d(3, 4, 3))
+    optimizer = make_optimizer(module, options)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = [value for entry in optimizer.state.values() for value in entry.values() if value is not None]
+    assert optimizer_bytes(module, options) == sum(value.nbytes for value in state)
+
+
+def test_8_bit_moments_are_a_byte_a_number_and_a_scale_a_block() -> None:
+    module = nn.Linear(100, 100)  # 10,000 weights; the bias is too small for it
+    options = OptimizerConfig(lr=0.1, name="adam8bit")
+    assert optimizer_bytes(module, options) == 2 * 256 * 4 + 2 * (10_000 + 4 * 40) + 2 * 4 * 100
+
+
+def test_saved_tensors_are_counted_once_and_until_the_graph_lets_go() -> None:
+    weight = torch.randn(10, requires_grad=True)
+    with SavedTensors([weight]) as saved:
+        made = (weight * weight).exp()  # keeps the weight, twice, and the exponential's result
+        assert saved.live == saved.peak == made.nbytes
+        total = (made * made).sum()  # keeps the result again
+        assert saved.live == made.nbytes
+    total.backward()
+    del made, total
+    assert (saved.live, saved.peak) == (0, 40)
+
+
+def test_live_tensors_are_counted_until_they_are_gone() -> None:
+    given = torch.zeros(100)
+    with LiveTensors() as alive:
+        first = given + 1
+        second = first.view(10, 10).mul_(2)
+        assert alive.live == 400
+        third = second @ second
+        assert alive.live == 800
+        del third
+        assert alive.live == 400
+    del first, second
+    assert (alive.live, alive.peak) == (0, 800)
+
+
+def test_growth_goes_through_what_was_measured() -> None:
+    growth = Growth.through(one=130, two=160)
+    assert [growth.at(size) for size in (1, 2, 10)] == [130, 160, 400]
+
+
+def taken(lines: list[str]) -> list[str]:
+    return [line.partition("=")[0] for line in lines]
+
+
+def test_advice_begins_with_the_micro_batch_which_changes_no_result(new_trainer: Callable[..., Trainer]) -> None:
+    trainer = new_trainer("dmd2", "unet", "train.global_batch_size=32")
+    plan = plan_memory(trainer)
+    half = replace(plan, micro_batch_size=16)
+    assert advise(trainer, plan, half.total) == [f"train.micro_batch_size=16: {half.total / 2**20:.2f} MiB"]
+
+
+def test_advice_goes_on_until_it_fits(new_trainer: Callable[..., Trainer]) -> None:
+    trainer = new_trainer("dmd2", "unet", "train.global_batch_size=8", "train.micro_batch_size=1")
+    plan = plan_memory(trainer)
+    assert taken(advise(trainer, plan, plan.total - 1)) == ["speed.teacher_dtype"]
+    assert taken(advise(trainer, plan, plan.total - plan.averages))[-1] == "speed.ema_device"
+    lines = advise(trainer, plan, 1000)
+    assert taken(lines)[:3] == ["speed.teacher_dtype", "speed.ema_device", "speed.activation_checkpointing"]
+    assert lines[-1].endswith("take a smaller network")
+
+
+def test_advice_holds_when_it_is_followed(new_trainer: Callable[..., Trainer]) -> None:
+    """The predicted total of each setting is the plan of a run that has it."""
+    settings = ("speed.teacher_dtype=bf16", "speed.ema_device=cpu", "speed.activation_checkpointing=true")
+    trainer = new_trainer("dmd2", "unet", "train.micro_batch_size=1")
+    lines = advise(trainer, plan_memory(trainer), 1000)
+    for count, line in enumerate(lines[:3], 1):
+        followed: MemoryPlan = plan_memory(new_trainer("dmd2", "unet", "train.micro_batch_size=1", *settings[:count]))
+        assert line == f"{settings[count - 1]}: {followed.total / 2**20:.2f} MiB"
+
+
+def doctor(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor", *map(str, arguments)])
+
+
+def test_doctor_predicts_counts_and_writes_nothing(write_config: WriteConfig, tmp_path: Path) -> None:
+    file = write_config("dmd2")
+    result = doctor(file, "train.global_batch_size=16")
+    assert result.exit_code == 0, result.output
+    for part in ("memory, predicted:", "generator: weights", "averages:", "activations:", "seconds a step:"):
+        assert part in result.stdout
+    assert [
+        line for line in result.stdout.splitlines() if "generator: " in line and line.count("as predicted") != 3
+    ] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dmd2.yaml"]
+
+
+def test_doctor_says_what_to_turn_on(write_config: WriteConfig) -> None:
+    result = doctor(write_config("dmd2"), "train.global_batch_size=64", "--memory", "0.0008")
+    assert result.exit_code == 1
+    assert "FAULT memory, predicted:" in result.stdout
+    assert "It does not fit; turn on, in this order:\n      train.micro_batch_size=" in result.stdout
+
+
+def test_doctor_looks_at_a_config_whose_run_exists(write_config: WriteConfig, tmp_path: Path) -> None:
+    file = write_config("pretrain", "train.steps=1")
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert doctor(file).exit_code == 0
+
+
+def test_doctor_refuses_a_bad_config(write_config: WriteConfig) -> None:
+    result = doctor(write_config("pretrain"), "train.steps=none")
+    assert result.exit_code == 2
+    assert "train.steps" in result.stderr
