@@ -168,7 +168,7 @@ def test_a_shell_line_is_a_command_that_exists(origin: str, words: list[str], tm
     verb, *arguments = words
     assert verb in COMMANDS, f"{origin}: {words}"
     given = COMMANDS[verb].make_context(verb, arguments).params  # raises on an unknown option, or too few arguments
-    if verb in ("pretrain", "train") and not given["config"].startswith("diff_instruct/"):
+    if given.get("config") and not given["config"].startswith("diff_instruct/"):
         shown = FILES.get(given["config"])
         file = tmp_path / Path(given["config"]).name
         file.write_text(shown or find_config(given["config"]).read_text())
