@@ -167,6 +167,7 @@ def sample(
     label: Annotated[int | None, typer.Option(help="One class for all; default: all classes in turn.")] = None,
     seed: Seed = 0,
     guidance: Guidance = 1.0,
+    ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
 ) -> None:
     """Sample from a teacher or a student and write a grid.
 
@@ -174,7 +175,7 @@ def sample(
     """
     from diffdistill.inference import sample_grid
 
-    made = sample_grid(run, FilePath(out), count=count, label=label, seed=seed, guidance=guidance)
+    made = sample_grid(run, FilePath(out), count=count, label=label, seed=seed, guidance=guidance, ema=ema)
     console.print(
         f"{made.file}: {count} images, {made.num_evaluations} evaluations each, {made.ms_per_image:.2f} ms each"
     )

@@ -108,6 +108,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.more_emas and self.ema is None:
             raise ValueError("more_emas: they stand beside `ema`, which is null; give it one")
+        if self.speed.channels_last and any(options.name.endswith("8bit") for options in self.optimizers.values()):
+            # bitsandbytes makes weights contiguous at each step, and keeps its moments in the memory's order.
+            raise ValueError("speed.channels_last: does not go with 8-bit optimisers; use false, or another optimiser")
 
     @property
     def emas(self) -> dict[str, EMAConfig]:

@@ -155,7 +155,8 @@ def _device_memory(trainer: "Trainer") -> int:
 
 
 def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int) -> Finding:
-    from diffdistill.memory import advise, show_bytes
+    from diffdistill.memory import show_bytes
+    from diffdistill.memory_advice import advise
 
     kept = f"{show_bytes(plan.peak_activations)} of activations for {plan.micro_batch_size} samples"
     text = f"{show_bytes(plan.total)} of {show_bytes(memory)}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"

@@ -24,13 +24,21 @@ class SampledGrid:
 
 
 def sample_grid(
-    place: str, file: FilePath, *, count: int, label: int | None = None, seed: int = 0, guidance: float = 1.0
+    place: str,
+    file: FilePath,
+    *,
+    count: int,
+    label: int | None = None,
+    seed: int = 0,
+    guidance: float = 1.0,
+    ema: str | None = None,
 ) -> SampledGrid:
     """Sample `count` images from a run or checkpoint and write a grid.
 
-    label: one class for all, or None for all in turn.  Raises UserError on a class or guidance it does not know.
+    label: one class for all, or None for all in turn.  ema: the name of one of the run's `more_emas`.
+    Raises UserError on a class, a guidance or an average that it does not know.
     """
-    model = load_model(place)
+    model = load_model(place, ema=ema)
     begin = time.perf_counter()
     images = sample_images(model, count=count, label=label, seed=seed, guidance=guidance)
     milliseconds = (time.perf_counter() - begin) * 1000 / count

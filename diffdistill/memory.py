@@ -1,14 +1,15 @@
 """What a run needs: weights, gradients, optimiser states and averages to the byte, activations by measuring small.
 
 Activations are what autograd keeps for the backward pass. They grow by the same bytes with every sample, so losses on
-micro-batches of 1 and 2, without a backward pass, tell those of any size.
+micro-batches of 2 and 3, without a backward pass, tell those of any size. (Not of 1: with one sample some operations
+take other ways through memory, and keep more.)
 Not predicted: what an operation needs while it runs, and what the allocator rounds up.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from diffdistill.config import OptimizerConfig
 from diffdistill.counting import SavedTensors, storage_bytes
 from diffdistill.method import Update
-from diffdistill.networks.recompute import recomputable_blocks, set_recompute
+from diffdistill.networks.recompute import recomputable_blocks
 from diffdistill.trainer import MicroBatch, Trainer
 
 EIGHT_BIT_MINIMUM = 4096  # bitsandbytes keeps smaller parameters' moments in 32 bits
@@ -46,9 +47,9 @@ class Growth:
         return self.fixed + self.each * size
 
     @staticmethod
-    def through(one: int, two: int) -> "Growth":
-        """From the bytes for one sample and for two."""
-        return Growth(2 * one - two, two - one)
+    def through(two: int, three: int) -> "Growth":
+        """From the bytes for two samples and for three."""
+        return Growth(3 * two - 2 * three, three - two)
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,15 @@ def plan_memory(trainer: Trainer) -> MemoryPlan:
     made = trainer.method.prepare(trainer.setting, train.seed)
     trainer.stored = {name: value.to(trainer.device) for name, value in made.items()}
     share = train.global_batch_size // trainer.accelerator.num_processes
-    ones, twos = (_micro_batch(trainer, size) for size in (1, 2))
+    twos, threes = (_micro_batch(trainer, size) for size in (2, 3))
     return MemoryPlan(
         players={name: _player_bytes(trainer, name, module) for name, module in trainer.players.items()},
         averages=sum(module_bytes(ema.module) for ema in trainer.emas.values()),
         has_averages_on_device=trainer.config.speed.ema_device == "same",
         updates=trainer.method.updates,
-        activations=_growth(trainer, _saved_bytes),
-        recomputed=_growth(trainer, _block_bytes)
-        if trainer.config.speed.activation_checkpointing
-        else _nothing(trainer),
-        batch=Growth.through(_batch_bytes(ones), _batch_bytes(twos)),
+        activations=saved_growth(trainer),
+        recomputed=block_growth(trainer),
+        batch=Growth.through(_batch_bytes(twos), _batch_bytes(threes)),
         batch_size=share,
         micro_batch_size=min(train.micro_batch_size or share, share),
     )
@@ -130,80 +129,19 @@ def _moments_in_8bit(numbers: int) -> int:
     return 2 * (numbers + 4 * math.ceil(numbers / EIGHT_BIT_BLOCK))
 
 
+def saved_growth(trainer: Trainer) -> dict[str, Growth]:
+    """What autograd keeps of each loss."""
+    return _growth(trainer, _saved_bytes)
+
+
+def block_growth(trainer: Trainer) -> dict[str, Growth]:
+    """What the largest recomputed block of each loss brings back; nothing where none is recomputed."""
+    return _growth(trainer, _block_bytes)
+
+
 def module_bytes(module: nn.Module) -> int:
     """Weights and buffers."""
     return sum(tensor.nbytes for tensor in _tensors(module))
-
-
-def advise(trainer: Trainer, plan: MemoryPlan, memory: int) -> list[str]:
-    """What to turn on, one after the other, until `memory` bytes suffice; each as `setting: what is left`."""
-    said: list[str] = []
-    for setting, change in _CHANGES.items():
-        smaller = _with_smaller_micro_batch(plan, memory)
-        if smaller:
-            return [*said, f"train.micro_batch_size={smaller.micro_batch_size}: {show_bytes(smaller.total)}"]
-        better = change(trainer, plan)
-        if better and better.total < plan.total:
-            plan = better
-            said.append(f"{setting}: {show_bytes(plan.total)}")
-        if plan.total <= memory:
-            return said
-    smaller = _with_smaller_micro_batch(plan, memory)
-    if smaller:
-        return [*said, f"train.micro_batch_size={smaller.micro_batch_size}: {show_bytes(smaller.total)}"]
-    least = replace(plan, micro_batch_size=1)
-    return [*said, f"train.micro_batch_size=1: {show_bytes(least.total)}, still too much: take a smaller network"]
-
-
-def _with_smaller_micro_batch(plan: MemoryPlan, memory: int) -> MemoryPlan | None:
-    """The largest micro-batch that shares out the batch and fits."""
-    divisors = (size for size in range(plan.micro_batch_size - 1, 0, -1) if plan.batch_size % size == 0)
-    plans = (replace(plan, micro_batch_size=size) for size in divisors)
-    return next((smaller for smaller in plans if smaller.total <= memory), None)
-
-
-def _half_teacher(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    teacher = trainer.setting.teacher
-    if teacher is None or trainer.config.speed.teacher_dtype == "bf16":
-        return None
-    layers = [part for part in teacher.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    saved = sum(p.nbytes // 2 for layer in layers for p in layer.parameters() if p.dtype == torch.float32)
-    players = {**plan.players, "teacher": PlayerBytes(plan.players["teacher"].weights - saved)}
-    return replace(plan, players=players)
-
-
-def _averages_on_cpu(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    return replace(plan, has_averages_on_device=False)
-
-
-def _recompute(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    nets = [player for player in trainer.players.values() if hasattr(player, "net")]
-    if trainer.config.speed.activation_checkpointing or not all(set_recompute(net) for net in nets):
-        return None
-    try:
-        return replace(plan, activations=_growth(trainer, _saved_bytes), recomputed=_growth(trainer, _block_bytes))
-    finally:
-        for net in nets:
-            set_recompute(net, False)
-
-
-def _moments_8bit(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    players = dict(plan.players)
-    for name, module in trainer.trained.items():
-        options = trainer.config.optimizer(name)
-        if options.name in ("adam", "adamw"):
-            eight = replace(options, name=f"{options.name}8bit", implementation="auto")  # type: ignore[arg-type]
-            players[name] = replace(players[name], optimizer=optimizer_bytes(module, eight))
-    return replace(plan, players=players)
-
-
-_CHANGES: dict[str, Callable[[Trainer, MemoryPlan], MemoryPlan | None]] = {
-    "speed.teacher_dtype=bf16": _half_teacher,
-    "speed.ema_device=cpu": _averages_on_cpu,
-    "speed.activation_checkpointing=true": _recompute,
-    "optimizers.<player>.name=adam8bit (or adamw8bit; needs a CUDA GPU)": _moments_8bit,
-}
-"""Settings by what they cost, the cheapest first."""
 
 
 @dataclass(frozen=True)
@@ -287,20 +225,16 @@ def _batch_bytes(micro: MicroBatch) -> int:
 
 
 def _growth(trainer: Trainer, measure: Callable[[Trainer, Update, MicroBatch], tuple[int, Any]]) -> dict[str, Growth]:
-    """By loss, from micro-batches of one and two samples."""
+    """By loss, from micro-batches of two and three samples."""
     found: list[dict[str, int]] = []
-    for size in (1, 2):
+    for size in (2, 3):
         micro = _micro_batch(trainer, size)
         found.append({})
         for update in trainer.method.updates:
             found[-1][update.loss], carry = measure(trainer, update, micro)
             micro.draw |= carry
-    one, two = found
-    return {name: Growth.through(one[name], two[name]) for name in one}
-
-
-def _nothing(trainer: Trainer) -> dict[str, Growth]:
-    return {update.loss: Growth() for update in trainer.method.updates}
+    twos, threes = found
+    return {name: Growth.through(twos[name], threes[name]) for name in twos}
 
 
 def _saved_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
@@ -311,8 +245,9 @@ def _saved_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[i
 
 
 def _block_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
-    """What the largest block would keep if it were not recomputed."""
-    blocks = [block for player in trainer.players.values() for block in recomputable_blocks(player)]
+    """What the largest of the recomputed blocks would keep if it were not, and what the loss carries over."""
+    found = [block for player in trainer.players.values() for block in recomputable_blocks(player)]
+    blocks = [block for block in found if block.is_recomputed]
     before: list[int] = []
     inside = [0]
     with SavedTensors(_all_tensors(trainer)) as saved:
@@ -320,14 +255,13 @@ def _block_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[i
         handles += [
             block.register_forward_hook(lambda *_: inside.append(saved.live - before.pop())) for block in blocks
         ]
-        was_recomputed = [block.is_recomputed for block in blocks]
-        for block in blocks:
-            block.is_recomputed = False
         try:
+            for block in blocks:
+                block.is_recomputed = False
             carry = trainer.loss(update, micro).carry
         finally:
-            for block, was in zip(blocks, was_recomputed, strict=True):
-                block.is_recomputed = was
+            for block in blocks:
+                block.is_recomputed = True
             for handle in handles:
                 handle.remove()
     return max(inside), carry

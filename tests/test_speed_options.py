@@ -6,6 +6,7 @@ Equal means bit for bit where the arithmetic is the same. Where it is not, the t
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from diffdistill.config import OptimizerConfig, RunConfig, dump
 from diffdistill.counting import SavedTensors
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.ema import EMA, EMAConfig
+from diffdistill.inference import sample_grid
 from diffdistill.model import load_model
 from diffdistill.networks import ADM, DDPMPP, DiffusersUNetConfig, DiTConfig, MLPConfig, UNetConfig
 from diffdistill.networks.analytic import Mixture
@@ -102,17 +104,21 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     }
 
 
-def trained(config: RunConfig, steps: int = 2) -> dict[str, Tensor]:
-    trainer = Trainer(config)
-    for _ in range(steps):
+def after(config: RunConfig, steps: int, *, resume: bool = False) -> Trainer:
+    trainer = Trainer(config, resume=resume)
+    while trainer.step < steps:
         trainer.train_step()
-    return weights(trainer)
+    return trainer
+
+
+def trained(config: RunConfig, steps: int = 2) -> dict[str, Tensor]:
+    return weights(after(config, steps))
 
 
 @pytest.fixture(scope="session")
 def unet_teacher(make_config: MakeConfig) -> str:
-    """The run of a tiny U-Net with dropout."""
-    return str(Trainer(make_config("pretrain", MIXED, "train.steps=1"), quiet=True).run())
+    """A checkpoint of a tiny U-Net with dropout."""
+    return str(after(make_config("pretrain", MIXED), 1).save())
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -148,7 +154,7 @@ def test_checkpointing_a_network_without_blocks_is_refused() -> None:
         apply_speed(SpeedConfig(activation_checkpointing=True), {}, Denoiser(mixture, EDM(), "x0"))
 
 
-@pytest.mark.parametrize("network", ["unet", "mlp", "diffusers_unet"])
+@pytest.mark.parametrize("network", [pytest.param("unet", marks=pytest.mark.full), "mlp", "diffusers_unet"])
 def test_compiled_players_give_the_same_gradients(network: str) -> None:
     """eager: the captured graphs run operation by operation, so with the same arithmetic."""
     plain, compiled = denoiser(network), denoiser(network)
@@ -213,13 +219,14 @@ def test_a_bf16_teacher_is_refused_where_there_is_none(make_config: MakeConfig) 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_every_form_of_an_optimiser_takes_the_same_steps(make_config: MakeConfig, name: str) -> None:
-    def after(form: str) -> dict[str, Tensor]:
+    def by(form: str) -> dict[str, Tensor]:
         options = f"{{name: {name}, implementation: {form}, lr: 1e-3, betas: [0.9, 0.99], weight_decay: 0.01}}"
         return trained(make_config("pretrain", f"optimizers.teacher={options}"), 3)
 
-    assert_same(after("auto"), after("loop" if name == "sgd" else "fused"))
+    usual = by("auto")
+    assert_same(usual, by("loop" if name == "sgd" else "fused"))
     for form in ("fused", "foreach", "loop"):
-        assert_close(after("auto"), after(form), ROUNDING)
+        assert_close(usual, by(form), ROUNDING)
 
 
 def test_an_8_bit_optimiser_names_the_package_that_is_missing(
@@ -239,6 +246,11 @@ def test_an_8_bit_optimiser_says_that_it_needs_a_gpu(make_config: MakeConfig, mo
 def test_an_8_bit_optimiser_has_no_other_forms() -> None:
     with pytest.raises(ValueError, match=r"implementation = 'fused': adam8bit has only its own"):
         OptimizerConfig(name="adam8bit", lr=1.0, implementation="fused")
+
+
+def test_8_bit_optimisers_and_channels_last_are_refused_together(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"speed.channels_last: does not go with 8-bit optimisers"):
+        make_config("pretrain", "optimizers.teacher.name=adam8bit", "speed.channels_last=true")
 
 
 def test_states_with_whole_numbers_and_shared_tables_come_back() -> None:
@@ -310,9 +322,9 @@ def test_each_of_several_averages_is_what_it_would_be_alone(make_config: MakeCon
 
 
 def test_the_first_average_samples_and_the_others_load_by_name(make_config: MakeConfig) -> None:
-    trainer = Trainer(make_config("dmd2", *SEVERAL), quiet=True)
+    trainer = after(make_config("dmd2", *SEVERAL), 2)
     assert trainer.student is trainer.emas["ema"].module
-    folder = trainer.run()
+    folder = trainer.save()
     expected = weights(trainer)
     for group, found in (
         ("ema", load_model(folder)),
@@ -321,6 +333,9 @@ def test_the_first_average_samples_and_the_others_load_by_name(make_config: Make
     ):
         state = {f"{group}.{name}": value for name, value in found.denoiser.state_dict().items()}
         assert_same(state, {name: value for name, value in expected.items() if name.startswith(f"{group}.")})
+    picture = Path(trainer.folder) / "long.png"
+    sample_grid(str(folder), picture, count=1, ema="long")
+    assert picture.exists()
     with pytest.raises(UserError, match=r"no average 'short' beside `ema`; there are: long"):
         load_model(folder, ema="short")
 
@@ -340,9 +355,10 @@ def test_more_averages_need_a_first_one(make_config: MakeConfig) -> None:
 def test_a_resumed_run_equals_one_that_was_not(
     make_config: MakeConfig, unet_teacher: str, settings: tuple[str, ...]
 ) -> None:
-    config = make_config("dmd2", f"teacher={unet_teacher}", *SEVERAL, *settings, "train.checkpoint_every=2")
-    expected = load_checkpoint(Trainer(config, quiet=True).run()).tensors
-    found = load_checkpoint(Trainer(config, resume="step-00000002", quiet=True).run()).tensors
+    config = make_config("dmd2", f"teacher={unet_teacher}", *SEVERAL, *settings)
+    after(config, 2).save()
+    found = load_checkpoint(after(config, 4, resume=True).save()).tensors
+    expected = load_checkpoint(after(replace(config, run=f"{config.run}-whole"), 4).save()).tensors
     assert {"ema", "ema-long"} <= expected.keys()
     for group in expected:
         assert_same(dict(expected[group]), dict(found[group]))
@@ -350,15 +366,15 @@ def test_a_resumed_run_equals_one_that_was_not(
 
 def test_speed_may_change_on_resume_but_not_the_teacher_s_numbers(make_config: MakeConfig) -> None:
     config = make_config("dmd2")
-    folder = Path(Trainer(config, quiet=True).run()).parents[1]
-    again = ("train.steps=5", f"run={folder}", f"teacher={config.teacher}")
+    after(config, 1).save()
+    again = (f"run={config.run}", f"teacher={config.teacher}")
     Trainer(make_config("dmd2", *again, "speed.activation_checkpointing=true", "speed.ema_device=cpu"), resume=True)
     with pytest.raises(UserError, match=r"speed\.teacher_dtype: was 'fp32', now 'bf16'"):
         Trainer(make_config("dmd2", *again, "speed.teacher_dtype=bf16"), resume=True)
 
 
 def test_a_checkpoint_from_before_these_settings_resumes(make_config: MakeConfig) -> None:
-    trainer = Trainer(make_config("dmd2"), quiet=True)
-    saved = load_checkpoint(trainer.run())
+    trainer = after(make_config("dmd2"), 1)
+    saved = load_checkpoint(trainer.save())
     old = {name: value for name, value in dump(trainer.config).items() if name not in ("speed", "more_emas")}
     trainer._restore(Checkpoint(saved.step, saved.tensors, {**saved.state, "config": old}))
