@@ -28,6 +28,7 @@ from diffdistill.curves import band_of, read_metrics
 from diffdistill.demo import evaluate_run
 from diffdistill.log import METRICS, WARNINGS
 from diffdistill.schema import UserError
+from diffdistill.stopping import StopRequested
 from diffdistill.sweep_picture import Entry, draw_sweep, healthy_band, sample_sheet
 from diffdistill.trackers import hide_secrets
 from diffdistill.trainer import Trainer, TrainingError
@@ -105,6 +106,7 @@ def run_sweep(
             train(outcome, settled, resume=resume, quiet=quiet)
         except BaseException:  # a signal, not a failure: the sweep ends here
             outcome.status = "stopped"
+            say(console, f"the sweep is stopped in run {number} of {len(grid)}; the same command with --resume goes on")
             raise
         finally:
             measure(outcome, FilePath(settled.run))
@@ -224,9 +226,9 @@ def train(outcome: Outcome, config: RunConfig, *, resume: bool, quiet: bool) -> 
             trainer.run()
         outcome.status = "done"
         trace.unlink(missing_ok=True)
+    except StopRequested:
+        raise
     except Exception as error:
-        if hasattr(error, "exit_code"):  # StopRequested
-            raise
         outcome.status, outcome.error = "failed", _one_line(error)
         with suppress(OSError):
             trace.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +286,7 @@ def compare(folder: FilePath, axes: Sequence[Axis], outcomes: Sequence[Outcome],
                 caption=", ".join(f"{short[key]} = {value_text(value)}" for key, value in outcome.values.items()),
                 note=_note(outcome),
                 values=tuple(value_text(v) if not _is_number(v) else v for v in outcome.values.values()),
-                numbers=outcome.numbers,
+                numbers=outcome.numbers if outcome.status == "done" else {},
                 sheet=sheet,
                 is_failed=outcome.status == "failed",
                 is_best=best is not None and outcome.scores.get("fd_pixels") == best,

@@ -1,5 +1,6 @@
 """sweep.png: samples of every run on the same noise side by side, and every number against the swept values."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -29,7 +30,8 @@ BEST = "#17702f"
 
 @dataclass(frozen=True)
 class Entry:
-    """A run as it is shown. values: one for each key, a number or a text; sheet: its samples, if there are any."""
+    """A run as it is shown. values: one for each key, a number or a text; numbers: empty for a run that is
+    not done; sheet: its samples, if there are any."""
 
     caption: str
     note: str
@@ -97,9 +99,9 @@ def draw_against(axes: "Axes", name: str, entries: Sequence[Entry], keys: Sequen
     rest = list(dict.fromkeys(entry.values[1:] for entry in entries))
     for number, others in enumerate(rest):
         points = sorted(
-            (places[firsts.index(entry.values[0])], entry.numbers[name])
+            (places[firsts.index(entry.values[0])], entry.numbers.get(name, math.nan))  # a gap where a run has failed
             for entry in entries
-            if entry.values[1:] == others and name in entry.numbers
+            if entry.values[1:] == others
         )
         label = ", ".join(f"{key} = {value}" for key, value in zip(keys[1:], others, strict=True))
         colour = PALETTE[number % len(PALETTE)]

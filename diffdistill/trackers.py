@@ -5,6 +5,7 @@ never waits for. One that is missing, raises, or does not answer is said once, w
 """
 
 import difflib
+import importlib
 import json
 import os
 import re
@@ -27,7 +28,9 @@ QUEUE_LENGTH = 1000  # reports that may wait
 START_SECONDS = 120.0  # services give up on a login after 90
 CALL_SECONDS = 60.0
 CLOSE_SECONDS = 30.0  # for all of a run's trackers together
-SECRET_NAME = re.compile(r"key|token|secret|passw|pwd|credential|auth", re.IGNORECASE)
+SHARED_MODULES = ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg")
+"""What both the run and some trackers import: loaded before a thread can see one of them half loaded."""
+SECRET_NAME = re.compile(r"key|token|secret|passw|_pwd|credential|auth", re.IGNORECASE)
 SECRET_TEXT = re.compile(r"\b(api[_-]?key|token|password|secret)(['\"]?\s*[=:]\s*)[^\s;,&'\"]+", re.IGNORECASE)
 SECRET_URL = re.compile(r"(://)[^/\s@]+@")
 
@@ -71,9 +74,9 @@ class Trackers:
     ) -> None:
         """folder: the run's.  settings: its config, nested.  say: takes the one line about a tracker that is left
         out, from any thread."""
-        if "tensorboard" in names:  # imported here: it shares modules with torch that must not load in two threads
+        for module in SHARED_MODULES if names else ():
             with suppress(ImportError):
-                import torch.utils.tensorboard  # noqa: F401
+                importlib.import_module(module)
 
         def starter(name: str) -> Callable[[], Any]:
             return lambda: _start(name, folder, start_step=start_step, settings=flat_settings(settings))
@@ -197,7 +200,7 @@ def _start(name: str, folder: FilePath, *, start_step: int, settings: Mapping[st
         "mlflow": {"run_name": run},
         "clearml": {"task_name": run},
         "swanlab": {"experiment_name": run, "logdir": str(folder / "swanlab")},
-        "dvclive": {"dir": str(folder / "dvclive"), "save_dvc_exp": False},
+        "dvclive": {"dir": str(folder / "dvclive"), "dvcyaml": None, "save_dvc_exp": False},
     }
     kind = LOGGER_TYPE_TO_CLASS[name]
     project = "tensorboard" if name == "tensorboard" else PROJECT  # for it, the folder's name

@@ -143,7 +143,9 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stood(
 ) -> None:
     accident = Accident(monkeypatch, NAMES[1][-40:], KeyboardInterrupt())
     folder = tmp_path / "run"
-    assert call(config, *GRID, "train.checkpoint_every=1").exit_code == 130
+    stopped = call(config, *GRID, "train.checkpoint_every=1")
+    assert stopped.exit_code == 130
+    assert "the sweep is stopped in run 2 of 4; the same command with --resume goes on" in stopped.output
     assert [run["status"] for run in record(folder)["runs"]] == ["done", "stopped", "pending", "pending"]
     assert call(config, *GRID, "train.checkpoint_every=1").exit_code == 2, "without --resume it is refused"
     accident.is_active, accident.trained = False, []

@@ -1,6 +1,7 @@
 """Trackers that fail in every way, secrets, and the curves that need no tracker."""
 
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -210,14 +211,32 @@ def test_a_tracker_that_does_not_answer_is_given_up_after_its_time(
 def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("HF_TOKEN", "hf_abc/def+ghi")
+    monkeypatch.setenv("PWD", "/the/working/folder")
     text = f"key {SECRET}, url hf_abc%2Fdef%2Bghi, token=xyz1 postgres://user:word@host/db, password: hunter2"
     hidden = hide_secrets(text)
     assert hidden == "key ***, url ***, token=*** postgres://***@host/db, password: ***"
+    assert hide_secrets("/the/working/folder") == "/the/working/folder", "PWD sounds like a password and is none"
     assert flat_settings({"data": {"root": f"/x/{SECRET}", "size": 3, "flags": [1, 2], "none": None}}) == {
         "data.root": "/x/***",
         "data.size": 3,
         "data.flags": "[1, 2]",
     }
+
+
+def test_what_a_run_and_a_tracker_both_import_is_loaded_before_the_threads_start(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from diffdistill import trackers
+seen = []
+trackers.BackgroundTracker = lambda *_: seen.append([name for name in trackers.SHARED_MODULES if name in sys.modules])
+trackers.Trackers([], Path("."), start_step=0, settings={}, say=print)
+assert "matplotlib.figure" not in sys.modules, "without trackers nothing is loaded early"
+trackers.Trackers(["wandb"], Path("."), start_step=0, settings={}, say=print)
+assert seen == [list(trackers.SHARED_MODULES)], seen
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_resumed_run_may_have_other_trackers(make_config: MakeConfig) -> None:
