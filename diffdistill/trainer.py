@@ -98,6 +98,7 @@ class Trainer:
         check_optimizers(config, list(modules))
         self.trained = {name: module.to(self.device).train() for name, module in modules.items()}
         apply_speed(config.speed, self.trained, self.setting.teacher)
+        self.parameters = {name: list(module.parameters()) for name, module in self.trained.items()}
         self.players = Players(**teachers, **self.trained)
         self.optimizers = {name: make_optimizer(module, config.optimizer(name)) for name, module in modules.items()}
         ema_device = self.device if config.speed.ema_device == "same" else torch.device("cpu")
@@ -235,8 +236,9 @@ class Trainer:
 
     def loss(self, update: Update, micro: MicroBatch) -> Loss:
         """An update's loss on a micro-batch, with a graph to the update's players alone."""
-        for name, module in self.trained.items():
-            module.requires_grad_(name in update.players)
+        for name, parameters in self.parameters.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in update.players)
         torch.manual_seed(micro.rng.torch_seed(update.loss))  # for dropout inside the networks
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
             made: Loss = getattr(self.method, update.loss)(self.players, micro.draw, micro.batch)
@@ -280,7 +282,7 @@ class Trainer:
 
     def _clip(self, name: str) -> Tensor:
         """The gradient's norm before clipping, after clipping it as the config says."""
-        options, parameters = self.config.optimizer(name), list(self.trained[name].parameters())
+        options, parameters = self.config.optimizer(name), self.parameters[name]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if options.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, options.clip_norm, norm)
