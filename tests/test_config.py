@@ -75,12 +75,12 @@ BAD_SETTINGS = [
     (
         "pretrain",
         ["train.micro_batch_size=3"],
-        ["train.global_batch_size = 8", "processes x micro_batch_size", "1 x 3"],
+        ["train.global_batch_size = 8", "train.micro_batch_size = 3"],
     ),
     (
         "pretrain",
         ["train.micro_batch_size=16"],
-        ["train.global_batch_size = 8", "processes x micro_batch_size", "1 x 16"],
+        ["train.global_batch_size = 8", "train.micro_batch_size = 16"],
     ),
     ("pretrain", ["model=null"], ["either `model` (to pretrain) or `teacher` (to distil), not both or neither"]),
     ("pretrain", ["teacher=runs/other"], ["runs/other: no such folder"]),
