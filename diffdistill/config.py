@@ -89,6 +89,7 @@ class ModelConfig:
 class RunConfig:
     """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
 
+    init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
     """
 
@@ -97,6 +98,7 @@ class RunConfig:
     data: AnyData = field(default_factory=Digits)
     model: ModelConfig | None = None
     teacher: str | None = None
+    init: str | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     ema: EMAConfig | None = field(default_factory=EMAConfig)
     more_emas: dict[Annotated[str, Field(pattern="^[a-z0-9_]+$")], EMAConfig] = field(default_factory=dict)

@@ -32,6 +32,10 @@ class EMA:
         has_to_move = any(p.device.type != device.type for p in self.module.parameters())
         return deepcopy(self.module).to(device) if has_to_move else self.module
 
+    def copy_from(self, module: nn.Module) -> None:
+        """Begin anew from these weights."""
+        self.module.load_state_dict(module.state_dict())
+
     @torch.no_grad()
     def update(self, module: nn.Module, *, images_seen: int, batch_images: int) -> None:
         """average <- beta average + (1 - beta) weights, beta = 0.5^(batch / half-life).  At 0 images seen: a copy.

@@ -3,18 +3,23 @@
 A method is a frozen dataclass, which is also its config. It never steps an optimiser, logs, or asks for a device.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from diffdistill.data.source import ImageSource
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.path import Path
+from diffdistill.draws import Draws, integer_of
+from diffdistill.path import Path, Prediction
 from diffdistill.sampling import AnySampler
+from diffdistill.schema import UserError
 
 REGISTRY = {
     "pretrain": "diffdistill.methods.pretrain:Pretrain",
@@ -28,11 +33,17 @@ Draw = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """One optimiser step: the players that it changes, the method's loss, and every how many iterations."""
+    """One optimiser step: the players that it changes, the method's loss, and every how many iterations.
+
+    statistics: a method `(players, draw, batch) -> dict of [B, ...]` for losses that look at the whole batch. Where the
+    batch comes in pieces it is asked for each of them first, without gradient, and every piece's draw then holds the
+    values of all samples, in order, as "all <name>".
+    """
 
     players: tuple[str, ...]
     loss: str
     every: int = 1
+    statistics: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,11 @@ class Batch:
 class Setting:
     """What is known before training starts.
 
-    image_shape: [C, H, W].  num_classes: 0 without labels.  network: the student-to-be, new and untrained (pretrain)
-    or None; teacher: frozen, or None.
+    image_shape: [C, H, W].  num_classes: 0 without labels.  teacher: frozen, or None.
+    network: a new, untrained student, where the method trains one that is not a copy of its teacher; else None.
+    initial: the players of an earlier run that this one starts from, frozen, by name.
+    classes: the classes that this run is about; empty for all.  num_steps, batch_size: of the run, in iterations and
+    images.
     """
 
     image_shape: tuple[int, ...]
@@ -66,6 +80,25 @@ class Setting:
     path: Path
     teacher: Denoiser | None = None
     network: Denoiser | None = None
+    initial: Mapping[str, Denoiser] = field(default_factory=dict)
+    classes: tuple[int, ...] = ()
+    num_steps: int = 0
+    batch_size: int = 0
+
+    def label_of(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers [B] in (0, 1) as classes of this run, int64 [B]."""
+        if not self.classes:
+            return integer_of(uniform, max(self.num_classes, 1))
+        return torch.tensor(self.classes, device=uniform.device)[integer_of(uniform, len(self.classes))]
+
+    def copies(self, *names: str) -> dict[str, nn.Module]:
+        """Trainable copies for players that start as their namesakes in `initial`, or as the teacher.
+
+        Raises UserError if there is no teacher.
+        """
+        if self.teacher is None:
+            raise UserError("teacher: this method distils one; name a pretrained run")
+        return {name: deepcopy(self.initial.get(name, self.teacher)).requires_grad_(True) for name in names}
 
 
 class Players(Mapping[str, nn.Module]):
@@ -90,43 +123,66 @@ class Players(Mapping[str, nn.Module]):
             raise AttributeError(f"no player {name!r}; there are {sorted(self.__dict__['_modules'])}") from None
 
 
-@runtime_checkable
-class Method(Protocol):
+class Method(ABC):
     """The interface between a paper and the trainer. Each loss named in `updates` is a method
-    `(players, draw, batch) -> Loss`."""
+    `(players, draw, batch) -> Loss`. What stands here with a body is what most methods leave as it is.
+    """
+
+    name: str
+
+    keeps_teacher = True
+    """Whether the losses ask the teacher. If not it leaves memory after `prepare`."""
+
+    trains_network = False
+    """Whether the student is the config's `model`, new and untrained, although there is a teacher."""
 
     @property
-    def name(self) -> str: ...
-    @property
+    @abstractmethod
     def updates(self) -> tuple[Update, ...]:
         """Who steps, in which order, how often."""
-        ...
 
     @property
+    @abstractmethod
     def student(self) -> str:
         """The player that samples are taken from; it gets the EMA."""
-        ...
 
     @property
+    @abstractmethod
     def needs_images(self) -> bool:
         """Whether the losses look at real data."""
-        ...
 
+    @abstractmethod
     def sampler(self, setting: Setting) -> AnySampler:
         """How the student makes images."""
-        ...
 
+    @abstractmethod
     def players(self, setting: Setting) -> dict[str, nn.Module]:
-        """The trainable players, at their start. Raises UserError if the method and the setting do not fit."""
-        ...
+        """The players at their start. Those that no update names are saved with the run, but not trained.
 
+        Raises UserError if the method and the setting do not fit.
+        """
+
+    @abstractmethod
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
         """Every random number of one step."""
-        ...
+
+    def student_model(self, network: Any, predicts: Prediction) -> tuple[Any, Prediction]:
+        """The student's network config and prediction, from the teacher's. A changed one comes as setting.network."""
+        return network, predicts
+
+    def classes(self, setting: Setting, source: ImageSource) -> tuple[int, ...]:
+        """The classes that this run is about; empty for all. Real images and drawn labels are of these alone."""
+        return ()
 
     def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
-        """What is made once before training and kept with the run; empty for most."""
-        ...
+        """What is made once before training and kept with the run, as `batch.stored`."""
+        return {}
+
+    def begin(self, players: Players, stored: Mapping[str, Tensor]) -> None:
+        """Change players before the first step of a new run, by what was prepared."""
+
+    def after_step(self, players: Players, step: int) -> None:
+        """Move the players that no update names (averages, earlier stages).  step: iterations done; no gradient."""
 
 
 @cache

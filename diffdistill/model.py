@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from diffdistill.checkpoint import MANIFEST, STATE, CheckpointError, list_checkpoints, load_checkpoint
+from diffdistill.checkpoint import MANIFEST, STATE, CheckpointError, list_checkpoints, load_checkpoint, select_group
 from diffdistill.config import ModelConfig, validate
 from diffdistill.denoiser import Denoiser, freeze
 from diffdistill.sampling import AnySampler
@@ -58,6 +58,35 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     load_strictly(denoiser, weights, origin=str(target))
     freeze(denoiser)
     return TrainedModel(denoiser, spec, target)
+
+
+@dataclass(frozen=True)
+class TrainedPlayers:
+    """denoisers: a run's players by name, frozen, the student's averaged weights where there are some.  spec: what
+    they are."""
+
+    denoisers: dict[str, Denoiser]
+    spec: ModelSpec
+
+
+def load_players(place: str | FilePath) -> TrainedPlayers:
+    """The players of a run's newest checkpoint (or of one checkpoint's folder) that are built as its student is.
+
+    Raises UserError if there is none or it is damaged.
+    """
+    target = find_checkpoint(FilePath(place))
+    checkpoint = load_checkpoint(target, groups=("players", "ema"))
+    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
+    found = {}
+    for name in sorted({key.split(".")[0] for key in checkpoint.tensors["players"]}):
+        is_averaged = name == checkpoint.state["student"] and "ema" in checkpoint.tensors
+        weights = select_group(checkpoint.tensors["ema" if is_averaged else "players"], name)
+        denoiser = spec.build()
+        if denoiser.state_dict().keys() == weights.keys():
+            load_strictly(denoiser, weights, origin=f"{target} ({name})")
+            freeze(denoiser)
+            found[name] = denoiser
+    return TrainedPlayers(found, spec)
 
 
 def find_checkpoint(place: FilePath) -> FilePath:

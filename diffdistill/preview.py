@@ -7,7 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
+
+from diffdistill.denoiser import NO_COND, Cond
+from diffdistill.draws import Draws
+from diffdistill.method import Players, Setting
+from diffdistill.sampling import AnySampler
 
 CAPTION_HEIGHT = 14
 GAP = 2
@@ -30,6 +35,42 @@ def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, m
         sheet.paste(grid, (left, CAPTION_HEIGHT))
         left += grid.width + gap
     sheet.save(_ready(file))
+
+
+@torch.no_grad()
+def preview_panels(
+    players: Players,
+    name: str,
+    student: nn.Module,
+    sampler: AnySampler,
+    setting: Setting,
+    *,
+    seed: int,
+    device: torch.device,
+    count: int = 40,
+) -> dict[str, Tensor]:
+    """The student's samples and, where there are such players, the teacher's and the fake score's denoising of them,
+    at one noise level and on the same noise.
+
+    name: the student's among the players; student: its weights to look at.  Returns [count, C, H, W] by caption.
+    """
+    index = torch.arange(count, device=device)
+    rng = Draws(seed, 0, index)
+    classes = torch.tensor(setting.classes or range(max(setting.num_classes, 1)), device=device)
+    cond = Cond(label=classes[index % len(classes)]) if setting.num_classes else NO_COND
+    x = sampler(
+        student,  # type: ignore[arg-type]
+        rng.normal("preview", setting.image_shape),
+        cond,
+        fresh_noise=rng.fresh_noise(setting.image_shape),
+    )
+    panels = {f"{name} ({sampler.num_evaluations} ev.)": x}
+    t = setting.path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=device))
+    x_t = setting.path.diffuse(x, rng.normal("preview eps", setting.image_shape), t)
+    for other in ("teacher", "fake"):
+        if other in players and other != name:
+            panels[f"{other}'s D(x_t), ratio 1"] = players[other](x_t, t, cond)
+    return panels
 
 
 def to_uint8(images: Tensor) -> Tensor:

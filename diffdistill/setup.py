@@ -11,7 +11,7 @@ from diffdistill.checkpoint import list_checkpoints
 from diffdistill.config import RunConfig, TrainConfig
 from diffdistill.data.source import ImageSource
 from diffdistill.method import Method, Setting
-from diffdistill.model import ModelSpec, TrainedModel, load_model
+from diffdistill.model import ModelSpec, TrainedModel, load_model, load_players
 from diffdistill.schema import UserError
 
 
@@ -45,26 +45,60 @@ def load_teacher(place: str | None, device: torch.device) -> TrainedModel | None
 
 def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None) -> tuple[ModelSpec, Setting]:
     """The student's description and the method's setting, from the teacher or from `model`."""
-    if (config.model is None) == (teacher is None):
-        raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
-    shape, method = source.image_shape, config.method
-    if teacher:
-        spec = teacher.spec
-        if spec.image_shape != shape:
-            raise UserError(f"data: images are {shape}, but the teacher's are {spec.image_shape}")
-        setting = Setting(shape, spec.num_classes, spec.model.path, teacher=teacher.denoiser)
-        return replace(spec, sampler=method.sampler(setting)), setting
-    assert config.model is not None
-    setting = Setting(shape, source.num_classes, config.model.path)
-    spec = ModelSpec(
-        model=config.model,
-        image_shape=shape,
-        num_classes=source.num_classes,
-        class_dropout=getattr(method, "class_dropout", 0.0),
-        sampler=method.sampler(setting),
+    method, shape = config.method, source.image_shape
+    check_models(config, teacher)
+    if teacher and teacher.spec.image_shape != shape:
+        raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
+    initial = load_players(config.init) if config.init else None
+    setting = Setting(
+        shape,
+        teacher.spec.num_classes if teacher else source.num_classes,
+        teacher.spec.model.path if teacher else config.model.path,  # type: ignore[union-attr]
+        teacher=teacher.denoiser if teacher else None,
+        initial=initial.denoisers if initial else {},
+        num_steps=config.train.steps,
+        batch_size=config.train.global_batch_size,
     )
+    spec = describe_student(config, setting, teacher.spec if teacher else None, initial.spec if initial else None)
+    if spec.model.path != setting.path:
+        raise UserError("model.path: must be the teacher's")
+    setting = replace(setting, classes=method.classes(setting, source))
+    if config.model is None and teacher and spec.model == teacher.spec.model:
+        return spec, setting
     with seeded(config.train.seed):
         return spec, replace(setting, network=spec.build())
+
+
+def describe_student(
+    config: RunConfig, setting: Setting, teacher: ModelSpec | None, initial: ModelSpec | None
+) -> ModelSpec:
+    """The student's network and sampler: the config's `model`, or what the method makes of its origin's."""
+    method, sampler = config.method, config.method.sampler(setting)
+    if config.model is not None:
+        class_dropout = teacher.class_dropout if teacher else getattr(method, "class_dropout", 0.0)
+        return ModelSpec(
+            model=config.model,
+            image_shape=setting.image_shape,
+            num_classes=setting.num_classes,
+            class_dropout=class_dropout,
+            sampler=sampler,
+        )
+    if initial:
+        return replace(initial, sampler=sampler)
+    assert teacher is not None
+    network, predicts = method.student_model(teacher.model.network, teacher.model.predicts)
+    return replace(teacher, sampler=sampler, model=replace(teacher.model, network=network, predicts=predicts))
+
+
+def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:
+    """Raise UserError unless the config names the models that its method needs."""
+    if config.method.trains_network:
+        if config.model is None or teacher is None:
+            raise UserError(f"{config.method.name} needs both: `model`, the student's, and `teacher`, a run's folder")
+    elif (config.model is None) == (teacher is None):
+        raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
+    if config.init and teacher is None:
+        raise UserError("init: goes with a `teacher`; to go on with a run, use --resume")
 
 
 @contextmanager

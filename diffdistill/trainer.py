@@ -6,8 +6,9 @@ stopped and resumed equals one that was not, bit for bit on a CPU, and accumulat
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from diffdistill.checkpoint import (
 )
 from diffdistill.config import RunConfig, differences, dump, dump_yaml, parse_config
 from diffdistill.data.order import DataOrder
-from diffdistill.denoiser import NO_COND, Cond
+from diffdistill.denoiser import NO_COND, Cond, freeze
 from diffdistill.draws import Draws
 from diffdistill.ema import EMA
 from diffdistill.health import Health, Reference
@@ -34,7 +35,7 @@ from diffdistill.log import Meter, RunLog
 from diffdistill.method import Batch, Loss, Players, Update
 from diffdistill.model import load_strictly
 from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
-from diffdistill.preview import save_panels
+from diffdistill.preview import preview_panels, save_panels
 from diffdistill.schema import UserError
 from diffdistill.setup import check_batch, check_labels, check_optimizers, find_start, load_teacher, seeded, settle
 from diffdistill.speed import apply_speed
@@ -86,21 +87,24 @@ class Trainer:
             torch.set_num_threads(train.num_threads)
         self.start = find_start(self.folder, resume)
         self.source = config.data.load().to(self.device)
-        self.order = DataOrder(self.source, train.seed)
         checkpoint = load_checkpoint(self.start) if self.start else None
         self.teacher = load_teacher(checkpoint.state["teacher"] if checkpoint else config.teacher, self.device)
+        self.teacher_source = str(self.teacher.source) if self.teacher else None
         check_batch(train, self.accelerator.num_processes)
         self.spec, self.setting = settle(config, self.source, self.teacher)
         check_labels(self.method, self.setting, self.source)
+        self.order = DataOrder(self.source, train.seed, classes=self.setting.classes)
         with seeded(train.seed):
             modules = self.method.players(self.setting)
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
-        check_optimizers(config, list(modules))
-        self.trained = {name: module.to(self.device).train() for name, module in modules.items()}
+        trained = {name for update in self.method.updates for name in update.players}
+        check_optimizers(config, [name for name in modules if name in trained])
+        self.trained = {name: module.to(self.device).train() for name, module in modules.items() if name in trained}
+        self.followers = {name: freeze(m.to(self.device)) for name, m in modules.items() if name not in trained}
         apply_speed(config.speed, self.trained, self.setting.teacher)
         self.parameters = {name: list(module.parameters()) for name, module in self.trained.items()}
-        self.players = Players(**teachers, **self.trained)
-        self.optimizers = {name: make_optimizer(module, config.optimizer(name)) for name, module in modules.items()}
+        self.players = Players(**teachers, **self.trained, **self.followers)
+        self.optimizers = {name: make_optimizer(m, config.optimizer(name)) for name, m in self.trained.items()}
         ema_device = self.device if config.speed.ema_device == "same" else torch.device("cpu")
         student = self.trained[self.method.student]
         self.emas = {group: EMA(student, settings, ema_device) for group, settings in config.emas.items()}
@@ -108,9 +112,8 @@ class Trainer:
         self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
         self.stored: dict[str, Tensor] = {}
         self._meter = Meter()
-        self.health = (
-            Health(config.health, Reference.of_source(self.source)) if config.health and self.teacher else None
-        )
+        is_watched = config.health and self.teacher and self.method.keeps_teacher
+        self.health = Health(config.health, Reference.of_source(self.source)) if is_watched else None  # type: ignore[arg-type]
         if checkpoint:
             self._restore(checkpoint)
 
@@ -180,6 +183,8 @@ class Trainer:
                         batch_images=self.config.train.global_batch_size * update.every,
                     )
         self.step += 1
+        with torch.no_grad():
+            self.method.after_step(self.players, self.step)
 
     def report(self, log: RunLog) -> None:
         """Log the means since the last report, and the health signals when they are due, with their warnings."""
@@ -198,7 +203,8 @@ class Trainer:
 
     def save(self) -> FilePath:
         """Write a checkpoint of everything that a resumed run needs."""
-        tensors = {"players": flatten({name: module.state_dict() for name, module in self.trained.items()})}
+        modules = self.trained | self.followers
+        tensors = {"players": flatten({name: module.state_dict() for name, module in modules.items()})}
         for group, ema in self.emas.items():
             tensors[group] = flatten({self.method.student: ema.module.state_dict()})
         tensors["optimizers"] = flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
@@ -209,29 +215,19 @@ class Trainer:
             "model": dump(self.spec),
             "config": dump(self.config),
             "data": self.source.key,
-            "teacher": str(self.teacher.source) if self.teacher else None,
+            "teacher": self.teacher_source,
         }
         keep = self.config.train.keep_checkpoints
         return save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=keep)
 
-    @torch.no_grad()
-    def save_preview(self, count: int = 40) -> FilePath:
-        """previews/step-*.png: the student's samples and, where there are such players, the teacher's and the fake
-        score's denoising of them at one noise level and on the same noise."""
-        rng = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
-        cond = self._class_cond(torch.arange(count, device=self.device) % max(self.setting.num_classes, 1))
-        noise = rng.normal("preview", self.setting.image_shape)
-        sampler = self.method.sampler(self.setting)
-        x = sampler(self.student, noise, cond, fresh_noise=rng.fresh_noise(self.setting.image_shape))  # type: ignore[arg-type]
-        panels = {f"{self.method.student} ({sampler.num_evaluations} ev.)": x}
-        path = self.setting.path
-        t = path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=self.device))
-        x_t = path.diffuse(x, rng.normal("preview eps", self.setting.image_shape), t)
-        for name in ("teacher", "fake"):
-            if name in self.players and name != self.method.student:
-                panels[f"{name}'s D(x_t), ratio 1"] = self.players[name](x_t, t, cond)
+    def save_preview(self) -> FilePath:
+        """previews/step-*.png: the student's samples, and the other players' view of them."""
         file = self.folder / "previews" / f"step-{self.step:08d}.png"
-        save_panels(file, panels, columns=10 if self.setting.num_classes == 10 else 8)
+        student, sampler = self.method.student, self.method.sampler(self.setting)
+        views = preview_panels(
+            self.players, student, self.student, sampler, self.setting, seed=self.config.train.seed, device=self.device
+        )
+        save_panels(file, views, columns=10 if self.setting.num_classes == 10 else 8)
         return file
 
     def loss(self, update: Update, micro: MicroBatch) -> Loss:
@@ -239,10 +235,24 @@ class Trainer:
         for name, parameters in self.parameters.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in update.players)
-        torch.manual_seed(micro.rng.torch_seed(update.loss))  # for dropout inside the networks
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            made: Loss = getattr(self.method, update.loss)(self.players, micro.draw, micro.batch)
+        made: Loss = self._ask(update.loss, micro, seed=update.loss)
         return made
+
+    def _ask(self, function: str, micro: MicroBatch, *, seed: str) -> Any:
+        """A function of the method's on a micro-batch.  seed: names the numbers of dropout inside the networks."""
+        torch.manual_seed(micro.rng.torch_seed(seed))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            return getattr(self.method, function)(self.players, micro.draw, micro.batch)
+
+    @torch.no_grad()
+    def _gather(self, update: Update, micros: list[MicroBatch]) -> None:
+        """What a loss needs to know of the whole batch, where the batch comes in pieces."""
+        if update.statistics is None or len(micros) == 1:
+            return
+        parts = [self._ask(update.statistics, micro, seed=update.loss) for micro in micros]
+        whole = {f"all {name}": torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for micro in micros:
+            micro.draw |= whole
 
     def micro_batch(self, first: int, images: Tensor, cond: Cond, size: int) -> MicroBatch:
         """The samples from number `first` on, with this step's random numbers.  images: [size, ...], or empty."""
@@ -260,6 +270,7 @@ class Trainer:
     def _update(self, update: Update, micros: list[MicroBatch], log: RunLog | None) -> bool:
         """One optimiser step of some players. Returns whether it was taken."""
         losses: list[Loss] = []
+        self._gather(update, micros)
         for micro in micros:
             loss = self.loss(update, micro)
             self.accelerator.backward(loss.total / len(micros))
@@ -344,6 +355,8 @@ class Trainer:
         for name, module in self.trained.items():
             load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
             restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))
+        for name, module in self.followers.items():
+            load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
         for group, ema in self.emas.items():
             weights = select_group(checkpoint.tensors[group], self.method.student)
             load_strictly(ema.module, weights, origin=f"{self.start} ({group})")
@@ -364,9 +377,17 @@ class Trainer:
 
         file = self.folder / "prepared.safetensors"
         if not (self.start and file.exists()):
+            file.unlink(missing_ok=True)
             made = self.method.prepare(self.setting, self.config.train.seed)
             if made:
                 write_tensors_atomically(file, made)
-            else:
-                return
-        self.stored = load_file(file, device=str(self.device))
+        self.stored = load_file(file, device=str(self.device)) if file.exists() else {}
+        if self.start is None:
+            with torch.no_grad():
+                self.method.begin(self.players, self.stored)
+                for ema in self.emas.values():
+                    ema.copy_from(self.trained[self.method.student])
+        if not self.method.keeps_teacher:
+            self.players = Players(**self.trained, **self.followers)
+            self.setting = replace(self.setting, teacher=None)
+            self.teacher = None

@@ -6,7 +6,6 @@ stored teacher pairs (arXiv:2311.18828). `gan_features: fake` is the paper; `tea
 Not implemented: LPIPS as the regression's distance (it is the mean squared error here).
 """
 
-from copy import deepcopy
 from typing import Literal
 
 import torch
@@ -24,7 +23,7 @@ from diffdistill.losses import (
     sample_normaliser,
     zero_nonfinite,
 )
-from diffdistill.method import Batch, Draw, Loss, Players, Setting, Update
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.discriminator import make_head
 from diffdistill.path import expand
 from diffdistill.sampling import AnySampler, FewSteps, Heun
@@ -33,7 +32,7 @@ from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
 
 
 @schema
-class DMD2:
+class DMD2(Method):
     """Settings, in the paper's terms. Weights of 0 switch a part off, and its networks are then not built."""
 
     name: Literal["dmd2"] = "dmd2"
@@ -68,12 +67,11 @@ class DMD2:
         return self.steps
 
     def players(self, setting: Setting) -> dict[str, nn.Module]:
+        copies = setting.copies("generator", "fake")
         teacher = setting.teacher
-        if teacher is None:
-            raise UserError("teacher: dmd2 distils one; name a pretrained run")
+        assert teacher is not None
         if self.guidance != 1 and not teacher.net.knows_unconditional:
             raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
-        copies = {name: deepcopy(teacher).requires_grad_(True) for name in ("generator", "fake")}
         return copies | ({"discriminator": make_head(teacher, setting.image_shape)} if self.gan_weight else {})
 
     def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
@@ -84,7 +82,7 @@ class DMD2:
         assert teacher is not None
         rng = Draws(seed, 0, torch.arange(self.regression_pairs))
         noise = rng.normal("pair noise", setting.image_shape)
-        label = rng.integers("pair label", max(setting.num_classes, 1))
+        label = rng.integers("pair label", max(setting.num_classes, 1))  # all classes, whatever the run is about
         with torch.no_grad():
             image = torch.cat(
                 [
@@ -110,7 +108,7 @@ class DMD2:
         return {
             **{f"{call}t": law(uniforms[f"{call}t"], setting.path) for call, law in laws.items()},
             **rng.normals(["z", *(f"{call}eps" for call in laws), *fresh], setting.image_shape),
-            "label": integer_of(uniforms["label"], max(setting.num_classes, 1)),
+            "label": setting.label_of(uniforms["label"]),
             **pair,
             "step": torch.tensor(rng.shared_integer("step", self.steps.num_evaluations)),
         }

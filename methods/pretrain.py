@@ -14,14 +14,14 @@ from diffdistill.augmentation import augment, draw_motion
 from diffdistill.denoiser import Denoiser
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss
-from diffdistill.method import Batch, Draw, Loss, Players, Setting, Update
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.sampling import AnySampler, Heun
 from diffdistill.schema import Fraction, UserError, field, schema
 from diffdistill.timesteps import AnyTimeLaw, LogNormal
 
 
 @schema
-class Pretrain:
+class Pretrain(Method):
     """Train a teacher.
 
     time_law: noise levels; weight: of ||D - x0||^2; class_dropout: share of samples that lose their class, which
@@ -55,9 +55,6 @@ class Pretrain:
                 "network ddpmpp or adm with augment_dim: 9"
             )
         return {"teacher": setting.network}
-
-    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
-        return {}
 
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
         numbers = {

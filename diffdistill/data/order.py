@@ -1,10 +1,13 @@
 """Which image is seen when: each epoch is a permutation that depends on (seed, epoch) alone."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from diffdistill.data.source import ImageSource
 from diffdistill.draws import Draws
+from diffdistill.schema import UserError
 
 KEPT_EPOCHS = 4  # permutations held at a time: this step's, and the next one's when an epoch ends between them
 
@@ -12,8 +15,14 @@ KEPT_EPOCHS = 4  # permutations held at a time: this step's, and the next one's 
 class DataOrder:
     """The images of a source by global sample number. Nothing to save: a resumed run sees what it would have seen."""
 
-    def __init__(self, source: ImageSource, seed: int) -> None:
+    def __init__(self, source: ImageSource, seed: int, *, classes: Sequence[int] = ()) -> None:
+        """classes: images of these alone; empty for all.  Raises UserError if there is none."""
         self.source, self.seed = source, seed
+        self.members = torch.arange(len(source))
+        if classes and source.labels is not None:
+            self.members = torch.isin(source.labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
+            if not len(self.members):
+                raise UserError(f"data: no image of the classes {list(classes)}")
         self._permutations: dict[int, Tensor] = {}
 
     def take(self, first: int, count: int, *, next_first: int) -> tuple[Tensor, Tensor | None]:
@@ -30,7 +39,7 @@ class DataOrder:
     def rows(self, first: int, count: int) -> Tensor:
         """The numbers of the images that the samples `first` to `first + count - 1` are: [count] int64, CPU."""
         index = torch.arange(first, first + count)
-        epochs, places = index // len(self.source), index % len(self.source)
+        epochs, places = index // len(self.members), index % len(self.members)
         rows = torch.empty_like(index)
         for epoch in epochs.unique().tolist():
             here = epochs == epoch
@@ -40,7 +49,7 @@ class DataOrder:
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
             seed = Draws(self.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed("data order")
-            order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(seed))
+            order = self.members[torch.randperm(len(self.members), generator=torch.Generator().manual_seed(seed))]
             kept = list(self._permutations.items())[1 - KEPT_EPOCHS :]
             self._permutations = dict([*kept, (epoch, order)])
         return self._permutations[epoch]
