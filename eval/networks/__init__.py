@@ -1,0 +1,1 @@
+"""Networks behind features: for each specification of eval/features.py a module with `load`."""
