@@ -63,7 +63,7 @@ BANDS = {
         "teacher and fake score pull the samples in different directions: one of them is fed the wrong noise level, "
         "condition or prediction, or the fake score has diverged. Look at the preview; try a lower rate for `fake`",
         "fake score and teacher are the same function on the student's samples, so nothing pushes the student: is the "
-        "fake score trained at all? Look at fake/gradient_norm and at the rate of `fake`",
+        "fake score trained at all? Look at fake/gradient_norm. Try a higher rate for `fake`",
     ),
     "mean_drift": Band(
         0.0,
@@ -84,7 +84,8 @@ BANDS = {
         1.6,
         "samples of one condition look alike: the student drops modes. Try a GAN or regression term, or a larger "
         "gan_weight",
-        "samples of one condition differ more than the data's: the student ignores its condition, or diverges",
+        "samples of one condition differ more than the data's: the student ignores its condition, or diverges. Look "
+        "at the preview. Try a lower rate",
     ),
     "discriminator_accuracy": Band(
         0.0,
