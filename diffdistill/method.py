@@ -166,7 +166,7 @@ class Method(ABC):
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
         """Every random number of one step."""
 
-    def student_model(self, network: Any, predicts: Prediction) -> tuple[Any, Prediction]:
+    def student_model(self, network: Any, predicts: Prediction, setting: Setting) -> tuple[Any, Prediction]:
         """The student's network config and prediction, from the teacher's. A changed one comes as setting.network."""
         return network, predicts
 

@@ -86,7 +86,7 @@ def describe_student(
     if initial:
         return replace(initial, sampler=sampler)
     assert teacher is not None
-    network, predicts = method.student_model(teacher.model.network, teacher.model.predicts)
+    network, predicts = method.student_model(teacher.model.network, teacher.model.predicts, setting)
     return replace(teacher, sampler=sampler, model=replace(teacher.model, network=network, predicts=predicts))
 
 
