@@ -194,7 +194,12 @@ def protocol_id(protocol: dict[str, Any]) -> str:
 
     protocol: plain JSON types.  Raises ValueError for NaN and infinity.
     """
-    text = json.dumps(_canonical(protocol), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hash_json(protocol)
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as `protocol_id`."""
+    text = json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
