@@ -12,22 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws, integer_of
-from diffdistill.losses import (
-    DenoisingWeight,
-    denoising_loss,
-    field_loss,
-    gan_discriminator_loss,
-    gan_generator_loss,
-    sample_normaliser,
-    zero_nonfinite,
-)
+from diffdistill.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.discriminator import make_head
 from diffdistill.path import expand
 from diffdistill.sampling import AnySampler, FewSteps, Heun
-from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
+from diffdistill.schema import NonNegative, Positive, PositiveInt, field, schema
+from diffdistill.score_distillation import (
+    Features,
+    condition,
+    critics_loss,
+    draw_step,
+    generate,
+    head_logits,
+    matching_field,
+    start_players,
+)
 from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
 
 
@@ -47,7 +48,7 @@ class DMD2(Method):
     normaliser_minimum: Positive = 1e-5
     gan_weight: NonNegative = 3e-3  # lambda_g, in the generator's loss
     gan_fake_weight: NonNegative = 1e-2  # lambda_d, in the fake score's loss
-    gan_features: Literal["fake", "teacher"] = "fake"
+    gan_features: Features = "fake"
     regression_weight: NonNegative = 0.0
     regression_pairs: PositiveInt = 1000
     regression_sampler: AnySampler = field(default_factory=Heun)
@@ -67,12 +68,11 @@ class DMD2(Method):
         return self.steps
 
     def players(self, setting: Setting) -> dict[str, nn.Module]:
-        copies = setting.copies("generator", "fake")
-        teacher = setting.teacher
-        assert teacher is not None
-        if self.guidance != 1 and not teacher.net.knows_unconditional:
-            raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
-        return copies | ({"discriminator": make_head(teacher, setting.image_shape)} if self.gan_weight else {})
+        players = start_players(setting, guidance=self.guidance)
+        if self.gan_weight:
+            assert setting.teacher is not None
+            players["discriminator"] = make_head(setting.teacher, setting.image_shape)
+        return players
 
     def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
         """Teacher pairs for the regression: noise, image, label."""
@@ -101,26 +101,20 @@ class DMD2(Method):
         laws = {"": self.generator_time_law, "fake ": self.fake_time_law}
         if self.gan_weight:
             laws |= dict.fromkeys(("gan ", "gan real ", "gan fake "), self.gan_time_law)
-        uniforms = rng.uniforms([*(f"{call}t" for call in laws), "label", "pair"])
-        pair = {"pair": integer_of(uniforms["pair"], self.regression_pairs)} if self.regression_weight else {}
-        # One step index for the whole batch; the simulated steps before it have noise of their own.
-        fresh = [f"fresh {i}" for i in range(self.steps.num_evaluations - 1)]
-        return {
-            **{f"{call}t": law(uniforms[f"{call}t"], setting.path) for call, law in laws.items()},
-            **rng.normals(["z", *(f"{call}eps" for call in laws), *fresh], setting.image_shape),
-            "label": setting.label_of(uniforms["label"]),
-            **pair,
-            "step": torch.tensor(rng.shared_integer("step", self.steps.num_evaluations)),
-        }
+        numbers = draw_step(rng, setting, self.steps, laws)
+        if self.regression_weight:
+            numbers["pair"] = integer_of(rng.uniform("pair"), self.regression_pairs)
+        return numbers
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Distribution matching, plus the GAN's and the regression's share.  Equations 1, 4 and section 4.2."""
-        x = self._generate(players, draw)
+        x = generate(players, draw, self.steps)
         field_value = self.field(players, draw, x)
         matching = field_loss(x, field_value)
         total, logs = matching, {"matching": matching.detach(), "field": field_value.abs().mean()}
         if self.gan_weight:
-            adversarial = gan_generator_loss(self._logits(players, draw, x, ("gan",), self._cond(players, draw)))
+            logits = head_logits(players, draw, self.gan_features, x, ("gan ",), condition(players, draw))
+            adversarial = gan_generator_loss(logits)
             total = total + self.gan_weight * adversarial
             logs["gan"] = adversarial.detach()
         if self.regression_weight:
@@ -135,51 +129,20 @@ class DMD2(Method):
     @torch.no_grad()
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
         """(D_fake - D_teacher) / nu at x noised: down it, the samples' law moves to the teacher's."""
-        path, t, cond = players.teacher.path, draw["t"], self._cond(players, draw)
+        path, t, cond = players.teacher.path, draw["t"], condition(players, draw)
         x_t = path.diffuse(x, draw["eps"], t)
         real = players.teacher(x_t, t, cond, guidance=self.guidance)
         fake = players.fake(x_t, t, cond)
-        field_value = (fake - real) / sample_normaliser(x, real, self.normaliser_minimum)
+        field_value = matching_field(x, fake, real, minimum=self.normaliser_minimum)
         return zero_nonfinite(field_value * expand(path.alpha(t) ** self.alpha_power, x))
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Denoising on the generator's samples, plus the discriminator's share.  Equation 2 and section 4.2."""
-        x, cond = draw.get("x"), self._cond(players, draw)
+        x = draw.get("x")
         if x is None:
             with torch.no_grad():
-                x = self._generate(players, draw)
-        denoising = denoising_loss(players.fake, x, draw["fake eps"], draw["fake t"], cond, weight=self.fake_weight)
-        total, logs = denoising, {"denoising": denoising.detach()}
-        if self.gan_weight:
-            both = Cond.cat(batch.cond, cond)
-            logits = self._logits(players, draw, torch.cat([batch.images, x]), ("gan real", "gan fake"), both)
-            real, fake = logits.chunk(2)
-            discrimination = gan_discriminator_loss(real, fake)
-            total = total + self.gan_fake_weight * discrimination
-            logs |= {
-                "gan": discrimination.detach(),
-                "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
-            }
-        return Loss(total, logs)
-
-    def _generate(self, players: Players, draw: Draw) -> Tensor:
-        """The output of the drawn step, its input simulated without gradient as at inference.  Section 4.4."""
-        cond, step = self._cond(players, draw), int(draw["step"])
-        with torch.no_grad():
-            start = self.steps.roll_out(
-                players.generator, draw["z"], cond, step=step, fresh_noise=lambda i: draw[f"fresh {i}"]
-            )
-        x: Tensor = players.generator(start.x, start.t, cond)
-        return x
-
-    def _logits(self, players: Players, draw: Draw, images: Tensor, calls: tuple[str, ...], cond: Cond) -> Tensor:
-        """The head on the bottleneck of the fake score (or teacher), each call at noise of its own, in one pass."""
-        t = torch.cat([draw[f"{call} t"] for call in calls])
-        eps = torch.cat([draw[f"{call} eps"] for call in calls])
-        noised = players.teacher.path.diffuse(images, eps, t)
-        logits: Tensor = players.discriminator(players[self.gan_features](noised, t, cond, want="features"))
-        return logits
-
-    def _cond(self, players: Players, draw: Draw) -> Cond:
-        cond: Cond = players.teacher.class_cond(draw["label"])
-        return cond
+                x = generate(players, draw, self.steps)
+        gan_weight = self.gan_fake_weight if self.gan_weight else None
+        return critics_loss(
+            players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=self.gan_features
+        )

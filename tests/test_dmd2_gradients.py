@@ -10,6 +10,7 @@ import torch
 from exact import Affine, LearnedGaussian, MixtureFixture, components, normal_nodes, numbers, one_gaussian, pairs
 from torch import Tensor, nn
 
+from diffdistill import score_distillation as shared
 from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
 from diffdistill.draws import Draws
 from diffdistill.losses import denoising_loss
@@ -188,12 +189,14 @@ def gradient_through_the_field(patch: Patch) -> None:
 
 
 def normaliser_dropped(patch: Patch) -> None:
-    patch.setattr(dmd2, "sample_normaliser", lambda x, estimate, minimum: torch.ones_like(x[:, :1]))
+    patch.setattr(shared, "sample_normaliser", lambda x, estimate, minimum: torch.ones_like(x[:, :1]))
 
 
 def normaliser_by_the_estimate_alone(patch: Patch) -> None:
-    original = dmd2.sample_normaliser
-    patch.setattr(dmd2, "sample_normaliser", lambda x, estimate, minimum: original(estimate, x * 0, minimum))
+    original = shared.sample_normaliser
+    patch.setattr(
+        score_distillation, "sample_normaliser", lambda x, estimate, minimum: original(estimate, x * 0, minimum)
+    )
 
 
 def no_noise_added(patch: Patch) -> None:
@@ -228,7 +231,9 @@ def unguided_teacher(patch: Patch) -> None:
 
 
 def unweighted_fake_loss(patch: Patch) -> None:
-    patch.setattr(dmd2, "denoising_loss", lambda *arguments, weight: denoising_loss(*arguments, weight="x0"))
+    patch.setattr(
+        score_distillation, "denoising_loss", lambda *arguments, weight: denoising_loss(*arguments, weight="x0")
+    )
 
 
 def noise_as_the_fake_s_target(patch: Patch) -> None:
@@ -236,7 +241,7 @@ def noise_as_the_fake_s_target(patch: Patch) -> None:
         estimate = fake(PATH.diffuse(x0, eps, t), t, cond)
         return ((1 / t**2 + 4)[:, None] * (estimate - eps) ** 2).mean()
 
-    patch.setattr(dmd2, "denoising_loss", loss)
+    patch.setattr(shared, "denoising_loss", loss)
 
 
 def test_the_generator_s_gradient_is_the_reference():

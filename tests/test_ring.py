@@ -14,6 +14,7 @@ from diffdistill.method import Batch, Draw, Loss, Players
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.sampling import FewSteps
 from diffdistill.schema import schema
+from diffdistill.score_distillation import condition, generate
 
 
 def right() -> DMD2:
@@ -49,7 +50,7 @@ class NoStopGradient(DMD2):
     """The generator's gradient also flows through the score networks."""
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
-        x = self._generate(players, draw)
+        x = generate(players, draw, self.steps)
         with torch.enable_grad():
             live = DMD2.field.__wrapped__(self, players, draw, x)  # type: ignore[attr-defined]
         return Loss((live * x).mean() + 0.5 * (live**2).mean(), carry={"x": x.detach()})
@@ -97,7 +98,7 @@ class RawScores(DMD2):
     """The difference of scores, without weight or normaliser."""
 
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
-        path, t, cond = players.teacher.path, draw["t"], self._cond(players, draw)
+        path, t, cond = players.teacher.path, draw["t"], condition(players, draw)
         with torch.no_grad():
             x_t = path.diffuse(x, draw["eps"], t)
             gap = players.fake(x_t, t, cond) - players.teacher(x_t, t, cond)
@@ -110,9 +111,9 @@ class FakeLossLeaks(DMD2):
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         loss = DMD2.generator_loss(self, players, draw, batch)
-        x = self._generate(players, draw)
+        x = generate(players, draw, self.steps)
         x_t = players.teacher.path.diffuse(x, draw["fake eps"], draw["fake t"])
-        estimate = players.fake(x_t, draw["fake t"], self._cond(players, draw))
+        estimate = players.fake(x_t, draw["fake t"], condition(players, draw))
         weight = (1 / draw["fake t"] ** 2 + 4)[:, None].float()
         return replace(loss, total=loss.total + (weight * (estimate - x) ** 2).mean())
 
@@ -121,9 +122,9 @@ class FakeLossLeaks(DMD2):
 class FakePredictsNoise(DMD2):
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         with torch.no_grad():
-            x = self._generate(players, draw)
+            x = generate(players, draw, self.steps)
         x_t = players.teacher.path.diffuse(x, draw["fake eps"], draw["fake t"])
-        estimate = players.fake(x_t, draw["fake t"], self._cond(players, draw))
+        estimate = players.fake(x_t, draw["fake t"], condition(players, draw))
         return Loss(((estimate - draw["fake eps"]) ** 2).mean())
 
 
