@@ -194,9 +194,7 @@ def normaliser_dropped(patch: Patch) -> None:
 
 def normaliser_by_the_estimate_alone(patch: Patch) -> None:
     original = shared.sample_normaliser
-    patch.setattr(
-        score_distillation, "sample_normaliser", lambda x, estimate, minimum: original(estimate, x * 0, minimum)
-    )
+    patch.setattr(shared, "sample_normaliser", lambda x, estimate, minimum: original(estimate, x * 0, minimum))
 
 
 def no_noise_added(patch: Patch) -> None:
@@ -231,9 +229,7 @@ def unguided_teacher(patch: Patch) -> None:
 
 
 def unweighted_fake_loss(patch: Patch) -> None:
-    patch.setattr(
-        score_distillation, "denoising_loss", lambda *arguments, weight: denoising_loss(*arguments, weight="x0")
-    )
+    patch.setattr(shared, "denoising_loss", lambda *arguments, weight: denoising_loss(*arguments, weight="x0"))
 
 
 def noise_as_the_fake_s_target(patch: Patch) -> None:
