@@ -1,6 +1,6 @@
 """The transfer operator and the samplers made of it.
 
-A sampler turns unit noise [B, ...] into images; `denoiser` may be guided. All work on any path.
+A sampler turns unit noise [B, ...] into images. All work on any path and take any guidance: a number or a policy.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
+from diffdistill.guidance import Guidance, Guided, begin
 from diffdistill.path import Path, VPDiscrete, expand
-from diffdistill.schema import Positive, PositiveInt, Rates, schema
+from diffdistill.schema import Fraction, Positive, PositiveInt, Rates, field, schema
 
 FreshNoise = Callable[[int], Tensor]
 """The unit noise [B, ...] that a stochastic sampler adds after step i."""
@@ -32,7 +33,7 @@ class Sampler(Protocol):
         noise: Tensor,
         cond: Cond = NO_COND,
         *,
-        guidance: float = 1.0,
+        guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         """noise: [B, ...] of N(0, 1).  Returns images [B, ...]."""
@@ -69,23 +70,25 @@ class Heun:
         noise: Tensor,
         cond: Cond = NO_COND,
         *,
-        guidance: float = 1.0,
+        guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         path = denoiser.path
         times = path.karras_times(self.num_steps, self.rho)
         ratios = [*path.ratio(times).tolist(), 0.0]
+        guided = begin(guidance, denoiser, cond)
 
-        def slope(y: Tensor, time: Tensor, ratio: float) -> Tensor:
-            t = time.expand(len(y)).to(y.device)
-            return (y - denoiser(expand(path.alpha(t), y) * y, t, cond, guidance=guidance)) / ratio
+        def slope(y: Tensor, i: int) -> Tensor:
+            t, s = (time.expand(len(y)).to(y.device) for time in (times[i], times[min(i + 1, len(times) - 1)]))
+            estimate = guided(expand(path.alpha(t), y) * y, t, s if i + 1 < len(times) else None)
+            return (y - estimate) / ratios[i]
 
         y = noise * ratios[0]
         for i, (ratio, following) in enumerate(pairwise(ratios)):
-            first = slope(y, times[i], ratio)
+            first = slope(y, i)
             moved = y + (following - ratio) * first
             if following > 0:
-                second = slope(moved, times[i + 1], following)
+                second = slope(moved, i + 1)
                 moved = y + (following - ratio) * 0.5 * (first + second)
             y = moved
         return y
@@ -121,7 +124,7 @@ class DDIM:
         noise: Tensor,
         cond: Cond = NO_COND,
         *,
-        guidance: float = 1.0,
+        guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         times = self.times(denoiser.path).to(noise.device)
@@ -129,16 +132,16 @@ class DDIM:
         return ddim(denoiser, x, times, cond, guidance=guidance)
 
 
-def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = NO_COND, *, guidance: float = 1.0) -> Tensor:
+def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = NO_COND, *, guidance: Guidance = 1.0) -> Tensor:
     """Carry x from times[0] along `times` and return the last estimate of x0.
 
     x: [B, ...] at times[0]; times: [n], noisier first.  Returns [B, ...].
     """
+    guided = begin(guidance, denoiser, cond)
     for time, following in pairwise(times):
         t, s = time.expand(len(x)), following.expand(len(x))
-        x = transfer(denoiser.path, x, denoiser(x, t, cond, guidance=guidance), t, s)
-    estimate: Tensor = denoiser(x, times[-1].expand(len(x)), cond, guidance=guidance)
-    return estimate
+        x = transfer(denoiser.path, x, guided(x, t, s), t, s)
+    return guided(x, times[-1].expand(len(x)))
 
 
 @schema
@@ -177,7 +180,7 @@ class FewSteps:
         noise: Tensor,
         cond: Cond = NO_COND,
         *,
-        guidance: float = 1.0,
+        guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         last = self.num_evaluations - 1
@@ -193,7 +196,7 @@ class FewSteps:
         *,
         step: int,
         fresh_noise: FreshNoise | None = None,
-        guidance: float = 1.0,
+        guidance: Guidance = 1.0,
     ) -> "StepInput":
         """What call number `step` (0 is the first) is given when the generator makes the image itself.
 
@@ -210,6 +213,106 @@ class FewSteps:
         return StepInput(x, times[step])
 
 
+@schema
+class TCD:
+    """Trajectory consistency sampling: each call jumps to s = (1 - eta) t', t' the next time, then noises back to t'.
+
+    num_steps: calls.  eta: the paper's gamma; 0 is DDIM, 1 is multistep consistency sampling.  grid: the times that the
+    student was trained at, of which the calls take an even choice.  The last jump ends at time 0: on a continuous
+    path that is x0, on a discrete one its first index, as in the authors' scheduler.
+    Zheng et al. 2024, arXiv:2402.19159, section 4.2.
+    """
+
+    name: Literal["tcd"] = "tcd"
+    num_steps: PositiveInt = 4
+    eta: Fraction = 0.3
+    grid: DDIM = field(default_factory=DDIM)
+
+    def __post_init__(self) -> None:
+        if self.num_steps > self.grid.num_steps:
+            raise ValueError(f"num_steps = {self.num_steps}: the grid has only {self.grid.num_steps} times")
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.num_steps
+
+    def times(self, path: Path) -> Tensor:
+        """[num_steps + 1], noise first, time 0 last, float64."""
+        times = self.grid.times(path)
+        calls = torch.arange(self.num_steps) * len(times) // self.num_steps
+        return torch.cat([times[calls], times.new_zeros(1)])
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: Guidance = 1.0,
+        fresh_noise: FreshNoise | None = None,
+    ) -> Tensor:
+        last = self.num_steps - 1
+        start = self.roll_out(denoiser, noise, cond, step=last, fresh_noise=fresh_noise, guidance=guidance)
+        x0 = denoiser(start.x, start.t, cond, guidance=guidance)
+        return transfer(denoiser.path, start.x, x0, start.t, torch.zeros_like(start.t))
+
+    def roll_out(
+        self,
+        generator: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        step: int,
+        fresh_noise: FreshNoise | None = None,
+        guidance: Guidance = 1.0,
+    ) -> "StepInput":
+        """What call number `step` (0 is the first) is given on the way from noise.
+
+        noise: [B, ...] unit.  Returns x_t [B, ...] and t [B].
+        Raises ValueError if a later step has no fresh noise, unless eta is 0.
+        """
+        path = generator.path
+        times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
+        x = noise * expand(path.sigma(times[0]), noise)
+        for i in range(step):
+            t, following = times[i], times[i + 1]
+            target = (1 - self.eta) * following
+            target = target.floor() if isinstance(path, VPDiscrete) else target
+            x = transfer(path, x, generator(x, t, cond, guidance=guidance), t, target)
+            if self.eta:
+                if fresh_noise is None:
+                    raise ValueError("several steps need fresh_noise")
+                x = path.renoise(x, fresh_noise(i), target, following)
+        return StepInput(x, times[step])
+
+
+@schema
+class OneCall:
+    """A student that turns unit noise into the signal at the time it is told: one call, at the path's least time.
+
+    For the students of BOOT (Gu et al. 2023, arXiv:2306.05544), which are no denoisers: their input is always noise.
+    """
+
+    name: Literal["one_call"] = "one_call"
+
+    @property
+    def num_evaluations(self) -> int:
+        return 1
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: Guidance = 1.0,
+        fresh_noise: FreshNoise | None = None,
+    ) -> Tensor:
+        t = torch.full((len(noise),), denoiser.path.t_min, dtype=torch.float64, device=noise.device)
+        signal: Tensor = denoiser(noise, t, cond, guidance=guidance)
+        return signal
+
+
 @dataclass(frozen=True)
 class StepInput:
     """x: [B, ...] at t: [B]."""
@@ -218,5 +321,5 @@ class StepInput:
     t: Tensor
 
 
-AnySampler = Annotated[Heun | DDIM | FewSteps, Field(discriminator="name")]
+AnySampler = Annotated[Heun | DDIM | FewSteps | TCD | OneCall, Field(discriminator="name")]
 """The samplers that a config may name."""

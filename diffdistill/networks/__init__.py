@@ -8,9 +8,11 @@ from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP
 from diffdistill.networks.mlp import MLPConfig
+from diffdistill.networks.signal import SignalConfig
 from diffdistill.networks.unet import UNetConfig
 
 AnyNetwork = Annotated[
-    UNetConfig | DDPMPP | ADM | DiTConfig | MLPConfig | DiffusersUNetConfig, Field(discriminator="name")
+    UNetConfig | DDPMPP | ADM | DiTConfig | MLPConfig | DiffusersUNetConfig | SignalConfig,
+    Field(discriminator="name"),
 ]
 """The networks that a config may name."""

@@ -1,0 +1,59 @@
+"""The signal network: a teacher's network that is given pure noise, whatever the time, and answers with the signal.
+
+The student of BOOT (Gu et al. 2023, arXiv:2306.05544): the time is that of its output.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.networks.plain import PlainNetwork
+from diffdistill.schema import Fraction, Positive, schema
+
+
+@schema
+class SignalConfig:
+    """Settings of `Signal`: y = skip z + output_scale F(input_scale z, t, c), with F the raw output of `base`."""
+
+    name: Literal["signal"] = "signal"
+    base: PlainNetwork
+    input_scale: Positive = 1.0
+    output_scale: float = 1.0
+    skip: float = 0.0
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Signal":
+        """The network for images [C, H, W]. Raises UserError if the base does not fit them."""
+        return Signal(self, self.base.build(image_shape, num_classes, class_dropout))
+
+
+class Signal(nn.Module):
+    """A base network read as a signal. A `Network` that predicts x0."""
+
+    def __init__(self, config: SignalConfig, base: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.base = base
+        self.accepts: frozenset[str] = base.accepts  # type: ignore[assignment]
+        self.num_classes = int(base.num_classes)  # type: ignore[arg-type]
+        self.knows_unconditional = bool(base.knows_unconditional)
+        self.resolution_multiple = int(base.resolution_multiple)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """x: unit noise [B, ...]; time_input: [B], of the output's time.  Returns the signal [B, ...]."""
+        return self._read(x, self.base(self.config.input_scale * x, time_input, cond))
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The base's bottleneck."""
+        tapped: Tensor = self.base.features(self.config.input_scale * x, time_input, cond)  # type: ignore[operator]
+        return tapped
+
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Signal and bottleneck from one pass."""
+        output, features = self.base.forward_with_features(  # type: ignore[operator]
+            self.config.input_scale * x, time_input, cond
+        )
+        return self._read(x, output), features
+
+    def _read(self, x: Tensor, output: Tensor) -> Tensor:
+        return self.config.skip * x + self.config.output_scale * output
