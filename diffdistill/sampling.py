@@ -183,10 +183,9 @@ class FewSteps:
         guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
-        last = self.num_evaluations - 1
-        start = self.roll_out(denoiser, noise, cond, step=last, fresh_noise=fresh_noise, guidance=guidance)
-        image: Tensor = denoiser(start.x, start.t, cond, guidance=guidance)
-        return image
+        guided = begin(guidance, denoiser, cond)
+        start = self._run(denoiser.path, guided, noise, self.num_evaluations - 1, fresh_noise)
+        return guided(start.x, start.t)
 
     def roll_out(
         self,
@@ -203,13 +202,15 @@ class FewSteps:
         noise: [B, ...] unit.  Returns x_t [B, ...] and t [B].  Training on it is DMD2's backward simulation.
         Raises ValueError if a later step has no fresh noise.
         """
-        path = generator.path
+        return self._run(generator.path, begin(guidance, generator, cond), noise, step, fresh_noise)
+
+    def _run(self, path: Path, guided: Guided, noise: Tensor, step: int, fresh_noise: FreshNoise | None) -> "StepInput":
         times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
         x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
         for i in range(step):
             if fresh_noise is None:
                 raise ValueError("several steps need fresh_noise")
-            x = path.diffuse(generator(x, times[i], cond, guidance=guidance), fresh_noise(i), times[i + 1])
+            x = path.diffuse(guided(x, times[i]), fresh_noise(i), times[i + 1])
         return StepInput(x, times[step])
 
 
@@ -251,10 +252,10 @@ class TCD:
         guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
-        last = self.num_steps - 1
-        start = self.roll_out(denoiser, noise, cond, step=last, fresh_noise=fresh_noise, guidance=guidance)
-        x0 = denoiser(start.x, start.t, cond, guidance=guidance)
-        return transfer(denoiser.path, start.x, x0, start.t, torch.zeros_like(start.t))
+        guided = begin(guidance, denoiser, cond)
+        start = self._run(denoiser.path, guided, noise, self.num_steps - 1, fresh_noise)
+        end = torch.zeros_like(start.t)
+        return transfer(denoiser.path, start.x, guided(start.x, start.t, end), start.t, end)
 
     def roll_out(
         self,
@@ -271,14 +272,16 @@ class TCD:
         noise: [B, ...] unit.  Returns x_t [B, ...] and t [B].
         Raises ValueError if a later step has no fresh noise, unless eta is 0.
         """
-        path = generator.path
+        return self._run(generator.path, begin(guidance, generator, cond), noise, step, fresh_noise)
+
+    def _run(self, path: Path, guided: Guided, noise: Tensor, step: int, fresh_noise: FreshNoise | None) -> "StepInput":
         times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
         x = noise * expand(path.sigma(times[0]), noise)
         for i in range(step):
             t, following = times[i], times[i + 1]
             target = (1 - self.eta) * following
             target = target.floor() if isinstance(path, VPDiscrete) else target
-            x = transfer(path, x, generator(x, t, cond, guidance=guidance), t, target)
+            x = transfer(path, x, guided(x, t, target), t, target)
             if self.eta:
                 if fresh_noise is None:
                     raise ValueError("several steps need fresh_noise")
@@ -309,8 +312,7 @@ class OneCall:
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         t = torch.full((len(noise),), denoiser.path.t_min, dtype=torch.float64, device=noise.device)
-        signal: Tensor = denoiser(noise, t, cond, guidance=guidance)
-        return signal
+        return begin(guidance, denoiser, cond)(noise, t)
 
 
 @dataclass(frozen=True)
