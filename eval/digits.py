@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffdistill.data.digits import Digits
 from diffdistill.denoiser import Denoiser
 from diffdistill.draws import Draws
-from diffdistill.eval.distances import frechet_from_features, precision_recall
+from diffdistill.eval.distances import frechet_from_features
+from diffdistill.eval.neighbours import precision_recall
 from diffdistill.sampling import FewSteps, Sampler
 
 
