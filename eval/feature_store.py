@@ -38,9 +38,9 @@ class FeatureStore:
         """The numbers of a block's samples, [BLOCK] or fewer in the last one."""
         return torch.arange(block * BLOCK, min((block + 1) * BLOCK, self.num_samples))
 
-    def missing(self) -> list[int]:
-        """The blocks that are not there, or damaged; what is damaged is removed."""
-        return [block for block in range(self.num_blocks) if self._find(block) is None]
+    def has(self, block: int) -> bool:
+        """Whether a block is there and whole; what is damaged is removed."""
+        return self._find(block) is not None
 
     def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep a block: tensors [samples in the block, ...] by name."""

@@ -1,0 +1,125 @@
+"""A protocol's images from a model: noise and labels by each image's own seed, whatever the batches and processes."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.config import dump
+from diffdistill.denoiser import NO_COND, Cond, Denoiser
+from diffdistill.draws import Draws
+from diffdistill.eval.protocol import Labels, Protocol
+from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
+from diffdistill.sampling import AnySampler
+from diffdistill.schema import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledImages:
+    """The images that `denoiser` makes by `protocol`. `take` gives them by number.
+
+    model: what a record says of it; its sha256 is of the weights.  method, seed, cost: of the training.
+    Raises UserError if the protocol asks for what the model is not: other images, other classes, captions, guidance.
+    """
+
+    denoiser: Denoiser
+    sampler: AnySampler
+    protocol: Protocol
+    image_shape: tuple[int, ...]
+    model: ModelRecord
+    guidance: float = 1.0
+    method: str | None = None
+    seed: int | None = None
+    cost: Cost | None = None
+    notes: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        where, protocol, net = self.model.source, self.protocol, self.denoiser.net
+        if protocol.labels.policy == "captions":
+            raise UserError(f"{where}: {protocol.name} asks for captions, which this model does not take")
+        if protocol.image_shape not in (None, self.image_shape):
+            raise UserError(
+                f"{where}: makes {show(self.image_shape)} images; {protocol.name} is for {show(protocol.image_shape)}"
+            )  # type: ignore[arg-type]
+        classes = protocol.labels.num_classes
+        if classes and net.num_classes not in (0, classes):
+            raise UserError(f"{where}: knows {net.num_classes} classes; {protocol.name} is for {classes}")
+        if not classes and net.num_classes:
+            raise UserError(f"{where}: knows {net.num_classes} classes, but {protocol.name} names no labels")
+        if self.guidance != 1 and not net.knows_unconditional:
+            raise UserError(f"--guidance {self.guidance}: the model was trained without class dropout; use 1")
+
+    @property
+    def sampler_record(self) -> SamplerRecord:
+        """What a record says of the sampler."""
+        settings = dump(self.sampler)
+        name = settings.pop("name")
+        return SamplerRecord(
+            name=name, num_evaluations=self.sampler.num_evaluations, guidance=self.guidance, settings=settings
+        )
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """All that decides the images, beside the protocol."""
+        return {"weights": self.model.sha256, "sampler": dump(self.sampler_record), "dtype": "float32"}
+
+    @torch.inference_mode()
+    def take(self, repeat: int, index: Tensor) -> Tensor:
+        """The network's images in [-1, 1], [B, C, H, W], on its device.
+
+        repeat: which range of seeds; index: [B], the images' numbers in it.
+        """
+        protocol, device = self.protocol, device_of(self.denoiser)
+        rng = Draws(0, protocol.noise.step, protocol.seed_ranges[repeat][0] + index)
+
+        def normal(name: str) -> Tensor:
+            return rng.normal(name, self.image_shape).to(device)
+
+        with eval_mode(self.denoiser):
+            return self.sampler(
+                self.denoiser,
+                normal(protocol.noise.latent),
+                self._cond(rng, index),
+                guidance=self.guidance,
+                fresh_noise=lambda step: normal(f"{protocol.noise.fresh} {step}"),
+            )
+
+    def _cond(self, rng: Draws, index: Tensor) -> Cond:
+        labels = labels_of(self.protocol.labels, index, self.protocol.num_images, rng)
+        return NO_COND if labels is None else self.denoiser.class_cond(labels.to(device_of(self.denoiser)))
+
+
+def labels_of(labels: Labels, index: Tensor, num_images: int, rng: Draws) -> Tensor | None:
+    """The classes [B] of the images `index` of a repeat, or None where there are none.  rng: their own draws."""
+    classes = labels.num_classes
+    if labels.policy == "class_major":
+        return index // (num_images // classes)
+    if labels.policy == "cyclic":
+        return index % classes
+    return rng.integers("label", classes) if labels.policy == "random" else None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def show(shape: tuple[int, ...]) -> str:
+    """As in 3 x 32 x 32."""
+    return " x ".join(map(str, shape))
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout, and afterwards every part in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

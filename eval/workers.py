@@ -1,0 +1,51 @@
+"""The processes and the device that share an evaluation's work, through accelerate."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """rank: this process, of `count`.  wait: returns when all have called it."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, work: Sequence[T]) -> Sequence[T]:
+        """This process's part: every count-th piece."""
+        return work[self.rank :: self.count]
+
+
+def find_workers(device: Literal["auto", "cpu"] = "auto") -> Workers:
+    """Those of the launcher that started this process (accelerate launch, torchrun), or this process alone.
+
+    device: auto takes this process's GPU where there is one.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return Workers(state.device, state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """While open, GPUs do not round float32 products to TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
