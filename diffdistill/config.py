@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -18,7 +18,7 @@ from diffdistill.health import HealthConfig
 from diffdistill.method import Method, registered
 from diffdistill.networks import AnyNetwork
 from diffdistill.path import EDM, AnyPath, Prediction
-from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
+from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, any_of, field, schema
 from diffdistill.speed import SpeedConfig
 from diffdistill.trackers import TrackerNames
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 if TYPE_CHECKING:
     AnyMethod = Method
 else:
-    AnyMethod = Annotated[Union[tuple(registered().values())], Field(discriminator="name")]  # noqa: UP007
+    AnyMethod = any_of(registered().values())
 
 
 @schema

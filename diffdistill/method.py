@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from diffdistill.schema import UserError
 REGISTRY = {
     "pretrain": "diffdistill.methods.pretrain:Pretrain",
     "dmd2": "diffdistill.methods.dmd2:DMD2",
+    "hyper_sd": "diffdistill.methods.hyper_sd:HyperSD",
 }
-"""Every method's name and where its class is."""
+"""Every method's name and where its class is. A method that holds another can hold those above it."""
 
 Draw = Mapping[str, Tensor]
 """Every random number of one step, by name, and what earlier updates of the step carried over."""
@@ -35,6 +37,7 @@ Draw = Mapping[str, Tensor]
 class Update:
     """One optimiser step: the players that it changes, the method's loss, and every how many iterations.
 
+    start_images: the run's images that pass before the update is first due.
     statistics: a method `(players, draw, batch) -> dict of [B, ...]` for losses that look at the whole batch. Where the
     batch comes in pieces it is asked for each of them first, without gradient, and every piece's draw then holds the
     values of all samples, in order, as "all <name>".
@@ -43,7 +46,12 @@ class Update:
     players: tuple[str, ...]
     loss: str
     every: int = 1
+    start_images: int = 0
     statistics: str | None = None
+
+    def is_due(self, step: int, images_seen: int) -> bool:
+        """Whether the update is taken in the iteration `step`, before which `images_seen` images passed."""
+        return step % self.every == 0 and images_seen >= self.start_images
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,13 @@ class Setting:
     def copies(self, *names: str) -> dict[str, nn.Module]:
         """Trainable copies for players that start as their namesakes in `initial`, or as the teacher.
 
+        If `initial` holds a single player, a diffusion model, then all of them start as it.
         Raises UserError if there is no teacher.
         """
         if self.teacher is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
-        return {name: deepcopy(self.initial.get(name, self.teacher)).requires_grad_(True) for name in names}
+        other = next(iter(self.initial.values())) if len(self.initial) == 1 else self.teacher
+        return {name: deepcopy(self.initial.get(name, other)).requires_grad_(True) for name in names}
 
 
 class Players(Mapping[str, nn.Module]):
@@ -130,11 +140,15 @@ class Method(ABC):
 
     name: str
 
-    keeps_teacher = True
-    """Whether the losses ask the teacher. If not it leaves memory after `prepare`."""
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether the losses ask the teacher. If not it leaves memory after `prepare`."""
+        return True
 
-    trains_network = False
-    """Whether the student is the config's `model`, new and untrained, although there is a teacher."""
+    @property
+    def trains_network(self) -> bool:
+        """Whether the student is the config's `model`, new and untrained, although there is a teacher."""
+        return False
 
     @property
     @abstractmethod
@@ -181,15 +195,22 @@ class Method(ABC):
     def begin(self, players: Players, stored: Mapping[str, Tensor]) -> None:
         """Change players before the first step of a new run, by what was prepared."""
 
-    def after_step(self, players: Players, step: int) -> None:
+    def remember(self, players: Players, carried: Mapping[str, Tensor]) -> None:
+        """Keep what a loss carried in players that no update names; called when its optimiser step was taken."""
+
+    def after_step(self, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
         """Move the players that no update names (averages, earlier stages).  step: iterations done; no gradient."""
+
+    def call(self, function: str, players: Players, draw: Draw, batch: Batch) -> Any:
+        """A loss or statistics that `updates` names."""
+        return getattr(self, function)(players, draw, batch)
 
 
 @cache
-def registered() -> dict[str, type]:
-    """Every method class by name, imported."""
+def registered(*, above: str | None = None) -> dict[str, type]:
+    """Every method class by name, imported.  above: only those that stand above this name in the registry."""
     found = {}
-    for name, place in REGISTRY.items():
+    for name, place in takewhile(lambda entry: entry[0] != above, REGISTRY.items()):
         module, attribute = place.split(":")
         found[name] = getattr(import_module(module), attribute)
     return found

@@ -1,13 +1,13 @@
 """The one decorator behind every configurable value, and the error that users see when a value is wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, Union, dataclass_transform
 
 import pydantic
 from pydantic import Field
 
-__all__ = ["Fraction", "NonNegative", "Positive", "PositiveInt", "Rates", "UserError", "field", "schema"]
+__all__ = ["Fraction", "NonNegative", "Positive", "PositiveInt", "Rates", "UserError", "any_of", "field", "schema"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -20,6 +20,11 @@ T = TypeVar("T")
 
 class UserError(ValueError):
     """A fault in what the user gave. The command line prints it without a traceback and exits with 2."""
+
+
+def any_of(kinds: Iterable[type]) -> Any:
+    """The type of a field that holds one of these schema classes, told apart by `name`."""
+    return Annotated[Union[tuple(kinds)], Field(discriminator="name")]  # noqa: UP007
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))

@@ -174,7 +174,7 @@ class Trainer:
         """One iteration: every update that is due, in the method's order, then the EMA."""
         micros = list(self._micro_batches())
         for update in self.method.updates:
-            if self.step % update.every == 0:
+            if update.is_due(self.step, self.images_seen):
                 is_done = self._update(update, micros, log)
                 for ema in self.emas.values() if is_done and self.method.student in update.players else ():
                     ema.update(
@@ -184,7 +184,7 @@ class Trainer:
                     )
         self.step += 1
         with torch.no_grad():
-            self.method.after_step(self.players, self.step)
+            self.method.after_step(self.players, self.stored, self.step)
 
     def report(self, log: RunLog) -> None:
         """Log the means since the last report, and the health signals when they are due, with their warnings."""
@@ -231,8 +231,10 @@ class Trainer:
         return file
 
     def loss(self, update: Update, micro: MicroBatch) -> Loss:
-        """An update's loss on a micro-batch, with a graph to the update's players alone."""
+        """An update's loss on a micro-batch, with a graph to the update's players alone; only they have dropout."""
         for name, parameters in self.parameters.items():
+            if self.trained[name].training != (name in update.players):
+                self.trained[name].train(name in update.players)
             for parameter in parameters:
                 parameter.requires_grad_(name in update.players)
         made: Loss = self._ask(update.loss, micro, seed=update.loss)
@@ -242,7 +244,7 @@ class Trainer:
         """A function of the method's on a micro-batch.  seed: names the numbers of dropout inside the networks."""
         torch.manual_seed(micro.rng.torch_seed(seed))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            return getattr(self.method, function)(self.players, micro.draw, micro.batch)
+            return self.method.call(function, self.players, micro.draw, micro.batch)
 
     @torch.no_grad()
     def _gather(self, update: Update, micros: list[MicroBatch]) -> None:
@@ -286,6 +288,8 @@ class Trainer:
                     group["lr"] = learning_rate(self.config.optimizer(name), self.step, self.config.train.steps)
                 self.optimizers[name].step()
             self.skips[update.loss] = 0
+            with torch.no_grad():
+                self.method.remember(self.players, losses[-1].carry)
         for name in update.players:
             self.optimizers[name].zero_grad(set_to_none=True)
         self._note(update, losses, norms, is_finite, log)

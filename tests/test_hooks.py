@@ -30,7 +30,7 @@ def _follower(monkeypatch: pytest.MonkeyPatch) -> None:
         made = original(self, setting)
         return made | {"earlier": deepcopy(made["generator"])}
 
-    def after_step(self: DMD2, players: Players, step: int) -> None:
+    def after_step(self: DMD2, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
         if step % 2 == 0:
             players.earlier.load_state_dict(players.generator.state_dict())
 
