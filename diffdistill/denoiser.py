@@ -109,12 +109,16 @@ class Denoiser(nn.Module):
 
         x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
         guidance: w of D_u + w (D_c - D_u), a number or [B]; 1 calls the network on `cond` alone and 0 on `uncond`
-        alone; any other value puts both into one batched call. uncond: default `unconditional(cond)`.
+        alone; any other value puts both into one batched call. A network that takes the scale as its input is given
+        w instead, whatever it is, in one call, unless cond says one. uncond: default `unconditional(cond)`.
         want: "x0" -> [B, ...]; "features" -> the bottleneck [B, C, h, w], stopping there; "both" -> a pair
         (features at w = 1 or 0 only).  Returns float32 or wider.
         Raises ValueError on a condition that the network does not take, and where it knows no "no class".
         Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
         """
+        if "guidance_input" in self.net.accepts and cond.guidance_input is None:  # type: ignore[operator]
+            scale = torch.as_tensor(guidance, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
+            cond, guidance = replace(cond, guidance_input=scale.expand(len(x_t))), 1.0
         unknown = set(cond.parts()).difference(self.net.accepts)  # type: ignore[arg-type]
         if unknown:
             raise ValueError(f"this network takes {sorted(self.net.accepts)}, not {sorted(unknown)}")  # type: ignore[arg-type]

@@ -4,15 +4,25 @@ from typing import Annotated
 
 from pydantic import Field
 
+from diffdistill.networks.adapters import AdaptedConfig
 from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP
+from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.signal import SignalConfig
 from diffdistill.networks.unet import UNetConfig
 
 AnyNetwork = Annotated[
-    UNetConfig | DDPMPP | ADM | DiTConfig | MLPConfig | DiffusersUNetConfig | SignalConfig,
+    UNetConfig
+    | DDPMPP
+    | ADM
+    | DiTConfig
+    | MLPConfig
+    | DiffusersUNetConfig
+    | SignalConfig
+    | GuidedConfig
+    | AdaptedConfig,
     Field(discriminator="name"),
 ]
 """The networks that a config may name."""

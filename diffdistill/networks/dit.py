@@ -161,6 +161,7 @@ class DiTBlock(Recomputable):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        self.channels = width
         self.heads = heads
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))

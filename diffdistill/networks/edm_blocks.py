@@ -58,6 +58,7 @@ class Block(Recomputable):
     def __init__(self, plan: BlockPlan, family: Family, width: int, dropout: float) -> None:
         super().__init__()
         channels_in, channels = plan.channels_in, plan.channels
+        self.channels = channels
         self.resample: Resample = plan.resample
         self.takes_skip = plan.takes_skip
         self.heads = plan.heads

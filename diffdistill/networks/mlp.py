@@ -80,6 +80,7 @@ class MLPBlock(Recomputable):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.channels = width
         self.norm = nn.LayerNorm(width)
         self.first, self.modulate, self.second = (nn.Linear(width, width) for _ in range(3))
         nn.init.normal_(self.second.weight, std=1e-3)

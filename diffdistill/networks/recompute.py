@@ -1,8 +1,10 @@
-"""Blocks that keep only their inputs for the backward pass, and compute the rest again there.
+"""Blocks that keep only their inputs for the backward pass and compute the rest again there, or are changed from
+outside.
 
 Chen et al. 2016, arXiv:1604.06174: Training Deep Nets with Sublinear Memory Cost.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputable(nn.Module):
-    """A block of a network that can be told to do so: the same numbers and gradients, dropout included."""
+    """A block of a network that can be told to do so: the same numbers and gradients, dropout included.
+
+    channels: of its output.  around: if set, called in the block's place with the block's own call and its inputs, and
+    outside of what is recomputed: how `networks.guided` changes the blocks of a network for the length of a call.
+    """
 
     is_recomputed = False
+    channels: int
+    around: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
+        return self._run(*inputs) if self.around is None else self.around(self._run, *inputs)
+
+    def _run(self, *inputs: Any) -> Any:
         if self.is_recomputed and torch.is_grad_enabled():
             return checkpoint(super().__call__, *inputs, use_reentrant=False)
         return super().__call__(*inputs)

@@ -148,6 +148,7 @@ class UNetBlock(Recomputable):
         dropout: float,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.resample = resample
         self.heads = heads
         self.dropout = dropout

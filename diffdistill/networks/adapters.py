@@ -1,0 +1,152 @@
+"""Adapters that make a frozen network take the guidance scale w as input.
+
+Jensen & Sadat 2025, arXiv:2503.07274: Adapter Guidance Distillation. Both of its kinds, behind the base's blocks: an
+offset, the same at every position, and cross-attention to a few tokens. Not implemented: its gates on MLPs, learned
+positions, text tokens.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond, freeze
+from diffdistill.networks.guided import (
+    Around,
+    GuidanceEncoding,
+    GuidedBase,
+    blocks_of,
+    embedding_width,
+    zeroed,
+)
+from diffdistill.networks.plain import PlainNetwork
+from diffdistill.networks.recompute import Recomputable
+from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+
+BASE = "base."
+
+
+@schema
+class AdaptedConfig:
+    """Settings of `Adapted`.
+
+    kind: offset, or attention to the tokens of w, time and class.  width: of the adapters.  heads: of the attention.
+    placement: behind the base's blocks with attention, as in the paper, or behind all.
+    """
+
+    name: Literal["adapted"] = "adapted"
+    base: PlainNetwork
+    kind: Literal["offset", "cross_attention"] = "offset"
+    width: PositiveInt = 64
+    heads: PositiveInt = 4
+    placement: Literal["attention", "all"] = "attention"
+
+    def __post_init__(self) -> None:
+        if self.kind == "cross_attention" and self.width % self.heads:
+            raise ValueError(f"heads = {self.heads} must divide width = {self.width}")
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Adapted":
+        """The network for images [C, H, W], its base new too.
+
+        Raises UserError if the base does not fit them, or has no blocks of the kind.
+        """
+        return Adapted(self, self.base.build(image_shape, num_classes, class_dropout))
+
+
+class Adapted(GuidedBase):
+    """A frozen base with adapters, which alone are trained. Starts as the base, whatever w.
+
+    The adapters share what they are told: w, and the base's embedding of time and class.
+    """
+
+    def __init__(self, config: AdaptedConfig, base: nn.Module) -> None:
+        super().__init__(base)
+        freeze(base)
+        self.placement = config.placement
+        blocks = self._blocks()
+        self.encode = GuidanceEncoding(config.width)
+        self.project = nn.Linear(embedding_width(blocks[0]), config.width)
+        self.adapters = nn.ModuleList(
+            Offset(config.width, block.channels)
+            if config.kind == "offset"
+            else CrossAttention(config.width, block.channels, config.heads)
+            for block in blocks
+        )
+
+    def train(self, mode: bool = True) -> "Adapted":
+        """The base stays in eval mode: its dropout is no part of what is fitted."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def changes(self, scale: Tensor, cond: Cond) -> list[tuple[Recomputable, Around]]:
+        code = self.encode(scale)
+
+        def behind(adapter: nn.Module) -> Around:
+            def around(run: Around, x: Tensor, embedding: Tensor) -> Tensor:
+                h = run(x, embedding)
+                return h + _as_image(adapter(_as_tokens(h), torch.stack([code, self.project(embedding)], 1)), h)
+
+            return around
+
+        return [(block, behind(adapter)) for block, adapter in zip(self._blocks(), self.adapters, strict=True)]
+
+    def _blocks(self) -> list[Recomputable]:
+        """The blocks that have an adapter."""
+        found = blocks_of(self.base)
+        if self.placement == "attention":
+            found = [block for block in found if getattr(block, "heads", 0)]
+        if not found:
+            raise UserError("network.placement: this base has no blocks with attention; use all")
+        return found
+
+
+class Offset(nn.Module):
+    """One vector for all positions: an MLP of the sum of the tokens."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), zeroed(nn.Linear(width, channels))
+        )
+
+    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """h: [B, N, channels]; tokens: [B, M, width].  Returns [B, 1, channels]."""
+        return self.layers(tokens.sum(1, keepdim=True))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Attention of every position to the tokens."""
+
+    def __init__(self, width: int, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key_value = nn.Linear(channels, width), nn.Linear(width, 2 * width)
+        self.project = zeroed(nn.Linear(width, channels))
+
+    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """h: [B, N, channels]; tokens: [B, M, width].  Returns [B, N, channels]."""
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(h), *self.key_value(tokens).chunk(2, 2))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.project(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _as_tokens(h: Tensor) -> Tensor:
+    """[B, C], [B, N, C] or [B, C, H, W] as [B, N, C]."""
+    if h.ndim == 2:
+        return h[:, None]
+    return h if h.ndim == 3 else h.flatten(2).transpose(1, 2)
+
+
+def _as_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_as_tokens`; one token stands for all positions."""
+    if like.ndim == 2:
+        return tokens[:, 0]
+    if like.ndim == 3:
+        return tokens
+    rows, columns = like.shape[2:] if tokens.shape[1] > 1 else (1, 1)
+    return tokens.transpose(1, 2).unflatten(2, (rows, columns))

@@ -1,0 +1,147 @@
+"""Networks that take the guidance scale w as input, around any base network: one evaluation does the work of two.
+
+The blocks of the base are changed for the length of a call (`Recomputable.around`): the base's own code and the names
+of its weights stay as they are, and without a w the call is the base's own, bit for bit.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.networks.plain import PlainNetwork
+from diffdistill.networks.recompute import Recomputable, recomputable_blocks
+from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+
+Around = Callable[..., Tensor]
+
+
+class GuidedBase(nn.Module, ABC):
+    """A base network whose blocks take part in guidance. A `Network`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.accepts: frozenset[str] = base.accepts | {"guidance_input"}  # type: ignore[operator]
+        self.num_classes = int(base.num_classes)  # type: ignore[arg-type]
+        self.knows_unconditional = bool(base.knows_unconditional)
+        self.resolution_multiple = int(base.resolution_multiple)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def changes(self, scale: Tensor, cond: Cond) -> list[tuple[Recomputable, Around]]:
+        """What is called in the place of which block.  scale: w [B]."""
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """x: [B, ...]; time_input: [B].  Returns x's shape."""
+        with self._changed(cond) as rest:
+            output: Tensor = self.base(x, time_input, rest)
+        return output
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The base's bottleneck."""
+        with self._changed(cond) as rest:
+            tapped: Tensor = self.base.features(x, time_input, rest)  # type: ignore[operator]
+        return tapped
+
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Output and bottleneck from one pass."""
+        with self._changed(cond) as rest:
+            both: tuple[Tensor, Tensor] = self.base.forward_with_features(x, time_input, rest)  # type: ignore[operator]
+        return both
+
+    @contextmanager
+    def _changed(self, cond: Cond) -> Iterator[Cond]:
+        """The base with its blocks changed; gives the rest of the condition."""
+        rest, scale = replace(cond, guidance_input=None), cond.guidance_input
+        changes = [] if scale is None else self.changes(scale, rest)
+        for block, around in changes:
+            block.around = around
+        try:
+            yield rest
+        finally:
+            for block, _ in changes:
+                block.around = None
+
+
+class GuidanceEncoding(nn.Module):
+    """w [B] as vectors [B, width]: random Fourier features cos(2 pi (f w + phase)), f of N(0, 1), MLP, LayerNorm.
+
+    The released code of AGD feeds some of its adapters 1000 w instead, at which neighbouring w have nothing in common.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(width))
+        self.register_buffer("phases", torch.rand(width))
+        self.layers = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width), nn.LayerNorm(width)
+        )
+
+    def forward(self, scale: Tensor) -> Tensor:
+        """scale: [B].  Returns [B, width]."""
+        turns = scale.to(self.frequencies.dtype)[:, None] * self.frequencies + self.phases
+        return self.layers((2 * math.pi * turns).cos())  # type: ignore[no-any-return]
+
+
+@schema
+class GuidedConfig:
+    """Settings of `Guided`.  width: of the encoding of w."""
+
+    name: Literal["guided"] = "guided"
+    base: PlainNetwork
+    width: PositiveInt = 64
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Guided":
+        """The network for images [C, H, W]. Raises UserError if the base does not fit them, or has no blocks."""
+        return Guided(self.base.build(image_shape, num_classes, class_dropout), self.width)
+
+
+class Guided(GuidedBase):
+    """w added to the embedding of time and class that every block is given. Starts as the base, whatever w.
+
+    Meng et al. 2023, arXiv:2210.03142, section 3.1.
+    """
+
+    def __init__(self, base: nn.Module, width: int) -> None:
+        super().__init__(base)
+        self.encode = GuidanceEncoding(width)
+        self.project = zeroed(nn.Linear(width, embedding_width(blocks_of(base)[0])))
+
+    def changes(self, scale: Tensor, cond: Cond) -> list[tuple[Recomputable, Around]]:
+        added = self.project(self.encode(scale))
+
+        def around(run: Around, x: Tensor, embedding: Tensor) -> Tensor:
+            return run(x, embedding + added)
+
+        return [(block, around) for block in blocks_of(self.base)]
+
+
+def blocks_of(base: nn.Module) -> list[Recomputable]:
+    """The base's blocks, in the order of its calls. Raises UserError if it is not made of any that can be changed."""
+    found = recomputable_blocks(base)
+    if not found:
+        raise UserError(f"network.base: {type(base).__name__} is not made of blocks that could take a guidance scale")
+    return found
+
+
+def embedding_width(block: Recomputable) -> int:
+    """Channels of the embedding of time and class that a block is given."""
+    modulate = block.modulate
+    assert isinstance(modulate, nn.Linear)
+    return modulate.in_features
+
+
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """A layer that starts at exactly nothing."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
