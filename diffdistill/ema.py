@@ -46,8 +46,14 @@ class EMA:
         if self.config.ramp:
             halflife = min(halflife, self.config.ramp * images_seen)
         beta = 0.5 ** (batch_images / max(halflife, 1e-8))
-        mine = [p.data for p in self.module.parameters()]
-        theirs = [p.data.to(own.device) for own, p in zip(mine, module.parameters(), strict=True)]
-        torch._foreach_lerp_(mine, theirs, 1 - beta)
-        for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
-            own.copy_(other)
+        follow(self.module, module, 1 - beta)
+
+
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, share: float) -> None:
+    """average <- (1 - share) average + share weights; buffers are copied. Both may be on devices of their own."""
+    mine = [p.data for p in average.parameters()]
+    theirs = [p.data.to(own.device) for own, p in zip(mine, module.parameters(), strict=True)]
+    torch._foreach_lerp_(mine, theirs, share)
+    for own, other in zip(average.buffers(), module.buffers(), strict=True):
+        own.copy_(other)

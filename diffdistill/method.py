@@ -25,6 +25,7 @@ from diffdistill.schema import UserError
 REGISTRY = {
     "pretrain": "diffdistill.methods.pretrain:Pretrain",
     "dmd2": "diffdistill.methods.dmd2:DMD2",
+    "disback": "diffdistill.methods.disback:DisBack",
     "hyper_sd": "diffdistill.methods.hyper_sd:HyperSD",
 }
 """Every method's name and where its class is. A method that holds another can hold those above it."""

@@ -151,13 +151,16 @@ class FewSteps:
     init_ratio: the noise-to-signal ratio that the first call is told, the same level in every path.
     init_noise: "sigma" feeds sigma_t n, pure noise at that level; "unit" feeds n itself (DMD2 on latents).
     later_ratios: the levels to re-noise to for further calls, decreasing.
-    Yin et al. 2024, arXiv:2405.14867, section 4.4 (several steps); Zhou et al. 2024, arXiv:2404.04057 (ratio 2.5).
+    later_noise: with "fresh" noise, with the "fixed" noise of the start again, or as "ddim", with what x_t held.
+    Yin et al. 2024, arXiv:2405.14867, section 4.4 (several steps); Zhou et al. 2024, arXiv:2404.04057 (ratio 2.5);
+    Zhou et al. 2025, arXiv:2505.12674 (the three noises).
     """
 
     name: Literal["few_steps"] = "few_steps"
     init_ratio: Positive = 2.5
     init_noise: Literal["sigma", "unit"] = "sigma"
     later_ratios: Rates = ()
+    later_noise: Literal["fresh", "fixed", "ddim"] = "fresh"
 
     def __post_init__(self) -> None:
         ratios = (self.init_ratio, *self.later_ratios)
@@ -208,9 +211,15 @@ class FewSteps:
         times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
         x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
         for i in range(step):
-            if fresh_noise is None:
+            x0 = guided(x, times[i])
+            if self.later_noise == "ddim":
+                x = transfer(path, x, x0, times[i], times[i + 1])
+            elif self.later_noise == "fixed":
+                x = path.diffuse(x0, noise, times[i + 1])
+            elif fresh_noise is None:
                 raise ValueError("several steps need fresh_noise")
-            x = path.diffuse(guided(x, times[i]), fresh_noise(i), times[i + 1])
+            else:
+                x = path.diffuse(x0, fresh_noise(i), times[i + 1])
         return StepInput(x, times[step])
 
 
@@ -322,6 +331,9 @@ class StepInput:
     x: Tensor
     t: Tensor
 
+
+StepSampler = FewSteps | TCD
+"""The samplers of generators: what any of their calls is given can be simulated."""
 
 AnySampler = Annotated[Heun | DDIM | FewSteps | TCD | OneCall, Field(discriminator="name")]
 """The samplers that a config may name."""

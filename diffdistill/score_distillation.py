@@ -14,7 +14,7 @@ from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss, gan_discriminator_loss, sample_normaliser
 from diffdistill.method import Batch, Draw, Loss, Players, Setting
-from diffdistill.sampling import FewSteps
+from diffdistill.sampling import StepSampler
 from diffdistill.schema import UserError
 from diffdistill.timesteps import TimeLaw
 
@@ -37,7 +37,7 @@ def start_players(setting: Setting, **guidances: float) -> dict[str, nn.Module]:
 
 
 def draw_step(
-    rng: Draws, setting: Setting, steps: FewSteps, laws: Mapping[str, TimeLaw], *, samples: Sequence[str] = ("",)
+    rng: Draws, setting: Setting, steps: StepSampler, laws: Mapping[str, TimeLaw], *, samples: Sequence[str] = ("",)
 ) -> dict[str, Tensor]:
     """The random numbers of one step: one noising for each entry of `laws`, and the start of each sample.
 
@@ -54,7 +54,7 @@ def draw_step(
     }
 
 
-def _fresh_names(steps: FewSteps) -> list[str]:
+def _fresh_names(steps: StepSampler) -> list[str]:
     return [f"fresh {i}" for i in range(steps.num_evaluations - 1)]
 
 
@@ -64,7 +64,7 @@ def condition(players: Players, draw: Draw, sample: str = "") -> Cond:
     return cond
 
 
-def generate(players: Players, draw: Draw, steps: FewSteps, sample: str = "") -> Tensor:
+def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "") -> Tensor:
     """The generator's image of the drawn step, [B, ...], its input simulated without gradient as at inference.
 
     Yin et al. 2024, arXiv:2405.14867, section 4.4.

@@ -4,14 +4,52 @@ Grid index 0 is time 0, which is clean (on a discrete path its first index), ind
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from diffdistill.draws import Draws
 from diffdistill.path import Path
 from diffdistill.sampling import DDIM
+from diffdistill.schema import NonNegative, PositiveInt, schema
+
+Ends = Literal["random", "fixed"]
+"""Where a jump ends: at any index of the segment below its start, or at the segment's clean end."""
+
+
+@schema
+class Stage:
+    """Distillation with a number of segments.
+
+    num_steps: iterations, but the last stage goes on to the run's end.  grid_steps: N, the solver's steps over the
+    whole trajectory; null: the sampler's grid.
+    """
+
+    segments: PositiveInt
+    num_steps: PositiveInt = 1000
+    grid_steps: PositiveInt | None = None
+    mse_weight: NonNegative = 1.0
+    adversarial_weight: NonNegative = 0.0
+
+    def grid(self, common: DDIM) -> DDIM:
+        """The stage's grid.  Raises ValueError if it has fewer steps than segments."""
+        num_steps = self.grid_steps or common.num_steps
+        if self.segments > num_steps:
+            raise ValueError(f"{self.segments} segments need a grid of at least as many steps, not {num_steps}")
+        return replace(common, num_steps=num_steps)
+
+
+def stage_starts(stages: Sequence[Stage]) -> tuple[int, ...]:
+    """The iteration at which each stage begins."""
+    return (0, *accumulate(stage.num_steps for stage in stages[:-1]))
+
+
+def stage_at(step: int, stages: Sequence[Stage]) -> int:
+    """Which stage iteration `step` is in, from 0."""
+    return sum(step >= start for start in stage_starts(stages)) - 1
 
 
 def grid_times(path: Path, grid: DDIM) -> Tensor:
@@ -21,12 +59,7 @@ def grid_times(path: Path, grid: DDIM) -> Tensor:
 
 
 def segment_edges(num_steps: int, num_segments: int) -> Tensor:
-    """The index where each segment begins and, last, where the trajectory ends: floor(i N / k), [k + 1] int64.
-
-    Raises ValueError unless 1 <= num_segments <= num_steps.
-    """
-    if not 1 <= num_segments <= num_steps:
-        raise ValueError(f"a grid of {num_steps} steps has 1 to {num_steps} segments, not {num_segments}")
+    """The index where each segment begins and, last, where the trajectory ends: floor(i N / k), [k + 1] int64."""
     return torch.arange(num_segments + 1) * num_steps // num_segments
 
 
@@ -49,16 +82,22 @@ def segment_of(index: Tensor, num_steps: int, num_segments: int) -> Segment:
     return Segment(edges[above - 1], edges[above])
 
 
+def draw_jump(rng: Draws, path: Path, stage: Stage, grid: DDIM, ends: Ends) -> dict[str, Tensor]:
+    """The times of one jump for each sample, [B] float64.
+
+    start: any but time 0.  next: one grid step below.  end: of the jump, within the segment, at most `next`.
+    judged: where a discriminator looks at what has arrived, between `end` and the segment's noisy end.
+    """
+    uniforms = rng.uniforms(["start", "end", "judged"])
+    start = pick(uniforms["start"], torch.ones_like(rng.index), torch.full_like(rng.index, grid.num_steps + 1))
+    segment = segment_of(start, grid.num_steps, stage.segments)
+    end = pick(uniforms["end"], segment.low, start) if ends == "random" else segment.low
+    judged = pick(uniforms["judged"], end, segment.high)
+    times = grid_times(path, grid).to(start.device)
+    drawn = {name: times[index] for name, index in {"start": start, "next": start - 1, "end": end}.items()}
+    return drawn | {"judged": times[judged].clamp_min(path.t_min)}
+
+
 def pick(uniform: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Uniform numbers [B] in (0, 1) as one of the indices low .. high - 1 [B] each."""
-    return low + (uniform * (high - low)).long().clamp_max(high - low - 1)
-
-
-def stage_starts(lengths: Sequence[int]) -> tuple[int, ...]:
-    """The iteration at which each stage begins, from how long each lasts; the last one's length does not matter."""
-    return (0, *accumulate(lengths[:-1]))
-
-
-def stage_at(step: int, lengths: Sequence[int]) -> int:
-    """Which stage iteration `step` is in, from 0; the last stage does not end."""
-    return sum(step >= start for start in stage_starts(lengths)) - 1
+    """Uniform numbers [B] in (0, 1) as one of the indices low .. high - 1 each, [B]."""
+    return low + (uniform * (high - low)).long()

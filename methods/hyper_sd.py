@@ -1,0 +1,189 @@
+"""Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis.  Ren et al. 2024, arXiv:2404.13686.
+
+Implemented: trajectory-segmented consistency distillation (TSCD) in stages of fewer and fewer segments, its MSE and
+adversarial losses, guidance inside the teacher's step, the one-step stage by score distillation, and feedback by any
+differentiable reward. `ends: fixed` is phased consistency (PCM, Wang et al. 2024, arXiv:2405.18407).
+Not implemented: LoRA weights and their merging, the perceptual loss of a segmentation model, noise perturbation.
+Unknown from the paper, so settings with defaults of ours: every weight, grid, threshold and `target_decay`.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.draws import Draws
+from diffdistill.ema import follow
+from diffdistill.losses import DenoisingWeight, field_loss, gan_discriminator_loss, gan_generator_loss, zero_nonfinite
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.networks.discriminator import make_head
+from diffdistill.rewards import Feedback, find_reward
+from diffdistill.sampling import TCD, transfer
+from diffdistill.schema import Fraction, NonNegative, Positive, field, schema
+from diffdistill.score_distillation import condition, critics_loss, draw_step, generate, matching_field, start_players
+from diffdistill.segments import Ends, Stage, draw_jump, stage_at, stage_starts
+from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
+
+PAPER_STAGES = (
+    Stage(segments=8),
+    Stage(segments=4, adversarial_weight=0.1),
+    Stage(segments=2, mse_weight=0.5, adversarial_weight=0.5),
+    Stage(segments=1, mse_weight=0.1, adversarial_weight=1.0),
+)
+
+
+@schema
+class HyperSD(Method):
+    """Settings, in the paper's terms. Without adversarial weights there is no discriminator, without score_weight no
+    fake score."""
+
+    name: Literal["hyper_sd"] = "hyper_sd"
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = PAPER_STAGES
+    steps: TCD = field(default_factory=lambda: TCD(num_steps=1))
+    stage_teacher: Literal["previous", "base"] = "previous"
+    ends: Ends = "random"
+    distance: Literal["mse", "huber"] = "mse"
+    huber_width: Positive = 1e-3
+    guidance: tuple[float, float] = (1.0, 1.0)
+    target_decay: Fraction = 0.95
+    score_weight: NonNegative = 0.0
+    score_time_law: AnyTimeLaw = field(default_factory=Karras)
+    fake_time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    fake_weight: DenoisingWeight = "edm"
+    normaliser_minimum: Positive = 1e-5
+    feedback: tuple[Feedback, ...] = ()
+
+    student = "generator"
+    needs_images = True
+
+    def __post_init__(self) -> None:
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
+        for stage in self.stages:
+            stage.grid(self.steps.grid)
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        critics = [(self._is_adversarial, "discriminator"), (self.score_weight > 0, "fake")]
+        return (
+            Update(("generator",), "generator_loss"),
+            *(Update((name,), f"{name}_loss") for is_used, name in critics if is_used),
+        )
+
+    def sampler(self, setting: Setting) -> TCD:
+        return self.steps
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        players = start_players(setting, guidance=next((w for w in self.guidance if w != 1), 1.0))
+        teacher = setting.teacher
+        assert teacher is not None
+        for feedback in self.feedback:
+            find_reward(feedback.reward)
+        if not self.score_weight:
+            del players["fake"]
+        if self._is_adversarial:
+            players["discriminator"] = make_head(teacher, setting.image_shape)
+        copies = ("target", "solver") if self.stage_teacher == "previous" else ("target",)
+        return players | {name: deepcopy(players["generator"]) for name in copies}
+
+    def after_step(self, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
+        """theta- follows theta; a new stage's solver is what the stage before has learned."""
+        follow(players.target, players.generator, 1 - self.target_decay)
+        if "solver" in players and step in stage_starts(self.stages):
+            players.solver.load_state_dict(players.target.state_dict())
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        index, (low, high) = stage_at(rng.step, self.stages), self.guidance
+        stage = self.stages[index]
+        return {
+            "stage": torch.tensor(index),
+            "asks student": torch.tensor(index > 0 or "generator" in setting.initial),
+            **draw_jump(rng, setting.path, stage, stage.grid(self.steps.grid), self.ends),
+            **({"w": low + rng.uniform("w") * (high - low)} if self.guidance != (1, 1) else {}),
+            **rng.normals(["data eps", "gan eps", "gan real eps"], setting.image_shape),
+            **draw_step(rng, setting, self.steps, {"": self.score_time_law, "fake ": self.fake_time_law}),
+        }
+
+    def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """Consistency along the segment, plus the shares of discriminator, score distillation and feedback."""
+        stage = self.stages[int(draw["stage"])]
+        jump, target = self.jumps(players, draw, batch)
+        consistency = self._distance(jump - target)
+        total, logs = stage.mse_weight * consistency, {"consistency": consistency.detach()}
+        carry = {"jump": jump.detach(), "target": target}
+        if stage.adversarial_weight:
+            adversarial = gan_generator_loss(self._logits(players, draw, jump, "gan eps", batch.cond))
+            total = total + stage.adversarial_weight * adversarial
+            logs["gan"] = adversarial.detach()
+        if self.score_weight or self.feedback:
+            x = generate(players, draw, self.steps)
+            if self.score_weight:
+                push = self.field(players, draw, x)
+                total = total + self.score_weight * field_loss(x, push)
+                logs["field"] = push.abs().mean()
+            for feedback in self.feedback:
+                loss = feedback.loss(x, condition(players, draw))
+                total = total + loss
+                logs[feedback.reward] = loss.detach()
+            carry["x"] = x.detach()
+        return Loss(total, logs, carry)
+
+    def jumps(self, players: Players, draw: Draw, batch: Batch) -> tuple[Tensor, Tensor]:
+        """From x_t_n to t_e: the student's one jump, and the solver's step and theta-'s jump after it.
+
+        Equations 4, 5 and 12.  Each is a denoiser's x0 carried by DDIM; no network is told where it jumps to.
+        """
+        path, cond, (t, after, end) = players.teacher.path, batch.cond, (draw[i] for i in ("start", "next", "end"))
+        x = path.diffuse(batch.images, draw["data eps"], t)
+        jump = transfer(path, x, players.generator(x, t, cond), t, end)
+        is_student = self.stage_teacher == "previous" and bool(draw["asks student"])
+        solver, w = (players.solver, 1.0) if is_student else (players.teacher, draw.get("w", 1.0))
+        with torch.no_grad():
+            x_after = transfer(path, x, solver(x, t, cond, guidance=w), t, after)
+            # Where the step has arrived nothing is left to jump over, and there may be no network for time 0.
+            asked = torch.where(after > end, after, t)
+            jumped = transfer(path, x_after, players.target(x_after, asked, cond), asked, end)
+        has_arrived = (after == end).reshape(-1, *[1] * (x.ndim - 1))
+        return jump, torch.where(has_arrived, x_after, jumped)
+
+    @torch.no_grad()
+    def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
+        """DMD's push on the images of the student's own calls.  Section 3.3."""
+        path, t, cond = players.teacher.path, draw["t"], condition(players, draw)
+        x_t = path.diffuse(x, draw["eps"], t)
+        real, fake = players.teacher(x_t, t, cond, guidance=draw.get("w", 1.0)), players.fake(x_t, t, cond)
+        return zero_nonfinite(matching_field(x, fake, real, minimum=self.normaliser_minimum))
+
+    def discriminator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """Tell the student's jumps from their targets, which stand for the real ones."""
+        real, fake = (
+            self._logits(players, draw, x, eps, batch.cond)
+            for x, eps in ((draw["target"], "gan real eps"), (draw["jump"], "gan eps"))
+        )
+        accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+        return Loss(gan_discriminator_loss(real, fake), {"accuracy": accuracy})
+
+    def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """Denoising on the images of the student's own calls."""
+        return critics_loss(players, draw, batch, draw["x"], weight=self.fake_weight, gan_weight=None, features="fake")
+
+    def _logits(self, players: Players, draw: Draw, x: Tensor, noise: str, cond: Cond) -> Tensor:
+        """The head on the teacher's bottleneck, at a level of the same segment, as PCM does it."""
+        t = draw["judged"]
+        noised = players.teacher.path.renoise(x, draw[noise], draw["end"], t)
+        logits: Tensor = players.discriminator(players.teacher(noised, t, cond, want="features"))
+        return logits
+
+    def _distance(self, gap: Tensor) -> Tensor:
+        """Mean square, or PCM's Huber distance of every value."""
+        if self.distance == "mse":
+            return (gap**2).mean()
+        return ((gap**2 + self.huber_width**2).sqrt() - self.huber_width).mean()
+
+    @property
+    def _is_adversarial(self) -> bool:
+        return any(stage.adversarial_weight for stage in self.stages)
