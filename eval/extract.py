@@ -13,7 +13,7 @@ from torch import Tensor
 from diffdistill.draws import Draws
 from diffdistill.eval import metrics as named
 from diffdistill.eval.feature_store import FeatureStore
-from diffdistill.eval.features import Extracted, Extractor
+from diffdistill.eval.features import AnyFeatures, Extracted, Extractor
 from diffdistill.eval.generate import labels_of
 from diffdistill.eval.preparation import prepare
 from diffdistill.eval.protocol import Protocol
@@ -76,6 +76,11 @@ class Bench:
         return found
 
     @cached_property
+    def specifications(self) -> Mapping[str, AnyFeatures]:
+        """What the protocol names, by label."""
+        return specifications(self.protocol)
+
+    @cached_property
     def with_logits(self) -> frozenset[str]:
         asking = (m for m in self.protocol.metrics if isinstance(m, named.InceptionScore))
         return frozenset(metric.features.label for metric in asking)
@@ -90,6 +95,16 @@ class Bench:
             raise UserError(f"clip-score: {extractor.label} knows no text")
         prefix = next(m.prefix for m in self.protocol.metrics if isinstance(m, named.ClipScore))
         return extractor.encode_text([prefix + caption for caption in captions])
+
+
+def specifications(protocol: Protocol) -> dict[str, AnyFeatures]:
+    """The features that a protocol's metrics ask for, by label. Raises UserError for two under one label."""
+    found: dict[str, AnyFeatures] = {}
+    for metric in protocol.metrics:
+        features = metric.features
+        if found.setdefault(features.label, features) != features:
+            raise UserError(f"protocol {protocol.name}: metrics: {features.label} stands for two different features")
+    return found
 
 
 @dataclass

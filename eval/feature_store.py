@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -86,13 +86,18 @@ class FeatureStore:
         return None
 
 
-def hash_features(stores: list[FeatureStore], name: str) -> str:
+def hash_features(stores: Sequence[FeatureStore], name: str) -> str:
     """SHA-256 of the bytes of all samples' features, in order; the blocks do not matter."""
     digest = hashlib.sha256()
     for store in stores:
         for rows in store.rows(name):
             digest.update(rows.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, row by row."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class SampledImages:
         if protocol.image_shape not in (None, self.image_shape):
             raise UserError(
                 f"{where}: makes {show(self.image_shape)} images; {protocol.name} is for {show(protocol.image_shape)}"
-            )  # type: ignore[arg-type]
+            )
         classes = protocol.labels.num_classes
         if classes and net.num_classes not in (0, classes):
             raise UserError(f"{where}: knows {net.num_classes} classes; {protocol.name} is for {classes}")

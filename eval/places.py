@@ -1,0 +1,101 @@
+"""Models on disk that can be judged: runs and checkpoints. Diffusers' folders are in eval/diffusers_folder.py."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from diffdistill.checkpoint import MANIFEST, STATE
+from diffdistill.config import parse_yaml, validate
+from diffdistill.denoiser import Denoiser
+from diffdistill.eval.generate import SampledImages
+from diffdistill.eval.protocol import Protocol
+from diffdistill.eval.records import Cost, ModelRecord
+from diffdistill.log import METRICS
+from diffdistill.model import TrainedModel, load_model
+from diffdistill.sampling import AnySampler
+from diffdistill.schema import schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a model is sampled.  sampler: instead of its own.  ema: one of the run's `more_emas` by its name."""
+
+    guidance: float = 1.0
+    sampler: AnySampler | None = None
+    ema: str | None = None
+
+
+@schema
+class _SamplerHolder:
+    sampler: AnySampler
+
+
+def parse_sampler(text: str) -> AnySampler:
+    """A sampler as YAML, as in "{name: ddim, num_steps: 10}". Raises UserError."""
+    return validate(_SamplerHolder, {"sampler": parse_yaml(text, origin="--sampler")}, origin="--sampler").sampler
+
+
+def is_run(place: FilePath) -> bool:
+    """Whether a folder is a run's or a checkpoint's."""
+    return (place / "checkpoints").is_dir() or (place / STATE).exists() or (place / MANIFEST).exists()
+
+
+def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, device: torch.device) -> SampledImages:
+    """The images of a run's newest checkpoint, or of one checkpoint. Raises UserError."""
+    model = load_model(place, ema=options.ema)
+    state = json.loads((model.source / STATE).read_text(encoding="utf-8"))
+    return SampledImages(
+        denoiser=model.denoiser.to(device),
+        sampler=options.sampler or model.spec.sampler,
+        protocol=protocol,
+        image_shape=model.spec.image_shape,
+        guidance=options.guidance,
+        model=ModelRecord(
+            source=str(place),
+            sha256=weights_sha256(model.source, options.ema),
+            parameters=count_parameters(model.denoiser),
+            teacher=state.get("teacher"),
+        ),
+        method=state["config"]["method"]["name"],
+        seed=state["config"]["train"]["seed"],
+        cost=_cost(model, state),
+    )
+
+
+def weights_sha256(checkpoint: FilePath, ema: str | None = None) -> str:
+    """Of the file of weights that is sampled from, which the checkpoint's manifest vouches for."""
+    files: Mapping[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    wanted = f"ema-{ema}.safetensors" if ema else "ema.safetensors"
+    return files.get(wanted) or files["players.safetensors"]
+
+
+def count_parameters(denoiser: Denoiser) -> int:
+    """Of what runs when it samples."""
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
+def _cost(model: TrainedModel, state: Mapping[str, Any]) -> Cost:
+    """Steps and images of the checkpoint, and the clock's seconds from the run's reports."""
+    step = int(state["step"])
+    images = step * int(state["config"]["train"]["global_batch_size"])
+    return Cost(
+        train_steps=step, train_images=images, train_seconds=_seconds(model.source.resolve().parent.parent, step)
+    )
+
+
+def _seconds(run: FilePath, step: int) -> float | None:
+    """Of training until `step`. The reports' clock starts anew when a run is resumed."""
+    total = last = 0.0
+    for line in (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).exists() else []:
+        try:
+            report = json.loads(line)
+            if report["step"] <= step:
+                total += report["seconds"] - (last if report["seconds"] >= last else 0)
+                last = report["seconds"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return round(total, 3) or None
