@@ -10,14 +10,14 @@ from diffdistill.sampling import FewSteps
 from diffdistill.timesteps import Karras, LogNormal
 from diffdistill.trainer import Trainer
 
-noise_levels = Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0)
+noise_levels = Karras(ratio_min=0.03, ratio_max=4.0, rho=5.0)
 method = DMD2(
-    steps=FewSteps(init_ratio=2.5),  # one call, on noise 2.5 times as strong as the signal
+    steps=FewSteps(init_ratio=4.0),  # one call, on noise 4 times as strong as the signal
     fake_updates=2,  # the fake score follows the generator, two steps to its one
     generator_time_law=noise_levels,
     fake_time_law=LogNormal(mean=-0.6, std=1.2),
     gan_time_law=noise_levels,
-    gan_weight=0.15,
+    gan_weight=0.2,
     gan_fake_weight=0.1,
 )
 config = RunConfig(
@@ -29,7 +29,7 @@ config = RunConfig(
         "default": OptimizerConfig(lr=1e-3, decay="linear"),
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=1100, global_batch_size=64, checkpoint_every=300),
+    train=TrainConfig(steps=1050, global_batch_size=64, checkpoint_every=300),
 )
 
 if __name__ == "__main__":
