@@ -104,7 +104,7 @@ def draw_curves(folder: FilePath, *, title: str, metrics_file: str = "metrics.js
 
 def draw_series(axes: "Axes", name: str, series: Series, *, colour: str, is_log: bool) -> None:
     """One panel: name and newest value above, the healthy band shaded, values outside it marked."""
-    steps, values = _thinned(series)
+    steps, values = thinned(series)
     band = band_of(name)
     is_smoothed = len(steps) >= SMOOTHED_FROM and band is None
     is_sparse = len(steps) < 25
@@ -118,7 +118,7 @@ def draw_series(axes: "Axes", name: str, series: Series, *, colour: str, is_log:
         markersize=2.5,
     )
     if is_smoothed:
-        axes.plot(steps, _running_mean(values), color=colour, linewidth=1.4)
+        axes.plot(steps, running_mean(values), color=colour, linewidth=1.4)
     finite = values[np.isfinite(values)]
     if band:
         outside = (values < band.low) | (values > band.high)
@@ -128,7 +128,7 @@ def draw_series(axes: "Axes", name: str, series: Series, *, colour: str, is_log:
         axes.set_yscale("log")
         axes.minorticks_off()
     elif len(finite):
-        axes.set_ylim(*_limits(finite, band))
+        axes.set_ylim(*limits(finite, band))
     newest = f"{series.values[-1]:.3g}" if np.isfinite(series.values[-1]) else "not finite"
     if band:
         newest += f"   healthy: {band.low:g} to {band.high:g}"
@@ -181,7 +181,7 @@ def _repeats_its_loss(name: str, metrics: Mapping[str, Series]) -> bool:
     )
 
 
-def _limits(values: NDArray[np.float64], band: Band | None) -> tuple[float, float]:
+def limits(values: NDArray[np.float64], band: Band | None) -> tuple[float, float]:
     """Where the axis ends: a few spikes do not flatten the rest, and a band's near edge stays in sight."""
     low, high = np.quantile(values, [0.01, 0.99]) if len(values) >= 50 else (values.min(), values.max())
     room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
@@ -191,7 +191,7 @@ def _limits(values: NDArray[np.float64], band: Band | None) -> tuple[float, floa
     return float(low), float(high)
 
 
-def _thinned(series: Series) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def thinned(series: Series) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """At most MOST_POINTS points, each the mean of neighbours; a number that was not finite stays visible as a gap."""
     stride = -(-len(series.steps) // MOST_POINTS)
     if stride == 1:
@@ -201,7 +201,7 @@ def _thinned(series: Series) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return series.steps[starts], np.add.reduceat(series.values, starts) / counts
 
 
-def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The mean over a twentieth of the run around each value, of what is finite there."""
     half = max(1, len(values) // 40)
     finite = np.isfinite(values)
