@@ -30,21 +30,22 @@ class Listing:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def list_images(path: FilePath) -> Listing:
+def list_images(path: FilePath, *, setting: str = "data.path") -> Listing:
     """The images in a folder or a zip; symbolic links, hidden files and __MACOSX are passed over.
 
+    setting: where the user named the path, for messages.
     Raises UserError if it is neither, holds no images, or is an archive that must not be trusted.
     """
     if path.is_dir():
         listing = _list_folder(path)
     elif path.is_file():
-        listing = _list_zip(path)
+        listing = _list_zip(path, setting)
     else:
-        raise UserError(f"data.path = {str(path)!r}: no such folder or file")
+        raise UserError(f"{setting} = {str(path)!r}: no such folder or file")
     if not listing.items:
         passed = ", ".join(f"{count} x {kind}" for kind, count in listing.ignored.items())
         known = " ".join(SUFFIXES)
-        raise UserError(f"data.path = {str(path)!r}: holds no images{passed and f' (passed over: {passed})'}; {known}")
+        raise UserError(f"{setting} = {str(path)!r}: holds no images{passed and f' (passed over: {passed})'}; {known}")
     return listing
 
 
@@ -97,11 +98,11 @@ def _read_file(path: FilePath) -> bytes:
         return handle.read()
 
 
-def _list_zip(path: FilePath) -> Listing:
+def _list_zip(path: FilePath, setting: str) -> Listing:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise UserError(f"data.path = {str(path)!r}: neither a folder nor a zip that can be read: {error}") from None
+        raise UserError(f"{setting} = {str(path)!r}: neither a folder nor a zip that can be read: {error}") from None
     members = _trusted_members(archive, path)
     items: dict[str, Item] = {}
     others: dict[str, Item] = {}

@@ -46,26 +46,27 @@ class Npz:
 
     def _collect(self, file: FilePath) -> Collection:
         images, labels = _read(file)
-        images = self._channels_last(images)
+        images = channels_last(images, origin=self.path, layout=self.layout)
         classes = None if labels is None else _classes(labels, len(images), origin=self.path)
         return Collection(self.path, array_items(images), classes)
 
-    def _channels_last(self, images: NDArray[Any]) -> NDArray[np.uint8]:
-        """[N, H, W, C] of either layout."""
-        if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-            raise UserError(
-                f"{self.path}: `images` is {images.dtype} {list(images.shape)}; it must be uint8 "
-                "[N, H, W, C] or [N, C, H, W]"
-            )
-        fits = {"NHWC": images.shape[3] in (1, 3), "NCHW": images.shape[1] in (1, 3)}
-        layout = self.layout
-        if layout == "auto":
-            if all(fits.values()):
-                raise UserError(f"{self.path}: `images` {list(images.shape)} could be either; set data.layout")
-            layout = "NHWC" if fits["NHWC"] else "NCHW"
-        if not fits[layout]:
-            raise UserError(f"{self.path}: `images` is {list(images.shape)}; one or three channels are read")
-        return images if layout == "NHWC" else images.transpose(0, 2, 3, 1)
+
+def channels_last(
+    images: NDArray[Any], *, origin: str, layout: Literal["auto", "NHWC", "NCHW"] = "auto"
+) -> NDArray[np.uint8]:
+    """[N, H, W, C] of either layout. Raises UserError unless images are uint8 of 1 or 3 channels."""
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+        raise UserError(
+            f"{origin}: `images` is {images.dtype} {list(images.shape)}; it must be uint8 [N, H, W, C] or [N, C, H, W]"
+        )
+    fits = {"NHWC": images.shape[3] in (1, 3), "NCHW": images.shape[1] in (1, 3)}
+    if layout == "auto":
+        if all(fits.values()):
+            raise UserError(f"{origin}: `images` {list(images.shape)} could be either; set data.layout")
+        layout = "NHWC" if fits["NHWC"] else "NCHW"
+    if not fits[layout]:
+        raise UserError(f"{origin}: `images` is {list(images.shape)}; one or three channels are read")
+    return images if layout == "NHWC" else images.transpose(0, 2, 3, 1)
 
 
 def array_items(images: NDArray[np.uint8]) -> tuple[Item, ...]:
