@@ -41,6 +41,8 @@ def cost_columns(records: Sequence[Record]) -> list[Cost]:
             Cost("ms", f"latency of one image, ms ({way})", "latency", _efficiency("latency_ms", way)),
             Cost("images/s", f"images a second ({way})", "", _efficiency("throughput", way), is_plotted=False),
         ]
+    if all(record.cost is None or record.cost.train_images is not None for record in records):
+        costs = [cost for cost in costs if cost.label != "iterations"]  # these say less than images do
     return [cost for cost in costs if any(cost.value(record) is not None for record in records)]
 
 

@@ -189,7 +189,7 @@ def _md_table(groups: Sequence[Group], *, is_ranked: bool) -> Iterator[str]:
         for entry in group.entries:
             cells = [str(entry.rank or "–")] if is_ranked else []
             cells += [_md(entry.name), _md(entry.first.method or "")]
-            cells += [_md_score(entry, name, digits[name]) for name in metrics]
+            cells += [_md_score(entry, name, digits[name] if is_ranked else None) for name in metrics]
             values = [cost.value(entry.first) for cost in costs]
             cells += ["–" if value is None else compact(value) for value in values]
             source = entry.first.source
@@ -199,10 +199,13 @@ def _md_table(groups: Sequence[Group], *, is_ranked: bool) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def _md_score(entry: Entry, name: str, digits: int) -> str:
+def _md_score(entry: Entry, name: str, digits: int | None) -> str:
+    """digits: after the point; None for as published."""
     score = entry.scores.get(name)
     if score is None:
         return "–"
+    if digits is None:
+        return f"{score.headline:.6g}"
     return f"{score.headline:.{digits}f}" + (f" ± {score.std:.{digits}f}" if score.std is not None else "")
 
 

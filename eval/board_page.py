@@ -218,7 +218,7 @@ def _metric_cell(group: Group, entry: Entry, name: str, digits: int) -> Cell:
     choose = min if is_lower_better(name) else max
     is_measured = group.kind == "measured"
     return Cell(
-        f"{score.headline:.{digits}f}",
+        f"{score.headline:.{digits}f}" if is_measured else f"{score.headline:.6g}",
         score.headline,
         spread=f"{score.std:.{digits}f}" if score.std is not None else "",
         title=_each(score),
@@ -342,7 +342,7 @@ def _each(score: Score) -> str:
 
 def _score_row(name: str, score: Score) -> dict[str, str]:
     numbers = {"headline": score.headline, "mean": score.mean, "std": score.std, "min": score.min}
-    shown = {key: "–" if value is None else f"{value:.6g}" for key, value in numbers.items()}
+    shown = {key: "–" if value is None else f"{value:.5g}" for key, value in numbers.items()}
     if score.spread:
         shown["std"] += f" ({score.spread})"
     return {"label": metric_label(name), "each": ", ".join(f"{value:.6g}" for value in score.values), **shown}

@@ -163,8 +163,8 @@ def shorten(text: str, length: int = 40) -> str:
 
 
 def compact(value: float) -> str:
-    """A number for an axis or a cell of costs: 0.05, 12, 3.5k, 70.4M."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    """A number for an axis or a cell of costs: 0.05, 12, 35k, 70.4M, 2.6B."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             unit = 1e3 if suffix == "k" else size
             return f"{value / unit:.3g}{suffix}"
