@@ -10,13 +10,12 @@ from diffdistill.sampling import FewSteps
 from diffdistill.timesteps import Karras, LogNormal
 from diffdistill.trainer import Trainer
 
-noise_levels = Karras(ratio_min=0.03, ratio_max=4.0, rho=5.0)
 method = DMD2(
     steps=FewSteps(init_ratio=4.0),  # one call, on noise 4 times as strong as the signal
     fake_updates=2,  # the fake score follows the generator, two steps to its one
-    generator_time_law=noise_levels,
+    generator_time_law=Karras(ratio_min=0.03, ratio_max=4.0, rho=5.0),
     fake_time_law=LogNormal(mean=-0.6, std=1.2),
-    gan_time_law=noise_levels,
+    gan_time_law=Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0),
     gan_weight=0.2,
     gan_fake_weight=0.1,
 )
