@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from diffdistill.denoiser import Denoiser, freeze
-from diffdistill.eval.feature_store import hash_tensor
 from diffdistill.eval.generate import SampledImages
-from diffdistill.eval.places import SamplingOptions, count_parameters
+from diffdistill.eval.places import SamplingOptions, count_parameters, hash_weights
 from diffdistill.eval.protocol import Protocol
-from diffdistill.eval.records import ModelRecord, hash_json
+from diffdistill.eval.records import ModelRecord
 from diffdistill.path import VPDiscrete
 from diffdistill.sampling import DDIM
 from diffdistill.schema import UserError
@@ -43,7 +42,7 @@ def open_diffusers(
         protocol=protocol,
         image_shape=(config["in_channels"], height, width),
         guidance=options.guidance,
-        model=ModelRecord(source=str(place), sha256=_hash_state(denoiser), parameters=count_parameters(denoiser)),
+        model=ModelRecord(source=str(place), sha256=hash_weights(denoiser), parameters=count_parameters(denoiser)),
     )
 
 
@@ -85,11 +84,6 @@ def _denoiser(place: FilePath, network: FilePath, scheduler: FilePath, num_class
     is_droppable = 0 < num_classes == embedded - 1
     net = DiffusersUNet(model, num_classes if is_droppable else embedded, knows_unconditional=is_droppable)
     return Denoiser(net, VPDiscrete.from_scheduler(settings), PREDICTIONS[kind])  # type: ignore[arg-type]
-
-
-def _hash_state(denoiser: Denoiser) -> str:
-    """Of the weights' names, shapes and bytes."""
-    return hash_json({name: [list(t.shape), hash_tensor(t)] for name, t in denoiser.state_dict().items()})
 
 
 def _class_name(file: FilePath) -> str:

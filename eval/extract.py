@@ -26,12 +26,16 @@ from diffdistill.schema import UserError
 class Source(Interface):
     """Where the judged images come from: a model that makes them, or files."""
 
-    model: ModelRecord
-    method: str | None
-    seed: int | None
-    cost: Cost | None
-    notes: str
-
+    @property
+    def model(self) -> ModelRecord: ...
+    @property
+    def method(self) -> str | None: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def cost(self) -> Cost | None: ...
+    @property
+    def notes(self) -> str: ...
     @property
     def sampler_record(self) -> SamplerRecord | None:
         """None for files."""

@@ -11,11 +11,12 @@ import torch
 from diffdistill.checkpoint import MANIFEST, STATE
 from diffdistill.config import parse_yaml, validate
 from diffdistill.denoiser import Denoiser
+from diffdistill.eval.feature_store import hash_tensor
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.protocol import Protocol
-from diffdistill.eval.records import Cost, ModelRecord
+from diffdistill.eval.records import Cost, ModelRecord, hash_json
 from diffdistill.log import METRICS
-from diffdistill.model import TrainedModel, load_model
+from diffdistill.model import ROUTER, TrainedModel, load_model
 from diffdistill.sampling import AnySampler
 from diffdistill.schema import schema
 
@@ -40,14 +41,15 @@ def parse_sampler(text: str) -> AnySampler:
 
 
 def is_run(place: FilePath) -> bool:
-    """Whether a folder is a run's or a checkpoint's."""
-    return (place / "checkpoints").is_dir() or (place / STATE).exists() or (place / MANIFEST).exists()
+    """Whether a folder is a run's, a checkpoint's, or that of several students."""
+    return (place / "checkpoints").is_dir() or any((place / name).exists() for name in (STATE, MANIFEST, ROUTER))
 
 
 def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, device: torch.device) -> SampledImages:
-    """The images of a run's newest checkpoint, or of one checkpoint. Raises UserError."""
+    """The images of a run's newest checkpoint, of one checkpoint, or of several students. Raises UserError."""
     model = load_model(place, ema=options.ema)
-    state = json.loads((model.source / STATE).read_text(encoding="utf-8"))
+    file = model.source / STATE
+    state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None  # several students have none
     return SampledImages(
         denoiser=model.denoiser.to(device),
         sampler=options.sampler or model.spec.sampler,
@@ -56,13 +58,13 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
         guidance=options.guidance,
         model=ModelRecord(
             source=str(place),
-            sha256=weights_sha256(model.source, options.ema),
+            sha256=weights_sha256(model.source, options.ema) if state else hash_weights(model.denoiser),
             parameters=count_parameters(model.denoiser),
-            teacher=state.get("teacher"),
+            teacher=state.get("teacher") if state else None,
         ),
-        method=state["config"]["method"]["name"],
-        seed=state["config"]["train"]["seed"],
-        cost=_cost(model, state),
+        method=state["config"]["method"]["name"] if state else None,
+        seed=state["config"]["train"]["seed"] if state else None,
+        cost=_cost(model, state) if state else None,
     )
 
 
@@ -83,12 +85,20 @@ def _cost(model: TrainedModel, state: Mapping[str, Any]) -> Cost:
     step = int(state["step"])
     images = step * int(state["config"]["train"]["global_batch_size"])
     return Cost(
-        train_steps=step, train_images=images, train_seconds=_seconds(model.source.resolve().parent.parent, step)
+        train_steps=step, train_images=images, train_seconds=seconds_until(model.source.resolve().parent.parent, step)
     )
 
 
-def _seconds(run: FilePath, step: int) -> float | None:
-    """Of training until `step`. The reports' clock starts anew when a run is resumed."""
+def hash_weights(denoiser: Denoiser) -> str:
+    """SHA-256 of the weights' names, shapes and bytes."""
+    return hash_json({name: [list(t.shape), hash_tensor(t)] for name, t in denoiser.state_dict().items()})
+
+
+def seconds_until(run: FilePath, step: int) -> float | None:
+    """Of the clock, from a run's reports until `step`, evaluations while training included.
+
+    The reports' clock starts anew when a run is resumed.
+    """
     total = last = 0.0
     for line in (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).exists() else []:
         try:

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
+
+from diffdistill.schema import UserError
 
 T = TypeVar("T")
 
@@ -28,13 +30,15 @@ class Workers:
         return work[self.rank :: self.count]
 
 
-def find_workers(device: Literal["auto", "cpu"] = "auto") -> Workers:
+def find_workers(device: str = "auto") -> Workers:
     """Those of the launcher that started this process (accelerate launch, torchrun), or this process alone.
 
-    device: auto takes this process's GPU where there is one.
+    device: cpu, or auto, which takes this process's GPU where there is one.  Raises UserError for another one.
     """
     from accelerate import PartialState
 
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: choose from auto, cpu")
     state = PartialState(cpu=device == "cpu")
     return Workers(state.device, state.process_index, state.num_processes, state.wait_for_everyone)
 

@@ -1,0 +1,73 @@
+"""A look at the student while it trains: a small evaluation every so many steps, and the best checkpoint by it."""
+
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from diffdistill.schema import PositiveInt, field, schema
+
+if TYPE_CHECKING:
+    from diffdistill.log import RunLog
+    from diffdistill.model import ModelSpec
+
+
+@schema
+class EvalConfig:
+    """An evaluation while training, of the averaged student where there is an average, and always of the last step.
+
+    protocol: a name, or a YAML file; one repeat of it.  every: steps between two.  num_images: fewer than the
+    protocol's, which makes it another protocol.  best_by: the metric that decides which checkpoint is kept as the
+    best; null takes the protocol's first.  guidance: w of D_u + w (D_c - D_u).  weights, references: files by the
+    features' label, where they do not lie in their folders.
+    """
+
+    protocol: str = "digits-pixels"
+    every: PositiveInt = 500
+    num_images: PositiveInt | None = None
+    best_by: str | None = None
+    guidance: float = 1.0
+    batch_size: Annotated[int, Field(ge=1, le=256)] = 256
+    weights: dict[str, str] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+
+
+class Watch(Protocol):
+    """What the trainer asks."""
+
+    def examine(self, student: nn.Module, *, step: int, images: int, is_last: bool, log: "RunLog") -> bool:
+        """Evaluate the student if it is due. Returns whether it is the best so far, and so has to be saved.
+
+        step, images: iterations done, and images seen in them.
+        """
+        ...
+
+    def best(self, step: int) -> str | None:
+        """The name of the best checkpoint until `step`, which has to stay."""
+        ...
+
+
+class NoWatch:
+    """Never looks."""
+
+    def examine(self, student: nn.Module, *, step: int, images: int, is_last: bool, log: "RunLog") -> bool:
+        return False
+
+    def best(self, step: int) -> str | None:
+        return None
+
+
+def make_watch(
+    config: EvalConfig | None, folder: FilePath, student: nn.Module, spec: "ModelSpec", device: torch.device
+) -> Watch:
+    """The watch that a run's config asks for.  folder: the run's.
+
+    Raises UserError, before training, for a protocol that does not fit the student, and for missing files.
+    """
+    if config is None:
+        return NoWatch()
+    from diffdistill.eval.watch import StudentWatch
+
+    return StudentWatch.of(config, folder, student, spec, device)

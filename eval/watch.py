@@ -1,0 +1,133 @@
+"""An evaluation while training: `eval:` of a run's config. What it finds goes to metrics.jsonl, and as records to
+eval.jsonl in the run's folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffdistill.checkpoint import PREFIX, write_text_atomically
+from diffdistill.config import dump
+from diffdistill.denoiser import Denoiser
+from diffdistill.eval.bench import make_bench
+from diffdistill.eval.extract import Bench
+from diffdistill.eval.generate import SampledImages
+from diffdistill.eval.places import count_parameters, hash_weights, seconds_until
+from diffdistill.eval.protocols import find_protocol
+from diffdistill.eval.records import Cost, ModelRecord, Record, append_record, is_lower_better, read_records
+from diffdistill.eval.run import evaluate
+from diffdistill.eval.table import headline, number
+from diffdistill.eval.workers import Workers
+from diffdistill.log import RunLog
+from diffdistill.model import ModelSpec
+from diffdistill.schema import UserError
+from diffdistill.watch import EvalConfig
+
+RECORDS = "eval.jsonl"
+
+
+@dataclass(frozen=True)
+class StudentWatch:
+    """See diffdistill/watch.py, whose `Watch` this is.  folder: the run's.  best_by: a metric of the protocol."""
+
+    config: EvalConfig
+    folder: FilePath
+    spec: ModelSpec
+    bench: Bench
+    best_by: str
+
+    @staticmethod
+    def of(
+        config: EvalConfig, folder: FilePath, student: nn.Module, spec: ModelSpec, device: torch.device
+    ) -> "StudentWatch":
+        """Raises UserError where the protocol does not fit the student, or its files are missing."""
+        protocol = replace(find_protocol(config.protocol), repeats=1)
+        if config.num_images:
+            protocol = replace(protocol, num_images=config.num_images)
+        metrics = [key for metric in protocol.metrics for key in metric.keys]
+        best_by = config.best_by or metrics[0]
+        if best_by not in metrics:
+            raise UserError(f"eval.best_by = {best_by!r}: {protocol.name} measures {', '.join(metrics)}")
+        bench = make_bench(
+            protocol,
+            Workers(device),
+            batch_size=config.batch_size,
+            weights=config.weights,
+            references=config.references,
+        )
+        watch = StudentWatch(config, folder, spec, bench, best_by)
+        watch._source(student, step=0)
+        return watch
+
+    def examine(self, student: nn.Module, *, step: int, images: int, is_last: bool, log: RunLog) -> bool:
+        if step % self.config.every and not is_last:
+            return False
+        self._forget_from(step)
+        done = evaluate(
+            self._source(student, step=step), self.bench, name=f"{self.folder} {step}", root=self.folder / ".features"
+        )
+        assert done is not None
+        values = {name: headline(done.record, values) for name, values in done.record.metrics.items()}
+        log.report(step, images, {f"eval/{name}": value for name, value in values.items()})
+        cost = Cost(train_steps=step, train_images=images, train_seconds=seconds_until(self.folder, step))
+        append_record(self.folder / RECORDS, replace(done.record, cost=cost))
+        is_best = self._best_step(self._records()) == step
+        told = " ".join(f"{name} {number(name, value)}" for name, value in values.items())
+        log.say(f"eval {step}: {told}{', the best so far' if is_best else ''}")
+        return is_best
+
+    def best(self, step: int) -> str | None:
+        """Of the checkpoints that are there, or are being written as number `step`."""
+        known = [
+            record
+            for record in self._records()
+            if _step(record) == step or (_step(record) < step and self._checkpoint(_step(record)).is_dir())
+        ]
+        return self._checkpoint(self._best_step(known)).name if known else None
+
+    def _source(self, student: nn.Module, *, step: int) -> SampledImages:
+        if not isinstance(student, Denoiser):
+            raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")
+        return SampledImages(
+            denoiser=student,
+            sampler=self.spec.sampler,
+            protocol=self.bench.protocol,
+            image_shape=self.spec.image_shape,
+            guidance=self.config.guidance,
+            model=ModelRecord(
+                source=str(self._checkpoint(step)), sha256=hash_weights(student), parameters=count_parameters(student)
+            ),
+        )
+
+    def _best_step(self, records: Sequence[Record]) -> int:
+        """The step of the best record; of equal ones the first."""
+        sign = 1 if is_lower_better(self.best_by) else -1
+        ranked = [(sign * headline(record, record.metrics[self.best_by]), _step(record)) for record in records]
+        return min(ranked)[1]
+
+    def _records(self) -> list[Record]:
+        """Those of this protocol: a resumed run may have changed it."""
+        file, protocol = self.folder / RECORDS, dump(self.bench.protocol)
+        return [one for one in read_records(file) if one.protocol == protocol] if file.exists() else []
+
+    def _forget_from(self, step: int) -> None:
+        """Drop the records that a run which went back to an earlier checkpoint has left."""
+        file = self.folder / RECORDS
+        lines: list[Any] = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        kept = (
+            [line for line, record in zip(lines, read_records(file), strict=True) if _step(record) < step]
+            if lines
+            else []
+        )
+        if len(kept) < len(lines):
+            write_text_atomically(file, "".join(kept))
+
+    def _checkpoint(self, step: int) -> FilePath:
+        return self.folder / "checkpoints" / f"{PREFIX}{step:08d}"
+
+
+def _step(record: Record) -> int:
+    return (record.cost.train_steps if record.cost else None) or 0
