@@ -5,6 +5,7 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 
 from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.ema import EMAConfig
+from diffdistill.health import HealthConfig
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.sampling import FewSteps
 from diffdistill.timesteps import Karras, LogNormal
@@ -28,6 +29,7 @@ config = RunConfig(
         "default": OptimizerConfig(lr=1e-3, decay="linear"),
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
+    health=HealthConfig(warmup_steps=25),
     train=TrainConfig(steps=1050, global_batch_size=64, checkpoint_every=300),
 )
 
