@@ -67,11 +67,11 @@ class Moments:
         if not len(features):
             return
         check_finite(features, "the features")
+        index = index.cpu()
         self._refuse_known(index)
-        numbers = index.to(features.device)
         for number in torch.unique(index // self.block_size).tolist():
-            chosen = numbers // self.block_size == number
-            self._block(number).put(features[chosen], numbers[chosen] % self.block_size)
+            mine = index // self.block_size == number
+            self._block(number).put(features[mine.to(features.device)], index[mine] % self.block_size)
         self._end = max(self._end, int(index.max()) + 1)
         self._sum_full_blocks()
 
@@ -120,9 +120,9 @@ class Moments:
         if int(index.min()) < 0:
             raise UserError(f"samples are counted from 0, not from {int(index.min())}")
         known = index < self._sum.count
-        for number, block in self._held.items():
+        for number in set((index // self.block_size).tolist()) & self._held.keys():
             mine = index // self.block_size == number
-            known[mine] = block.present[index[mine] % self.block_size]
+            known[mine] = self._held[number].present[index[mine] % self.block_size]
         values, repeats = torch.unique(index, return_counts=True)
         twice = torch.cat([index[known], values[repeats > 1]])
         if len(twice):
@@ -150,14 +150,14 @@ class Moments:
 
 @dataclass
 class _Block:
-    """rows: [block_size, d] float64; present: [block_size], on the CPU, which of them have arrived."""
+    """rows: [block_size, d] float64; present: [block_size] on the CPU, which of them have arrived."""
 
     rows: Tensor
     present: Tensor
 
     def put(self, features: Tensor, places: Tensor) -> None:
         self.rows[places.to(self.rows.device)] = features.to(self.rows)
-        self.present[places.cpu()] = True
+        self.present[places] = True
 
     def samples(self) -> Tensor:
         return self.rows[self.present.to(self.rows.device)]
