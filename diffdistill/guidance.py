@@ -7,7 +7,7 @@ guidance has two a call.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.schema import Fraction, NonNegative, Positive, schema
+from diffdistill.schema import Fraction, NonNegative, Positive, UserError, schema
 
 Metric = Literal["eps", "x0"]
 """In which of its forms the two estimates are compared."""
@@ -136,8 +136,8 @@ class AdaptiveGuidance:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both estimates of x0 at x [B, ...] and t [B].  guided: [B], where `without_cond` was asked for; elsewhere it is
-    `with_cond`."""
+    """Both estimates of x0 at x [B, ...] and t [B].  guided: [B], which samples are; where the unconditional estimate
+    was not asked for, `without_cond` is `with_cond`."""
 
     x: Tensor
     t: Tensor
@@ -145,10 +145,10 @@ class Pair:
     without_cond: Tensor
     guided: Tensor
 
-    def at_scale(self, scale: float | Tensor) -> Tensor:
-        """D_u + scale (D_c - D_u), exactly D_c where there is no D_u.  scale: a number, or [B, 1, ...]."""
+    def at_scale(self, scale: float) -> Tensor:
+        """D_u + scale (D_c - D_u) where `guided`, elsewhere D_c, bit for bit."""
         mixed = self.without_cond + scale * (self.with_cond - self.without_cond)
-        return torch.where(_broadcast(self.guided, mixed), mixed, self.with_cond)
+        return torch.where(self.guided.reshape(-1, *[1] * (mixed.ndim - 1)), mixed, self.with_cond)
 
 
 def evaluate_pair(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, null: Cond, guided: Tensor) -> Pair:
@@ -162,39 +162,28 @@ def evaluate_pair(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, null: Co
 
 
 class AdaptiveRun:
-    """One run under Adaptive Guidance.  last: what the latest call saw."""
+    """One run under Adaptive Guidance.  last: what the latest call saw.  guided: [B], who goes on being guided."""
 
     def __init__(self, policy: AdaptiveGuidance, denoiser: Denoiser, cond: Cond) -> None:
         self.policy, self.denoiser, self.cond = policy, denoiser, cond
         self.null = unconditional(denoiser, cond)
         self.last: Pair | None = None
-        self._guided = self._armed = torch.empty(0, dtype=torch.bool)
-        self._cosine = torch.empty(0)
+        self.guided = self._armed = torch.empty(0, dtype=torch.bool)
+        self._cosine = torch.empty(0, dtype=torch.float64)
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
         if self.last is None:
-            self._guided = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            self._armed = ~self._guided
+            self.guided = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            self._armed = ~self.guided
             self._cosine = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
-        self.last = evaluate_pair(self.denoiser, x, t, self.cond, self.null, self._guided)
-        self._judge(self.last)
-        return torch.where(_broadcast(self._guided, x), self.last.at_scale(self.policy.scale), self.last.with_cond)
-
-    def _judge(self, pair: Pair) -> None:
-        """Which samples go on being guided, this call included. Those that were done stay so."""
-        cosine = alignment(self.denoiser, pair, self.policy.metric)
-        self._armed = (
-            self._armed
-            | (cosine < self._cosine)
-            | (self.denoiser.path.ratio(pair.t) < self.policy.armed_below_ratio).to(cosine.device)
-        )
-        self._guided = self._guided & ~(self._armed & (cosine > self.policy.threshold))
+        asked = evaluate_pair(self.denoiser, x, t, self.cond, self.null, self.guided)
+        cosine = alignment(self.denoiser, asked, self.policy.metric)
+        is_late = self.denoiser.path.ratio(t) < self.policy.armed_below_ratio
+        self._armed = self._armed | (cosine < self._cosine) | is_late
+        self.guided = self.guided & ~(self._armed & (cosine > self.policy.threshold))  # once done, always done
         self._cosine = cosine
-
-    @property
-    def guided(self) -> Tensor:
-        """[B], the samples that are still guided."""
-        return self._guided
+        self.last = replace(asked, guided=self.guided)
+        return self.last.at_scale(self.policy.scale)
 
 
 def alignment(denoiser: Denoiser, pair: Pair, metric: Metric) -> Tensor:
@@ -205,21 +194,28 @@ def alignment(denoiser: Denoiser, pair: Pair, metric: Metric) -> Tensor:
     return F.cosine_similarity(*(form.flatten(1).double() for form in forms))
 
 
-class Recorder:
-    """Plain guidance that keeps what it saw.  scale: a number or [B].  pairs: of every call, in order."""
+@dataclass(frozen=True)
+class Call:
+    """One call of a sampling run: what the guided denoiser was given, [B, ...] and [B], and what it said."""
 
-    def __init__(self, scale: float | Tensor) -> None:
-        self.scale = scale
-        self.pairs: list[Pair] = []
+    x: Tensor
+    t: Tensor
+    x0: Tensor
+
+
+class Recorder:
+    """Another guidance, of which every call is kept, in order."""
+
+    def __init__(self, guidance: Guidance) -> None:
+        self.guidance = guidance
+        self.calls: list[Call] = []
 
     def begin(self, denoiser: Denoiser, cond: Cond) -> Guided:
-        null = unconditional(denoiser, cond)
+        guided = begin(self.guidance, denoiser, cond)
 
         def estimate(x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
-            everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            self.pairs.append(evaluate_pair(denoiser, x, t, cond, null, everyone))
-            scale = _broadcast(self.scale, x) if isinstance(self.scale, Tensor) else self.scale
-            return self.pairs[-1].at_scale(scale)
+            self.calls.append(Call(x, t, guided(x, t, s)))
+            return self.calls[-1].x0
 
         return estimate
 
@@ -227,16 +223,11 @@ class Recorder:
 def unconditional(denoiser: Denoiser, cond: Cond) -> Cond:
     """`cond` without its class, for policies that look at both estimates.
 
-    Raises ValueError if the network takes the scale as input: it has one estimate only.
+    Raises UserError if the network takes the scale as input: it has one estimate only.
     """
     if "guidance_input" in denoiser.net.accepts:  # type: ignore[operator]
-        raise ValueError("guidance: this network takes the scale as its input, in one evaluation; give a number")
+        raise UserError("guidance: this network takes the scale as its input, in one evaluation; give a number")
     return denoiser.unconditional(cond)
-
-
-def _broadcast(value: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, ...]."""
-    return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
 AnyPolicy = Annotated[CFG | Interval | CFGPlusPlus | AdaptiveGuidance, Field(discriminator="name")]
