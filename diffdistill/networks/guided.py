@@ -125,6 +125,14 @@ class Guided(GuidedBase):
         return [(block, around) for block in blocks_of(self.base)]
 
 
+def take_weights(student: nn.Module, origin: nn.Module) -> None:
+    """Start a guided denoiser from its teacher's weights, under new parts of its own, or from another one's."""
+    net, other = student.net, origin.net
+    assert isinstance(net, GuidedBase)
+    assert isinstance(other, nn.Module)
+    (net if isinstance(other, GuidedBase) else net.base).load_state_dict(other.state_dict())
+
+
 def blocks_of(base: nn.Module) -> list[Recomputable]:
     """The base's blocks, in the order of its calls. Raises UserError if it is not made of any that can be changed."""
     found = recomputable_blocks(base)
