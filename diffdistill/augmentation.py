@@ -11,11 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdistill.denoiser import Denoiser
 from diffdistill.draws import Draws
+from diffdistill.schema import UserError
 
 NUM_LABELS = 9
 LOG2_SCALE = 0.2  # standard deviation of log2 of the scale and of the stretch
 TRANSLATION = 1 / 8  # standard deviation, in image sides
+
+
+def check_augmentation(denoiser: Denoiser, name: str, probability: float) -> None:
+    """Raise UserError if the setting `name` asks for augmentation and the network takes no labels of it."""
+    if probability and "augmentation" not in denoiser.net.accepts:  # type: ignore[operator]
+        raise UserError(
+            f"method.{name} = {probability}: this network takes no augmentation labels; use {name}: 0, or a "
+            "network ddpmpp or adm with augment_dim: 9"
+        )
 
 
 def draw_motion(rng: Draws, probability: float) -> Tensor:

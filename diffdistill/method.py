@@ -25,8 +25,16 @@ from diffdistill.schema import UserError
 REGISTRY = {
     "pretrain": "diffdistill.methods.pretrain:Pretrain",
     "dmd2": "diffdistill.methods.dmd2:DMD2",
-    "disback": "diffdistill.methods.disback:DisBack",
+    "sid": "diffdistill.methods.sid:SiD",
+    "sim": "diffdistill.methods.sim:SIM",
+    "f_distill": "diffdistill.methods.f_distill:FDistill",
     "hyper_sd": "diffdistill.methods.hyper_sd:HyperSD",
+    "boot": "diffdistill.methods.boot:Boot",
+    "agd": "diffdistill.methods.agd:AGD",
+    "guidance_distill": "diffdistill.methods.guidance_distill:GuidanceDistill",
+    "tsm": "diffdistill.methods.tsm:TSM",
+    "disback": "diffdistill.methods.disback:DisBack",
+    "msd": "diffdistill.methods.msd:MSD",
 }
 """Every method's name and where its class is. A method that holds another can hold those above it."""
 

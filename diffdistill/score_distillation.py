@@ -1,25 +1,51 @@
-"""What score-distillation methods share: the numbers of a step, the roll-out, the matching field, the critics' loss.
+"""What score-distillation methods share: the numbers of a step, the roll-out, fields, weights, the fake score's loss.
+
+Two kinds of generator loss are built of this. A field (`matching_field`) is computed without gradient and pushed
+through the generator. A loss through the networks keeps the graph from x to x_t and through both frozen score networks.
 
 A draw holds, by name: for each noising "<call>t" and "<call>eps"; for each generated sample "<sample>z",
 "<sample>label" and "<sample>fresh i"; and one "step". A call or a sample's name is "" or ends in a space.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.augmentation import augment
+from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_loss, gan_discriminator_loss, sample_normaliser
+from diffdistill.losses import (
+    DenoisingWeight,
+    denoising_loss,
+    gan_discriminator_loss,
+    sample_normaliser,
+    zero_nonfinite,
+)
 from diffdistill.method import Batch, Draw, Loss, Players, Setting
+from diffdistill.path import Path
 from diffdistill.sampling import StepSampler
 from diffdistill.schema import UserError
 from diffdistill.timesteps import TimeLaw
 
 Features = Literal["fake", "teacher"]
 """Whose bottleneck a discriminator's head reads."""
+
+SampleWeight = Literal["nu", "one", "alpha", "alpha^2", "alpha/sigma", "snr", "1/sigma", "1/sigma^2"]
+"""The weight of one sample in a loss through the networks: 1/nu, or a function of its time (snr: alpha^2/sigma^2)."""
+
+TIME_POWERS = {
+    "one": (0, 0),
+    "alpha": (1, 0),
+    "alpha^2": (2, 0),
+    "alpha/sigma": (1, -1),
+    "snr": (2, -2),
+    "1/sigma": (0, -1),
+    "1/sigma^2": (0, -2),
+}
+"""The powers of alpha_t and sigma_t in each weight of time."""
 
 
 def start_players(setting: Setting, **guidances: float) -> dict[str, nn.Module]:
@@ -34,6 +60,13 @@ def start_players(setting: Setting, **guidances: float) -> dict[str, nn.Module]:
         if guidance != 1 and not setting.teacher.net.knows_unconditional:
             raise UserError(f"method.{name}: {guidance} needs a teacher trained with class_dropout > 0; use 1")
     return copies
+
+
+def tapped(setting: Setting, players: Mapping[str, nn.Module], features: Features) -> Denoiser:
+    """The network whose bottleneck the head reads; the fake score may be smaller than its teacher."""
+    network = setting.teacher if features == "teacher" else players["fake"]
+    assert isinstance(network, Denoiser)
+    return network
 
 
 def draw_step(
@@ -80,6 +113,59 @@ def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "")
         )
     x: Tensor = players.generator(start.x, start.t, cond)
     return x
+
+
+def fake_sample(players: Players, draw: Draw, steps: StepSampler) -> tuple[Tensor, Cond]:
+    """A sample of its own for the fake score's loss, without gradient, and its condition.
+
+    It is moved by EDM's augmentation where the draw holds "fake motion": on this side only, never the generator's.
+    """
+    with torch.no_grad():
+        x = generate(players, draw, steps, "fake ")
+    cond = condition(players, draw, "fake ")
+    if "fake motion" in draw:
+        x, labels = augment(x, draw["fake motion"])
+        cond = replace(cond, augmentation=labels)
+    return x, cond
+
+
+def sample_weight(weight: SampleWeight, path: Path, x: Tensor, t: Tensor, teacher: Tensor, *, minimum: float) -> Tensor:
+    """The factor of each sample's loss, [B], of which no gradient is taken.
+
+    x: samples [B, ...]; t: [B]; teacher: its estimate at x noised to t; minimum: of nu, see `sample_normaliser`.
+    """
+    if weight == "nu":
+        return 1 / sample_normaliser(x, teacher, minimum).flatten()
+    alpha_power, sigma_power = TIME_POWERS[weight]
+    return (path.alpha(t) ** alpha_power * path.sigma(t) ** sigma_power).to(x.device)
+
+
+def shielded(x: Tensor) -> Tensor:
+    """x as it is; a sample whose gradient is not finite in every pixel will push nothing, as in `zero_nonfinite`."""
+    if x.requires_grad:
+        x.register_hook(zero_nonfinite)
+    return x
+
+
+def mean_of_finite(values: Tensor) -> Tensor:
+    """The mean over the batch of one loss a sample [B], those that are not finite counted as zero.
+
+    If none is finite the mean is not either, for the trainer's guard to name.
+    """
+    return zero_nonfinite(values[:, None]).mean()
+
+
+def judged_sample(
+    players: Players, draw: Draw, steps: StepSampler, *, guidance: float, weight: SampleWeight, minimum: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where a loss through the networks begins: x, x_t and D_teacher [B, ...] with graph, and the sample's weight [B].
+
+    A sample for which the gradient turns out not to be finite will push nothing.
+    """
+    x, t, path = shielded(generate(players, draw, steps)), draw["t"], players.teacher.path
+    x_t = path.diffuse(x, draw["eps"], t)
+    teacher = players.teacher(x_t, t, condition(players, draw), guidance=guidance)
+    return x, x_t, teacher, sample_weight(weight, path, x, t, teacher, minimum=minimum)
 
 
 def matching_field(x: Tensor, fake: Tensor, teacher: Tensor, *, minimum: float) -> Tensor:

@@ -28,6 +28,7 @@ from diffdistill.score_distillation import (
     head_logits,
     matching_field,
     start_players,
+    tapped,
 )
 from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
 
@@ -70,8 +71,7 @@ class DMD2(Method):
     def players(self, setting: Setting) -> dict[str, nn.Module]:
         players = start_players(setting, guidance=self.guidance)
         if self.gan_weight:
-            assert setting.teacher is not None
-            players["discriminator"] = make_head(setting.teacher, setting.image_shape)
+            players["discriminator"] = make_head(tapped(setting, players, self.gan_features), setting.image_shape)
         return players
 
     def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:

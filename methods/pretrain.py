@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.augmentation import augment, draw_motion
+from diffdistill.augmentation import augment, check_augmentation, draw_motion
 from diffdistill.denoiser import Denoiser
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss
@@ -49,11 +49,7 @@ class Pretrain(Method):
     def players(self, setting: Setting) -> dict[str, nn.Module]:
         if setting.network is None:
             raise UserError("network: pretrain needs one")
-        if self.augment and "augmentation" not in setting.network.net.accepts:  # type: ignore[operator]
-            raise UserError(
-                f"method.augment = {self.augment}: this network takes no augmentation labels; use augment: 0, or a "
-                "network ddpmpp or adm with augment_dim: 9"
-            )
+        check_augmentation(setting.network, "augment", self.augment)
         return {"teacher": setting.network}
 
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Networks whose every answer is known, and nodes that turn expectations into sums."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.networks.analytic import gaussian_denoiser, mixture_denoiser
+from diffdistill.method import Batch, Method, Players
+from diffdistill.networks.analytic import Mixture, gaussian_denoiser, mixture_denoiser
 from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -97,6 +100,27 @@ class LearnedGaussian(nn.Module):
         return (self.variance * x + square * self.mean[label][:, None]) / (self.variance + square)
 
 
+class GaussianFixture:
+    """A Gaussian teacher N(m, s^2), the generator theta + tau z and its exact fake score, at one sigma on EDM's path.
+
+    Nodes over (z, eps) make expectations exact for polynomials.  A, B: variances of the teacher's and the generator's
+    law at sigma.
+    """
+
+    def __init__(
+        self, theta: float = -0.4, tau: float = 0.9, sigma: float = 1.3, *, m: float = 0.7, s: float = 0.5
+    ) -> None:
+        self.theta, self.tau, self.sigma, self.m, self.s = theta, tau, sigma, m, s
+        self.A, self.B = s**2 + sigma**2, tau**2 + sigma**2
+        z, eps, self.weights = pairs(normal_nodes(), normal_nodes())
+        self.z, self.eps, self.t = z[:, None], eps[:, None], torch.full_like(z, sigma)
+
+    def gradient(self, method: Method) -> Tensor:
+        """The gradient of a method's generator loss by (theta, tau), the fake score held fixed."""
+        fake, teacher = one_gaussian(self.theta, self.tau), one_gaussian(self.m, self.s)
+        return generator_gradient(method, self, self.theta, self.tau, fake=fake, teacher=teacher)
+
+
 class MixtureFixture:
     """A two-component teacher and the generator t + u y, y from another mixture; every law exact."""
 
@@ -111,14 +135,19 @@ class MixtureFixture:
         latent = torch.cat([m + math.sqrt(v) * nodes for m, v in zip(means, variances, strict=True)])
         latent_weights = torch.cat([share * weights for share in shares])
         y, eps, self.weights = pairs((latent, latent_weights), (nodes, weights))
-        self.y, self.eps = y[:, None], eps[:, None]
+        self.y = self.z = y[:, None]
+        self.eps = eps[:, None]
         self.t = torch.full_like(y, math.sqrt(self.variance))
         self.teacher = mixture_on_the_line(*self.teacher_law)
-        self.fake = mixture_on_the_line(*self.generated_law(self.shift, self.scale))
+        self.fake = self.law(self.shift, self.scale)
 
     def generated_law(self, shift: float, scale: float):
         shares, means, variances = self.latent_law
         return shares, tuple(shift + scale * m for m in means), tuple(scale**2 * v for v in variances)
+
+    def law(self, shift: float, scale: float) -> Denoiser:
+        """The exact denoiser of the generator's law at (shift, scale)."""
+        return mixture_on_the_line(*self.generated_law(shift, scale))
 
     def log_density(self, denoiser: Denoiser, points: Tensor) -> Tensor:
         """log density of the law of x_t at points [B, 1]."""
@@ -136,13 +165,72 @@ class MixtureFixture:
         loss = loss_of_noised(x, EDM().diffuse(x, self.eps, self.t))
         return torch.stack(torch.autograd.grad(loss, (shift, scale)))
 
-    def softened_divergence(self, shift: float, scale: float) -> float:
-        """E_q[(r + 1) log((r + 1) / 2r)], r = p_t / q_t, on a grid."""
+    def method_gradient(self, method: Method, **players: nn.Module) -> Tensor:
+        """The gradient of a method's generator loss by (shift, scale), the fake score held fixed."""
+        given = {"fake": self.fake, "teacher": self.teacher, **players}
+        return generator_gradient(method, self, self.shift, self.scale, **given)
+
+    def finite_difference(self, divergence: Callable[[float, float], float], step: float = 1e-4) -> Tensor:
+        """The gradient of a function of (shift, scale), by central differences."""
+        a, b = self.shift, self.scale
+        by_shift = divergence(a + step, b) - divergence(a - step, b)
+        by_scale = divergence(a, b + step) - divergence(a, b - step)
+        return numbers(by_shift, by_scale) / (2 * step)
+
+    def expectation(self, function: Callable[[Tensor, Tensor], Tensor], shift: float, scale: float) -> float:
+        """E over x_t of the generator's law at (shift, scale) of function(log r, x_t), r = p_t / q_t, on a grid."""
         grid = torch.linspace(-12, 12, 20001, dtype=torch.float64)[:, None]
-        log_q = self.log_density(mixture_on_the_line(*self.generated_law(shift, scale)), grid)
+        log_q = self.log_density(self.law(shift, scale), grid)
         log_r = self.log_density(self.teacher, grid) - log_q
-        integrand = log_q.exp() * (log_r.exp() + 1) * (torch.log1p(log_r.exp()) - math.log(2) - log_r)
-        return (integrand.sum() * (24 / 20000)).item()
+        return float((log_q.exp() * function(log_r, grid).flatten()).sum() * (24 / 20000))
+
+    def score(self, denoiser: Denoiser, points: Tensor) -> Tensor:
+        """The score of the law of x_t at points [B, 1]."""
+        t = torch.full((len(points),), math.sqrt(self.variance), dtype=torch.float64)
+        return denoiser.convert(denoiser(points, t), "score", points, t)
+
+    def softened_divergence(self, shift: float, scale: float) -> float:
+        """E_q[(r + 1) log((r + 1) / 2r)], r = p_t / q_t."""
+
+        def integrand(log_r: Tensor, _: Tensor) -> Tensor:
+            return (log_r.exp() + 1) * (torch.log1p(log_r.exp()) - math.log(2) - log_r)
+
+        return self.expectation(integrand, shift, scale)
+
+
+class Tapped(Mixture):
+    """A mixture whose "features" are the noised image itself."""
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        return x
+
+
+class LogRatio(nn.Module):
+    """The fixture's best discriminator."""
+
+    def __init__(self, fixture: MixtureFixture) -> None:
+        super().__init__()
+        self.fixture = fixture
+
+    def forward(self, x_t: Tensor) -> Tensor:
+        return self.fixture.log_ratio(x_t)
+
+
+def generator_gradient(
+    method: Method, nodes: Any, offset: float, gain: float, *, fake: nn.Module, teacher: nn.Module, **others: nn.Module
+) -> Tensor:
+    """The gradient of a method's generator loss by the offset and gain of the generator offset + gain z.
+
+    nodes: z, eps, t and the weights of the samples.  The method's `steps` must feed the noise itself.
+    """
+    net = Affine([offset], gain, nodes.weights)
+    players = Players(generator=Denoiser(net, EDM(), "x0"), fake=fake, teacher=teacher, **others)
+    draw = {"z": nodes.z, "eps": nodes.eps, "t": nodes.t, "step": torch.tensor(0)}
+    draw |= {"label": torch.zeros(len(nodes.z), dtype=torch.int64), "is_gan_on": torch.tensor(False)}
+    method.call("generator_loss", players, draw, Batch(torch.empty(0))).total.backward()
+    assert net.gain.grad is not None
+    assert net.offset.grad is not None
+    return torch.cat([net.offset.grad, net.gain.grad[None]])
 
 
 def mixture_on_the_line(shares, means, variances) -> Denoiser:

@@ -1,4 +1,4 @@
-"""Small trainable DMD2 players on random numbers, and what was asked of them."""
+"""Small trainable players of a method on random numbers, what was asked of them, and who may learn."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser, freeze
 from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.method import Batch, Method, Players, Setting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.path import EDM
@@ -32,7 +32,7 @@ def small_teacher(num_classes: int = CLASSES) -> Denoiser:
     return freeze(Denoiser(net.double(), PATH, "edm"))
 
 
-def scene(method: DMD2, step: int = 0, seed: int = 0) -> tuple[Players, dict[str, Tensor], Batch]:
+def scene(method: Method, step: int = 0, seed: int = 0) -> tuple[Players, dict[str, Tensor], Batch]:
     """Players, one step's numbers and real images, all float64; the players differ from one another."""
     teacher = small_teacher()
     setting = Setting(SHAPE, CLASSES, PATH, teacher=deepcopy(teacher).float())  # heads are built in float32
@@ -76,3 +76,18 @@ def watch(players: Players) -> list[tuple[str, bytes]]:
             if hasattr(net, entry):
                 setattr(net, entry, watched(name, getattr(net, entry)))
     return calls
+
+
+def due(players: Players, *names: str) -> None:
+    """Let exactly these players learn, as the trainer does before an update."""
+    for name, module in players.items():
+        module.requires_grad_(name in names)
+
+
+def learned(players: Players) -> set[str]:
+    """The players that have any gradient but zero."""
+    return {
+        name
+        for name, module in players.items()
+        if any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+    }

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from exact import one_gaussian, random
-from scenes import BATCH, CLASSES, EVERYTHING, MULTI_STEP, PATH, SHAPE, scene, small_teacher, watch
+from scenes import BATCH, CLASSES, EVERYTHING, MULTI_STEP, PATH, SHAPE, due, learned, scene, small_teacher, watch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
@@ -93,21 +93,6 @@ def test_a_broken_estimate_of_one_sample_pushes_nothing_and_leaves_the_others_al
 
 
 # Whom a loss reaches
-
-
-def due(players: Players, *names: str) -> None:
-    """Let exactly these players learn, as the trainer does before an update."""
-    for name, module in players.items():
-        module.requires_grad_(name in names)
-
-
-def learned(players: Players) -> set[str]:
-    """The players that have any gradient but zero."""
-    return {
-        name
-        for name, module in players.items()
-        if any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
-    }
 
 
 @pytest.mark.parametrize("features", ["fake", "teacher"])

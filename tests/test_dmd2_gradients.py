@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from exact import Affine, LearnedGaussian, MixtureFixture, components, normal_nodes, numbers, one_gaussian, pairs
-from torch import Tensor, nn
+from exact import Affine, GaussianFixture, LearnedGaussian, LogRatio, MixtureFixture, Tapped, components, numbers
+from torch import Tensor
 
 from diffdistill import score_distillation as shared
 from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
@@ -17,7 +17,7 @@ from diffdistill.losses import denoising_loss
 from diffdistill.method import Batch, Players, Setting
 from diffdistill.methods import dmd2
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.networks.analytic import Mixture, mixture_denoiser
+from diffdistill.networks.analytic import mixture_denoiser
 from diffdistill.path import EDM
 from diffdistill.sampling import FewSteps
 from diffdistill.timesteps import LogNormal
@@ -29,24 +29,6 @@ SIX_DIGITS = 2e-6  # values that are known to six decimals
 NO_IMAGES = Batch(torch.empty(0))
 
 
-class Tapped(Mixture):
-    """A mixture whose "features" are the noised image itself."""
-
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        return x
-
-
-class LogRatio(nn.Module):
-    """The fixture's best discriminator."""
-
-    def __init__(self, fixture: MixtureFixture) -> None:
-        super().__init__()
-        self.fixture = fixture
-
-    def forward(self, x_t: Tensor) -> Tensor:
-        return self.fixture.log_ratio(x_t)
-
-
 def one_step_draw(z: Tensor, eps: Tensor, sigma: float) -> dict[str, Tensor]:
     t = torch.full((len(z),), sigma, dtype=torch.float64)
     label = torch.zeros(len(z), dtype=torch.int64)
@@ -54,16 +36,10 @@ def one_step_draw(z: Tensor, eps: Tensor, sigma: float) -> dict[str, Tensor]:
 
 
 def test_the_generator_s_gradient_is_that_of_the_reverse_kl():  # A1
-    m, s, theta, tau, sigma = 0.7, 0.5, -0.4, 0.9, 1.3
-    z, eps, weights = pairs(normal_nodes(), normal_nodes())
-    net = Affine([theta], tau, weights)
-    players = Players(generator=Denoiser(net, PATH, "x0"), fake=one_gaussian(theta, tau), teacher=one_gaussian(m, s))
+    at = GaussianFixture()
     method = DMD2(steps=UNIT_STEPS, gan_weight=0.0, normaliser_minimum=NO_NORMALISER)
-    loss = method.generator_loss(players, one_step_draw(z[:, None], eps[:, None], sigma), NO_IMAGES)
-    loss.total.backward()
-    found = NO_NORMALISER / sigma**2 * torch.cat([net.offset.grad, net.gain.grad[None]])
-    a, b = s**2 + sigma**2, tau**2 + sigma**2
-    expected = numbers((theta - m) / a, tau / a - tau / b)
+    found = NO_NORMALISER / at.sigma**2 * at.gradient(method)
+    expected = numbers((at.theta - at.m) / at.A, at.tau / at.A - at.tau / at.B)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)  # the quadrature is exact for polynomials
     torch.testing.assert_close(found, numbers(-0.567010, 0.103918), rtol=0, atol=SIX_DIGITS)
 

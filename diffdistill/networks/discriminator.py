@@ -37,13 +37,19 @@ def _norm_act(channels: int) -> list[nn.Module]:
 
 def make_head(denoiser: Denoiser, image_shape: tuple[int, ...]) -> Head:
     """A head that fits the denoiser's features. Raises UserError if its network has none."""
+    channels, side, *_ = features_shape(denoiser, image_shape)
+    return Head(channels, side)
+
+
+@torch.no_grad()
+def features_shape(denoiser: Denoiser, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[C, h, w] of the denoiser's bottleneck for images of this shape. Raises UserError if its network has none."""
     device = next(denoiser.parameters()).device if any(True for _ in denoiser.parameters()) else "cpu"
     x = torch.zeros(1, *image_shape, device=device)
     t = torch.full((1,), denoiser.path.t_max, device=device, dtype=torch.float64)
     label = torch.zeros(1, dtype=torch.int64, device=device)
     try:
-        with torch.no_grad():
-            features = denoiser(x, t, denoiser.class_cond(label), want="features")
+        features: Tensor = denoiser(x, t, denoiser.class_cond(label), want="features")
     except ValueError as error:
         raise UserError(f"gan: {error}") from error
-    return Head(features.shape[1], features.shape[2])
+    return tuple(features.shape[1:])
