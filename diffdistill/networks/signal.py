@@ -3,13 +3,18 @@
 The student of BOOT (Gu et al. 2023, arXiv:2306.05544): the time is that of its output.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.plain import PlainNetwork
-from diffdistill.schema import Fraction, Positive, schema
+from diffdistill.schema import Fraction, Positive, UserError, schema
+
+BaseNetwork = Annotated[PlainNetwork | GuidedConfig, Field(discriminator="name")]
 
 
 @schema
@@ -17,7 +22,7 @@ class SignalConfig:
     """Settings of `Signal`: y = skip z + output_scale F(input_scale z, t, c), with F the raw output of `base`."""
 
     name: Literal["signal"] = "signal"
-    base: PlainNetwork
+    base: BaseNetwork
     input_scale: Positive = 1.0
     output_scale: float = 1.0
     skip: float = 0.0
@@ -57,3 +62,22 @@ class Signal(nn.Module):
 
     def _read(self, x: Tensor, output: Tensor) -> Tensor:
         return self.config.skip * x + self.config.output_scale * output
+
+
+def signal_config(teacher: Denoiser, network: BaseNetwork) -> SignalConfig:
+    """A student that is given unit noise z and starts, at t_max, as the teacher's estimate from sigma_t_max z.
+
+    network: the teacher's, or one around it.  EDM's skip, which at t_max is next to nothing, is left out: at less noise
+    EDM reads D = c_skip x_t + c_out F with c_skip near 1 and c_out near 0, and so would return the noise.
+    Raises UserError for a teacher that predicts noise, which says nothing of the signal in pure noise.
+    """
+    path, kind = teacher.path, teacher.predicts
+    t = torch.tensor([path.t_max], dtype=torch.float64)
+    sigma = path.sigma(t)
+    if kind == "edm":
+        scale = float(sigma / (sigma**2 + teacher.sigma_data**2).sqrt())
+        return SignalConfig(base=network, input_scale=scale, output_scale=teacher.sigma_data)
+    if kind == "eps":
+        raise UserError("teacher: predicts eps; its signal at pure noise is a small difference of large numbers")
+    skip, one = (float(path.to_x0(torch.full_like(t, value), kind, sigma, t)) for value in (0, 1))
+    return SignalConfig(base=network, input_scale=float(sigma), output_scale=one - skip, skip=skip)
