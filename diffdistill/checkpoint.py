@@ -17,13 +17,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.schema import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+BEST = "best"
 
 
 class CheckpointError(UserError):
@@ -39,10 +40,11 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int) -> FilePath:
+def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None = None) -> FilePath:
     """Write into a temporary folder, fsync, rename; then drop all but the newest `keep`, and any later step's: a run
     that went back to an earlier checkpoint has left those behind.
 
+    best: the name of a checkpoint, this one or an earlier one, that stays as well; the link `best` leads to it.
     Returns the checkpoint's folder. Raises OSError (the disk is full, say) with nothing half written left behind
     and all earlier checkpoints intact.
     """
@@ -68,7 +70,9 @@ def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int) -> F
     found = list_checkpoints(folder)
     end = found.index(target) + 1
     for other in found[: max(0, end - keep)] + found[end:]:
-        _remove(other)
+        if other.name != best:
+            _remove(other)
+    _link_best(folder, best)
     return target
 
 
@@ -104,6 +108,22 @@ def flatten(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def select_group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
     """The part of `flatten`'s result that one group gave."""
     return {name.removeprefix(f"{group}."): t for name, t in tensors.items() if name.startswith(f"{group}.")}
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:
+    """load_state_dict with one readable message. Raises UserError if names or shapes differ."""
+    own = module.state_dict()
+    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if faults:
+        listed = "; ".join(sorted(faults)[:3])
+        raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
+    module.load_state_dict(weights)
 
 
 def find_damage(target: FilePath) -> str | None:
@@ -164,6 +184,18 @@ def _remove(checkpoint: FilePath) -> None:
     doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _link_best(folder: FilePath, best: str | None) -> None:
+    """Let the link lead to the best checkpoint; one that leads nowhere goes."""
+    link = folder / BEST
+    if best and (folder / best).is_dir():
+        new = folder / f".writing-{BEST}-link"
+        new.unlink(missing_ok=True)
+        new.symlink_to(best)
+        new.replace(link)
+    elif link.is_symlink() and not link.exists():
+        link.unlink()
 
 
 def _write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:

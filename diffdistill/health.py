@@ -19,7 +19,7 @@ from diffdistill.data.source import ImageSource
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.losses import denoising_weight
-from diffdistill.method import Players
+from diffdistill.method import Players, Setting
 from diffdistill.path import expand
 from diffdistill.sampling import AnySampler
 from diffdistill.schema import PositiveInt, schema
@@ -118,9 +118,9 @@ class Reference:
         return Reference(float(images.mean()), float(images.std()), mean_distance(images, labels))
 
     @staticmethod
-    def of_source(source: ImageSource, count: int = 512) -> "Reference":
-        """Of `count` images spread over the source."""
-        rows = torch.linspace(0, len(source) - 1, min(count, len(source))).long()
+    def of_source(source: ImageSource, members: Tensor, count: int = 512) -> "Reference":
+        """Of `count` images spread over those numbered `members`."""
+        rows = members[torch.linspace(0, len(members) - 1, min(count, len(members))).long()]
         labels = source.labels
         return Reference.of(source.rows(rows), None if labels is None else labels[rows.to(labels.device)])
 
@@ -144,20 +144,29 @@ class Health:
 
     @torch.no_grad()
     def examine(
-        self, players: Players, student: str, sampler: AnySampler, *, step: int, shape: tuple[int, ...], seed: int
+        self,
+        players: Players,
+        student: str,
+        sampler: AnySampler,
+        setting: Setting,
+        *,
+        step: int,
+        seed: int,
     ) -> dict[str, float]:
         """The signals that these players allow, by name.
 
-        student: the player that makes the images; shape: [C, H, W].  The numbers depend on (seed, step) alone.
+        student: the player that makes the images, of the setting's classes.  The numbers depend on (seed, step) alone.
         """
         generator = players[student]
         device = next(generator.parameters()).device
         rng = Draws(seed, step, torch.arange(self.config.samples, device=device))
-        classes = int(players.teacher.net.num_classes) if "teacher" in players else 0
-        label = torch.arange(self.config.samples, device=device) % min(max(classes, 1), self.config.samples // 8)
-        cond = Cond(label=label) if classes else Cond()
+        num_classes = int(players.teacher.net.num_classes) if "teacher" in players else 0
+        known = torch.tensor(setting.classes or range(max(num_classes, 1)), device=device)
+        label = known[torch.arange(self.config.samples, device=device) % min(len(known), self.config.samples // 8)]
+        cond = Cond(label=label) if num_classes else Cond()
         was_training = generator.training
         generator.eval()
+        shape = setting.image_shape
         x = sampler(generator, rng.normal("health", shape), cond, fresh_noise=rng.fresh_noise(shape))  # type: ignore[arg-type]
         generator.train(was_training)
         signals = {
@@ -181,8 +190,9 @@ class Health:
         for name, value in found.items():
             band = BANDS[name.partition(":")[0]]
             is_outside = not band.low <= value <= band.high  # NaN is outside too
-            self._outside[name] = self._outside.get(name, 0) + 1 if is_outside else 0
-            if step > self.config.warmup_steps and self._outside[name] == self.config.patience:
+            counts = is_outside and step > self.config.warmup_steps
+            self._outside[name] = self._outside.get(name, 0) + 1 if counts else 0
+            if self._outside[name] == self.config.patience:
                 words = band.too_low if value < band.low else band.too_high
                 limits = f"healthy: {band.low:g} to {band.high:g}"
                 said.append(f"step {step}: {name} = {value:.4g} ({limits}): {words}")

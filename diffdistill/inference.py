@@ -9,9 +9,12 @@ from torch import Tensor
 
 from diffdistill.checkpoint import is_disk_full
 from diffdistill.draws import Draws
+from diffdistill.guidance import Guidance
 from diffdistill.model import TrainedModel, load_model
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
+
+NO_CLASS = "none: it is unconditional"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def sample_grid(
     count: int,
     label: int | None = None,
     seed: int = 0,
-    guidance: float = 1.0,
+    guidance: Guidance = 1.0,
     ema: str | None = None,
 ) -> SampledGrid:
     """Sample `count` images from a run or checkpoint and write a grid.
@@ -53,20 +56,22 @@ def sample_grid(
 
 @torch.no_grad()
 def sample_images(
-    model: TrainedModel, *, count: int, label: int | None = None, seed: int = 0, guidance: float = 1.0, batch: int = 256
+    model: TrainedModel, *, count: int, label: int | None = None, seed: int = 0, guidance: Guidance = 1.0, batch: int = 256
 ) -> Tensor:
     """[count, C, H, W] in [-1, 1]. Image i depends on (seed, i) and its class alone, not on the batch size."""
-    classes = model.spec.num_classes
-    if label is not None and not 0 <= label < classes:
-        known = f"0 to {classes - 1}" if classes else "none: it is unconditional"
-        raise UserError(f"--label {label}: unknown class; the model knows {known}")
+    num_classes = model.spec.num_classes
+    classes = model.spec.classes or tuple(range(num_classes))
+    if label is not None and label not in classes:
+        several = ", ".join(map(str, classes)) if model.spec.classes else f"0 to {num_classes - 1}"
+        raise UserError(f"--label {label}: unknown class; the model knows {several if classes else NO_CLASS}")
     if guidance != 1 and not model.denoiser.net.knows_unconditional:
         raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
+    known = torch.tensor(classes or (0,))
     made = []
     for first in range(0, count, batch):
         index = torch.arange(first, min(first + batch, count))
         rng = Draws(seed, 0, index)
-        chosen = index % max(classes, 1) if label is None else torch.full_like(index, label)
+        chosen = known[index % len(known)] if label is None else torch.full_like(index, label)
         made.append(
             model.spec.sampler(
                 model.denoiser,

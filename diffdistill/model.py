@@ -1,16 +1,31 @@
 """Denoisers on disk: what a checkpoint says about its network, and how a run's weights become a Denoiser."""
 
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
+from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from diffdistill.checkpoint import MANIFEST, STATE, CheckpointError, list_checkpoints, load_checkpoint, select_group
-from diffdistill.config import ModelConfig, validate
+from diffdistill.checkpoint import (
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    load_strictly,
+    select_group,
+    write_text_atomically,
+)
+from diffdistill.config import ModelConfig, dump, validate
 from diffdistill.denoiser import Denoiser, freeze
+from diffdistill.router import AnyRouter, ClassRouter, RoutedDenoiser
 from diffdistill.sampling import AnySampler
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+
+ROUTER = "router.json"
 
 
 @schema
@@ -22,6 +37,7 @@ class ModelSpec:
     num_classes: int
     class_dropout: Fraction
     sampler: AnySampler
+    classes: tuple[int, ...] = ()  # that it was trained on; empty for all
 
     def build(self) -> Denoiser:
         """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
@@ -39,11 +55,14 @@ class TrainedModel:
 
 
 def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
-    """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder.
+    """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder; or, from a folder
+    that `join_students` wrote, all of its students as one.
 
     use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
     Raises UserError if there is none or it is damaged.
     """
+    if is_routed(FilePath(place)):
+        return _load_students(FilePath(place), use_ema=use_ema, ema=ema)
     target = find_checkpoint(FilePath(place))
     named = f"ema-{ema}" if ema else "ema"
     checkpoint = load_checkpoint(target, groups=("players", named))
@@ -58,6 +77,72 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     load_strictly(denoiser, weights, origin=str(target))
     freeze(denoiser)
     return TrainedModel(denoiser, spec, target)
+
+
+@schema
+class Students:
+    """router.json. students: places of runs or checkpoints, from the file's folder, by number."""
+
+    format: Literal[1] = 1
+    router: AnyRouter
+    students: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def is_routed(place: FilePath) -> bool:
+    """Whether a folder holds several students behind a router."""
+    return (place / ROUTER).is_file()
+
+
+def join_students(folder: FilePath, places: Sequence[FilePath], router: AnyRouter | None = None) -> FilePath:
+    """Write folder/router.json, so that `load_model(folder)` is all of these students as one model.
+
+    router: default by class, as the students' own classes say.  Returns the file.
+    Raises UserError unless the students are alike and, by class, every class has exactly one of them.
+    """
+    models = [load_model(place) for place in places]
+    _check_alike(models)
+    router = router or _class_router(models)
+    folder.mkdir(parents=True, exist_ok=True)
+    students = Students(router=router, students=tuple(os.path.relpath(place, folder) for place in places))
+    write_text_atomically(folder / ROUTER, json.dumps(dump(students), indent=1) + "\n")
+    return folder / ROUTER
+
+
+def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> TrainedModel:
+    try:
+        data = json.loads((folder / ROUTER).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / ROUTER}: not valid JSON: {error}") from None
+    students = validate(Students, data, origin=str(folder / ROUTER))
+    models = [load_model(folder / place, use_ema=use_ema, ema=ema) for place in students.students]
+    _check_alike(models)
+    unknown = set(getattr(students.router, "table", range(4))) - set(range(len(models)))
+    if unknown:
+        raise UserError(f"{folder / ROUTER}: the router names student {min(unknown)}, of {len(models)} students")
+    denoiser = RoutedDenoiser([model.denoiser for model in models], students.router)
+    freeze(denoiser)
+    return TrainedModel(denoiser, replace(models[0].spec, classes=()), folder)
+
+
+def _check_alike(models: Sequence[TrainedModel]) -> None:
+    """Raise UserError unless the models differ in weights and classes alone."""
+    first, *others = models
+    for other in others:
+        if replace(other.spec, classes=()) != replace(first.spec, classes=()):
+            raise UserError(f"{other.source}: another network, image shape or sampler than {first.source}")
+
+
+def _class_router(models: Sequence[TrainedModel]) -> ClassRouter:
+    owner: dict[int, int] = {}
+    for number, model in enumerate(models):
+        for label in model.spec.classes or range(model.spec.num_classes):
+            if label in owner:
+                raise UserError(f"class {label} is of {models[owner[label]].source} and of {model.source}; give one")
+            owner[label] = number
+    missing = sorted(set(range(models[0].spec.num_classes)) - owner.keys())
+    if missing or not owner:
+        raise UserError(f"no student knows the classes {missing}" if owner else "these models know no classes")
+    return ClassRouter(table=tuple(owner[label] for label in sorted(owner)))
 
 
 @dataclass(frozen=True)
@@ -99,19 +184,3 @@ def find_checkpoint(place: FilePath) -> FilePath:
     if not found:
         raise CheckpointError(f"{place}: holds no checkpoint (looked for {place}/checkpoints/step-*)")
     return found[-1]
-
-
-def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], *, origin: str) -> None:
-    """load_state_dict with one readable message. Raises UserError if names or shapes differ."""
-    own = module.state_dict()
-    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if faults:
-        listed = "; ".join(sorted(faults)[:3])
-        raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
-    module.load_state_dict(weights)

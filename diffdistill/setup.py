@@ -11,7 +11,7 @@ from diffdistill.checkpoint import list_checkpoints
 from diffdistill.config import RunConfig, TrainConfig
 from diffdistill.data.source import ImageSource
 from diffdistill.method import Method, Setting
-from diffdistill.model import ModelSpec, TrainedModel, load_model, load_players
+from diffdistill.model import ModelSpec, TrainedModel, is_routed, load_model, load_players
 from diffdistill.schema import UserError
 
 
@@ -38,6 +38,8 @@ def load_teacher(place: str | None, device: torch.device) -> TrainedModel | None
     """The frozen teacher in a run's folder or checkpoint."""
     if place is None:
         return None
+    if is_routed(FilePath(place)):
+        raise UserError(f"teacher = {place!r}: several students behind a router; name one model")
     teacher = load_model(place)
     teacher.denoiser.to(device)
     return teacher
@@ -63,6 +65,7 @@ def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None)
     if spec.model.path != setting.path:
         raise UserError("model.path: must be the teacher's")
     setting = replace(setting, classes=method.classes(setting, source))
+    spec = replace(spec, classes=setting.classes)
     if config.model is None and teacher and spec.model == teacher.spec.model:
         return spec, setting
     with seeded(config.train.seed):

@@ -20,6 +20,7 @@ from diffdistill.checkpoint import (
     flatten,
     list_checkpoints,
     load_checkpoint,
+    load_strictly,
     save_checkpoint,
     select_group,
     write_tensors_atomically,
@@ -33,26 +34,23 @@ from diffdistill.ema import EMA
 from diffdistill.health import Health, Reference
 from diffdistill.log import Meter, RunLog
 from diffdistill.method import Batch, Loss, Players, Update
-from diffdistill.model import load_strictly
-from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer, trainable
 from diffdistill.preview import preview_panels, save_panels
 from diffdistill.schema import UserError
 from diffdistill.setup import check_batch, check_labels, check_optimizers, find_start, load_teacher, seeded, settle
 from diffdistill.speed import apply_speed
 from diffdistill.stopping import StopRequested, stop_signals
+from diffdistill.watch import make_watch
 
 LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
 PLACES = ("data.cache", "data.path", "data.root", "data.download", "data.labels_file")  # the content must stay
+FREE_GROUPS = ("run", "health", "trackers", "eval")
 FREE_TO_CHANGE = (
-    "run",
-    "health",
-    "trackers",
     *PLACES,
-    *(f"health.{name}" for name in ("every", "samples", "patience", "warmup_steps")),
     *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
     *(f"speed.{name}" for name in ("activation_checkpointing", "compile", "channels_last", "ema_device")),
 )
-"""Settings that a resumed run may change."""
+"""Settings that a resumed run may change, beside whole groups."""
 
 
 class TrainingError(RuntimeError):
@@ -102,18 +100,21 @@ class Trainer:
         self.trained = {name: module.to(self.device).train() for name, module in modules.items() if name in trained}
         self.followers = {name: freeze(m.to(self.device)) for name, m in modules.items() if name not in trained}
         apply_speed(config.speed, self.trained, self.setting.teacher)
-        self.parameters = {name: list(module.parameters()) for name, module in self.trained.items()}
+        self.parameters = {name: trainable(module) for name, module in self.trained.items()}
         self.players = Players(**teachers, **self.trained, **self.followers)
         self.optimizers = {name: make_optimizer(m, config.optimizer(name)) for name, m in self.trained.items()}
         ema_device = self.device if config.speed.ema_device == "same" else torch.device("cpu")
         student = self.trained[self.method.student]
         self.emas = {group: EMA(student, settings, ema_device) for group, settings in config.emas.items()}
+        self.watch = make_watch(config.eval, self.folder, student, self.spec, self.device)
         self.step = 0
         self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
         self.stored: dict[str, Tensor] = {}
         self._meter = Meter()
         is_watched = config.health and self.teacher and self.method.keeps_teacher
-        self.health = Health(config.health, Reference.of_source(self.source)) if is_watched else None  # type: ignore[arg-type]
+        self.health = (
+            Health(config.health, Reference.of_source(self.source, self.order.members)) if is_watched else None
+        )  # type: ignore[arg-type]
         if checkpoint:
             self._restore(checkpoint)
 
@@ -164,7 +165,8 @@ class Trainer:
                     self.report(log)
                 if train.preview_every and (self.step % train.preview_every == 0 or last):
                     log.preview(self.step, self.save_preview())
-                if self.step % train.checkpoint_every == 0 or last or is_stopping:
+                is_best = self.watch.examine(self, is_last=last, log=log)
+                if self.step % train.checkpoint_every == 0 or last or is_stopping or is_best:
                     self.save()
                 if is_stopping:
                     raise StopRequested(stopping[0], self.step, self.folder)
@@ -193,9 +195,8 @@ class Trainer:
             health
             and self.step // health.config.every > (self.step - self.config.train.log_every) // health.config.every
         ):
-            sampler, seed = self.method.sampler(self.setting), self.config.train.seed
-            shape, student = self.setting.image_shape, self.method.student
-            signals = health.examine(self.players, student, sampler, step=self.step, shape=shape, seed=seed)
+            sampler, student, seed = self.method.sampler(self.setting), self.method.student, self.config.train.seed
+            signals = health.examine(self.players, student, sampler, self.setting, step=self.step, seed=seed)
             for warning in health.judge(self.step, signals, values):
                 log.warn(warning)
             values |= {f"health/{name}": value for name, value in signals.items()}
@@ -217,8 +218,8 @@ class Trainer:
             "data": self.source.key,
             "teacher": self.teacher_source,
         }
-        keep = self.config.train.keep_checkpoints
-        return save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=keep)
+        keep, best = self.config.train.keep_checkpoints, self.watch.best(self.step)
+        return save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=keep, best=best)
 
     def save_preview(self) -> FilePath:
         """previews/step-*.png: the student's samples, and the other players' view of them."""
@@ -350,7 +351,7 @@ class Trainer:
         changed = [
             f"{key}: was {old!r}, now {new!r}"
             for key, old, new in differences(dump(before), dump(self.config))
-            if key not in FREE_TO_CHANGE
+            if key not in FREE_TO_CHANGE and key.partition(".")[0] not in FREE_GROUPS
         ]
         if changed:
             raise UserError(f"{self.start}: the config has changed since:\n  " + "\n  ".join(changed))

@@ -48,6 +48,58 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "tsm": f"""
+method: {{name: tsm, student_sampler: {{name: heun, num_steps: 3, rho: 5}}}}
+model:
+  network: {{name: mlp, width: 16, blocks: 1}}
+  path: {{name: edm, sigma_min: 0.02, sigma_max: 20}}
+  sigma_data: 0.75
+optimizers:
+  student: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "msd": f"""
+method:
+  name: msd
+  base: {{name: dmd2, steps: {{init_ratio: 2.5}}, fake_updates: 2, gan_weight: 0.03}}
+  num_students: 2
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "disback": f"""
+method:
+  name: disback
+  base: {{name: dmd2, steps: {{init_ratio: 2.5}}, fake_updates: 2, gan_weight: 0.03}}
+  path_length: 3
+  recording_interval: 2
+  backtracking_interval: 1
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "agd": f"""
+method:
+  name: agd
+  adapter: {{width: 8, placement: all}}
+  steps: {{name: heun, num_steps: 3, rho: 5}}
+  guidance: [1, 4]
+  trajectories: 6
+optimizers:
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "guidance_distill": f"""
+method:
+  name: guidance_distill
+  steps: {{name: heun, num_steps: 3, rho: 5}}
+  width: 8
+optimizers:
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
 }
 
 

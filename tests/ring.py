@@ -4,16 +4,18 @@ Eight modes of standard deviation 0.12 on the unit circle, modes 2c and 2c + 1 i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffdistill.data.source import TensorImages
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.losses import denoising_loss
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.method import Batch, Method, Players, Setting
 from diffdistill.networks.analytic import Mixture, mixture_denoiser
 from diffdistill.path import EDM
 from diffdistill.timesteps import Karras
@@ -85,29 +87,35 @@ class RingResult:
         return sharp and self.energy <= 0.0015 and self.class_energy <= 0.006
 
 
-def train_ring(method: object, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> RingResult:
+def train_ring(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> RingResult:
     """Run a method's own losses and updates from a Gaussian generator; num_steps generator updates."""
+    return measure_ring(trained_generator(method, seed=seed, num_steps=num_steps, lr=lr))
+
+
+def trained_generator(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> nn.Module:
+    """The average of the generator's weights after `num_steps` of its updates."""
     torch.manual_seed(seed)
-    teacher = ring_teacher()
-    players = Players(teacher=teacher, generator=RingGenerator(), fake=Denoiser(RingScore(), PATH, "edm"))
-    _fit_to_teacher(players)
-    setting = Setting((2,), NUM_CLASSES, PATH, teacher=teacher)
-    trained = {name for update in method.updates for name in update.players}  # type: ignore[attr-defined]
+    setting = ring_setting(method)
+    players = Players(teacher=setting.teacher, **method.players(setting))  # type: ignore[arg-type]
+    stored = method.prepare(setting, seed)
+    with torch.no_grad():
+        method.begin(players, stored)
+    trained = {name for update in method.updates for name in update.players}
     optimizers = {name: torch.optim.Adam(players[name].parameters(), lr=lr, betas=(0.0, 0.999)) for name in trained}
     average = [p.detach().clone() for p in players.generator.parameters()]
-    total = num_steps * max(update.every for update in method.updates)  # type: ignore[attr-defined]
+    total = num_steps * max(update.every for update in method.updates)
     for step in range(total):
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / total))
         rng = Draws(seed, step, torch.arange(step * BATCH, (step + 1) * BATCH))
-        draw = method.draw(rng, setting)  # type: ignore[attr-defined]
-        batch = _real_batch(rng, teacher)
-        for update in method.updates:  # type: ignore[attr-defined]
+        draw = method.draw(rng, setting)
+        batch = replace(_real_batch(rng, players.teacher), stored=stored)
+        for update in method.updates:
             if step % update.every:
                 continue
             for name in trained:
                 players[name].requires_grad_(name in update.players)
-            loss = getattr(method, update.loss)(players, draw, batch)
+            loss = method.call(update.loss, players, draw, batch)
             loss.total.backward()
             draw |= loss.carry
             for name in update.players:
@@ -115,9 +123,22 @@ def train_ring(method: object, *, seed: int = 0, num_steps: int = 400, lr: float
                 optimizers[name].zero_grad()
             if "generator" in update.players:
                 torch._foreach_lerp_(average, [p.data for p in players.generator.parameters()], 0.02)
+        with torch.no_grad():
+            method.after_step(players, stored, step + 1)
     for parameter, value in zip(players.generator.parameters(), average, strict=True):
         parameter.data.copy_(value)
-    return measure_ring(players.generator)
+    return players.generator
+
+
+def ring_setting(method: Method) -> Setting:
+    """The exact teacher, and players that can be trained where a run has copies of its teacher."""
+    teacher, generator, score = ring_teacher(), RingGenerator(), Denoiser(RingScore(), PATH, "edm")
+    _fit_to_teacher(score, teacher)
+    initial: dict[str, Any] = {"generator": generator, "fake": score, "score": score}
+    setting = Setting((2,), NUM_CLASSES, PATH, teacher=teacher, initial=initial, batch_size=BATCH)
+    labels = torch.arange(NUM_CLASSES)
+    source = TensorImages(ring_means()[:: NUM_MODES // NUM_CLASSES].float(), labels)
+    return replace(setting, classes=method.classes(setting, source))
 
 
 @torch.no_grad()
@@ -155,15 +176,15 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return float(2 * torch.cdist(a, b).mean() - inside(a) - inside(b))
 
 
-def _fit_to_teacher(players: Players, num_steps: int = 200) -> None:
+def _fit_to_teacher(score: Denoiser, teacher: Denoiser, num_steps: int = 200) -> None:
     """Start the fake score where distillation starts it: at the teacher."""
-    optimizer = torch.optim.Adam(players.fake.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(score.parameters(), lr=2e-3)
     for step in range(num_steps):
         rng = Draws(7, step, torch.arange(BATCH))
-        batch = _real_batch(rng, players.teacher)
+        batch = _real_batch(rng, teacher)
         t, eps = TIME_LAW(rng.uniform("t"), PATH), rng.normal("eps", (2,))
         optimizer.zero_grad()
-        denoising_loss(players.fake, batch.images, eps, t, batch.cond, weight="edm").backward()
+        denoising_loss(score, batch.images, eps, t, batch.cond, weight="edm").backward()
         optimizer.step()
 
 

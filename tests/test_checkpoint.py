@@ -22,12 +22,13 @@ from diffdistill.checkpoint import (
     find_damage,
     list_checkpoints,
     load_checkpoint,
+    load_strictly,
     save_checkpoint,
 )
 from diffdistill.cli import app
 from diffdistill.config import RunConfig
 from diffdistill.log import RunLog
-from diffdistill.model import find_checkpoint, load_model, load_strictly
+from diffdistill.model import find_checkpoint, load_model
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.schema import UserError
 from diffdistill.trainer import Trainer

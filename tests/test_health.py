@@ -72,8 +72,13 @@ def test_drift_and_contrast_are_measured_in_standard_deviations_of_the_data() ->
     health = Health(HealthConfig(samples=512), Reference.of(images(0.2, 0.5), None))
     student = Denoiser(MLPConfig(width=8, blocks=1).build(SHAPE, 0, 0.0), EDM(), "edm")
     found = health.examine(
-        Players(generator=student), "generator", lambda *_, **__: images(0.7, 0.25, 512), step=0, shape=SHAPE, seed=0
-    )  # type: ignore[arg-type]
+        Players(generator=student),
+        "generator",
+        lambda *_, **__: images(0.7, 0.25, 512),  # type: ignore[arg-type]
+        Setting(SHAPE, 0, EDM()),
+        step=0,
+        seed=0,
+    )
     assert found["mean_drift"] == pytest.approx(1.0, abs=0.02)
     assert found["std_ratio"] == pytest.approx(0.5, abs=0.02)
     assert found["diversity"] == pytest.approx(0.5, abs=0.02)
@@ -82,8 +87,23 @@ def test_drift_and_contrast_are_measured_in_standard_deviations_of_the_data() ->
 def test_an_examination_leaves_the_generator_in_training_mode() -> None:
     student = Denoiser(MLPConfig(width=8, blocks=1).build(SHAPE, 0, 0.0), EDM(), "edm").train()
     health = Health(HealthConfig(samples=8), NO_REFERENCE)
-    health.examine(Players(generator=student), "generator", FewSteps(), step=0, shape=SHAPE, seed=0)
+    health.examine(Players(generator=student), "generator", FewSteps(), Setting(SHAPE, 0, EDM()), step=0, seed=0)
     assert student.training
+
+
+def test_a_run_about_some_classes_is_examined_on_these_alone() -> None:
+    seen: list[Tensor] = []
+
+    def sampler(generator: Denoiser, noise: Tensor, cond: Cond, **_: object) -> Tensor:
+        assert cond.label is not None
+        seen.append(cond.label)
+        return noise
+
+    student = Denoiser(MLPConfig(width=8, blocks=1).build(SHAPE, 5, 0.0), EDM(), "edm")
+    players = Players(generator=student, teacher=student)
+    setting = Setting(SHAPE, 5, EDM(), teacher=student, classes=(4, 1))
+    Health(HealthConfig(samples=32), NO_REFERENCE).examine(players, "generator", sampler, setting, step=0, seed=0)  # type: ignore[arg-type]
+    assert seen[0].tolist() == 16 * [4, 1]
 
 
 def said(config: HealthConfig, values: list[float], name: str = "std_ratio") -> list[int]:
@@ -103,6 +123,12 @@ def test_nan_is_outside_every_band() -> None:
 def test_nothing_is_said_in_the_warm_up() -> None:
     health = Health(HealthConfig(patience=1, warmup_steps=100), NO_REFERENCE)
     assert health.judge(100, {"std_ratio": 9.0}, {}) == []
+
+
+def test_what_is_outside_from_the_start_is_said_soon_after_the_warm_up() -> None:
+    health = Health(HealthConfig(patience=2, warmup_steps=100), NO_REFERENCE)
+    said_at = [step for step in range(50, 350, 50) if health.judge(step, {"cosine": 1.0}, {})]
+    assert said_at == [200]
 
 
 def test_a_warning_names_the_signal_its_value_its_band_and_what_to_try() -> None:

@@ -1,0 +1,132 @@
+"""DisBack: Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation.
+
+Zhang et al. 2024, arXiv:2408.15991.  Implemented: degradation recording (the teacher is trained on the images of the
+initial generator, and copies of it on the way there are kept) and backtracking (the base method distils from each copy
+in turn, the most degraded first, and at last from the teacher), around any method with a fake score.
+The released code loads its copies under names that match no weight, without strictness, and so keeps the teacher as
+the target; here every load is strict.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffdistill.checkpoint import flatten, load_strictly, select_group
+from diffdistill.denoiser import Denoiser, freeze
+from diffdistill.draws import Draws
+from diffdistill.losses import DenoisingWeight, denoising_loss
+from diffdistill.method import Batch, Draw, Method, Players, Setting
+from diffdistill.schema import Positive, PositiveInt, UserError, field, schema
+from diffdistill.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.wrapper import Wrapper, default_base, methods_above
+
+if TYPE_CHECKING:
+    AnyBase = Method
+else:
+    AnyBase = methods_above("disback")
+
+
+@schema
+class DisBack(Wrapper):
+    """The path phi_0 (the teacher), phi_1, ..., phi_N (nearly the score of the initial generator), then back along it.
+
+    base: the method that distils from each target.  path_length: N; 0 is the base method, bit for bit.
+    recording_interval: training steps from one of the path to the next.  recording_lr, recording_time_law,
+    recording_weight: of that training.  backtracking_interval: generator updates against each target.
+    """
+
+    name: Literal["disback"] = "disback"
+    base: AnyBase = field(default_factory=default_base)
+    path_length: Annotated[int, Field(ge=0)] = 5
+    recording_interval: PositiveInt = 100  # the released script for SDXL
+    recording_lr: Positive = 1e-4  # not given for other data
+    recording_time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    recording_weight: DenoisingWeight = "edm"
+    backtracking_interval: PositiveInt = 1000  # the released script for SDXL
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        """The base's, and where the path has inner points `target`, which holds the one that it distils from."""
+        made = self.base.players(setting)
+        if self.path_length and "fake" not in made:
+            raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, which would start on the path")
+        return made | ({"target": _score(setting)} if self.path_length > 1 else {})
+
+    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+        """What the base prepares, and the path: phi_i as "path i.<weight>"."""
+        stored = self.base.prepare(setting, seed)
+        for i, score in enumerate(self._degrade(setting, seed), start=1):
+            stored |= flatten({f"path {i}": score.state_dict()})
+        return stored
+
+    def begin(self, players: Players, stored: Mapping[str, Tensor]) -> None:
+        """The fake score starts at the end of the path, the target one before it.  Algorithm 2."""
+        self.base.begin(players, _of_base(stored))
+        if self.path_length:
+            _load(players.fake, stored, self.path_length)
+        if self.position(0):
+            _load(players.target, stored, self.position(0))
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        return self.base.draw(rng, setting) | {"position": torch.tensor(self.position(rng.step))}
+
+    def call(self, function: str, players: Players, draw: Draw, batch: Batch) -> Any:
+        """The base's loss, which takes the target for its teacher."""
+        if draw["position"]:
+            players = Players(**{**players, "teacher": players.target})
+        return self.base.call(function, players, draw, replace(batch, stored=_of_base(batch.stored)))
+
+    def after_step(self, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
+        self.base.after_step(players, _of_base(stored), step)
+        position = self.position(step)
+        if position and position != self.position(step - 1):
+            _load(players.target, stored, position)
+
+    def position(self, step: int) -> int:
+        """Which of the path is the target of iteration `step`: N - 1, N - 2, ..., and 0, the teacher, for the rest."""
+        every = next(update.every for update in self.base.updates if self.base.student in update.players)
+        return max(self.path_length - 1 - step // (self.backtracking_interval * every), 0)
+
+    def _degrade(self, setting: Setting, seed: int) -> Iterator[Denoiser]:
+        """phi_1, ..., phi_N: the teacher on its way to the initial generator's images.  Algorithm 1."""
+        if not self.path_length:
+            return
+        generator = freeze(setting.copies(self.student)[self.student])
+        score = _score(setting).eval()  # without dropout, so without random state
+        if score.autocast is not None:  # stored in bfloat16, which is too coarse to be trained
+            score.float().autocast = None
+        optimizer = torch.optim.Adam(score.parameters(), lr=self.recording_lr, betas=(0.0, 0.999))
+        device = next(score.parameters()).device
+        sampler, shape = self.base.sampler(setting), setting.image_shape
+        for step in range(1, self.path_length * self.recording_interval + 1):
+            rng = Draws(seed, step, torch.arange(setting.batch_size, device=device))
+            cond = score.class_cond(setting.label_of(rng.uniform("recording label")))
+            with torch.no_grad():
+                x = sampler(generator, rng.normal("recording z", shape), cond, fresh_noise=rng.fresh_noise(shape))
+            t = self.recording_time_law(rng.uniform("recording t"), setting.path)
+            loss = denoising_loss(score, x, rng.normal("recording eps", shape), t, cond, weight=self.recording_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % self.recording_interval == 0:
+                yield deepcopy(score).cpu()
+
+
+def _score(setting: Setting) -> Denoiser:
+    """A trainable copy of the teacher, or of the smaller one that this run starts from."""
+    score = setting.copies("score")["score"]
+    assert isinstance(score, Denoiser)
+    return score
+
+
+def _load(module: nn.Module, stored: Mapping[str, Tensor], i: int) -> None:
+    """Put phi_i into a player. Raises UserError if the weights are not exactly its own."""
+    load_strictly(module, select_group(stored, f"path {i}"), origin=f"prepared.safetensors (path {i})")
+
+
+def _of_base(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in stored.items() if not name.startswith("path ")}

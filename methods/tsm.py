@@ -1,0 +1,68 @@
+"""Teacher score matching: a smaller network learns its teacher's denoiser.  Song et al. 2024, arXiv:2410.23274.
+
+The first of three stages for students smaller than their teacher (see msd.py): generator and fake score of a later run
+begin as this network (`init`). Implemented: the loss on noised real images. lambda_t is not given there; it is EDM's
+by default.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.draws import Draws
+from diffdistill.losses import DenoisingWeight, denoising_weight
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.path import expand
+from diffdistill.sampling import AnySampler, Heun
+from diffdistill.schema import Fraction, UserError, field, schema
+from diffdistill.timesteps import AnyTimeLaw, LogNormal
+
+
+@schema
+class TSM(Method):
+    """time_law: noise levels; weight: lambda_t, of ||D - D_teacher||^2.
+
+    class_dropout: share of samples without their class, if the teacher knows "no class"; student_sampler: how the
+    network's samples are made, which is a diffusion model still.
+    """
+
+    name: Literal["tsm"] = "tsm"
+    time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    weight: DenoisingWeight = "edm"
+    class_dropout: Fraction = 0.1
+    student_sampler: AnySampler = field(default_factory=Heun)
+
+    student = "student"
+    needs_images = True
+    trains_network = True
+    updates = (Update(("student",), "student_loss"),)
+
+    def sampler(self, setting: Setting) -> AnySampler:
+        return self.student_sampler
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        if setting.network is None:
+            raise UserError("model: tsm needs the student's network")
+        return {"student": setting.network}
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        return {
+            "t": self.time_law(rng.uniform("t"), setting.path),
+            "eps": rng.normal("eps", setting.image_shape),
+            "is_dropped": rng.uniform("class dropout") < self.class_dropout,
+        }
+
+    def student_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """lambda_t ||D(x_t, t, c) - D_teacher(x_t, t, c)||^2, x_t from noised real images."""
+        student, teacher, t, cond = players.student, players.teacher, draw["t"], batch.cond
+        if cond.label is not None and teacher.net.knows_unconditional:
+            null = torch.full_like(cond.label, int(teacher.net.num_classes))
+            cond = replace(cond, label=torch.where(draw["is_dropped"], null, cond.label))
+        x_t = teacher.path.diffuse(batch.images, draw["eps"], t)
+        with torch.no_grad():
+            target = teacher(x_t, t, cond)
+        scale = denoising_weight(self.weight, teacher.path, t, teacher.sigma_data)
+        loss = (expand(scale, x_t) * (student(x_t, t, cond) - target) ** 2).mean()
+        return Loss(loss, {"matching": loss.detach()})

@@ -1,0 +1,239 @@
+"""DisBack: the recorded path, the way back along it, and that it is the base method where there is no path."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exact import random
+from ring import INIT_RATIO, TIME_LAW, train_ring
+from torch import Tensor, nn
+
+from diffdistill.checkpoint import flatten, select_group
+from diffdistill.config import RunConfig
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.draws import Draws
+from diffdistill.method import Batch, Players, Setting
+from diffdistill.methods.disback import DisBack
+from diffdistill.methods.dmd2 import DMD2
+from diffdistill.path import EDM, expand
+from diffdistill.sampling import FewSteps
+from diffdistill.schema import UserError
+from diffdistill.timesteps import LogNormal
+from diffdistill.trainer import Trainer
+
+MakeConfig = Callable[..., RunConfig]
+
+PATH = EDM()
+BASE = DMD2(gan_weight=0.0, fake_updates=2)
+METHOD = DisBack(base=BASE, path_length=4, recording_interval=30, recording_lr=0.02, backtracking_interval=3)
+
+
+class Gaussian(nn.Module):
+    """The exact denoiser of N(mean, exp(log_std)^2), both trainable: an affine `Network` that predicts x0."""
+
+    accepts: frozenset[str] = frozenset()
+    num_classes = 0
+    knows_unconditional = False
+    resolution_multiple = 1
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.log_std = nn.Parameter(torch.tensor(std, dtype=torch.float64).log())
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        noise = expand(PATH.time_of_input(time_input) ** 2, x).double()
+        variance = (2 * self.log_std).exp()
+        return (variance * x + noise * self.mean) / (variance + noise)
+
+
+def gaussian(mean: float, std: float) -> Denoiser:
+    return Denoiser(Gaussian(mean, std), PATH, "x0")
+
+
+def setting(initial: Denoiser | None = None) -> Setting:
+    """A teacher N(0.7, 0.5^2) in eight dimensions; its one step at sigma 2.5 makes far narrower samples."""
+    start = {} if initial is None else {"generator": initial, "fake": initial}
+    return Setting((8,), 0, PATH, teacher=gaussian(0.7, 0.5).requires_grad_(False), initial=start, batch_size=256)
+
+
+def laws(stored: dict[str, Tensor], length: int) -> list[tuple[float, float]]:
+    """Mean and standard deviation of each score's law, the teacher's first."""
+    found = [select_group(stored, f"path {i}") for i in range(1, length + 1)]
+    return [(0.7, 0.5), *((float(w["net.mean"]), float(w["net.log_std"].exp())) for w in found)]
+
+
+def divergence(law: tuple[float, float], teacher: tuple[float, float]) -> float:
+    """KL(law || teacher) of two Gaussians."""
+    (mean, std), (m, s) = (torch.tensor(x, dtype=torch.float64) for x in (law, teacher))
+    return float((s / std).log() + (std**2 + (mean - m) ** 2) / (2 * s**2) - 0.5)
+
+
+def test_the_path_leaves_the_teacher_s_law_step_by_step():
+    stored = METHOD.prepare(setting(gaussian(-0.4, 0.9)), seed=0)
+    away = [divergence(law, (0.7, 0.5)) for law in laws(stored, 4)]
+    assert away == sorted(away)
+    assert away[0] == 0
+    assert away[-1] > 1
+
+
+def test_the_path_ends_at_the_law_of_the_initial_generator():
+    # One step of N(m, s^2) at sigma is m + s^2 / (s^2 + sigma^2) (x - m) at x ~ N(0, sigma^2).
+    mean, std, sigma = -0.4, 0.9, 2.5
+    gain = std**2 / (std**2 + sigma**2)
+    method = replace(METHOD, recording_interval=200, recording_time_law=LogNormal(mean=-1.2, std=0.6))
+    [*_, last] = laws(method.prepare(setting(gaussian(mean, std)), seed=0), 4)
+    # 256 samples of 8 numbers a step: their noise, at a constant rate of 0.02, is a few hundredths.
+    assert last == pytest.approx((mean * (1 - gain), gain * sigma), abs=0.05)
+
+
+def test_the_fake_score_starts_at_the_end_of_the_path_and_the_target_one_before():
+    here = setting()
+    stored = METHOD.prepare(here, seed=0)
+    players = Players(teacher=here.teacher, **METHOD.players(here))
+    METHOD.begin(players, stored)
+    for player, i in (("fake", 4), ("target", 3)):
+        weights = select_group(stored, f"path {i}")
+        assert all(torch.equal(value, weights[name]) for name, value in players[player].state_dict().items())
+
+
+def test_the_target_is_not_the_teacher():
+    here = setting()
+    players = Players(teacher=here.teacher, **METHOD.players(here))
+    METHOD.begin(players, METHOD.prepare(here, seed=0))
+    x, t = random(5, 8), torch.full((5,), 0.5, dtype=torch.float64)
+    gap = (players.target(x, t) - players.teacher(x, t)).abs().min()
+    assert gap > 0.01
+
+
+def test_weights_under_other_names_are_refused():
+    # What the released code does: the state of a module around the score, read without strictness.
+    here = setting()
+    stored = METHOD.prepare(here, seed=0)
+    foreign = flatten(
+        {f"path {i}": {f"fake_unet.{k}": v for k, v in select_group(stored, f"path {i}").items()} for i in range(1, 5)}
+    )
+    players = Players(teacher=here.teacher, **METHOD.players(here))
+    with pytest.raises(UserError, match=r"path 4.*fake_unet.net.log_std is unknown"):
+        METHOD.begin(players, foreign)
+
+
+def test_the_targets_go_back_to_the_teacher_and_stay_there():
+    # Three generator updates against each, of which there is one in two iterations.
+    assert [METHOD.position(step) for step in range(24)] == 6 * [3] + 6 * [2] + 6 * [1] + 6 * [0]
+
+
+def test_each_loss_takes_the_target_of_its_step_for_the_teacher():
+    here = setting()
+    stored = METHOD.prepare(here, seed=0)
+    players = Players(teacher=here.teacher, **METHOD.players(here))
+    METHOD.begin(players, stored)
+    for step in range(24):
+        draw = METHOD.draw(Draws(0, step, torch.arange(16)), here)
+        teacher = gaussian(*laws(stored, 4)[METHOD.position(step)])
+        expected = BASE.generator_loss(Players(**{**players, "teacher": teacher}), draw, Batch(torch.empty(0, 8)))
+        found = METHOD.call("generator_loss", players, draw, Batch(torch.empty(0, 8), stored=stored))
+        torch.testing.assert_close(found.total, expected.total, rtol=1e-6, atol=0)  # exp(log(std)) is rounded
+        METHOD.after_step(players, stored, step + 1)
+
+
+@pytest.mark.parametrize("function", ["generator_loss", "fake_loss"])
+def test_no_gradient_reaches_teacher_or_target(function: str):
+    here = setting()
+    players = Players(teacher=here.teacher, **METHOD.players(here))
+    stored = METHOD.prepare(here, seed=0)
+    METHOD.begin(players, stored)
+    draw = METHOD.draw(Draws(0, 0, torch.arange(16)), here)
+    METHOD.call(function, players, draw, Batch(torch.empty(0, 8), stored=stored)).total.backward()
+    reached = {name for name, player in players.items() if any(p.grad is not None for p in player.parameters())}
+    assert reached == {function.removesuffix("_loss")}
+
+
+def test_the_base_s_pairs_are_not_mixed_up_with_the_path():
+    method = replace(METHOD, base=replace(BASE, regression_weight=1.0, regression_pairs=7))
+    here = setting()
+    stored = method.prepare(here, seed=0)
+    players = Players(teacher=here.teacher, **method.players(here))
+    method.begin(players, stored)
+    pairs = {name: stored[name] for name in method.base.prepare(here, seed=0)}
+    draw = method.draw(Draws(0, 23, torch.arange(16)), here)
+    found, expected = (
+        each.call("generator_loss", players, draw, Batch(torch.empty(0, 8), stored=held)).logs["regression"]
+        for each, held in ((method, stored), (method.base, pairs))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_a_base_without_a_fake_score_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DMD2, "players", lambda self, setting: setting.copies("generator"))
+    with pytest.raises(UserError, match=r"method.base.name = 'dmd2': has no fake score"):
+        METHOD.players(setting())
+
+
+# Whole runs
+
+
+def trained(config: RunConfig, steps: int, *, resume: bool = False) -> dict[str, Tensor]:
+    trainer = Trainer(replace(config, train=replace(config.train, steps=steps)), resume=resume, quiet=True)
+    trainer.run()
+    return flatten({name: module.state_dict() for name, module in (trainer.trained | trainer.followers).items()})
+
+
+def test_without_a_path_it_is_the_base_method_bit_for_bit(make_config: MakeConfig):
+    plain = trained(make_config("dmd2"), 4)
+    wrapped = trained(make_config("disback", "method.path_length=0"), 4)
+    assert plain.keys() == wrapped.keys()
+    assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
+
+
+def test_with_a_path_it_is_not_the_base_method(make_config: MakeConfig):
+    plain, wrapped = trained(make_config("dmd2"), 4), trained(make_config("disback"), 4)
+    assert not all(torch.equal(plain[name], wrapped[name]) for name in plain if name.startswith("generator"))
+
+
+def test_a_run_resumed_between_two_targets_equals_one_that_was_not_stopped(make_config: MakeConfig):
+    config = make_config("disback")
+    assert [config.method.position(step) for step in range(7)] == [2, 2, 1, 1, 0, 0, 0]  # type: ignore[attr-defined]
+    whole = trained(make_config("disback"), 6)
+    trained(config, 1)
+    trained(config, 3, resume=True)
+    parts = trained(config, 6, resume=True)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_recorded_path_lies_beside_the_run(make_config: MakeConfig):
+    config = make_config("disback")
+    trained(config, 1)
+    assert (Path(config.run) / "prepared.safetensors").stat().st_size > 0
+
+
+def on_the_ring() -> DisBack:
+    base = DMD2(
+        steps=FewSteps(init_ratio=INIT_RATIO),
+        fake_updates=3,
+        gan_weight=0.0,
+        generator_time_law=TIME_LAW,
+        fake_time_law=TIME_LAW,
+    )
+    return DisBack(
+        base=base,
+        path_length=3,
+        recording_interval=15,
+        recording_lr=2e-3,
+        recording_time_law=TIME_LAW,
+        backtracking_interval=15,
+    )
+
+
+def test_disback_learns_every_mode_of_the_ring_in_its_class():
+    result = train_ring(on_the_ring())
+    assert result.passes, result
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [1, 2])
+def test_disback_learns_the_ring_from_other_seeds(seed: int):
+    result = train_ring(on_the_ring(), seed=seed)
+    assert result.passes, result
