@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -14,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from diffdistill.data import AnyData, Digits
 from diffdistill.ema import EMAConfig
+from diffdistill.guidance import AnyPolicy
 from diffdistill.health import HealthConfig
 from diffdistill.method import Method, registered
 from diffdistill.networks import AnyNetwork
@@ -21,6 +23,7 @@ from diffdistill.path import EDM, AnyPath, Prediction
 from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, any_of, field, schema
 from diffdistill.speed import SpeedConfig
 from diffdistill.trackers import TrackerNames
+from diffdistill.watch import EvalConfig
 
 T = TypeVar("T")
 
@@ -91,6 +94,7 @@ class RunConfig:
 
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
+    eval: a small evaluation while training; null for none.
     """
 
     run: str
@@ -103,6 +107,7 @@ class RunConfig:
     ema: EMAConfig | None = field(default_factory=EMAConfig)
     more_emas: dict[Annotated[str, Field(pattern="^[a-z0-9_]+$")], EMAConfig] = field(default_factory=dict)
     health: HealthConfig | None = field(default_factory=HealthConfig)
+    eval: EvalConfig | None = None
     trackers: TrackerNames = ("tensorboard",)
     train: TrainConfig
     speed: SpeedConfig = field(default_factory=SpeedConfig)
@@ -159,6 +164,16 @@ def validate(kind: type[T], data: object, *, origin: str) -> T:
     except ValidationError as error:
         faults = [_describe(kind, data, fault) for fault in error.errors()]
         raise UserError(f"{origin}: {len(faults)} fault{'s' * (len(faults) > 1)}\n  " + "\n  ".join(faults)) from None
+
+
+def parse_guidance(text: str) -> float | AnyPolicy:
+    """A scale, or a policy as in `{name: interval, scale: 2, ratio_low: 0.2, ratio_high: 5}`. Raises UserError."""
+    value = parse_yaml(text, origin="--guidance")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if not isinstance(value, dict):
+        raise UserError(f"--guidance {text}: give a number, or a policy as {{name: adaptive, scale: 2}}")
+    return validate(AnyPolicy, value, origin="--guidance")  # type: ignore[arg-type]
 
 
 def dump(value: object) -> Any:

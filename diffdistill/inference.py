@@ -56,7 +56,13 @@ def sample_grid(
 
 @torch.no_grad()
 def sample_images(
-    model: TrainedModel, *, count: int, label: int | None = None, seed: int = 0, guidance: Guidance = 1.0, batch: int = 256
+    model: TrainedModel,
+    *,
+    count: int,
+    label: int | None = None,
+    seed: int = 0,
+    guidance: Guidance = 1.0,
+    batch: int = 256,
 ) -> Tensor:
     """[count, C, H, W] in [-1, 1]. Image i depends on (seed, i) and its class alone, not on the batch size."""
     num_classes = model.spec.num_classes

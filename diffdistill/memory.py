@@ -8,7 +8,7 @@ Not predicted: what an operation needs while it runs, and what the allocator rou
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,9 +113,8 @@ def plan_memory(trainer: Trainer) -> MemoryPlan:
     )
 
 
-def optimizer_bytes(module: nn.Module, options: OptimizerConfig) -> int:
+def optimizer_bytes(parameters: Sequence[Tensor], options: OptimizerConfig) -> int:
     """Bytes of the optimiser's state after its first step."""
-    parameters = list(module.parameters())
     if options.name == "sgd":
         return sum(p.nbytes for p in parameters) if options.betas[0] else 0
     if options.name.endswith("8bit"):
@@ -204,8 +203,9 @@ def _all_tensors(trainer: Trainer) -> list[Tensor]:
 def _player_bytes(trainer: Trainer, name: str, module: nn.Module) -> PlayerBytes:
     if name not in trainer.trained:
         return PlayerBytes(module_bytes(module))
-    gradients = sum(p.nbytes for p in module.parameters())
-    return PlayerBytes(module_bytes(module), gradients, optimizer_bytes(module, trainer.config.optimizer(name)))
+    parameters = trainer.parameters[name]
+    gradients = sum(p.nbytes for p in parameters)
+    return PlayerBytes(module_bytes(module), gradients, optimizer_bytes(parameters, trainer.config.optimizer(name)))
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:

@@ -78,11 +78,11 @@ def _recompute_blocks(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
 
 def _store_moments_in_8bit(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
     players = dict(plan.players)
-    for name, module in trainer.trained.items():
+    for name, parameters in trainer.parameters.items():
         options = trainer.config.optimizer(name)
         if options.name in ("adam", "adamw"):
             eight = replace(options, name=f"{options.name}8bit", implementation="auto")  # type: ignore[arg-type]
-            players[name] = replace(players[name], optimizer=optimizer_bytes(module, eight))
+            players[name] = replace(players[name], optimizer=optimizer_bytes(parameters, eight))
     return replace(plan, players=players)
 
 

@@ -18,12 +18,17 @@ def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
     return options.lr * warmup * decay
 
 
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a new player that training may change: those that were not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
-    """The named optimiser over all of a module's parameters.
+    """The named optimiser over a module's trainable parameters.
 
     Raises UserError where an 8-bit one cannot be: bitsandbytes is not installed, or the module is not on a GPU.
     """
-    parameters = list(module.parameters())
+    parameters = trainable(module)
     if options.name.endswith("8bit"):
         return _make_8bit(parameters, options)
     is_sgd = options.name == "sgd"

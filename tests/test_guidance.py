@@ -8,7 +8,16 @@ from exact import numbers, on_every_path, random
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import CFG, AdaptiveGuidance, CFGPlusPlus, Interval, Policy, Recorder, alignment, evaluate_pair
+from diffdistill.guidance import (
+    CFG,
+    AdaptiveGuidance,
+    CFGPlusPlus,
+    Interval,
+    Policy,
+    Recorder,
+    alignment,
+    evaluate_pair,
+)
 from diffdistill.linear_guidance import LinearAG, fit_linear_ag, least_squares
 from diffdistill.networks.analytic import gaussian_flow, mixture_denoiser
 from diffdistill.networks.mlp import MLPConfig
@@ -23,7 +32,7 @@ SAMPLERS: list[Sampler] = [
     Heun(num_steps=5),
     DDIM(num_steps=6, spacing="karras"),
     FewSteps(init_ratio=10.0, later_ratios=(2.0, 0.5)),
-    TCD(num_steps=3, grid=DDIM(num_steps=6)),
+    TCD(num_steps=3, grid=DDIM(num_steps=6, spacing="karras")),
     OneCall(),
 ]
 with_every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
@@ -120,7 +129,7 @@ def test_an_interval_guides_above_its_low_end_up_to_its_high_end_and_asks_once_e
 
 
 def test_an_interval_without_width_is_refused():
-    with pytest.raises(ValueError, match="ratio_low = 2.0 must be below ratio_high = 2.0"):
+    with pytest.raises(ValueError, match=r"ratio_low = 2\.0 must be below ratio_high = 2\.0"):
         Interval(scale=2.0, ratio_low=2.0, ratio_high=2.0)
 
 
@@ -183,7 +192,10 @@ def test_adaptive_guidance_with_a_threshold_of_minus_1_is_the_condition_alone(sa
 
 def test_a_sample_that_is_done_costs_one_evaluation_a_call_and_stays_done():
     denoiser, cond = mlp()
-    policy, sampler = AdaptiveGuidance(scale=SCALE, threshold=0.9, metric="x0", armed_below_ratio=1e9), Heun(num_steps=8)
+    policy, sampler = (
+        AdaptiveGuidance(scale=SCALE, threshold=0.9, metric="x0", armed_below_ratio=1e9),
+        Heun(num_steps=8),
+    )
     run = policy.begin(denoiser, cond)
     rows, guided = rows_of(denoiser), [BATCH]
 
@@ -199,7 +211,7 @@ def test_a_sample_that_is_done_costs_one_evaluation_a_call_and_stays_done():
     sample(sampler, denoiser, cond, Watching())
     assert rows == [BATCH + still for still in guided[:-1]]
     assert guided == sorted(guided, reverse=True)
-    assert 0 < guided[-2] < BATCH  # or this test would show nothing
+    assert any(0 < still < BATCH for still in guided)  # or this test would show nothing
 
 
 def test_a_sample_under_adaptive_guidance_does_not_depend_on_its_batch():
@@ -333,7 +345,7 @@ def test_a_call_that_cannot_be_predicted_is_refused(calls):
     "policy",
     [
         CFG(scale=SCALE),
-        Interval(scale=SCALE, ratio_low=0.2, ratio_high=3.0),
+        Interval(scale=SCALE, ratio_low=0.2, ratio_high=20.0),
         CFGPlusPlus(scale=0.5),
         AdaptiveGuidance(scale=SCALE),
         LinearAG(AdaptiveGuidance(scale=SCALE), {}),

@@ -5,13 +5,18 @@ offset, the same at every position, and cross-attention to a few tokens. Not imp
 positions, text tokens.
 """
 
+from pathlib import Path as FilePath
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, freeze
+from diffdistill.checkpoint import load_strictly
+from diffdistill.denoiser import Cond, Denoiser, freeze
 from diffdistill.networks.guided import (
     Around,
     GuidanceEncoding,
@@ -22,21 +27,17 @@ from diffdistill.networks.guided import (
 )
 from diffdistill.networks.plain import PlainNetwork
 from diffdistill.networks.recompute import Recomputable
-from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.schema import Fraction, PositiveInt, UserError, field, schema
 
 BASE = "base."
+CONFIG = "adapter"
 
 
 @schema
-class AdaptedConfig:
-    """Settings of `Adapted`.
+class AdapterConfig:
+    """kind: an offset, or attention to the tokens of w, and of time and class.  width: of the adapters.  heads: of the
+    attention.  placement: behind the base's blocks with attention, as in the paper, or behind all."""
 
-    kind: offset, or attention to the tokens of w, time and class.  width: of the adapters.  heads: of the attention.
-    placement: behind the base's blocks with attention, as in the paper, or behind all.
-    """
-
-    name: Literal["adapted"] = "adapted"
-    base: PlainNetwork
     kind: Literal["offset", "cross_attention"] = "offset"
     width: PositiveInt = 64
     heads: PositiveInt = 4
@@ -46,12 +47,24 @@ class AdaptedConfig:
         if self.kind == "cross_attention" and self.width % self.heads:
             raise ValueError(f"heads = {self.heads} must divide width = {self.width}")
 
+
+_CONFIGS = TypeAdapter(AdapterConfig)
+
+
+@schema
+class AdaptedConfig:
+    """Settings of `Adapted`."""
+
+    name: Literal["adapted"] = "adapted"
+    base: PlainNetwork
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Adapted":
         """The network for images [C, H, W], its base new too.
 
         Raises UserError if the base does not fit them, or has no blocks of the kind.
         """
-        return Adapted(self, self.base.build(image_shape, num_classes, class_dropout))
+        return Adapted(self.adapter, self.base.build(image_shape, num_classes, class_dropout))
 
 
 class Adapted(GuidedBase):
@@ -60,10 +73,10 @@ class Adapted(GuidedBase):
     The adapters share what they are told: w, and the base's embedding of time and class.
     """
 
-    def __init__(self, config: AdaptedConfig, base: nn.Module) -> None:
+    def __init__(self, config: AdapterConfig, base: nn.Module) -> None:
         super().__init__(base)
         freeze(base)
-        self.placement = config.placement
+        self.config = config
         blocks = self._blocks()
         self.encode = GuidanceEncoding(config.width)
         self.project = nn.Linear(embedding_width(blocks[0]), config.width)
@@ -95,7 +108,7 @@ class Adapted(GuidedBase):
     def _blocks(self) -> list[Recomputable]:
         """The blocks that have an adapter."""
         found = blocks_of(self.base)
-        if self.placement == "attention":
+        if self.config.placement == "attention":
             found = [block for block in found if getattr(block, "heads", 0)]
         if not found:
             raise UserError("network.placement: this base has no blocks with attention; use all")
@@ -133,6 +146,45 @@ class CrossAttention(nn.Module):
         )
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.project(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def without_adapters(denoiser: Denoiser) -> Denoiser:
+    """The base alone, sharing its weights, for plain guidance and to put other adapters on."""
+    return _with_network(denoiser, _adapted(denoiser).base)
+
+
+def save_adapters(denoiser: Denoiser, file: FilePath) -> None:
+    """Write what training added to the base, and nothing of the base, as safetensors with its config."""
+    net = _adapted(denoiser)
+    tensors = {name: t.contiguous() for name, t in net.state_dict().items() if not name.startswith(BASE)}
+    save_file(tensors, file, {CONFIG: _CONFIGS.dump_json(net.config).decode()})
+
+
+def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:
+    """Adapters of `save_adapters` on any checkpoint of the base's architecture, which they share and freeze.
+
+    Raises UserError if the file holds no adapters, or they do not fit.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            config = _CONFIGS.validate_json((opened.metadata() or {})[CONFIG])
+    except (OSError, SafetensorError, KeyError, ValidationError) as error:
+        raise UserError(f"{file}: is no file of adapters: {type(error).__name__}: {error}") from None
+    net = Adapted(config, base.net)
+    own = {name: t for name, t in net.state_dict().items() if name.startswith(BASE)}
+    load_strictly(net, own | load_file(file), origin=str(file))
+    device = next(base.parameters()).device
+    return _with_network(base, net.to(device).eval())
+
+
+def _with_network(denoiser: Denoiser, net: nn.Module) -> Denoiser:
+    return Denoiser(net, denoiser.path, denoiser.predicts, sigma_data=denoiser.sigma_data)
+
+
+def _adapted(denoiser: Denoiser) -> Adapted:
+    if not isinstance(denoiser.net, Adapted):
+        raise UserError(f"{type(denoiser.net).__name__}: this network has no adapters")
+    return denoiser.net
 
 
 def _as_tokens(h: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""AGD: Efficient Distillation of Classifier-Free Guidance using Adapters.  Jensen & Sadat 2025, arXiv:2503.07274.
+
+Implemented: adapters of both kinds (offset, cross-attention) on a frozen base, w as their input, trained on stored
+trajectories of the guided teacher, which is not in memory then. The student makes the teacher's steps, one evaluation
+each where guidance takes two; so it is not for few steps by itself.
+Not implemented: the learned variance's share in the loss (DiT), the ablation's other losses.
+Unlike the released code, offsets too are fed w itself, not 1000 w.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.draws import Draws
+from diffdistill.guidance import Recorder
+from diffdistill.losses import DenoisingWeight, denoising_error
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
+from diffdistill.networks.guided import take_weights
+from diffdistill.networks.plain import PlainNetwork
+from diffdistill.path import Prediction
+from diffdistill.sampling import AnySampler, Heun
+from diffdistill.schema import PositiveInt, UserError, field, schema
+
+CHUNK = 256  # trajectories made at a time
+
+
+@schema
+class AGD(Method):
+    """guidance: least and greatest w, one for each trajectory.  weight: the paper's is the mean squared error of eps.
+
+    storage: the paper keeps half precision.
+    """
+
+    name: Literal["agd"] = "agd"
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    steps: AnySampler = field(default_factory=Heun)
+    guidance: tuple[float, float] = (1.0, 6.0)
+    trajectories: PositiveInt = 1000
+    storage: Literal["fp16", "fp32"] = "fp16"
+    weight: DenoisingWeight = "eps"
+
+    student = "adapted"
+    needs_images = False
+    keeps_teacher = False
+    updates = (Update(("adapted",), "adapter_loss"),)
+
+    def __post_init__(self) -> None:
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
+
+    def sampler(self, setting: Setting) -> AnySampler:
+        return self.steps
+
+    def student_model(
+        self, network: PlainNetwork, predicts: Prediction, setting: Setting
+    ) -> tuple[AdaptedConfig, Prediction]:
+        return AdaptedConfig(base=network, adapter=self.adapter), predicts
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        """The teacher's weights under new adapters. Raises UserError if w has no meaning to the teacher."""
+        teacher, student = setting.teacher, setting.network
+        if teacher is None or student is None:
+            raise UserError("teacher: this method distils one; name a pretrained run")
+        if not teacher.net.knows_unconditional:
+            raise UserError("teacher: agd needs one trained with class_dropout > 0, for guidance to have a meaning")
+        take_weights(student, setting.initial.get("adapted", teacher))
+        return {"adapted": student}
+
+    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+        """Guided trajectories: x and target [N, calls, ...], t [N, calls], scale and label [N]."""
+        teacher = setting.teacher
+        assert teacher is not None
+        device = next(teacher.parameters()).device
+        chunks = torch.arange(self.trajectories, device=device).split(CHUNK)
+        parts = [self._trajectories(teacher, Draws(seed, 0, index), setting) for index in chunks]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.no_grad()
+    def _trajectories(self, teacher: Denoiser, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        low, high = self.guidance
+        uniforms, shape = rng.uniforms(["trajectory label", "trajectory scale"]), setting.image_shape
+        label, scale = setting.label_of(uniforms["trajectory label"]), low + (high - low) * uniforms["trajectory scale"]
+        seen = Recorder(scale.float())
+        fresh = Draws(rng.seed, 1, rng.index).fresh_noise(shape)
+        self.steps(teacher, rng.normal("noise", shape), teacher.class_cond(label), guidance=seen, fresh_noise=fresh)
+        dtype = torch.float16 if self.storage == "fp16" else torch.float32
+        return {
+            "x": torch.stack([call.x for call in seen.calls], 1).to(dtype),
+            "target": torch.stack([call.x0 for call in seen.calls], 1).to(dtype),
+            "t": torch.stack([call.t for call in seen.calls], 1),
+            "scale": scale.float(),
+            "label": label,
+        }
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        """Calls at random, over trajectories and steps alike."""
+        return {
+            "trajectory": rng.integers("trajectory", self.trajectories),
+            "call": rng.integers("call", self.steps.num_evaluations),
+        }
+
+    def adapter_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """w(t) ||D_adapted(x_t, t, c, w) - [D_u + w (D_c - D_u)](x_t, t)||^2 at what the teacher saw and said."""
+        row, call, stored = draw["trajectory"], draw["call"], batch.stored
+        x, target, t = (stored[name][row, call] for name in ("x", "target", "t"))
+        adapted: Denoiser = players.adapted
+        cond = replace(adapted.class_cond(stored["label"][row]), guidance_input=stored["scale"][row])
+        estimate = adapted(x.float(), t, cond)
+        loss = denoising_error(adapted, estimate, target.float(), t, weight=self.weight)
+        return Loss(loss, {"error": loss.detach()})

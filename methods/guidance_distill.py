@@ -1,0 +1,79 @@
+"""On Distillation of Guided Diffusion Models, stage 1.  Meng et al. 2023, arXiv:2210.03142.
+
+Implemented: a student with w as its input that matches the guided teacher on noised real images, all weights trained.
+Beside AGD it is the full student: more weights to train, and the teacher asked twice at each step.
+Not implemented: stage 2, progressive distillation to fewer steps.
+The paper's w is ours less 1. Its weight of the loss was not seen: the default is that of its stage 2's source.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.draws import Draws
+from diffdistill.losses import DenoisingWeight, denoising_error
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.networks.guided import GuidedConfig, take_weights
+from diffdistill.networks.plain import PlainNetwork
+from diffdistill.path import Prediction
+from diffdistill.sampling import AnySampler, Heun
+from diffdistill.schema import PositiveInt, UserError, field, schema
+from diffdistill.timesteps import AnyTimeLaw, LogNormal
+
+
+@schema
+class GuidanceDistill(Method):
+    """guidance: least and greatest w.  width: of the encoding of w.  steps: how the student makes images."""
+
+    name: Literal["guidance_distill"] = "guidance_distill"
+    steps: AnySampler = field(default_factory=Heun)
+    guidance: tuple[float, float] = (1.0, 5.0)
+    width: PositiveInt = 64
+    time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    weight: DenoisingWeight = "truncated_snr"
+
+    student = "student"
+    needs_images = True
+    updates = (Update(("student",), "student_loss"),)
+
+    def __post_init__(self) -> None:
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
+
+    def sampler(self, setting: Setting) -> AnySampler:
+        return self.steps
+
+    def student_model(
+        self, network: PlainNetwork, predicts: Prediction, setting: Setting
+    ) -> tuple[GuidedConfig, Prediction]:
+        return GuidedConfig(base=network, width=self.width), predicts
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        """The teacher's weights and a new input. Raises UserError if w has no meaning to the teacher."""
+        teacher, student = setting.teacher, setting.network
+        if teacher is None or student is None:
+            raise UserError("teacher: this method distils one; name a pretrained run")
+        if not teacher.net.knows_unconditional:
+            raise UserError("teacher: needs to be trained with class_dropout > 0, for guidance to have a meaning")
+        take_weights(student, setting.initial.get("student", teacher))
+        return {"student": student}
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        uniforms, (low, high) = rng.uniforms(["t", "w"]), self.guidance
+        return {
+            "t": self.time_law(uniforms["t"], setting.path),
+            "w": (low + uniforms["w"] * (high - low)).float(),
+            "eps": rng.normal("eps", setting.image_shape),
+        }
+
+    def student_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """w(t) ||D_student(x_t, t, c, w) - [D_u + w (D_c - D_u)](x_t, t)||^2 on real data, equation 4."""
+        t, scale = draw["t"], draw["w"]
+        x_t = players.teacher.path.diffuse(batch.images, draw["eps"], t)
+        with torch.no_grad():
+            target = players.teacher(x_t, t, batch.cond, guidance=scale)
+        estimate = players.student(x_t, t, replace(batch.cond, guidance_input=scale))
+        loss = denoising_error(players.student, estimate, target, t, weight=self.weight)
+        return Loss(loss, {"error": loss.detach()})

@@ -1,0 +1,35 @@
+"""AGD on digits through the Python API: the same run as `diffdistill train agd/digits`.
+
+First make a teacher:  diffdistill pretrain pretrain/digits
+Then sample it with:  diffdistill sample runs/digits-agd --guidance 3
+"""
+
+from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.methods.agd import AGD
+from diffdistill.networks.adapters import AdapterConfig
+from diffdistill.sampling import Heun
+from diffdistill.trainer import Trainer
+
+method = AGD(
+    adapter=AdapterConfig(kind="cross_attention", width=64, heads=4, placement="all"),
+    steps=Heun(num_steps=18, rho=5.0),  # of the stored trajectories, and of the student
+    guidance=(1.0, 4.0),  # each trajectory has a scale of its own
+    trajectories=500,
+    weight="eps",
+)
+config = RunConfig(
+    run="runs/digits-agd",
+    teacher="runs/digits-teacher",
+    method=method,
+    optimizers={
+        "adapted": OptimizerConfig(
+            name="adamw", lr=2e-3, betas=(0.9, 0.999), warmup_steps=50, decay="cosine", decay_start=0.0
+        )
+    },
+    ema=None,
+    health=None,
+    train=TrainConfig(steps=800, global_batch_size=128, preview_every=0, checkpoint_every=400),
+)
+
+if __name__ == "__main__":
+    print(Trainer(config).run())

@@ -1,0 +1,162 @@
+"""The w-conditioned student of Meng et al.: its fixed point, its loss by hand, who is trained, and a ring to learn."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MakeConfig
+from exact import numbers, random
+from ring import NUM_CLASSES, PATH, ring_teacher
+from torch import Tensor
+
+from diffdistill.denoiser import Cond, Denoiser, freeze
+from diffdistill.draws import Draws
+from diffdistill.inference import sample_images
+from diffdistill.losses import denoising_loss, denoising_weight
+from diffdistill.method import Batch, Players, Setting
+from diffdistill.methods.guidance_distill import GuidanceDistill
+from diffdistill.model import load_model
+from diffdistill.networks.analytic import Mixture
+from diffdistill.networks.guided import GuidedConfig
+from diffdistill.networks.mlp import MLPConfig
+from diffdistill.path import EDM
+from diffdistill.schema import UserError
+from diffdistill.timesteps import LogNormal
+from diffdistill.trainer import Trainer
+
+SHAPE, CLASSES, BATCH = (1, 4, 4), 3, 8
+METHOD = GuidanceDistill(width=8)
+BASE = MLPConfig(width=16, blocks=2)
+
+
+def scene(method: GuidanceDistill = METHOD) -> tuple[Players, dict[str, Tensor], Batch]:
+    torch.manual_seed(0)
+    net = BASE.build(SHAPE, CLASSES, 0.1)
+    for parameter in net.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    teacher = freeze(Denoiser(net, EDM(), "edm"))
+    student = Denoiser(GuidedConfig(base=BASE, width=8).build(SHAPE, CLASSES, 0.1), EDM(), "edm")
+    setting = Setting(SHAPE, CLASSES, EDM(), teacher=teacher, network=student)
+    players = Players(teacher=teacher, **method.players(setting))
+    draw = method.draw(Draws(0, 0, torch.arange(BATCH)), setting)
+    return players, draw, Batch(random(BATCH, *SHAPE).float(), Cond(label=torch.arange(BATCH) % CLASSES))
+
+
+def test_at_scale_1_the_new_student_is_the_teacher_and_its_loss_is_zero():
+    assert float(METHOD.student_loss(*scene(replace(METHOD, guidance=(1.0, 1.0)))).total) == 0
+
+
+@pytest.mark.parametrize("weight", ["truncated_snr", "eps", "x0"])
+def test_the_loss_is_the_weighted_mean_square_of_what_guidance_adds(weight):
+    """The new student is the conditional teacher, so it lacks (w - 1) (D_c - D_u)."""
+    method = replace(METHOD, weight=weight)
+    players, draw, batch = scene(method)
+    t, null = draw["t"], torch.full((BATCH,), CLASSES)
+    x_t = batch.images + t[:, None, None, None].float() * draw["eps"]
+    apart = players.teacher(x_t, t, batch.cond) - players.teacher(x_t, t, Cond(label=null))
+    missing = (draw["w"] - 1)[:, None, None, None] * apart
+    scale = {"truncated_snr": (1 / t**2).clamp_min(1), "eps": 1 / t**2, "x0": torch.ones_like(t)}[weight]
+    expected = (scale[:, None, None, None] * missing.double() ** 2).mean()
+    found = method.student_loss(players, draw, batch).total
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_truncated_snr_is_the_signal_to_noise_ratio_but_at_least_1():
+    found = denoising_weight("truncated_snr", EDM(), numbers(0.1, 0.5, 1.0, 3.0, 80.0), 0.5)
+    torch.testing.assert_close(found, numbers(100, 4, 1, 1, 1))
+
+
+def test_gradients_reach_every_weight_of_the_student_and_none_of_the_teacher():
+    players, draw, batch = scene()
+    for parameter in players.student.net.project.parameters():
+        parameter.data += 0.1  # as new it hides the encoding behind it
+    players.teacher.requires_grad_(True)
+    METHOD.student_loss(players, draw, batch).total.backward()
+    assert all(p.grad is not None for p in players.student.parameters())
+    assert all(p.grad is None for p in players.teacher.parameters())
+
+
+def test_scales_cover_the_range_and_the_student_is_told_them():
+    players, _, batch = scene()
+    setting = Setting(SHAPE, CLASSES, EDM(), teacher=players.teacher)
+    scales = METHOD.draw(Draws(0, 0, torch.arange(2000)), setting)["w"]
+    assert 1 <= float(scales.min()) < 1.01
+    assert 4.99 < float(scales.max()) <= 5
+    told: list[Tensor] = []
+    players.student.net.register_forward_hook(lambda _, arguments, __: told.append(arguments[2].guidance_input))
+    draw = METHOD.draw(Draws(0, 0, torch.arange(BATCH)), setting)
+    METHOD.student_loss(players, draw, batch)
+    assert torch.equal(told[0], draw["w"])
+
+
+def test_a_teacher_that_knows_no_unconditional_is_refused():
+    teacher = Denoiser(BASE.build(SHAPE, CLASSES, 0.0), EDM(), "edm")
+    with pytest.raises(UserError, match="class_dropout > 0"):
+        METHOD.players(Setting(SHAPE, CLASSES, EDM(), teacher=teacher, network=teacher))
+
+
+def test_a_range_of_scales_that_falls_is_refused():
+    with pytest.raises(ValueError, match="guidance: the range must rise"):
+        GuidanceDistill(guidance=(3.0, 1.0))
+
+
+def ring_batch(step: int, count: int) -> tuple[Draws, Batch]:
+    rng, mixture = Draws(3, step, torch.arange(step * count, (step + 1) * count)), ring_teacher().net
+    assert isinstance(mixture, Mixture)
+    cond = Cond(label=rng.integers("real label", NUM_CLASSES))
+    return rng, Batch(mixture.sample(rng.uniform("real"), rng.normal("real normal", (2,)), cond).float(), cond)
+
+
+def test_on_the_ring_the_student_reaches_the_exact_guided_denoiser_at_every_scale():
+    """Its error against D_w is a fifth of what guidance adds, at scales between 1.5 and 4. It starts at all of it."""
+    teacher, method = ring_teacher(), GuidanceDistill(time_law=LogNormal(mean=-0.5, std=1.0), weight="x0")
+    torch.manual_seed(0)
+    student = Denoiser(
+        GuidedConfig(base=MLPConfig(width=128, blocks=2), width=32).build((2,), NUM_CLASSES, 0.1), PATH, "edm"
+    )
+    players, setting = Players(teacher=teacher, student=student), Setting((2,), NUM_CLASSES, PATH, teacher=teacher)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1.0)
+    for step in range(900):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - step / 450)
+        rng, batch = ring_batch(step, 256)
+        draw = method.draw(rng, setting)
+        loss = method.student_loss(players, draw, batch).total
+        if step < 200:  # as a teacher of the same kind would be: it knows the data
+            loss = denoising_loss(student, batch.images, draw["eps"], draw["t"], batch.cond, weight="x0")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rng, batch = ring_batch(10_000, 4000)
+    t = method.time_law(rng.uniform("t"), PATH)
+    x_t = PATH.diffuse(batch.images, rng.normal("eps", (2,)), t)
+    for scale in (1.5, 2.5, 4.0):
+        with torch.no_grad():
+            exact, plain, found = (
+                net(x_t, t, batch.cond, guidance=w).float()
+                for net, w in ((teacher, scale), (teacher, 1.0), (student, scale))
+            )
+        assert (found - exact).norm() < 0.2 * (plain - exact).norm()
+
+
+# Runs
+
+
+def test_a_trained_run_samples_by_its_scale(make_config: MakeConfig):
+    config = make_config("guidance_distill", "optimizers.default.lr=0.01")
+    Trainer(config, quiet=True).run()
+    student = load_model(config.run)
+    images = [sample_images(student, count=4, guidance=w) for w in (1.0, 3.0)]
+    assert not torch.equal(*images)
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig):
+    whole = make_config("guidance_distill", "train.steps=4")
+    parts = replace(whole, run=f"{whole.run}-parts", train=replace(whole.train, steps=2))
+    first = Trainer(whole, quiet=True)
+    first.run()
+    Trainer(parts, quiet=True).run()
+    resumed = Trainer(replace(parts, train=whole.train), resume=True, quiet=True)
+    resumed.run()
+    expected = first.trained["student"].state_dict()
+    for name, value in resumed.trained["student"].state_dict().items():
+        assert torch.equal(value, expected[name])
