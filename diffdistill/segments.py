@@ -4,14 +4,14 @@ Grid index 0 is time 0, which is clean (on a discrete path its first index), ind
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffdistill.draws import Draws
+from diffdistill.draws import Draws, integer_of
 from diffdistill.path import Path
 from diffdistill.sampling import DDIM
 from diffdistill.schema import NonNegative, PositiveInt, schema
@@ -25,7 +25,7 @@ class Stage:
     """Distillation with a number of segments.
 
     num_steps: iterations, but the last stage goes on to the run's end.  grid_steps: N, the solver's steps over the
-    whole trajectory; null: the sampler's grid.
+    whole trajectory, along an even choice of the sampler's grid; null: along all.
     """
 
     segments: PositiveInt
@@ -34,12 +34,19 @@ class Stage:
     mse_weight: NonNegative = 1.0
     adversarial_weight: NonNegative = 0.0
 
-    def grid(self, common: DDIM) -> DDIM:
-        """The stage's grid.  Raises ValueError if it has fewer steps than segments."""
-        num_steps = self.grid_steps or common.num_steps
+    def check(self, grid: DDIM) -> None:
+        """Raises ValueError if the segments or the solver's steps do not fit the grid."""
+        num_steps = self.grid_steps or grid.num_steps
+        if grid.num_steps % num_steps:
+            raise ValueError(f"grid_steps = {num_steps} must divide the grid's {grid.num_steps} steps")
         if self.segments > num_steps:
             raise ValueError(f"{self.segments} segments need a grid of at least as many steps, not {num_steps}")
-        return replace(common, num_steps=num_steps)
+
+    def times(self, path: Path, grid: DDIM) -> Tensor:
+        """The times [N + 1] of indices 0 .. N, rising, float64: time 0, then such that DDIM calls a network at."""
+        times = grid.times(path).flip(0)
+        stride = grid.num_steps // (self.grid_steps or grid.num_steps)
+        return torch.cat([times.new_zeros(1), times])[::stride]
 
 
 def stage_starts(stages: Sequence[Stage]) -> tuple[int, ...]:
@@ -50,12 +57,6 @@ def stage_starts(stages: Sequence[Stage]) -> tuple[int, ...]:
 def stage_at(step: int, stages: Sequence[Stage]) -> int:
     """Which stage iteration `step` is in, from 0."""
     return sum(step >= start for start in stage_starts(stages)) - 1
-
-
-def grid_times(path: Path, grid: DDIM) -> Tensor:
-    """The times [N + 1] of indices 0 .. N, rising, float64: time 0, then those that DDIM calls a network at."""
-    times = grid.times(path).flip(0)
-    return torch.cat([times.new_zeros(1), times])
 
 
 def segment_edges(num_steps: int, num_segments: int) -> Tensor:
@@ -88,12 +89,13 @@ def draw_jump(rng: Draws, path: Path, stage: Stage, grid: DDIM, ends: Ends) -> d
     start: any but time 0.  next: one grid step below.  end: of the jump, within the segment, at most `next`.
     judged: where a discriminator looks at what has arrived, between `end` and the segment's noisy end.
     """
+    times = stage.times(path, grid).to(rng.index.device)
+    num_steps = len(times) - 1
     uniforms = rng.uniforms(["start", "end", "judged"])
-    start = pick(uniforms["start"], torch.ones_like(rng.index), torch.full_like(rng.index, grid.num_steps + 1))
-    segment = segment_of(start, grid.num_steps, stage.segments)
+    start = 1 + integer_of(uniforms["start"], num_steps)
+    segment = segment_of(start, num_steps, stage.segments)
     end = pick(uniforms["end"], segment.low, start) if ends == "random" else segment.low
     judged = pick(uniforms["judged"], end, segment.high)
-    times = grid_times(path, grid).to(start.device)
     drawn = {name: times[index] for name, index in {"start": start, "next": start - 1, "end": end}.items()}
     return drawn | {"judged": times[judged].clamp_min(path.t_min)}
 

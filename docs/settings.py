@@ -207,10 +207,9 @@ def _plain(value: Any) -> str:
     if is_dataclass(value):
         kind = type(value)
         own = {f.name: getattr(value, f.name) for f in fields(value)}
-        usual = kind(
-            **{f.name: own[f.name] for f in fields(value) if f.default is MISSING and f.default_factory is MISSING}
-        )
-        changed = [f"{name}: {_plain(v)}" for name, v in own.items() if v != getattr(usual, name)]
+        required = [f.name for f in fields(value) if f.default is MISSING and f.default_factory is MISSING]
+        usual = kind(**{name: own[name] for name in required})
+        changed = [f"{name}: {_plain(v)}" for name, v in own.items() if name in required or v != getattr(usual, name)]
         named = [f"name: {own['name']}"] if "name" in own else []
         return "{" + ", ".join([*named, *changed]) + "}" if named or changed else "its defaults"
     if isinstance(value, (tuple, list)):

@@ -64,7 +64,7 @@ class HyperSD(Method):
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
         for stage in self.stages:
-            stage.grid(self.steps.grid)
+            stage.check(self.steps.grid)
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -98,11 +98,10 @@ class HyperSD(Method):
 
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
         index, (low, high) = stage_at(rng.step, self.stages), self.guidance
-        stage = self.stages[index]
         return {
             "stage": torch.tensor(index),
             "asks student": torch.tensor(index > 0 or "generator" in setting.initial),
-            **draw_jump(rng, setting.path, stage, stage.grid(self.steps.grid), self.ends),
+            **draw_jump(rng, setting.path, self.stages[index], self.steps.grid, self.ends),
             **({"w": low + rng.uniform("w") * (high - low)} if self.guidance != (1, 1) else {}),
             **rng.normals(["data eps", "gan eps", "gan real eps"], setting.image_shape),
             **draw_step(rng, setting, self.steps, {"": self.score_time_law, "fake ": self.fake_time_law}),

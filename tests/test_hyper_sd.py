@@ -20,10 +20,11 @@ from diffdistill.path import EDM, Path, expand
 from diffdistill.rewards import Feedback, contrast
 from diffdistill.sampling import DDIM, TCD, transfer
 from diffdistill.schema import UserError
-from diffdistill.segments import Stage, grid_times, segment_of
+from diffdistill.segments import Stage, segment_of
 
 N = 8
 GRID = DDIM(num_steps=N)
+ALL = Stage(segments=1)
 MEAN, VARIANCES = numbers(0.7, -0.3, 0.1), numbers(0.04, 0.25, 1.5)
 
 
@@ -41,7 +42,7 @@ def one_stage(segments: int, **settings: object) -> HyperSD:
 
 def ddim_gains(path: Path) -> Tensor:
     """What each grid step does to each centred eigenmode, [N + 1, D]: row n is the step from n to n - 1."""
-    times = grid_times(path, GRID)
+    times = ALL.times(path, GRID)
     alpha, sigma = path.alpha(times)[:, None], path.sigma(times)[:, None]
     gain = alpha * VARIANCES / (alpha**2 * VARIANCES + sigma**2)
     ratio = sigma[:-1] / sigma[1:]
@@ -59,7 +60,7 @@ class FixedPoint(nn.Module):
 
     def __init__(self, path: Path, num_segments: int) -> None:
         super().__init__()
-        self.path, self.times = path, grid_times(path, GRID)
+        self.path, self.times = path, ALL.times(path, GRID)
         low = torch.cat([torch.zeros(1, dtype=torch.int64), segment_of(torch.arange(1, N + 1), N, num_segments).low])
         steps = ddim_gains(path)
         jumps = torch.stack([steps[low[n] + 1 : n + 1].prod(0) for n in range(N + 1)])
@@ -112,7 +113,7 @@ def test_the_fixed_point_s_few_calls_are_the_teacher_s_many(path, num_segments):
 def test_the_fixed_point_is_n_steps_of_ddim_and_not_the_exact_flow():
     path, noise = EDM(), random(20, 3)
     once = one_stage(1).steps(fixed_point(path, 1), noise)
-    sigma = path.sigma(grid_times(path, GRID))[-1]
+    sigma = path.sigma(ALL.times(path, GRID))[-1]
     exact = MEAN + (VARIANCES / (VARIANCES + sigma**2)).sqrt() * (sigma * noise - MEAN)
     assert (once - exact).abs().max() > 0.01
 
@@ -437,9 +438,9 @@ def test_a_run_that_starts_from_an_earlier_one_has_its_student_for_a_solver():
 
 
 def test_a_stage_may_have_a_grid_of_its_own():
-    method = HyperSD(stages=(Stage(segments=1, grid_steps=3),), steps=TCD(num_steps=1, grid=GRID))
+    method = HyperSD(stages=(Stage(segments=1, grid_steps=2),), steps=TCD(num_steps=1, grid=GRID))
     draw = method.draw(Draws(0, 0, torch.arange(200)), Setting(SHAPE, CLASSES, PATH, teacher=small_teacher()))
-    assert sorted(set(draw["start"].tolist())) == grid_times(PATH, DDIM(num_steps=3))[1:].tolist()
+    assert sorted(set(draw["start"].tolist())) == ALL.times(PATH, GRID)[[4, 8]].tolist()
 
 
 def test_a_stage_with_more_segments_than_steps_and_a_falling_range_are_refused():

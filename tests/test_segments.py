@@ -7,15 +7,16 @@ import torch
 from exact import on_every_path
 
 from diffdistill.draws import Draws
-from diffdistill.path import Path, VPDiscrete
+from diffdistill.path import EDM, Path, VPDiscrete
 from diffdistill.sampling import DDIM
-from diffdistill.segments import Stage, draw_jump, grid_times, pick, segment_edges, segment_of, stage_at, stage_starts
+from diffdistill.segments import Stage, draw_jump, pick, segment_edges, segment_of, stage_at, stage_starts
 
 BATCH = torch.arange(2000)
+ALL = Stage(segments=1)
 
 
 def jumps(path: Path, stage: Stage, ends: str, num_steps: int = 8) -> dict[str, torch.Tensor]:
-    return draw_jump(Draws(0, 0, BATCH), path, stage, stage.grid(DDIM(num_steps=num_steps)), ends)  # type: ignore[arg-type]
+    return draw_jump(Draws(0, 0, BATCH), path, stage, DDIM(num_steps=num_steps), ends)  # type: ignore[arg-type]
 
 
 def test_the_lower_edge_is_strictly_smaller_for_all_grids_and_segments():
@@ -61,7 +62,7 @@ def test_fixed_ends_on_stable_diffusion_s_grid_are_pcm_s():
 @on_every_path
 @pytest.mark.parametrize("num_segments", [1, 2, 4, 8])
 def test_a_random_jump_ends_anywhere_between_the_segment_s_end_and_the_next_step(path, num_segments):
-    times = grid_times(path, DDIM(num_steps=8)).tolist()
+    times = ALL.times(path, DDIM(num_steps=8)).tolist()
     drawn = jumps(path, Stage(segments=num_segments), "random")
     found = {
         (times.index(s), times.index(e)) for s, e in zip(*(drawn[k].tolist() for k in ("start", "end")), strict=True)
@@ -81,7 +82,7 @@ def test_as_many_segments_as_steps_jump_one_step(path):
 @on_every_path
 def test_the_grid_s_times_are_those_of_ddim_and_time_zero(path):
     grid = DDIM(num_steps=8)
-    times = grid_times(path, grid)
+    times = ALL.times(path, grid)
     assert torch.equal(times[1:].flip(0), grid.times(path))
     assert times[0] == 0
     assert bool((times.diff() > 0).all())
@@ -90,7 +91,7 @@ def test_the_grid_s_times_are_those_of_ddim_and_time_zero(path):
 @on_every_path
 def test_a_discriminator_looks_within_the_segment_and_never_at_a_time_without_a_network(path):
     drawn = jumps(path, Stage(segments=2), "random")
-    times = grid_times(path, DDIM(num_steps=8))
+    times = ALL.times(path, DDIM(num_steps=8))
     high = torch.where(drawn["start"] > times[4], times[8], times[4])
     assert bool((drawn["judged"] >= drawn["end"].clamp_min(path.t_min)).all())
     assert bool((drawn["judged"] < high).all())
@@ -110,6 +111,14 @@ def test_stages_follow_each_other_and_the_last_does_not_end():
 
 def test_more_segments_than_steps_are_refused():
     with pytest.raises(ValueError, match="9 segments need a grid"):
-        Stage(segments=9).grid(DDIM(num_steps=8))
-    with pytest.raises(ValueError, match="4 segments need a grid of at least as many steps, not 3"):
-        Stage(segments=4, grid_steps=3).grid(DDIM(num_steps=8))
+        Stage(segments=9).check(DDIM(num_steps=8))
+    with pytest.raises(ValueError, match="4 segments need a grid of at least as many steps, not 2"):
+        Stage(segments=4, grid_steps=2).check(DDIM(num_steps=8))
+
+
+def test_a_stage_s_own_grid_is_an_even_choice_of_the_common_one():
+    grid = DDIM(num_steps=32, spacing="karras")
+    coarse = Stage(segments=4, grid_steps=8).times(EDM(), grid)
+    assert torch.equal(coarse, ALL.times(EDM(), grid)[::4])
+    with pytest.raises(ValueError, match="grid_steps = 5 must divide the grid's 32 steps"):
+        Stage(segments=1, grid_steps=5).check(grid)
