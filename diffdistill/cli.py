@@ -1,19 +1,15 @@
-"""The command line. Exit codes: 0 done; 1 failed; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM."""
+"""The command line."""
 
-import functools
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path as FilePath
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from diffdistill import __version__
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from diffdistill.faults import escape, guarded
 
 app = typer.Typer(
     help="One-step image generators, distilled from diffusion models.",
@@ -36,53 +32,9 @@ Sweeps = Annotated[
 Run = Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
 Guidance = Annotated[float, typer.Option(help="w of D_u + w (D_c - D_u); 1 is none.")]
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Say what is wrong, plainly, and leave."""
-    Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """A command whose expected faults end in one message and the right exit code, never in a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from diffdistill.schema import UserError
-
-        try:
-            return command(*args, **kwargs)
-        except UserError as error:
-            fail(str(error), 2)
-        except KeyboardInterrupt:
-            fail("stopped; nothing of this step was saved", 130)
-        except Exception as error:
-            message, code = _expected(error)
-            if code is None:
-                raise
-            fail(message, code)
-
-    return run
-
-
-def _expected(error: Exception) -> tuple[str, int | None]:
-    """The message and exit code of a fault that is not a bug, or (.., None)."""
-    from pydantic import ValidationError
-
-    from diffdistill.checkpoint import is_disk_full
-    from diffdistill.stopping import StopRequested
-    from diffdistill.trainer import TrainingError
-
-    if isinstance(error, StopRequested):
-        return str(error), error.exit_code
-    if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()), 2
-    if is_disk_full(error):
-        return f"the disk is full: {error}. The last good checkpoint is intact; make room and go on with --resume", 1
-    if isinstance(error, (TrainingError, OSError)):
-        return str(error), 1
-    return "", None
+GuidancePolicy = Annotated[
+    str, typer.Option(help="w of D_u + w (D_c - D_u), 1 is none; or a policy, as {name: adaptive, scale: 2}.")
+]
 
 
 @app.command()
@@ -166,16 +118,18 @@ def sample(
     count: Annotated[int, typer.Option(help="Number of images.", min=1, max=10_000)] = 100,
     label: Annotated[int | None, typer.Option(help="One class for all; default: all classes in turn.")] = None,
     seed: Seed = 0,
-    guidance: Guidance = 1.0,
+    guidance: GuidancePolicy = "1",
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
 ) -> None:
     """Sample from a teacher or a student and write a grid.
 
     Example: diffdistill sample runs/demo/student --count 100 --out digits.png
     """
+    from diffdistill.config import parse_guidance
     from diffdistill.inference import sample_grid
 
-    made = sample_grid(run, FilePath(out), count=count, label=label, seed=seed, guidance=guidance, ema=ema)
+    policy = parse_guidance(guidance)
+    made = sample_grid(run, FilePath(out), count=count, label=label, seed=seed, guidance=policy, ema=ema)
     console.print(
         f"{made.file}: {count} images, {made.num_evaluations} evaluations each, {made.ms_per_image:.2f} ms each"
     )
@@ -193,7 +147,7 @@ def join(
     """
     from diffdistill.model import join_students
 
-    made = join_students(FilePath(out), [FilePath(run) for run in runs])
+    made = join_students(out, runs)
     console.print(f"{made}: {len(runs)} students", highlight=False, soft_wrap=True)
 
 
@@ -313,7 +267,7 @@ def leaderboard(
     from diffdistill.eval.board_files import write_leaderboard
 
     def say(message: str) -> None:
-        Console(stderr=True).print(f"[yellow]warning:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
     page, *others = write_leaderboard(records, FilePath(out), title=title, with_reported=published, say=say)
     console.print(f"{page}, and {len(others)} more files beside it", highlight=False, soft_wrap=True, markup=False)
@@ -390,10 +344,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         console.print(f"diffdistill {__version__}", highlight=False)
         raise typer.Exit
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def main() -> None:

@@ -34,14 +34,25 @@ class EvalConfig:
     references: dict[str, str] = field(default_factory=dict)
 
 
+class Watched(Protocol):
+    """What a watch asks of the trainer."""
+
+    step: int
+
+    @property
+    def student(self) -> nn.Module:
+        """The player that samples are taken from."""
+        ...
+
+    @property
+    def images_seen(self) -> int: ...
+
+
 class Watch(Protocol):
     """What the trainer asks."""
 
-    def examine(self, student: nn.Module, *, step: int, images: int, is_last: bool, log: "RunLog") -> bool:
-        """Evaluate the student if it is due. Returns whether it is the best so far, and so has to be saved.
-
-        step, images: iterations done, and images seen in them.
-        """
+    def examine(self, run: Watched, *, is_last: bool, log: "RunLog") -> bool:
+        """Evaluate the student if it is due. Returns whether it is the best so far, and so has to be saved."""
         ...
 
     def best(self, step: int) -> str | None:
@@ -52,7 +63,7 @@ class Watch(Protocol):
 class NoWatch:
     """Never looks."""
 
-    def examine(self, student: nn.Module, *, step: int, images: int, is_last: bool, log: "RunLog") -> bool:
+    def examine(self, run: Watched, *, is_last: bool, log: "RunLog") -> bool:
         return False
 
     def best(self, step: int) -> str | None:

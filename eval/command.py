@@ -88,7 +88,7 @@ def run_eval(places: Sequence[str], options: EvalOptions, console: Console) -> l
     done = []
     for number, source in enumerate(sources):
         name = options.names[number] if options.names else places[number]
-        found = _judge(source, bench, name, options, console)
+        found = _judge(source, bench, name, options)
         if found is None:
             continue
         done.append(found)
@@ -115,7 +115,7 @@ def run_compare(
         raise UserError(f"eval compare: runs in one process, not {bench.workers.count}")
     sides = []
     for source, place in zip([open_place(place, bench, options) for place in places], places, strict=True):
-        with progress_bar(place, _total(bench.protocol), console) as advance:
+        with progress_bar(place, _total(bench.protocol), Console(stderr=True)) as advance:
             done = evaluate(source, bench, name=place, root=options.root, keep_features=True, advance=advance)
         assert done is not None
         device = torch.device("cpu")
@@ -175,12 +175,12 @@ def _default_protocol(place: str) -> Protocol:
     raise UserError(f"{place}: name a --protocol (choices: {', '.join(PROTOCOLS)}, or a YAML file)")
 
 
-def _judge(source: Source, bench: Bench, name: str, options: EvalOptions, console: Console) -> Evaluation | None:
+def _judge(source: Source, bench: Bench, name: str, options: EvalOptions) -> Evaluation | None:
     workers = bench.workers
     efficiency = _efficiency(source, options) if options.efficiency and workers.is_main else None
     saver = _Saver(FilePath(options.save_images) / _slug(name), bench.protocol) if options.save_images else None
     total = len(workers.share(range(_total(bench.protocol)))) if workers.count > 1 else _total(bench.protocol)
-    with progress_bar(name, total, console, is_shown=workers.is_main) as advance:
+    with progress_bar(name, total, Console(stderr=True), is_shown=workers.is_main) as advance:
         done = evaluate(
             source,
             bench,

@@ -24,7 +24,7 @@ from diffdistill.eval.workers import Workers
 from diffdistill.log import RunLog
 from diffdistill.model import ModelSpec
 from diffdistill.schema import UserError
-from diffdistill.watch import EvalConfig
+from diffdistill.watch import EvalConfig, Watched
 
 RECORDS = "eval.jsonl"
 
@@ -62,12 +62,16 @@ class StudentWatch:
         watch._source(student, step=0)
         return watch
 
-    def examine(self, student: nn.Module, *, step: int, images: int, is_last: bool, log: RunLog) -> bool:
-        if step % self.config.every and not is_last:
+    def examine(self, run: Watched, *, is_last: bool, log: RunLog) -> bool:
+        if run.step % self.config.every and not is_last:
             return False
+        step, images = run.step, run.images_seen
         self._forget_from(step)
         done = evaluate(
-            self._source(student, step=step), self.bench, name=f"{self.folder} {step}", root=self.folder / ".features"
+            self._source(run.student, step=step),
+            self.bench,
+            name=f"{self.folder} {step}",
+            root=self.folder / ".features",
         )
         assert done is not None
         values = {name: headline(done.record, values) for name, values in done.record.metrics.items()}
