@@ -93,13 +93,15 @@ def is_routed(place: FilePath) -> bool:
     return (place / ROUTER).is_file()
 
 
-def join_students(folder: FilePath, places: Sequence[FilePath], router: AnyRouter | None = None) -> FilePath:
+def join_students(
+    folder: str | FilePath, places: Sequence[str | FilePath], router: AnyRouter | None = None
+) -> FilePath:
     """Write folder/router.json, so that `load_model(folder)` is all of these students as one model.
 
     router: default by class, as the students' own classes say.  Returns the file.
     Raises UserError unless the students are alike and, by class, every class has exactly one of them.
     """
-    models = [load_model(place) for place in places]
+    folder, models = FilePath(folder), [load_model(place) for place in places]
     _check_alike(models)
     router = router or _class_router(models)
     folder.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class DisBack(Wrapper):
     base: AnyBase = field(default_factory=default_base)
     path_length: Annotated[int, Field(ge=0)] = 5
     recording_interval: PositiveInt = 100  # the released script for SDXL
-    recording_lr: Positive = 1e-4  # not given for other data
+    recording_lr: Positive = 1e-4
     recording_time_law: AnyTimeLaw = field(default_factory=LogNormal)
     recording_weight: DenoisingWeight = "edm"
     backtracking_interval: PositiveInt = 1000  # the released script for SDXL
