@@ -1,0 +1,62 @@
+"""Faults of DisBack."""
+
+from mutate import Fault
+
+FAULTS = (
+    Fault(
+        "the target stays the teacher",
+        "methods/disback.py",
+        'if draw["position"]:',
+        "if False:",
+        "test_disback.py::test_each_loss_takes_the_target_of_its_step_for_the_teacher",
+    ),
+    Fault(
+        "weights under other names are passed over",
+        "methods/disback.py",
+        'load_strictly(module, select_group(stored, f"path {i}"), origin=f"prepared.safetensors (path {i})")',
+        'module.load_state_dict(select_group(stored, f"path {i}"), strict=False)',
+        "test_disback.py::test_weights_under_other_names_are_refused",
+    ),
+    Fault(
+        "the path is walked from the teacher outwards",
+        "methods/disback.py",
+        "return max(self.path_length - 1 - step // (self.backtracking_interval * every), 0)",
+        "return min(step // (self.backtracking_interval * every), self.path_length - 1)",
+        "test_disback.py::test_the_targets_go_back_to_the_teacher_and_stay_there",
+    ),
+    Fault(
+        "the target never moves",
+        "methods/disback.py",
+        "if position and position != self.position(step - 1):",
+        "if False:",
+        "test_disback.py::test_each_loss_takes_the_target_of_its_step_for_the_teacher",
+    ),
+    Fault(
+        "the fake score starts as the teacher",
+        "methods/disback.py",
+        "_load(players.fake, stored, self.path_length)",
+        "pass",
+        "test_disback.py::test_the_fake_score_starts_at_the_end_of_the_path_and_the_target_one_before",
+    ),
+    Fault(
+        "the recorded score is never trained",
+        "methods/disback.py",
+        "            optimizer.step()\n",
+        "",
+        "test_disback.py::test_the_path_leaves_the_teacher_s_law_step_by_step",
+    ),
+    Fault(
+        "every recorded score is the last",
+        "methods/disback.py",
+        "yield deepcopy(score).cpu()",
+        "yield score",
+        "test_disback.py::test_the_path_leaves_the_teacher_s_law_step_by_step",
+    ),
+    Fault(
+        "a resumed run forgets where it was",
+        "diffdistill/trainer.py",
+        "for name, module in self.followers.items():\n            load_strictly(",
+        "for name, module in ():\n            load_strictly(",
+        "test_disback.py::test_a_run_resumed_between_two_targets_equals_one_that_was_not_stopped",
+    ),
+)

@@ -1,0 +1,69 @@
+"""Faults of MSD and of its router."""
+
+from mutate import Fault
+
+FAULTS = (
+    Fault(
+        "a student draws all classes",
+        "methods/msd.py",
+        "return tuple((cells == self.student_index).nonzero()[:, 0].tolist())",
+        "return ()",
+        "test_msd.py::test_a_student_draws_its_own_classes_evenly_and_together_they_draw_all",
+    ),
+    Fault(
+        "the pairs are of the student's classes",
+        "methods/dmd2.py",
+        'label = rng.integers("pair label", max(setting.num_classes, 1))',
+        'label = setting.label_of(rng.uniform("pair label"))',
+        "test_msd.py::test_every_student_has_the_pairs_of_all_classes",
+    ),
+    Fault(
+        "real images are of all classes",
+        "diffdistill/trainer.py",
+        "DataOrder(self.source, train.seed, classes=self.setting.classes)",
+        "DataOrder(self.source, train.seed)",
+        "test_msd.py::test_a_student_s_real_images_are_of_its_classes",
+    ),
+    Fault(
+        "every row goes to the first student",
+        "diffdistill/router.py",
+        "return by_student(self.router(cond), estimate)",
+        "return by_student(0 * self.router(cond), estimate)",
+        "test_msd.py::test_a_joined_model_makes_each_class_by_its_own_student",
+    ),
+    Fault(
+        "rows come back in the order of the students",
+        "diffdistill/router.py",
+        "return made[torch.cat(parts).argsort()]",
+        "return made",
+        "test_msd.py::test_rows_keep_their_places",
+    ),
+    Fault(
+        "no class is always the first student's",
+        "diffdistill/router.py",
+        "return replace(null, label=null.label + self.router(cond))",
+        "return null",
+        "test_msd.py::test_both_estimates_of_a_guided_sample_are_of_its_own_student",
+    ),
+    Fault(
+        "k-means without equal sizes",
+        "diffdistill/partition.py",
+        "before, cells = cells, _assign(torch.cdist(embeddings, centres) ** 2)",
+        "before, cells = cells, torch.cdist(embeddings, centres).argmin(1)",
+        "test_msd.py::test_kmeans_moves_a_point_where_clusters_are_of_unequal_size",
+    ),
+    Fault(
+        "one median for both halves of the quadrants",
+        "diffdistill/router.py",
+        "threshold = torch.where(is_above, above, below)",
+        "threshold = below",
+        "test_msd.py::test_quadrants_split_the_first_axis_and_then_each_half",
+    ),
+    Fault(
+        "a tie falls above",
+        "diffdistill/router.py",
+        "is_above = first > split",
+        "is_above = first >= split",
+        "test_msd.py::test_a_tie_on_a_quadrant_s_threshold_falls_below",
+    ),
+)

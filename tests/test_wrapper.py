@@ -1,0 +1,76 @@
+"""Methods that hold another: which, how a config says so, and that the rest of the run stays the other's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffdistill.config import RunConfig, parse_config
+from diffdistill.method import Method, registered
+from diffdistill.methods.disback import DisBack
+from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.msd import MSD
+from diffdistill.schema import UserError
+from diffdistill.trainer import Trainer
+from diffdistill.wrapper import Wrapper
+
+MakeConfig = Callable[..., RunConfig]
+HOOKS = {name for name, value in vars(Method).items() if not name.startswith("_") and name != "name"}
+
+
+def parse(base: dict[str, object]) -> RunConfig:
+    method = {"name": "disback", "base": base}
+    return parse_config(
+        {
+            "run": "x",
+            "teacher": "y",
+            "method": method,
+            "optimizers": {"default": {"lr": 1}},
+            "train": {"steps": 1, "global_batch_size": 1},
+        }
+    )
+
+
+def test_the_method_inside_is_a_config_like_any_other():
+    method = parse({"name": "dmd2", "fake_updates": 3}).method
+    assert isinstance(method, DisBack)
+    assert method.base == DMD2(fake_updates=3)
+    assert parse({"name": "sid"}).method.base.name == "sid"  # type: ignore[attr-defined]
+
+
+def test_faults_of_the_method_inside_are_named_by_their_place():
+    with pytest.raises(UserError, match=r"method.base.fake_update: unknown key; did you mean 'fake_updates'"):
+        parse({"name": "dmd2", "fake_update": 3})
+
+
+@pytest.mark.parametrize("name", ["disback", "msd"])
+def test_no_method_holds_itself_or_one_that_could_hold_it(name: str):
+    with pytest.raises(UserError, match=f"method.base.name = '{name}': unknown"):
+        parse({"name": name})
+
+
+def test_several_students_can_each_walk_a_path():
+    assert isinstance(MSD(base=DisBack()).base, DisBack)
+
+
+def test_only_methods_above_are_offered():
+    names = list(registered())
+    assert list(registered(above="msd")) == names[: names.index("msd")]
+
+
+def test_every_hook_is_the_held_method_s_own():
+    assert set(vars(Wrapper)) >= HOOKS
+
+
+def test_two_wrappers_that_change_nothing_change_no_bit(make_config: MakeConfig):
+    plain = make_config("dmd2", "method.regression_weight=0.5", "method.regression_pairs=8", "train.steps=3")
+    method = MSD(base=DisBack(base=plain.method, path_length=0), num_students=1)
+    wrapped = replace(make_config("msd", "train.steps=3"), method=method)
+    found = []
+    for config in (plain, wrapped):
+        trainer = Trainer(config, quiet=True)
+        trainer.run()
+        found.append({f"{p}.{k}": v for p, module in trainer.trained.items() for k, v in module.state_dict().items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
