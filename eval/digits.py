@@ -5,69 +5,28 @@ step makes readable digits with no variety. No number here is an FID, and none c
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import chain
-from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.data.digits import Digits
 from diffdistill.denoiser import Denoiser
 from diffdistill.draws import Draws
 from diffdistill.eval.distances import frechet_from_features
+from diffdistill.eval.generate import SampledImages
+from diffdistill.eval.metrics import PrecisionRecall
 from diffdistill.eval.neighbours import precision_recall
+from diffdistill.eval.protocols import DIGITS_PIXELS
+from diffdistill.eval.records import ModelRecord
 from diffdistill.sampling import FewSteps, Sampler
 
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """Every choice behind a row. A different choice is a different protocol, with a different name.
-
-    order: labels ascend, images_per_class of each.  noise_step: image i starts from Draws(seed, noise_step, i) under
-    `noise_name`; a stochastic sampler's step j adds f"fresh {j}" of the same draws.  nearest_k: the balls of precision
-    and recall.  warm_up_batches: generated and thrown away before the clock starts.
-    """
-
-    name: str
-    num_images: int
-    images_per_class: int
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    order: Literal["class-major"]
-    noise_step: int
-    noise_name: str
-    features: Literal["pixels in [-1, 1]"]
-    quantisation: Literal["none"]
-    covariance: Literal["unbiased"]
-    reference: Literal["digits"]
-    reference_split: Literal["train"]
-    nearest_k: int
-    warm_up_batches: int
-
-
-DIGITS_PIXELS = Protocol(
-    name="digits-pixels",
-    num_images=1800,
-    images_per_class=180,
-    num_classes=10,
-    image_shape=(1, 8, 8),
-    order="class-major",
-    noise_step=0,
-    noise_name="noise",
-    features="pixels in [-1, 1]",
-    quantisation="none",
-    covariance="unbiased",
-    reference="digits",
-    reference_split="train",
-    nearest_k=3,
-    warm_up_batches=1,
-)
+SHAPE = (1, 8, 8)
+NEAREST_K = next(metric.nearest_k for metric in DIGITS_PIXELS.metrics if isinstance(metric, PrecisionRecall))
 
 ONE_STEP = FewSteps(init_ratio=2.5)
 """The baseline: the teacher itself at one evaluation, which is where a student starts."""
@@ -107,9 +66,9 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Row:
-    """Generate the protocol's images, time that, and score them.  name: what the row is called."""
-    for index in _batches(batch_size)[: DIGITS_PIXELS.warm_up_batches]:
-        _generate(denoiser, sampler, Draws(seed, DIGITS_PIXELS.noise_step, index), guidance)
+    """Generate the protocol's images, time that after a batch to warm up, and score them.  name: of the row."""
+    source = _source(denoiser, sampler, name=name, guidance=guidance, seed=seed)
+    source.take(0, _batches(batch_size)[0])
     start = time.perf_counter()
     images = generate(denoiser, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
     seconds = time.perf_counter() - start
@@ -121,10 +80,11 @@ def generate(
 ) -> Tensor:
     """The protocol's images, [1800, 1, 8, 8], class-major, on the CPU.
 
-    Each image has its own noise, so batch_size changes them by no more than the network's own rounding.
+    seed: which range of 1,800 image seeds.  Each image has its own noise, so batch_size changes them by no more than
+    the network's own rounding.
     """
-    draws = [Draws(seed, DIGITS_PIXELS.noise_step, index) for index in _batches(batch_size)]
-    return torch.cat([_generate(denoiser, sampler, rng, guidance) for rng in draws])
+    source = _source(denoiser, sampler, guidance=guidance, seed=seed)
+    return torch.cat([source.take(0, index).cpu() for index in _batches(batch_size)])
 
 
 def score(images: Tensor) -> Scores:
@@ -132,20 +92,21 @@ def score(images: Tensor) -> Scores:
 
     Raises ValueError for another shape (a Frechet distance depends on the number of samples) and for NaN.
     """
-    expected = (DIGITS_PIXELS.num_images, *DIGITS_PIXELS.image_shape)
+    expected = (DIGITS_PIXELS.num_images, *SHAPE)
     if images.shape != expected:
         raise ValueError(f"{DIGITS_PIXELS.name} scores images {list(expected)}, not {list(images.shape)}")
     fake, real = images.cpu().flatten(1), _reference()[0].flatten(1)
-    precision, recall = precision_recall(real, fake, k=DIGITS_PIXELS.nearest_k)
+    precision, recall = precision_recall(real, fake, k=NEAREST_K)
     return Scores(frechet_from_features(fake, real), precision, recall)
 
 
 def bootstrap_floor(seed: int = 0) -> Row:
     """What 1,800 draws with replacement from the training split score, 180 a class: a perfect model's noise floor."""
     images, labels = _reference()
-    rng = Draws(seed, DIGITS_PIXELS.noise_step, torch.arange(DIGITS_PIXELS.images_per_class))
+    num_classes = DIGITS_PIXELS.labels.num_classes
+    rng = Draws(seed, 0, torch.arange(DIGITS_PIXELS.num_images // num_classes))
     drawn = []
-    for label in range(DIGITS_PIXELS.num_classes):
+    for label in range(num_classes):
         members = images[labels == label]
         drawn.append(members[rng.integers(f"bootstrap {label}", len(members))])
     return _row("bootstrap floor", 0, score(torch.cat(drawn)), 0.0)
@@ -153,8 +114,7 @@ def bootstrap_floor(seed: int = 0) -> Row:
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """One line a row. A row without evaluations shows no cost."""
-    protocol = DIGITS_PIXELS
-    table = Table(title=f"{protocol.name}: {protocol.num_images:,} images against the {protocol.reference_split} split")
+    table = Table(title=f"{DIGITS_PIXELS.name}: {DIGITS_PIXELS.num_images:,} images against the train split")
     table.add_column("name")
     for column in ("evaluations", "FD pixels", "precision", "recall", "ms / image"):
         table.add_column(column, justify="right")
@@ -181,35 +141,17 @@ def _batches(batch_size: int) -> tuple[Tensor, ...]:
     return torch.split(torch.arange(DIGITS_PIXELS.num_images), batch_size)
 
 
-@torch.no_grad()
-def _generate(denoiser: Denoiser, sampler: Sampler, rng: Draws, guidance: float) -> Tensor:
-    """The images rng.index, on the CPU: noise is drawn there, so that every device gets the same bits."""
-    tensors = chain(denoiser.parameters(), denoiser.buffers())
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-    def normal(name: str) -> Tensor:
-        return rng.normal(name, DIGITS_PIXELS.image_shape).to(device)
-
-    cond = denoiser.class_cond((rng.index // DIGITS_PIXELS.images_per_class).to(device))
-    with _eval_mode(denoiser):
-        noise = normal(DIGITS_PIXELS.noise_name)
-        images = sampler(denoiser, noise, cond, guidance=guidance, fresh_noise=lambda i: normal(f"fresh {i}"))
-    return images.cpu()
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout, and afterwards every part in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+def _source(
+    denoiser: Denoiser, sampler: Sampler, *, name: str = "model", guidance: float = 1.0, seed: int = 0
+) -> SampledImages:
+    protocol = replace(DIGITS_PIXELS, first_seed=seed * DIGITS_PIXELS.num_images)
+    model = ModelRecord(source=name)
+    return SampledImages(
+        denoiser=denoiser, sampler=sampler, protocol=protocol, image_shape=SHAPE, model=model, guidance=guidance
+    )
 
 
 @cache
 def _reference() -> tuple[Tensor, Tensor]:
     """Images [1437, 1, 8, 8] and labels [1437] of the training split."""
-    return Digits(split=DIGITS_PIXELS.reference_split).tensors()
+    return Digits(split="train").tensors()

@@ -13,7 +13,7 @@ from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.eval.protocol import Labels, Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
-from diffdistill.sampling import AnySampler
+from diffdistill.sampling import Sampler
 from diffdistill.schema import UserError
 
 
@@ -26,7 +26,7 @@ class SampledImages:
     """
 
     denoiser: Denoiser
-    sampler: AnySampler
+    sampler: Sampler
     protocol: Protocol
     image_shape: tuple[int, ...]
     model: ModelRecord

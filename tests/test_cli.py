@@ -20,7 +20,7 @@ from diffdistill import demo as demo_module
 from diffdistill.cli import app
 from diffdistill.config import RunConfig
 from diffdistill.eval import digits
-from diffdistill.eval.digits import DIGITS_PIXELS
+from diffdistill.eval.protocols import DIGITS_PIXELS
 from diffdistill.method import REGISTRY
 from diffdistill.trainer import Trainer
 
@@ -42,7 +42,7 @@ from diffdistill.eval import digits
 demo.FAST = {TINY}
 load = demo.load_config
 demo.load_config = lambda file, settings: load(file, [*settings, *({TINY_TEACHER} if "pretrain" in str(file) else ())])
-digits.DIGITS_PIXELS = dataclasses.replace(digits.DIGITS_PIXELS, num_images=200, images_per_class=20)
+digits.DIGITS_PIXELS = dataclasses.replace(digits.DIGITS_PIXELS, num_images=200)
 cli.main()
 """
 """The demo with two steps and 200 samples, where no optional package can be imported."""
@@ -71,7 +71,7 @@ def assert_refused(result: Result, *fragments: str) -> None:
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol with 200 samples instead of 1,800."""
-    few = dataclasses.replace(DIGITS_PIXELS, num_images=200, images_per_class=20)
+    few = dataclasses.replace(DIGITS_PIXELS, num_images=200)
     monkeypatch.setattr(digits, "DIGITS_PIXELS", few)
 
 

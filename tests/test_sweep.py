@@ -17,7 +17,7 @@ from diffdistill import log, sweep, sweep_picture
 from diffdistill.cli import app
 from diffdistill.config import RunConfig, load_config
 from diffdistill.eval import digits
-from diffdistill.eval.digits import DIGITS_PIXELS
+from diffdistill.eval.protocols import DIGITS_PIXELS
 from diffdistill.inference import sample_images
 from diffdistill.log import RunLog
 from diffdistill.model import load_model
@@ -54,7 +54,7 @@ def assert_refused(result: Result, folder: Path, *fragments: str) -> None:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol with 200 samples instead of 1,800, and no curves."""
-    few = dataclasses.replace(DIGITS_PIXELS, num_images=200, images_per_class=20)
+    few = dataclasses.replace(DIGITS_PIXELS, num_images=200)
     monkeypatch.setattr(digits, "DIGITS_PIXELS", few)
     monkeypatch.setattr(log, "draw_curves", lambda *_, **__: None)  # these have tests of their own
 
