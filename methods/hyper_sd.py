@@ -22,18 +22,19 @@ from diffdistill.losses import DenoisingWeight, field_loss, gan_discriminator_lo
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.discriminator import make_head
 from diffdistill.rewards import Feedback, find_reward
-from diffdistill.sampling import TCD, transfer
+from diffdistill.sampling import DDIM, TCD, transfer
 from diffdistill.schema import Fraction, NonNegative, Positive, field, schema
 from diffdistill.score_distillation import condition, critics_loss, draw_step, generate, matching_field, start_players
 from diffdistill.segments import Ends, Stage, draw_jump, stage_at, stage_starts
 from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
 
-PAPER_STAGES = (
+STAGES = (
     Stage(segments=8),
-    Stage(segments=4, adversarial_weight=0.1),
-    Stage(segments=2, mse_weight=0.5, adversarial_weight=0.5),
-    Stage(segments=1, mse_weight=0.1, adversarial_weight=1.0),
+    Stage(segments=4, grid_steps=16, adversarial_weight=0.1),
+    Stage(segments=2, grid_steps=8, mse_weight=0.5, adversarial_weight=0.5),
+    Stage(segments=1, grid_steps=4, mse_weight=0.1, adversarial_weight=1.0),
 )
+"""The paper's numbers of segments, and of steps in its figure 2; weights and the first grid are ours."""
 
 
 @schema
@@ -42,8 +43,8 @@ class HyperSD(Method):
     fake score."""
 
     name: Literal["hyper_sd"] = "hyper_sd"
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = PAPER_STAGES
-    steps: TCD = field(default_factory=lambda: TCD(num_steps=1))
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
+    steps: TCD = field(default_factory=lambda: TCD(num_steps=1, grid=DDIM(num_steps=64)))
     stage_teacher: Literal["previous", "base"] = "previous"
     ends: Ends = "random"
     distance: Literal["mse", "huber"] = "mse"
