@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import MakeConfig
 from exact import LogRatio, MixtureFixture, Tapped, components, numbers
 from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, watch
+from test_trainer import ACCUMULATION, trained, weights
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.divergences import WEIGHTS, mean_by_bin
+from diffdistill.divergences import WEIGHTS, density_ratio, mean_by_bin
 from diffdistill.draws import Draws
 from diffdistill.losses import gan_generator_loss
 from diffdistill.method import Method, Setting
@@ -18,6 +20,7 @@ from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.sampling import FewSteps
 from diffdistill.timesteps import Karras
+from diffdistill.trainer import Trainer
 
 DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "rkl": lambda r: -r.log(),
@@ -181,6 +184,11 @@ def test_a_piece_of_a_batch_is_normalised_by_the_means_of_the_whole() -> None:
     torch.testing.assert_close(method._weight(scene(method)[0], draw, LOGITS[:2])[0], whole[:2], rtol=0, atol=0)
 
 
+def test_a_ratio_has_no_gradient() -> None:
+    logits = numbers(-1.0, 0.5).requires_grad_()
+    assert not density_ratio(logits, 0.1, 20.0).requires_grad
+
+
 def test_bins_hold_equal_shares_of_the_time_law() -> None:
     method = FDistill(generator_time_law=Karras(), ratio_bins=4)
     draw = method.draw(Draws(0, 0, torch.arange(4000)), Setting(SHAPE, CLASSES, PATH))
@@ -284,3 +292,20 @@ def test_a_student_that_is_the_teacher_is_not_moved_by_the_matching() -> None:
     players, draw, batch = scene(method)
     players.fake.load_state_dict(players.teacher.state_dict())
     assert method.generator_loss(players, draw, batch).total == 0
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5])
+def test_two_micro_batches_of_8_train_as_one_batch_of_16(make_config: MakeConfig, memory: float) -> None:
+    sgd = [f"optimizers.{player}={{name: sgd, lr: 0.1, betas: [0, 0.999]}}" for player in ("generator", "default")]
+    common = (f"method.ratio_memory={memory}", "method.fake_updates=1", "train.global_batch_size=16", *sgd)
+    start = weights(Trainer(make_config("f_distill", *common)))
+    whole = trained(make_config("f_distill", *common), 3)
+    parts = trained(make_config("f_distill", *common, "train.micro_batch_size=8"), 3)
+    size = max(float(value.abs().max()) for value in weights(whole).values())
+    moved = max(float((value - start[name]).abs().max()) for name, value in weights(whole).items())
+    apart = max(float((value - weights(parts)[name]).abs().max()) for name, value in weights(whole).items())
+    assert moved > 1000 * ACCUMULATION * size
+    assert apart <= ACCUMULATION * size
+    if memory:
+        assert torch.allclose(whole.players.ratio_means.values, parts.players.ratio_means.values, rtol=1e-5)
+        assert not torch.equal(whole.players.ratio_means.values, torch.ones(10))

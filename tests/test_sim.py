@@ -15,7 +15,7 @@ from diffdistill.sampling import FewSteps
 
 UNIT = FewSteps(init_noise="unit")
 PLAIN = SIM(steps=UNIT)
-SIX_DIGITS = 1e-5  # values known to six decimals, by 40 nodes on a mixture
+NODES = 3e-5  # 40 nodes on a mixture, of a function with a root
 C = 0.5
 
 
@@ -47,8 +47,8 @@ def test_the_gradient_is_that_of_the_score_divergence_whose_law_is_held_fixed(  
     # A score is a denoiser over the variance; so is c, and the loss has that power of it.
     method = replace(PLAIN, distance=distance, huber_c=C * at.variance)
     found = at.method_gradient(method) / at.variance**power
-    torch.testing.assert_close(found, at.finite_difference(divergence), rtol=0, atol=SIX_DIGITS)
-    torch.testing.assert_close(found, numbers(*expected), rtol=0, atol=SIX_DIGITS)
+    torch.testing.assert_close(found, at.finite_difference(divergence), rtol=0, atol=NODES)
+    torch.testing.assert_close(found, numbers(*expected), rtol=0, atol=NODES)
 
 
 def test_with_the_squared_distance_it_is_twice_sid_at_alpha_one() -> None:  # A4
@@ -56,7 +56,7 @@ def test_with_the_squared_distance_it_is_twice_sid_at_alpha_one() -> None:  # A4
     found = at.gradient(replace(PLAIN, distance="l2"))
     sid = at.gradient(SiD(steps=UNIT, alpha=1.0, weight="one", loss_scale=1.0))
     torch.testing.assert_close(found, 2 * sid, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found / at.sigma**4, numbers(-0.453608, 0.166268), rtol=0, atol=SIX_DIGITS)
+    torch.testing.assert_close(found / at.sigma**4, numbers(-0.453608, 0.166268), rtol=0, atol=NODES)
 
 
 def test_a_very_large_c_gives_sid_s_numerator_and_a_very_small_one_the_unit_field() -> None:

@@ -1,0 +1,64 @@
+"""Faults of DMD2."""
+
+from mutate import Fault
+
+METHOD, SHARED, LOSSES = "methods/dmd2.py", "diffdistill/score_distillation.py", "diffdistill/losses.py"
+
+FAULTS = (
+    Fault(
+        "the field has the wrong sign",
+        SHARED,
+        "return (fake - teacher) / sample_normaliser",
+        "return (teacher - fake) / sample_normaliser",
+        "test_dmd2_gradients.py::test_the_generator_s_gradient_is_that_of_the_reverse_kl",
+    ),
+    Fault(
+        "no stop-gradient around the field",
+        LOSSES,
+        "return 0.5 * F.mse_loss(x, (x - field).detach().to(x.dtype))",
+        "return 0.5 * F.mse_loss(x, (x - field).to(x.dtype))",
+        "test_losses.py::test_the_field_loss_sends_each_pixel_its_field_over_the_number_of_pixels",
+    ),
+    Fault(
+        "the normaliser is dropped",
+        SHARED,
+        "return (fake - teacher) / sample_normaliser(x, teacher, minimum)",
+        "return fake - teacher",
+        "test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
+    ),
+    Fault(
+        "the fake score is never trained",
+        METHOD,
+        'return (Update(("generator",), "generator_loss", self.fake_updates), Update(critics, "fake_loss"))',
+        'return (Update(("generator",), "generator_loss", self.fake_updates),)',
+        "test_dmd2.py::test_there_are_exactly_so_many_fake_updates_to_one_generator_update",
+    ),
+    Fault(
+        "the fake score's loss reaches the generator",
+        METHOD,
+        "            with torch.no_grad():\n                x = generate(players, draw, self.steps)",
+        "            x = generate(players, draw, self.steps)",
+        "test_dmd2.py::test_the_fake_score_s_loss_reaches_the_fake_score_and_the_discriminator_alone",
+    ),
+    Fault(
+        "the fake score's condition is dropped",
+        METHOD,
+        "fake = players.fake(x_t, t, cond)",
+        "fake = players.fake(x_t, t, cond, guidance=0.0)",
+        "test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
+    ),
+    Fault(
+        "the fake loss has no weight",
+        SHARED,
+        'draw["fake t"], cond, weight=weight)',
+        'draw["fake t"], cond, weight="x0")',
+        "test_dmd2_gradients.py::test_the_fake_score_s_gradient_is_the_reference",
+    ),
+    Fault(
+        "the teacher is not guided",
+        METHOD,
+        "real = players.teacher(x_t, t, cond, guidance=self.guidance)",
+        "real = players.teacher(x_t, t, cond)",
+        "test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
+    ),
+)

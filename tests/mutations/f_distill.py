@@ -1,0 +1,61 @@
+"""Faults of f-distill."""
+
+from mutate import Fault
+
+METHOD, DIVERGENCES = "methods/f_distill.py", "diffdistill/divergences.py"
+GRADIENT = "test_f_distill.py::test_the_gradient_is_that_of_the_divergence"
+
+FAULTS = (
+    Fault(
+        "the weight of Jensen-Shannon is inverted",
+        DIVERGENCES,
+        "lambda r: r / (r + 1)",
+        "lambda r: 1 / (r + 1)",
+        GRADIENT,
+    ),
+    Fault(
+        "the ratio is upside down", DIVERGENCES, "return widen(logits).clamp", "return (-widen(logits)).clamp", GRADIENT
+    ),
+    Fault(
+        "the weight is dropped",
+        METHOD,
+        "zero_nonfinite(expand(weight, x) * (",
+        "zero_nonfinite(1 * (",
+        GRADIENT,
+    ),
+    Fault(
+        "a gradient is taken of the weight",
+        DIVERGENCES,
+        "@torch.no_grad()\ndef density_ratio(",
+        "def density_ratio(",
+        "test_f_distill.py::test_a_ratio_has_no_gradient",
+    ),
+    Fault(
+        "the weight is not normalised",
+        METHOD,
+        "return h(ratio) / h(everyone).mean(), carry",
+        "return h(ratio), carry",
+        "test_f_distill.py::test_without_bins_the_weight_is_h_of_the_clamped_ratio_over_its_mean",
+    ),
+    Fault(
+        "a piece of a batch is normalised by itself",
+        METHOD,
+        'everyone = draw.get("all ratio", ratio)',
+        "everyone = ratio",
+        "test_f_distill.py::test_a_piece_of_a_batch_is_normalised_by_the_means_of_the_whole",
+    ),
+    Fault(
+        "the discriminator is never trained",
+        METHOD,
+        'critics = ("fake", "discriminator") if self.has_discriminator else ("fake",)',
+        'critics = ("fake",)',
+        "test_f_distill.py::test_a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained",
+    ),
+    Fault(
+        "the discriminator looks at noise of its own",
+        METHOD,
+        'x_t = players.teacher.path.diffuse(x, draw["eps"], t)',
+        'x_t = players.teacher.path.diffuse(x, draw["fake eps"], t)',
+        "test_f_distill.py::test_the_discriminator_sees_the_sample_of_the_matching_at_its_noise",
+    ),
+)

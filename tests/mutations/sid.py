@@ -1,0 +1,74 @@
+"""Faults of SiD."""
+
+from mutate import Fault
+
+METHOD, SHARED = "methods/sid.py", "diffdistill/score_distillation.py"
+CLOSED_FORM = "test_sid.py::test_the_gradient_between_gaussians_is_the_closed_form"
+BY_HAND = "test_sid.py::test_value_and_gradient_of_a_step_are_those_by_hand"
+
+FAULTS = (
+    Fault(
+        "the identity has the wrong sign",
+        METHOD,
+        "return (gap * (residual - x).flatten(1)).sum(1)",
+        "return (gap * (x - residual).flatten(1)).sum(1)",
+        CLOSED_FORM,
+    ),
+    Fault("alpha counts the other way", METHOD, "(1 - alpha) * gap", "(1 + alpha) * gap", CLOSED_FORM),
+    Fault(
+        "the teacher is detached",
+        SHARED,
+        "return x, x_t, teacher, sample_weight(",
+        "return x, x_t, teacher.detach(), sample_weight(",
+        "test_sid.py::test_the_gradient_between_gaussians_is_the_closed_form",
+    ),
+    Fault(
+        "the networks see a detached image",
+        SHARED,
+        '    x_t = path.diffuse(x, draw["eps"], t)\n',
+        '    x_t = path.diffuse(x.detach(), draw["eps"], t)\n',
+        BY_HAND,
+    ),
+    Fault(
+        "the weight is dropped",
+        METHOD,
+        "mean_of_finite(weight * score_identity(",
+        "mean_of_finite(score_identity(",
+        BY_HAND,
+    ),
+    Fault(
+        "the fake score is never trained",
+        METHOD,
+        '            Update(("fake",), "fake_loss", statistics=of_all[0]),\n',
+        "",
+        "test_sid.py::test_the_fake_score_steps_first_and_k_times_to_one_of_the_generator",
+    ),
+    Fault(
+        "the fake score's loss reaches the generator",
+        SHARED,
+        '    with torch.no_grad():\n        x = generate(players, draw, steps, "fake ")',
+        '    x = generate(players, draw, steps, "fake ")',
+        "test_sida.py::test_the_fake_score_s_loss_reaches_the_fake_score_alone",
+    ),
+    Fault(
+        "the fake score's scale is the teacher's",
+        METHOD,
+        "guidance=self.fake_guidance, want=",
+        "guidance=self.guidance, want=",
+        "test_sid.py::test_the_teacher_is_guided_by_kappa_4_and_the_fake_score_by_kappa_2_and_3",
+    ),
+    Fault(
+        "real images have noise of their own in SiDA",
+        METHOD,
+        "tapped = players.fake(path.diffuse(images, eps, t)",
+        'tapped = players.fake(path.diffuse(images, draw["eps"], t)',
+        "test_sida.py::test_real_and_generated_images_are_compared_at_one_time_noise_and_class",
+    ),
+    Fault(
+        "SiDA's logits are not clamped",
+        METHOD,
+        ".clamp(-MAX_LOGIT, MAX_LOGIT)",
+        "",
+        "test_sida.py::test_the_adversarial_share_is_that_by_hand",
+    ),
+)

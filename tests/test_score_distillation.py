@@ -1,0 +1,76 @@
+"""What the score-distillation methods share: their numbers, samples, and that they go on where they stopped."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeConfig
+from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, scene
+from torch import Tensor
+
+from diffdistill.draws import Draws
+from diffdistill.method import Method, Setting
+from diffdistill.methods.f_distill import FDistill
+from diffdistill.methods.sid import SiD
+from diffdistill.methods.sim import SIM
+from diffdistill.score_distillation import fake_sample, mean_of_finite, shielded
+from diffdistill.trainer import Trainer
+
+METHODS = {"sid": SiD(steps=MULTI_STEP), "sim": SIM(steps=MULTI_STEP), "f_distill": FDistill(steps=MULTI_STEP)}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+@every_method
+def test_a_sample_s_numbers_do_not_depend_on_its_batch(method: Method) -> None:
+    setting = Setting(SHAPE, CLASSES, PATH)
+    whole = method.draw(Draws(0, 4, torch.arange(BATCH)), setting)
+    parts = [method.draw(Draws(0, 4, index), setting) for index in torch.arange(BATCH).split(2)]
+    for name, value in whole.items():
+        joined = parts[0][name] if value.ndim == 0 else torch.cat([part[name] for part in parts])
+        assert torch.equal(value, joined), name
+
+
+@every_method
+def test_the_numbers_of_a_step_are_all_different(method: Method) -> None:
+    draw = method.draw(Draws(0, 0, torch.arange(BATCH)), Setting(SHAPE, CLASSES, PATH))
+    drawn = [value.double().numpy().tobytes() for value in draw.values() if value.is_floating_point()]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_ends_as_one_that_never_stopped(make_config: MakeConfig, tmp_path: Path, name: str) -> None:
+    whole = make_config(name, "train.steps=4", f"run={tmp_path / 'whole'}")
+    Trainer(whole, quiet=True).run()
+    parts = make_config(name, "train.steps=2", f"run={tmp_path / 'parts'}")
+    Trainer(parts, quiet=True).run()
+    resumed = Trainer(replace(parts, train=whole.train), resume=True, quiet=True)
+    resumed.run()
+    once, twice = (folder / "checkpoints" / "step-00000004" for folder in (Path(whole.run), Path(parts.run)))
+    for file in ("players.safetensors", "ema.safetensors", "optimizers.safetensors"):
+        assert (once / file).read_bytes() == (twice / file).read_bytes()
+
+
+def test_the_fake_score_s_own_sample_has_no_gradient() -> None:
+    players, draw, _ = scene(SiD())
+    x, cond = fake_sample(players, draw, SiD().steps)
+    assert not x.requires_grad
+    assert cond.label is not None
+    assert cond.label.tolist() == draw["fake label"].tolist()
+
+
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf])
+def test_a_shielded_sample_with_one_broken_gradient_pushes_nothing(fault: float) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    factor = torch.tensor([[1.0, fault, 1.0], [1.0, 2.0, 3.0]])
+    (shielded(1 * x) * factor).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 0, 0], [1, 2, 3]]
+
+
+def test_a_mean_counts_what_is_not_finite_as_zero_but_says_if_nothing_is() -> None:
+    def mean(*values: float) -> float:
+        return float(mean_of_finite(torch.tensor(values)))
+
+    assert mean(1.0, torch.nan, 5.0) == 2
+    assert not Tensor([mean(torch.nan, torch.inf)]).isfinite()
