@@ -67,7 +67,7 @@ def draw_panel(
         is_ill=is_ill,
         lines=tuple(_path([across(x) for x in steps], [_inside(up, y) for y in line]) for line in lines),
         band_box=_band_box(band, up) if band else None,
-        outside=tuple(place for place, out in zip(places, is_outside, strict=True) if out and np.isfinite(place[1])),  # type: ignore[misc]
+        outside=tuple((x, y) for (x, y), out in zip(places, is_outside, strict=True) if out and y is not None),
         y_ticks=tuple(Tick(up(value), compact(value)) for value in up.ticks(3)),
         x_ticks={name: _ticks(across, clock, name) for name in ("steps", "images", "time")},
         points=json.dumps([[x, y, int(step), float(f"{value:.4g}")] for (x, y), step, value in known if y is not None]),

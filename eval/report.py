@@ -81,11 +81,11 @@ def report_page(run: FilePath) -> str:
     config = read_yaml(run / CONFIG)
     metrics = read_metrics(run / METRICS)
     clock = read_clock(run / METRICS)
-    groups = [
-        {"name": heading, "panels": [draw_panel(name, metrics[name], clock.at, clock.steps) for name in names]}
+    panels = {
+        heading: [draw_panel(name, metrics[name], clock.at, clock.steps) for name in names]
         for heading, names in _sections(list(metrics), sections(metrics)).items()
-    ]
-    health = [panel for group in groups for panel in group["panels"] if panel.band is not None]  # type: ignore[attr-defined]
+    }
+    health = [panel for held in panels.values() for panel in held if panel.band is not None]
     return render(
         "report.html",
         scripts=("theme.js", "report.js"),
@@ -95,8 +95,7 @@ def report_page(run: FilePath) -> str:
         summary=_summary(config),
         tiles=tiles(run, config, clock, health),
         warnings=read_warnings(run / WARNINGS),
-        groups=groups,
-        health=health,
+        panels=panels,
         previews=read_previews(run / PREVIEWS, clock),
         tables=[*read_table(run), *read_scores(run)],
         settings=settings(config),

@@ -27,7 +27,7 @@ const clear = () => {
   filter();
 };
 search.addEventListener("input", filter);
-for (const select of selects) select.addEventListener("input", filter);
+for (const select of selects) select.addEventListener("change", filter);
 search.form.addEventListener("submit", (event) => event.preventDefault());
 document.getElementById("clear").addEventListener("click", () => { clear(); search.focus(); });
 
