@@ -38,7 +38,10 @@ NPZ_KEYS = ("images", "arr_0")
 class Images(Interface):
     """Images by number, as the protocol prepares them."""
 
-    origin: str
+    @property
+    def origin(self) -> str:
+        """What the user called them, for messages."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -116,7 +119,8 @@ class ImageFiles:
         except UnreadableImage as error:
             raise UserError(f"{self.origin}: {shown(item.name)} cannot be read: {error}") from None
         self._noted.update(made.notes)
-        return prepare(torch.from_numpy(made.pixels)[None], self.preparation)[0]
+        pixels = torch.from_numpy(np.require(made.pixels, requirements="W"))  # some of Pillow's are read-only
+        return prepare(pixels[None], self.preparation)[0]
 
     def _read(self, item: Item) -> bytes | NDArray[np.uint8]:
         try:

@@ -85,6 +85,8 @@ def compute_reference(
     preparation: how `images` were prepared, for the file.  advance: told the images that are done.
     Raises UserError if there are none, or one cannot be read.
     """
+    if not len(images):
+        raise UserError(f"{images.origin}: holds no images")
     moments: Moments | None = None
     digest = hashlib.sha256()
     kept: list[Tensor] = []
@@ -96,8 +98,7 @@ def compute_reference(
         moments.update(found)
         kept.append(found[: max(kept_features - int(index[0]), 0)].cpu())
         advance(len(index))
-    if moments is None:
-        raise UserError(f"{images.origin}: holds no images")
+    assert moments is not None
     about = About(
         label=extractor.label,
         origin=images.origin,

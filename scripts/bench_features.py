@@ -1,0 +1,195 @@
+"""What an evaluation costs beside its network, and against clean-fid's on the same network; memory against N.
+
+python scripts/bench_features.py [--images 1000] [--side 256] [--batch 32] [--out bench.json]
+
+The network is torchvision's Inception-v3 with random weights at 299 x 299, on one thread, in CPU-seconds. Ours is all
+of `diffdistill eval` on a folder of PNGs: reading, hashing, resizing, the network, features to disk, statistics, the
+Frechet distance. Of clean-fid's only the features are counted, with the same weights, batch and folder. The bare
+network is the same calls on inputs that are ready, half of them before and half of them after ours. Memory is the peak
+of a process that judges N small images by a small network.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from describe_machine import describe
+from PIL import Image
+from torch import nn
+
+from diffdistill.eval.command import make_bench
+from diffdistill.eval.features import Extractor, register
+from diffdistill.eval.images import open_images
+from diffdistill.eval.judged_files import FileImages
+from diffdistill.eval.metrics import Frechet
+from diffdistill.eval.networks import ready
+from diffdistill.eval.protocol import Protocol, Reference
+from diffdistill.eval.reference import About, RealFeatures, save_reference
+from diffdistill.eval.resize import network_input
+from diffdistill.eval.run import evaluate
+from diffdistill.eval.statistics import Summary
+from diffdistill.eval.workers import Workers
+
+MEMORY_COUNTS = (1_000, 4_000, 16_000)
+HALF = (128 / 255,) * 3
+"""clean-fid's (x - 128) / 128 as a mean and a standard deviation."""
+
+
+def inception() -> nn.Module:
+    """2048 features; the same weights at every call."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    network = inception_v3(weights=None, aux_logits=False, transform_input=False, init_weights=False)
+    network.fc = nn.Identity()
+    return network.eval()
+
+
+def photographs(count: int, side: int) -> np.ndarray:
+    """[count, side, side, 3]: smooth, with a little noise, so that PNG takes as long to read them as photographs."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (count, side // 8, side // 8, 3), np.uint8)
+    fine = rng.integers(-8, 9, (count, side, side, 3))
+    smooth = [np.asarray(Image.fromarray(c).resize((side, side), Image.Resampling.BICUBIC), np.int16) for c in coarse]
+    return (np.stack(smooth) + fine).clip(0, 255).astype(np.uint8)
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Of this process while it runs."""
+    before = time.process_time()
+    call()
+    return time.process_time() - before
+
+
+def ours(place: Path, count: int, extractor: Extractor, root: Path, batch: int) -> Callable[[], object]:
+    """The whole evaluation of a folder or a zip, against statistics as of 50,000 images."""
+    protocol = Protocol(
+        name="bench",
+        num_images=count,
+        reference=Reference(name="bench", dataset="bench", split="train"),
+        metrics=(Frechet(features=register(extractor)),),
+    )
+    assert extractor.num_features is not None
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(4 * extractor.num_features, extractor.num_features, generator=generator)
+    about = About(label=extractor.label, origin="bench", num_images=50_000, images_sha256="0" * 64)
+    summary = replace(Summary.of(real), count=50_000)
+    save_reference(RealFeatures(about, summary), root / "reference.npz")
+    references = {extractor.label: str(root / "reference.npz")}
+    bench = make_bench(protocol, Workers(torch.device("cpu")), batch_size=batch, references=references)
+
+    def run() -> object:
+        source = FileImages(open_images(place, protocol.preparation), bench.protocol)
+        return evaluate(source, bench, name="bench", root=root)
+
+    return run
+
+
+def speed(images: int, side: int, batch: int) -> dict[str, float]:
+    """CPU-seconds of the bare network, of our evaluation and of clean-fid's features."""
+    from cleanfid.fid import get_folder_features
+
+    torch.set_num_threads(1)
+    fast, plain = ready(inception(), torch.device("cpu")), inception()
+    prepare = network_input(299, mean=HALF, std=HALF)
+    extractor = Extractor(label="inception-random", network=fast, prepare=prepare, num_features=2048)
+    inputs = prepare(torch.from_numpy(photographs(batch, side)).permute(0, 3, 1, 2))
+
+    def bare() -> None:
+        for _ in range(images // 2 // batch):
+            fast(inputs)
+        fast(inputs[: images // 2 % batch])
+
+    def theirs() -> None:
+        get_folder_features(
+            str(folder),
+            lambda x: plain((x - 128) / 128),
+            num_workers=0,
+            batch_size=batch,
+            device=torch.device("cpu"),
+            verbose=False,
+        )
+
+    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+        folder = Path(temporary) / "images"
+        folder.mkdir()
+        for number, pixels in enumerate(photographs(images, side)):
+            Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+        run = ours(folder, images, extractor, Path(temporary), batch)
+        torch.testing.assert_close(fast(inputs), plain(inputs), rtol=1e-3, atol=1e-4)  # the same network; warm now
+        seconds = {"bare": cpu_seconds(bare), "ours": cpu_seconds(run)}
+        seconds["bare"] += cpu_seconds(bare)
+        return seconds | {"clean-fid": cpu_seconds(theirs)}
+
+
+def memory() -> dict[str, float]:
+    """MiB at the peak, by N, each in its own process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "images.zip"
+        pixels = photographs(100, 32)
+        with zipfile.ZipFile(file, "w") as archive:
+            for number in range(max(MEMORY_COUNTS)):
+                buffer = BytesIO()
+                Image.fromarray(np.roll(pixels[number % 100], number // 100, 0)).save(buffer, "PNG")
+                archive.writestr(f"{number:06d}.png", buffer.getvalue())
+        found = {}
+        for count in MEMORY_COUNTS:
+            command = [sys.executable, __file__, "--peak", str(count), "--file", str(file)]
+            found[f"{count:,} images"] = float(subprocess.run(command, check=True, capture_output=True).stdout)
+        return found
+
+
+def peak(count: int, file: Path) -> float:
+    """MiB that this process held at most, when it judged the first `count` images."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 64, 8, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    extractor = Extractor(
+        label="small", network=network, prepare=network_input(32, mean=HALF, std=HALF), num_features=64
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        ours(file, count, extractor, Path(temporary), 256)()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Print the figures, and write them if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak(options.peak, options.file))
+        return
+    held = memory()
+    seconds = speed(options.images, options.side, options.batch)
+    ratios = {
+        "ours / bare": seconds["ours"] / seconds["bare"],
+        "ours / clean-fid": seconds["ours"] / seconds["clean-fid"],
+    }
+    print(f"{options.images} images of {options.side} x {options.side}, {describe()}")
+    print("CPU-seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    print(", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))
+    print("peak MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in held.items()))
+    if options.out:
+        told = {"machine": describe(), "cpu_seconds": seconds, "ratios": ratios, "peak_mib": held}
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
