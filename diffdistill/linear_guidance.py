@@ -1,6 +1,6 @@
 """LinearAG: some unconditional estimates are not evaluated but predicted, from the run's earlier ones.
 
-Castillo et al. 2023, arXiv:2312.12487. Which calls are predicted, and from what, was not to be had from the paper, so it
+Castillo et al. 2023, arXiv:2312.12487. Which calls are predicted, and from what, was not to be had from the paper, and
 is ours: every other call of the first half, from every earlier estimate; then Adaptive Guidance.
 """
 

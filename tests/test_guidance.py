@@ -193,7 +193,7 @@ def test_adaptive_guidance_with_a_threshold_of_minus_1_is_the_condition_alone(sa
 def test_a_sample_that_is_done_costs_one_evaluation_a_call_and_stays_done():
     denoiser, cond = mlp()
     policy, sampler = (
-        AdaptiveGuidance(scale=SCALE, threshold=0.9, metric="x0", armed_below_ratio=1e9),
+        AdaptiveGuidance(scale=SCALE, threshold=0.997, metric="x0", armed_below_ratio=1e9),
         Heun(num_steps=8),
     )
     run = policy.begin(denoiser, cond)
@@ -216,7 +216,10 @@ def test_a_sample_that_is_done_costs_one_evaluation_a_call_and_stays_done():
 
 def test_a_sample_under_adaptive_guidance_does_not_depend_on_its_batch():
     denoiser, cond = mlp()
-    policy, sampler = AdaptiveGuidance(scale=SCALE, threshold=0.9, metric="x0"), Heun(num_steps=8)
+    policy, sampler = (
+        AdaptiveGuidance(scale=SCALE, threshold=0.997, metric="x0", armed_below_ratio=1e9),
+        Heun(num_steps=8),
+    )
     together = sample(sampler, denoiser, cond, policy)
     noise = random(BATCH, 3)
     alone = torch.cat([sampler(denoiser, noise[i : i + 1], cond[i : i + 1], guidance=policy) for i in range(BATCH)])

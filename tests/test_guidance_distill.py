@@ -43,7 +43,8 @@ def scene(method: GuidanceDistill = METHOD) -> tuple[Players, dict[str, Tensor],
 
 
 def test_at_scale_1_the_new_student_is_the_teacher_and_its_loss_is_zero():
-    assert float(METHOD.student_loss(*scene(replace(METHOD, guidance=(1.0, 1.0)))).total) == 0
+    loss = METHOD.student_loss(*scene(replace(METHOD, guidance=(1.0, 1.0))))
+    assert float(loss.total.detach()) < 1e-12  # the teacher's two halves are one batch, which rounds differently
 
 
 @pytest.mark.parametrize("weight", ["truncated_snr", "eps", "x0"])
