@@ -31,7 +31,6 @@ Sweeps = Annotated[
 ]
 Run = Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
-Guidance = Annotated[float, typer.Option(help="w of D_u + w (D_c - D_u); 1 is none.")]
 GuidancePolicy = Annotated[
     str, typer.Option(help="w of D_u + w (D_c - D_u), 1 is none; or a policy, as {name: adaptive, scale: 2}.")
 ]
@@ -165,7 +164,7 @@ def evaluate(
     ] = None,
     repeats: Annotated[int | None, typer.Option(help="Ranges of image seeds; default: the protocol's.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="The first range of image seeds.", min=0)] = 0,
-    guidance: Guidance = 1.0,
+    guidance: GuidancePolicy = "1",
     sampler: Annotated[str | None, typer.Option(help='Default: the model\'s own. As in "{name: ddim}".')] = None,
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
     name: Annotated[list[str] | None, typer.Option(help="What a record is called; one for each place.")] = None,

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from diffdistill.checkpoint import write_text_atomically
+from diffdistill.config import parse_guidance
 from diffdistill.data.cache import cache_folder
 from diffdistill.eval.bench import make_bench
 from diffdistill.eval.compare import Difference, paired_differences
@@ -23,8 +24,8 @@ from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.images import open_images
 from diffdistill.eval.judged_files import FileImages
 from diffdistill.eval.places import SamplingOptions, is_run, open_run, parse_sampler
-from diffdistill.eval.preparation import prepare
-from diffdistill.eval.protocol import Captions, Protocol
+from diffdistill.eval.preparation import picture, prepare, quantise
+from diffdistill.eval.protocol import Captions, Preparation, Protocol
 from diffdistill.eval.protocols import DIGITS_PIXELS, PROTOCOLS, find_protocol
 from diffdistill.eval.real import parse_weights
 from diffdistill.eval.records import Efficiency, Record, append_record
@@ -53,7 +54,7 @@ class EvalOptions:
     protocol: str | None = None
     repeats: int | None = None
     seed: int = 0
-    guidance: float = 1.0
+    guidance: str = "1"
     sampler: str | None = None
     ema: str | None = None
     names: Sequence[str] = ()
@@ -149,7 +150,7 @@ def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
     path, protocol = FilePath(place).expanduser(), bench.protocol
     if is_run(path) or is_diffusers(path):
         sampler = parse_sampler(options.sampler) if options.sampler else None
-        sampling = SamplingOptions(guidance=options.guidance, sampler=sampler, ema=options.ema)
+        sampling = SamplingOptions(guidance=parse_guidance(options.guidance), sampler=sampler, ema=options.ema)
         opener = open_run if is_run(path) else open_diffusers
         return opener(path, protocol, sampling, bench.workers.device)
     channels = protocol.image_shape[0] if protocol.image_shape else 3
@@ -219,15 +220,16 @@ def _save_grid(source: Source, protocol: Protocol, name: str, records: FilePath)
 
 @dataclass(frozen=True)
 class _Saver:
-    """Writes every image as a PNG by its seed."""
+    """Writes every image as a PNG by its seed; floats are rounded to grey levels."""
 
     folder: FilePath
     protocol: Protocol
 
     def __call__(self, repeat: int, index: Tensor, images: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         first = self.protocol.seed_ranges[repeat][0]
-        for number, image in zip(index.tolist(), signed(images.cpu()), strict=True):
-            save_grid(self.folder / f"{first + number:08d}.png", image[None], columns=1, min_side=1)
+        for number, image in zip(index.tolist(), quantise(images, Preparation()).cpu(), strict=True):
+            picture(image).save(self.folder / f"{first + number:08d}.png")
 
 
 def _captions(protocol: Protocol, file: str | None) -> list[str] | None:

@@ -20,6 +20,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.draws import Draws
 from diffdistill.eval.environment import device_name
 from diffdistill.eval.records import Efficiency
+from diffdistill.guidance import Guidance
 from diffdistill.sampling import Sampler
 from diffdistill.schema import UserError
 
@@ -32,7 +33,7 @@ def measure_efficiency(
     sampler: Sampler,
     image_shape: tuple[int, ...],
     *,
-    guidance: float = 1.0,
+    guidance: Guidance = 1.0,
     batch: int = 64,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
@@ -121,7 +122,7 @@ def _peak_bytes(call: Callable[[], Tensor], denoiser: Denoiser, device: torch.de
 
 
 def _evaluations(
-    denoiser: Denoiser, sampler: Sampler, image_shape: tuple[int, ...], guidance: float, device: torch.device
+    denoiser: Denoiser, sampler: Sampler, image_shape: tuple[int, ...], guidance: Guidance, device: torch.device
 ) -> int:
     """Images that pass through the network for one image: counted, so that guidance counts twice."""
     seen: list[int] = []

@@ -13,6 +13,7 @@ from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.eval.protocol import Labels, Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
+from diffdistill.guidance import AnyPolicy
 from diffdistill.sampling import Sampler
 from diffdistill.schema import UserError
 
@@ -30,7 +31,7 @@ class SampledImages:
     protocol: Protocol
     image_shape: tuple[int, ...]
     model: ModelRecord
-    guidance: float = 1.0
+    guidance: float | AnyPolicy = 1.0
     method: str | None = None
     seed: int | None = None
     cost: Cost | None = None
@@ -57,9 +58,10 @@ class SampledImages:
         """What a record says of the sampler."""
         settings = dump(self.sampler)
         name = settings.pop("name")
-        return SamplerRecord(
-            name=name, num_evaluations=self.sampler.num_evaluations, guidance=self.guidance, settings=settings
-        )
+        scale = self.guidance if isinstance(self.guidance, (int, float)) else None
+        if scale is None:
+            settings["guidance_policy"] = dump(self.guidance)
+        return SamplerRecord(name=name, num_evaluations=self.sampler.num_evaluations, guidance=scale, settings=settings)
 
     @property
     def key(self) -> Mapping[str, Any]:

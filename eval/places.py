@@ -15,6 +15,7 @@ from diffdistill.eval.feature_store import hash_tensor
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import Cost, ModelRecord, hash_json
+from diffdistill.guidance import AnyPolicy
 from diffdistill.log import METRICS
 from diffdistill.model import ROUTER, TrainedModel, load_model
 from diffdistill.sampling import AnySampler
@@ -25,7 +26,7 @@ from diffdistill.schema import schema
 class SamplingOptions:
     """How a model is sampled.  sampler: instead of its own.  ema: one of the run's `more_emas` by its name."""
 
-    guidance: float = 1.0
+    guidance: float | AnyPolicy = 1.0
     sampler: AnySampler | None = None
     ema: str | None = None
 

@@ -44,8 +44,12 @@ def centre_square(images: Tensor) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def _resize(image: Tensor, side: int, how: Image.Resampling) -> Tensor:
-    """image: [C, H, W] uint8, 1 or 3 channels."""
+def picture(image: Tensor) -> Image.Image:
+    """[C, H, W] uint8, 1 or 3 channels, as Pillow's."""
     array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-    resized = np.array(Image.fromarray(np.ascontiguousarray(array)).resize((side, side), how))
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _resize(image: Tensor, side: int, how: Image.Resampling) -> Tensor:
+    resized = np.array(picture(image).resize((side, side), how))
     return torch.from_numpy(resized[None] if resized.ndim == 2 else resized.transpose(2, 0, 1).copy())
