@@ -147,13 +147,15 @@ FD_DINOV2_50K = Protocol(
 """EDM2's second column (Karras et al. 2023, arXiv:2312.02696)."""
 
 
-def _small_cifar10(name: str, features: CifarResNet | EfficientNetLite0, num_images: int) -> Protocol:
+def _small_cifar10(
+    name: str, features: CifarResNet | EfficientNetLite0, num_images: int, reference: Reference
+) -> Protocol:
     return Protocol(
         name=name,
         num_images=num_images,
         image_shape=(3, 32, 32),
         labels=Labels(policy="cyclic", num_classes=10),
-        reference=Reference(name="cifar10-train", dataset="cifar10", split="train", num_images=50_000),
+        reference=reference,
         metrics=(
             Frechet(features=features),
             KernelDistance(features=features),
@@ -163,9 +165,19 @@ def _small_cifar10(name: str, features: CifarResNet | EfficientNetLite0, num_ima
     )
 
 
-CIFAR10_RESNET20 = _small_cifar10("cifar10-resnet20", CifarResNet(depth=20), 10_000)
-CIFAR10_EFFICIENTNET = _small_cifar10("cifar10-efficientnet-lite0", EfficientNetLite0(), 10_000)
-"""Real features that need no download, or a file of 1 MB: minutes on a CPU."""
+CIFAR10_RESNET20 = _small_cifar10(
+    "cifar10-resnet20",
+    CifarResNet(depth=20),
+    10_000,
+    Reference(name="cifar10-train", dataset="cifar10", split="train", num_images=50_000),
+)
+CIFAR10_EFFICIENTNET = _small_cifar10(
+    "cifar10-efficientnet-lite0",
+    EfficientNetLite0(),
+    5_000,
+    Reference(name="cifar10-train-10k", dataset="cifar10", split="train, the first images", num_images=10_000),
+)
+"""Real features from a package, or from a file of 1 MB: some minutes on a CPU."""
 
 PROTOCOLS = {
     protocol.name: protocol

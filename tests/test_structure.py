@@ -24,7 +24,7 @@ def linked(file: Path) -> bool:
 CORE = sorted((ROOT / "diffdistill").glob("*.py"))
 ROOMS = sorted(p for p in (ROOT / "diffdistill").glob("*/**/*.py") if not linked(p))
 METHODS = sorted((ROOT / "methods").glob("*.py"))
-EVAL = sorted((ROOT / "eval").glob("*.py"))
+EVAL = sorted((ROOT / "eval").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("train_*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 
