@@ -53,8 +53,7 @@ class QuadrantRouter:
         first, second = _project(embeddings, self.mean, self.axes)
         split, below, above = self.thresholds
         is_above = first > split
-        threshold = torch.where(is_above, above, below)
-        return 2 * is_above.long() + (second > threshold).long()
+        return 2 * is_above.long() + torch.where(is_above, second > above, second > below).long()
 
 
 AnyRouter = Annotated[ClassRouter | QuadrantRouter, Field(discriminator="name")]

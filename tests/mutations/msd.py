@@ -55,8 +55,8 @@ FAULTS = (
     Fault(
         "one median for both halves of the quadrants",
         "diffdistill/router.py",
-        "threshold = torch.where(is_above, above, below)",
-        "threshold = below",
+        "torch.where(is_above, second > above, second > below)",
+        "(second > below)",
         "test_msd.py::test_quadrants_split_the_first_axis_and_then_each_half",
     ),
     Fault(
