@@ -111,10 +111,8 @@ class Trainer:
         self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
         self.stored: dict[str, Tensor] = {}
         self._meter = Meter()
-        is_watched = config.health and self.teacher and self.method.keeps_teacher
-        self.health = (
-            Health(config.health, Reference.of_source(self.source, self.order.members)) if is_watched else None
-        )  # type: ignore[arg-type]
+        health = config.health if self.teacher and self.method.keeps_teacher else None
+        self.health = Health(health, Reference.of_source(self.source, self.order.members)) if health else None
         if checkpoint:
             self._restore(checkpoint)
 
