@@ -48,6 +48,33 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "sid": f"""
+method: {{name: sid, steps: {{init_ratio: 2.5}}}}
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "sim": f"""
+method: {{name: sim, steps: {{init_ratio: 2.5}}}}
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "f_distill": f"""
+method:
+  name: f_distill
+  divergence: js
+  steps: {{init_ratio: 2.5}}
+  fake_updates: 2
+  gan_weight: 0.03
+  ratio_memory: 0.5
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "tsm": f"""
 method: {{name: tsm, student_sampler: {{name: heun, num_steps: 3, rho: 5}}}}
 model:

@@ -65,8 +65,16 @@ class RingScore(nn.Module):
         self.layers = _mlp(3 + NUM_CLASSES, 128, 2)
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        output: Tensor = self.layers(torch.cat([x, 4 * time_input[:, None], _one_hot(cond)], 1))
-        return output
+        return self.forward_with_features(x, time_input, cond)[0]
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The last hidden layer, [B, 128]."""
+        hidden: Tensor = self.layers[:-1](torch.cat([x, 4 * time_input[:, None], _one_hot(cond)], 1))
+        return hidden
+
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        features = self.features(x, time_input, cond)
+        return self.layers[-1](features), features
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,18 @@ class RingResult:
         return sharp and self.energy <= 0.0015 and self.class_energy <= 0.006
 
 
-def train_ring(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> RingResult:
+def train_ring(
+    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, generator_lr: float | None = None
+) -> RingResult:
     """Run a method's own losses and updates from a Gaussian generator; num_steps generator updates."""
-    return measure_ring(trained_generator(method, seed=seed, num_steps=num_steps, lr=lr))
+    return measure_ring(
+        trained_generator(method, seed=seed, num_steps=num_steps, lr=lr, generator_lr=generator_lr or lr)
+    )
 
 
-def trained_generator(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> nn.Module:
+def trained_generator(
+    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, generator_lr: float = 2e-3
+) -> nn.Module:
     """The average of the generator's weights after `num_steps` of its updates."""
     torch.manual_seed(seed)
     setting = ring_setting(method)
@@ -101,12 +115,13 @@ def trained_generator(method: Method, *, seed: int = 0, num_steps: int = 400, lr
     with torch.no_grad():
         method.begin(players, stored)
     trained = {name for update in method.updates for name in update.players}
-    optimizers = {name: torch.optim.Adam(players[name].parameters(), lr=lr, betas=(0.0, 0.999)) for name in trained}
+    rates = {name: generator_lr if name == "generator" else lr for name in trained}
+    optimizers = {name: torch.optim.Adam(players[name].parameters(), betas=(0.0, 0.999)) for name in trained}
     average = [p.detach().clone() for p in players.generator.parameters()]
     total = num_steps * max(update.every for update in method.updates)
     for step in range(total):
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / total))
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = rates[name] * min(1.0, 2 * (1 - step / total))
         rng = Draws(seed, step, torch.arange(step * BATCH, (step + 1) * BATCH))
         draw = method.draw(rng, setting)
         batch = replace(_real_batch(rng, players.teacher), stored=stored)

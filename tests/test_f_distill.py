@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import MakeConfig
 from exact import LogRatio, MixtureFixture, Tapped, components, numbers
+from ring import INIT_RATIO, TIME_LAW, train_ring
 from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, watch
 from test_trainer import ACCUMULATION, trained, weights
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.divergences import WEIGHTS, density_ratio, mean_by_bin
@@ -19,6 +20,8 @@ from diffdistill.methods import dmd2, f_distill
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.sampling import FewSteps
+from diffdistill.schema import schema
+from diffdistill.score_distillation import start_players
 from diffdistill.timesteps import Karras
 from diffdistill.trainer import Trainer
 
@@ -142,7 +145,7 @@ def test_with_reverse_kl_and_no_gan_both_losses_and_gradients_are_dmd2_s_bit_for
 # The ratio and its normalisation
 
 
-class Fixed(torch.nn.Module):
+class Fixed(nn.Module):
     """A discriminator that says these logits."""
 
     def __init__(self, logits: Tensor) -> None:
@@ -309,3 +312,37 @@ def test_two_micro_batches_of_8_train_as_one_batch_of_16(make_config: MakeConfig
     if memory:
         assert torch.allclose(whole.players.ratio_means.values, parts.players.ratio_means.values, rtol=1e-5)
         assert not torch.equal(whole.players.ratio_means.values, torch.ones(10))
+
+
+@schema
+class OnTheRing(FDistill):
+    """With a discriminator that fits the ring's networks."""
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        head = nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0))
+        return start_players(setting) | {"discriminator": head}
+
+
+def ring_method(divergence: str) -> OnTheRing:
+    return OnTheRing(
+        divergence=divergence,
+        steps=FewSteps(init_ratio=INIT_RATIO),
+        fake_updates=3,
+        gan_weight=0.0,
+        gan_fake_weight=1.0,
+        generator_time_law=TIME_LAW,
+        fake_time_law=TIME_LAW,
+        gan_time_law=TIME_LAW,
+    )
+
+
+def test_f_distill_learns_every_mode_of_the_ring_in_its_class() -> None:
+    result = train_ring(ring_method("js"))
+    assert result.passes, result
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("divergence", "seed"), [("js", 1), ("js", 2), ("sh", 0), ("sf", 0)])
+def test_f_distill_learns_the_ring_from_other_seeds_and_with_other_divergences(divergence: str, seed: int) -> None:
+    result = train_ring(ring_method(divergence), seed=seed)
+    assert result.passes, result

@@ -1,0 +1,32 @@
+"""SIM on digits through the Python API: the same run as `diffdistill train sim/digits`.
+
+First make a teacher:  diffdistill pretrain pretrain/digits
+"""
+
+from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.ema import EMAConfig
+from diffdistill.methods.sim import SIM
+from diffdistill.sampling import FewSteps
+from diffdistill.timesteps import Karras, LogNormal
+from diffdistill.trainer import Trainer
+
+method = SIM(
+    steps=FewSteps(init_ratio=2.5),  # one call, on noise 2.5 times as strong as the signal
+    distance="pseudo_huber",
+    time_law=Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0),  # where teacher and fake score are compared
+    fake_time_law=LogNormal(mean=-0.6, std=1.2),
+)
+config = RunConfig(
+    run="runs/digits-sim",
+    teacher="runs/digits-teacher",
+    method=method,
+    optimizers={
+        "generator": OptimizerConfig(lr=6e-4, decay="linear"),
+        "fake": OptimizerConfig(lr=1e-3, decay="linear"),
+    },
+    ema=EMAConfig(halflife_images=4400, ramp=0),
+    train=TrainConfig(steps=650, global_batch_size=64, checkpoint_every=300),
+)
+
+if __name__ == "__main__":
+    print(Trainer(config).run())
