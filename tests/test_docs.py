@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from conftest import MakeConfig
 from PIL import Image
 
 from diffdistill.cli import app
 from diffdistill.config import RunConfig, find_config, load_config
+from diffdistill.eval.protocols import find_protocol
 from diffdistill.health import BANDS
 from diffdistill.method import REGISTRY
 from diffdistill.trainer import Trainer
@@ -131,6 +133,30 @@ def test_the_python_of_the_configs_page_runs(tmp_path: Path, monkeypatch: pytest
     [program] = programs("configs.md")
     exec(program, {})
     assert (tmp_path / "runs" / "small" / "checkpoints" / "step-00000010").is_dir()
+
+
+@pytest.mark.parametrize("page", ["guidance.md", "methods/agd.md"])
+def test_the_python_of_a_page_about_guidance_runs(
+    page: str, make_config: MakeConfig, quick_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapted = make_config("agd", "train.steps=1")
+    Trainer(adapted, quiet=True).run()
+    Path("runs").mkdir()
+    Path("runs/teacher").symlink_to(quick_teacher)
+    Path("runs/agd").symlink_to(adapted.run)
+    made: dict[str, Any] = {}
+    for program in programs(page):
+        exec(program, made)
+    if page == "guidance.md":
+        ramp = made["Ramp"]()
+        images = made["teacher"].spec.sampler(made["teacher"].denoiser, made["noise"], made["cond"], guidance=ramp)
+        assert images.shape == made["images"].shape == (64, 1, 8, 8)
+
+
+def test_the_protocol_of_the_evaluation_page_is_one(tmp_path: Path) -> None:
+    (tmp_path / "my-protocol.yaml").write_text(FILES["my-protocol.yaml"])
+    assert find_protocol(str(tmp_path / "my-protocol.yaml")).name == "my-faces"
 
 
 def links() -> Iterator[tuple[Path, str]]:
