@@ -27,7 +27,7 @@ SMOOTHED_FROM = 40  # points from which a running mean is drawn over the raw val
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#e7eaee"
 HEALTHY, OUTSIDE = "#e0f2e1", "#c8372d"
-COLOURS = {"losses": "#1f5fa8", "gradient norms": "#6a4c93", "health": "#17705f"}
+COLOURS = {"losses": "#1f5fa8", "gradient norms": "#6a4c93", "health": "#17705f", "evaluation": "#9a4a00"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,15 @@ def read_metrics(file: FilePath) -> dict[str, Series]:
 
 
 def sections(metrics: Mapping[str, Series]) -> dict[str, list[str]]:
-    """The panels, by heading: losses (a player's own first, then its parts), gradient norms, health."""
+    """The panels, by heading: evaluation, losses (a player's own first, then its parts), gradient norms, health."""
     norms = [name for name in metrics if name.endswith("/gradient_norm")]
     health = [name for name in metrics if name.startswith("health/")]
-    rest = [name for name in metrics if name not in norms and name not in health]
+    scores = [name for name in metrics if name.startswith("eval/")]
+    rest = [name for name in metrics if name not in (*norms, *health, *scores)]
     players = list(dict.fromkeys(name.partition("/")[0] for name in rest))
     losses = sorted(rest, key=lambda name: (players.index(name.partition("/")[0]), not name.endswith("/loss")))
     parts = [name for name in losses if not _repeats_its_loss(name, metrics)]
-    found = {"losses": parts, "gradient norms": norms, "health": health}
+    found = {"evaluation": scores, "losses": parts, "gradient norms": norms, "health": health}
     return {heading: names for heading, names in found.items() if names}
 
 
