@@ -263,6 +263,33 @@ def test_guidance_is_refused_where_it_means_nothing(make_config: MakeConfig, tmp
     assert not out.exists()
 
 
+def test_samples_may_be_guided_by_a_policy(teacher: Path, tmp_path: Path) -> None:
+    for name, guidance in (("number", "3"), ("everywhere", "high: 1e9}"), ("nowhere", "high: 1e-9}"), ("none", "1")):
+        policy = f"{{name: interval, scale: 3, ratio_low: 0, ratio_{guidance}" if "high" in guidance else guidance
+        out = tmp_path / f"{name}.png"
+        assert call("sample", teacher, "--count", 4, "--guidance", policy, "--out", out).exit_code == 0
+    images = {file.stem: file.read_bytes() for file in tmp_path.glob("*.png")}
+    assert images["everywhere"] == images["number"]
+    assert images["nowhere"] == images["none"] != images["number"]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        (
+            "{name: intervall, scale: 2}",
+            "name = 'intervall': unknown; did you mean 'interval'?",
+        ),
+        ("{name: adaptive}", "scale: is required"),
+        ("{name: cfg++, scale: 2}", "scale = 2: input should be less than or equal to 1"),
+        ("much", "--guidance much: give a number, or a policy as {name: adaptive, scale: 2}"),
+        ("nan", "--guidance nan: give a number"),
+    ],
+)
+def test_a_guidance_that_is_no_policy_is_refused(teacher: Path, tmp_path: Path, guidance: str, message: str) -> None:
+    assert_refused(call("sample", teacher, "--guidance", guidance, "--out", tmp_path / "a.png"), message)
+
+
 def test_models_are_measured_and_their_rows_written(teacher: Path, few_images: None, tmp_path: Path) -> None:
     result = call("eval", teacher, teacher / "checkpoints" / "step-00000010", "--out", tmp_path / "table.json")
     assert result.exit_code == 0, result.output
