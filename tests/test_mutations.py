@@ -11,7 +11,7 @@ LISTED = [(method, fault) for method in methods() for fault in faults(method)]
 
 
 @cache
-def tests_of(file: Path) -> set[str]:
+def functions_of(file: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
@@ -20,7 +20,7 @@ def test_a_fault_has_one_place_and_a_test(method: str, fault: Fault) -> None:
     assert (ROOT / fault.file).read_text().count(fault.old) == 1
     assert fault.old != fault.new
     file, _, test = fault.test.partition("::")
-    assert test.partition("[")[0] in tests_of(ROOT / "tests" / file)
+    assert test.partition("[")[0] in functions_of(ROOT / "tests" / file)
 
 
 @pytest.mark.parametrize("method", methods())
