@@ -117,8 +117,8 @@ class Denoiser(nn.Module):
         Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
         """
         if "guidance_input" in self.net.accepts and cond.guidance_input is None:  # type: ignore[operator]
-            scale = torch.as_tensor(guidance, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
-            cond, guidance = replace(cond, guidance_input=scale.expand(len(x_t))), 1.0
+            given = torch.as_tensor(guidance, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
+            cond, guidance = replace(cond, guidance_input=given.expand(len(x_t))), 1.0
         unknown = set(cond.parts()).difference(self.net.accepts)  # type: ignore[arg-type]
         if unknown:
             raise ValueError(f"this network takes {sorted(self.net.accepts)}, not {sorted(unknown)}")  # type: ignore[arg-type]

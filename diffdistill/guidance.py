@@ -55,7 +55,7 @@ def _scaled(denoiser: Denoiser, cond: Cond, scale: Callable[[Tensor, Tensor | No
 
     def estimate(x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
         now, following = denoiser.path.ratio(t[:1]), None if s is None else denoiser.path.ratio(s[:1])
-        return denoiser(x, t, cond, guidance=scale(now, following))  # type: ignore[no-any-return]
+        return denoiser(x, t, cond, guidance=scale(now, following))
 
     return estimate
 
@@ -188,10 +188,10 @@ class AdaptiveRun:
 
 def alignment(denoiser: Denoiser, pair: Pair, metric: Metric) -> Tensor:
     """The cosine between the two estimates, [B] float64."""
-    forms = [pair.with_cond, pair.without_cond]
+    first, second = pair.with_cond, pair.without_cond
     if metric == "eps":
-        forms = [denoiser.convert(x0, "eps", pair.x, pair.t) for x0 in forms]
-    return F.cosine_similarity(*(form.flatten(1).double() for form in forms))
+        first, second = (denoiser.convert(x0, "eps", pair.x, pair.t) for x0 in (first, second))
+    return F.cosine_similarity(first.flatten(1).double(), second.flatten(1).double())
 
 
 @dataclass(frozen=True)

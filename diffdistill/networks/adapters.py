@@ -126,7 +126,7 @@ class Offset(nn.Module):
 
     def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
         """h: [B, N, channels]; tokens: [B, M, width].  Returns [B, 1, channels]."""
-        return self.layers(tokens.sum(1, keepdim=True))  # type: ignore[no-any-return]
+        return self.layers(tokens.sum(1, keepdim=True))
 
 
 class CrossAttention(nn.Module):
@@ -145,7 +145,7 @@ class CrossAttention(nn.Module):
             for part in (self.query(h), *self.key_value(tokens).chunk(2, 2))
         )
         attended = F.scaled_dot_product_attention(q, k, v)
-        return self.project(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.project(attended.transpose(1, 2).flatten(2))
 
 
 def without_adapters(denoiser: Denoiser) -> Denoiser:

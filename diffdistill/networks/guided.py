@@ -89,7 +89,7 @@ class GuidanceEncoding(nn.Module):
     def forward(self, scale: Tensor) -> Tensor:
         """scale: [B].  Returns [B, width]."""
         turns = scale.to(self.frequencies.dtype)[:, None] * self.frequencies + self.phases
-        return self.layers((2 * math.pi * turns).cos())  # type: ignore[no-any-return]
+        return self.layers((2 * math.pi * turns).cos())
 
 
 @schema

@@ -55,8 +55,8 @@ FAULTS = (
     Fault(
         "a network that takes the scale is guided twice",
         "diffdistill/denoiser.py",
-        "cond, guidance = replace(cond, guidance_input=scale.expand(len(x_t))), 1.0",
-        "cond = replace(cond, guidance_input=scale.expand(len(x_t)))",
+        "cond, guidance = replace(cond, guidance_input=given.expand(len(x_t))), 1.0",
+        "cond = replace(cond, guidance_input=given.expand(len(x_t)))",
         "test_guided_networks.py::test_the_scale_is_fed_to_the_network_in_one_call_of_one_row_a_sample",
     ),
 )
