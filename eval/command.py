@@ -30,7 +30,7 @@ from diffdistill.eval.protocols import DIGITS_PIXELS, PROTOCOLS, find_protocol
 from diffdistill.eval.real import parse_weights
 from diffdistill.eval.records import Efficiency, Record, append_record
 from diffdistill.eval.resize import signed
-from diffdistill.eval.run import Evaluation, evaluate, progress_bar
+from diffdistill.eval.run import Evaluation, evaluate, own_images, progress_bar
 from diffdistill.eval.table import rows_of, show_differences, show_evaluations
 from diffdistill.eval.workers import find_workers
 from diffdistill.model import find_checkpoint, load_model
@@ -116,7 +116,7 @@ def run_compare(
         raise UserError(f"eval compare: runs in one process, not {bench.workers.count}")
     sides = []
     for source, place in zip([open_place(place, bench, options) for place in places], places, strict=True):
-        with progress_bar(place, _total(bench.protocol), Console(stderr=True)) as advance:
+        with progress_bar(place, own_images(bench), Console(stderr=True)) as advance:
             done = evaluate(source, bench, name=place, root=options.root, keep_features=True, advance=advance)
         assert done is not None
         device = torch.device("cpu")
@@ -180,8 +180,7 @@ def _judge(source: Source, bench: Bench, name: str, options: EvalOptions) -> Eva
     workers = bench.workers
     efficiency = _efficiency(source, options) if options.efficiency and workers.is_main else None
     saver = _Saver(FilePath(options.save_images) / _slug(name), bench.protocol) if options.save_images else None
-    total = len(workers.share(range(_total(bench.protocol)))) if workers.count > 1 else _total(bench.protocol)
-    with progress_bar(name, total, Console(stderr=True), is_shown=workers.is_main) as advance:
+    with progress_bar(name, own_images(bench), Console(stderr=True), is_shown=workers.is_main) as advance:
         done = evaluate(
             source,
             bench,
@@ -253,10 +252,6 @@ def _check_captions(wanted: Captions, file: str, content: bytes, lines: list[str
             raise UserError(f"{file}: is not {wanted.name}: its {name} is not {known}")
     if len(lines) != wanted.count:
         raise UserError(f"{file}: holds {len(lines):,} captions, not {wanted.count:,}")
-
-
-def _total(protocol: Protocol) -> int:
-    return protocol.num_images * protocol.repeats
 
 
 def _check_writable(options: EvalOptions) -> None:

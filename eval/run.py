@@ -118,6 +118,12 @@ def store_key(source: Source, bench: Bench) -> str:
     )
 
 
+def own_images(bench: Bench) -> int:
+    """The images that this process makes or reads."""
+    stores = [FeatureStore(FilePath(), end - first) for first, end in bench.protocol.seed_ranges]
+    return sum(len(s.samples(block)) for s in stores for block in bench.workers.share(range(s.num_blocks)))
+
+
 def _metrics(bench: Bench, stores: tuple[FeatureStore, ...]) -> tuple[dict[str, Values], list[str]]:
     """Every metric's values over the repeats, and the notes on them."""
     device = bench.workers.device if bench.workers.device.type == "cuda" else torch.device("cpu")

@@ -32,7 +32,7 @@ def show_evaluations(evaluations: Sequence[Evaluation], console: Console) -> Non
     """One line a record, all of one protocol; below it what is to be known about them."""
     protocol = evaluations[0].record.protocol
     table = Table(title=_title(protocol))
-    table.add_column("name")
+    table.add_column("name", overflow="fold")
     names = list(evaluations[0].record.metrics)
     for column in ("evaluations", *map(spoken, names), "ms / image"):
         table.add_column(column, justify="right")

@@ -1,5 +1,6 @@
 """The processes and the device that share an evaluation's work, through accelerate."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ def find_workers(device: str = "auto") -> Workers:
 
     if device not in ("auto", "cpu"):
         raise UserError(f"--device {device}: choose from auto, cpu")
-    state = PartialState(cpu=device == "cpu")
+    # Several processes without a GPU are each other's only if accelerate is told that they are on CPUs.
+    is_cpu_fleet = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    state = PartialState(cpu=device == "cpu" or is_cpu_fleet)
     return Workers(state.device, state.process_index, state.num_processes, state.wait_for_everyone)
 
 

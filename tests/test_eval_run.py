@@ -68,10 +68,10 @@ def test_the_batch_size_changes_no_bit_given_the_same_features(tmp_path: Path, b
 
 def _one_of_several(rank: int, count: int, port: int, root: Path, send: Callable[[Any], None]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     PartialState._reset_state()
     protocol = toy_protocol(num_images=600)
-    workers = find_workers("cpu")
+    workers = find_workers()
     source = NoiseImages(protocol)
     done = evaluate(source, toy_bench(protocol, workers=workers), name="noise", root=root)
     send((rank, workers.count, len(source.calls), dump(done.record) if done else None))
