@@ -25,6 +25,7 @@ CONFIG, METRICS, WARNINGS, PREVIEWS, TABLE, PAGE = (
     *("config.yaml", "metrics.jsonl", "warnings.txt", "previews", "table.json", "report.html"),
 )
 MOST_PREVIEWS = 24  # spread over the run; the first and the newest are among them
+MOST_ROWS = 20  # of a file of records, the newest ones
 SCORES = "eval/"  # what a small protocol measured during training, among the logged numbers
 
 
@@ -196,7 +197,7 @@ def read_scores(run: FilePath) -> list[Table]:
                 continue
             mine = [record for record in _records(file) if _is_of(record, run)]
             metrics = tuple(dict.fromkeys(name for record in mine for name in record.metrics))
-            rows = tuple(_score_row(record, metrics) for record in mine)
+            rows = tuple(_score_row(record, metrics) for record in mine[-MOST_ROWS:])
             if rows:
                 found.append(Table(file.name, ("name", "protocol", *metrics), rows))
     return found
