@@ -31,6 +31,15 @@ Sweeps = Annotated[
 ]
 Run = Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
+Judged = Annotated[
+    list[str],
+    typer.Argument(
+        help="Runs, checkpoints, diffusers folders, folders or zips of images, .npz files; or: compare A B."
+    ),
+]
+ProtocolName = Annotated[
+    str | None, typer.Option(help="A name, or a YAML file; default: digits-pixels, for what makes digits.")
+]
 GuidancePolicy = Annotated[
     str, typer.Option(help="w of D_u + w (D_c - D_u), 1 is none; or a policy, as {name: adaptive, scale: 2}.")
 ]
@@ -153,15 +162,8 @@ def join(
 @app.command(name="eval")
 @guarded
 def evaluate(
-    places: Annotated[
-        list[str],
-        typer.Argument(
-            help="Runs, checkpoints, diffusers folders, folders or zips of images, .npz files; or: compare A B."
-        ),
-    ],
-    protocol: Annotated[
-        str | None, typer.Option(help="A name, or a YAML file; default: digits-pixels, for what makes digits.")
-    ] = None,
+    places: Judged,
+    protocol: ProtocolName = None,
     repeats: Annotated[int | None, typer.Option(help="Ranges of image seeds; default: the protocol's.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="The first range of image seeds.", min=0)] = 0,
     guidance: GuidancePolicy = "1",
@@ -177,9 +179,7 @@ def evaluate(
     records: Annotated[str | None, typer.Option(help="Add a line for each place to this JSONL file.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="With --records: a PNG of 100 images beside it.")] = False,
     save_images: Annotated[str | None, typer.Option(help="Write every image as a PNG into this folder.")] = None,
-    efficiency: Annotated[
-        bool, typer.Option("--efficiency", help="Also time each model: latency, throughput, memory.")
-    ] = False,
+    efficiency: Annotated[bool, typer.Option("--efficiency", help="Time each model: latency, memory, ...")] = False,
     out: Annotated[str | None, typer.Option(help="Also write the table's rows to this JSON file.")] = None,
     replicates: Annotated[int, typer.Option(help="Of compare's bootstrap.", min=2)] = 200,
     confidence: Annotated[float, typer.Option(help="Of compare's intervals.")] = 0.95,

@@ -52,23 +52,10 @@ def measure_efficiency(
         raise UserError(f"batch = {batch}, warm_up = {warm_up}, repeats = {repeats}: each must be at least 1")
     device = next((tensor.device for tensor in _weights(denoiser)), torch.device("cpu"))
     timed = cast(Denoiser, torch.compile(denoiser)) if compile else denoiser
-
-    def call(size: int) -> Callable[[], Tensor]:
-        index = torch.arange(size)
-        rng = Draws(0, 0, index)
-        noise, fresh = rng.normal("noise", image_shape).to(device), rng.fresh_noise(image_shape)
-        later = cache(lambda i: fresh(i).to(device))  # drawn in the warm-up, as far as it is asked for
-        cond = denoiser.class_cond((index % max(int(denoiser.net.num_classes), 1)).to(device))  # type: ignore[arg-type]
-        cast_to = DTYPES[dtype]
-
-        def sample() -> Tensor:
-            with torch.autocast(device.type, cast_to) if cast_to else nullcontext():
-                return sampler(timed, noise, cond, guidance=guidance, fresh_noise=later)
-
-        return sample
-
     try:
-        single, many = call(1), call(batch)
+        single, many = (
+            _sampling(timed, sampler, image_shape, size, guidance, device, DTYPES[dtype]) for size in (1, batch)
+        )
         latency = median(_times(single, device, warm_up, repeats))
         seconds = median(_times(many, device, warm_up, repeats))
         peak = None if compile and device.type != "cuda" else _peak_bytes(many, denoiser, device)
@@ -89,6 +76,29 @@ def measure_efficiency(
         repeats=repeats,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
     )
+
+
+def _sampling(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    image_shape: tuple[int, ...],
+    size: int,
+    guidance: Guidance,
+    device: torch.device,
+    cast_to: torch.dtype | None,
+) -> Callable[[], Tensor]:
+    """What is timed: `size` images from noise that is there already."""
+    index = torch.arange(size)
+    rng = Draws(0, 0, index)
+    noise, fresh = rng.normal("noise", image_shape).to(device), rng.fresh_noise(image_shape)
+    later = cache(lambda i: fresh(i).to(device))  # drawn in the warm-up, as far as it is asked for
+    cond = denoiser.class_cond((index % max(int(denoiser.net.num_classes), 1)).to(device))  # type: ignore[arg-type]
+
+    def sample() -> Tensor:
+        with torch.autocast(device.type, cast_to) if cast_to else nullcontext():
+            return sampler(denoiser, noise, cond, guidance=guidance, fresh_noise=later)
+
+    return sample
 
 
 def _times(call: Callable[[], Tensor], device: torch.device, warm_up: int, repeats: int) -> list[float]:

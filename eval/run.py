@@ -66,35 +66,48 @@ def evaluate(
         workers.wait()
         if not workers.is_main:
             return None
-        metrics, notes = _metrics(bench, stores)
-        record = Record(
-            kind="measured",
-            name=name,
-            method=source.method,
-            seed=source.seed,
-            protocol=dump(protocol),
-            metrics=metrics,
-            model=source.model,
-            sampler=source.sampler_record,
-            cost=source.cost,
-            efficiency=efficiency,
-            images=Images(
-                count=protocol.num_images,
-                seeds=protocol.seed_ranges,
-                features_sha256={label: hash_features(stores, label) for label in bench.extractors},
-            ),
-            environment=describe_environment(
-                workers.device,
-                dtype="float32",
-                wall_seconds=time.perf_counter() - began,
-                num_processes=workers.count,
-                batch_size=bench.batch_size,
-            ),
-            notes="; ".join([*filter(None, [source.notes]), *notes]),
-        )
+        record = _record(source, bench, stores, name=name, efficiency=efficiency, began=began)
         if not keep_features:
             discard(folder)
     return Evaluation(record, stores if keep_features else (), watch.ms_per_image)
+
+
+def _record(
+    source: Source,
+    bench: Bench,
+    stores: tuple[FeatureStore, ...],
+    *,
+    name: str,
+    efficiency: Efficiency | None,
+    began: float,
+) -> Record:
+    protocol, workers = bench.protocol, bench.workers
+    metrics, notes = _metrics(bench, stores)
+    return Record(
+        kind="measured",
+        name=name,
+        method=source.method,
+        seed=source.seed,
+        protocol=dump(protocol),
+        metrics=metrics,
+        model=source.model,
+        sampler=source.sampler_record,
+        cost=source.cost,
+        efficiency=efficiency,
+        images=Images(
+            count=protocol.num_images,
+            seeds=protocol.seed_ranges,
+            features_sha256={label: hash_features(stores, label) for label in bench.extractors},
+        ),
+        environment=describe_environment(
+            workers.device,
+            dtype="float32",
+            wall_seconds=time.perf_counter() - began,
+            num_processes=workers.count,
+            batch_size=bench.batch_size,
+        ),
+        notes="; ".join([*filter(None, [source.notes]), *notes]),
+    )
 
 
 def store_key(source: Source, bench: Bench) -> str:
