@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -342,3 +343,10 @@ def test_a_column_shows_three_figures_of_its_smallest_value() -> None:
 def test_values_with_several_repeats_are_all_kept() -> None:
     record = replace(measured("a"), metrics={"fd-pixels": Values.of([1.0, 2.0])})
     assert make_group(located(record)).entries[0].scores["fd-pixels"].values == (1.0, 2.0)
+
+
+def test_templates_and_published_numbers_are_installed_with_the_package() -> None:
+    root = Path(__file__).parents[1]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {file for pattern in patterns["diffdistill.eval"] for file in (root / "eval").glob(pattern)}
+    assert installed >= {root / "eval" / "reported.jsonl", *(root / "eval" / "html").iterdir()}
