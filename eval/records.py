@@ -95,9 +95,9 @@ class Cost:
 class Efficiency:
     """What sampling takes, as eval/efficiency.py measures it: medians after a warm-up.
 
-    num_evaluations: of the network for one image, a guided one counted twice.  latency_ms: one image at batch 1.  throughput: images a second at
-    throughput_batch.  peak_memory_bytes: the device's, at that batch.  includes: what ran beside the network (text
-    encoder, VAE).  repeats: timed ones; warm_up: those before them.
+    num_evaluations: of the network for one image, a guided one counted twice.  latency_ms: one image at batch 1.
+    throughput: images a second at throughput_batch.  peak_memory_bytes: the device's, at that batch.  includes: what
+    ran beside the network (text encoder, VAE).  repeats: timed ones; warm_up: those before them.
     """
 
     num_evaluations: PositiveInt

@@ -155,8 +155,8 @@ def test_the_python_of_a_page_about_guidance_runs(
 
 
 def test_the_protocol_of_the_evaluation_page_is_one(tmp_path: Path) -> None:
-    (tmp_path / "my-protocol.yaml").write_text(FILES["my-protocol.yaml"])
-    assert find_protocol(str(tmp_path / "my-protocol.yaml")).name == "my-faces"
+    (tmp_path / "mine.yaml").write_text(FILES["protocols/my-faces.yaml"])
+    assert find_protocol(str(tmp_path / "mine.yaml")).name == "my-faces"
 
 
 def links() -> Iterator[tuple[Path, str]]:
