@@ -87,7 +87,7 @@ def judge(fake: Judged, real: Judged, choice: Tensor | None) -> dict[str, float]
     near = prdc(real[0][:10_000], fake[0], nearest_k=3, density_k=5)
     found = {
         "FD": frechet_from_features(fake[0], real[0]),
-        "KID x 1000": 1000 * kid(fake[0], real[0])[0],
+        "KID x 1000": 1000 * kid(fake[0], real[0], subset_size=min(1000, len(fake[0])))[0],
         "precision": near.precision,
         "recall": near.recall,
         "density": near.density,
