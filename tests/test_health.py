@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import find_config, load_config
-from diffdistill.denoiser import NO_COND, Denoiser
+from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.health import BANDS, Health, HealthConfig, Reference, compare_scores, mean_distance
-from diffdistill.method import Draw, Players
+from diffdistill.method import Draw, Players, Setting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.networks.mlp import MLPConfig
