@@ -46,7 +46,7 @@ Draw = Mapping[str, Tensor]
 class Update:
     """One optimiser step: the players that it changes, the method's loss, and every how many iterations.
 
-    start_images: the run's images that pass before the update is first due.
+    start, start_images: the run's iterations and images that pass before the update is first due.
     statistics: a method `(players, draw, batch) -> dict of [B, ...]` for losses that look at the whole batch. Where the
     batch comes in pieces it is asked for each of them first, without gradient, and every piece's draw then holds the
     values of all samples, in order, as "all <name>".
@@ -57,10 +57,11 @@ class Update:
     every: int = 1
     start_images: int = 0
     statistics: str | None = None
+    start: int = 0
 
     def is_due(self, step: int, images_seen: int) -> bool:
         """Whether the update is taken in the iteration `step`, before which `images_seen` images passed."""
-        return step % self.every == 0 and images_seen >= self.start_images
+        return step % self.every == 0 and step >= self.start and images_seen >= self.start_images
 
 
 @dataclass(frozen=True)

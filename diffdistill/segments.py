@@ -33,6 +33,7 @@ class Stage:
     grid_steps: PositiveInt | None = None
     mse_weight: NonNegative = 1.0
     adversarial_weight: NonNegative = 0.0
+    score_weight: NonNegative = 0.0
 
     def check(self, grid: DDIM) -> None:
         """Raises ValueError if the segments or the solver's steps do not fit the grid."""

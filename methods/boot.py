@@ -102,7 +102,7 @@ class Boot(Method):
         bootstrap = mse_loss(self._signal(players, draw, s), self.bootstrap(players, draw))
         with torch.no_grad():
             start = self._estimate(players, draw, expand(path.sigma(last), eps) * eps, last)
-        boundary = mse_loss(self._signal(players, draw, last), start)
+        boundary = mse_loss(self._signal(players, draw, last), start.to(eps.dtype))
         total = self.bootstrap_weight * bootstrap + self.boundary_weight * boundary
         return Loss(total, {"bootstrap": bootstrap.detach(), "boundary": boundary.detach()})
 
@@ -119,7 +119,7 @@ class Boot(Method):
             gain = 1 - path.ratio(s) / path.ratio(t)
         else:
             gain = (s - t) * path.log_ratio_derivative(t)
-        return y + expand(gain, y) * (f - y)
+        return (y + expand(gain, y) * (f - y)).to(y.dtype)
 
     def _signal(self, players: Players, draw: Draw, t: Tensor) -> Tensor:
         """The student's y(eps, t, c), with w where it is told."""

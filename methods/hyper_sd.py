@@ -23,7 +23,7 @@ from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Upda
 from diffdistill.networks.discriminator import make_head
 from diffdistill.rewards import Feedback, find_reward
 from diffdistill.sampling import DDIM, TCD, transfer
-from diffdistill.schema import Fraction, NonNegative, Positive, field, schema
+from diffdistill.schema import Fraction, Positive, field, schema
 from diffdistill.score_distillation import condition, critics_loss, draw_step, generate, matching_field, start_players
 from diffdistill.segments import Ends, Stage, draw_jump, stage_at, stage_starts
 from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
@@ -39,8 +39,8 @@ STAGES = (
 
 @schema
 class HyperSD(Method):
-    """Settings, in the paper's terms. Without adversarial weights there is no discriminator, without score_weight no
-    fake score."""
+    """Settings, in the paper's terms. A critic learns from the first stage on whose weight asks for it; without such a
+    stage there is none."""
 
     name: Literal["hyper_sd"] = "hyper_sd"
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
@@ -51,7 +51,6 @@ class HyperSD(Method):
     huber_width: Positive = 1e-3
     guidance: tuple[float, float] = (1.0, 1.0)
     target_decay: Fraction = 0.95
-    score_weight: NonNegative = 0.0
     score_time_law: AnyTimeLaw = field(default_factory=Karras)
     fake_time_law: AnyTimeLaw = field(default_factory=LogNormal)
     fake_weight: DenoisingWeight = "edm"
@@ -69,10 +68,10 @@ class HyperSD(Method):
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        critics = [(self._is_adversarial, "discriminator"), (self.score_weight > 0, "fake")]
+        critics = {"discriminator": self._start("adversarial_weight"), "fake": self._start("score_weight")}
         return (
             Update(("generator",), "generator_loss"),
-            *(Update((name,), f"{name}_loss") for is_used, name in critics if is_used),
+            *(Update((n,), f"{n}_loss", start=first) for n, first in critics.items() if first is not None),
         )
 
     def sampler(self, setting: Setting) -> TCD:
@@ -84,9 +83,9 @@ class HyperSD(Method):
         assert teacher is not None
         for feedback in self.feedback:
             find_reward(feedback.reward)
-        if not self.score_weight:
+        if self._start("score_weight") is None:
             del players["fake"]
-        if self._is_adversarial:
+        if self._start("adversarial_weight") is not None:
             players["discriminator"] = make_head(teacher, setting.image_shape)
         copies = ("target", "solver") if self.stage_teacher == "previous" else ("target",)
         return players | {name: deepcopy(players["generator"]) for name in copies}
@@ -119,11 +118,11 @@ class HyperSD(Method):
             adversarial = gan_generator_loss(self._logits(players, draw, jump, "gan eps", batch.cond))
             total = total + stage.adversarial_weight * adversarial
             logs["gan"] = adversarial.detach()
-        if self.score_weight or self.feedback:
+        if self.feedback or any(begun.score_weight for begun in self.stages[: int(draw["stage"]) + 1]):
             x = generate(players, draw, self.steps)
-            if self.score_weight:
+            if stage.score_weight:
                 push = self.field(players, draw, x)
-                total = total + self.score_weight * field_loss(x, push)
+                total = total + stage.score_weight * field_loss(x, push)
                 logs["field"] = push.abs().mean()
             for feedback in self.feedback:
                 loss = feedback.loss(x, condition(players, draw))
@@ -143,7 +142,7 @@ class HyperSD(Method):
         is_student = self.stage_teacher == "previous" and bool(draw["asks student"])
         solver, w = (players.solver, 1.0) if is_student else (players.teacher, draw.get("w", 1.0))
         with torch.no_grad():
-            x_after = transfer(path, x, solver(x, t, cond, guidance=w), t, after)
+            x_after = transfer(path, x, solver(x, t, cond, guidance=w), t, after).to(x.dtype)
             # Where the step has arrived nothing is left to jump over, and there may be no network for time 0.
             asked = torch.where(after > end, after, t)
             jumped = transfer(path, x_after, players.target(x_after, asked, cond), asked, end)
@@ -184,6 +183,7 @@ class HyperSD(Method):
             return (gap**2).mean()
         return ((gap**2 + self.huber_width**2).sqrt() - self.huber_width).mean()
 
-    @property
-    def _is_adversarial(self) -> bool:
-        return any(stage.adversarial_weight for stage in self.stages)
+    def _start(self, weight: str) -> int | None:
+        """The iteration at which the first stage with this weight begins."""
+        starts = zip(self.stages, stage_starts(self.stages), strict=True)
+        return next((start for stage, start in starts if getattr(stage, weight)), None)

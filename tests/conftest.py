@@ -75,6 +75,28 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "hyper_sd": f"""
+method:
+  name: hyper_sd
+  stages:
+    - {{segments: 2, num_steps: 2, adversarial_weight: 0.1}}
+    - {{segments: 1, grid_steps: 2, score_weight: 0.5}}
+  steps: {{num_steps: 1, grid: {{num_steps: 4, spacing: karras}}}}
+  guidance: [1, 3]
+optimizers:
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "boot": f"""
+method:
+  name: boot
+  time_law: {{name: karras, ratio_min: 0.02, ratio_max: 20}}
+  guidance: [1, 3]
+  takes_guidance: true
+optimizers:
+  generator: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "tsm": f"""
 method: {{name: tsm, student_sampler: {{name: heun, num_steps: 3, rho: 5}}}}
 model:

@@ -241,11 +241,9 @@ def test_guidance_is_in_the_solver_s_step_alone():
 
 # Whom a loss reaches
 
-ADVERSARIAL = Stage(segments=2, mse_weight=1.0, adversarial_weight=1.0)
 EVERYTHING = HyperSD(
-    stages=(ADVERSARIAL,),
+    stages=(Stage(segments=2, adversarial_weight=1.0, score_weight=1.0),),
     steps=TCD(num_steps=2, grid=GRID),
-    score_weight=1.0,
     guidance=(2.0, 2.0),
     feedback=(Feedback(reward="contrast", threshold=10.0),),
 )
@@ -294,6 +292,21 @@ def test_players_and_updates_are_those_that_the_weights_ask_for():
     assert [update.players for update in EVERYTHING.updates] == [("generator",), ("discriminator",), ("fake",)]
 
 
+def test_a_critic_learns_from_the_first_stage_on_that_has_its_weight():
+    stages = (
+        Stage(segments=4, num_steps=5),
+        Stage(segments=2, num_steps=3, adversarial_weight=1.0),
+        Stage(segments=1, num_steps=2, score_weight=1.0),
+        Stage(segments=1),
+    )
+    method = replace(EVERYTHING, stages=stages, feedback=())
+    first = {update.players[0]: min(i for i in range(20) if update.is_due(i, 0)) for update in method.updates}
+    assert first == {"generator": 0, "discriminator": 5, "fake": 8}
+    players, draw, batch = scene(method)
+    made = ["x" in method.generator_loss(players, draw | {"stage": torch.tensor(i)}, batch).carry for i in range(4)]
+    assert made == [False, False, True, True]
+
+
 # The discriminator
 
 
@@ -305,7 +318,7 @@ def logits(players: Players, draw: dict[str, Tensor], x: Tensor, eps: Tensor, co
 
 
 def test_the_adversarial_loss_judges_jumps_against_their_targets_at_a_level_of_the_segment():
-    method = replace(EVERYTHING, score_weight=0.0, feedback=())
+    method = replace(EVERYTHING, stages=(Stage(segments=2, adversarial_weight=1.0),), feedback=())
     players, draw, batch = scene(method)
     loss = method.generator_loss(players, draw, batch)
     jump, target = method.jumps(players, draw, batch)
@@ -320,8 +333,8 @@ def test_the_adversarial_loss_judges_jumps_against_their_targets_at_a_level_of_t
 
 
 def test_the_score_stage_pushes_as_dmd2_does_on_the_student_s_own_images():
-    stage, steps = Stage(segments=1, mse_weight=0.0), TCD(num_steps=1, grid=GRID)
-    method = HyperSD(stages=(stage,), steps=steps, score_weight=0.5, guidance=(2.0, 2.0))
+    stage, steps = Stage(segments=1, mse_weight=0.0, score_weight=0.5), TCD(num_steps=1, grid=GRID)
+    method = HyperSD(stages=(stage,), steps=steps, guidance=(2.0, 2.0))
     players, draw, batch = scene(method)
     x = method.steps(players.generator, draw["z"], Cond(label=draw["label"]))
     push = DMD2(guidance=2.0, gan_weight=0.0).field(players, draw, x)
@@ -460,7 +473,7 @@ def test_a_stage_may_have_a_grid_of_its_own():
 
 def test_a_stage_with_more_segments_than_steps_and_a_falling_range_are_refused():
     with pytest.raises(ValueError, match="9 segments need a grid"):
-        one_stage(9, **{})
+        HyperSD(stages=(Stage(segments=9),), steps=TCD(num_steps=1, grid=GRID))
     with pytest.raises(ValueError, match="the range must rise"):
         one_stage(1, guidance=(2.0, 1.0))
 

@@ -1,0 +1,26 @@
+"""BOOT on digits through the Python API: the same run as `diffdistill train boot/digits`.
+
+First make a teacher:  diffdistill pretrain pretrain/digits
+"""
+
+from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.ema import EMAConfig
+from diffdistill.methods.boot import Boot
+from diffdistill.timesteps import Karras
+from diffdistill.trainer import Trainer
+
+method = Boot(
+    time_law=Karras(ratio_min=0.02, ratio_max=20.0, rho=7.0),  # the teacher's own range of noise, from end to end
+    delta=0.1,  # ten steps from noise to image
+)
+config = RunConfig(
+    run="runs/digits-boot",
+    teacher="runs/digits-teacher",
+    method=method,
+    optimizers={"generator": OptimizerConfig(lr=1e-3, decay="linear")},
+    ema=EMAConfig(halflife_images=4400, ramp=0),
+    train=TrainConfig(steps=900, global_batch_size=64, checkpoint_every=300),
+)
+
+if __name__ == "__main__":
+    print(Trainer(config).run())
