@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.checkpoint import flatten, load_strictly, select_group
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Denoiser, freeze
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss
 from diffdistill.method import Batch, Draw, Method, Players, Setting
@@ -54,7 +54,7 @@ class DisBack(Wrapper):
         made = self.base.players(setting)
         if self.path_length and "fake" not in made:
             raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, which would start on the path")
-        return made | ({"target": _copy(setting, "score")} if self.path_length > 1 else {})
+        return made | ({"target": _score(setting)} if self.path_length > 1 else {})
 
     def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
         """What the base prepares, and the path: phi_i as "path i.<weight>"."""
@@ -95,8 +95,8 @@ class DisBack(Wrapper):
         """phi_1, ..., phi_N: the teacher on its way to the initial generator's images.  Algorithm 1."""
         if not self.path_length:
             return
-        generator = _copy(setting, self.student).eval().requires_grad_(False)
-        score = _copy(setting, "score").eval()  # without dropout, so without random state
+        generator: Any = freeze(setting.copies(self.student)[self.student])
+        score = _score(setting).eval()  # without dropout, so without random state
         if score.autocast is not None:  # stored in bfloat16, which is too coarse to be trained
             score.float().autocast = None
         optimizer = torch.optim.Adam(score.parameters(), lr=self.recording_lr, betas=(0.0, 0.999))
@@ -116,12 +116,11 @@ class DisBack(Wrapper):
                 yield deepcopy(score).cpu()
 
 
-def _copy(setting: Setting, player: str) -> Denoiser:
-    """A trainable copy of what a player starts as: "score", the name of none, of the teacher, or of the smaller network
-    that this run starts from."""
-    copy = setting.copies(player)[player]
-    assert isinstance(copy, Denoiser)
-    return copy
+def _score(setting: Setting) -> Denoiser:
+    """A trainable copy of the teacher, or of the smaller network that this run starts from."""
+    score = setting.copies("score")["score"]
+    assert isinstance(score, Denoiser)
+    return score
 
 
 def _load(module: nn.Module, stored: Mapping[str, Tensor], i: int) -> None:
