@@ -95,18 +95,12 @@ class RingResult:
         return sharp and self.energy <= 0.0015 and self.class_energy <= 0.006
 
 
-def train_ring(
-    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, generator_lr: float | None = None
-) -> RingResult:
+def train_ring(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> RingResult:
     """Run a method's own losses and updates from a Gaussian generator; num_steps generator updates."""
-    return measure_ring(
-        trained_generator(method, seed=seed, num_steps=num_steps, lr=lr, generator_lr=generator_lr or lr)
-    )
+    return measure_ring(trained_generator(method, seed=seed, num_steps=num_steps, lr=lr))
 
 
-def trained_generator(
-    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, generator_lr: float = 2e-3
-) -> nn.Module:
+def trained_generator(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> nn.Module:
     """The average of the generator's weights after `num_steps` of its updates."""
     torch.manual_seed(seed)
     setting = ring_setting(method)
@@ -115,13 +109,12 @@ def trained_generator(
     with torch.no_grad():
         method.begin(players, stored)
     trained = {name for update in method.updates for name in update.players}
-    rates = {name: generator_lr if name == "generator" else lr for name in trained}
-    optimizers = {name: torch.optim.Adam(players[name].parameters(), betas=(0.0, 0.999)) for name in trained}
+    optimizers = {name: torch.optim.Adam(players[name].parameters(), lr=lr, betas=(0.0, 0.999)) for name in trained}
     average = [p.detach().clone() for p in players.generator.parameters()]
     total = num_steps * max(update.every for update in method.updates)
     for step in range(total):
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = rates[name] * min(1.0, 2 * (1 - step / total))
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / total))
         rng = Draws(seed, step, torch.arange(step * BATCH, (step + 1) * BATCH))
         draw = method.draw(rng, setting)
         batch = replace(_real_batch(rng, players.teacher), stored=stored)

@@ -464,12 +464,12 @@ def ring_method(alpha: float) -> SiD:
 
 
 def test_sid_learns_every_mode_of_the_ring_in_its_class() -> None:
-    result = train_ring(ring_method(1.2), generator_lr=1e-3)
+    result = train_ring(ring_method(1.2), num_steps=600)
     assert result.passes, result
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("alpha", "seed"), [(1.2, 1), (1.2, 2), (1.0, 0)])
 def test_sid_learns_the_ring_from_other_seeds_and_at_alpha_1(alpha: float, seed: int) -> None:
-    result = train_ring(ring_method(alpha), generator_lr=1e-3, seed=seed)
+    result = train_ring(ring_method(alpha), num_steps=600, seed=seed)
     assert result.passes, result
