@@ -80,6 +80,7 @@ class Boot(Method):
         assert student is not None
         base = student.net.base
         own = base.base if isinstance(base, Guided) and not isinstance(teacher.net, Guided) else base
+        assert isinstance(own, nn.Module)
         own.load_state_dict(teacher.net.state_dict())
         return {"generator": student}
 
