@@ -5,6 +5,8 @@ Plain tensors in, numbers out: no network, no files. Features are [N, d]; what t
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,8 +30,9 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     mean_b, cov_b = _checked_gaussian(mean_b, cov_b, "b")
     if mean_a.shape != mean_b.shape:
         raise UserError(f"both sides need the same features: a has {len(mean_a)}, b has {len(mean_b)}")
-    traces = cov_a.trace() + cov_b.trace()
-    return float((mean_a - mean_b).square().sum() + traces - 2 * _trace_of_root(cov_a, cov_b))
+    with _one_thread():
+        traces = cov_a.trace() + cov_b.trace()
+        return float((mean_a - mean_b).square().sum() + traces - 2 * _trace_of_root(cov_a, cov_b))
 
 
 def frechet_from_summaries(a: Summary, b: Summary) -> float:
@@ -50,16 +53,32 @@ def frechet_from_features(a: Tensor, b: Tensor) -> float:
     Warns as there.  Raises UserError as `frechet_distance`, and for fewer than 2 samples.
     """
     check_pair(a, b, min_samples=2)
-    if max(len(a), len(b)) >= a.shape[1]:
-        return frechet_from_summaries(Summary.of(a), Summary.of(b))
     for count in (len(a), len(b)):
         _warn_of_few(count, a.shape[1])
-    a, b = a.double(), b.double()
+    with _one_thread():
+        if max(len(a), len(b)) < a.shape[1]:
+            return _frechet_of_few(a.double(), b.double())
+        of_a, of_b = Summary.of(a), Summary.of(b)
+        return frechet_distance(of_a.mean, of_a.covariance, of_b.mean, of_b.covariance)
+
+
+def _frechet_of_few(a: Tensor, b: Tensor) -> float:
     mean_a, mean_b = a.mean(0), b.mean(0)
     scaled_a, scaled_b = (a - mean_a) / math.sqrt(len(a) - 1), (b - mean_b) / math.sqrt(len(b) - 1)
     traces = scaled_a.square().sum() + scaled_b.square().sum()
     shared = torch.linalg.svdvals(scaled_a @ scaled_b.T).sum()
     return float((mean_a - mean_b).square().sum() + traces - 2 * shared)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last bits of LAPACK's results depend on the number of threads; those of a distance should not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _trace_of_root(cov_a: Tensor, cov_b: Tensor) -> Tensor:

@@ -122,6 +122,20 @@ def test_enough_samples_give_no_warning() -> None:
         frechet_from_features(normal(31, 30), normal(32, 30))
 
 
+@pytest.mark.parametrize("num_samples", [200, 1000])
+@pytest.mark.filterwarnings("ignore:200 samples")
+def test_the_number_of_threads_changes_no_bit_and_stays_as_it_was(num_samples: int) -> None:
+    a, b = normal(num_samples, 300), 1.1 * normal(num_samples, 300, seed=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        on_two = frechet_from_features(a, b)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert on_two == frechet_from_features(a, b)
+
+
 @pytest.mark.parametrize("num_samples", [0, 1])
 def test_fewer_than_two_samples_are_refused(num_samples: int) -> None:
     with pytest.raises(ValueError, match="2 samples or more"):
