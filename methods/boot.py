@@ -16,8 +16,8 @@ from torch.nn.functional import mse_loss
 
 from diffdistill.draws import Draws
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.networks.guided import Guided, GuidedConfig
-from diffdistill.networks.signal import BaseNetwork, SignalConfig, signal_config
+from diffdistill.networks.guided import GuidedConfig
+from diffdistill.networks.signal import BaseNetwork, SignalConfig, signal_config, start_from
 from diffdistill.path import Prediction, expand
 from diffdistill.sampling import OneCall
 from diffdistill.schema import NonNegative, UserError, field, schema
@@ -78,10 +78,7 @@ class Boot(Method):
         if "generator" in setting.initial:
             return setting.copies("generator")
         assert student is not None
-        base = student.net.base
-        own = base.base if isinstance(base, Guided) and not isinstance(teacher.net, Guided) else base
-        assert isinstance(own, nn.Module)
-        own.load_state_dict(teacher.net.state_dict())
+        start_from(student, teacher)
         return {"generator": student}
 
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:

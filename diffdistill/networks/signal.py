@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.networks.guided import GuidedConfig
+from diffdistill.networks.guided import GuidedBase, GuidedConfig
 from diffdistill.networks.plain import PlainNetwork
 from diffdistill.schema import Fraction, Positive, UserError, schema
 
@@ -81,3 +81,11 @@ def signal_config(teacher: Denoiser, network: BaseNetwork) -> SignalConfig:
         raise UserError("teacher: predicts eps; its signal at pure noise is a small difference of large numbers")
     skip, one = (float(path.to_x0(torch.full_like(t, value), kind, sigma, t)) for value in (0, 1))
     return SignalConfig(base=network, input_scale=float(sigma), output_scale=one - skip, skip=skip)
+
+
+def start_from(student: Denoiser, teacher: Denoiser) -> None:
+    """Give a signal network its teacher's weights, under an input of w that only the student has."""
+    assert isinstance(student.net, Signal)
+    base, other = student.net.base, teacher.net
+    inner = base.base if isinstance(base, GuidedBase) and not isinstance(other, GuidedBase) else base
+    inner.load_state_dict(other.state_dict())
