@@ -77,8 +77,9 @@ def without(labels: Tensor, classes: int, count: int) -> Tensor:
 
 
 def within_classes(fake: Judged, real: Judged) -> float:
-    """The mean over classes of the Frechet distance of one class's images to the real ones of that class."""
-    distances = [frechet_from_features(fake[0][fake[1] == c], real[0][real[1] == c]) for c in range(10)]
+    """The mean over the classes that there are of the Frechet distance of a class's images to the real ones of it."""
+    present = fake[1].unique()
+    distances = [frechet_from_features(fake[0][fake[1] == c], real[0][real[1] == c]) for c in present]
     return statistics.fmean(distances)
 
 
