@@ -220,6 +220,19 @@ def test_the_input_of_each_step_is_the_last_image_noised_afresh(path):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@on_every_path
+@pytest.mark.parametrize("kind", ["fixed", "ddim"])
+def test_noise_between_steps_is_the_first_again_or_what_x_t_held(path, kind):
+    denoiser, noise = gaussian(path), random(5, 3)
+    sampler = FewSteps(init_ratio=10.0, later_ratios=(2.0,), later_noise=kind)
+    first, last = sampler.times(path)[:, None].expand(-1, 5)
+    x = path.sigma(first)[:, None] * noise
+    x0 = denoiser(x, first)
+    held = noise if kind == "fixed" else path.from_x0(x0, "eps", x, first)
+    expected = denoiser(path.alpha(last)[:, None] * x0 + path.sigma(last)[:, None] * held, last)
+    torch.testing.assert_close(sampler(denoiser, noise), expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_rolling_out_to_a_step_repeats_the_first_calls_of_sampling(step):
     sampler, denoiser = FewSteps(init_ratio=10.0, later_ratios=(2.0, 0.5)), gaussian(VPCosine())
