@@ -86,12 +86,11 @@ def test_kmeans_moves_a_point_where_clusters_are_of_unequal_size():
 
 
 def test_quadrants_split_the_first_axis_and_then_each_half():
-    # Long in x: the first axis; the halves have medians of their own in y, 0 on the left and 5 on the right.
-    points = torch.tensor([[-9, -1], [-9, 1], [-8, -2], [-8, 2], [8, 4], [8, 6], [9, 3], [9, 7]], dtype=torch.float64)
-    cells = fit_quadrants(points).cell(points)
-    assert len(cells.unique()) == 4
-    left_low, left_high, right_low, right_high = cells[[0, 1, 4, 5]].tolist()
-    assert cells.tolist() == [left_low, left_high, left_low, left_high, right_low, right_high, right_low, right_high]
+    # Long in x, and no more of y on one side than on the other: the axes are x and y. The halves' lower medians in y
+    # are -3 and -1, so that one threshold for both would leave a single point below on the right.
+    left, right = [[-9, y] for y in (-3.5, -3, 1, 5.5)], [[9, y] for y in (-5.5, -1, 3, 3.5)]
+    points = torch.tensor(left + right, dtype=torch.float64)
+    assert fit_quadrants(points).cell(points).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_a_tie_on_a_quadrant_s_threshold_falls_below():
@@ -369,7 +368,7 @@ class Together(nn.Module):
 
 
 def test_two_students_of_half_the_classes_each_learn_the_ring():
-    generators = [trained_generator(on_the_ring(k), num_steps=200) for k in range(2)]
+    generators = [trained_generator(on_the_ring(k), num_steps=400) for k in range(2)]
     result = measure_ring(Together(generators, ClassRouter(table=(0, 0, 1, 1))))
     assert result.passes, result
 
