@@ -2,8 +2,7 @@
 
 Every sampler takes as `guidance` a number w (classifier-free guidance, D_u + w (D_c - D_u); a tensor [B] gives each
 sample its own) or a policy. Here are limited intervals, CFG++ and Adaptive Guidance; LinearAG is in
-`diffdistill.linear_guidance`. Sums of evaluations below count a sample's rows through the network, of which plain
-guidance has two a call.
+`diffdistill.linear_guidance`. An evaluation is one sample through the network: plain guidance takes two a call.
 """
 
 from collections.abc import Callable
