@@ -100,10 +100,12 @@ def train_ring(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float
     return measure_ring(trained_generator(method, seed=seed, num_steps=num_steps, lr=lr))
 
 
-def trained_generator(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> nn.Module:
-    """The average of the generator's weights after `num_steps` of its updates."""
+def trained_generator(
+    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, setting: Setting | None = None
+) -> nn.Module:
+    """The average of the generator's weights after `num_steps` of its updates.  setting: by default `ring_setting`."""
     torch.manual_seed(seed)
-    setting = ring_setting(method)
+    setting = setting or ring_setting(method)
     players = Players(teacher=setting.teacher, **method.players(setting))  # type: ignore[arg-type]
     stored = method.prepare(setting, seed)
     with torch.no_grad():
@@ -119,7 +121,7 @@ def trained_generator(method: Method, *, seed: int = 0, num_steps: int = 400, lr
         draw = method.draw(rng, setting)
         batch = replace(_real_batch(rng, players.teacher), stored=stored)
         for update in method.updates:
-            if step % update.every:
+            if not update.is_due(step, step * BATCH):
                 continue
             for name in trained:
                 players[name].requires_grad_(name in update.players)
