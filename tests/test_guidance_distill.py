@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill.denoiser import Cond, Denoiser, freeze
 from diffdistill.draws import Draws
 from diffdistill.inference import sample_images
-from diffdistill.losses import denoising_loss, denoising_weight
+from diffdistill.losses import denoising_weight
 from diffdistill.method import Batch, Players, Setting
 from diffdistill.methods.guidance_distill import GuidanceDistill
 from diffdistill.model import load_model
@@ -109,34 +109,27 @@ def ring_batch(step: int, count: int) -> tuple[Draws, Batch]:
 
 
 def test_on_the_ring_the_student_reaches_the_exact_guided_denoiser_at_every_scale():
-    """Its error against D_w is a fifth of what guidance adds, at scales between 1.5 and 4. It starts at all of it."""
+    """Its error against the exact D_w, over what guidance adds at that scale; the conditional denoiser scores 1."""
     teacher, method = ring_teacher(), GuidanceDistill(time_law=LogNormal(mean=-0.5, std=1.0), weight="x0")
     torch.manual_seed(0)
-    student = Denoiser(
-        GuidedConfig(base=MLPConfig(width=128, blocks=2), width=32).build((2,), NUM_CLASSES, 0.1), PATH, "edm"
-    )
+    config = GuidedConfig(base=MLPConfig(width=96, blocks=2), width=32)
+    student = Denoiser(config.build((2,), NUM_CLASSES, 0.1), PATH, "edm")
     players, setting = Players(teacher=teacher, student=student), Setting((2,), NUM_CLASSES, PATH, teacher=teacher)
     optimizer = torch.optim.Adam(student.parameters(), lr=1.0)
-    for step in range(900):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - step / 450)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, 2 - step / 200)
         rng, batch = ring_batch(step, 256)
-        draw = method.draw(rng, setting)
-        loss = method.student_loss(players, draw, batch).total
-        if step < 200:  # as a teacher of the same kind would be: it knows the data
-            loss = denoising_loss(student, batch.images, draw["eps"], draw["t"], batch.cond, weight="x0")
         optimizer.zero_grad()
-        loss.backward()
+        method.student_loss(players, method.draw(rng, setting), batch).total.backward()
         optimizer.step()
     rng, batch = ring_batch(10_000, 4000)
     t = method.time_law(rng.uniform("t"), PATH)
     x_t = PATH.diffuse(batch.images, rng.normal("eps", (2,)), t)
-    for scale in (1.5, 2.5, 4.0):
+    for scale, bar in ((1.5, 0.35), (2.5, 0.15), (4.0, 0.1)):  # what it adds at 1.5 is small
         with torch.no_grad():
-            exact, plain, found = (
-                net(x_t, t, batch.cond, guidance=w).float()
-                for net, w in ((teacher, scale), (teacher, 1.0), (student, scale))
-            )
-        assert (found - exact).norm() < 0.2 * (plain - exact).norm()
+            exact, plain = (teacher(x_t, t, batch.cond, guidance=w).float() for w in (scale, 1.0))
+            found = student(x_t, t, batch.cond, guidance=scale)
+        assert (found - exact).norm() < bar * (plain - exact).norm()
 
 
 # Runs
