@@ -367,6 +367,7 @@ class Together(nn.Module):
         return by_student(self.router(cond), lambda k, rows: self.generators[k](x[rows], t[rows], cond[rows]))
 
 
+@pytest.mark.full
 def test_two_students_of_half_the_classes_each_learn_the_ring():
     generators = [trained_generator(on_the_ring(k), num_steps=400) for k in range(2)]
     result = measure_ring(Together(generators, ClassRouter(table=(0, 0, 1, 1))))
