@@ -181,6 +181,11 @@ class Denoiser(nn.Module):
         return expand(skip, x_t) * x_t + expand(scale, x_t) * output
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's numbers are; the CPU if it has none."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """Eval mode and no parameter gradients. Gradients still flow through to the inputs."""
     return module.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffdistill.data.source import ImageSource
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, device_of
 from diffdistill.draws import Draws
 from diffdistill.losses import denoising_weight
 from diffdistill.method import Players, Setting
@@ -158,7 +158,7 @@ class Health:
         student: the player that makes the images, of the setting's classes.  The numbers depend on (seed, step) alone.
         """
         generator = players[student]
-        device = next(generator.parameters()).device
+        device = device_of(generator)
         rng = Draws(seed, step, torch.arange(self.config.samples, device=device))
         num_classes = int(players.teacher.net.num_classes) if "teacher" in players else 0
         known = torch.tensor(setting.classes or range(max(num_classes, 1)), device=device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.counting import LiveTensors, storage_bytes
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Denoiser, device_of
 from diffdistill.draws import Draws
 from diffdistill.eval.environment import device_name
 from diffdistill.eval.records import Efficiency
@@ -50,7 +50,7 @@ def measure_efficiency(
     """
     if batch < 1 or warm_up < 1 or repeats < 1:
         raise UserError(f"batch = {batch}, warm_up = {warm_up}, repeats = {repeats}: each must be at least 1")
-    device = next((tensor.device for tensor in _weights(denoiser)), torch.device("cpu"))
+    device = device_of(denoiser)
     timed = cast(Denoiser, torch.compile(denoiser)) if compile else denoiser
     try:
         single, many = (

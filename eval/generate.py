@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.config import dump
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
+from diffdistill.denoiser import NO_COND, Cond, Denoiser, device_of
 from diffdistill.draws import Draws
 from diffdistill.eval.protocol import Labels, Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
@@ -102,12 +102,6 @@ def labels_of(labels: Labels, index: Tensor, num_images: int, rng: Draws) -> Ten
     if labels.policy == "cyclic":
         return index % classes
     return rng.integers("label", classes) if labels.policy == "random" else None
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def show(shape: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Denoiser, device_of
 from diffdistill.draws import Draws
 from diffdistill.guidance import Recorder
 from diffdistill.losses import DenoisingWeight, denoising_error
@@ -74,7 +74,7 @@ class AGD(Method):
         """Guided trajectories: x and target [N, calls, ...], t [N, calls], scale and label [N]."""
         teacher = setting.teacher
         assert teacher is not None
-        device = next(teacher.parameters()).device
+        device = device_of(teacher)
         chunks = torch.arange(self.trajectories, device=device).split(CHUNK)
         parts = [self._trajectories(teacher, Draws(seed, 0, index), setting) for index in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

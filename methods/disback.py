@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.checkpoint import flatten, load_strictly, select_group
-from diffdistill.denoiser import Denoiser, freeze
+from diffdistill.denoiser import Denoiser, device_of, freeze
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss
 from diffdistill.method import Batch, Draw, Method, Players, Setting
@@ -100,7 +100,7 @@ class DisBack(Wrapper):
         if score.autocast is not None:  # stored in bfloat16, which is too coarse to be trained
             score.float().autocast = None
         optimizer = torch.optim.Adam(score.parameters(), lr=self.recording_lr, betas=(0.0, 0.999))
-        device = next(score.parameters()).device
+        device = device_of(score)
         sampler, shape = self.base.sampler(setting), setting.image_shape
         for step in range(1, self.path_length * self.recording_interval + 1):
             rng = Draws(seed, step, torch.arange(setting.batch_size, device=device))

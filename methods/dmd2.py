@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from diffdistill.denoiser import device_of
 from diffdistill.draws import Draws, integer_of
 from diffdistill.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
@@ -80,7 +81,7 @@ class DMD2(Method):
             return {}
         teacher = setting.teacher
         assert teacher is not None
-        rng = Draws(seed, 0, torch.arange(self.regression_pairs))
+        rng = Draws(seed, 0, torch.arange(self.regression_pairs, device=device_of(teacher)))
         noise = rng.normal("pair noise", setting.image_shape)
         label = rng.integers("pair label", max(setting.num_classes, 1))  # all classes, whatever the run is about
         with torch.no_grad():

@@ -29,6 +29,7 @@ from diffdistill.score_distillation import (
     generate,
     matching_field,
     start_players,
+    tapped,
 )
 from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
 
@@ -85,8 +86,7 @@ class FDistill(Method):
     def players(self, setting: Setting) -> dict[str, nn.Module]:
         players = start_players(setting, guidance=self.guidance)
         if self.has_discriminator:
-            assert setting.teacher is not None
-            players["discriminator"] = make_head(setting.teacher, setting.image_shape)
+            players["discriminator"] = make_head(tapped(setting, players, self.gan_features), setting.image_shape)
         return players | ({"ratio_means": RatioMeans(self.ratio_bins)} if self.ratio_memory else {})
 
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:

@@ -262,6 +262,7 @@ def test_a_finite_loss_between_resets_the_count_of_skips(
     for is_bad in (True, False, True, False):
         poison.is_active = is_bad
         trainer.train_step()
+    assert trainer.step == 4
 
 
 def test_bf16_trains_and_keeps_weights_in_float32_whatever_ran_before(make_config: MakeConfig) -> None:

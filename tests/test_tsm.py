@@ -94,11 +94,12 @@ def test_it_needs_the_student_s_network(make_config: MakeConfig):
         Trainer(make_config("tsm", "model=null"))
 
 
-def test_generator_and_fake_score_of_a_later_run_start_as_the_smaller_network(make_config: MakeConfig):
+@pytest.mark.parametrize("method", ["dmd2", "f_distill"])
+def test_generator_and_fake_score_of_a_later_run_start_as_the_smaller_network(make_config: MakeConfig, method: str):
     config = make_config("tsm")
     Trainer(config, quiet=True).run()
     left = load_file(find_checkpoint(Path(config.run)) / "ema.safetensors")
-    later = Trainer(make_config("dmd2", f"init={config.run}", f"teacher={config.teacher}", "train.steps=2"), quiet=True)
+    later = Trainer(make_config(method, f"init={config.run}", f"teacher={config.teacher}", "train.steps=2"), quiet=True)
     for player in ("generator", "fake"):
         start = later.trained[player].state_dict()
         assert all(torch.equal(value, left[f"student.{name}"]) for name, value in start.items())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill.checkpoint import load_strictly
-from diffdistill.denoiser import Cond, Denoiser, freeze
+from diffdistill.denoiser import Cond, Denoiser, device_of, freeze
 from diffdistill.networks.guided import (
     Around,
     GuidanceEncoding,
@@ -173,7 +173,7 @@ def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:
     net = Adapted(config, base.net)
     own = {name: t for name, t in net.state_dict().items() if name.startswith(BASE)}
     load_strictly(net, own | load_file(file), origin=str(file))
-    device = next(base.parameters()).device
+    device = device_of(base)
     return _with_network(base, net.to(device).eval())
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Denoiser, device_of
 from diffdistill.schema import UserError
 
 
@@ -44,7 +44,7 @@ def make_head(denoiser: Denoiser, image_shape: tuple[int, ...]) -> Head:
 @torch.no_grad()
 def features_shape(denoiser: Denoiser, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """[C, h, w] of the denoiser's bottleneck for images of this shape. Raises UserError if its network has none."""
-    device = next(denoiser.parameters()).device if any(True for _ in denoiser.parameters()) else "cpu"
+    device = device_of(denoiser)
     x = torch.zeros(1, *image_shape, device=device)
     t = torch.full((1,), denoiser.path.t_max, device=device, dtype=torch.float64)
     label = torch.zeros(1, dtype=torch.int64, device=device)
