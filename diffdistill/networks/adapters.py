@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffdistill.attention import attention
 from diffdistill.checkpoint import load_strictly
 from diffdistill.denoiser import Cond, Denoiser, device_of, freeze
 from diffdistill.networks.guided import (
@@ -144,7 +145,7 @@ class CrossAttention(nn.Module):
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for part in (self.query(h), *self.key_value(tokens).chunk(2, 2))
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attention(q, k, v)
         return self.project(attended.transpose(1, 2).flatten(2))
 
 

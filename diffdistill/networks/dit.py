@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffdistill.attention import attention
 from diffdistill.denoiser import Cond
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
@@ -176,7 +177,7 @@ class DiTBlock(Recomputable):
 
     def _attend(self, h: Tensor) -> Tensor:
         q, k, v = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.project(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def _modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

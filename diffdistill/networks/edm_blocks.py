@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffdistill.attention import attention
 from diffdistill.denoiser import Cond
 from diffdistill.networks.recompute import Recomputable
 
@@ -101,7 +102,7 @@ class Block(Recomputable):
         # EDM's layout: the three of one channel stand next to one another.
         qkv = self.qkv(self.norm_attention(x)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
+        h = attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
         return (x + self.project(h)) * self.skip_scale
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffdistill.attention import attention
 from diffdistill.denoiser import Cond
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
@@ -180,7 +181,7 @@ class UNetBlock(Recomputable):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).reshape(batch, 3, self.heads, channels // self.heads, -1)
         q, k, v = qkv.transpose(-1, -2).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
+        h = attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
         return (x + self.project(h)) * math.sqrt(0.5)
 
 

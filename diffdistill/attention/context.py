@@ -1,0 +1,122 @@
+"""Which backend attention takes, for the length of a `with` block, also inside networks that know nothing of us."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from diffdistill.attention.backends import Backend, check_backend, say_once
+from diffdistill.schema import UserError
+
+
+@dataclass
+class _State:
+    """backend: of the innermost `use_attention`.  inside: whether a call of torch's attention is our own."""
+
+    backend: Backend = "auto"
+    inside: bool = False
+
+
+_state = _State()
+
+
+def current_backend() -> Backend:
+    """The backend of the innermost `use_attention`; auto outside of all."""
+    return _state.backend
+
+
+@contextmanager
+def inside() -> Iterator[None]:
+    """Calls of torch's attention from here are our own, and stay torch's."""
+    before, _state.inside = _state.inside, True
+    try:
+        yield
+    finally:
+        _state.inside = before
+
+
+class use_attention(TorchFunctionMode):  # noqa: N801 - a context, as torch's own are named
+    """Within it every `F.scaled_dot_product_attention` of any network goes through `diffdistill.attention`.
+
+    backend: by name.  What is recomputed in the backward pass, by torch's checkpoint without re-entrance, takes the
+    backend of the forward pass, wherever `backward` is called.  Raises UserError for an unknown name.
+    """
+
+    def __init__(self, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.backend = check_backend(backend)
+        self._before: list[tuple[Backend, Any]] = []
+
+    def __enter__(self) -> "use_attention":
+        self._before.append((_state.backend, _capture_in_checkpoints(self.backend)))
+        _state.backend = self.backend
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        _state.backend, generator = self._before.pop()
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention and not _state.inside:
+            return _rerouted(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _rerouted(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's signature on our entry."""
+    from diffdistill.attention.entry import attention
+
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+    three = query.dim() == 3  # [H, N, D]
+    if three:
+        query, key, value = (x[None] for x in (query, key, value))
+    options: dict[str, Any] = {"mask": attn_mask, "dropout": dropout_p, "causal": is_causal, "scale": scale}
+    try:
+        out = attention(query, key, value, **options)
+    except UserError as error:
+        if current_backend() not in ("cuda", "xformers"):
+            raise
+        say_once(f"{error}; torch's own choice computes it")  # one layer among many
+        out = attention(query, key, value, **options, backend="auto")
+    return out[0] if three else out
+
+
+def _capture_in_checkpoints(backend: Backend) -> Any:
+    """Let torch's checkpoint recompute under the same backend. Returns what it did before."""
+    before = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+
+    def generator(function: Any, preserve: bool, context_fn: Any, *others: Any, **kwargs: Any) -> Any:
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            first, second = context_fn()
+            return first, _both(second, use_attention(backend))
+
+        return before(function, preserve, contexts, *others, **kwargs)
+
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
+    return before
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer or nullcontext(), inner:
+        yield

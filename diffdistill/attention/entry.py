@@ -1,0 +1,117 @@
+"""The one entry to attention, for every network, with a forward-mode derivative.
+
+torch's fused attention has no forward-mode derivative: `torch.func.jvp` through it raises. Here dual tensors are taken
+apart, the primal goes where it always goes, and the tangent has a kernel of its own:
+
+    tangent = P tv + (P * tS) v - rowsum(P * tS) out,  P = exp(S - lse),  S = scale q k^T,  tS = scale (tq k^T + q tk^T)
+
+An `autograd.Function` with a `jvp`, or an operator without one, would give a tangent of zero without a word under
+`torch.compile` or `torch.func.jvp`; taking the tensors apart does not.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffdistill.attention import kernels, ops, reference
+from diffdistill.attention.backends import Backend, Options, check_backend, no_kernels, run
+from diffdistill.attention.context import current_backend, inside
+from diffdistill.schema import UserError
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v, as `torch.nn.functional.scaled_dot_product_attention`, with derivatives of both modes.
+
+    q: [B, H, M, D]; k, v: [B, H, N, D].  mask: bool (True: seen) or additive, broadcastable to [B, H, M, N].
+    key_lengths: [B] int32, the number of keys that each sample sees, in place of a mask.  scale: default 1/sqrt(D).
+    backend: default that of `use_attention`, else auto.  Returns [B, H, M, D].
+    Raises UserError where the backend cannot do that.
+    """
+    if key_lengths is not None and (mask is not None or causal):
+        raise UserError("attention: give key_lengths or a mask, not both")
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, mask, key_lengths, causal, dropout)
+    name = current_backend() if backend is None else check_backend(backend)
+    with inside():
+        if any(map(is_dual, (q, k, v))):
+            return _moving(name, q, k, v, options)
+        return run(name, q, k, v, options)
+
+
+def attention_difference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    other_k: Tensor,
+    other_v: Tensor,
+    *,
+    weight: float,
+    key_lengths: Tensor | None = None,
+    other_key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """A(q, k, v) - weight A(q, other_k, other_v): cross attention that steers away from a second context.
+
+    other_k, other_v: [B, H, N', D].  One pass over q on a GPU where our kernel fits, else two attentions.
+    SNOOPI's negative-away steer attention: Nguyen et al. 2024, arXiv:2412.02687, section 3.2.
+    """
+    tensors, lengths = (q, k, v, other_k, other_v), (key_lengths, other_key_lengths)
+    fits = not kernels.unfit(q, k, v, kernel="difference") and not kernels.unfit(q, other_k, other_v)
+    if no_kernels(q.device) is None and fits and not any(map(is_dual, tensors)) and current_backend() in ("auto", "cuda"):
+        return ops.cuda_difference(*tensors, *lengths, weight, q.shape[-1] ** -0.5 if scale is None else scale)
+    towards = attention(q, k, v, key_lengths=key_lengths, scale=scale)
+    return towards - weight * attention(q, other_k, other_v, key_lengths=other_key_lengths, scale=scale)
+
+
+def is_dual(x: Tensor) -> bool:
+    """Whether a tensor has a tangent."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _moving(name: Backend, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Attention of dual tensors."""
+    if options.dropout:
+        raise UserError("attention: no forward-mode derivative with dropout; put the network in eval mode")
+    (p_q, tq), (p_k, tk), (p_v, tv) = map(forward_ad.unpack_dual, (q, k, v))
+    if name == "math" or (options.mask is not None and options.mask.requires_grad):
+        with sdpa_kernel([SDPBackend.MATH]):
+            mask = options.dense_mask(q, k)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
+    tq = torch.zeros_like(p_q) if tq is None else tq
+    mask, scale = options.dense_mask(p_q, p_k), options.scale
+    by_kernel = _takes_kernel(name, p_q, p_k, p_v, options)
+    if by_kernel:
+        out, lse = _primal(p_q, p_k, p_v, options)
+    else:
+        out, lse = ops.reference_attention(p_q, p_k, p_v, mask, scale)
+    tangents = (tq, tk, tv, None if by_kernel else mask, options.key_lengths if by_kernel else None)
+    moved = ops.attention_tangent(p_q, p_k, p_v, out, lse, *tangents, scale, by_kernel)
+    return forward_ad.make_dual(out, moved)
+
+
+def _takes_kernel(name: Backend, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    plain = options.mask is None and not options.causal
+    return name != "reference" and plain and no_kernels(q.device) is None and kernels.unfit(q, k, v, kernel="tangent") is None
+
+
+def _primal(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp: torch's flash attention, or our kernel where samples see unlike numbers of keys."""
+    if options.key_lengths is not None:
+        return ops.cuda_attention(q, k, v, options.key_lengths, options.scale)
+    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse = flash(q, k, v, 0.0, False, scale=options.scale)[:2]
+    return out, lse

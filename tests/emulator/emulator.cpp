@@ -1,0 +1,155 @@
+// One kernel's blocks, one after the other, each as 128 fibers.
+//
+// Built with the kernel's own -D options and -DDIFFDISTILL_EMULATOR, -DKERNELS="the .cu file".
+#include KERNELS
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+namespace emulator {
+Index thread, block;
+unsigned char* shared_memory;
+Lane lanes[1024];
+
+namespace {
+constexpr int THREADS_OF_BLOCK = 128, WARPS = THREADS_OF_BLOCK / 32, STACK = 256 * 1024;
+constexpr int GUARD = 64;
+
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done, at_barrier;
+    std::vector<std::vector<Copy>> groups;  // the last one is open
+};
+Fiber fibers[THREADS_OF_BLOCK];
+ucontext_t scheduler;
+int current, shared_bytes;
+bool reversed_warps, copies_early;
+int met_in_warp[WARPS], warp_turn[WARPS], met_in_block, block_turn;
+std::function<void()> body;
+
+void pause() { swapcontext(&fibers[current].context, &scheduler); }
+void enter() {
+    body();
+    fibers[current].done = true;
+    pause();
+}
+}  // namespace
+
+void meet_warp() {
+    int warp = thread.x / 32, turn = warp_turn[warp];
+    if (++met_in_warp[warp] == 32) {
+        met_in_warp[warp] = 0;
+        ++warp_turn[warp];
+    } else {
+        while (warp_turn[warp] == turn) pause();
+    }
+}
+void meet_block() {
+    int turn = block_turn;
+    if (++met_in_block == THREADS_OF_BLOCK) {
+        met_in_block = 0;
+        ++block_turn;
+        for (auto& fiber : fibers) fiber.at_barrier = false;
+    } else {
+        fibers[current].at_barrier = true;
+        while (block_turn == turn) pause();
+    }
+}
+void check(const void* p, int bytes) {
+    auto* at = static_cast<const unsigned char*>(p);
+    if (at >= shared_memory && at + bytes <= shared_memory + shared_bytes && reinterpret_cast<uintptr_t>(at) % 16 == 0) return;
+    fprintf(stderr, "thread %u of block %u: outside of shared memory, or not aligned\n", thread.x, block.x);
+    abort();
+}
+static void copy(const Copy& copy) { copy.valid ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16); }
+void queue_copy(void* to, const void* from, bool valid) {
+    check(to, 16);
+    if (copies_early) {
+        copy({to, from, valid});
+    } else {
+        fibers[current].groups.back().push_back({to, from, valid});
+    }
+}
+void close_group() { fibers[current].groups.emplace_back(); }
+void wait_for_groups(int pending) {
+    auto& groups = fibers[current].groups;  // the open one is not waited for
+    while (static_cast<int>(groups.size()) - 1 > pending) {
+        for (auto& waiting : groups.front()) copy(waiting);
+        groups.erase(groups.begin());
+    }
+}
+
+namespace {
+// Lets a warp's fibers go on until all of them wait for other warps. Returns whether any of them got further.
+bool run_warp(int warp) {
+    for (bool moved = false;; moved = true) {
+        int turns = warp_turn[warp] + block_turn, waiting = 0, waited = 0;
+        for (int i = warp * 32; i < warp * 32 + 32; ++i) {
+            waited += fibers[i].done || fibers[i].at_barrier;
+            if (fibers[i].done || fibers[i].at_barrier) continue;
+            current = i;
+            thread.x = i;
+            swapcontext(&scheduler, &fibers[i].context);
+        }
+        for (int i = warp * 32; i < warp * 32 + 32; ++i) waiting += fibers[i].done || fibers[i].at_barrier;
+        if (turns == warp_turn[warp] + block_turn && waiting == waited) return moved;
+    }
+}
+
+void run_block() {
+    memset(shared_memory, 0xff, shared_bytes);  // NaN in either type
+    met_in_block = block_turn = 0;
+    memset(met_in_warp, 0, sizeof met_in_warp);
+    for (auto& fiber : fibers) {
+        fiber.stack.resize(STACK);
+        fiber.done = fiber.at_barrier = false;
+        fiber.groups.assign(1, {});
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (int i = 0; i < WARPS; ++i) moved |= run_warp(reversed_warps ? WARPS - 1 - i : i);
+    }
+    for (auto& fiber : fibers)
+        if (!fiber.done) {
+            fprintf(stderr, "block %u: not every thread reaches a barrier\n", block.x);
+            abort();
+        }
+}
+
+void run(int blocks, int bytes, int order, std::function<void()> kernel) {
+    reversed_warps = order & 1;
+    copies_early = order & 2;
+    std::vector<unsigned char> memory(bytes + GUARD);
+    shared_memory = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    shared_bytes = bytes;
+    body = kernel;
+    for (block.x = 0; block.x < static_cast<unsigned>(blocks); ++block.x) run_block();
+}
+}  // namespace
+}  // namespace emulator
+
+// arguments: as a launch gives them to the GPU.  blocks, bytes: of the launch.  order: +1: the last warp goes first; +2:
+// a copy arrives at once.
+extern "C" void run_forward(const ForwardArguments* a, int blocks, int bytes, int order) {
+    emulator::run(blocks, bytes, order, [=] { attention_forward(*a); });
+}
+extern "C" void run_tangent(const TangentArguments* a, int blocks, int bytes, int order) {
+    emulator::run(blocks, bytes, order, [=] { attention_tangent(*a); });
+}
+#if HEAD_SIZE <= 160
+extern "C" void run_difference(const DifferenceArguments* a, int blocks, int bytes, int order) {
+    emulator::run(blocks, bytes, order, [=] { attention_difference(*a); });
+}
+#endif
