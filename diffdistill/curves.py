@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = "curves.png"
-CLOCKS = ("step", "images", "seconds", "its_per_second")
+CLOCKS = ("step", "images", "seconds", "cpu_seconds", "its_per_second")
 MOST_COLUMNS = 4
 PANEL_WIDTH, PANEL_HEIGHT = 3.3, 1.75  # inches, with what is around the axes
 HEADING_HEIGHT = 0.34

@@ -41,7 +41,8 @@ class RunLog:
     """Reports of one run.
 
     folder: the run's.  start_step: lines of a killed run after this step are dropped, so that none stands twice.
-    trackers: their names; settings: what they are told about the run.
+    trackers: their names; settings: what they are told about the run.  cpu_began: of `time.process_time`, when the
+    run's work began; what was prepared before the first step counts.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RunLog:
         quiet: bool = False,
         trackers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
+        cpu_began: float = 0.0,
     ) -> None:
         self.file = folder / METRICS
         self._drop_after(start_step)
@@ -62,7 +64,7 @@ class RunLog:
         self._quiet = quiet
         self._is_live = self._console.is_terminal and not quiet
         self._title, self._num_steps, self._start_step = title, num_steps, start_step
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), cpu_began
         self._bar = Progress(
             TextColumn(f"{title}"),
             BarColumn(),
@@ -95,7 +97,9 @@ class RunLog:
         """One line of metrics.jsonl, the same to the trackers, and the newest losses to the bar (or a plain line)."""
         seconds = time.perf_counter() - self._began
         speed = (step - self._start_step) / max(seconds, 1e-9)
-        line = {"step": step, "images": images, "seconds": round(seconds, 3), "its_per_second": round(speed, 3)}
+        spent = time.process_time() - self._cpu_began
+        clock = {"seconds": round(seconds, 3), "cpu_seconds": round(spent, 3), "its_per_second": round(speed, 3)}
+        line = {"step": step, "images": images, **clock}
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line | dict(values)) + "\n")
         self._has_new_curves = True

@@ -33,6 +33,7 @@ REGISTRY = {
     "agd": "diffdistill.methods.agd:AGD",
     "guidance_distill": "diffdistill.methods.guidance_distill:GuidanceDistill",
     "tsm": "diffdistill.methods.tsm:TSM",
+    "regression": "diffdistill.methods.regression:Regression",
     "disback": "diffdistill.methods.disback:DisBack",
     "msd": "diffdistill.methods.msd:MSD",
 }

@@ -5,6 +5,7 @@ stopped and resumed equals one that was not, bit for bit on a CPU, and accumulat
 """
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
@@ -76,6 +77,7 @@ class Trainer:
         """resume: False starts anew (an existing run's folder is refused), True goes on from the newest
         checkpoint, a name ("step-00000500") from that one."""
         self.config, self.method, self.quiet = config, config.method, quiet
+        self._cpu_began = time.process_time()
         train = config.train
         self.folder = FilePath(config.run)
         # accelerate allows one precision a process, but runs may follow each other in one: autocast is ours.
@@ -153,6 +155,7 @@ class Trainer:
             quiet=self.quiet,
             trackers=self.config.trackers,
             settings=dump(self.config),
+            cpu_began=self._cpu_began,
         )
         with log, stop_signals() as stopping:
             while self.step < train.steps:

@@ -82,11 +82,13 @@ def count_parameters(denoiser: Denoiser) -> int:
 
 
 def _cost(model: TrainedModel, state: Mapping[str, Any]) -> Cost:
-    """Steps and images of the checkpoint, and the clock's seconds from the run's reports."""
-    step = int(state["step"])
-    images = step * int(state["config"]["train"]["global_batch_size"])
+    """Steps and images of the checkpoint, and the seconds from the run's reports: the clock's and the CPU's."""
+    step, run = int(state["step"]), model.source.resolve().parent.parent
     return Cost(
-        train_steps=step, train_images=images, train_seconds=seconds_until(model.source.resolve().parent.parent, step)
+        train_steps=step,
+        train_images=step * int(state["config"]["train"]["global_batch_size"]),
+        train_seconds=seconds_until(run, step),
+        train_cpu_seconds=seconds_until(run, step, clock="cpu_seconds"),
     )
 
 
@@ -95,18 +97,19 @@ def hash_weights(denoiser: Denoiser) -> str:
     return hash_json({name: [list(t.shape), hash_tensor(t)] for name, t in denoiser.state_dict().items()})
 
 
-def seconds_until(run: FilePath, step: int) -> float | None:
-    """Of the clock, from a run's reports until `step`, evaluations while training included.
+def seconds_until(run: FilePath, step: int, *, clock: str = "seconds") -> float | None:
+    """From a run's reports until `step`, evaluations while training included; None if they do not say.
 
-    The reports' clock starts anew when a run is resumed.
+    clock: seconds, or cpu_seconds, of all threads of the process and with what was prepared before the first step.
+    Both start anew when a run is resumed.
     """
     total = last = 0.0
     for line in (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).exists() else []:
         try:
             report = json.loads(line)
             if report["step"] <= step:
-                total += report["seconds"] - (last if report["seconds"] >= last else 0)
-                last = report["seconds"]
+                total += report[clock] - (last if report[clock] >= last else 0)
+                last = report[clock]
         except (ValueError, KeyError, TypeError):
             continue
     return round(total, 3) or None

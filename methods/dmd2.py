@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.denoiser import device_of
 from diffdistill.draws import Draws, integer_of
 from diffdistill.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.discriminator import make_head
+from diffdistill.pairs import teacher_pairs
 from diffdistill.path import expand
 from diffdistill.sampling import AnySampler, FewSteps, Heun
 from diffdistill.schema import NonNegative, Positive, PositiveInt, field, schema
@@ -79,24 +79,8 @@ class DMD2(Method):
         """Teacher pairs for the regression: noise, image, label."""
         if not self.regression_weight:
             return {}
-        teacher = setting.teacher
-        assert teacher is not None
-        rng = Draws(seed, 0, torch.arange(self.regression_pairs, device=device_of(teacher)))
-        noise = rng.normal("pair noise", setting.image_shape)
-        label = rng.integers("pair label", max(setting.num_classes, 1))  # all classes, whatever the run is about
-        with torch.no_grad():
-            image = torch.cat(
-                [
-                    self.regression_sampler(
-                        teacher,
-                        noise[i : i + 256],
-                        teacher.class_cond(label[i : i + 256]),
-                        guidance=self.guidance,
-                    )
-                    for i in range(0, len(noise), 256)
-                ]
-            )
-        return {"noise": noise, "image": image, "label": label}
+        sampler, count = self.regression_sampler, self.regression_pairs
+        return teacher_pairs(setting, seed, count, sampler, guidance=self.guidance)
 
     def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
         laws = {"": self.generator_time_law, "fake ": self.fake_time_law}

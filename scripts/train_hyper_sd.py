@@ -13,9 +13,9 @@ from diffdistill.trainer import Trainer
 
 method = HyperSD(
     stages=(
-        Stage(segments=4, num_steps=400),  # along the teacher's own DDIM
-        Stage(segments=2, num_steps=150, grid_steps=4),  # along the jumps of the stage before
-        Stage(segments=1, num_steps=150, grid_steps=2),
+        Stage(segments=4, num_steps=270),  # along the teacher's own DDIM
+        Stage(segments=2, num_steps=100, grid_steps=4),  # along the jumps of the stage before
+        Stage(segments=1, num_steps=100, grid_steps=2),
         Stage(segments=1, grid_steps=2, score_weight=1.0),  # score distillation of the one step
     ),
     steps=TCD(num_steps=1, grid=DDIM(num_steps=16, spacing="karras")),
@@ -29,7 +29,7 @@ config = RunConfig(
     method=method,
     optimizers={"default": OptimizerConfig(lr=1e-3, betas=(0.0, 0.99), decay="linear")},
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=1000, global_batch_size=64, checkpoint_every=250),
+    train=TrainConfig(steps=670, global_batch_size=64, checkpoint_every=250),
 )
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ optimizers:
   student: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "regression": f"""
+method: {{name: regression, pairs: 12, pair_sampler: {{name: heun, num_steps: 3, rho: 5}}}}
+optimizers:
+  generator: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "msd": f"""
 method:
   name: msd

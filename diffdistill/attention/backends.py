@@ -93,7 +93,9 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Backend, 
     ratio = measured_ratio(torch.cuda.get_device_name(q.device), q, k)
     if ratio is None:
         return "auto", "torch's own choice; our kernel was not measured for this on this GPU"
-    return ("cuda" if ratio >= WORTH else "auto"), f"our kernel measured {ratio:.2f} times as fast as the best of torch's"
+    return (
+        "cuda" if ratio >= WORTH else "auto"
+    ), f"our kernel measured {ratio:.2f} times as fast as the best of torch's"
 
 
 def measured_ratio(device: str, q: Tensor, k: Tensor) -> float | None:

@@ -32,7 +32,7 @@ def cache_folder() -> Path:
 
 
 def cubin(variant: Variant, architecture: int) -> bytes:
-    """The compiled kernels.  architecture: as in 90 for sm_90.  Raises BuildError without a compiler, or where it fails."""
+    """The compiled kernels.  architecture: as in 90 for sm_90.  Raises BuildError where they cannot be compiled."""
     compiler = find_compiler()
     flags = ("-std=c++17", f"-arch=sm_{architecture}", *variant.defines)
     text = "".join((HERE / name).read_text(encoding="utf-8") for name in SOURCES)
@@ -121,7 +121,9 @@ def find_nvrtc() -> ctypes.CDLL | None:
     """NVRTC from the packages that torch for CUDA brings, or from the system."""
     found = find_spec("nvidia")
     folders = [Path(place) for place in (found.submodule_search_locations or [])] if found else []
-    files = [str(file) for folder in folders for file in sorted(folder.glob("*/lib/libnvrtc.so.*")) if "alt" not in file.name]
+    files = [
+        str(file) for folder in folders for file in sorted(folder.glob("*/lib/libnvrtc.so.*")) if "alt" not in file.name
+    ]
     for name in (*files, "libnvrtc.so"):
         try:
             library = ctypes.CDLL(name)

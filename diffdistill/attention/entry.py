@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffdistill.attention import kernels, ops, reference
+from diffdistill.attention import kernels, ops
 from diffdistill.attention.backends import Backend, Options, check_backend, no_kernels, run
 from diffdistill.attention.context import current_backend, inside
 from diffdistill.schema import UserError
@@ -71,7 +71,12 @@ def attention_difference(
     """
     tensors, lengths = (q, k, v, other_k, other_v), (key_lengths, other_key_lengths)
     fits = not kernels.unfit(q, k, v, kernel="difference") and not kernels.unfit(q, other_k, other_v)
-    if no_kernels(q.device) is None and fits and not any(map(is_dual, tensors)) and current_backend() in ("auto", "cuda"):
+    if (
+        no_kernels(q.device) is None
+        and fits
+        and not any(map(is_dual, tensors))
+        and current_backend() in ("auto", "cuda")
+    ):
         return ops.cuda_difference(*tensors, *lengths, weight, q.shape[-1] ** -0.5 if scale is None else scale)
     towards = attention(q, k, v, key_lengths=key_lengths, scale=scale)
     return towards - weight * attention(q, other_k, other_v, key_lengths=other_key_lengths, scale=scale)
@@ -105,11 +110,16 @@ def _moving(name: Backend, q: Tensor, k: Tensor, v: Tensor, options: Options) ->
 
 def _takes_kernel(name: Backend, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     plain = options.mask is None and not options.causal
-    return name != "reference" and plain and no_kernels(q.device) is None and kernels.unfit(q, k, v, kernel="tangent") is None
+    return (
+        name != "reference"
+        and plain
+        and no_kernels(q.device) is None
+        and kernels.unfit(q, k, v, kernel="tangent") is None
+    )
 
 
 def _primal(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp: torch's flash attention, or our kernel where samples see unlike numbers of keys."""
+    """Attention and its log-sum-exp: torch's flash attention, or our kernel where the numbers of keys differ."""
     if options.key_lengths is not None:
         return ops.cuda_attention(q, k, v, options.key_lengths, options.scale)
     flash: Any = torch.ops.aten._scaled_dot_product_flash_attention

@@ -107,7 +107,8 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel = "forward") -> str
     if q.dim() != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[-1] != q.shape[-1]:
         return "takes q [B, H, M, D] and k, v [B, H, N, D] with the same B, H and D"
     if q.shape[-1] not in HEAD_SIZES or (kernel == "difference" and q.shape[-1] > 160):
-        return f"takes head sizes 32 to 160 in steps of 8{'' if kernel == 'difference' else ', and 256'}, not {q.shape[-1]}"
+        largest = "" if kernel == "difference" else ", and 256"
+        return f"takes head sizes 32 to 160 in steps of 8{largest}, not {q.shape[-1]}"
     return None
 
 
@@ -193,5 +194,3 @@ def _variant(q: Tensor, *, moving_keys: bool = True) -> Variant:
 
 def _blocks(q: Tensor) -> int:
     return q.shape[0] * q.shape[1] * ((q.shape[2] + QUERIES - 1) // QUERIES)
-
-

@@ -9,7 +9,6 @@ from pathlib import Path as FilePath
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -37,12 +36,14 @@ CONFIG = "adapter"
 @schema
 class AdapterConfig:
     """kind: an offset, or attention to the tokens of w, and of time and class.  width: of the adapters.  heads: of the
-    attention.  placement: behind the base's blocks with attention, as in the paper, or behind all."""
+    attention.  placement: behind the base's blocks with attention, as in the paper, or behind all.  proportional:
+    their output times w - 1, which is how far guidance goes; at w = 1 they are then the base for good."""
 
     kind: Literal["offset", "cross_attention"] = "offset"
     width: PositiveInt = 64
     heads: PositiveInt = 4
     placement: Literal["attention", "all"] = "attention"
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "cross_attention" and self.width % self.heads:
@@ -100,7 +101,10 @@ class Adapted(GuidedBase):
         def behind(adapter: nn.Module) -> Around:
             def around(run: Around, x: Tensor, embedding: Tensor) -> Tensor:
                 h = run(x, embedding)
-                return h + _as_image(adapter(_as_tokens(h), torch.stack([code, self.project(embedding)], 1)), h)
+                change = adapter(_as_tokens(h), torch.stack([code, self.project(embedding)], 1))
+                if self.config.proportional:
+                    change = change * (scale - 1).to(change.dtype)[:, None, None]
+                return h + _as_image(change, h)
 
             return around
 

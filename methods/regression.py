@@ -1,0 +1,61 @@
+"""Regression on pairs of noise and image: the baseline to beat.  Luhman & Luhman 2021, arXiv:2101.02388.
+
+The student learns, in one step, what the teacher's ODE makes of each noise. The pairs are made once, before training;
+then the teacher leaves memory. Implemented: the mean squared error in pixels, where Liu et al. 2023 (arXiv:2209.03003,
+section 3) prefer LPIPS.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from diffdistill.draws import Draws, integer_of
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.pairs import teacher_pairs
+from diffdistill.sampling import AnySampler, FewSteps, Heun
+from diffdistill.schema import PositiveInt, UserError, field, schema
+
+
+@schema
+class Regression(Method):
+    """pairs: how many.  pair_sampler: the teacher's, deterministic.  guidance: w of D_u + w (D_c - D_u), its own."""
+
+    name: Literal["regression"] = "regression"
+    steps: FewSteps = field(default_factory=FewSteps)
+    pairs: PositiveInt = 10_000
+    pair_sampler: AnySampler = field(default_factory=Heun)
+    guidance: float = 1.0
+
+    student = "generator"
+    needs_images = False
+    keeps_teacher = False
+    updates = (Update(("generator",), "generator_loss"),)
+
+    def __post_init__(self) -> None:
+        if self.steps.num_evaluations > 1:
+            raise ValueError("steps: a pair is of one step; use a single one")
+
+    def sampler(self, setting: Setting) -> FewSteps:
+        return self.steps
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        if self.guidance != 1 and setting.teacher is not None and not setting.teacher.net.knows_unconditional:
+            raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
+        return setting.copies("generator")
+
+    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+        return teacher_pairs(setting, seed, self.pairs, self.pair_sampler, guidance=self.guidance)
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        return {"pair": integer_of(rng.uniform("pair"), self.pairs)}
+
+    def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """||G(z, c) - x||^2 over stored pairs (z, x) of class c."""
+        pair = {name: value[draw["pair"]] for name, value in batch.stored.items()}
+        with torch.no_grad():
+            start = self.steps.roll_out(players.generator, pair["noise"], step=0)
+        made = players.generator(start.x, start.t, players.generator.class_cond(pair["label"]))
+        loss = mse_loss(made, pair["image"])
+        return Loss(loss, {"distance": loss.detach()})

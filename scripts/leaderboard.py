@@ -1,0 +1,233 @@
+"""The like-for-like table on digits: every method from one teacher, at about the same CPU-seconds, three seeds each.
+
+    python scripts/leaderboard.py train          # runs/board; what is there already is kept; hours of CPU
+    python scripts/leaderboard.py table          # results/digits.jsonl into the README's table and picture
+
+A record's `train_cpu_seconds` is of one process with one thread and counts what a method prepares: pairs, trajectories,
+a recorded path. The teacher's own training is not in it.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+
+from diffdistill.draws import Draws
+from diffdistill.eval.command import EvalOptions, run_eval
+from diffdistill.eval.endpoints import endpoint_error
+from diffdistill.eval.places import seconds_until
+from diffdistill.eval.records import Cost, Record, append_record, read_records
+from diffdistill.inference import sample_images
+from diffdistill.model import find_checkpoint, join_students, load_model
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "results" / "digits.jsonl"
+PICTURE = ROOT / "docs" / "images" / "digits-board.png"
+MARKS = ("<!-- digits board -->", "<!-- end of the digits board -->")
+SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
+
+U_NET: tuple[str, ...] = ()
+MLP = ("model.network={name: mlp, width: 256, blocks: 3}", "train.steps=1500")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row. config: packaged; overrides: of it; students: the overrides of each, where several make one model."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    students: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+BOARD = (
+    Entry("DMD2", "dmd2/digits", ("train.steps=700",)),
+    Entry("SiD", "sid/digits"),
+    Entry("SIM", "sim/digits"),
+    Entry("f-distill (JS)", "f_distill/digits"),
+    Entry("DisBack", "disback/digits"),
+    Entry("Hyper-SD, 1 step", "hyper_sd/digits"),
+    Entry("Hyper-SD, 4 steps", "hyper_sd/digits-4"),
+    Entry("BOOT", "boot/digits"),
+    Entry("MSD, 1 student", "msd/digits", ("method.num_students=1",)),
+    Entry("MSD, 2 students", "msd/digits", (), ("method.student_index=0", "method.student_index=1")),
+    Entry("AGD, 18 steps", "agd/digits"),
+    Entry("regression on pairs", "regression/digits"),
+)
+FOR_MLP = ("DMD2", "SiD", "SIM", "f-distill (JS)", "regression on pairs")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+_lock = threading.Lock()  # evaluations run one at a time, in this process
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Option(help="Where the runs are.")] = ROOT / "runs" / "board",
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. n - 1 of the students.", min=1)] = 3,
+    workers: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="A row's name; may be given again.")] = None,
+    mlp: Annotated[bool, typer.Option("--mlp", help="The second table: a residual MLP as the teacher.")] = False,
+) -> None:
+    """Train every row's students from one teacher, measure them, and add their records to results/digits.jsonl."""
+    torch.set_num_threads(1)
+    folder = folder / ("mlp" if mlp else "unet")
+    teacher = folder / "teacher"
+    if not list(teacher.glob("checkpoints/step-*")):
+        _train(Entry("teacher", "pretrain/digits", MLP if mlp else U_NET), teacher, ())
+    family = "MLP" if mlp else "U-Net"
+    _measure(f"teacher, {family}", teacher, 0)
+    rows = [e for e in BOARD if (not only or e.name in only) and (not mlp or e.name in FOR_MLP)]
+    jobs = [(entry, seed) for seed in range(seeds) for entry in rows]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda job: _row(job[0], job[1], folder, family), jobs))
+
+
+@app.command()
+def table() -> None:
+    """Write the table of the records into README.md, and one picture of samples."""
+    records = read_records(RECORDS)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    parts = [before, MARKS[0], "\n\n", *_tables(records), "\n", MARKS[1], after]
+    (ROOT / "README.md").write_text("".join(parts), encoding="utf-8")
+    _draw(records)
+    console.print(f"README.md and {PICTURE.relative_to(ROOT)} are written")
+
+
+def _row(entry: Entry, seed: int, folder: Path, family: str) -> None:
+    place, name = folder / f"{entry.slug}-{seed}", f"{entry.name}, {family}, seed {seed}"
+    if _is_recorded(name):
+        return
+    parts = [(option, place / str(i)) for i, option in enumerate(entry.students)] or [("", place)]
+    for option, run in parts:
+        given = [*filter(None, [option]), f"teacher={folder / 'teacher'}", f"train.seed={seed}"]
+        _train(entry, run, given)
+    if entry.students:
+        join_students(place, [run for _, run in parts])
+    with _lock:
+        _measure(name, place, seed, parts=[run for _, run in parts], teacher=folder / "teacher")
+
+
+def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
+    """One run in a process of its own, with one thread; goes on where it was stopped."""
+    settings = [f"run={run}", *entry.overrides, *given, "train.num_threads=1", "train.preview_every=0", "health=null"]
+    command = [sys.executable, "-m", "diffdistill", "train", entry.config, *settings, "--resume"]
+    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | one, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{entry.name}: {done.stderr.strip()[-2000:]}")
+
+
+def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), teacher: Path | None = None) -> None:
+    if _is_recorded(name):
+        return
+    [record] = run_eval([str(place)], EvalOptions(protocol="digits-pixels", names=[name]), console)
+    assert record.model is not None
+    assert record.environment is not None
+    notes = ""
+    if teacher is not None and record.method == "agd":
+        errors = {scale: _end_points(place, teacher, scale) for scale in SCALES}
+        notes = "end points: " + ", ".join(f"{error:.3f} at w = {scale}" for scale, error in errors.items())
+    record = replace(
+        record,
+        seed=seed,
+        method=record.method or "msd",
+        cost=_sum(parts) if len(parts) > 1 else record.cost,
+        model=replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None),
+        environment=replace(record.environment, command="python scripts/leaderboard.py train"),
+        notes=notes,
+    )
+    RECORDS.parent.mkdir(exist_ok=True)
+    append_record(RECORDS, record)
+
+
+def _sum(runs: Sequence[Path]) -> Cost:
+    """What several students took together."""
+    specs = [(find_checkpoint(run), run) for run in runs]
+    steps = [int(checkpoint.name.removeprefix("step-")) for checkpoint, _ in specs]
+    spent = [seconds_until(run, step, clock="cpu_seconds") for (_, run), step in zip(specs, steps, strict=True)]
+    return Cost(train_steps=sum(steps), train_cpu_seconds=sum(filter(None, spent)))
+
+
+def _end_points(place: Path, teacher: Path, scale: float) -> float:
+    student, origin = load_model(place), load_model(teacher).denoiser
+    rng = Draws(77, 0, torch.arange(500))
+    noise, cond = rng.normal("noise", student.spec.image_shape), origin.class_cond(rng.index % 10)
+    return endpoint_error(student.denoiser, origin, student.spec.sampler, noise, cond, scale=scale)
+
+
+def _is_recorded(name: str) -> bool:
+    return RECORDS.exists() and any(record.name == name for record in read_records(RECORDS))
+
+
+def _tables(records: Sequence[Record]) -> Iterator[str]:
+    for family, title in (("U-Net", "a U-Net of 0.3 million weights"), ("MLP", "a residual MLP")):
+        rows = _rows(records, family)
+        if not rows:
+            continue
+        yield f"The teacher: {title}.\n\n"
+        yield "| | evaluations | fd-pixels | precision | recall | CPU-seconds | seeds |\n"
+        yield "|---|---|---|---|---|---|---|\n"
+        for name, found in rows:
+            first = found[0]
+            evaluations = first.sampler.num_evaluations if first.sampler else None
+            numbers = [_spread([r.metrics[m].mean for r in found]) for m in ("fd-pixels", "precision", "recall")]
+            spent = [r.cost.train_cpu_seconds for r in found if r.cost and r.cost.train_cpu_seconds]
+            cost = f"{fmean(spent):.0f}" if spent else ""
+            yield f"| {name} | {evaluations} | {' | '.join(numbers)} | {cost} | {len(found)} |\n"
+        for name, found in rows:
+            if notes := [record.notes.removeprefix("end points: ") for record in found if record.notes]:
+                yield f"\n{name}, end points from guidance's, seed by seed: {'; '.join(notes)}.\n"
+        yield "\n"
+
+
+def _rows(records: Sequence[Record], family: str) -> list[tuple[str, list[Record]]]:
+    """Each row's records, best first, the teacher above."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        name, of_family, *_ = record.name.split(f", {family}") if f", {family}" in record.name else (record.name, None)
+        if of_family is not None:
+            rows.setdefault(name, []).append(record)
+    return sorted(
+        rows.items(), key=lambda row: (row[0] != "teacher", fmean(r.metrics["fd-pixels"].mean for r in row[1]))
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The mean, and least and greatest where there are several."""
+    return f"{fmean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
+
+
+def _draw(records: Sequence[Record], columns: int = 30, scale: int = 3) -> None:
+    """A strip of samples on the same noise for every row of the first table, in the table's order, seed 0."""
+    strips = []
+    for _, found in _rows(records, "U-Net"):
+        source = found[0].model.source if found[0].model else ""
+        images = sample_images(load_model(ROOT / "runs" / "board" / source), count=columns)
+        strips.append(torch.cat(list(images), dim=-1)[0])
+    picture = ((torch.cat(strips).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    PICTURE.parent.mkdir(exist_ok=True)
+    large = Image.fromarray(picture.numpy())
+    large.resize((large.width * scale, large.height * scale), Image.Resampling.NEAREST).save(PICTURE, optimize=True)
+
+
+if __name__ == "__main__":
+    app()

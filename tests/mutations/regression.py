@@ -1,0 +1,41 @@
+"""Faults of regression on pairs."""
+
+from mutate import Fault
+
+FAULTS = (
+    Fault(
+        "the images belong to other noises",
+        "diffdistill/pairs.py",
+        '"image": torch.cat(parts)',
+        '"image": torch.cat(parts).roll(1, 0)',
+        "test_regression.py::test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it",
+    ),
+    Fault(
+        "the condition is dropped",
+        "methods/regression.py",
+        'class_cond(pair["label"])',
+        'class_cond(pair["label"] * 0)',
+        "test_regression.py::test_the_loss_is_the_squared_distance_of_the_drawn_pairs",
+    ),
+    Fault(
+        "the noise of another draw",
+        "methods/regression.py",
+        'players.generator, pair["noise"], step=0',
+        'players.generator, -pair["noise"], step=0',
+        "test_regression.py::test_a_student_that_gives_the_stored_images_has_no_gradient",
+    ),
+    Fault(
+        "the student is cut off",
+        "methods/regression.py",
+        'made = players.generator(start.x, start.t, players.generator.class_cond(pair["label"]))',
+        'made = players.generator(start.x, start.t, players.generator.class_cond(pair["label"])).detach() * 1',
+        "test_regression.py::test_training_brings_the_student_nearer_to_the_pairs",
+    ),
+    Fault(
+        "only the first pairs are drawn",
+        "methods/regression.py",
+        'integer_of(rng.uniform("pair"), self.pairs)',
+        'integer_of(rng.uniform("pair"), 2)',
+        "test_regression.py::test_every_pair_is_drawn",
+    ),
+)
