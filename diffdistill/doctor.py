@@ -34,6 +34,12 @@ EXTRAS = {
     "xformers": "xformers",
     "bitsandbytes": "8bit",
 }
+ATTENTION_SHAPES = {
+    "SD 1.5 at 64 x 64": (4096, 4096, 40),
+    "SDXL's text at 64 x 64": (4096, 77, 64),
+    "DiT-XL/2 at 512": (1024, 1024, 72),
+}
+"""Queries, keys and head size."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Finding:
 
 def examine(folder: FilePath) -> list[Finding]:
     """Everything that `diffdistill doctor` reports. folder: where runs would be written."""
-    return [*_packages(), _torchvision(), _gpu(), _writable(folder), _disk(folder)]
+    return [*_packages(), _torchvision(), _gpu(), *_attention(), _writable(folder), _disk(folder)]
 
 
 def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iterator[Finding]:
@@ -129,6 +135,27 @@ def _gpu() -> Finding:
         return Finding("GPU", f"none that torch {torch.__version__} can use: the CPU is taken")
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     return Finding("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
+
+
+def _attention() -> Iterator[Finding]:
+    """What `auto` would choose, for a few shapes of well-known networks, and whether our kernels can be built."""
+    import torch
+
+    from diffdistill.attention.backends import Options, choose, no_kernels
+    from diffdistill.attention.build import BuildError, find_compiler
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for what, (queries, keys, size) in ATTENTION_SHAPES.items():
+        q, k = (torch.empty(1, 1, n, size, device=device, dtype=torch.bfloat16) for n in (queries, keys))
+        name, why = choose(q, k, k, Options(size**-0.5))
+        yield Finding(f"attention, {what}", f"{name}: {why}")
+    missing = no_kernels(device)
+    tangents = f"the chunked reference; our kernel {missing}" if missing else "our kernel, in bfloat16 and float16"
+    yield Finding("attention, tangents", tangents)
+    try:
+        yield Finding("CUDA compiler", find_compiler().version.strip().splitlines()[-1])
+    except BuildError as error:
+        yield Finding("CUDA compiler", str(error))
 
 
 def _writable(folder: FilePath) -> Finding:

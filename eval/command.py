@@ -33,7 +33,7 @@ from diffdistill.eval.resize import signed
 from diffdistill.eval.run import Evaluation, evaluate, own_images, progress_bar
 from diffdistill.eval.table import rows_of, show_differences, show_evaluations
 from diffdistill.eval.workers import find_workers
-from diffdistill.model import find_checkpoint, load_model
+from diffdistill.model import load_model
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
 
@@ -170,7 +170,7 @@ def _default_protocol(place: str) -> Protocol:
     """digits-pixels for a model of digits; for anything else the user has to choose."""
     path = FilePath(place).expanduser()
     if is_run(path) or not path.exists():
-        spec = load_model(find_checkpoint(path)).spec
+        spec = load_model(path).spec
         if spec.image_shape == DIGITS_PIXELS.image_shape and spec.num_classes == DIGITS_PIXELS.labels.num_classes:
             return DIGITS_PIXELS
     raise UserError(f"{place}: name a --protocol (choices: {', '.join(PROTOCOLS)}, or a YAML file)")

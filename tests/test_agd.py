@@ -332,3 +332,21 @@ def test_on_digits_the_end_points_come_within_a_fifth_of_guidance(tmp_path: File
     sampler = student.spec.sampler
     for scale in (1.5, 3.0):
         assert endpoint_error(student.denoiser, teacher.denoiser, sampler, noise, cond, scale=scale) < 0.2
+
+
+def test_proportional_adapters_are_the_base_at_scale_1_and_grow_linearly_at_first():
+    base = gaussian_setting().teacher
+    assert base is not None
+    net = Adapted(AdapterConfig(kind="offset", width=8, placement="all", proportional=True), base.net)
+    for parameter in net.adapters.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    net.encode.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))  # w in the factor alone
+    x, t = torch.zeros(3, 3), torch.ones(3)
+
+    def change(scale: float) -> Tensor:
+        cond = Cond(label=torch.tensor([0, 1, 0]), guidance_input=torch.full((3,), scale))
+        return net(x, t, cond) - base.net(x, t, replace(cond, guidance_input=None))
+
+    assert not change(1.0).any()
+    torch.testing.assert_close(change(3.0), 4 * change(1.5))
+    assert change(3.0).abs().min() > 1e-3

@@ -19,6 +19,7 @@ from diffdistill.config import RunConfig
 from diffdistill.data.source import TensorImages
 from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws
+from diffdistill.eval.command import EvalOptions, set_up
 from diffdistill.inference import sample_images
 from diffdistill.method import Setting
 from diffdistill.methods.dmd2 import DMD2
@@ -207,6 +208,11 @@ def test_a_joined_model_makes_each_class_by_its_own_student(students: list[Path]
         # The same noise and class; only the batch's size differs, which changes how float32 sums are ordered.
         torch.testing.assert_close(mixed[rows], sample_images(every, count=40)[rows], rtol=0, atol=1e-5)
     assert not torch.allclose(mixed[:5], sample_images(every, count=40)[:5], atol=1e-3)
+
+
+def test_a_joined_model_of_digits_is_judged_by_the_digits_protocol(students: list[Path], tmp_path: Path):
+    join_students(tmp_path / "all", students)
+    assert set_up([str(tmp_path / "all")], EvalOptions()).protocol.name == "digits-pixels"
 
 
 def test_another_student_s_weights_change_no_bit_of_the_rest(students: list[Path], tmp_path: Path):

@@ -10,8 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diffdistill.attention.backends import Backend, check_backend, say_once
-from diffdistill.schema import UserError
+from diffdistill.attention.backends import Backend, check_backend
 
 
 @dataclass
@@ -44,7 +43,8 @@ class use_attention(TorchFunctionMode):  # noqa: N801 - a context, as torch's ow
     """Within it every `F.scaled_dot_product_attention` of any network goes through `diffdistill.attention`.
 
     backend: by name.  What is recomputed in the backward pass, by torch's checkpoint without re-entrance, takes the
-    backend of the forward pass, wherever `backward` is called.  Raises UserError for an unknown name.
+    backend of the forward pass, wherever `backward` is called.  A layer that cuda or xformers cannot
+    compute, torch computes, and that is said once. Raises UserError for an unknown name.
     """
 
     def __init__(self, backend: Backend = "auto") -> None:
@@ -55,11 +55,11 @@ class use_attention(TorchFunctionMode):  # noqa: N801 - a context, as torch's ow
     def __enter__(self) -> "use_attention":
         self._before.append((_state.backend, _capture_in_checkpoints(self.backend)))
         _state.backend = self.backend
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *details: Any) -> None:
-        super().__exit__(*details)
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
         _state.backend, generator = self._before.pop()
         torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
 
@@ -91,13 +91,7 @@ def _rerouted(
     if three:
         query, key, value = (x[None] for x in (query, key, value))
     options: dict[str, Any] = {"mask": attn_mask, "dropout": dropout_p, "causal": is_causal, "scale": scale}
-    try:
-        out = attention(query, key, value, **options)
-    except UserError as error:
-        if current_backend() not in ("cuda", "xformers"):
-            raise
-        say_once(f"{error}; torch's own choice computes it")  # one layer among many
-        out = attention(query, key, value, **options, backend="auto")
+    out = attention(query, key, value, **options)
     return out[0] if three else out
 
 
@@ -112,7 +106,7 @@ def _capture_in_checkpoints(backend: Backend) -> Any:
 
         return before(function, preserve, contexts, *others, **kwargs)
 
-    torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator  # type: ignore[assignment]
     return before
 
 

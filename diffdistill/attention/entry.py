@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.attention import kernels, ops
-from diffdistill.attention.backends import Backend, Options, check_backend, no_kernels, run
+from diffdistill.attention.backends import Backend, Options, check_backend, no_kernels, run, say_once, unfit
 from diffdistill.attention.context import current_backend, inside
 from diffdistill.schema import UserError
 
@@ -45,11 +45,19 @@ def attention(
     if key_lengths is not None and (mask is not None or causal):
         raise UserError("attention: give key_lengths or a mask, not both")
     options = Options(q.shape[-1] ** -0.5 if scale is None else scale, mask, key_lengths, causal, dropout)
-    name = current_backend() if backend is None else check_backend(backend)
+    name = _for_layer(current_backend(), q, k, v, options) if backend is None else check_backend(backend)
     with inside():
         if any(map(is_dual, (q, k, v))):
             return _moving(name, q, k, v, options)
         return run(name, q, k, v, options)
+
+
+def _for_layer(name: Backend, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Backend:
+    """The context's backend for one layer among many: auto, and a line that says so, where it does not fit."""
+    if name in ("cuda", "xformers") and (reason := unfit(name, q, k, v, options)):
+        say_once(f"attention backend {name!r}: {reason}; torch's own choice computes it")
+        return "auto"
+    return name
 
 
 def attention_difference(

@@ -4,6 +4,7 @@ import ctypes
 from ctypes import Structure, byref, c_char_p, c_int, c_uint, c_void_p, cast, pointer
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from diffdistill.attention.build import BuildError, cubin
 from diffdistill.attention.kernels import Kernel, Variant
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of enum CUfunction_attribute
+MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # of enum CUdevice_attribute
 THREADS = 128
 
 
@@ -50,8 +52,7 @@ def fitting(kernel: Kernel, variant: Variant, limit: int) -> Variant:
 
 @cache
 def _function(kernel: Kernel, variant: Variant, device: int) -> tuple[c_void_p, int]:
-    limit = int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
-    chosen = fitting(kernel, variant, limit)
+    chosen = fitting(kernel, variant, _shared_memory(device))
     image = cubin(chosen, architecture_of(device))
     torch.zeros(1, device=torch.device("cuda", device))  # torch's context, if nothing made it before
     module, function, driver = c_void_p(), c_void_p(), _driver()
@@ -62,6 +63,17 @@ def _function(kernel: Kernel, variant: Variant, device: int) -> tuple[c_void_p, 
     code = driver.cuFuncSetAttribute(function, c_int(MAX_DYNAMIC_SHARED_SIZE_BYTES), c_int(shared_bytes))
     _check(code, f"asking for {shared_bytes} bytes of shared memory")
     return function, shared_bytes
+
+
+def _shared_memory(device: int) -> int:
+    """The most bytes that a block may ask for."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    handle, found, driver = c_int(), c_int(), _driver()
+    place = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    _check(driver.cuDeviceGetByPCIBusId(byref(handle), c_char_p(place.encode())), "finding the GPU")
+    attribute = c_int(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+    _check(driver.cuDeviceGetAttribute(byref(found), attribute, handle), "asking for its shared memory")
+    return found.value
 
 
 @cache

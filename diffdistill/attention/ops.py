@@ -39,9 +39,9 @@ def torchs_gradients(
     """The gradients of q, k and v, by torch's attention computed again."""
     mask = None if key_lengths is None else reference.length_mask(key_lengths, k.shape[2])
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*leaves, attn_mask=mask, scale=scale)
-    return torch.autograd.grad(out, leaves, grad)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return torch.autograd.grad(out, (q, k, v), grad)
 
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -50,7 +50,8 @@ def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _attention_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *torchs_gradients(grad, *ctx.saved_tensors, ctx.key_lengths, ctx.scale), None, None
+    q, k, v = ctx.saved_tensors
+    return *torchs_gradients(grad, q, k, v, ctx.key_lengths, ctx.scale), None, None
 
 
 cuda_attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
@@ -155,7 +156,8 @@ def _tangent_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         mask = reference.length_mask(key_lengths, k.shape[2])
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, tq, tk, tv)]
-        made = reference.whole_tangent(*leaves, mask, scale)  # type: ignore[arg-type]
+        whole: Any = reference.whole_tangent
+        made = whole(*leaves, mask, scale)
     given = [x for x in leaves if x is not None]
     found = iter(torch.autograd.grad(made, given, grad))
     dq, dk, dv, dtq, dtk, dtv = (None if x is None else next(found) for x in leaves)
