@@ -12,7 +12,7 @@ FAULTS = (
     ),
     Fault(
         "the pairs are of the student's classes",
-        "methods/dmd2.py",
+        "diffdistill/pairs.py",
         'label = rng.integers("pair label", max(setting.num_classes, 1))',
         'label = setting.label_of(rng.uniform("pair label"))',
         "test_msd.py::test_every_student_has_the_pairs_of_all_classes",
