@@ -34,13 +34,6 @@ FAULTS = (
         "test_dmd2.py::test_there_are_exactly_so_many_fake_updates_to_one_generator_update",
     ),
     Fault(
-        "the fake score's loss reaches the generator",
-        METHOD,
-        "            with torch.no_grad():\n                x = generate(players, draw, self.steps)",
-        "            x = generate(players, draw, self.steps)",
-        "test_dmd2.py::test_the_fake_score_s_loss_reaches_the_fake_score_and_the_discriminator_alone",
-    ),
-    Fault(
         "the fake score's condition is dropped",
         METHOD,
         "fake = players.fake(x_t, t, cond)",
