@@ -5,7 +5,7 @@ Teacher, generator and fake score are all `Denoiser`s. A network is any module w
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,24 @@ from torch import Tensor, nn
 from diffdistill.path import Path, Prediction, expand
 from diffdistill.schema import UserError
 
+if TYPE_CHECKING:
+    from diffdistill.conditions import Conditions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cond:
     """What a network may be conditioned on, besides x_t and t. Every part is [B, ...] or None.
 
     label: [B] int64 in 0 .. num_classes - 1, or num_classes for "no class".
-    text: [B, L, C] token embeddings.  pooled_text: [B, C].  size: [B, 6], SDXL's added sizes in pixels.
+    text: [B, L, C] token embeddings.  text_mask: [B, L], bool or int64, which of them count.  pooled_text: [B, C].
+    size: [B, 6], SDXL's added sizes in pixels.
     guidance_input: [B], a guidance scale that the network takes as input.
     second_time: [B], an end time (trajectory students).  augmentation: [B, A], EDM's augmentation labels.
     """
 
     label: Tensor | None = None
     text: Tensor | None = None
+    text_mask: Tensor | None = None
     pooled_text: Tensor | None = None
     size: Tensor | None = None
     guidance_input: Tensor | None = None
@@ -81,6 +86,7 @@ class Denoiser(nn.Module):
 
     net: a `Network`; path: where its noise levels live; predicts: what its output means;
     sigma_data: the data's standard deviation, used by predicts="edm" only.
+    conditions: what a label stands for, for a network that takes text; set by whoever has encoded the prompts.
     Raises UserError where path and prediction do not fit.
     """
 
@@ -93,6 +99,7 @@ class Denoiser(nn.Module):
         self.path = path
         self.predicts: Prediction = predicts
         self.sigma_data = sigma_data
+        self.conditions: Conditions | None = None
         self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
 
     def forward(
@@ -119,9 +126,9 @@ class Denoiser(nn.Module):
         if "guidance_input" in self.net.accepts and cond.guidance_input is None:  # type: ignore[operator]
             given = torch.as_tensor(guidance, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
             cond, guidance = replace(cond, guidance_input=given.expand(len(x_t))), 1.0
-        unknown = set(cond.parts()).difference(self.net.accepts)  # type: ignore[arg-type]
+        unknown = set(cond.parts()).difference(self._accepts)
         if unknown:
-            raise ValueError(f"this network takes {sorted(self.net.accepts)}, not {sorted(unknown)}")  # type: ignore[arg-type]
+            raise ValueError(f"this network takes {sorted(self._accepts)}, not {sorted(unknown)}")
         if isinstance(guidance, (int, float)) and guidance == 1:
             return self._evaluate(x_t, t, cond, want)
         null = self.unconditional(cond) if uncond is None else uncond
@@ -135,21 +142,57 @@ class Denoiser(nn.Module):
         scale = expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
         return without + scale * (with_cond - without)
 
+    @property
+    def num_classes(self) -> int:
+        """How many conditions a label may stand for: classes or encoded prompts; 0 if there are none."""
+        return int(self.net.num_classes) if self.conditions is None else len(self.conditions)  # type: ignore[arg-type]
+
+    @property
+    def _accepts(self) -> frozenset[str]:
+        own: frozenset[str] = self.net.accepts  # type: ignore[assignment]
+        return own if self.conditions is None else own | {"label"}
+
     def class_cond(self, label: Tensor) -> Cond:
-        """The condition for classes [B]; empty if the network takes none."""
-        return Cond(label=label) if self.net.num_classes else NO_COND
+        """The condition for classes, or prompts by number, [B]; empty if the network takes none."""
+        return Cond(label=label) if self.num_classes else NO_COND
 
     def unconditional(self, cond: Cond) -> Cond:
-        """`cond` with the class taken away. Raises ValueError if the network was never trained so."""
-        if not self.net.knows_unconditional or cond.label is None:
+        """`cond` with the class, or the prompt, taken away. Raises ValueError if the network was never trained so."""
+        if self.net.knows_unconditional and cond.label is not None:
+            return replace(cond, label=torch.full_like(cond.label, self.num_classes))
+        if not self.net.knows_unconditional or self.conditions is None or cond.text is None:
             raise ValueError("guidance: this network was trained without dropping its condition; use guidance 1")
-        return replace(cond, label=torch.full_like(cond.label, int(self.net.num_classes)))  # type: ignore[arg-type]
+        null = torch.full((len(cond.text),), self.num_classes, device=cond.text.device)
+        return replace(cond, **self._rows(null).parts())
+
+    def drop_condition(self, cond: Cond, is_dropped: Tensor) -> Cond:
+        """`cond` with the class, or the prompt, taken away from some samples.  cond: by label.  is_dropped: [B] bool.
+
+        Raises ValueError if the network was never trained so.
+        """
+        null = self.unconditional(cond).label
+        assert null is not None
+        assert cond.label is not None
+        return replace(cond, label=torch.where(is_dropped, null, cond.label))
 
     def convert(self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor) -> Tensor:
         """D at (x_t, t) as score, eps, v or flow."""
         return self.path.from_x0(x0, kind, x_t, t)
 
+    def resolve(self, cond: Cond) -> Cond:
+        """What the network is given for `cond`: the encoded prompts in the place of their numbers."""
+        if self.conditions is None or cond.label is None:
+            return cond
+        return replace(self._rows(cond.label), **replace(cond, label=None).parts())
+
+    def _rows(self, label: Tensor) -> Cond:
+        """Encoded prompts, in the network's type of numbers."""
+        assert self.conditions is not None
+        dtype = next((p.dtype for p in self.net.parameters()), torch.float32)
+        return self.conditions.rows(label).map(lambda part: part.to(dtype) if part.is_floating_point() else part)
+
     def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
+        cond = self.resolve(cond)
         if self.autocast is not None:
             with torch.autocast(x_t.device.type, self.autocast):
                 return self._call(x_t, t, cond, want)

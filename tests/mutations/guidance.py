@@ -11,11 +11,11 @@ FAULTS = (
         "test_guidance.py::test_adaptive_guidance_is_armed_by_a_fall_of_the_cosine_or_below_its_ratio",
     ),
     Fault(
-        "guidance begins again",
+        "guidance ends where the estimates differ",
         "diffdistill/guidance.py",
-        "self.guided = self.guided & ~(",
-        "self.guided = ~(",
-        "test_guidance.py::test_a_sample_that_is_done_costs_one_evaluation_a_call_and_stays_done",
+        "cosine > self.policy.threshold",
+        "cosine < self.policy.threshold",
+        "test_guidance.py::test_adaptive_guidance_with_a_threshold_of_minus_1_is_the_condition_alone",
     ),
     Fault(
         "samples that are done are still asked about",
