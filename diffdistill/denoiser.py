@@ -166,14 +166,10 @@ class Denoiser(nn.Module):
         return replace(cond, **self._rows(null).parts())
 
     def drop_condition(self, cond: Cond, is_dropped: Tensor) -> Cond:
-        """`cond` with the class, or the prompt, taken away from some samples.  cond: by label.  is_dropped: [B] bool.
-
-        Raises ValueError if the network was never trained so.
-        """
-        null = self.unconditional(cond).label
-        assert null is not None
-        assert cond.label is not None
-        return replace(cond, label=torch.where(is_dropped, null, cond.label))
+        """`unconditional` for some samples only.  is_dropped: [B] bool.  Raises ValueError as it does."""
+        null = self.unconditional(cond).parts()
+        chosen = {name: is_dropped.reshape(-1, *[1] * (part.ndim - 1)) for name, part in null.items()}
+        return Cond(**{name: torch.where(chosen[name], null[name], part) for name, part in cond.parts().items()})
 
     def convert(self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor) -> Tensor:
         """D at (x_t, t) as score, eps, v or flow."""

@@ -160,7 +160,7 @@ class Health:
         generator = players[student]
         device = device_of(generator)
         rng = Draws(seed, step, torch.arange(self.config.samples, device=device))
-        num_classes = int(players.teacher.net.num_classes) if "teacher" in players else 0
+        num_classes = int(players.teacher.num_classes) if "teacher" in players else 0
         known = torch.tensor(setting.classes or range(max(num_classes, 1)), device=device)
         label = known[torch.arange(self.config.samples, device=device) % min(len(known), self.config.samples // 8)]
         cond = Cond(label=label) if num_classes else Cond()

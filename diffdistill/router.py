@@ -101,6 +101,7 @@ class RoutedDenoiser(Denoiser):
         """students: of one architecture and path.  router: the student of each sample, by number."""
         first = students[0]
         super().__init__(first.net, first.path, first.predicts, sigma_data=first.sigma_data)
+        self.conditions = first.conditions
         self.students = nn.ModuleList(students)
         self.router = router
 
@@ -135,7 +136,7 @@ class RoutedDenoiser(Denoiser):
 
     def _plain(self, cond: Cond) -> Cond:
         """As students know it: one label for "no class"."""
-        return cond if cond.label is None else replace(cond, label=cond.label.clamp_max(int(self.net.num_classes)))  # type: ignore[arg-type]
+        return cond if cond.label is None else replace(cond, label=cond.label.clamp_max(self.num_classes))
 
 
 def by_student(which: Tensor, make: Callable[[int, Tensor], Any]) -> Tensor:

@@ -92,7 +92,7 @@ def _sampling(
     rng = Draws(0, 0, index)
     noise, fresh = rng.normal("noise", image_shape).to(device), rng.fresh_noise(image_shape)
     later = cache(lambda i: fresh(i).to(device))  # drawn in the warm-up, as far as it is asked for
-    cond = denoiser.class_cond((index % max(int(denoiser.net.num_classes), 1)).to(device))  # type: ignore[arg-type]
+    cond = denoiser.class_cond((index % max(denoiser.num_classes, 1)).to(device))
 
     def sample() -> Tensor:
         with torch.autocast(device.type, cast_to) if cast_to else nullcontext():

@@ -7,7 +7,6 @@ EDM's non-leaky augmentation.
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from diffdistill.augmentation import augment, check_augmentation, draw_motion
@@ -67,8 +66,7 @@ class Pretrain(Method):
         if self.augment:
             images, labels = augment(images, draw["motion"])
             cond = replace(cond, augmentation=labels)
-        if cond.label is not None:
-            null = torch.full_like(cond.label, int(teacher.net.num_classes))  # type: ignore[arg-type]
-            cond = replace(cond, label=torch.where(draw["is_dropped"], null, cond.label))
+        if cond.label is not None and teacher.net.knows_unconditional:
+            cond = teacher.drop_condition(cond, draw["is_dropped"])
         loss = denoising_loss(teacher, images, draw["eps"], draw["t"], cond, weight=self.weight)
         return Loss(loss, {"denoising": loss.detach()})

@@ -8,7 +8,6 @@ Not implemented: EDM2's learned uncertainty u(sigma) and its forced weight norma
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +15,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.augmentation import augment, check_augmentation, draw_motion
-from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws
 from diffdistill.losses import (
     DenoisingWeight,
@@ -137,7 +135,7 @@ class SiD(Method):
             draw = {**draw, "fake label": batch.cond.label}
         x, cond = fake_sample(players, draw, self.steps)
         if {self.fake_training_guidance, self.fake_guidance, self.residual_guidance} != {1.0}:
-            cond = self._dropped(players, draw, cond)
+            cond = players.fake.drop_condition(cond, draw["fake is_dropped"])  # so that it knows their law as a whole
         path, t, eps, guidance = players.teacher.path, draw["fake t"], draw["fake eps"], self.fake_training_guidance
         want: Literal["both", "x0"] = "both" if self.gan_weight else "x0"
         seen = players.fake(path.diffuse(x, eps, t), t, cond, guidance=guidance, want=want)
@@ -166,12 +164,6 @@ class SiD(Method):
     def _judged(self, players: Players, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight, minimum = self.weight, self.normaliser_minimum
         return judged_sample(players, draw, self.steps, guidance=self.guidance, weight=weight, minimum=minimum)
-
-    def _dropped(self, players: Players, draw: Draw, cond: Cond) -> Cond:
-        """Some samples without their class, so that the fake score knows their law as a whole."""
-        label, null = cond.label, players.fake.unconditional(cond).label
-        assert label is not None
-        return replace(cond, label=torch.where(draw["fake is_dropped"], null, label))
 
 
 def score_identity(x: Tensor, teacher: Tensor, fake: Tensor, residual: Tensor, *, alpha: float) -> Tensor:

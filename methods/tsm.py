@@ -5,7 +5,6 @@ begin as this network (`init`). Implemented: the loss on noised real images. lam
 by default.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -58,8 +57,7 @@ class TSM(Method):
         """lambda_t ||D(x_t, t, c) - D_teacher(x_t, t, c)||^2, x_t from noised real images."""
         student, teacher, t, cond = players.student, players.teacher, draw["t"], batch.cond
         if cond.label is not None and teacher.net.knows_unconditional:
-            null = torch.full_like(cond.label, int(teacher.net.num_classes))
-            cond = replace(cond, label=torch.where(draw["is_dropped"], null, cond.label))
+            cond = teacher.drop_condition(cond, draw["is_dropped"])
         x_t = teacher.path.diffuse(batch.images, draw["eps"], t)
         with torch.no_grad():
             target = teacher(x_t, t, cond)

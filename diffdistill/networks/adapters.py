@@ -183,7 +183,9 @@ def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:
 
 
 def _with_network(denoiser: Denoiser, net: nn.Module) -> Denoiser:
-    return Denoiser(net, denoiser.path, denoiser.predicts, sigma_data=denoiser.sigma_data)
+    made = Denoiser(net, denoiser.path, denoiser.predicts, sigma_data=denoiser.sigma_data)
+    made.conditions = denoiser.conditions
+    return made
 
 
 def _adapted(denoiser: Denoiser) -> Adapted:
