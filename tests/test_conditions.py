@@ -1,0 +1,138 @@
+"""Encoded prompts by number: the table, and a denoiser that looks its labels up in it."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffdistill.conditions import Conditions
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.path import EDM
+from diffdistill.router import ClassRouter, RoutedDenoiser
+
+LENGTH, WIDTH = 3, 4
+
+
+def table(count: int, seed: int) -> Cond:
+    rng = torch.Generator().manual_seed(seed)
+    text = torch.randn(count, LENGTH, WIDTH, generator=rng)
+    return Cond(text=text, text_mask=torch.randint(0, 2, (count, LENGTH), generator=rng))
+
+
+SHARDS, EMPTY = (table(2, 0), table(3, 1)), table(1, 2)
+
+
+class TextNetwork(nn.Module):
+    """Its output is the mean of the tokens that count."""
+
+    accepts = frozenset({"text", "text_mask"})
+    num_classes = 0
+    knows_unconditional = True
+    resolution_multiple = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        assert cond.text is not None
+        assert cond.text_mask is not None
+        weighted = cond.text * cond.text_mask[..., None].to(cond.text.dtype)
+        return self.scale * weighted.mean((1, 2))[:, None] + 0 * x
+
+
+def denoiser(conditions: Conditions | None = None) -> Denoiser:
+    made = Denoiser(TextNetwork(), EDM(), "x0")
+    made.conditions = conditions
+    return made
+
+
+X, T = torch.zeros(4, 2), torch.ones(4, dtype=torch.float64)
+
+
+def test_rows_come_from_their_shards_in_the_order_asked_for() -> None:
+    rows = Conditions(SHARDS, EMPTY).rows(torch.tensor([4, 0, 2, 1, 5]))
+    expected = [SHARDS[1][2:], SHARDS[0][:1], SHARDS[1][:1], SHARDS[0][1:], EMPTY]
+    assert torch.equal(rows.text, torch.cat([cond.text for cond in expected]))
+    assert torch.equal(rows.text_mask, torch.cat([cond.text_mask for cond in expected]))
+
+
+def test_the_number_after_the_last_is_the_empty_condition() -> None:
+    conditions = Conditions(SHARDS, EMPTY)
+    assert len(conditions) == 5
+    assert torch.equal(conditions.rows(torch.tensor([5])).text, EMPTY.text)
+
+
+@pytest.mark.parametrize("number", [-1, 6])
+def test_a_number_outside_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match="from 0 to 5"):
+        Conditions(SHARDS, EMPTY).rows(torch.tensor([number]))
+
+
+def test_shards_with_other_parts_or_shapes_are_refused() -> None:
+    for other in (Cond(text=SHARDS[0].text), Cond(text=torch.zeros(2, 9, WIDTH), text_mask=torch.zeros(2, 9))):
+        with pytest.raises(ValueError, match="shard"):
+            Conditions((SHARDS[0], other), EMPTY)
+
+
+def test_the_key_is_of_the_numbers() -> None:
+    key = Conditions(SHARDS, EMPTY).key
+    assert Conditions(tuple(shard.map(torch.clone) for shard in SHARDS), EMPTY).key == key
+    assert Conditions(SHARDS[::-1], EMPTY).key != key
+    assert Conditions(SHARDS, table(1, 7)).key != key
+
+
+def test_a_label_is_the_prompt_of_that_number() -> None:
+    made = denoiser(Conditions(SHARDS, EMPTY))
+    number = torch.tensor([0, 3, 5, 1])
+    by_number = made(X, T, made.class_cond(number))
+    torch.testing.assert_close(
+        by_number, made(X, T, Conditions(SHARDS, EMPTY).rows(number).map(as_double)), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_guidance_goes_from_the_empty_prompt_by_number_or_by_text(w: float) -> None:
+    conditions = Conditions(SHARDS, EMPTY)
+    made, number = denoiser(conditions), torch.tensor([0, 3, 2, 1])
+    with_prompt, without = made(X, T, Cond(label=number)), made(X, T, Cond(label=torch.full((4,), 5)))
+    expected = without + w * (with_prompt - without)
+    torch.testing.assert_close(made(X, T, Cond(label=number), guidance=w), expected, rtol=1e-12, atol=1e-12)
+    text = conditions.rows(number).map(as_double)
+    torch.testing.assert_close(made(X, T, text, guidance=w), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_share_the_table_and_weights_do_not_hold_it() -> None:
+    made = denoiser(Conditions(SHARDS, EMPTY))
+    assert copy.deepcopy(made).conditions is made.conditions
+    assert made.state_dict().keys() == {"net.scale"}
+
+
+def test_some_samples_lose_their_prompt() -> None:
+    made = denoiser(Conditions(SHARDS, EMPTY))
+    is_dropped = torch.tensor([True, False, True, False])
+    dropped = made.drop_condition(Cond(label=torch.tensor([0, 1, 2, 3])), is_dropped)
+    assert dropped.label.tolist() == [5, 1, 5, 3]
+    text = made.resolve(Cond(label=torch.tensor([0, 1, 2, 3])))
+    torch.testing.assert_close(made.drop_condition(text, is_dropped).text, made.resolve(dropped).text, rtol=0, atol=0)
+
+
+def test_without_a_table_a_label_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes \['text', 'text_mask'\], not \['label'\]"):
+        denoiser()(X, T, Cond(label=torch.zeros(4, dtype=torch.int64)))
+
+
+def test_routed_students_know_prompts_by_number() -> None:
+    conditions = Conditions(SHARDS, EMPTY)
+    students = [denoiser(conditions), denoiser(conditions)]
+    with torch.no_grad():
+        students[1].net.scale.fill_(3)
+    routed = RoutedDenoiser(students, ClassRouter(table=(0, 1, 0, 1, 0)))
+    number = torch.tensor([0, 1, 2, 3])
+    found, plain = routed(X, T, Cond(label=number), guidance=2.0), students[0](X, T, Cond(label=number), guidance=2.0)
+    torch.testing.assert_close(found, plain * torch.tensor([1.0, 3, 1, 3])[:, None], rtol=1e-12, atol=1e-12)
+
+
+def as_double(part: Tensor) -> Tensor:
+    return part.double() if part.is_floating_point() else part
