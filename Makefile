@@ -8,7 +8,7 @@ RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/test_path.py
 TESTS ?= tests
 
-.PHONY: help install demo test test-full format schema docs clean
+.PHONY: help install demo test test-full leaderboard format schema docs clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +37,11 @@ test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes
 	@{ date -u '+%Y-%m-%d, make test-full TESTS="$(TESTS)":'; $(BIN)/python scripts/describe_machine.py; } > docs/test-full.txt
 	@$(BIN)/pytest -m "not gpu" --durations=10 $(TESTS) > docs/test-full.out; status=$$?; \
 		tail -n 14 docs/test-full.out | tee -a docs/test-full.txt; rm docs/test-full.out; exit $$status
+
+leaderboard: $(INSTALLED)  ## Every method from one digits teacher, three seeds, into README.md; hours of CPU, kept as it goes.
+	@$(BIN)/python scripts/leaderboard.py train
+	@$(BIN)/python scripts/leaderboard.py train --mlp
+	@$(BIN)/python scripts/leaderboard.py table
 
 format: $(INSTALLED)  ## Let ruff rewrite what it can.
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

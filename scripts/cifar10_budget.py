@@ -1,0 +1,207 @@
+"""CIFAR-10 in an hour of one GPU: a teacher, then any methods, in slices that can be resumed.
+
+    python scripts/cifar10_budget.py --data "{name: cifar10, root: data, download: true}" --weights resnet20.th
+
+Call it again until it says that all is done: a call takes one slice. The budget is of seconds in which training or
+measuring ran, written down every few seconds, so that a killed slice counts, too. The teacher has half of it, a tenth
+is for measuring, and the methods share the rest; each one's steps follow from the time that its first ones take. The
+records, of `fd-resnet20-cifar` and `fd-efficientnet-lite0`, go to FOLDER/records.jsonl.
+
+--smoke: 50 steps of tiny networks and 60 images: does everything work here? It says nothing about any method.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from diffdistill.checkpoint import write_text_atomically
+from diffdistill.config import dump, find_config, read_yaml
+from diffdistill.eval.metrics import Frechet
+from diffdistill.eval.protocols import PROTOCOLS
+from diffdistill.schema import UserError
+
+TEACHER, PROBE, BEAT = "pretrain", 30, 5  # phases' name, steps that are timed, seconds
+LABELS = {"cifar10-resnet20": "resnet20-cifar", "cifar10-efficientnet-lite0": "efficientnet-lite0"}
+SMOKE = ("train.global_batch_size=8", "train.checkpoint_every=20", "train.preview_every=0", "train.precision=fp32")
+SMOKE_TEACHER = ("model.network={name: ddpmpp, channels: 16, multipliers: [1, 2], blocks: 1, dropout: 0}",)
+
+
+class Budget:
+    """FOLDER/budget.json: the seconds that each phase has used, and the steps that it was given."""
+
+    def __init__(self, folder: Path, minutes: float, methods: Sequence[str]) -> None:
+        self.file, self.total = folder / "budget.json", 60 * minutes
+        share = 0.4 / len(methods)
+        self.shares = {TEACHER: 0.5, "measuring": 0.1} | dict.fromkeys(methods, share)
+        kept: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.seconds: dict[str, float] = kept.get("seconds", {})
+        self.steps: dict[str, int] = kept.get("steps", {})
+
+    def left(self, phase: str) -> float:
+        return self.shares[phase] * self.total - self.seconds.get(phase, 0.0)
+
+    def charge(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.save()
+
+    def save(self) -> None:
+        kept = {"seconds": {k: round(v, 1) for k, v in self.seconds.items()}, "steps": self.steps}
+        write_text_atomically(self.file, json.dumps(kept, indent=1) + "\n")
+
+
+class Slice:
+    """One call's time."""
+
+    def __init__(self, minutes: float, budget: Budget) -> None:
+        self.end, self.budget = time.monotonic() + 60 * minutes, budget
+
+    def run(self, phase: str, *command: str) -> bool:
+        """Run a command of ours to its end, or until the slice ends; charged as it goes. Returns whether it ended.
+
+        Ends the program with the command's message if it fails.
+        """
+        process = subprocess.Popen([sys.executable, "-m", "diffdistill", *command], stderr=subprocess.PIPE, text=True)
+        try:
+            while True:
+                began = time.monotonic()
+                try:
+                    _, said = process.communicate(timeout=min(BEAT, max(self.end - began, 0.1)))
+                except subprocess.TimeoutExpired:
+                    self.budget.charge(phase, time.monotonic() - began)
+                    if time.monotonic() >= self.end:
+                        process.send_signal(signal.SIGTERM)  # it saves a checkpoint and leaves
+                        process.communicate()
+                        return False
+                    continue
+                self.budget.charge(phase, time.monotonic() - began)
+                if process.returncode:
+                    sys.exit(f"{phase}: {' '.join(command)}\n{said.strip()[-2000:]}")
+                return True
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def main(
+    data: Annotated[
+        str, typer.Option(help="CIFAR-10's training images, as under `data` of a config.")
+    ] = "{name: cifar10}",
+    weights: Annotated[str | None, typer.Option(help="The ResNet-20's file, resnet20.th.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Default: dmd2, sid and f_distill.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/cifar10-budget"),
+    minutes: Annotated[float, typer.Option(help="Of training and measuring, in all.")] = 60.0,
+    slice_minutes: Annotated[float, typer.Option(help="Of one call.")] = 9.0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps only.")] = False,
+) -> None:
+    """One slice."""
+    methods = method or ["dmd2", "sid", "f_distill"]
+    try:
+        configs = {name: find_config(f"{name}/cifar10_budget") for name in (TEACHER, *methods)}
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = Budget(folder, minutes, methods)
+    part = Slice(slice_minutes, budget)
+    for phase, config in configs.items():
+        given = [f"data={data}", *(SMOKE if smoke else ()), *(SMOKE_TEACHER if smoke and phase == TEACHER else ())]
+        given += [] if phase == TEACHER else [f"teacher={folder / TEACHER}"]
+        if not _train(phase, config, given, folder, part, steps=50 if smoke else None):
+            return _say_rest(budget, phase)
+    for protocol, label in LABELS.items():
+        if not _measure(protocol, label, [TEACHER, *methods], folder, part, data, weights, is_smoke=smoke):
+            return _say_rest(budget, "measuring")
+    print(f"all is done: {folder}/records.jsonl; {sum(budget.seconds.values()) / 60:.1f} minutes were used")
+    return None
+
+
+def _train(phase: str, config: Path, given: Sequence[str], folder: Path, part: Slice, *, steps: int | None) -> bool:
+    """Train one model to its end, or as far as the slice goes. Returns whether it is at its end."""
+    command = "pretrain" if phase == TEACHER else "train"
+    budget = part.budget
+    if phase not in budget.steps:
+        budget.steps[phase] = steps or _affordable(phase, command, config, given, folder, part)
+        budget.save()
+    last = folder / phase / "checkpoints" / f"step-{budget.steps[phase]:08d}"
+    place = [f"run={folder / phase}", f"train.steps={budget.steps[phase]}"]
+    return last.exists() or part.run(phase, command, str(config), *given, *place, "--resume")
+
+
+def _affordable(phase: str, command: str, config: Path, given: Sequence[str], folder: Path, part: Slice) -> int:
+    """How many steps fit into the phase's share, by the time of the later half of a few."""
+    run = folder / "timing" / f"{phase}-{os.getpid()}"
+    if not part.run(phase, command, str(config), *given, f"run={run}", f"train.steps={PROBE}", "train.preview_every=0"):
+        sys.exit(f"{phase}: {PROBE} steps do not fit into a slice")
+    reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    half = reports[len(reports) // 2 - 1]
+    seconds = (reports[-1]["seconds"] - half["seconds"]) / (reports[-1]["step"] - half["step"])
+    return max(PROBE, int(0.95 * part.budget.left(phase) / seconds))
+
+
+def _measure(
+    protocol: str,
+    label: str,
+    names: Sequence[str],
+    folder: Path,
+    part: Slice,
+    data: str,
+    weights: str | None,
+    *,
+    is_smoke: bool,
+) -> bool:
+    """Add a record for each model that has none by this protocol. Returns whether all have."""
+    own = [f"--weights={label}={weights}"] if weights and label == "resnet20-cifar" else []
+    chosen = _small(protocol, folder) if is_smoke else protocol
+    images = folder / "real"
+    file = images / f"{PROTOCOLS[protocol].reference.name}-{label}.npz"  # type: ignore[union-attr]
+    if not file.exists() and not part.run(
+        "measuring", "reference", data, f"--protocol={chosen}", f"--out={images}", *own
+    ):
+        return False
+    records = folder / "records.jsonl"
+    for name in names:
+        title = f"{name}, {protocol}"
+        if records.exists() and f'"name": "{title}"' in records.read_text():
+            continue
+        options = [
+            f"--protocol={chosen}",
+            f"--name={title}",
+            f"--records={records}",
+            f"--reference={label}={file}",
+            *own,
+        ]
+        if not part.run("measuring", "eval", str(folder / name), *options):
+            return False
+    return True
+
+
+def _small(protocol: str, folder: Path) -> str:
+    """The protocol on 60 images, under another name."""
+    full = PROTOCOLS[protocol]
+    assert full.reference is not None
+    first = full.metrics[0]
+    assert isinstance(first, Frechet)
+    reference = replace(full.reference, num_images=200)
+    small = replace(full, name=f"{protocol}-smoke", num_images=60, reference=reference, metrics=(first,))
+    file = folder / f"{small.name}.yaml"
+    file.write_text(yaml.safe_dump(dump(small), sort_keys=False))
+    assert read_yaml(file)
+    return str(file)
+
+
+def _say_rest(budget: Budget, phase: str) -> None:
+    used = sum(budget.seconds.values()) / 60
+    print(f"this slice ended in {phase}; {used:.1f} of {budget.total / 60:.0f} minutes are used; call again to go on")
+
+
+if __name__ == "__main__":
+    typer.run(main)
