@@ -123,8 +123,8 @@ def table() -> None:
 
 
 def _row(entry: Entry, seed: int, folder: Path, family: str) -> None:
-    place, name = folder / f"{entry.slug}-{seed}", f"{entry.name}, {family}, seed {seed}"
-    if _is_recorded(name):
+    place, name = folder / f"{entry.slug}-{seed}", f"{entry.name}, {family}"
+    if _is_recorded(name, seed):
         return
     parts = [(option, place / str(i)) for i, option in enumerate(entry.students)] or [("", place)]
     for option, run in parts:
@@ -147,7 +147,7 @@ def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
 
 
 def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), teacher: Path | None = None) -> None:
-    if _is_recorded(name):
+    if _is_recorded(name, seed):
         return
     [record] = run_eval([str(place)], EvalOptions(protocol="digits-pixels", names=[name]), console)
     assert record.model is not None
@@ -184,8 +184,8 @@ def _end_points(place: Path, teacher: Path, scale: float) -> float:
     return endpoint_error(student.denoiser, origin, student.spec.sampler, noise, cond, scale=scale)
 
 
-def _is_recorded(name: str) -> bool:
-    return RECORDS.exists() and any(record.name == name for record in read_records(RECORDS))
+def _is_recorded(name: str, seed: int) -> bool:
+    return RECORDS.exists() and any((record.name, record.seed) == (name, seed) for record in read_records(RECORDS))
 
 
 def _tables(records: Sequence[Record]) -> Iterator[str]:
@@ -213,9 +213,8 @@ def _rows(records: Sequence[Record], family: str) -> list[tuple[str, list[Record
     """Each row's records, best first, the teacher above."""
     rows: dict[str, list[Record]] = {}
     for record in records:
-        name, of_family, *_ = record.name.split(f", {family}") if f", {family}" in record.name else (record.name, None)
-        if of_family is not None:
-            rows.setdefault(name, []).append(record)
+        if record.name.endswith(f", {family}"):
+            rows.setdefault(record.name.removesuffix(f", {family}"), []).append(record)
     return sorted(
         rows.items(), key=lambda row: (row[0] != "teacher", fmean(r.metrics["fd-pixels"].mean for r in row[1]))
     )
