@@ -71,12 +71,12 @@ BOARD = (
     Entry("regression on pairs", "regression/digits"),
 )
 # At the rates of the U-Net's rows an MLP's fake score can blow up; at half of them it does not.
-_HALF = ("optimizers.generator.lr=3e-4", "optimizers.fake.lr=5e-4")
+_HALF, _FAKE, _REST = "optimizers.generator.lr=3e-4", "optimizers.fake.lr=5e-4", "optimizers.default.lr=5e-4"
 FOR_MLP = {
-    "DMD2": ("train.steps=2800", *_HALF),
-    "SiD": ("train.steps=2500", *_HALF),
-    "SIM": ("train.steps=2500", *_HALF),
-    "f-distill (JS)": ("train.steps=2400", *_HALF),
+    "DMD2": ("train.steps=2800", _HALF, _REST),
+    "SiD": ("train.steps=2500", _HALF, _FAKE),
+    "SIM": ("train.steps=2500", _HALF, _FAKE),
+    "f-distill (JS)": ("train.steps=2400", _HALF, _REST),
     "regression on pairs": ("train.steps=4000",),
 }
 
