@@ -1,0 +1,81 @@
+"""CLIP score through the command line: a folder of images, a file of captions, a small CLIP from a local file."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from diffdistill.cli import app
+from diffdistill.eval.records import read_records
+
+CAPTIONS = ["a dog on a beach", "two cats", "the same again", "a red bus"]
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> nn.Module:
+    """A CLIP of random weights, known to open_clip as "tiny-score", its weights in clip.safetensors."""
+    (tmp_path / "tiny-score.json").write_text(json.dumps(MODEL))
+    open_clip.add_model_config(tmp_path / "tiny-score.json")
+    torch.manual_seed(0)
+    network: nn.Module = open_clip.create_model("tiny-score").eval()
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, tmp_path / "clip.safetensors")
+    return network
+
+
+def score(folder: Path, captions: list[str]) -> float:
+    """What `diffdistill eval` says about four images in a folder."""
+    protocol = {
+        "name": "tiny-clip",
+        "num_images": len(CAPTIONS),
+        "image_shape": [3, 32, 32],
+        "labels": {"policy": "captions"},
+        "captions": {"name": "captions.txt", "count": len(CAPTIONS)},
+        "metrics": [
+            {
+                "name": "clip_score",
+                "features": {"name": "open_clip", "model": "tiny-score", "pretrained": "laion2b", "size": 32},
+                "prefix": "A photo depicts ",
+            }
+        ],
+    }
+    (folder / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+    options = [
+        *("--protocol", str(folder / "protocol.yaml"), "--captions", str(folder / "captions.txt")),
+        *("--weights", f"clip-tiny-score={folder / 'clip.safetensors'}", "--records", str(folder / "r.jsonl")),
+    ]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["eval", str(folder / "images"), *options])
+    assert result.exit_code == 0, result.output
+    return read_records(folder / "r.jsonl")[-1].metrics["clip-score"].mean
+
+
+@torch.no_grad()
+def test_the_clip_score_is_the_mean_cosine_of_each_image_and_its_own_caption(clip: nn.Module, tmp_path: Path) -> None:
+    made = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (32, 32, 3), generator=made, dtype=torch.uint8).numpy() for _ in CAPTIONS]
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    shown = torch.stack([open_clip.image_transform(32, is_train=False)(Image.fromarray(image)) for image in images])
+    of_images = clip.encode_image(shown, normalize=True).double()  # type: ignore[operator]
+
+    def cosines(captions: list[str]) -> torch.Tensor:
+        tokens = open_clip.tokenize([f"A photo depicts {caption}" for caption in captions])
+        return (of_images * clip.encode_text(tokens, normalize=True).double()).sum(1)  # type: ignore[operator]
+
+    assert score(tmp_path, CAPTIONS) == pytest.approx(float(cosines(CAPTIONS).mean()), rel=1e-5)
+    moved = [*CAPTIONS[1:], CAPTIONS[0]]
+    assert float(cosines(moved).mean()) != pytest.approx(float(cosines(CAPTIONS).mean()), rel=1e-3)
+    assert score(tmp_path, moved) == pytest.approx(float(cosines(moved).mean()), rel=1e-5)
