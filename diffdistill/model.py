@@ -38,6 +38,7 @@ class ModelSpec:
     class_dropout: Fraction
     sampler: AnySampler
     classes: tuple[int, ...] = ()  # that it was trained on; empty for all
+    pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
 
     def build(self) -> Denoiser:
         """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
@@ -55,12 +56,17 @@ class TrainedModel:
 
 
 def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
-    """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder; or, from a folder
-    that `join_students` wrote, all of its students as one.
+    """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder; of a diffusers
+    pipeline's folder, or its name on the Hugging Face hub; or, from a folder that `join_students` wrote, all of its
+    students as one.
 
     use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
     Raises UserError if there is none or it is damaged.
     """
+    from diffdistill.families import is_pipeline, load_pipeline
+
+    if is_pipeline(place):
+        return load_pipeline(place)
     if is_routed(FilePath(place)):
         return _load_students(FilePath(place), use_ema=use_ema, ema=ema)
     target = find_checkpoint(FilePath(place))

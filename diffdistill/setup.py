@@ -52,9 +52,11 @@ def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None)
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
     initial = load_players(config.init) if config.init else None
+    for denoiser in initial.denoisers.values() if initial and teacher else ():
+        denoiser.conditions = teacher.denoiser.conditions  # type: ignore[union-attr]
     setting = Setting(
         shape,
-        teacher.spec.num_classes if teacher else source.num_classes,
+        teacher.denoiser.num_classes if teacher else source.num_classes,
         teacher.spec.model.path if teacher else config.model.path,  # type: ignore[union-attr]
         teacher=teacher.denoiser if teacher else None,
         initial=initial.denoisers if initial else {},
@@ -69,7 +71,9 @@ def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None)
     if config.model is None and teacher and spec.model == teacher.spec.model:
         return spec, setting
     with seeded(config.train.seed):
-        return spec, replace(setting, network=spec.build())
+        network = spec.build()
+        network.conditions = teacher.denoiser.conditions if teacher else None
+        return spec, replace(setting, network=network)
 
 
 def describe_student(
@@ -82,7 +86,7 @@ def describe_student(
         return ModelSpec(
             model=config.model,
             image_shape=setting.image_shape,
-            num_classes=setting.num_classes,
+            num_classes=teacher.num_classes if teacher else setting.num_classes,
             class_dropout=class_dropout,
             sampler=sampler,
         )

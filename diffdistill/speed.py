@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.networks.diffusers_unet import DiffusersUNet
+from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.schema import UserError, schema
 
@@ -82,8 +82,6 @@ def _has_convolutions(module: nn.Module) -> bool:
 def _compiled_parts(denoiser: Denoiser) -> list[nn.Module]:
     """The denoiser as a whole; of diffusers' networks all blocks but the middle one, whose output a hook taps:
     compiled code does not see hooks that come and go."""
-    if not isinstance(denoiser.net, DiffusersUNet):
+    if not isinstance(denoiser.net, DiffusersNetwork):
         return [denoiser]
-    model = denoiser.net.model
-    blocks = (model.down_blocks, model.up_blocks)
-    return [block for part in blocks if isinstance(part, nn.ModuleList) for block in part]
+    return [block for block in denoiser.net.blocks if block is not denoiser.net.middle]

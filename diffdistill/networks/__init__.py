@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from diffdistill.networks.adapters import AdaptedConfig
+from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP
@@ -20,6 +21,7 @@ AnyNetwork = Annotated[
     | DiTConfig
     | MLPConfig
     | DiffusersUNetConfig
+    | DiffusersConfig
     | SignalConfig
     | GuidedConfig
     | AdaptedConfig,

@@ -1,12 +1,11 @@
 """diffusers' UNet2DModel as a `Network`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.networks.diffusers_model import DiffusersUNetBlocks
 from diffdistill.schema import Fraction, UserError, schema
 
 
@@ -34,51 +33,19 @@ class DiffusersUNetConfig:
         return DiffusersUNet(model, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
 
 
-class DiffusersUNet(nn.Module):
+class DiffusersUNet(DiffusersUNetBlocks):
     """A `UNet2DModel`. Label `num_classes` ("no class") is its last embedding; the tap is its mid-block's output."""
 
     def __init__(self, model: nn.Module, num_classes: int = 0, *, knows_unconditional: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self.accepts = frozenset({"label"} if num_classes else ())
-        self.num_classes = num_classes
-        self.knows_unconditional = knows_unconditional
-        self.resolution_multiple = 2 ** (len(model.config.down_block_types) - 1)  # type: ignore[union-attr, arg-type]
+        super().__init__(
+            model,
+            accepts=frozenset({"label"} if num_classes else ()),
+            num_classes=num_classes,
+            knows_unconditional=knows_unconditional,
+            resolution_multiple=2 ** (len(model.config.down_block_types) - 1),  # type: ignore[union-attr, arg-type]
+        )
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """x: [B, C, H, W]; time_input: [B] in the schedule's steps.  Returns [B, C, H, W]."""
+        """x: [B, C, H, W]; time_input: [B] in the schedule's steps.  Returns [B, C, H, W]; learned variances go."""
         output: Tensor = self.model(x, time_input, class_labels=cond.label, return_dict=False)[0]
-        return output
-
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The mid-block's output; the up-blocks do not run."""
-        with self._tapped(stop=True) as tapped, suppress(_StopForwardError):
-            self(x, time_input, cond)
-        return tapped[0]
-
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and tap from one pass."""
-        with self._tapped(stop=False) as tapped:
-            output = self(x, time_input, cond)
-        return output, tapped[0]
-
-    @contextmanager
-    def _tapped(self, *, stop: bool) -> Iterator[list[Tensor]]:
-        tapped: list[Tensor] = []
-
-        def tap(_: nn.Module, __: Any, output: Tensor) -> None:
-            tapped.append(output)
-            if stop:
-                raise _StopForwardError
-
-        middle = self.model.mid_block
-        assert isinstance(middle, nn.Module)
-        handle = middle.register_forward_hook(tap)
-        try:
-            yield tapped
-        finally:
-            handle.remove()
-
-
-class _StopForwardError(Exception):
-    """Leaves a forward pass early."""
+        return output[:, : x.shape[1]]

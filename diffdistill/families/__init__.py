@@ -1,0 +1,16 @@
+"""Families of diffusers pipelines: one adapter each, and nothing about a family outside its file."""
+
+from diffdistill.families.family import Family
+from diffdistill.families.pipeline import Pipeline, is_pipeline, load_pipeline, open_pipeline
+from diffdistill.families.registry import FAMILIES, detect_family, find_family
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Pipeline",
+    "detect_family",
+    "find_family",
+    "is_pipeline",
+    "load_pipeline",
+    "open_pipeline",
+]

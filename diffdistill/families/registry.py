@@ -1,0 +1,31 @@
+"""Which families there are, and which of them a pipeline is of."""
+
+from functools import cache
+from importlib import import_module
+
+from diffdistill.families.family import Family
+from diffdistill.schema import UserError
+
+FAMILIES = {
+    "ddpm": "diffdistill.families.ddpm:DDPM",
+    "dit": "diffdistill.families.dit:DiT",
+    "sd": "diffdistill.families.sd:StableDiffusion",
+    "sdxl": "diffdistill.families.sdxl:StableDiffusionXL",
+}
+"""Every family's name and where its class is."""
+
+
+@cache
+def find_family(name: str) -> Family:
+    """The adapter of a family."""
+    module, attribute = FAMILIES[name].split(":")
+    made: Family = getattr(import_module(module), attribute)()
+    return made
+
+
+def detect_family(pipeline: object, *, origin: str) -> Family:
+    """The family of a pipeline's class, `_class_name` of its model_index.json. Raises UserError if it is of none."""
+    known = {name: family for family in map(find_family, FAMILIES) for name in family.pipelines}
+    if pipeline not in known:
+        raise UserError(f"{origin}: _class_name = {pipeline!r}: no family of teachers; choose from {', '.join(known)}")
+    return known[str(pipeline)]

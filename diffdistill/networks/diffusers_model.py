@@ -1,0 +1,143 @@
+"""Networks of diffusers' classes as `Network`s: what all families share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.schema import Fraction, schema
+
+FamilyName = Literal["ddpm", "dit", "sd", "sdxl", "pixart", "sd3", "flux", "sana"]
+
+
+@schema
+class DiffusersConfig:
+    """The network of a diffusers pipeline.  options: its class's own arguments, as in the network's config.json."""
+
+    name: Literal["diffusers"] = "diffusers"
+    family: FamilyName
+    options: dict[str, Any]
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> nn.Module:
+        """A new network for latents, or images, [C, H, W]. Raises UserError on options that its class refuses."""
+        from diffdistill.families import find_family
+
+        return find_family(self.family).build(self.options, image_shape, num_classes, class_dropout)
+
+
+class DiffusersNetwork(nn.Module, ABC):
+    """A diffusers model behind the `Network` interface. The tap is the output of the model's `middle`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        accepts: frozenset[str],
+        num_classes: int = 0,
+        knows_unconditional: bool,
+        resolution_multiple: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.accepts = accepts
+        self.num_classes = num_classes
+        self.knows_unconditional = knows_unconditional
+        self.resolution_multiple = resolution_multiple
+
+    @abstractmethod
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """x: [B, C, H, W]; time_input: [B], the path's.  Returns [B, C, H, W]."""
+
+    def require(self, cond: Cond) -> None:
+        """Raise ValueError unless all that the network takes is there."""
+        missing = self.accepts - cond.parts().keys()
+        if missing:
+            raise ValueError(f"this network needs {', '.join(sorted(missing))}; encode prompts, or set `conditions`")
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The model's blocks in the order of its calls, the middle among them."""
+
+    @property
+    @abstractmethod
+    def middle(self) -> nn.Module:
+        """The block whose output is tapped."""
+
+    def read_tap(self, output: Any, x: Tensor) -> Tensor:
+        """The middle's output for input x [B, C, H, W] as a map [B, C', h, w]."""
+        assert isinstance(output, Tensor)
+        return output
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The tap alone; what comes after it does not run."""
+        with self._tapped(stop=True) as tapped, suppress(_StopForwardError):
+            self(x, time_input, cond)
+        return self.read_tap(tapped[0], x)
+
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Output and tap from one pass."""
+        with self._tapped(stop=False) as tapped:
+            output = self(x, time_input, cond)
+        return output, self.read_tap(tapped[0], x)
+
+    @contextmanager
+    def _tapped(self, *, stop: bool) -> Iterator[list[Any]]:
+        tapped: list[Any] = []
+
+        def tap(_: nn.Module, __: Any, output: Any) -> None:
+            tapped.append(output)
+            if stop:
+                raise _StopForwardError
+
+        handle = self.middle.register_forward_hook(tap)
+        try:
+            yield tapped
+        finally:
+            handle.remove()
+
+
+class DiffusersTransformer(DiffusersNetwork):
+    """A model with `transformer_blocks` on patches of `config.patch_size`; the tap is the middle one's tokens."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        blocks = self.model.transformer_blocks
+        assert isinstance(blocks, nn.ModuleList)
+        return list(blocks)
+
+    @property
+    def middle(self) -> nn.Module:
+        return self.blocks[len(self.blocks) // 2]
+
+    def read_tap(self, output: Any, x: Tensor) -> Tensor:
+        """Tokens [B, N, C'], row by row, as a map; of several outputs the one whose tokens are the image's."""
+        patch = int(self.model.config.patch_size)  # type: ignore[union-attr, arg-type]
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        outputs = output if isinstance(output, tuple) else (output,)
+        tokens = next(part for part in reversed(outputs) if part.shape[1] == rows * columns)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+class DiffusersUNetBlocks(DiffusersNetwork):
+    """A model with `down_blocks`, `mid_block` and `up_blocks`; the tap is the bottleneck."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        down, up = self.model.down_blocks, self.model.up_blocks
+        assert isinstance(down, nn.ModuleList)
+        assert isinstance(up, nn.ModuleList)
+        return [*down, self.middle, *up]
+
+    @property
+    def middle(self) -> nn.Module:
+        block = self.model.mid_block
+        assert isinstance(block, nn.Module)
+        return block
+
+
+class _StopForwardError(Exception):
+    """Leaves a forward pass early."""
