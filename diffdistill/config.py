@@ -19,6 +19,7 @@ from diffdistill.guidance import AnyPolicy
 from diffdistill.health import HealthConfig
 from diffdistill.method import Method, registered
 from diffdistill.networks import AnyNetwork
+from diffdistill.networks.lora import LoRASettings
 from diffdistill.path import EDM, AnyPath, Prediction
 from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, any_of, field, schema
 from diffdistill.speed import SpeedConfig
@@ -93,6 +94,7 @@ class RunConfig:
     """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
 
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
+    lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
     ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
     eval: a small evaluation while training; null for none.
     """
@@ -104,6 +106,7 @@ class RunConfig:
     teacher: str | None = None
     init: str | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
+    lora: dict[str, LoRASettings | None] = field(default_factory=dict)
     ema: EMAConfig | None = field(default_factory=EMAConfig)
     more_emas: dict[Annotated[str, Field(pattern="^[a-z0-9_]+$")], EMAConfig] = field(default_factory=dict)
     health: HealthConfig | None = field(default_factory=HealthConfig)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffdistill.data.source import ImageSource
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.draws import Draws, integer_of
+from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
 from diffdistill.path import Path, Prediction
 from diffdistill.sampling import AnySampler
 from diffdistill.schema import UserError
@@ -91,7 +92,7 @@ class Setting:
     network: a new, untrained student, where the method trains one that is not a copy of its teacher; else None.
     initial: the players of an earlier run that this one starts from, frozen, by name.
     classes: the classes that this run is about; empty for all.  num_steps, batch_size: of the run, in iterations and
-    images.
+    images.  lora: the players that are trained as factors over the network that they start from; null: in full.
     """
 
     image_shape: tuple[int, ...]
@@ -103,6 +104,7 @@ class Setting:
     classes: tuple[int, ...] = ()
     num_steps: int = 0
     batch_size: int = 0
+    lora: Mapping[str, LoRASettings | None] = field(default_factory=dict)
 
     def label_of(self, uniform: Tensor) -> Tensor:
         """Uniform numbers [B] in (0, 1) as classes of this run, int64 [B]."""
@@ -119,7 +121,13 @@ class Setting:
         if self.teacher is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
         other = next(iter(self.initial.values())) if len(self.initial) == 1 else self.teacher
-        return {name: deepcopy(self.initial.get(name, other)).requires_grad_(True) for name in names}
+        return {name: self._copy(name, self.initial.get(name, other)) for name in names}
+
+    def _copy(self, name: str, origin: Denoiser) -> nn.Module:
+        settings = settings_for(name, self.lora)
+        if settings is None or lora_of(origin):
+            return deepcopy(origin).requires_grad_(True)
+        return with_lora(origin, settings)
 
 
 class Players(Mapping[str, nn.Module]):

@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from diffdistill.checkpoint import (
     MANIFEST,
@@ -19,8 +21,16 @@ from diffdistill.checkpoint import (
     select_group,
     write_text_atomically,
 )
-from diffdistill.config import ModelConfig, dump, validate
+from diffdistill.config import ModelConfig, dump, parse_config, validate
 from diffdistill.denoiser import Denoiser, freeze
+from diffdistill.networks.lora import (
+    fingerprint,
+    lora_of,
+    merge_lora,
+    settings_for,
+    with_lora,
+    without_lora,
+)
 from diffdistill.router import AnyRouter, ClassRouter, RoutedDenoiser
 from diffdistill.sampling import AnySampler
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
@@ -39,6 +49,7 @@ class ModelSpec:
     sampler: AnySampler
     classes: tuple[int, ...] = ()  # that it was trained on; empty for all
     pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
+    base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
 
     def build(self) -> Denoiser:
         """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
@@ -80,9 +91,35 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     group = named if (use_ema or ema) and named in checkpoint.tensors else "players"
     weights = {k.removeprefix(student): v for k, v in checkpoint.tensors[group].items() if k.startswith(student)}
     denoiser = spec.build()
+    found = lora_of(denoiser)
+    if found:
+        found.mount(_read_base(spec, checkpoint.state, origin=target).net)
     load_strictly(denoiser, weights, origin=str(target))
     freeze(denoiser)
     return TrainedModel(denoiser, spec, target)
+
+
+def merge_model(model: TrainedModel) -> TrainedModel:
+    """The same model without LoRA's factors, which become part of weights of its own."""
+    network = without_lora(model.spec.model.network)
+    spec = replace(model.spec, base=None, model=replace(model.spec.model, network=network))
+    return replace(model, denoiser=freeze(merge_lora(model.denoiser)), spec=spec)
+
+
+def _read_base(
+    spec: ModelSpec, state: Mapping[str, Any], *, origin: FilePath, base: Denoiser | None = None
+) -> Denoiser:
+    """What LoRA's factors of a checkpoint stand over: `base`, or the teacher that the checkpoint names.
+
+    Raises UserError if that is not there any more, or has other weights than it had.
+    """
+    try:
+        base = base or merge_model(load_model(state["teacher"])).denoiser
+    except UserError as error:
+        raise UserError(f"{origin}: holds LoRA's factors alone, and their base cannot be read: {error}") from None
+    if fingerprint(base.net) != spec.base:
+        raise UserError(f"{origin}: holds LoRA's factors alone, and their base, {state['teacher']}, has changed")
+    return base
 
 
 @schema
@@ -162,9 +199,10 @@ class TrainedPlayers:
     spec: ModelSpec
 
 
-def load_players(place: str | FilePath) -> TrainedPlayers:
+def load_players(place: str | FilePath, *, base: Denoiser | None = None) -> TrainedPlayers:
     """The players of a run's newest checkpoint (or of one checkpoint's folder) that are built as its student is.
 
+    base: what LoRA's factors stand over, if it is in memory already.
     Raises UserError if there is none or it is damaged.
     """
     target = find_checkpoint(FilePath(place))
@@ -174,12 +212,35 @@ def load_players(place: str | FilePath) -> TrainedPlayers:
     for name in sorted({key.split(".")[0] for key in checkpoint.tensors["players"]}):
         is_averaged = name == checkpoint.state["student"] and "ema" in checkpoint.tensors
         weights = select_group(checkpoint.tensors["ema" if is_averaged else "players"], name)
-        denoiser = spec.build()
+        denoiser = _start(name, spec, checkpoint.state, weights, origin=target, base=base)
         if denoiser.state_dict().keys() == weights.keys():
             load_strictly(denoiser, weights, origin=f"{target} ({name})")
             freeze(denoiser)
             found[name] = denoiser
     return TrainedPlayers(found, spec)
+
+
+def _start(
+    name: str,
+    spec: ModelSpec,
+    state: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    origin: FilePath,
+    base: Denoiser | None,
+) -> Denoiser:
+    """A player before its weights: as the student; of a run with LoRA, over its base or a copy of that."""
+    denoiser = spec.build()
+    if spec.base is None:
+        return denoiser
+    base = _read_base(spec, state, origin=origin, base=base)
+    if denoiser.state_dict().keys() == weights.keys():
+        found = lora_of(denoiser)
+        if found:
+            found.mount(base.net)
+        return denoiser
+    settings = settings_for(name, parse_config(state["config"]).lora)
+    return with_lora(base, settings) if settings else deepcopy(base)
 
 
 def find_checkpoint(place: FilePath) -> FilePath:

@@ -1,17 +1,20 @@
 """From a config to what a run starts with. Whatever cannot be is a UserError, before anything is written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
+from torch import nn
 
-from diffdistill.checkpoint import list_checkpoints
+from diffdistill.checkpoint import Checkpoint, list_checkpoints
 from diffdistill.config import RunConfig, TrainConfig
 from diffdistill.data.source import ImageSource
 from diffdistill.method import Method, Setting
-from diffdistill.model import ModelSpec, TrainedModel, is_routed, load_model, load_players
+from diffdistill.model import ModelSpec, TrainedModel, TrainedPlayers, is_routed, load_model, load_players, merge_model
+from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
 from diffdistill.schema import UserError
 
 
@@ -34,13 +37,18 @@ def find_start(folder: FilePath, resume: bool | str) -> FilePath | None:
     return found[-1] if found else None
 
 
-def load_teacher(place: str | None, device: torch.device) -> TrainedModel | None:
-    """The frozen teacher in a run's folder or checkpoint."""
+def load_teacher(place: str | None, device: torch.device, checkpoint: Checkpoint | None = None) -> TrainedModel | None:
+    """The frozen teacher in a run's folder or checkpoint; of a resumed run, the one that it had."""
+    if checkpoint:
+        place = checkpoint.state["teacher"]
     if place is None:
         return None
     if is_routed(FilePath(place)):
         raise UserError(f"teacher = {place!r}: several students behind a router; name one model")
-    teacher = load_model(place)
+    teacher = merge_model(load_model(place))
+    expected = checkpoint.state["model"].get("base") if checkpoint else None
+    if expected and fingerprint(teacher.denoiser.net) != expected:
+        raise UserError(f"teacher = {place!r}: has changed since this run began, whose LoRA factors stand over it")
     teacher.denoiser.to(device)
     return teacher
 
@@ -51,7 +59,8 @@ def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None)
     check_models(config, teacher)
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
-    initial = load_players(config.init) if config.init else None
+    initial = load_players(config.init, base=teacher.denoiser if teacher else None) if config.init else None
+    check_lora(config, teacher, initial)
     for denoiser in initial.denoisers.values() if initial and teacher else ():
         denoiser.conditions = teacher.denoiser.conditions  # type: ignore[union-attr]
     setting = Setting(
@@ -62,17 +71,24 @@ def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None)
         initial=initial.denoisers if initial else {},
         num_steps=config.train.steps,
         batch_size=config.train.global_batch_size,
+        lora=config.lora,
     )
     spec = describe_student(config, setting, teacher.spec if teacher else None, initial.spec if initial else None)
     if spec.model.path != setting.path:
         raise UserError("model.path: must be the teacher's")
     setting = replace(setting, classes=method.classes(setting, source))
     spec = replace(spec, classes=setting.classes)
+    if teacher and any(config.lora.values()):
+        spec = replace(spec, base=fingerprint(teacher.denoiser.net))
     if config.model is None and teacher and spec.model == teacher.spec.model:
         return spec, setting
     with seeded(config.train.seed):
         network = spec.build()
         network.conditions = teacher.denoiser.conditions if teacher else None
+        factors = lora_of(network)
+        if factors:
+            assert teacher is not None
+            factors.mount(teacher.denoiser.net)
         return spec, replace(setting, network=network)
 
 
@@ -93,7 +109,11 @@ def describe_student(
     if initial:
         return replace(initial, sampler=sampler)
     assert teacher is not None
-    network, predicts = method.student_model(teacher.model.network, teacher.model.predicts, setting)
+    origin: Any = teacher.model.network
+    lora = settings_for(method.student, config.lora)
+    if lora:
+        origin = LoRAConfig(base=origin, lora=lora)
+    network, predicts = method.student_model(origin, teacher.model.predicts, setting)
     return replace(teacher, sampler=sampler, model=replace(teacher.model, network=network, predicts=predicts))
 
 
@@ -106,6 +126,17 @@ def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:
         raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
     if config.init and teacher is None:
         raise UserError("init: goes with a `teacher`; to go on with a run, use --resume")
+
+
+def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: TrainedPlayers | None) -> None:
+    """Raise UserError where there is no teacher for the factors to stand over, or another network would start."""
+    if not any(config.lora.values()):
+        return
+    if teacher is None or config.method.trains_network:
+        raise UserError(f"lora: goes over a teacher, but {config.method.name} trains a new network; leave lora out")
+    for name, denoiser in initial.denoisers.items() if initial else ():
+        if settings_for(name, config.lora) and not lora_of(denoiser):
+            raise UserError(f"init: its {name} was trained in full, and lora goes over the teacher; leave one out")
 
 
 @contextmanager
@@ -137,10 +168,14 @@ def check_labels(method: Method, setting: Setting, source: ImageSource) -> None:
         raise UserError(f"data: labels go from {low} to {high}; the teacher knows 0 to {known - 1}")
 
 
-def check_optimizers(config: RunConfig, players: Sequence[str]) -> None:
-    """Raise UserError if a player has no optimiser, or an optimiser no player."""
-    for name in config.optimizers:
-        if name not in players and name != "default":
-            raise UserError(f"optimizers.{name}: no such player; choose from {', '.join([*players, 'default'])}")
+def check_players(config: RunConfig, players: Mapping[str, nn.Module]) -> None:
+    """Raise UserError if a trained player has no optimiser, or an optimiser no player, or `lora` does nothing."""
+    for key, named in (("optimizers", config.optimizers), ("lora", config.lora)):
+        for name in named:
+            if name not in players and name != "default":
+                raise UserError(f"{key}.{name}: no such player; choose from {', '.join([*players, 'default'])}")
+    for name in config.lora:
+        if name != "default" and config.lora[name] and not lora_of(players[name]):
+            raise UserError(f"lora.{name}: does not start as the teacher; it is trained in full")
     for name in players:
         config.optimizer(name)

@@ -38,7 +38,7 @@ from diffdistill.method import Batch, Loss, Players, Update
 from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer, trainable
 from diffdistill.preview import preview_panels, save_panels
 from diffdistill.schema import UserError
-from diffdistill.setup import check_batch, check_labels, check_optimizers, find_start, load_teacher, seeded, settle
+from diffdistill.setup import check_batch, check_labels, check_players, find_start, load_teacher, seeded, settle
 from diffdistill.speed import apply_speed
 from diffdistill.stopping import StopRequested, stop_signals
 from diffdistill.watch import make_watch
@@ -88,7 +88,7 @@ class Trainer:
         self.start = find_start(self.folder, resume)
         self.source = config.data.load().to(self.device)
         checkpoint = load_checkpoint(self.start) if self.start else None
-        self.teacher = load_teacher(checkpoint.state["teacher"] if checkpoint else config.teacher, self.device)
+        self.teacher = load_teacher(config.teacher, self.device, checkpoint)
         self.teacher_source = str(self.teacher.source) if self.teacher else None
         check_batch(train, self.accelerator.num_processes)
         self.spec, self.setting = settle(config, self.source, self.teacher)
@@ -98,7 +98,7 @@ class Trainer:
             modules = self.method.players(self.setting)
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
         trained = {name for update in self.method.updates for name in update.players}
-        check_optimizers(config, [name for name in modules if name in trained])
+        check_players(config, {name: module for name, module in modules.items() if name in trained})
         self.trained = {name: module.to(self.device).train() for name, module in modules.items() if name in trained}
         self.followers = {name: freeze(m.to(self.device)) for name, m in modules.items() if name not in trained}
         apply_speed(config.speed, self.trained, self.setting.teacher)
@@ -384,7 +384,8 @@ class Trainer:
         file = self.folder / "prepared.safetensors"
         if not (self.start and file.exists()):
             file.unlink(missing_ok=True)
-            made = self.method.prepare(self.setting, self.config.train.seed)
+            with seeded(self.config.train.seed):  # for weights that it makes; numbers are drawn by step and index
+                made = self.method.prepare(self.setting, self.config.train.seed)
             if made:
                 write_tensors_atomically(file, made)
         self.stored = load_file(file, device=str(self.device)) if file.exists() else {}

@@ -20,7 +20,7 @@ from diffdistill.losses import DenoisingWeight, denoising_error
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
 from diffdistill.networks.guided import take_weights
-from diffdistill.networks.plain import PlainNetwork
+from diffdistill.networks.lora import BaseNetwork, LoRAConfig
 from diffdistill.path import Prediction
 from diffdistill.sampling import AnySampler, Heun
 from diffdistill.schema import PositiveInt, UserError, field, schema
@@ -56,8 +56,10 @@ class AGD(Method):
         return self.steps
 
     def student_model(
-        self, network: PlainNetwork, predicts: Prediction, setting: Setting
+        self, network: BaseNetwork, predicts: Prediction, setting: Setting
     ) -> tuple[AdaptedConfig, Prediction]:
+        if isinstance(network, LoRAConfig):
+            raise UserError("lora: agd's adapters are all that it trains, over a frozen base; leave lora out")
         return AdaptedConfig(base=network, adapter=self.adapter), predicts
 
     def players(self, setting: Setting) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 from diffdistill.draws import Draws
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.guided import GuidedConfig
-from diffdistill.networks.signal import BaseNetwork, SignalConfig, signal_config, start_from
+from diffdistill.networks.signal import SignalBase, SignalConfig, signal_config, start_from
 from diffdistill.path import Prediction, expand
 from diffdistill.sampling import OneCall
 from diffdistill.schema import NonNegative, UserError, field, schema
@@ -52,7 +52,7 @@ class Boot(Method):
         return OneCall()
 
     def student_model(
-        self, network: BaseNetwork, predicts: Prediction, setting: Setting
+        self, network: SignalBase, predicts: Prediction, setting: Setting
     ) -> tuple[SignalConfig, Prediction]:
         """The teacher's raw network F, read as at t_max whatever the time: y = skip eps + scale F(scale' eps, t)."""
         assert setting.teacher is not None

@@ -21,6 +21,7 @@ from diffdistill.denoiser import Denoiser, device_of, freeze
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss
 from diffdistill.method import Batch, Draw, Method, Players, Setting
+from diffdistill.networks.lora import lora_of
 from diffdistill.schema import Positive, PositiveInt, UserError, field, schema
 from diffdistill.timesteps import AnyTimeLaw, LogNormal
 from diffdistill.wrapper import Wrapper, default_base, methods_above
@@ -97,7 +98,7 @@ class DisBack(Wrapper):
             return
         generator: Any = freeze(setting.copies(self.student)[self.student])
         score = _score(setting).eval()  # without dropout, so without random state
-        if score.autocast is not None:  # stored in bfloat16, which is too coarse to be trained
+        if score.autocast is not None and not lora_of(score):  # stored in bfloat16, which is too coarse to be trained
             score.float().autocast = None
         optimizer = torch.optim.Adam(score.parameters(), lr=self.recording_lr, betas=(0.0, 0.999))
         device = device_of(score)
@@ -117,8 +118,9 @@ class DisBack(Wrapper):
 
 
 def _score(setting: Setting) -> Denoiser:
-    """A trainable copy of the teacher, or of the smaller network that this run starts from."""
-    score = setting.copies("score")["score"]
+    """A trainable copy of the teacher, or of the smaller network that this run starts from, as the fake score is."""
+    initial = setting.initial if len(setting.initial) == 1 else {}
+    score = replace(setting, initial=initial).copies("fake")["fake"]
     assert isinstance(score, Denoiser)
     return score
 

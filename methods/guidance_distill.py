@@ -16,7 +16,7 @@ from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_error
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.guided import GuidedConfig, take_weights
-from diffdistill.networks.plain import PlainNetwork
+from diffdistill.networks.lora import BaseNetwork
 from diffdistill.path import Prediction
 from diffdistill.sampling import AnySampler, Heun
 from diffdistill.schema import PositiveInt, UserError, field, schema
@@ -46,7 +46,7 @@ class GuidanceDistill(Method):
         return self.steps
 
     def student_model(
-        self, network: PlainNetwork, predicts: Prediction, setting: Setting
+        self, network: BaseNetwork, predicts: Prediction, setting: Setting
     ) -> tuple[GuidedConfig, Prediction]:
         return GuidedConfig(base=network, width=self.width), predicts
 

@@ -10,6 +10,7 @@ from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP
 from diffdistill.networks.guided import GuidedConfig
+from diffdistill.networks.lora import LoRAConfig
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.signal import SignalConfig
 from diffdistill.networks.unet import UNetConfig
@@ -24,7 +25,8 @@ AnyNetwork = Annotated[
     | DiffusersConfig
     | SignalConfig
     | GuidedConfig
-    | AdaptedConfig,
+    | AdaptedConfig
+    | LoRAConfig,
     Field(discriminator="name"),
 ]
 """The networks that a config may name."""

@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
-from diffdistill.networks.plain import PlainNetwork
+from diffdistill.networks.lora import BaseNetwork, LoRA
 from diffdistill.networks.recompute import Recomputable, recomputable_blocks
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 
@@ -97,7 +97,7 @@ class GuidedConfig:
     """Settings of `Guided`.  width: of the encoding of w."""
 
     name: Literal["guided"] = "guided"
-    base: PlainNetwork
+    base: BaseNetwork
     width: PositiveInt = 64
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Guided":
@@ -130,7 +130,10 @@ def take_weights(student: nn.Module, origin: nn.Module) -> None:
     net, other = student.net, origin.net
     assert isinstance(net, GuidedBase)
     assert isinstance(other, nn.Module)
-    (net if isinstance(other, GuidedBase) else net.base).load_state_dict(other.state_dict())
+    if isinstance(other, GuidedBase):
+        net.load_state_dict(other.state_dict())
+    elif not isinstance(net.base, LoRA):  # which stands over these weights
+        net.base.load_state_dict(other.state_dict())
 
 
 def blocks_of(base: nn.Module) -> list[Recomputable]:
@@ -143,9 +146,8 @@ def blocks_of(base: nn.Module) -> list[Recomputable]:
 
 def embedding_width(block: Recomputable) -> int:
     """Channels of the embedding of time and class that a block is given."""
-    modulate = block.modulate
-    assert isinstance(modulate, nn.Linear)
-    return modulate.in_features
+    modulate: Any = block.modulate  # a linear layer, or peft's around one
+    return int(modulate.in_features)
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:

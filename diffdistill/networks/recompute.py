@@ -4,7 +4,7 @@ outside.
 Chen et al. 2016, arXiv:1604.06174: Training Deep Nets with Sublinear Memory Cost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,9 +32,18 @@ class Recomputable(nn.Module):
         return super().__call__(*inputs)
 
 
+def parts_of(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules within one, those included that `networks.lora.LoRA` does not register."""
+    for part in module.modules():
+        yield part
+        tree = getattr(part, "shared_tree", None)
+        if isinstance(tree, nn.Module):
+            yield from tree.modules()
+
+
 def recomputable_blocks(module: nn.Module) -> list[Recomputable]:
     """Every block within a module that can be recomputed."""
-    return [part for part in module.modules() if isinstance(part, Recomputable)]
+    return [part for part in parts_of(module) if isinstance(part, Recomputable)]
 
 
 def set_recompute(module: nn.Module, is_on: bool = True) -> bool:
@@ -42,7 +51,7 @@ def set_recompute(module: nn.Module, is_on: bool = True) -> bool:
     blocks = recomputable_blocks(module)
     for block in blocks:
         block.is_recomputed = is_on
-    models = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
+    models = [part for part in parts_of(module) if getattr(part, "_supports_gradient_checkpointing", False)]
     for model in models:
         (model.enable_gradient_checkpointing if is_on else model.disable_gradient_checkpointing)()  # type: ignore[operator]
     return bool(blocks or models)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.networks.guided import GuidedBase, GuidedConfig
-from diffdistill.networks.plain import PlainNetwork
+from diffdistill.networks.lora import BaseNetwork, LoRA
 from diffdistill.schema import Fraction, Positive, UserError, schema
 
-BaseNetwork = Annotated[PlainNetwork | GuidedConfig, Field(discriminator="name")]
+SignalBase = Annotated[BaseNetwork | GuidedConfig, Field(discriminator="name")]
 
 
 @schema
@@ -22,7 +22,7 @@ class SignalConfig:
     """Settings of `Signal`: y = skip z + output_scale F(input_scale z, t, c), with F the raw output of `base`."""
 
     name: Literal["signal"] = "signal"
-    base: BaseNetwork
+    base: SignalBase
     input_scale: Positive = 1.0
     output_scale: float = 1.0
     skip: float = 0.0
@@ -64,7 +64,7 @@ class Signal(nn.Module):
         return self.config.skip * x + self.config.output_scale * output
 
 
-def signal_config(teacher: Denoiser, network: BaseNetwork) -> SignalConfig:
+def signal_config(teacher: Denoiser, network: SignalBase) -> SignalConfig:
     """A student that is given unit noise z and starts, at t_max, as the teacher's estimate from sigma_t_max z.
 
     network: the teacher's, or one around it.  EDM's skip, which at t_max is next to nothing, is left out: at less noise
@@ -88,4 +88,5 @@ def start_from(student: Denoiser, teacher: Denoiser) -> None:
     assert isinstance(student.net, Signal)
     base, other = student.net.base, teacher.net
     inner = base.base if isinstance(base, GuidedBase) and not isinstance(other, GuidedBase) else base
-    inner.load_state_dict(other.state_dict())
+    if not isinstance(inner, LoRA):  # which stands over these weights
+        inner.load_state_dict(other.state_dict())
