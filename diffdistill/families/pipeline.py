@@ -80,7 +80,7 @@ class Pipeline:
         file = self.folder / "scheduler" / "scheduler_config.json"
         try:
             path, predicts = self.family.noise(read_json(file))
-        except (UserError, TypeError) as error:
+        except READING as error:
             raise UserError(f"{file}: {error}") from None
         network = DiffusersConfig(family=self.family.name, options=self.options)  # type: ignore[arg-type]
         return ModelSpec(
@@ -134,14 +134,12 @@ class Pipeline:
         wanted = {"scheduler", *self.family.text_parts}
         others = {name: None for name, value in self.index.items() if _is_part(value) and name not in wanted}
         try:
-            made = kind.from_pretrained(
-                str(self.folder), **others, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
-            )
+            made = kind.from_pretrained(str(self.folder), **others, use_safetensors=True, local_files_only=True)
         except ImportError as error:
             raise UserError(f"{self.place}: encoding prompts needs `pip install diffdistill[hf]`: {error}") from None
         except READING as error:
             raise UserError(f"{self.folder}: text encoders: cannot be read: {_short(error)}") from None
-        return made.to(device)
+        return made.to(device, torch.float32)
 
     @torch.no_grad()
     def encode(self, encoder: Any, prompts: Sequence[str]) -> Cond:
@@ -178,7 +176,6 @@ def load_model_of(name: str, folder: FilePath) -> nn.Module:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            torch_dtype=torch.float32,
             variant=variant,
         )
     except (*READING, SafetensorError) as error:
@@ -186,7 +183,7 @@ def load_model_of(name: str, folder: FilePath) -> nn.Module:
     missing = [*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])]
     if missing:
         raise UserError(f"{folder}: the weights are of another architecture: {missing[0]} ({len(missing)} in all)")
-    return model
+    return model.float()
 
 
 def read_json(file: FilePath) -> dict[str, Any]:

@@ -26,6 +26,6 @@ def find_family(name: str) -> Family:
 def detect_family(pipeline: object, *, origin: str) -> Family:
     """The family of a pipeline's class, `_class_name` of its model_index.json. Raises UserError if it is of none."""
     known = {name: family for family in map(find_family, FAMILIES) for name in family.pipelines}
-    if pipeline not in known:
+    if not isinstance(pipeline, str) or pipeline not in known:
         raise UserError(f"{origin}: _class_name = {pipeline!r}: no family of teachers; choose from {', '.join(known)}")
-    return known[str(pipeline)]
+    return known[pipeline]

@@ -1,0 +1,77 @@
+"""A pipeline's own run, step by step, beside our denoiser: what every family is compared by."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Cond, Denoiser
+
+TOLERANCE = 1e-4  # of unit-variance latents, in float32: the pipeline's arithmetic is in float32, ours in float64
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the scheduler: what it was given and gave, and the scheduler as it was before."""
+
+    output: Tensor
+    time: float
+    x: Tensor
+    following: Tensor
+    repeat: Callable[[Tensor], Tensor]
+
+
+def watched_steps(pipeline: Any, **asked: Any) -> list[Step]:
+    """Every step of `pipeline(**asked)`."""
+    scheduler, steps = pipeline.scheduler, []
+    step = scheduler.step
+
+    def watch(output: Tensor, t: Tensor, x: Tensor, *args: Any, **options: Any) -> Any:
+        del scheduler.step
+        before, rng = copy.deepcopy(scheduler), options.pop("generator", None)
+        state = {} if rng is None else {"generator": rng.clone_state()}
+
+        def repeat(own: Tensor) -> Tensor:
+            return _first(before.step(own, t, x, *args, **state, **options))
+
+        made = step(output, t, x, *args, **options, **({} if rng is None else {"generator": rng}))
+        steps.append(Step(output.clone(), float(t), x.clone(), _first(made).clone(), repeat))
+        scheduler.step = watch
+        return made
+
+    scheduler.step = watch
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(**asked)
+    return steps
+
+
+def assert_steps_agree(denoiser: Denoiser, steps: list[Step], cond: Cond, *, guidance: float) -> None:
+    """Our denoiser's x0 is the pipeline's, and the scheduler's step with our prediction leads where the pipeline went.
+
+    Predictions are not compared as such: eps read back from x0 in float32 has its rounding times alpha / sigma.
+    """
+    assert steps
+    path, predicts = denoiser.path, denoiser.predicts
+    for step in steps:
+        copies = _copies(step.x, cond)
+        x, output = (part[: len(part) // copies] for part in (step.x, step.output))
+        t = path.time_of_input(torch.full((len(x),), step.time, dtype=torch.float64))
+        with torch.no_grad():
+            x0 = denoiser(x, t, cond, guidance=guidance)
+        torch.testing.assert_close(x0, path.to_x0(output, predicts, x, t), atol=TOLERANCE, rtol=0)
+        own = path.from_x0(x0, predicts, x, t).repeat(copies, *[1] * (x.ndim - 1))
+        torch.testing.assert_close(step.repeat(own), step.following, atol=TOLERANCE, rtol=0)
+
+
+def _copies(x: Tensor, cond: Cond) -> int:
+    """Some pipelines hold the batch twice under guidance."""
+    sizes = [len(part) for part in cond.parts().values()]
+    return len(x) // sizes[0] if sizes else 1
+
+
+def _first(made: Any) -> Tensor:
+    found: Tensor = made[0]
+    return found
