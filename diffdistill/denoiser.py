@@ -221,8 +221,11 @@ class Denoiser(nn.Module):
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's numbers are; the CPU if it has none."""
-    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    """Where a module computes: where its numbers are; the CPU if it has none."""
+    offloaded: torch.device | None = getattr(module, "offload_device", None)
+    return offloaded or next(
+        (tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu")
+    )
 
 
 def freeze(module: nn.Module) -> nn.Module:

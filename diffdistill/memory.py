@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from diffdistill.config import OptimizerConfig
 from diffdistill.counting import SavedTensors, storage_bytes
 from diffdistill.method import Update
+from diffdistill.networks.lora import lora_of
 from diffdistill.networks.recompute import recomputable_blocks
+from diffdistill.offload import is_offloaded
 from diffdistill.trainer import MicroBatch, Trainer
 
 EIGHT_BIT_MINIMUM = 4096  # bitsandbytes keeps smaller parameters' moments in 32 bits
@@ -177,7 +179,9 @@ def rehearse(trainer: Trainer, steps: int = 2) -> Rehearsal:
             seconds.append(time.perf_counter() - began)
     return Rehearsal(
         players={
-            name: PlayerBytes(module_bytes(module), gradients.get(name, 0), _state_bytes(trainer.optimizers.get(name)))
+            name: PlayerBytes(
+                _resident_bytes(module), gradients.get(name, 0), _state_bytes(trainer.optimizers.get(name))
+            )
             for name, module in trainer.players.items()
         },
         averages=sum(module_bytes(ema.module) for ema in trainer.emas.values()),
@@ -196,13 +200,21 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def _resident_bytes(module: nn.Module) -> int:
+    """Those that stay on the device."""
+    return sum(b.nbytes for b in module.buffers()) if is_offloaded(module) else module_bytes(module)
+
+
 def _all_tensors(trainer: Trainer) -> list[Tensor]:
-    return [tensor for player in trainer.players.values() for tensor in _tensors(player)]
+    """The players' own, and the base of those that stand over one."""
+    bases = [found for found in map(lora_of, trainer.players.values()) if found]
+    own = [tensor for player in trainer.players.values() for tensor in _tensors(player)]
+    return own + [tensor for base in bases for tensor in base.base_tensors()]
 
 
 def _player_bytes(trainer: Trainer, name: str, module: nn.Module) -> PlayerBytes:
     if name not in trainer.trained:
-        return PlayerBytes(module_bytes(module))
+        return PlayerBytes(_resident_bytes(module))
     parameters = trainer.parameters[name]
     gradients = sum(p.nbytes for p in parameters)
     return PlayerBytes(module_bytes(module), gradients, optimizer_bytes(parameters, trainer.config.optimizer(name)))

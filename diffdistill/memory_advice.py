@@ -8,6 +8,7 @@ from torch import nn
 
 from diffdistill.memory import MemoryPlan, PlayerBytes, block_growth, optimizer_bytes, saved_growth, show_bytes
 from diffdistill.networks.recompute import set_recompute
+from diffdistill.offload import is_offloaded
 from diffdistill.trainer import Trainer
 
 
@@ -58,7 +59,7 @@ def _halve_precision(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
 
 def _halve_teacher(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
     teacher = trainer.setting.teacher
-    if teacher is None:
+    if teacher is None or is_offloaded(teacher):
         return None
     layers = [part for part in teacher.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     saved = sum(p.nbytes // 2 for layer in layers for p in layer.parameters() if p.dtype == torch.float32)

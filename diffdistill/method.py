@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.data.source import ImageSource
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
+from diffdistill.denoiser import NO_COND, Cond, Denoiser, device_of
 from diffdistill.draws import Draws, integer_of
 from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
 from diffdistill.path import Path, Prediction
@@ -35,6 +35,8 @@ REGISTRY = {
     "guidance_distill": "diffdistill.methods.guidance_distill:GuidanceDistill",
     "tsm": "diffdistill.methods.tsm:TSM",
     "regression": "diffdistill.methods.regression:Regression",
+    "scm": "diffdistill.methods.scm:SCM",
+    "mean_flow": "diffdistill.methods.mean_flow:MeanFlow",
     "disback": "diffdistill.methods.disback:DisBack",
     "msd": "diffdistill.methods.msd:MSD",
 }
@@ -126,7 +128,9 @@ class Setting:
     def _copy(self, name: str, origin: Denoiser) -> nn.Module:
         settings = settings_for(name, self.lora)
         if settings is None or lora_of(origin):
-            return deepcopy(origin).requires_grad_(True)
+            copy = deepcopy(origin).to(device_of(origin)).requires_grad_(True)
+            copy.offload_device = None  # type: ignore[assignment]
+            return copy
         return with_lora(origin, settings)
 
 

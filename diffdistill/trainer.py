@@ -7,7 +7,7 @@ stopped and resumed equals one that was not, bit for bit on a CPU, and accumulat
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -39,7 +39,7 @@ from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tens
 from diffdistill.preview import preview_panels, save_panels
 from diffdistill.schema import UserError
 from diffdistill.setup import check_batch, check_labels, check_players, find_start, load_teacher, seeded, settle
-from diffdistill.speed import apply_speed
+from diffdistill.speed import SpeedConfig, apply_speed
 from diffdistill.stopping import StopRequested, stop_signals
 from diffdistill.watch import make_watch
 
@@ -49,7 +49,7 @@ FREE_GROUPS = ("run", "health", "trackers", "eval")
 FREE_TO_CHANGE = (
     *PLACES,
     *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
-    *(f"speed.{name}" for name in ("activation_checkpointing", "compile", "channels_last", "ema_device")),
+    *(f"speed.{setting.name}" for setting in fields(SpeedConfig) if setting.name != "teacher_dtype"),
 )
 """Settings that a resumed run may change, beside whole groups."""
 
@@ -101,7 +101,7 @@ class Trainer:
         check_players(config, {name: module for name, module in modules.items() if name in trained})
         self.trained = {name: module.to(self.device).train() for name, module in modules.items() if name in trained}
         self.followers = {name: freeze(m.to(self.device)) for name, m in modules.items() if name not in trained}
-        apply_speed(config.speed, self.trained, self.setting.teacher)
+        apply_speed(config.speed, self.trained, self.setting.teacher, self.followers)
         self.parameters = {name: trainable(module) for name, module in self.trained.items()}
         self.players = Players(**teachers, **self.trained, **self.followers)
         self.optimizers = {name: make_optimizer(m, config.optimizer(name)) for name, m in self.trained.items()}
