@@ -40,7 +40,7 @@ class DiTNetwork(DiffusersTransformer):
         )
         for part in model.modules():  # in training mode each block would drop labels of its own, at random
             if hasattr(part, "dropout_prob") and hasattr(part, "embedding_table"):
-                part.dropout_prob = 0.0
+                part.dropout_prob = 0.0  # type: ignore[assignment]
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B] in the schedule's steps.  Returns [B, C, H, W]."""

@@ -7,14 +7,18 @@ from diffdistill.schema import UserError
 
 NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 """`organisation/model`, or `organisation/model@revision`."""
+LOCAL = ("runs", ".", "..")
 
 FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 NOT_FILES = ("*.fp16*.safetensors", "*.non_ema*.safetensors", "*.fp16.safetensors.index.json", "*/openvino*", "*/flax*")
 
 
 def is_hub_name(place: str) -> bool:
-    """Whether a place can only be a name on the hub: of its form, and no path that begins in a folder here."""
-    return NAME.match(place) is not None and not FilePath(place.partition("/")[0]).exists()
+    """Whether a place can only be a name on the hub: of its form, and no path that begins in a folder here, or in
+    `runs`: a teacher that has yet to be trained is not looked for among strangers.
+    """
+    first = place.partition("/")[0]
+    return NAME.match(place) is not None and first not in LOCAL and not FilePath(first).exists()
 
 
 def fetch_pipeline(place: str) -> FilePath:
