@@ -16,8 +16,16 @@ from diffdistill.ema import EMA, EMAConfig
 from diffdistill.method import Batch, Method, Players, Setting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.sid import SiD
-from diffdistill.networks import ADM, DiTConfig, MLPConfig, UNetConfig
-from diffdistill.networks.lora import LoRASettings, fingerprint, lora_of, merge_lora, with_lora
+from diffdistill.networks import ADM, AnyNetwork, DiTConfig, GuidedConfig, MLPConfig, SignalConfig, UNetConfig
+from diffdistill.networks.lora import (
+    LoRAConfig,
+    LoRASettings,
+    fingerprint,
+    lora_of,
+    merge_lora,
+    with_lora,
+    without_lora,
+)
 from diffdistill.networks.recompute import recomputable_blocks, set_recompute
 from diffdistill.path import EDM
 from diffdistill.schema import UserError
@@ -289,6 +297,14 @@ def test_factors_of_a_base_in_half_precision_are_in_float32() -> None:
     teacher = make_teacher("dit").to(torch.bfloat16)
     player = with_lora(teacher, SETTINGS)
     assert {parameter.dtype for parameter in player.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_a_network_s_config_is_given_back_without_factors_however_deep_they_are(network: AnyNetwork) -> None:
+    inner = LoRAConfig(base=network, lora=SETTINGS)
+    assert without_lora(network) == network
+    assert without_lora(inner) == network
+    assert without_lora(SignalConfig(base=GuidedConfig(base=inner))) == SignalConfig(base=GuidedConfig(base=network))
 
 
 def test_a_fingerprint_tells_bases_apart() -> None:

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -161,9 +161,8 @@ def without_lora(network: Any) -> Any:
     """A network's config with the LoRA in it, if there is one, given up for its base."""
     if isinstance(network, LoRAConfig):
         return network.base
-    if getattr(network, "base", None) is None:
-        return network
-    return replace(network, base=without_lora(network.base))
+    stands_around = any(setting.name == "base" for setting in fields(network))
+    return replace(network, base=without_lora(network.base)) if stands_around else network
 
 
 def fingerprint(base: nn.Module) -> str:
@@ -198,6 +197,7 @@ def _with_factors(net: nn.Module, settings: LoRASettings) -> nn.Module:
         lora_dropout=settings.dropout,
     )
     inject_adapter_in_model(options, net, ADAPTER)
+    del net.peft_config  # which would warn of a second adapter where the merged network gets factors again
     for parameter in _factors(net).parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return net
