@@ -1,100 +1,55 @@
-"""Diffusers pipelines on disk that are one UNet2DModel and a schedule of betas, as denoisers. No pickles are read."""
+"""Diffusers pipelines on disk whose network makes pixels, as images to judge. No pickles are read."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Any
 
 import torch
 
-from diffdistill.denoiser import Denoiser, freeze
+from diffdistill.denoiser import Denoiser
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.places import SamplingOptions, count_parameters, hash_weights
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import ModelRecord
-from diffdistill.path import VPDiscrete
-from diffdistill.sampling import DDIM
+from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families.pipeline import INDEX, read_json
 from diffdistill.schema import UserError
-
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-"""diffusers' names of what a network predicts, and ours."""
 
 
 def is_diffusers(place: FilePath) -> bool:
     """Whether a folder is a diffusers pipeline's or one of its networks'."""
-    return (place / "model_index.json").exists() or _class_name(place / "config.json").endswith("Model")
+    if (place / INDEX).exists():
+        return True
+    config = place / "config.json"
+    return config.exists() and str(read_json(config).get("_class_name", "")).endswith("Model")
 
 
 def open_diffusers(
     place: FilePath, protocol: Protocol, options: SamplingOptions, device: torch.device
 ) -> SampledImages:
-    """The images of a diffusers pipeline with a UNet2DModel and a schedule of betas; by 50 steps of DDIM if no
-    sampler is named. Raises UserError for anything else."""
-    network, scheduler = _parts(place)
-    denoiser = freeze(_denoiser(place, network, scheduler, protocol.labels.num_classes)).to(device)
-    assert isinstance(denoiser, Denoiser)
-    config: Mapping[str, Any] = denoiser.net.model.config  # type: ignore[union-attr, assignment]
-    side = config["sample_size"]
-    height, width = (side, side) if isinstance(side, int) else side
+    """The images of a diffusers pipeline on pixels; by 50 steps of DDIM if no sampler is named.
+
+    Raises UserError for anything else.
+    """
+    if not (place / INDEX).exists():
+        raise UserError(f"{place}: a network without its scheduler; give the pipeline's folder, with {INDEX}")
+    pipeline = open_pipeline(place)
+    if pipeline.class_of("vae"):
+        what = pipeline.index["_class_name"]
+        raise UserError(f"{place}: a diffusers {what}: its network makes latents; give a folder of its images")
+    denoiser = _knowing_no_class(pipeline, protocol.labels.num_classes).to(device)
     return SampledImages(
         denoiser=denoiser,
-        sampler=options.sampler or DDIM(),
+        sampler=options.sampler or pipeline.family.sampler,
         protocol=protocol,
-        image_shape=(config["in_channels"], height, width),
+        image_shape=pipeline.spec.image_shape,
         guidance=options.guidance,
         model=ModelRecord(source=str(place), sha256=hash_weights(denoiser), parameters=count_parameters(denoiser)),
     )
 
 
-def _parts(place: FilePath) -> tuple[FilePath, FilePath]:
-    """The folders of a pipeline's network and scheduler."""
-    index = _read_json(place / "model_index.json") if (place / "model_index.json").exists() else {}
-    network = (index.get("unet") or [None, _class_name(place / "config.json")])[1]
-    if network != "UNet2DModel":
-        what = index.get("_class_name") or network
-        raise UserError(
-            f"{place}: a diffusers {what}: only pipelines with a UNet2DModel are read; for others give a "
-            "folder of their images"
-        )
-    if "scheduler" not in index:
-        raise UserError(f"{place}: a network without its scheduler; give the pipeline's folder, with model_index.json")
-    return place / "unet", place / "scheduler" / "scheduler_config.json"
-
-
-def _denoiser(place: FilePath, network: FilePath, scheduler: FilePath, num_classes: int) -> Denoiser:
-    from diffusers import UNet2DModel
-
-    from diffdistill.networks.diffusers_unet import DiffusersUNet
-
-    try:
-        model = UNet2DModel.from_pretrained(str(network), use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{network}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if model.config.out_channels != model.config.in_channels:
-        raise UserError(
-            f"{network}: predicts variances too (out_channels = {model.config.out_channels}); "
-            "such networks are not read"
-        )
-    settings = _read_json(scheduler)
-    kind = settings.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
-        raise UserError(f"{scheduler}: prediction_type = {kind!r}: choose from {', '.join(PREDICTIONS)}")
-    embedded = model.config.num_class_embeds or 0
-    # A network trained here has one embedding more, for "no class".
-    is_droppable = 0 < num_classes == embedded - 1
-    net = DiffusersUNet(model, num_classes if is_droppable else embedded, knows_unconditional=is_droppable)
-    return Denoiser(net, VPDiscrete.from_scheduler(settings), PREDICTIONS[kind])  # type: ignore[arg-type]
-
-
-def _class_name(file: FilePath) -> str:
-    return str(_read_json(file).get("_class_name", "")) if file.exists() else ""
-
-
-def _read_json(file: FilePath) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: must be a JSON object")
-    return found
+def _knowing_no_class(pipeline: Pipeline, num_classes: int) -> Denoiser:
+    """The pipeline's denoiser; if it has one class more than the protocol, that one is "no class": a network that was
+    trained here has one embedding more."""
+    denoiser = pipeline.load_denoiser()
+    if 0 < num_classes == denoiser.num_classes - 1:
+        denoiser.net = pipeline.family.wrap(denoiser.net.model, num_classes, class_dropout=0.1)  # type: ignore[arg-type]
+    return denoiser

@@ -239,7 +239,7 @@ def test_a_diffusers_pipeline_is_the_denoiser_that_its_files_say(
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "only pipelines with a UNet2DModel"),
+        ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "names diffusers.UNet2DConditionModel"),
         ("model_index.json", {"scheduler": None}, "cannot be read"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type = 'flow': choose from"),
         ("unet/config.json", {"out_channels": 2}, "cannot be read"),
