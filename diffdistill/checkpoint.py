@@ -110,8 +110,14 @@ def select_group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]
     return {name.removeprefix(f"{group}."): t for name, t in tensors.items() if name.startswith(f"{group}.")}
 
 
-def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:
-    """load_state_dict with one readable message. Raises UserError if names or shapes differ."""
+def load_strictly(
+    module: nn.Module, weights: Mapping[str, Tensor], *, origin: str, takes_tensors: bool = False
+) -> None:
+    """load_state_dict with one readable message.
+
+    takes_tensors: put the tensors themselves in the place of the module's, which may be on the meta device.
+    Raises UserError if names or shapes differ.
+    """
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
     faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
@@ -123,7 +129,7 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], *, origin: s
     if faults:
         listed = "; ".join(sorted(faults)[:3])
         raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
-    module.load_state_dict(weights)
+    module.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=takes_tensors)
 
 
 def find_damage(target: FilePath) -> str | None:

@@ -51,6 +51,13 @@ class ModelSpec:
     pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
     base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
 
+    def build_empty(self) -> Denoiser:
+        """The same without weights, for others to be put in: a network is then in memory only once."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            return self.build()
+
     def build(self) -> Denoiser:
         """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
         net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
@@ -90,11 +97,11 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     student = f"{checkpoint.state['student']}."
     group = named if (use_ema or ema) and named in checkpoint.tensors else "players"
     weights = {k.removeprefix(student): v for k, v in checkpoint.tensors[group].items() if k.startswith(student)}
-    denoiser = spec.build()
+    denoiser = spec.build_empty()
     found = lora_of(denoiser)
     if found:
         found.mount(_read_base(spec, checkpoint.state, origin=target).net)
-    load_strictly(denoiser, weights, origin=str(target))
+    load_strictly(denoiser, weights, origin=str(target), takes_tensors=True)
     freeze(denoiser)
     return TrainedModel(denoiser, spec, target)
 
@@ -214,7 +221,7 @@ def load_players(place: str | FilePath, *, base: Denoiser | None = None) -> Trai
         weights = select_group(checkpoint.tensors["ema" if is_averaged else "players"], name)
         denoiser = _start(name, spec, checkpoint.state, weights, origin=target, base=base)
         if denoiser.state_dict().keys() == weights.keys():
-            load_strictly(denoiser, weights, origin=f"{target} ({name})")
+            load_strictly(denoiser, weights, origin=f"{target} ({name})", takes_tensors=True)
             freeze(denoiser)
             found[name] = denoiser
     return TrainedPlayers(found, spec)
@@ -230,7 +237,7 @@ def _start(
     base: Denoiser | None,
 ) -> Denoiser:
     """A player before its weights: as the student; of a run with LoRA, over its base or a copy of that."""
-    denoiser = spec.build()
+    denoiser = spec.build_empty()
     if spec.base is None:
         return denoiser
     base = _read_base(spec, state, origin=origin, base=base)
