@@ -42,6 +42,11 @@ class DiTNetwork(DiffusersTransformer):
             if hasattr(part, "dropout_prob") and hasattr(part, "embedding_table"):
                 part.dropout_prob = 0.0  # type: ignore[assignment]
 
+    @property
+    def embedders(self) -> list[nn.Module]:
+        """Each block has one of its own; the first's is also the output layer's."""
+        return [self.blocks[0].norm1.emb]  # type: ignore[union-attr, list-item]
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B] in the schedule's steps.  Returns [B, C, H, W]."""
         label = x.new_full((len(x),), self.num_classes).long() if cond.label is None else cond.label

@@ -54,6 +54,10 @@ class StableDiffusionXL(Family):
 class StableDiffusionXLUNet(StableDiffusionUNet):
     """`UNet2DConditionModel` with the pooled text and the sizes added to its embedding of time."""
 
+    @property
+    def embedders(self) -> list[nn.Module]:
+        return [self.model.time_embedding, self.model.add_embedding]  # type: ignore[list-item]
+
     def added(self, cond: Cond) -> dict[str, Tensor]:
         assert cond.pooled_text is not None
         assert cond.size is not None

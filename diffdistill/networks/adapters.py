@@ -5,6 +5,7 @@ offset, the same at every position, and cross-attention to a few tokens. Not imp
 positions, text tokens.
 """
 
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from diffdistill.attention import attention
 from diffdistill.checkpoint import load_strictly
 from diffdistill.denoiser import Cond, Denoiser, device_of, freeze
+from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.guided import (
     Around,
     GuidanceEncoding,
@@ -25,6 +27,7 @@ from diffdistill.networks.guided import (
     embedding_width,
     zeroed,
 )
+from diffdistill.networks.hooked import HookedBlock, hooked_blocks
 from diffdistill.networks.plain import PlainNetwork
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, UserError, field, schema
@@ -95,7 +98,7 @@ class Adapted(GuidedBase):
         self.base.eval()
         return self
 
-    def changes(self, scale: Tensor, cond: Cond) -> list[tuple[Recomputable, Around]]:
+    def changes(self, scale: Tensor, cond: Cond) -> list[tuple[Recomputable | HookedBlock, Around]]:
         code = self.encode(scale)
 
         def behind(adapter: nn.Module) -> Around:
@@ -110,8 +113,10 @@ class Adapted(GuidedBase):
 
         return [(block, behind(adapter)) for block, adapter in zip(self._blocks(), self.adapters, strict=True)]
 
-    def _blocks(self) -> list[Recomputable]:
+    def _blocks(self) -> Sequence[Recomputable | HookedBlock]:
         """The blocks that have an adapter."""
+        if isinstance(self.base, DiffusersNetwork):
+            return hooked_blocks(self.base)
         found = blocks_of(self.base)
         if self.config.placement == "attention":
             found = [block for block in found if getattr(block, "heads", 0)]

@@ -67,6 +67,17 @@ class DiffusersNetwork(nn.Module, ABC):
     def middle(self) -> nn.Module:
         """The block whose output is tapped."""
 
+    @property
+    def attention_blocks(self) -> list[nn.Module]:
+        """The blocks with attention, in the order of the model's modules."""
+        return [part for part in self.model.modules() if type(part).__name__.endswith("TransformerBlock")]
+
+    @property
+    def embedders(self) -> list[nn.Module]:
+        """The modules whose outputs [B, width] are together what the model is told of time, and of what it adds to
+        it; at least one, and the first always called."""
+        return [next(part for part in self.model.modules() if type(part).__name__ == "TimestepEmbedding")]
+
     def read_tap(self, output: Any, x: Tensor) -> Tensor:
         """The middle's output for input x [B, C, H, W] as a map [B, C', h, w]."""
         assert isinstance(output, Tensor)

@@ -45,6 +45,15 @@ class DiffusersUNet(DiffusersUNetBlocks):
             resolution_multiple=2 ** (len(model.config.down_block_types) - 1),  # type: ignore[union-attr, arg-type]
         )
 
+    @property
+    def attention_blocks(self) -> list[nn.Module]:
+        return [part for part in self.model.modules() if type(part).__name__ == "Attention"]
+
+    @property
+    def embedders(self) -> list[nn.Module]:
+        found = (self.model.time_embedding, self.model.class_embedding)
+        return [part for part in found if isinstance(part, nn.Module)]
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B] in the schedule's steps.  Returns [B, C, H, W]; learned variances go."""
         output: Tensor = self.model(x, time_input, class_labels=cond.label, return_dict=False)[0]

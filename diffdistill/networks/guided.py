@@ -6,7 +6,7 @@ of its weights stay as they are, and without a w the call is the base's own, bit
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.networks.hooked import HookedBlock
 from diffdistill.networks.lora import BaseNetwork, LoRA
 from diffdistill.networks.recompute import Recomputable, recomputable_blocks
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
@@ -34,7 +35,7 @@ class GuidedBase(nn.Module, ABC):
         self.resolution_multiple = int(base.resolution_multiple)  # type: ignore[arg-type]
 
     @abstractmethod
-    def changes(self, scale: Tensor, cond: Cond) -> list[tuple[Recomputable, Around]]:
+    def changes(self, scale: Tensor, cond: Cond) -> Sequence[tuple[Recomputable | HookedBlock, Around]]:
         """What is called in the place of which block.  scale: w [B]."""
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
@@ -144,8 +145,10 @@ def blocks_of(base: nn.Module) -> list[Recomputable]:
     return found
 
 
-def embedding_width(block: Recomputable) -> int:
+def embedding_width(block: Recomputable | HookedBlock) -> int:
     """Channels of the embedding of time and class that a block is given."""
+    if isinstance(block, HookedBlock):
+        return block.embedding_width
     modulate: Any = block.modulate  # a linear layer, or peft's around one
     return int(modulate.in_features)
 
