@@ -56,7 +56,8 @@ class HookedBlock:
 
     def __init__(self, block: nn.Module, embedding: Embedding) -> None:
         self.block, self.embedding = block, embedding
-        self.channels = int(next(part.to_q.in_features for part in block.modules() if hasattr(part, "to_q")))
+        query: Any = next(part.to_q for part in block.modules() if hasattr(part, "to_q"))
+        self.channels = int(query.in_features)
         self.embedding_width = embedding.width
         self._handle: RemovableHandle | None = None
         self._around: Callable[..., Tensor] | None = None
