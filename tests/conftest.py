@@ -97,6 +97,18 @@ optimizers:
   generator: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "scm": f"""
+method: {{name: scm, steps: {{init_ratio: 10}}, guidance: 2, warmup: 2}}
+optimizers:
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "mean_flow": f"""
+method: {{name: mean_flow, steps: {{init_ratio: 10}}, velocity: data, guidance: 2, kappa: 0.5, width: 8}}
+optimizers:
+  generator: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "tsm": f"""
 method: {{name: tsm, student_sampler: {{name: heun, num_steps: 3, rho: 5}}}}
 model:

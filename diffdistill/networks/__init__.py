@@ -13,6 +13,7 @@ from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.lora import LoRAConfig
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.signal import SignalConfig
+from diffdistill.networks.two_times import TwoTimesConfig
 from diffdistill.networks.unet import UNetConfig
 
 AnyNetwork = Annotated[
@@ -25,6 +26,7 @@ AnyNetwork = Annotated[
     | DiffusersConfig
     | SignalConfig
     | GuidedConfig
+    | TwoTimesConfig
     | AdaptedConfig
     | LoRAConfig,
     Field(discriminator="name"),

@@ -24,12 +24,14 @@ Around = Callable[..., Tensor]
 
 
 class GuidedBase(nn.Module, ABC):
-    """A base network whose blocks take part in guidance. A `Network`."""
+    """A base network whose blocks take part in guidance. A `Network`.  part: of Cond, that the blocks are told."""
+
+    part = "guidance_input"
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.accepts: frozenset[str] = base.accepts | {"guidance_input"}  # type: ignore[operator]
+        self.accepts: frozenset[str] = base.accepts | {self.part}  # type: ignore[operator]
         self.num_classes = int(base.num_classes)  # type: ignore[arg-type]
         self.knows_unconditional = bool(base.knows_unconditional)
         self.resolution_multiple = int(base.resolution_multiple)  # type: ignore[arg-type]
@@ -40,26 +42,31 @@ class GuidedBase(nn.Module, ABC):
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, ...]; time_input: [B].  Returns x's shape."""
-        with self._changed(cond) as rest:
+        with self._changed(cond, x) as rest:
             output: Tensor = self.base(x, time_input, rest)
         return output
 
     def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """The base's bottleneck."""
-        with self._changed(cond) as rest:
+        with self._changed(cond, x) as rest:
             tapped: Tensor = self.base.features(x, time_input, rest)  # type: ignore[operator]
         return tapped
 
     def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Output and bottleneck from one pass."""
-        with self._changed(cond) as rest:
+        with self._changed(cond, x) as rest:
             both: tuple[Tensor, Tensor] = self.base.forward_with_features(x, time_input, rest)  # type: ignore[operator]
         return both
 
+    def told(self, cond: Cond, like: Tensor) -> Cond:
+        """The condition with what is missing in it.  like: x."""
+        return cond
+
     @contextmanager
-    def _changed(self, cond: Cond) -> Iterator[Cond]:
+    def _changed(self, cond: Cond, like: Tensor) -> Iterator[Cond]:
         """The base with its blocks changed; gives the rest of the condition."""
-        rest, scale = replace(cond, guidance_input=None), cond.guidance_input
+        scale: Tensor | None = getattr(self.told(cond, like), self.part)
+        rest = replace(cond, **{self.part: None})
         changes = [] if scale is None else self.changes(scale, rest)
         for block, around in changes:
             block.around = around

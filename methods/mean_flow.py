@@ -1,0 +1,149 @@
+"""Mean Flows for One-step Generative Modeling (MeanFlow).  Geng et al. 2025, arXiv:2505.13447.
+
+Implemented: the MeanFlow identity with its tangent by forward-mode differentiation, the adaptive loss, the share of
+r = t, guidance inside the target (omega and kappa, on an interval of t); the velocity from data, or from a teacher.
+Flow matching's line z = (1 - t) x0 + t eps may be any path's: t = ratio / (1 + ratio). The student is a denoiser that
+is told r besides, u(z, r, t) = (z - D(z, r, t)) / t, so that r = t leaves it E[x0 | z] and r = 0 is the image.
+Not implemented: several steps along the line, schedules of the share.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.draws import Draws
+from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.networks.guided import take_weights
+from diffdistill.networks.lora import BaseNetwork
+from diffdistill.networks.two_times import TwoTimesConfig
+from diffdistill.path import Prediction, expand
+from diffdistill.sampling import FewSteps
+from diffdistill.schema import Fraction, NonNegative, Positive, PositiveInt, UserError, field, schema
+from diffdistill.timesteps import AnyTimeLaw, LogNormal
+
+
+@schema
+class MeanFlow(Method):
+    """velocity: of the line, by the teacher (distillation) or from data and noise.  guidance, kappa: omega and kappa.
+    guidance_interval: of t, where they hold.  class_dropout: where the student's own estimate without class is used,
+    the share of samples that train it.  share_equal: of samples with r = t.  power, constant: of the loss."""
+
+    name: Literal["mean_flow"] = "mean_flow"
+    steps: FewSteps = field(default_factory=lambda: FewSteps(init_ratio=80.0))
+    velocity: Literal["teacher", "data"] = "teacher"
+    guidance: float = 1.0
+    kappa: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    class_dropout: Fraction = 0.1
+    time_law: AnyTimeLaw = field(default_factory=lambda: LogNormal(mean=-0.4, std=1.0))
+    share_equal: Fraction = 0.75
+    power: NonNegative = 1.0
+    constant: Positive = 0.01
+    width: PositiveInt = 64
+
+    student = "generator"
+    needs_images = True
+    updates = (Update(("generator",), "generator_loss"),)
+
+    @property
+    def keeps_teacher(self) -> bool:
+        return self.velocity == "teacher"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the target holds the student's own estimates."""
+        return self.velocity == "data" and (self.guidance, self.kappa) != (1, 0)
+
+    def sampler(self, setting: Setting) -> FewSteps:
+        return self.steps
+
+    def student_model(
+        self, network: BaseNetwork, predicts: Prediction, setting: Setting
+    ) -> tuple[TwoTimesConfig, Prediction]:
+        return TwoTimesConfig(base=network, width=self.width), predicts
+
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        """The teacher's weights and a new input. Raises UserError where guidance has no meaning to the teacher."""
+        teacher, student = setting.teacher, setting.network
+        if teacher is None or student is None:
+            raise UserError("teacher: this method starts from one; name a pretrained run")
+        if (self.guidance, self.kappa) != (1, 0) and not teacher.net.knows_unconditional:
+            raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
+        take_weights(student, setting.initial.get("generator", teacher))
+        return {"generator": student}
+
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        """t and r by the same law, the greater is t."""
+        uniforms, path = rng.uniforms(["s", "t", "equal"]), setting.path
+        times = torch.stack([line_time(path.ratio(self.time_law(uniforms[name], path))) for name in ("s", "t")])
+        last = times.amax(0)
+        return {
+            "t": last,
+            "r": torch.where(uniforms["equal"] < self.share_equal, last, times.amin(0)),
+            "eps": rng.normal("eps", setting.image_shape),
+            **({"is_dropped": rng.uniform("class dropout") < self.class_dropout} if self.mixes else {}),
+        }
+
+    def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
+        """sg[(||e||^2 + c)^-p] ||e||^2 with e = u - sg[u_target], equation 22."""
+        z = line(batch.images, draw["eps"], draw["t"])
+        if self.mixes:
+            batch = replace(batch, cond=players.generator.drop_condition(batch.cond, draw["is_dropped"]))
+        mean = self.mean_velocity(players, z, draw["r"], draw["t"], batch.cond)
+        error = (mean - self.target(players, draw, batch, z)).square().flatten(1).sum(1)
+        weight = (error.detach() + self.constant) ** -self.power
+        return Loss((weight * error).mean(), {"error": error.mean().detach()})
+
+    @torch.no_grad()
+    def target(self, players: Players, draw: Draw, batch: Batch, z: Tensor) -> Tensor:
+        """v - (t - r) du/dt, the derivative along z' = v, t' = 1: the MeanFlow identity, equations 10 and 11."""
+        r, t = draw["r"], draw["t"]
+        velocity = self.velocity_at(players, draw, batch, z).to(z.dtype)
+        _, change = torch.func.jvp(
+            lambda z, t: self.mean_velocity(players, z, r, t, batch.cond), (z, t), (velocity, torch.ones_like(t))
+        )
+        return velocity - expand(t - r, z) * change
+
+    def velocity_at(self, players: Players, draw: Draw, batch: Batch, z: Tensor) -> Tensor:
+        """eps - x0, or the teacher's expectation of it, guided on the interval: equation 19 with kappa, appendix."""
+        t, cond = draw["t"], batch.cond
+        low, high = self.guidance_interval
+        is_guided = (t >= low) & (t <= high)
+        if self.velocity == "teacher":
+            w = torch.where(is_guided, self.guidance, 1.0) if self.guidance != 1 else 1.0
+            x, time = on_path(players.teacher, z, t)
+            return (z - players.teacher(x, time, cond, guidance=w)) / expand(t, z)
+        plain = draw["eps"] - batch.images
+        if not self.mixes:
+            return plain
+        null = players.generator.unconditional(cond)
+        free, own = (self.mean_velocity(players, z, t, t, c) for c in (null, cond))
+        mixed = self.guidance * plain + (1 - self.guidance - self.kappa) * free + self.kappa * own
+        is_guided = is_guided & ~draw["is_dropped"]
+        return torch.where(is_guided.reshape(-1, *[1] * (z.ndim - 1)), mixed, plain)
+
+    def mean_velocity(self, players: Players, z: Tensor, r: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """u(z, r, t, c), the velocity's mean from r to t.  z: [B, ...]; r, t: [B]."""
+        x, time = on_path(players.generator, z, t)
+        return (z - players.generator(x, time, replace(cond, second_time=r))) / expand(t, z)
+
+
+def line_time(ratio: Tensor) -> Tensor:
+    """t in (0, 1) of z = (1 - t) x0 + t eps at a noise-to-signal ratio, float64."""
+    return ratio / (1 + ratio)
+
+
+def line(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z at t: [B]."""
+    return ((1 - expand(t, x0)) * x0 + expand(t, x0) * eps).to(x0.dtype)
+
+
+def on_path(denoiser: nn.Module, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The denoiser's x and time at the line's z and t."""
+    time = denoiser.path.time_of_ratio(t / (1 - t))  # type: ignore[union-attr, operator]
+    scale = denoiser.path.alpha(time) / (1 - t)  # type: ignore[union-attr, operator]
+    return z * expand(scale, z), time

@@ -1,0 +1,29 @@
+"""sCM on digits through the Python API: the same run as `diffdistill train scm/digits`.
+
+First make a teacher:  diffdistill pretrain pretrain/digits
+"""
+
+from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.ema import EMAConfig
+from diffdistill.methods.scm import SCM
+from diffdistill.sampling import FewSteps
+from diffdistill.timesteps import LogNormal
+from diffdistill.trainer import Trainer
+
+method = SCM(
+    steps=FewSteps(init_ratio=20.0, init_noise="sigma"),
+    time_law=LogNormal(mean=-0.2, std=1.6),
+    warmup=200,  # iterations until f is asked to be constant along the teacher's trajectory
+)
+config = RunConfig(
+    run="runs/digits-scm",
+    teacher="runs/digits-teacher",
+    method=method,
+    optimizers={"default": OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), decay="linear", decay_start=0.5)},
+    ema=EMAConfig(halflife_images=4400, ramp=0),
+    health=None,
+    train=TrainConfig(steps=400, global_batch_size=64),
+)
+
+if __name__ == "__main__":
+    print(Trainer(config).run())
