@@ -110,7 +110,9 @@ def merge_model(model: TrainedModel) -> TrainedModel:
     """The same model without LoRA's factors, which become part of weights of its own."""
     network = without_lora(model.spec.model.network)
     spec = replace(model.spec, base=None, model=replace(model.spec.model, network=network))
-    return replace(model, denoiser=freeze(merge_lora(model.denoiser)), spec=spec)
+    merged = merge_lora(model.denoiser)
+    freeze(merged)
+    return replace(model, denoiser=merged, spec=spec)
 
 
 def _read_base(

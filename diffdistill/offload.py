@@ -25,7 +25,8 @@ def offload(module: nn.Module, device: torch.device) -> None:
             continue
         for parameter in part._parameters.values():
             if parameter is not None:
-                parameter.data = parameter.data.cpu()
+                if parameter.device.type != "cpu":
+                    parameter.data = parameter.data.cpu()
                 if device.type == "cuda" and torch.cuda.is_available():
                     parameter.data = parameter.data.pin_memory()
         part.register_forward_pre_hook(partial(_fetch, device))
@@ -39,10 +40,14 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def _fetch(device: torch.device, layer: nn.Module, *_: Any) -> None:
     # New parameters, not new data in the old ones: autograd may have to find these again in the backward pass.
-    home = {name: p for name, p in layer._parameters.items() if p is not None and p.device != device}
+    home = {name: p for name, p in layer._parameters.items() if p is not None and _is_elsewhere(p, device)}
     layer.__dict__[AWAY] = home
     for name, parameter in home.items():
         layer._parameters[name] = nn.Parameter(parameter.to(device, non_blocking=True), requires_grad=False)
+
+
+def _is_elsewhere(parameter: nn.Parameter, device: torch.device) -> bool:
+    return parameter.device != device
 
 
 def _release(layer: nn.Module, *_: Any) -> None:

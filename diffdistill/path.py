@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -330,9 +329,10 @@ class VPDiscrete(Path):
         return self._piece(t)[1]
 
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        rising = -self._log_ratios.cpu().numpy()
-        position = np.interp(ratio.double().log().cpu().numpy(), rising, np.arange(len(rising)))
-        return torch.as_tensor(position, dtype=torch.float64, device=ratio.device)
+        rising = -self._log_ratios.to(ratio.device)
+        value = ratio.double().log().clamp(rising[0], rising[-1])
+        index = torch.searchsorted(rising, value.contiguous(), right=True).sub(1).clamp(0, len(rising) - 2)
+        return index + (value - rising[index]) / (rising[index + 1] - rising[index])
 
     def time_input(self, t: Tensor) -> Tensor:
         return t.double()

@@ -230,6 +230,7 @@ class TCD:
     num_steps: calls.  eta: the paper's gamma; 0 is DDIM, 1 is multistep consistency sampling.  grid: the times that the
     student was trained at, of which the calls take an even choice.  The last jump ends at time 0: on a continuous
     path that is x0, on a discrete one its first index, as in the authors' scheduler.
+    init_noise: "sigma" begins with sigma_t n; "unit" with n itself, as the authors' scheduler.
     Zheng et al. 2024, arXiv:2402.19159, section 4.2.
     """
 
@@ -237,6 +238,7 @@ class TCD:
     num_steps: PositiveInt = 4
     eta: Fraction = 0.3
     grid: DDIM = field(default_factory=DDIM)
+    init_noise: Literal["sigma", "unit"] = "sigma"
 
     def __post_init__(self) -> None:
         if self.num_steps > self.grid.num_steps:
@@ -285,7 +287,7 @@ class TCD:
 
     def _run(self, path: Path, guided: Guided, noise: Tensor, step: int, fresh_noise: FreshNoise | None) -> "StepInput":
         times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
-        x = noise * expand(path.sigma(times[0]), noise)
+        x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
         for i in range(step):
             t, following = times[i], times[i + 1]
             target = (1 - self.eta) * following

@@ -52,7 +52,7 @@ def apply_speed(
     """
     players = ({} if teacher is None else {"teacher": teacher}) | dict(trained)
     denoisers = {name: module for name, module in players.items() if isinstance(module, Denoiser)}
-    _check(speed, denoisers)
+    _check(speed, denoisers, has_teacher=teacher is not None)
     if speed.teacher_dtype == "bf16" and teacher is not None:
         store_in_bf16(teacher)
         for player in (*trained.values(), *(followers or {}).values()):
@@ -70,9 +70,9 @@ def apply_speed(
                 part.compile(backend=speed.compile)
 
 
-def _check(speed: SpeedConfig, players: Mapping[str, Denoiser]) -> None:
+def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: bool) -> None:
     """Raise UserError for what cannot be; blocks that can be recomputed are told to be."""
-    if speed.teacher_dtype == "bf16" and "teacher" not in players:
+    if speed.teacher_dtype == "bf16" and not has_teacher:
         raise UserError("speed.teacher_dtype = 'bf16': this method has no teacher; use fp32")
     for name, denoiser in players.items():
         network = type(denoiser.net).__name__
@@ -84,7 +84,7 @@ def _check(speed: SpeedConfig, players: Mapping[str, Denoiser]) -> None:
             raise UserError(f"speed.channels_last: {name}'s network {network} has no convolutions; use false")
         if speed.teacher_device == "cpu" and lora_of(denoiser):
             raise UserError(f"speed.teacher_device = 'cpu': {name} stands over the teacher's weights; use same")
-    if speed.teacher_device == "cpu" and (speed.compile or "teacher" not in players):
+    if speed.teacher_device == "cpu" and (speed.compile or not has_teacher):
         why = "does not go with speed.compile" if speed.compile else "this method has no teacher"
         raise UserError(f"speed.teacher_device = 'cpu': {why}; use same")
 

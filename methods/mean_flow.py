@@ -105,7 +105,7 @@ class MeanFlow(Method):
         velocity = self.velocity_at(players, draw, batch, z).to(z.dtype)
         _, change = torch.func.jvp(
             lambda z, t: self.mean_velocity(players, z, r, t, batch.cond), (z, t), (velocity, torch.ones_like(t))
-        )
+        )[:2]
         return velocity - expand(t - r, z) * change
 
     def velocity_at(self, players: Players, draw: Draw, batch: Batch, z: Tensor) -> Tensor:

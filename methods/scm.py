@@ -93,7 +93,7 @@ class SCM(Method):
         velocity = (cos * x - towards) / sin
         estimate, change = torch.func.jvp(
             lambda x, tau: consistency(student, x, tau, cond), (x, tau), (velocity.to(x.dtype), torch.ones_like(tau))
-        )
+        )[:2]
         first = -(cos**2) * (towards - estimate) / sin
         return self.bounded(first + draw["ramp"] * (cos * change - first))
 

@@ -1,6 +1,5 @@
 """Guidance adapters behind the blocks of diffusers' models, whose code and weights stay as they are."""
 
-
 import pytest
 import torch
 from stand_ins import save_stand_in

@@ -19,6 +19,7 @@ class DiT(Family):
     network_classes = ("DiTTransformer2DModel", "Transformer2DModel")  # the second: of diffusers before 0.29
     parts: ClassVar = {"vae": ("AutoencoderKL",)}
     class_dropout = 0.1
+    steps_argument = "num_inference_steps"
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "DiTNetwork":
         return DiTNetwork(model, num_classes)

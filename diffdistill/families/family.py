@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_pr
 """diffusers' names of what a network predicts on a schedule of betas, and ours."""
 
 ImageShape = tuple[int, int, int]
+
+StepsArgument = Literal["timesteps", "sigmas", "num_inference_steps"]
+"""The argument by which a pipeline is told its steps."""
 
 
 class Family(ABC):
@@ -33,6 +36,15 @@ class Family(ABC):
     those that encode prompts. A pipeline may lack them."""
     class_dropout: ClassVar[float] = 0.0
     """The share of its training samples that had no condition; 0 if it was never trained so."""
+    stock_pipeline: ClassVar[str | None] = None
+    """The class of diffusers that an exported student is loaded by; None for the teacher's own."""
+    steps_argument: ClassVar[StepsArgument] = "timesteps"
+    plain_call: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
+    """The pipeline's arguments that turn off what a student does without: guidance, and what depends on it."""
+
+    def has_stock_pipeline(self, options: Mapping[str, Any]) -> bool:
+        """Whether the pipeline gives a network with these options all that it takes."""
+        return True
 
     @property
     def takes_text(self) -> bool:

@@ -1,0 +1,1 @@
+"""Out to diffusers: folders and LoRA files that others load without this package."""

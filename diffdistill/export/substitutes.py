@@ -1,0 +1,26 @@
+"""What stands in an exported file for the parts of this package that need more than torch and diffusers.
+
+`bundle` puts these in the place of the originals that have their names.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def schema(cls: type) -> type:
+    """A frozen, keyword-only dataclass. What it holds was checked when the model was exported."""
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def field(*, default_factory: Callable[[], Any]) -> Any:
+    """A dataclass' field with a default that is made anew."""
+    return dataclasses.field(default_factory=default_factory)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v.  q, k, v: [B, H, N, D]."""
+    return F.scaled_dot_product_attention(q, k, v)

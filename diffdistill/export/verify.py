@@ -1,0 +1,71 @@
+"""Does an exported folder make the images of the run that it came from, where this package cannot be imported?"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+TOLERANCE = 1e-5
+"""The greatest difference of any value of two images in [-1, 1], float32."""
+
+
+class ExportError(RuntimeError):
+    """The exported folder does not do what the run does."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """call: the arguments of the folder's pipeline, by seed 0.  expected: its images, as the run makes them."""
+
+    folder: FilePath
+    call: Mapping[str, Any]
+    expected: Tensor
+
+
+def verify(checks: Sequence[Check], *, tolerance: float = TOLERANCE) -> list[float]:
+    """Load all folders in one new process that cannot import this package, and compare their images.
+
+    Returns the greatest difference of each.  Raises ExportError if one cannot be loaded or differs by more.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        made = _call(checks, FilePath(name))
+    differences = []
+    for check, images in zip(checks, made, strict=True):
+        if images.shape != check.expected.shape:
+            raise ExportError(f"{check.folder}: makes {tuple(images.shape)}, not {tuple(check.expected.shape)}")
+        difference = float((images.double() - check.expected.double().cpu()).abs().max())
+        if not difference <= tolerance:
+            raise ExportError(f"{check.folder}: its images differ from the run's by up to {difference:.2g}")
+        differences.append(difference)
+    return differences
+
+
+def _call(checks: Sequence[Check], place: FilePath) -> list[Tensor]:
+    requests = [
+        {"folder": str(check.folder.resolve()), "output": str(place / f"{number}.safetensors"), "call": {**check.call}}
+        for number, check in enumerate(checks)
+    ]
+    (place / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
+    # A home of its own for the code that diffusers copies; nothing is asked of the network.
+    settings = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-I", str(FilePath(__file__).with_name("reload.py")), str(place / "requests.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=place,
+        env=os.environ | settings | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise ExportError(f"the exported folder cannot be used without diffdistill: {last}")
+    return [load_file(request["output"])["images"] for request in requests]
