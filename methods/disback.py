@@ -119,10 +119,17 @@ class DisBack(Wrapper):
 
 def _score(setting: Setting) -> Denoiser:
     """A trainable copy of the teacher, or of the smaller network that this run starts from, as the fake score is."""
-    initial = setting.initial if len(setting.initial) == 1 else {}
+    assert setting.teacher is not None
+    fake = setting.initial.get("fake")
+    is_other = fake is not None and not lora_of(fake) and _shapes(fake) != _shapes(setting.teacher)
+    initial = setting.initial if is_other or len(setting.initial) == 1 else {}
     score = replace(setting, initial=initial).copies("fake")["fake"]
     assert isinstance(score, Denoiser)
     return score
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _load(module: nn.Module, stored: Mapping[str, Tensor], i: int) -> None:

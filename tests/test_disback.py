@@ -109,6 +109,25 @@ def test_the_target_is_not_the_teacher():
     assert gap > 0.01
 
 
+class Shifted(Gaussian):
+    """A network of other weights than the teacher's."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__(mean, std)
+        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        return super().forward(x, time_input, cond) + self.shift
+
+
+def test_the_path_is_of_the_network_that_the_fake_score_starts_as():
+    smaller = {name: Denoiser(Shifted(0.7, 0.5), PATH, "x0") for name in ("generator", "fake")}
+    here = replace(setting(), initial=smaller)
+    players = Players(teacher=here.teacher, **METHOD.players(here))
+    METHOD.begin(players, METHOD.prepare(here, seed=0))
+    assert all("net.shift" in players[name].state_dict() for name in ("fake", "target"))
+
+
 def test_weights_under_other_names_are_refused():
     # What the released code does: the state of a module around the score, read without strictness.
     here = setting()
