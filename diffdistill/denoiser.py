@@ -15,6 +15,7 @@ from diffdistill.schema import UserError
 
 if TYPE_CHECKING:
     from diffdistill.conditions import Conditions
+    from diffdistill.networks.negative import NegativePrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class Denoiser(nn.Module):
         self.predicts: Prediction = predicts
         self.sigma_data = sigma_data
         self.conditions: Conditions | None = None
+        self.negative: NegativePrompt | None = None  # what its attention steers away from; by `steer_away`
         self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
 
     def forward(
@@ -189,6 +191,8 @@ class Denoiser(nn.Module):
 
     def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
         cond = self.resolve(cond)
+        if self.negative is not None:
+            cond = self.negative.behind(cond)
         if self.autocast is not None:
             with torch.autocast(x_t.device.type, self.autocast):
                 return self._call(x_t, t, cond, want)

@@ -50,6 +50,8 @@ class ModelSpec:
     classes: tuple[int, ...] = ()  # that it was trained on; empty for all
     pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
     base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
+    negative_prompt: str | None = None  # that its attention steers away from
+    negative_scale: float = 0.0
 
     def build_empty(self) -> Denoiser:
         """The same without weights, for others to be put in: a network is then in memory only once."""
@@ -82,6 +84,7 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     Raises UserError if there is none or it is damaged.
     """
     from diffdistill.families import is_pipeline, load_pipeline
+    from diffdistill.negative import steer
 
     if is_pipeline(place):
         return load_pipeline(place)
@@ -103,6 +106,7 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
         found.mount(_read_base(spec, checkpoint.state, origin=target).net)
     load_strictly(denoiser, weights, origin=str(target), takes_tensors=True)
     freeze(denoiser)
+    steer(denoiser, spec)
     return TrainedModel(denoiser, spec, target)
 
 

@@ -38,13 +38,14 @@ def attention(
     """softmax(scale q k^T) v, as `torch.nn.functional.scaled_dot_product_attention`, with derivatives of both modes.
 
     q: [B, H, M, D]; k, v: [B, H, N, D].  mask: bool (True: seen) or additive, broadcastable to [B, H, M, N].
-    key_lengths: [B] int32, the number of keys that each sample sees, in place of a mask.  scale: default 1/sqrt(D).
+    key_lengths: [B] whole numbers, of the keys that each sample sees, in place of a mask.  scale: default 1/sqrt(D).
     backend: default that of `use_attention`, else auto.  Returns [B, H, M, D].
     Raises UserError where the backend cannot do that.
     """
     if key_lengths is not None and (mask is not None or causal):
         raise UserError("attention: give key_lengths or a mask, not both")
-    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, mask, key_lengths, causal, dropout)
+    lengths = _checked(key_lengths, k)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, mask, lengths, causal, dropout)
     name = _for_layer(current_backend(), q, k, v, options) if backend is None else check_backend(backend)
     with inside():
         if any(map(is_dual, (q, k, v))):
@@ -70,24 +71,40 @@ def attention_difference(
     weight: float,
     key_lengths: Tensor | None = None,
     other_key_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    other_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """A(q, k, v) - weight A(q, other_k, other_v): cross attention that steers away from a second context.
 
-    other_k, other_v: [B, H, N', D].  One pass over q on a GPU where our kernel fits, else two attentions.
-    SNOOPI's negative-away steer attention: Nguyen et al. 2024, arXiv:2412.02687, section 3.2.
+    other_k, other_v: [B, H, N', D]; lengths and masks as `attention`'s.  One pass over q on a GPU where our kernel
+    fits and nothing has a mask, else two attentions.
+    Negative-away steer attention: Nguyen et al. 2024, arXiv:2412.02687, section 3.2.
     """
-    tensors, lengths = (q, k, v, other_k, other_v), (key_lengths, other_key_lengths)
+    tensors, lengths = (q, k, v, other_k, other_v), (_checked(key_lengths, k), _checked(other_key_lengths, other_k))
     fits = not kernels.unfit(q, k, v, kernel="difference") and not kernels.unfit(q, other_k, other_v)
     if (
         no_kernels(q.device) is None
         and fits
+        and mask is None
+        and other_mask is None
         and not any(map(is_dual, tensors))
         and current_backend() in ("auto", "cuda")
     ):
         return ops.cuda_difference(*tensors, *lengths, weight, q.shape[-1] ** -0.5 if scale is None else scale)
-    towards = attention(q, k, v, key_lengths=key_lengths, scale=scale)
-    return towards - weight * attention(q, other_k, other_v, key_lengths=other_key_lengths, scale=scale)
+    towards = attention(q, k, v, key_lengths=key_lengths, mask=mask, scale=scale)
+    other = attention(q, other_k, other_v, key_lengths=other_key_lengths, mask=other_mask, scale=scale)
+    return towards - weight * other
+
+
+def _checked(key_lengths: Tensor | None, k: Tensor) -> Tensor | None:
+    """Key lengths as kernels read them: [B] int32 on the keys' device. Raises UserError."""
+    if key_lengths is None:
+        return None
+    if key_lengths.shape != k.shape[:1] or key_lengths.is_floating_point() or key_lengths.dtype == torch.bool:
+        shown = f"{list(key_lengths.shape)} {str(key_lengths.dtype).removeprefix('torch.')}"
+        raise UserError(f"attention: key_lengths must be {k.shape[0]} whole numbers, one a sample, not {shown}")
+    return key_lengths.to(k.device, torch.int32).contiguous()
 
 
 def is_dual(x: Tensor) -> bool:

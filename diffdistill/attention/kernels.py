@@ -116,8 +116,8 @@ def forward(
     launch: Launch, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H, M, D] and its log-sum-exp [B, H, M] float32.  key_lengths: [B] int32, or None."""
+    out, lse = empty_rows(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q, k, v = map(dense_rows, (q, k, v))
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     arguments = ForwardArguments(_shape(q, k, scale, key_lengths), *map(_tensor, (q, k, v, out)), lse.data_ptr())
     launch("forward", arguments, _variant(q), _blocks(q), q)
     return out, lse
@@ -136,8 +136,8 @@ def difference(
     scale: float,
 ) -> Tensor:
     """A(q, k, v) - weight A(q, other_k, other_v), [B, H, M, D]."""
+    out = empty_rows(q)
     q, k, v, other_k, other_v = map(dense_rows, (q, k, v, other_k, other_v))
-    out = torch.empty_like(q)
     tensors = map(_tensor, (q, k, v, other_k, other_v, out))
     others = None if other_key_lengths is None else other_key_lengths.data_ptr()
     arguments = DifferenceArguments(_shape(q, k, scale, key_lengths), *tensors, other_k.shape[2], weight, others)
@@ -164,9 +164,9 @@ def tangent(
     """
     moving = tk is not None or tv is not None
     tk, tv = (torch.zeros_like(x) if t is None and moving else t for x, t in ((k, tk), (v, tv)))
+    lse, made = lse.contiguous(), empty_rows(q)
     q, k, v, out, tq = map(dense_rows, (q, k, v, out, tq))
     moved = [k if t is None else dense_rows(t) for t in (tk, tv)]
-    lse, made = lse.contiguous(), torch.empty_like(q)
     tensors = map(_tensor, (q, k, v, out, tq, *moved, made))
     arguments = TangentArguments(_shape(q, k, scale, key_lengths), *tensors, lse.data_ptr())
     launch("tangent", arguments, _variant(q, moving_keys=moving), _blocks(q), q)
@@ -174,9 +174,19 @@ def tangent(
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """`x` itself if a kernel can read it (dense rows, aligned to 16 bytes), else a copy."""
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+    """`x` itself if a kernel can read it (dense rows, aligned to 16 bytes), else a copy.
+
+    `contiguous` would not do: it returns a tensor that is contiguous as it is, wherever it begins.
+    """
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def empty_rows(like: Tensor) -> Tensor:
+    """What a kernel writes: dense rows in the order of `like`'s, as [B, N, H, D] turned, where it has an order."""
+    made = torch.empty_like(like)
+    return made if made.stride(-1) == 1 else like.new_empty(like.shape)
 
 
 def _tensor(x: Tensor) -> TensorArgument:

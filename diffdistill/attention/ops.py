@@ -30,7 +30,7 @@ def cuda_attention(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, 
 
 @cuda_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return kernels.empty_rows(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def torchs_gradients(
@@ -86,7 +86,7 @@ def _(
     weight: float,
     scale: float,
 ) -> Tensor:
-    return torch.empty_like(q)
+    return kernels.empty_rows(q)
 
 
 def _keep_difference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -140,7 +140,7 @@ def _(
     scale: float,
     by_kernel: bool,
 ) -> Tensor:
-    return torch.empty_like(out)
+    return kernels.empty_rows(q) if by_kernel else torch.empty_like(out)
 
 
 def _keep_tangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -191,7 +191,7 @@ def reference_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep_reference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
