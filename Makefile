@@ -7,6 +7,7 @@ DOCS_INSTALLED := $(VENV)/.docs-installed
 RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/test_path.py
 TESTS ?= tests
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help install demo test test-full leaderboard format schema docs clean
 
@@ -28,7 +29,7 @@ test: $(INSTALLED)  ## ruff, mypy and the tests that CI runs.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -m "not full and not gpu" $(TESTS)
+	@$(BIN)/pytest $(PARALLEL) -m "not full and not gpu" $(TESTS)
 
 test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes long. Writes docs/test-full.txt.
 	@$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """The same numbers as clean-fid, torch-fidelity and torchmetrics on the same features, or the reason why not."""
 
 import warnings
+from importlib import import_module
 
 import cleanfid.fid
 import numpy as np
@@ -10,7 +11,6 @@ import torch_fidelity.metric_fid
 import torch_fidelity.metric_isc
 import torch_fidelity.metric_kid
 import torch_fidelity.metric_prc
-import torchmetrics.functional.multimodal.clip_score
 import torchmetrics.image.fid
 import torchmetrics.image.inception
 import torchmetrics.image.kid
@@ -204,7 +204,8 @@ class TestClipScore:
         def processor(*, images: list[Tensor], **_: object) -> dict[str, Tensor]:
             return {"pixel_values": torch.stack(images)}
 
-        update = torchmetrics.functional.multimodal.clip_score._clip_score_update
+        # By its full name: the package has a function of the same name in the module's place.
+        update = import_module("torchmetrics.functional.multimodal.clip_score")._clip_score_update
         return update(*(list(x[:, :, None, None]) for x in (images, texts)), Model(), processor)[0]
 
     def test_torchmetrics_where_no_cosine_is_negative(self) -> None:

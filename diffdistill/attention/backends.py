@@ -142,6 +142,8 @@ def no_kernels(device: torch.device) -> str | None:
     """Why our kernels cannot run on a device; None if they can. Nothing is compiled for the answer."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, not a {device.type.upper()}"
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, and none is there"
     try:
         find_compiler()
         architecture_of(device.index or 0)
