@@ -144,7 +144,7 @@ def ring_setting(method: Method) -> Setting:
     """The exact teacher, and players that can be trained where a run has copies of its teacher."""
     teacher, generator, score = ring_teacher(), RingGenerator(), Denoiser(RingScore(), PATH, "edm")
     _fit_to_teacher(score, teacher)
-    initial: dict[str, Any] = {"generator": generator, "fake": score, "score": score}
+    initial: dict[str, Any] = {"generator": generator, "fake": score}
     setting = Setting((2,), NUM_CLASSES, PATH, teacher=teacher, initial=initial, batch_size=BATCH)
     labels = torch.arange(NUM_CLASSES)
     source = TensorImages(ring_means()[:: NUM_MODES // NUM_CLASSES].float(), labels)

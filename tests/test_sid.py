@@ -442,7 +442,9 @@ def descend(method: SiD, start: tuple[float, float], *, size: int, num_steps: in
     return mean.item(), abs(width.item())
 
 
-@pytest.mark.parametrize("start", [(0.0, 0.9), pytest.param((-1.0, 0.1), marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "start", [(0.0, 0.9), *(pytest.param((-1.0, width), marks=pytest.mark.full) for width in (0.1, 1.5))]
+)
 @pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.full), 0.5, 1.0, 1.2])
 def test_in_64_dimensions_every_alpha_reaches_the_teacher(alpha: float, start: tuple[float, float]) -> None:
     found = descend(SiD(alpha=alpha), start, size=64, num_steps=800)
