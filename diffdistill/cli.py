@@ -44,6 +44,13 @@ GuidancePolicy = Annotated[
     str, typer.Option(help="w of D_u + w (D_c - D_u), 1 is none; or a policy, as {name: adaptive, scale: 2}.")
 ]
 
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What cross-attention to the prompt steers away from; default: the run's own.")
+]
+NegativeScale = Annotated[
+    float | None, typer.Option(help="How much of it is taken away; default: the run's own, or 0.3.", min=0)
+]
+
 
 @app.command()
 @guarded
@@ -128,6 +135,8 @@ def sample(
     seed: Seed = 0,
     guidance: GuidancePolicy = "1",
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
+    negative_prompt: NegativePrompt = None,
+    negative_scale: NegativeScale = None,
 ) -> None:
     """Sample from a teacher or a student and write a grid.
 
@@ -137,7 +146,17 @@ def sample(
     from diffdistill.inference import sample_grid
 
     policy = parse_guidance(guidance)
-    made = sample_grid(run, FilePath(out), count=count, label=label, seed=seed, guidance=policy, ema=ema)
+    made = sample_grid(
+        run,
+        FilePath(out),
+        count=count,
+        label=label,
+        seed=seed,
+        guidance=policy,
+        ema=ema,
+        negative_prompt=negative_prompt,
+        negative_scale=negative_scale,
+    )
     console.print(
         f"{made.file}: {count} images, {made.num_evaluations} evaluations each, {made.ms_per_image:.2f} ms each"
     )

@@ -93,6 +93,7 @@ class ModelConfig:
 class RunConfig:
     """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
 
+    negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
     ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
@@ -104,6 +105,8 @@ class RunConfig:
     data: AnyData = field(default_factory=Digits)
     model: ModelConfig | None = None
     teacher: str | None = None
+    negative_prompt: str | None = None
+    negative_scale: NonNegative = 0.3
     init: str | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     lora: dict[str, LoRASettings | None] = field(default_factory=dict)

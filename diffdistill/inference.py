@@ -11,6 +11,7 @@ from diffdistill.checkpoint import is_disk_full
 from diffdistill.draws import Draws
 from diffdistill.guidance import Guidance
 from diffdistill.model import TrainedModel, load_model
+from diffdistill.negative import with_negative_prompt
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
 
@@ -35,13 +36,16 @@ def sample_grid(
     seed: int = 0,
     guidance: Guidance = 1.0,
     ema: str | None = None,
+    negative_prompt: str | None = None,
+    negative_scale: float | None = None,
 ) -> SampledGrid:
     """Sample `count` images from a run or checkpoint and write a grid.
 
     label: one class for all, or None for all in turn.  ema: the name of one of the run's `more_emas`.
+    negative_prompt, negative_scale: what cross-attention steers away from, and how much; None for the run's own.
     Raises UserError on a class, a guidance or an average that it does not know.
     """
-    model = load_model(place, ema=ema)
+    model = with_negative_prompt(load_model(place, ema=ema), negative_prompt, negative_scale)
     begin = time.perf_counter()
     images = sample_images(model, count=count, label=label, seed=seed, guidance=guidance)
     milliseconds = (time.perf_counter() - begin) * 1000 / count
