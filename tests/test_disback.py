@@ -229,7 +229,6 @@ def test_the_recorded_path_lies_beside_the_run(make_config: MakeConfig):
     assert (Path(config.run) / "prepared.safetensors").stat().st_size > 0
 
 
-BELOW = "quality is 0.945, where the bar is 0.95; the other bars are met"
 NUM_STEPS = 500  # 20 of them against recorded scores, and DMD2 alone needs 400
 
 
@@ -257,7 +256,11 @@ def test_disback_learns_every_mode_of_the_ring_in_its_class():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.xfail(strict=True, reason=BELOW)), 2])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_disback_learns_the_ring_from_other_seeds(seed: int):
-    result = train_ring(on_the_ring(), seed=seed, num_steps=NUM_STEPS)
+    """With a fake score that follows more closely, as DMD2 needs it there: three updates leave seed 1 at quality 0.945,
+    where the bar is 0.95."""
+    method = on_the_ring()
+    method = replace(method, base=replace(method.base, fake_updates=5))
+    result = train_ring(method, seed=seed, num_steps=NUM_STEPS)
     assert result.passes, result
