@@ -14,9 +14,10 @@ import yaml
 from diffdistill.checkpoint import write_text_atomically
 from diffdistill.config import dump
 from diffdistill.eval.board_costs import cost_columns, evaluations
-from diffdistill.eval.board_page import board_page, metric_label
+from diffdistill.eval.board_page import board_page
 from diffdistill.eval.figures import compact, decimals_of
 from diffdistill.eval.leaderboard import Board, Entry, Group, read_board
+from diffdistill.eval.records import metric_label
 from diffdistill.schema import UserError
 
 HUB_DATASETS = {

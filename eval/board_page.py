@@ -10,11 +10,9 @@ from diffdistill.eval.board_costs import Cost, cost_columns, evaluations
 from diffdistill.eval.figures import Given, Plot, Scale, compact, decimals_of, scatter, shorten
 from diffdistill.eval.leaderboard import Board, Entry, Group, Located, Score
 from diffdistill.eval.pages import Embedded, embed_picture, plain, render
-from diffdistill.eval.records import is_lower_better
+from diffdistill.eval.records import is_lower_better, metric_label
 from diffdistill.schema import UserError
 
-WORDS = {"fid": "FID", "fd": "FD", "kid": "KID", "is": "IS", "cmmd": "CMMD", "clip": "CLIP", "vbench": "VBench"}
-WORDS |= {"geneval": "GenEval"}
 STRIP = (5.0, 87.0)  # where a row's values stand in its small picture, in its own units
 
 
@@ -146,11 +144,6 @@ def board_page(board: Board, *, title: str, say: Callable[[str], None] = print) 
         tasks=tasks,
         rows=rows,
     )
-
-
-def metric_label(name: str) -> str:
-    """fd-pixels: FD pixels."""
-    return " ".join(WORDS.get(word, word) for word in name.split("-"))
 
 
 def _section(group: Group, numbers: Iterator[int], say: Callable[[str], None]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from diffdistill.checkpoint import write_text_atomically
 from diffdistill.config import parse_guidance
 from diffdistill.data.cache import cache_folder
 from diffdistill.eval.bench import make_bench
+from diffdistill.eval.captions import read_captions
 from diffdistill.eval.compare import Difference, paired_differences
 from diffdistill.eval.diffusers_folder import is_diffusers, open_diffusers
 from diffdistill.eval.efficiency import measure_efficiency
@@ -25,7 +26,7 @@ from diffdistill.eval.images import open_images
 from diffdistill.eval.judged_files import FileImages
 from diffdistill.eval.places import SamplingOptions, is_run, open_run, parse_sampler
 from diffdistill.eval.preparation import picture, prepare, quantise
-from diffdistill.eval.protocol import Captions, Preparation, Protocol
+from diffdistill.eval.protocol import Preparation, Protocol
 from diffdistill.eval.protocols import DIGITS_PIXELS, PROTOCOLS, find_protocol
 from diffdistill.eval.real import parse_weights
 from diffdistill.eval.records import Efficiency, Record, append_record
@@ -83,8 +84,13 @@ def run_eval(places: Sequence[str], options: EvalOptions, console: Console) -> l
     """
     if options.names and len(options.names) != len(places):
         raise UserError(f"--name: {len(options.names)} names for {len(places)} places; give one for each")
+    if options.grid and not options.records:
+        raise UserError("--grid: lies beside the records; give --records as well")
     bench = set_up(places, options)
     sources = [open_place(place, bench, options) for place in places]
+    files = [source.model.source for source in sources if not isinstance(source, SampledImages)]
+    if options.efficiency and files:
+        raise UserError(f"{files[0]}: --efficiency: files of images cannot be timed; give a model")
     _check_writable(options)
     done = []
     for number, source in enumerate(sources):
@@ -139,7 +145,7 @@ def set_up(places: Sequence[str], options: EvalOptions) -> Bench:
     workers, labels = find_workers(options.device), list(specifications(protocol))
     weights = parse_weights(options.weights, labels)
     references = parse_weights(options.references, labels, setting="--reference")
-    captions = _captions(protocol, options.captions)
+    protocol, captions = read_captions(protocol, options.captions)
     return make_bench(
         protocol, workers, batch_size=options.batch_size, weights=weights, references=references, captions=captions
     )
@@ -150,7 +156,9 @@ def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
     path, protocol = FilePath(place).expanduser(), bench.protocol
     if is_run(path) or is_diffusers(path):
         sampler = parse_sampler(options.sampler) if options.sampler else None
-        sampling = SamplingOptions(guidance=parse_guidance(options.guidance), sampler=sampler, ema=options.ema)
+        sampling = SamplingOptions(
+            guidance=parse_guidance(options.guidance), sampler=sampler, ema=options.ema, captions=bench.captions
+        )
         opener = open_run if is_run(path) else open_diffusers
         return opener(path, protocol, sampling, bench.workers.device)
     channels = protocol.image_shape[0] if protocol.image_shape else 3
@@ -169,7 +177,7 @@ def _protocol(places: Sequence[str], options: EvalOptions) -> Protocol:
 def _default_protocol(place: str) -> Protocol:
     """digits-pixels for a model of digits; for anything else the user has to choose."""
     path = FilePath(place).expanduser()
-    if is_run(path) or not path.exists():
+    if is_run(path) or not (path.exists() or is_diffusers(path)):
         spec = load_model(path).spec
         if spec.image_shape == DIGITS_PIXELS.image_shape and spec.num_classes == DIGITS_PIXELS.labels.num_classes:
             return DIGITS_PIXELS
@@ -200,10 +208,15 @@ def _judge(source: Source, bench: Bench, name: str, options: EvalOptions) -> Eva
 
 
 def _efficiency(source: Source, options: EvalOptions) -> Efficiency:
-    if not isinstance(source, SampledImages):
-        raise UserError(f"{source.model.source}: --efficiency: files of images cannot be timed; give a model")
-    shape, guidance = source.image_shape, source.guidance
-    return measure_efficiency(source.denoiser, source.sampler, shape, guidance=guidance, batch=options.batch_size)
+    assert isinstance(source, SampledImages)
+    return measure_efficiency(
+        source.denoiser,
+        source.whole_sampler,
+        source.image_shape,
+        guidance=source.guidance,
+        batch=options.batch_size,
+        beside=source.around.modules if source.around else None,
+    )
 
 
 def _save_grid(source: Source, protocol: Protocol, name: str, records: FilePath) -> str:
@@ -229,29 +242,6 @@ class _Saver:
         first = self.protocol.seed_ranges[repeat][0]
         for number, image in zip(index.tolist(), quantise(images, Preparation()).cpu(), strict=True):
             picture(image).save(self.folder / f"{first + number:08d}.png")
-
-
-def _captions(protocol: Protocol, file: str | None) -> list[str] | None:
-    """The protocol's captions, one a line. Raises UserError if the file is another one."""
-    if protocol.captions is None:
-        return None
-    if file is None:
-        raise UserError(f"protocol {protocol.name}: give its captions: --captions FILE ({protocol.captions.name})")
-    try:
-        content = FilePath(file).expanduser().read_bytes()
-        lines = content.decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    _check_captions(protocol.captions, file, content, lines)
-    return lines
-
-
-def _check_captions(wanted: Captions, file: str, content: bytes, lines: list[str]) -> None:
-    for name, known in (("sha256", wanted.sha256), ("md5", wanted.md5)):
-        if known and hashlib.new(name, content, usedforsecurity=False).hexdigest() != known:
-            raise UserError(f"{file}: is not {wanted.name}: its {name} is not {known}")
-    if len(lines) != wanted.count:
-        raise UserError(f"{file}: holds {len(lines):,} captions, not {wanted.count:,}")
 
 
 def _check_writable(options: EvalOptions) -> None:

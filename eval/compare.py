@@ -56,7 +56,7 @@ def paired_differences(
     count = a[label].summary.count
     if count != b[label].summary.count:
         raise UserError(f"pairs need as many images on both sides, not {count} and {b[label].summary.count}")
-    of_a, of_b = score(metrics, a, real)[0], score(metrics, b, real)[0]
+    of_a, of_b = score(metrics, a, real).values, score(metrics, b, real).values
     replicates: dict[str, list[float]] = {name: [] for name in of_a}
     rng = torch.Generator().manual_seed(seed)
     halved = [_halved(metric, count // 2) for metric in metrics]
@@ -64,7 +64,7 @@ def paired_differences(
     for _ in range(num_replicates):
         chosen = torch.randperm(count, generator=rng)[: count // 2].sort().values
         halves = [{key: _Half(features, chosen) for key, features in side.items()} for side in sides]
-        found = [score(halved, half, real)[0] for half in halves]
+        found = [score(halved, half, real).values for half in halves]
         for name, values in replicates.items():
             values.append(found[0][name] - found[1][name])
     tail = (1 - confidence) / 2

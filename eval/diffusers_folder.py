@@ -1,22 +1,24 @@
-"""Diffusers pipelines on disk whose network makes pixels, as images to judge. No pickles are read."""
+"""Diffusers pipelines, on disk or by their name on the hub, as images to judge. No pickles are read."""
 
 from pathlib import Path as FilePath
 
 import torch
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.eval.around import open_around
 from diffdistill.eval.generate import SampledImages
-from diffdistill.eval.places import SamplingOptions, count_parameters, hash_weights
+from diffdistill.eval.hashes import hash_weights
+from diffdistill.eval.places import SamplingOptions, count_parameters
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import ModelRecord
-from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families import Pipeline, is_pipeline, open_pipeline
 from diffdistill.families.pipeline import INDEX, read_json
 from diffdistill.schema import UserError
 
 
 def is_diffusers(place: FilePath) -> bool:
-    """Whether a folder is a diffusers pipeline's or one of its networks'."""
-    if (place / INDEX).exists():
+    """Whether a place is a diffusers pipeline's folder or one of its networks', or may be its name on the hub."""
+    if is_pipeline(place):
         return True
     config = place / "config.json"
     return config.exists() and str(read_json(config).get("_class_name", "")).endswith("Model")
@@ -25,24 +27,29 @@ def is_diffusers(place: FilePath) -> bool:
 def open_diffusers(
     place: FilePath, protocol: Protocol, options: SamplingOptions, device: torch.device
 ) -> SampledImages:
-    """The images of a diffusers pipeline on pixels; by 50 steps of DDIM if no sampler is named.
+    """The images of a diffusers pipeline, behind its VAE and from captions where it has them; by 50 steps of DDIM if no
+    sampler is named.
 
     Raises UserError for anything else.
     """
-    if not (place / INDEX).exists():
+    if place.exists() and not (place / INDEX).exists():
         raise UserError(f"{place}: a network without its scheduler; give the pipeline's folder, with {INDEX}")
     pipeline = open_pipeline(place)
-    if pipeline.class_of("vae"):
-        what = pipeline.index["_class_name"]
-        raise UserError(f"{place}: a diffusers {what}: its network makes latents; give a folder of its images")
     denoiser = _knowing_no_class(pipeline, protocol.labels.num_classes).to(device)
+    around = open_around(str(place), denoiser, options.captions, device, origin=str(place))
     return SampledImages(
         denoiser=denoiser,
         sampler=options.sampler or pipeline.family.sampler,
         protocol=protocol,
         image_shape=pipeline.spec.image_shape,
+        around=around,
         guidance=options.guidance,
-        model=ModelRecord(source=str(place), sha256=hash_weights(denoiser), parameters=count_parameters(denoiser)),
+        model=ModelRecord(
+            source=str(place),
+            sha256=hash_weights(denoiser),
+            parameters=count_parameters(denoiser),
+            around_sha256=around.hashes() if around else {},
+        ),
     )
 
 

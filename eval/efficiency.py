@@ -6,7 +6,7 @@ it inside the sampler or leaves it out.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from statistics import median
@@ -39,13 +39,14 @@ def measure_efficiency(
     compile: bool = False,
     warm_up: int = 3,
     repeats: int = 10,
-    includes: tuple[str, ...] = (),
+    beside: Mapping[str, nn.Module] | None = None,
 ) -> Efficiency:
     """Time `sampler` on the device that the denoiser is on.
 
     image_shape: [C, H, W].  batch: of the throughput and the peak memory.  dtype: of autocast around the network, or
     float32 without any.  compile: torch.compile of the denoiser; its first calls fall into the warm-up.  warm_up,
-    repeats: calls before the clock, and timed ones, of which the median counts.  includes: what else the sampler runs.
+    repeats: calls before the clock, and timed ones, of which the median counts.  beside: what else the sampler runs, by
+    name; its weights count as memory and not as parameters.
     Raises UserError where there is nothing to time or not enough memory.
     """
     if batch < 1 or warm_up < 1 or repeats < 1:
@@ -58,7 +59,11 @@ def measure_efficiency(
         )
         latency = median(_times(single, device, warm_up, repeats))
         seconds = median(_times(many, device, warm_up, repeats))
-        peak = None if compile and device.type != "cuda" else _peak_bytes(many, denoiser, device)
+        peak = (
+            None
+            if compile and device.type != "cuda"
+            else _peak_bytes(many, [denoiser, *(beside or {}).values()], device)
+        )
     except torch.OutOfMemoryError:
         raise UserError(f"--batch {batch}: does not fit into the memory of {device_name(device)}") from None
     return Efficiency(
@@ -71,7 +76,7 @@ def measure_efficiency(
         device=device_name(device),
         dtype=dtype,
         compile=compile,
-        includes=includes,
+        includes=tuple(beside or ()),
         warm_up=warm_up,
         repeats=repeats,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
@@ -120,7 +125,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_bytes(call: Callable[[], Tensor], denoiser: Denoiser, device: torch.device) -> int:
+def _peak_bytes(call: Callable[[], Tensor], modules: Sequence[nn.Module], device: torch.device) -> int:
     """Weights and everything alive beside them at the worst moment: by the allocator on a GPU, by count on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -128,7 +133,7 @@ def _peak_bytes(call: Callable[[], Tensor], denoiser: Denoiser, device: torch.de
         return torch.cuda.max_memory_allocated(device)
     with LiveTensors() as alive:
         call()
-    return storage_bytes(_weights(denoiser)) + alive.peak
+    return storage_bytes(tensor for module in modules for tensor in _weights(module)) + alive.peak
 
 
 def _evaluations(

@@ -73,7 +73,7 @@ class Bench:
             found[label] = seen.features
             if label in self.with_logits:
                 if seen.logits is None:
-                    raise UserError(f"is: needs logits, and {label} has none")
+                    raise UserError(f"inception_score: needs logits, and {label} has none")
                 found[logits_name(label)] = seen.logits
             if label in self.with_texts:
                 found[texts_name(label)] = self._texts(extractor, captions)

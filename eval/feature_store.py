@@ -95,11 +95,6 @@ def hash_features(stores: Sequence[FeatureStore], name: str) -> str:
     return digest.hexdigest()
 
 
-def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, row by row."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
 @contextmanager
 def locked(folder: FilePath) -> Iterator[None]:
     """While open, no other evaluation writes or removes these features. Raises UserError if one already does."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffdistill.config import dump
 from diffdistill.denoiser import NO_COND, Cond, Denoiser, device_of
 from diffdistill.draws import Draws
+from diffdistill.eval.around import Around, WholeSampler
 from diffdistill.eval.protocol import Labels, Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
 from diffdistill.guidance import AnyPolicy
@@ -22,6 +23,7 @@ from diffdistill.schema import UserError
 class SampledImages:
     """The images that `denoiser` makes by `protocol`. `take` gives them by number.
 
+    image_shape: [C, H, W] of what the network makes.  around: what stands between that and images, and before it.
     model: what a record says of it; its sha256 is of the weights.  method, seed, cost: of the training.
     Raises UserError if the protocol asks for what the model is not: other images, other classes, captions, guidance.
     """
@@ -31,6 +33,7 @@ class SampledImages:
     protocol: Protocol
     image_shape: tuple[int, ...]
     model: ModelRecord
+    around: Around | None = None
     guidance: float | AnyPolicy = 1.0
     method: str | None = None
     seed: int | None = None
@@ -39,12 +42,11 @@ class SampledImages:
 
     def __post_init__(self) -> None:
         where, protocol, net = self.model.source, self.protocol, self.denoiser.net
-        if protocol.labels.policy == "captions":
+        if protocol.labels.policy == "captions" and (self.around is None or self.around.encoder is None):
             raise UserError(f"{where}: {protocol.name} asks for captions, which this model does not take")
-        if protocol.image_shape not in (None, self.image_shape):
-            raise UserError(
-                f"{where}: makes {show(self.image_shape)} images; {protocol.name} is for {show(protocol.image_shape)}"
-            )
+        made = self.around.image_shape if self.around else self.image_shape
+        if protocol.image_shape not in (None, made):
+            raise UserError(f"{where}: makes {show(made)} images; {protocol.name} is for {show(protocol.image_shape)}")
         classes = protocol.labels.num_classes
         if classes and net.num_classes not in (0, classes):
             raise UserError(f"{where}: knows {net.num_classes} classes; {protocol.name} is for {classes}")
@@ -64,13 +66,19 @@ class SampledImages:
         return SamplerRecord(name=name, num_evaluations=self.sampler.num_evaluations, guidance=scale, settings=settings)
 
     @property
+    def whole_sampler(self) -> Sampler:
+        """The sampler with what stands around the network: what its user waits for."""
+        return WholeSampler(self.sampler, self.around) if self.around else self.sampler
+
+    @property
     def key(self) -> Mapping[str, Any]:
         """All that decides the images, beside the protocol."""
-        return {"weights": self.model.sha256, "sampler": dump(self.sampler_record), "dtype": "float32"}
+        around = self.model.around_sha256
+        return {"weights": self.model.sha256, **around, "sampler": dump(self.sampler_record), "dtype": "float32"}
 
     @torch.inference_mode()
     def take(self, repeat: int, index: Tensor) -> Tensor:
-        """The network's images in [-1, 1], [B, C, H, W], on its device.
+        """Images in [-1, 1], [B, C, H, W], on the network's device.
 
         repeat: which range of seeds; index: [B], the images' numbers in it.
         """
@@ -81,15 +89,18 @@ class SampledImages:
             return rng.normal(name, self.image_shape).to(device)
 
         with eval_mode(self.denoiser):
-            return self.sampler(
+            made = self.sampler(
                 self.denoiser,
                 normal(protocol.noise.latent),
                 self._cond(rng, index),
                 guidance=self.guidance,
                 fresh_noise=lambda step: normal(f"{protocol.noise.fresh} {step}"),
             )
+        return self.around.images(made) if self.around else made
 
     def _cond(self, rng: Draws, index: Tensor) -> Cond:
+        if self.around and self.protocol.labels.policy == "captions":
+            return self.around.cond(index)
         labels = labels_of(self.protocol.labels, index, self.protocol.num_images, rng)
         return NO_COND if labels is None else self.denoiser.class_cond(labels.to(device_of(self.denoiser)))
 

@@ -17,7 +17,7 @@ from diffdistill.schema import UserError
 REPORTED = FilePath(__file__).with_name("reported.jsonl")
 """Published numbers and where they were read."""
 
-PREFERRED = ("fid", "fd", "cmmd", "kid")
+PREFERRED = ("fid", "fd", "cmmd", "mmd", "kid")
 """What a ranking goes by, if the records have it: the first word of a metric's name."""
 
 

@@ -8,6 +8,9 @@ from pydantic import Field
 from diffdistill.eval.features import AnyFeatures, Inception, OpenClip
 from diffdistill.schema import Positive, PositiveInt, schema
 
+CMMD_LABEL = "clip-vit-l-14-336"
+"""CMMD's CLIP."""
+
 
 @schema
 class Frechet:
@@ -74,7 +77,10 @@ class DensityCoverage:
 
 @schema
 class InceptionScore:
-    """Salimans et al. 2016, arXiv:1606.03498: from the logits beside the features, the mean over `splits`."""
+    """Salimans et al. 2016, arXiv:1606.03498: from the logits beside the features, the mean over `splits`.
+
+    Called is over FID's Inception alone.
+    """
 
     name: Literal["inception_score"] = "inception_score"
     features: AnyFeatures
@@ -82,14 +88,14 @@ class InceptionScore:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return ("is",)
+        return ("is" if isinstance(self.features, Inception) else f"is-{self.features.label}",)
 
 
 @schema
 class Cmmd:
     """CMMD: scale times the biased squared MMD with a Gaussian kernel of width sigma.
 
-    Jayasumana et al. 2024, arXiv:2401.09603.
+    Called cmmd over its authors' CLIP alone.  Jayasumana et al. 2024, arXiv:2401.09603.
     """
 
     name: Literal["cmmd"] = "cmmd"
@@ -100,7 +106,8 @@ class Cmmd:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return ("cmmd",)
+        is_theirs = isinstance(self.features, OpenClip) and self.features.label == CMMD_LABEL
+        return ("cmmd" if is_theirs else f"mmd-{self.features.label}",)
 
 
 @schema

@@ -1,7 +1,7 @@
 """Models on disk that can be judged: runs and checkpoints. Diffusers' folders are in eval/diffusers_folder.py."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from diffdistill.checkpoint import MANIFEST, STATE
 from diffdistill.config import parse_yaml, validate
 from diffdistill.denoiser import Denoiser
-from diffdistill.eval.feature_store import hash_tensor
+from diffdistill.eval.around import open_around
 from diffdistill.eval.generate import SampledImages
+from diffdistill.eval.hashes import hash_weights
 from diffdistill.eval.protocol import Protocol
-from diffdistill.eval.records import Cost, ModelRecord, hash_json
+from diffdistill.eval.records import Cost, ModelRecord
 from diffdistill.guidance import AnyPolicy
 from diffdistill.log import METRICS
 from diffdistill.model import ROUTER, TrainedModel, load_model
@@ -24,11 +25,13 @@ from diffdistill.schema import schema
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a model is sampled.  sampler: instead of its own.  ema: one of the run's `more_emas` by its name."""
+    """How a model is sampled.  sampler: instead of its own.  ema: one of the run's `more_emas` by its name.
+    captions: one an image, where the protocol has some."""
 
     guidance: float | AnyPolicy = 1.0
     sampler: AnySampler | None = None
     ema: str | None = None
+    captions: Sequence[str] | None = None
 
 
 @schema
@@ -51,8 +54,11 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
     model = load_model(place, ema=options.ema)
     file = model.source / STATE
     state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None  # several students have none
+    denoiser, pipeline = model.denoiser.to(device), model.spec.pipeline
+    around = open_around(pipeline, denoiser, options.captions, device, origin=str(place)) if pipeline else None
     return SampledImages(
-        denoiser=model.denoiser.to(device),
+        denoiser=denoiser,
+        around=around,
         sampler=options.sampler or model.spec.sampler,
         protocol=protocol,
         image_shape=model.spec.image_shape,
@@ -61,6 +67,7 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
             source=str(place),
             sha256=weights_sha256(model.source, options.ema) if state else hash_weights(model.denoiser),
             parameters=count_parameters(model.denoiser),
+            around_sha256=around.hashes() if around else {},
             teacher=state.get("teacher") if state else None,
         ),
         method=state["config"]["method"]["name"] if state else None,
@@ -90,11 +97,6 @@ def _cost(model: TrainedModel, state: Mapping[str, Any]) -> Cost:
         train_seconds=seconds_until(run, step),
         train_cpu_seconds=seconds_until(run, step, clock="cpu_seconds"),
     )
-
-
-def hash_weights(denoiser: Denoiser) -> str:
-    """SHA-256 of the weights' names, shapes and bytes."""
-    return hash_json({name: [list(t.shape), hash_tensor(t)] for name, t in denoiser.state_dict().items()})
 
 
 def seconds_until(run: FilePath, step: int, *, clock: str = "seconds") -> float | None:

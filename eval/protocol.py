@@ -42,7 +42,8 @@ class Labels:
 
 @schema
 class Captions:
-    """The prompts, one a line, in the file's order.  md5: where the source publishes no better."""
+    """The prompts, one a line, in the file's order: caption i for image i of every repeat.  sha256: of the file that
+    was used, if the protocol does not say it before.  md5: where the source publishes no better."""
 
     name: str
     count: PositiveInt
@@ -129,6 +130,8 @@ class Protocol:
             raise ValueError(f"metrics: {twice[0]} is named twice; one protocol has one of each name")
         if (self.labels.policy == "captions") != (self.captions is not None):
             raise ValueError("captions: go with labels.policy: captions, and only with it")
+        if self.captions and self.captions.count < self.num_images:
+            raise ValueError(f"captions.count = {self.captions.count}: {self.num_images} images need one each")
         if self.labels.policy == "class_major" and self.num_images % max(self.labels.num_classes, 1):
             raise ValueError(f"num_images = {self.num_images}: is no multiple of {self.labels.num_classes} classes")
 

@@ -24,8 +24,21 @@ MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sentence = Annotated[str, Field(max_length=20_000)]
 
-LOWER_IS_BETTER = ("fid", "fd", "kid", "cmmd")
+LOWER_IS_BETTER = ("fid", "fd", "kid", "cmmd", "mmd")
 """The metrics, by the first word of their name, of which less is better."""
+
+
+CAPITALS = {word: word.upper() for word in (*LOWER_IS_BETTER, "is", "clip")} | {
+    "vbench": "VBench",
+    "geneval": "GenEval",
+}
+"""How the first word of a metric's name is spoken, where that is not as it is written."""
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name as a heading: FD resnet20-cifar for fd-resnet20-cifar."""
+    first, dash, rest = metric.partition("-")
+    return f"{CAPITALS.get(first, first)}{' ' if dash else ''}{rest}"
 
 
 def is_lower_better(metric: str) -> bool:
@@ -37,6 +50,7 @@ def is_lower_better(metric: str) -> bool:
 class Values:
     """One metric: a value for each repeat, and their min, mean and sample standard deviation (null for one repeat).
 
+    within: of each repeat, the standard deviation inside it: over KID's subsets, over the Inception Score's splits.
     Raises ValidationError if these do not follow from the values.
     """
 
@@ -44,13 +58,16 @@ class Values:
     min: float
     mean: float
     std: NonNegative | None
+    within: tuple[NonNegative, ...] | None = None
 
     @staticmethod
-    def of(values: Sequence[float]) -> "Values":
-        """values: at least one, finite."""
-        return Values(values=tuple(values), **_summary(values))
+    def of(values: Sequence[float], *, within: Sequence[float] | None = None) -> "Values":
+        """values: at least one, finite.  within: as many, or None."""
+        return Values(values=tuple(values), **_summary(values), within=tuple(within) if within else None)
 
     def __post_init__(self) -> None:
+        if self.within is not None and len(self.within) != len(self.values):
+            raise ValueError(f"within = {list(self.within)}: one for each of {list(self.values)}")
         for name, known in _summary(self.values).items():
             told = getattr(self, name)
             both = told is not None and known is not None
@@ -61,11 +78,13 @@ class Values:
 @schema
 class ModelRecord:
     """source: where the images come from, a run, a checkpoint, a folder.  sha256: of the weights or of the images.
-    parameters: of what runs when it samples.  licence: an SPDX name."""
+    parameters: of the network.  around_sha256: of the weights of what stands around it, as in vae, by part.
+    licence: an SPDX name."""
 
     source: str
     sha256: Sha256 | None = None
     parameters: Count | None = None
+    around_sha256: dict[str, Sha256] = field(default_factory=dict)
     teacher: str | None = None
     licence: str | None = None
 

@@ -53,7 +53,7 @@ class About:
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """The real side of every distance.  features: of the first images [n, d]; None where there are none."""
+    """The real side of every distance, on the CPU.  features: of the first images [n, d]; None where there are none."""
 
     about: About
     summary: Summary
@@ -107,7 +107,7 @@ def compute_reference(
         weights_sha256=extractor.sha256,
         preparation=preparation,
     )
-    return RealFeatures(about, moments.summary(), torch.cat(kept) if kept_features else None)
+    return RealFeatures(about, moments.summary().to("cpu"), torch.cat(kept) if kept_features else None)
 
 
 def save_reference(reference: RealFeatures, file: str | FilePath) -> None:

@@ -20,7 +20,7 @@ from diffdistill.eval.environment import describe_environment
 from diffdistill.eval.extract import Bench, Source, Stopwatch, StoredFeatures, extract
 from diffdistill.eval.feature_store import BLOCK, FeatureStore, discard, hash_features, locked
 from diffdistill.eval.records import Efficiency, Images, Record, Values, hash_json
-from diffdistill.eval.scoring import score
+from diffdistill.eval.scoring import OnDevice, score
 from diffdistill.eval.workers import exact_matmul
 
 Advance = Callable[[int], None]
@@ -140,15 +140,19 @@ def own_images(bench: Bench) -> int:
 def _metrics(bench: Bench, stores: tuple[FeatureStore, ...]) -> tuple[dict[str, Values], list[str]]:
     """Every metric's values over the repeats, and the notes on them."""
     device = bench.workers.device if bench.workers.device.type == "cuda" else torch.device("cpu")
-    found: dict[str, list[float]] = {}
-    notes: dict[str, None] = {}
+    real = {label: OnDevice(features, device) for label, features in bench.real.items()}
+    found = []
     for repeat, store in enumerate(stores):
         fake = {label: StoredFeatures(store, label, bench.protocol, repeat, device) for label in bench.extractors}
-        values, said = score(bench.protocol.metrics, fake, bench.real)
-        for metric, value in values.items():
-            found.setdefault(metric, []).append(value)
-        notes |= dict.fromkeys(said)
-    return {metric: Values.of(values) for metric, values in found.items()}, list(notes)
+        found.append(score(bench.protocol.metrics, fake, real))
+    metrics = {
+        name: Values.of(
+            [scores.values[name] for scores in found],
+            within=[scores.within[name] for scores in found if name in scores.within],
+        )
+        for name in found[0].values
+    }
+    return metrics, list(dict.fromkeys(note for scores in found for note in scores.notes))
 
 
 @contextmanager

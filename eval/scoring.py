@@ -2,8 +2,12 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 from typing import Protocol as Interface
 
+import torch
 from torch import Tensor
 
 from diffdistill.eval import metrics as named
@@ -47,37 +51,72 @@ class JudgedFeatures(Features, Interface):
         ...
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """The same features, where they are compared."""
+
+    features: Features
+    device: torch.device
+
+    @cached_property
+    def summary(self) -> Summary:
+        return self.features.summary.to(self.device)
+
+    def rows(self, max_samples: int | None = None) -> Tensor:
+        return self.features.rows(max_samples).to(self.device)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """values: by name.  within: the standard deviation over KID's subsets and over the Inception Score's splits, by
+    name.  notes: what there is to know about them, warnings, once each."""
+
+    values: dict[str, float]
+    within: dict[str, float]
+    notes: list[str]
+
+
+class _Found(NamedTuple):
+    """values: in the order of a metric's keys."""
+
+    values: tuple[float, ...]
+    within: float | None = None
+
+
 def score(
     metrics: Sequence[named.AnyMetric], fake: Mapping[str, JudgedFeatures], real: Mapping[str, Features]
-) -> tuple[dict[str, float], list[str]]:
-    """The values by name, and what there is to know about them: warnings, once each.
+) -> Scores:
+    """Every metric of both sides, which are on one device.
 
     fake, real: by the features' label.  Raises UserError where a side lacks what a metric needs.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
+    within: dict[str, float] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         balls: dict[object, Prdc] = {}
         for metric in metrics:
             label = metric.features.label
-            values = _of_one_side(metric, fake[label])
-            if values is None:
+            found = _of_one_side(metric, fake[label])
+            if found is None:
                 if label not in real:
                     raise UserError(f"{metric.keys[0]}: needs a reference, and the protocol names none")
-                values = _of_both_sides(metric, fake[label], real[label], metrics, balls)
-            found |= dict(zip(metric.keys, values, strict=True))
+                found = _of_both_sides(metric, fake[label], real[label], metrics, balls)
+            values |= dict(zip(metric.keys, found.values, strict=True))
+            within |= {key: found.within for key in metric.keys if found.within is not None}
     notes = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
-    return found, list(notes)
+    return Scores(values, within, list(notes))
 
 
-def _of_one_side(metric: named.AnyMetric, fake: JudgedFeatures) -> tuple[float, ...] | None:
+def _of_one_side(metric: named.AnyMetric, fake: JudgedFeatures) -> _Found | None:
     match metric:
         case named.InceptionScore():
-            return (inception_score(fake.logits, splits=metric.splits)[0],)
+            mean, spread = inception_score(fake.logits, splits=metric.splits)
+            return _Found((mean,), spread)
         case named.ClipScore():
-            return (clip_score(fake.rows(), fake.texts, scale=metric.scale, clamp=metric.clamp),)
+            return _Found((clip_score(fake.rows(), fake.texts, scale=metric.scale, clamp=metric.clamp),))
         case named.Diversity():
-            return (diversity(fake.rows(), fake.conditions, max_pairs=metric.max_pairs, seed=metric.seed),)
+            return _Found((diversity(fake.rows(), fake.conditions, max_pairs=metric.max_pairs, seed=metric.seed),))
     return None
 
 
@@ -87,19 +126,20 @@ def _of_both_sides(
     real: Features,
     metrics: Sequence[named.AnyMetric],
     balls: dict[object, Prdc],
-) -> tuple[float, ...]:
+) -> _Found:
     match metric:
         case named.Frechet():
-            return (frechet(fake, real),)
+            return _Found((frechet(fake, real),))
         case named.KernelDistance():
             subsets, size = metric.num_subsets, metric.subset_size
-            return (kid(fake.rows(), real.rows(), num_subsets=subsets, subset_size=size, seed=metric.seed)[0],)
+            mean, spread = kid(fake.rows(), real.rows(), num_subsets=subsets, subset_size=size, seed=metric.seed)
+            return _Found((mean,), spread)
         case named.Cmmd():
-            return (cmmd(fake.rows(), real.rows(), sigma=metric.sigma, scale=metric.scale),)
+            return _Found((cmmd(fake.rows(), real.rows(), sigma=metric.sigma, scale=metric.scale),))
         case named.PrecisionRecall() | named.DensityCoverage():
             both = _balls(metric, fake, real, metrics, balls)
             is_first = isinstance(metric, named.PrecisionRecall)
-            return (both.precision, both.recall) if is_first else (both.density, both.coverage)
+            return _Found((both.precision, both.recall) if is_first else (both.density, both.coverage))
     raise AssertionError(metric)
 
 

@@ -30,6 +30,10 @@ class Summary:
         centred = features - mean
         return Summary(len(features), mean, centred.T @ centred)
 
+    def to(self, device: torch.device | str) -> "Summary":
+        """The same on a device."""
+        return Summary(self.count, self.mean.to(device), self.scatter.to(device))
+
     @property
     def covariance(self) -> Tensor:
         """[d, d], unbiased: scatter / (count - 1).  Raises UserError for fewer than 2 samples."""

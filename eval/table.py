@@ -7,7 +7,7 @@ from rich.table import Table
 
 from diffdistill.eval.compare import Difference
 from diffdistill.eval.protocol import Protocol
-from diffdistill.eval.records import Record, Values, is_lower_better
+from diffdistill.eval.records import Record, Values, is_lower_better, metric_label
 from diffdistill.eval.run import Evaluation
 
 
@@ -34,7 +34,7 @@ def show_evaluations(evaluations: Sequence[Evaluation], console: Console) -> Non
     table = Table(title=_title(protocol))
     table.add_column("name", overflow="fold")
     names = list(evaluations[0].record.metrics)
-    for column in ("evaluations", *map(spoken, names), "ms / image"):
+    for column in ("evaluations", *map(metric_label, names), "ms / image"):
         table.add_column(column, justify="right")
     for done in evaluations:
         record = done.record
@@ -64,14 +64,8 @@ def show_differences(
     for name, one in found.items():
         values = (number(name, value) for value in (one.a, one.b, one.difference))
         better = ("A" if (one.difference < 0) == is_lower_better(name) else "B") if one.is_clear else "not clear"
-        table.add_row(spoken(name), *values, f"{number(name, one.low)} .. {number(name, one.high)}", better)
+        table.add_row(metric_label(name), *values, f"{number(name, one.low)} .. {number(name, one.high)}", better)
     console.print(table)
-
-
-def spoken(metric: str) -> str:
-    """A metric's name as a heading: FD pixels for fd-pixels."""
-    first, dash, rest = metric.partition("-")
-    return f"{first.upper() if first in ('fid', 'fd', 'kid', 'is', 'cmmd', 'clip') else first}{' ' * bool(dash)}{rest}"
 
 
 def number(metric: str, value: float) -> str:

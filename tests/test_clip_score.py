@@ -1,6 +1,5 @@
 """CLIP score through the command line: a folder of images, a file of captions, a small CLIP from a local file."""
 
-import json
 from pathlib import Path
 
 import open_clip
@@ -8,7 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from tiny_clip import LABEL, METRIC, write_clip
 from torch import nn
 from typer.testing import CliRunner
 
@@ -16,22 +15,11 @@ from diffdistill.cli import app
 from diffdistill.eval.records import read_records
 
 CAPTIONS = ["a dog on a beach", "two cats", "the same again", "a red bus"]
-MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 
 
 @pytest.fixture
 def clip(tmp_path: Path) -> nn.Module:
-    """A CLIP of random weights, known to open_clip as "tiny-score", its weights in clip.safetensors."""
-    (tmp_path / "tiny-score.json").write_text(json.dumps(MODEL))
-    open_clip.add_model_config(tmp_path / "tiny-score.json")
-    torch.manual_seed(0)
-    network: nn.Module = open_clip.create_model("tiny-score").eval()
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, tmp_path / "clip.safetensors")
-    return network
+    return write_clip(tmp_path)
 
 
 def score(folder: Path, captions: list[str]) -> float:
@@ -42,19 +30,13 @@ def score(folder: Path, captions: list[str]) -> float:
         "image_shape": [3, 32, 32],
         "labels": {"policy": "captions"},
         "captions": {"name": "captions.txt", "count": len(CAPTIONS)},
-        "metrics": [
-            {
-                "name": "clip_score",
-                "features": {"name": "open_clip", "model": "tiny-score", "pretrained": "laion2b", "size": 32},
-                "prefix": "A photo depicts ",
-            }
-        ],
+        "metrics": [METRIC],
     }
     (folder / "protocol.yaml").write_text(yaml.safe_dump(protocol))
     (folder / "captions.txt").write_text("\n".join(captions) + "\n")
     options = [
         *("--protocol", str(folder / "protocol.yaml"), "--captions", str(folder / "captions.txt")),
-        *("--weights", f"clip-tiny-score={folder / 'clip.safetensors'}", "--records", str(folder / "r.jsonl")),
+        *("--weights", f"{LABEL}={folder / 'clip.safetensors'}", "--records", str(folder / "r.jsonl")),
     ]
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["eval", str(folder / "images"), *options])
     assert result.exit_code == 0, result.output
@@ -79,3 +61,13 @@ def test_the_clip_score_is_the_mean_cosine_of_each_image_and_its_own_caption(cli
     moved = [*CAPTIONS[1:], CAPTIONS[0]]
     assert float(cosines(moved).mean()) != pytest.approx(float(cosines(CAPTIONS).mean()), rel=1e-3)
     assert score(tmp_path, moved) == pytest.approx(float(cosines(moved).mean()), rel=1e-5)
+
+
+def test_other_captions_are_another_protocol(clip: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(len(CAPTIONS)):
+        Image.new("RGB", (32, 32), (60 * i, 10, 90)).save(tmp_path / "images" / f"{i}.png")
+    for captions in (CAPTIONS, CAPTIONS[::-1], CAPTIONS):
+        score(tmp_path, captions)
+    first, other, again = (record.protocol_id for record in read_records(tmp_path / "r.jsonl"))
+    assert first == again != other

@@ -74,7 +74,9 @@ def test_guidance_counts_twice_and_heuns_steps_as_the_sampler_says(
 
 
 def test_parameters_device_and_dtype_are_named(denoiser: Denoiser) -> None:
-    found = measure_efficiency(denoiser, FewSteps(), SHAPE, batch=2, warm_up=1, repeats=1, includes=("decoder",))
+    found = measure_efficiency(
+        denoiser, FewSteps(), SHAPE, batch=2, warm_up=1, repeats=1, beside={"decoder": nn.Linear(2, 2)}
+    )
     assert found.parameters == sum(p.numel() for p in denoiser.parameters())
     assert (found.dtype, found.compile, found.includes) == ("float32", False, ("decoder",))
     assert "cores of" in found.device

@@ -286,6 +286,8 @@ def test_compare_takes_two_places(quick_teacher: Path) -> None:
         (("--reference", "pixels"), "--reference pixels: write LABEL=FILE"),
         (("--reference", "pixels=none.npz"), "none.npz: no such file"),
         (("--sampler", "{name: euler}"), "sampler.name = 'euler': unknown"),
+        (("--grid",), "--grid: lies beside the records"),
+        (("--captions", "none.txt"), "--captions none.txt: protocol digits-pixels asks for none"),
         (("--records", "/proc/records.jsonl"), "/proc/records.jsonl: cannot be written"),
         (("--protocol", "coco-clip"), "coco-clip: give its captions"),
     ],

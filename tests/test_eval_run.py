@@ -18,10 +18,12 @@ from torch import Tensor
 from diffdistill.config import dump
 from diffdistill.eval.feature_store import BLOCK
 from diffdistill.eval.features import Extractor
+from diffdistill.eval.kernels import kid
 from diffdistill.eval.metrics import Frechet, InceptionScore
 from diffdistill.eval.records import Record
 from diffdistill.eval.run import Evaluation, evaluate, progress_bar
-from diffdistill.eval.scoring import score
+from diffdistill.eval.scores import inception_score
+from diffdistill.eval.scoring import OnDevice, score
 from diffdistill.eval.workers import find_workers
 from diffdistill.schema import UserError
 
@@ -41,7 +43,7 @@ def lasting(record: Record) -> dict[str, Any]:
 
 def test_every_metric_has_a_value_a_repeat_and_its_features_are_hashed(tmp_path: Path) -> None:
     record = run(tmp_path).record
-    names = ["fd-toy", "kid-toy", "precision", "recall", "is", "diversity"]
+    names = ["fd-toy", "kid-toy", "precision", "recall", "is-toy", "diversity"]
     assert list(record.metrics) == names
     assert {len(values.values) for values in record.metrics.values()} == {2}
     assert record.images is not None
@@ -50,14 +52,34 @@ def test_every_metric_has_a_value_a_repeat_and_its_features_are_hashed(tmp_path:
     assert record.protocol == dump(toy_protocol())
 
 
+def test_kid_and_inception_score_keep_their_spread_within_a_repeat(tmp_path: Path) -> None:
+    record, protocol = run(tmp_path).record, toy_protocol()
+    for repeat in range(2):
+        seen = EXTRACTOR(NoiseImages(protocol).take(repeat, torch.arange(300)))
+        _, spread = kid(seen.features, toy_bench(protocol).real["toy"].rows(), num_subsets=5, subset_size=50)
+        assert record.metrics["kid-toy"].within is not None
+        assert record.metrics["kid-toy"].within[repeat] == pytest.approx(spread, rel=1e-12)
+        assert seen.logits is not None
+        assert record.metrics["is-toy"].within is not None
+        assert record.metrics["is-toy"].within[repeat] == pytest.approx(inception_score(seen.logits, splits=2)[1])
+    assert record.metrics["fd-toy"].within is None
+
+
+def test_the_real_side_goes_to_the_device_of_the_judged_one() -> None:
+    device = torch.device("meta")  # stands for a GPU
+    there = OnDevice(TensorFeatures(torch.rand(20, 4)), device)
+    assert there.rows(7).shape == (7, 4)
+    assert {there.rows().device, there.summary.mean.device, there.summary.scatter.device} == {device}
+
+
 def test_the_values_are_those_of_all_features_in_memory(tmp_path: Path) -> None:
     record = run(tmp_path).record
     protocol = toy_protocol()
     source = NoiseImages(protocol)
     for repeat in range(2):
         features = EXTRACTOR(source.take(repeat, torch.arange(300))).features
-        found, _ = score(METRICS[:3], {"toy": TensorFeatures(features)}, toy_bench(protocol).real)  # type: ignore[dict-item]
-        for name, value in found.items():
+        found = score(METRICS[:3], {"toy": TensorFeatures(features)}, toy_bench(protocol).real)  # type: ignore[dict-item]
+        for name, value in found.values.items():
             assert record.metrics[name].values[repeat] == pytest.approx(value, rel=1e-12)
 
 
@@ -180,7 +202,7 @@ def test_a_score_that_needs_logits_says_so(tmp_path: Path) -> None:
     protocol = toy_protocol(metrics=(InceptionScore(features=TOY),))
     plain = Extractor(label="toy", network=lambda x: x.flatten(1), prepare=Tensor.float, num_features=16)
     bench = replace(toy_bench(protocol), extractors={"toy": plain})
-    with pytest.raises(UserError, match="is: needs logits, and toy has none"):
+    with pytest.raises(UserError, match="inception_score: needs logits, and toy has none"):
         evaluate(NoiseImages(protocol), bench, name="noise", root=tmp_path)
 
 

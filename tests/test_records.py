@@ -18,6 +18,7 @@ from diffdistill.eval.records import (
     Values,
     append_record,
     is_lower_better,
+    metric_label,
     parse_record,
     protocol_id,
     read_records,
@@ -76,6 +77,10 @@ def test_repeats_keep_their_min_mean_and_sample_deviation() -> None:
         (changed(metrics={"A metric": {"values": [1.0], "min": 1.0, "mean": 1.0, "std": None}}), "metrics"),
         (changed(metrics={"is": {"values": [1.0, 2.0], "min": 0.5, "mean": 1.5, "std": 0.7}}), "min = 0.5: of"),
         (changed(metrics={"is": {"values": [1.0], "min": 1.0, "mean": 1.0, "std": 0.0}}), "std = 0.0: of"),
+        (
+            changed(metrics={"is": {"values": [1.0], "min": 1.0, "mean": 1.0, "std": None, "within": [0.1, 0.2]}}),
+            "within = [0.1, 0.2]: one for each of [1.0]",
+        ),
         (changed(protocol={"num_images": 1800}), "protocol.name: is required"),
         (changed(environment=None), "environment: a measured record needs it"),
         (changed(kind="reported"), "source: a reported record needs it"),
@@ -157,6 +162,14 @@ def test_a_protocols_id_ignores_the_order_of_keys_and_nothing_else() -> None:
 )
 def test_distances_are_better_when_lower(metric: str, lower: bool) -> None:
     assert is_lower_better(metric) is lower
+
+
+@pytest.mark.parametrize(
+    ("metric", "label"),
+    [("fid", "FID"), ("fd-resnet20-cifar", "FD resnet20-cifar"), ("clip-score", "CLIP score"), ("recall", "recall")],
+)
+def test_a_metric_is_spoken_with_its_features_as_they_are_called(metric: str, label: str) -> None:
+    assert metric_label(metric) == label
 
 
 def test_parsing_names_every_fault_at_once() -> None:

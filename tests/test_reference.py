@@ -18,9 +18,18 @@ from diffdistill.config import dump, dump_yaml
 from diffdistill.data.digits import Digits
 from diffdistill.eval import digits
 from diffdistill.eval.distances import frechet_from_features, frechet_from_summaries
-from diffdistill.eval.features import DinoV2, Extractor, Inception, Pixels, load_extractor, register
+from diffdistill.eval.features import (
+    CifarResNet,
+    DinoV2,
+    Extractor,
+    Inception,
+    OpenClip,
+    Pixels,
+    load_extractor,
+    register,
+)
 from diffdistill.eval.images import open_images
-from diffdistill.eval.metrics import Frechet, KernelDistance, PrecisionRecall
+from diffdistill.eval.metrics import Cmmd, Frechet, InceptionScore, KernelDistance, PrecisionRecall
 from diffdistill.eval.neighbours import precision_recall
 from diffdistill.eval.protocol import Captions, Labels, Preparation, Protocol, Reference
 from diffdistill.eval.protocols import DIGITS_PIXELS, PROTOCOLS, find_protocol
@@ -347,9 +356,22 @@ def test_only_fids_inception_is_called_fid() -> None:
     assert KernelDistance(features=Inception(mode="clean")).keys == ("kid-inception-clean",)
 
 
+def test_only_fids_inception_gives_the_inception_score_and_only_its_clip_cmmd() -> None:
+    assert InceptionScore(features=Inception()).keys == ("is",)
+    assert InceptionScore(features=CifarResNet()).keys == ("is-resnet20-cifar",)
+    (published,) = PROTOCOLS["coco2014-cmmd30k"].metrics
+    assert published.keys == ("cmmd",)
+    assert Cmmd(features=OpenClip(model="ViT-B-32", pretrained="openai")).keys == ("mmd-clip-vit-b-32",)
+    assert Cmmd(features=Pixels()).keys == ("mmd-pixels",)
+
+
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "two metrics of one name": ({"metrics": (Frechet(features=Pixels()),) * 2}, "fd-pixels is named twice"),
     "captions without their policy": ({"captions": Captions(name="a", count=3)}, "captions: go with"),
+    "fewer captions than images": (
+        {"captions": Captions(name="a", count=3), "labels": Labels(policy="captions")},
+        "captions.count = 3: 1800 images need one each",
+    ),
     "classes that do not divide": ({"num_images": 1801}, "is no multiple of 10 classes"),
     "a name with blanks": ({"name": "my protocol"}, "name"),
     "no metric": ({"metrics": ()}, "metrics"),

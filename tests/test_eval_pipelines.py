@@ -1,0 +1,126 @@
+"""`diffdistill eval` of pipelines on latents: captions in, through text encoder, network and VAE, scores out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from stand_ins import save_stand_in
+from tiny_clip import LABEL, METRIC, write_clip
+from typer.testing import CliRunner
+
+from diffdistill.cli import app
+from diffdistill.denoiser import Cond
+from diffdistill.draws import Draws
+from diffdistill.eval.diffusers_folder import open_diffusers
+from diffdistill.eval.generate import SampledImages
+from diffdistill.eval.places import SamplingOptions
+from diffdistill.eval.protocol import Protocol
+from diffdistill.eval.protocols import find_protocol
+from diffdistill.eval.records import read_records
+from diffdistill.families import open_pipeline
+from diffdistill.sampling import DDIM
+from diffdistill.schema import UserError
+
+CAPTIONS = ["a red fox", "two blue birds", "a dog", "the same again"]
+STEPS = DDIM(num_steps=2)
+CPU = torch.device("cpu")
+
+
+def protocol_file(folder: Path, **changes: Any) -> Path:
+    settings = {
+        "name": "tiny-captions",
+        "num_images": len(CAPTIONS),
+        "image_shape": [3, 16, 16],
+        "labels": {"policy": "captions"},
+        "captions": {"name": "captions.txt", "count": len(CAPTIONS)},
+        "metrics": [METRIC],
+    }
+    (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    (folder / "protocol.yaml").write_text(yaml.safe_dump({k: v for k, v in (settings | changes).items() if v}))
+    return folder / "protocol.yaml"
+
+
+def protocol(folder: Path, **changes: Any) -> Protocol:
+    return find_protocol(str(protocol_file(folder, **changes)))
+
+
+def opened(place: Path, known: Protocol, **options: Any) -> SampledImages:
+    captions = CAPTIONS if known.captions else None
+    return open_diffusers(place, known, SamplingOptions(sampler=STEPS, captions=captions, **options), CPU)
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stand_in(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@torch.no_grad()
+def test_image_i_is_caption_i_through_the_pipelines_own_parts(place: Path, guidance: float, tmp_path: Path) -> None:
+    source = opened(place, protocol(tmp_path), guidance=guidance)
+    index = torch.tensor([2, 1])
+    images = source.take(0, index)
+    assert images.shape == (2, 3, 16, 16)
+    pipeline = open_pipeline(place)
+    denoiser = pipeline.load_denoiser()
+    denoiser.conditions = pipeline.conditions(CAPTIONS)
+    noise = Draws(0, 0, index).normal("noise", pipeline.spec.image_shape)
+    latents = STEPS(denoiser, noise, Cond(label=index), guidance=guidance)
+    expected = pipeline.family.to_images(pipeline.load_vae(), latents)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+def test_an_image_does_not_depend_on_its_batch(place: Path, tmp_path: Path) -> None:
+    source = opened(place, protocol(tmp_path), guidance=3.0)
+    together = source.take(0, torch.arange(4))
+    for i in range(4):
+        torch.testing.assert_close(source.take(0, torch.tensor([i]))[0], together[i], atol=1e-5, rtol=0)
+
+
+def test_classes_on_latents_need_no_captions(tmp_path: Path) -> None:
+    labels = {"policy": "random", "num_classes": 1000}
+    place = save_stand_in("dit", tmp_path / "dit")
+    source = opened(place, protocol(tmp_path, labels=labels, captions=None))
+    assert source.take(0, torch.arange(3)).shape == (3, 3, 16, 16)
+    assert list(source.model.around_sha256) == ["vae"]
+
+
+def test_captions_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    text, classes = (save_stand_in(family, tmp_path / family) for family in ("sd", "dit"))
+    without = protocol(tmp_path, labels=None, captions=None)
+    with pytest.raises(UserError, match="takes captions; name a protocol that has some"):
+        opened(text, without)
+    with pytest.raises(UserError, match="asks for captions, which this model does not take"):
+        opened(classes, protocol(tmp_path))
+    with pytest.raises(UserError, match="makes 3 x 16 x 16 images; tiny-captions is for 3 x 512 x 512"):
+        opened(text, protocol(tmp_path, image_shape=[3, 512, 512]))
+
+
+def evaluated(place: Path, folder: Path, *options: object) -> Result:
+    write_clip(folder)
+    arguments = ["--captions", folder / "captions.txt", "--weights", f"{LABEL}={folder / 'clip.safetensors'}"]
+    arguments += ["--sampler", "{name: ddim, num_steps: 2}", "--records", folder / "r.jsonl", *options]
+    call = ["eval", str(place), "--protocol", str(folder / "protocol.yaml"), *map(str, arguments)]
+    return CliRunner(env={"COLUMNS": "200", "DIFFDISTILL_CACHE": str(folder / "cache")}).invoke(app, call)
+
+
+def test_a_clip_score_of_a_pipeline_names_everything_that_made_it(place: Path, tmp_path: Path) -> None:
+    protocol_file(tmp_path)
+    result = evaluated(place, tmp_path, "--guidance", 3, "--efficiency", "--batch", 2, "--save-images", tmp_path / "i")
+    assert result.exit_code == 0, result.output
+    made = evaluated(tmp_path / "i" / str(place).strip("/").replace("/", "-").replace("_", "-")[-60:], tmp_path)
+    assert made.exit_code == 0, made.output
+    record, of_files = read_records(tmp_path / "r.jsonl")
+    assert record.metrics["clip-score"].mean == pytest.approx(of_files.metrics["clip-score"].mean, rel=1e-6)
+    assert record.model is not None
+    encoders = {name for name in open_pipeline(place).family.text_parts if name.startswith("text_encoder")}
+    assert set(record.model.around_sha256) == encoders | {"vae"}
+    assert record.efficiency is not None
+    assert set(record.efficiency.includes) == encoders | {"vae"}
+    assert record.efficiency.num_evaluations == 2 * 2
+    captions = record.protocol["captions"]
+    assert isinstance(captions, dict)
+    assert len(str(captions["sha256"])) == 64
