@@ -93,6 +93,7 @@ class ModelConfig:
 class RunConfig:
     """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
 
+    text_encoder: the folder of a sentence encoder, for a `model` that takes text.
     negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
@@ -105,6 +106,7 @@ class RunConfig:
     data: AnyData = field(default_factory=Digits)
     model: ModelConfig | None = None
     teacher: str | None = None
+    text_encoder: str | None = None
     negative_prompt: str | None = None
     negative_scale: NonNegative = 0.3
     init: str | None = None

@@ -119,7 +119,9 @@ class Reference:
 
     @staticmethod
     def of_source(source: ImageSource, members: Tensor, count: int = 512) -> "Reference":
-        """Of `count` images spread over those numbered `members`."""
+        """Of `count` images spread over those numbered `members`; NaN where there are none."""
+        if not len(members):
+            return Reference(math.nan, math.nan, math.nan)
         rows = members[torch.linspace(0, len(members) - 1, min(count, len(members))).long()]
         labels = source.labels
         return Reference.of(source.rows(rows), None if labels is None else labels[rows.to(labels.device)])
@@ -138,6 +140,7 @@ class Health:
     """Examines a run every so often and remembers what has already been said."""
 
     def __init__(self, config: HealthConfig, reference: Reference) -> None:
+        """reference: what it lacks (NaN) is not compared."""
         self.config, self.reference = config, reference
         self._outside: dict[str, int] = {}
         self._norms: dict[str, list[float]] = {}
@@ -169,11 +172,12 @@ class Health:
         shape = setting.image_shape
         x = sampler(generator, rng.normal("health", shape), cond, fresh_noise=rng.fresh_noise(shape))  # type: ignore[arg-type]
         generator.train(was_training)
-        signals = {
-            "mean_drift": abs(float(x.mean()) - self.reference.mean) / self.reference.std,
-            "std_ratio": float(x.std()) / self.reference.std,
-            "diversity": mean_distance(x, cond.label) / self.reference.distance,
-        }
+        signals: dict[str, float] = {}
+        if not math.isnan(self.reference.std):
+            signals["mean_drift"] = abs(float(x.mean()) - self.reference.mean) / self.reference.std
+            signals["std_ratio"] = float(x.std()) / self.reference.std
+        if not math.isnan(self.reference.distance):
+            signals["diversity"] = mean_distance(x, cond.label) / self.reference.distance
         if "fake" in players and "teacher" in players:
             signals |= compare_scores(players.teacher, players.fake, x, rng, cond)
         return signals

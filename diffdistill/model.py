@@ -52,6 +52,7 @@ class ModelSpec:
     base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
     negative_prompt: str | None = None  # that its attention steers away from
     negative_scale: float = 0.0
+    text_encoder: str | None = None  # the folder of what encodes prompts, where that is no pipeline's
 
     def build_empty(self) -> Denoiser:
         """The same without weights, for others to be put in: a network is then in memory only once."""
@@ -108,6 +109,22 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     freeze(denoiser)
     steer(denoiser, spec)
     return TrainedModel(denoiser, spec, target)
+
+
+def describe_model(place: str | FilePath) -> ModelSpec:
+    """What `load_model` would load, from text files alone. Raises UserError if there is nothing."""
+    from diffdistill.families import is_pipeline, open_pipeline
+
+    if is_pipeline(place):
+        return open_pipeline(place).spec
+    if is_routed(FilePath(place)):
+        return _load_students(FilePath(place), use_ema=True, ema=None).spec
+    target = find_checkpoint(FilePath(place))
+    try:
+        state = json.loads((target / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{target / STATE}: cannot be read: {error}") from None
+    return validate(ModelSpec, state.get("model"), origin=f"{target}/state.json")
 
 
 def merge_model(model: TrainedModel) -> TrainedModel:

@@ -8,12 +8,25 @@ from diffdistill.data.digits import Digits
 from diffdistill.data.huggingface import HuggingFace
 from diffdistill.data.image_folder import ImageFolder
 from diffdistill.data.npz import Npz
+from diffdistill.data.prompts import CaptionedImages, Prompts
 from diffdistill.data.torchvision_sets import Cifar10, FashionMNIST
+from diffdistill.data.web_dataset import WebDataset
 
 AnyData = Annotated[
-    Digits | Cifar10 | FashionMNIST | ImageFolder | HuggingFace | Npz,
+    Digits | Cifar10 | FashionMNIST | ImageFolder | HuggingFace | Npz | Prompts | CaptionedImages | WebDataset,
     Field(discriminator="name"),
 ]
 """The data sets that a config may name."""
 
-__all__ = ["AnyData", "Cifar10", "Digits", "FashionMNIST", "HuggingFace", "ImageFolder", "Npz"]
+__all__ = [
+    "AnyData",
+    "CaptionedImages",
+    "Cifar10",
+    "Digits",
+    "FashionMNIST",
+    "HuggingFace",
+    "ImageFolder",
+    "Npz",
+    "Prompts",
+    "WebDataset",
+]

@@ -67,7 +67,7 @@ def remember(root: FilePath, fingerprint: str, key: str) -> None:
     target = root / SOURCES / fingerprint
     temporary = target.with_name(f".{fingerprint}-{_unique()}")
     try:
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(key + "\n", encoding="ascii")
         temporary.replace(target)
     except OSError:
@@ -127,11 +127,19 @@ def _lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say("waiting for another process that prepares the same images")
+        say("waiting for another process that prepares the same")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:  # a file system without locks; renaming alone keeps the cache whole
         return False
     return True
+
+
+def write_synced(file: FilePath, content: bytes) -> None:
+    """Write a file through to the disk."""
+    with file.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _sync(path: FilePath) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+from diffdistill.data.captions import Captions, checked_caption
 from diffdistill.data.collection import (
     Classes,
     Collection,
@@ -25,7 +26,8 @@ class HuggingFace:
     """One split of a Hugging Face data set, in its own order.
 
     path: a folder written by save_to_disk, a folder of images, or else a name on the hub.  subset: the hub's
-    configuration name.  label_column: default none; ClassLabel, integers or text.
+    configuration name.  label_column: default none; ClassLabel, integers or text.  caption_column: default none; text,
+    for a model that takes prompts.  image_column: null for captions alone.
     resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
     """
 
@@ -33,14 +35,53 @@ class HuggingFace:
     path: str
     subset: str | None = None
     split: str = "train"
-    image_column: str = "image"
+    image_column: str | None = "image"
     label_column: str | None = None
+    caption_column: str | None = None
     resolution: PositiveInt | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.image_column is None and self.caption_column is None:
+            raise ValueError("image_column and caption_column: give one, or both")
+        if self.label_column and self.caption_column:
+            raise ValueError("label_column and caption_column: a model is told one of them; give one")
+
+    @property
+    def has_captions(self) -> bool:
+        return self.caption_column is not None
+
+    @property
+    def has_images(self) -> bool:
+        return self.image_column is not None
+
+    @property
+    def sizing(self) -> Sizing:
+        return Sizing(self.resolution, self.channels)
+
+    def captions(self) -> Captions:
+        """Every row's caption, and its image. Raises UserError as `load`, and on cells that are no text."""
+        datasets = _library()
+        rows = self._open(datasets)
+        assert self.caption_column is not None
+        self._check_column(rows, "caption_column", self.caption_column)
+        origin = f"data.caption_column = {self.caption_column!r}"
+        values = list(rows[self.caption_column])
+        prompts = tuple(checked_caption(value, origin=f"{origin}, row {row}") for row, value in enumerate(values))
+        if not prompts:
+            raise UserError(f"data.path = {self.path!r}: the split {self.split!r} is empty")
+        settings = {"name": self.name, "captions": [self.image_column, self.caption_column], "split": self.split}
+        if self.image_column is None:
+            return Captions(self.path, prompts, settings=settings)
+        encoded = self._encoded(rows, datasets)
+        items = _items(partial(_read, encoded, self.image_column), len(encoded))
+        return Captions(self.path, prompts, items, settings=settings)
+
     def load(self) -> MappedImages:
         """The prepared images. Raises UserError if the data set, split or columns are not there."""
+        if self.has_captions:
+            return self.captions().images(self.sizing, self.cache)
         folder = FilePath(self.path).expanduser()
         files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
         return load_prepared(
@@ -52,27 +93,30 @@ class HuggingFace:
             },
             self._collect,
             files=files,
-            sizing=Sizing(self.resolution, self.channels),
+            sizing=self.sizing,
             cache=self.cache,
         )
 
     def _collect(self) -> Collection:
-        try:
-            import datasets
-        except ImportError:
-            raise UserError("the `datasets` library is missing: pip install 'diffdistill[data]'") from None
+        datasets = _library()
         rows = self._open(datasets)
-        self._check_column(rows, "image_column", self.image_column)
-        if not isinstance(rows.features[self.image_column], datasets.Image):
-            kinds = {name: type(kind).__name__ for name, kind in rows.features.items()}
-            raise UserError(f"data.image_column = {self.image_column!r}: holds no images; the columns are {kinds}")
+        encoded = self._encoded(rows, datasets)
         classes = self._classes(rows) if self.label_column else None
-        encoded = rows.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
+        assert self.image_column is not None
         read = partial(_read, encoded, self.image_column)
         if not len(encoded):
             raise UserError(f"data.path = {self.path!r}: the split {self.split!r} is empty")
         is_lasting = _is_held(encoded[0][self.image_column], FilePath(self.path).expanduser())
         return Collection(self.path, _items(read, len(encoded)), classes, is_lasting=is_lasting)
+
+    def _encoded(self, rows: Any, datasets: Any) -> Any:
+        """The column of images alone, as files. Raises UserError if there is none."""
+        assert self.image_column is not None
+        self._check_column(rows, "image_column", self.image_column)
+        if not isinstance(rows.features[self.image_column], datasets.Image):
+            kinds = {name: type(kind).__name__ for name, kind in rows.features.items()}
+            raise UserError(f"data.image_column = {self.image_column!r}: holds no images; the columns are {kinds}")
+        return rows.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
 
     def _open(self, datasets: Any) -> Any:
         """The split. Nothing of a data set is ever run as a program."""
@@ -117,6 +161,14 @@ class HuggingFace:
         if all(isinstance(value, str) for value in values):
             return numbered_classes([value.strip() for value in values], origin=origin)
         raise UserError(f"{origin}: holds neither integers nor text, but {type(values[0]).__name__}")
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("the `datasets` library is missing: pip install 'diffdistill[data]'") from None
+    return datasets
 
 
 def _items(read: Callable[[int], bytes], count: int) -> tuple[Item, ...]:

@@ -1,6 +1,7 @@
 """Images as the trainer sees them: rows by number, float32 in [-1, 1], on the right device."""
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Protocol
@@ -131,3 +132,65 @@ class MappedImages:
         values -= 1
         tensor = torch.from_numpy(values)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+class LatentImages:
+    """Latents on disk, memory-mapped, in float32, as the network is given them."""
+
+    def __init__(
+        self,
+        shards: Sequence[Tensor],
+        labels: Tensor | None,
+        *,
+        key: str,
+        num_classes: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """shards: [n_i, C, h, w] each, one after the other; labels: [N] int64, below num_classes."""
+        self.shards, self.key, self.num_classes = tuple(shards), key, num_classes
+        self.device = device or torch.device("cpu")
+        self.labels = None if labels is None else labels.to(self.device)
+        self._bounds = torch.tensor([0, *(len(shard) for shard in self.shards)]).cumsum(0)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.shards[0].shape[1:])
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    def rows(self, index: Tensor) -> Tensor:
+        which = torch.searchsorted(self._bounds, index, right=True) - 1
+        found = torch.empty(len(index), *self.image_shape)
+        for number in which.unique().tolist():
+            is_here = which == number
+            found[is_here] = self.shards[number][index[is_here] - self._bounds[number]]
+        return found.to(self.device)
+
+    def expect(self, index: Tensor) -> None:
+        """Nothing: the operating system reads ahead."""
+
+    def to(self, device: torch.device) -> "LatentImages":
+        return LatentImages(self.shards, self.labels, key=self.key, num_classes=self.num_classes, device=device)
+
+
+class NoImages:
+    """Where a method needs none: a shape and no rows."""
+
+    num_classes = 0
+    labels: Tensor | None = None
+
+    def __init__(self, image_shape: tuple[int, ...], device: torch.device | None = None, *, key: str = "none") -> None:
+        self.image_shape, self.device, self.key = image_shape, device or torch.device("cpu"), key
+
+    def __len__(self) -> int:
+        return 0
+
+    def rows(self, index: Tensor) -> Tensor:
+        return torch.empty(0, *self.image_shape, device=self.device)
+
+    def expect(self, index: Tensor) -> None:
+        """Nothing: there are none."""
+
+    def to(self, device: torch.device) -> "NoImages":
+        return NoImages(self.image_shape, device, key=self.key)

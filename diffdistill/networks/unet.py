@@ -19,7 +19,10 @@ from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 
 @schema
 class UNetConfig:
-    """Settings of `UNet`. One entry of `channels` and of `attention` for each resolution, the finest first."""
+    """Settings of `UNet`. One entry of `channels` and of `attention` for each resolution, the finest first.
+
+    text_width: numbers of the pooled text that it takes in the place of a class; 0 for none.
+    """
 
     name: Literal["unet"] = "unet"
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64)
@@ -27,6 +30,7 @@ class UNetConfig:
     blocks: PositiveInt = 1
     head_channels: PositiveInt = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    text_width: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.attention):
@@ -49,7 +53,8 @@ class UNetConfig:
                 f"network.channels: {len(self.channels)} resolutions need image sides that are multiples of "
                 f"{multiple}; the images are {image_shape[1]} x {image_shape[2]}"
             )
-        return UNet(self, image_shape[0], num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        is_conditional = num_classes > 0 or self.text_width > 0
+        return UNet(self, image_shape[0], num_classes, knows_unconditional=is_conditional and class_dropout > 0)
 
 
 class UNet(nn.Module):
@@ -57,7 +62,8 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig, image_channels: int, num_classes: int, *, knows_unconditional: bool):
         super().__init__()
-        self.accepts = frozenset({"label"} if num_classes else ())
+        given = {"label": num_classes > 0, "pooled_text": config.text_width > 0}
+        self.accepts = frozenset(part for part, is_taken in given.items() if is_taken)
         self.num_classes = num_classes
         self.knows_unconditional = knows_unconditional
         self.resolution_multiple = 2 ** (len(config.channels) - 1)
@@ -65,6 +71,7 @@ class UNet(nn.Module):
         self.frequencies = config.channels[0]
         self.embed_time = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_label = nn.Linear(num_classes, width, bias=False) if num_classes else None
+        self.embed_text = nn.Linear(config.text_width, width) if config.text_width else None
 
         def block(channels_in: int, level: int, resample: Literal["up", "down"] | None = None) -> "UNetBlock":
             heads = max(1, config.channels[level] // config.head_channels) if config.attention[level] else 0
@@ -132,6 +139,11 @@ class UNet(nn.Module):
         if self.embed_label is not None and cond.label is not None:
             one_hot = F.one_hot(cond.label, self.num_classes + 1)[:, : self.num_classes]
             embedding = embedding + self.embed_label(one_hot.to(embedding.dtype) * math.sqrt(self.num_classes))
+        if self.embed_text is not None:
+            if cond.pooled_text is None:
+                raise ValueError("this network needs pooled_text; encode prompts, or set `conditions`")
+            # Of unit length: times its square root the numbers are of unit size.
+            embedding = embedding + self.embed_text(cond.pooled_text * math.sqrt(cond.pooled_text.shape[1]))
         return F.silu(embedding)
 
 

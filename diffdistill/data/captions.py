@@ -1,0 +1,178 @@
+"""Captions: prompts, with the image of each where there are some. Text is UTF-8 and nothing else."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path as FilePath
+from typing import Any, Protocol, runtime_checkable
+
+from diffdistill.data.collection import Classes, Collection, Item, UnreadableImage, listed
+from diffdistill.data.decode import Sizing
+from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared
+from diffdistill.data.source import MappedImages
+from diffdistill.schema import UserError
+
+COLUMNS = ("caption", "text", "prompt")
+"""What a column of captions is called, where none is named."""
+MAX_CHARACTERS = 10_000
+"""A longer caption is taken for a mistake: text encoders read some hundred tokens."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """prompts: in their order, repeated ones included.  items: the image of each; empty where there are none.
+
+    files: all that the content is read from, if it is in files.  notes: what the user should know.
+    """
+
+    origin: str
+    prompts: tuple[str, ...]
+    items: tuple[Item, ...] = ()
+    files: tuple[FilePath, ...] = ()
+    notes: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def different(self) -> tuple[str, ...]:
+        """Each prompt once, by its first place: a prompt's number is its place here."""
+        return tuple(dict.fromkeys(self.prompts))
+
+    def images(self, sizing: Sizing, cache: str | None) -> MappedImages:
+        """The prepared images; their labels are the numbers of their prompts. Raises UserError if there are none."""
+        if not self.items:
+            raise UserError(f"{self.origin}: holds prompts and no images")
+        number = {prompt: place for place, prompt in enumerate(self.different)}
+        classes = Classes(tuple(number[prompt] for prompt in self.prompts), len(number))
+        return load_prepared(
+            self.settings,
+            lambda: Collection(self.origin, self.items, classes, self.notes),
+            files=self.files,
+            sizing=sizing,
+            cache=cache,
+        )
+
+
+@runtime_checkable
+class Captioned(Protocol):
+    """A data set that has captions, or may have: what a config names under `data`."""
+
+    @property
+    def cache(self) -> str | None: ...
+    @property
+    def has_captions(self) -> bool: ...
+    @property
+    def has_images(self) -> bool: ...
+    @property
+    def sizing(self) -> Sizing: ...
+    def captions(self) -> Captions:
+        """Read them all. Raises UserError."""
+        ...
+
+
+def read_text(content: bytes, *, origin: str) -> str:
+    """UTF-8, with or without a byte order mark. Raises UserError naming the line of the first byte that is not."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{origin}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; if the file is in another "
+            f"encoding, convert it first, as in: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def read_file(file: FilePath, *, setting: str = "data.path") -> bytes:
+    """A file's bytes. Raises UserError."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{setting} = {str(file)!r}: cannot be read: {error.strerror}") from None
+
+
+def read_rows(text: str, *, suffix: str, origin: str) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV, TSV or JSONL file, each with its line. Raises UserError on one that is damaged."""
+    return list(_rows_of_jsonl(text, origin) if suffix == ".jsonl" else _rows_of_csv(text, suffix, origin))
+
+
+def find_column(
+    rows: Sequence[tuple[int, dict[str, Any]]],
+    named: str | None,
+    known: Sequence[str],
+    *,
+    setting: str,
+    origin: str,
+) -> str:
+    """The column of this name, or the only one whose name is known. Raises UserError with the columns there are."""
+    columns = list(dict.fromkeys(key for _, row in rows[:100] for key in row))
+    found = [name for name in ([named] if named else known) if name in columns]
+    if len(found) == 1:
+        return found[0]
+    why = f"has the columns {', '.join(map(str, columns)) or 'none'}"
+    raise UserError(f"{origin}: {why}; set {setting}" if named is None else f"{setting} = {named!r}: {origin} {why}")
+
+
+def checked_caption(value: object, *, origin: str) -> str:
+    """A caption without white space around it. Raises UserError on what is no text, or is too long to be one."""
+    if not isinstance(value, str):
+        raise UserError(f"{origin}: the caption is no text but {type(value).__name__}")
+    if len(value) > MAX_CHARACTERS:
+        raise UserError(f"{origin}: a caption of {len(value):,} characters; the limit is {MAX_CHARACTERS:,}")
+    return " ".join(value.split())
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def paired(
+    items: Sequence[Item], captions: Sequence[str | None], *, origin: str
+) -> tuple[list[Item], list[str], list[str]]:
+    """Images that have a caption, their captions, and what was left out. Raises UserError if that is too many."""
+    lacking = [item.name for item, caption in zip(items, captions, strict=True) if caption is None]
+    if len(lacking) > MAX_UNREADABLE * len(items):
+        raise UserError(f"{origin}: {len(lacking):,} of {len(items):,} images have no caption: {listed(lacking)}")
+    notes = [f"{origin}: {len(lacking):,} images without a caption are left out: {listed(lacking)}"] if lacking else []
+    kept = [(item, caption) for item, caption in zip(items, captions, strict=True) if caption is not None]
+    return [item for item, _ in kept], [caption for _, caption in kept], notes
+
+
+def read_item(item: Item, *, origin: str) -> bytes:
+    """A small file's content. Raises UserError."""
+    try:
+        content = item.read()
+    except (OSError, UnreadableImage) as error:
+        raise UserError(f"{origin}: cannot be read: {error}") from None
+    assert isinstance(content, bytes)
+    return content
+
+
+def _rows_of_csv(text: str, suffix: str, origin: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if suffix == ".tsv" else ",")
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise UserError(f"{origin}, line {rows.line_num}: has not as many cells as the header")
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{origin}, line {rows.line_num}: {error}") from None
+
+
+def _rows_of_jsonl(text: str, origin: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in lines_of(text):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{origin}, line {number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{origin}, line {number}: must be a JSON object, not {type(row).__name__}")
+        yield number, row
+
+
+read_column = partial(find_column, known=COLUMNS)
+"""`find_column` for captions."""

@@ -1,0 +1,157 @@
+"""WebDataset shards: tar files whose members of one name, but for the ending, are one sample. Nothing is unpacked.
+
+The format: github.com/webdataset/webdataset, README, "The WebDataset Format".
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path as FilePath
+from typing import Literal
+
+from diffdistill.data.captions import Captions, checked_caption, paired, read_rows, read_text
+from diffdistill.data.collection import Item, UnreadableImage, checked_size
+from diffdistill.data.decode import Sizing
+from diffdistill.data.source import MappedImages
+from diffdistill.schema import PositiveInt, UserError, schema
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+MAX_SHARDS = 1_000_000
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file lies in a tar."""
+
+    tar: FilePath
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Raises UnreadableImage, OSError."""
+        with self.tar.open("rb") as handle:
+            handle.seek(self.offset)
+            content = handle.read(checked_size(self.size))
+        if len(content) != self.size:
+            raise UnreadableImage("cut off at the shard's end")
+        return content
+
+
+@schema
+class WebDataset:
+    """Tar files, uncompressed: one, a folder of them, or a pattern as in data/{0000..0127}.tar or data/*.tar.
+
+    captions_ending: of a caption, a text, or a JSON object with `caption_column` (default caption, text or
+    prompt).  The image is the member that ends in jpg, jpeg, png or webp.
+    resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
+    """
+
+    name: Literal["webdataset"] = "webdataset"
+    path: str
+    captions_ending: str = "txt"
+    caption_column: str | None = None
+    resolution: PositiveInt | None = None
+    channels: Literal[1, 3] = 3
+    cache: str | None = None
+
+    has_captions = True
+    has_images = True
+
+    @property
+    def sizing(self) -> Sizing:
+        return Sizing(self.resolution, self.channels)
+
+    def load(self) -> MappedImages:
+        """The prepared images; their labels are the numbers of their captions."""
+        return self.captions().images(self.sizing, self.cache)
+
+    def captions(self) -> Captions:
+        """Every sample that has a caption. Raises UserError on shards that are missing, compressed or damaged."""
+        shards = find_shards(self.path)
+        items: list[Item] = []
+        found: list[str | None] = []
+        for sample in (sample for shard in shards for sample in samples_of(shard)):
+            image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
+            if image is None:
+                continue
+            text = sample.get(self.captions_ending)
+            items.append(Item(f"{image.tar.name}:{image.name}", image.read))
+            found.append(None if text is None else self._caption(text))
+        if not items:
+            raise UserError(f"data.path = {self.path!r}: no sample has an image ({', '.join(IMAGE_ENDINGS)})")
+        kept, prompts, notes = paired(items, found, origin=self.path)
+        settings = {"name": self.name, "captions": [self.captions_ending, self.caption_column]}
+        return Captions(self.path, tuple(prompts), tuple(kept), tuple(shards), tuple(notes), settings)
+
+    def _caption(self, member: Member) -> str:
+        origin = f"{member.tar}:{member.name}"
+        try:
+            text = read_text(member.read(), origin=origin)
+        except (OSError, UnreadableImage) as error:
+            raise UserError(f"{origin}: cannot be read: {error}") from None
+        if self.captions_ending != "json":
+            return checked_caption(text, origin=origin)
+        (row,) = read_rows(" ".join(text.split("\n")), suffix=".jsonl", origin=origin) or [(0, {})]
+        known = ("caption", "text", "prompt") if self.caption_column is None else (self.caption_column,)
+        column = next((name for name in known if name in row[1]), None)
+        if column is None:
+            raise UserError(f"{origin}: has none of {', '.join(known)}; set data.caption_column")
+        return checked_caption(row[1][column], origin=origin)
+
+
+def find_shards(path: str) -> list[FilePath]:
+    """The tar files that a path means, in order. Raises UserError if one is missing."""
+    place = FilePath(path).expanduser()
+    if place.is_dir():
+        found = sorted(place.glob("*.tar"))
+    elif BRACES.search(str(place)):
+        found = [FilePath(name) for name in _expanded(str(place))]
+    elif has_magic(str(place)):
+        found = sorted(map(FilePath, glob(str(place))))
+    else:
+        found = [place]
+    missing = [str(file) for file in found if not file.is_file()]
+    if missing or not found:
+        raise UserError(f"data.path = {path!r}: {f'no such file: {missing[0]}' if missing else 'no .tar there'}")
+    return found
+
+
+def samples_of(shard: FilePath) -> Iterator[dict[str, Member]]:
+    """The samples of a shard by the ending of each member: a name's part behind the first dot. Raises UserError."""
+    key: str | None = None
+    sample: dict[str, Member] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if not member.isreg() or member.issparse():
+                    continue  # folders, links and devices hold no data
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, ending = base.partition(".")
+                if not dot or not stem:
+                    continue
+                if key != f"{folder}/{stem}":
+                    if sample:
+                        yield sample
+                    key, sample = f"{folder}/{stem}", {}
+                sample[ending.lower()] = Member(shard, member.name, member.offset_data, member.size)
+    except (tarfile.TarError, OSError, EOFError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{shard}: not a tar that can be read (compressed ones are not): {error}") from None
+    if sample:
+        yield sample
+
+
+def _expanded(pattern: str) -> list[str]:
+    """{0000..0003} as four names, the width kept."""
+    found = BRACES.search(pattern)
+    if not found:
+        return [pattern]
+    first, last = int(found[1]), int(found[2])
+    if not 0 <= last - first < MAX_SHARDS:
+        raise UserError(f"data.path = {pattern!r}: {found[0]} names {last - first + 1:,} shards")
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    numbers = (f"{number:0{len(found[1])}d}" for number in range(first, last + 1))
+    return [name for number in numbers for name in _expanded(f"{head}{number}{tail}")]
