@@ -24,7 +24,7 @@ class Cond:
 
     label: [B] int64 in 0 .. num_classes - 1, or num_classes for "no class".
     text: [B, L, C] token embeddings.  text_mask: [B, L], bool or int64, which of them count.  pooled_text: [B, C].
-    size: [B, 6], SDXL's added sizes in pixels.
+    size: in pixels: [B, 6], SDXL's added sizes, or [B, 2], PixArt's height and width.
     guidance_input: [B], a guidance scale that the network takes as input.
     second_time: [B], an end time (trajectory students).  augmentation: [B, A], EDM's augmentation labels.
     """

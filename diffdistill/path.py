@@ -343,11 +343,16 @@ class VPDiscrete(Path):
 
 @schema
 class Flow(Path):
-    """Rectified flow: alpha = 1 - t, sigma = t.  Liu et al. 2023, arXiv:2209.03003."""
+    """Rectified flow: alpha = 1 - s, sigma = s.  Liu et al. 2023, arXiv:2209.03003.
+
+    s = shift t / (1 + (shift - 1) t), which is t itself at shift 1: what is even in t is then more often noisy.  Esser
+    et al. 2024, arXiv:2403.03206, eq. 23.
+    """
 
     name: Literal["flow"] = "flow"
     t_start: Positive = 1e-3
     t_end: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    shift: Positive = 1.0
 
     def __post_init__(self) -> None:
         _check_order("t_start", self.t_start, "t_end", self.t_end)
@@ -365,10 +370,10 @@ class Flow(Path):
         return ("flow", "x0", "eps")
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - t.double()
+        return (1 - t.double()) / (1 + (self.shift - 1) * t.double())
 
     def sigma(self, t: Tensor) -> Tensor:
-        return t.double()
+        return self.shift * t.double() / (1 + (self.shift - 1) * t.double())
 
     def log_ratio_derivative(self, t: Tensor) -> Tensor:
         t = t.double()
@@ -376,13 +381,14 @@ class Flow(Path):
 
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
         ratio = ratio.double()
-        return ratio / (1 + ratio)
+        return ratio / (self.shift + ratio)
 
     def time_input(self, t: Tensor) -> Tensor:
-        return 1000 * t.double()
+        return 1000 * self.sigma(t)
 
     def time_of_input(self, time_input: Tensor) -> Tensor:
-        return time_input.double() / 1000
+        sigma = time_input.double() / 1000
+        return sigma / (self.shift - (self.shift - 1) * sigma)
 
 
 AnyPath = Annotated[EDM | VPCosine | VPLinear | VPDiscrete | Flow, Field(discriminator="name")]

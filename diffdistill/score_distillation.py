@@ -52,12 +52,13 @@ def start_players(setting: Setting, **guidances: float) -> dict[str, nn.Module]:
     """Generator and fake score, which start as the teacher or as in an earlier run.
 
     guidances: the scales that will be asked of these networks, by the setting's name.
-    Raises UserError without a teacher, and for a scale other than 1 where it never saw "no class".
+    Raises UserError without a teacher, and for a scale other than 1 where it never saw "no class" and is told no scale.
     """
     copies = setting.copies("generator", "fake")
     assert setting.teacher is not None
+    net = setting.teacher.net
     for name, guidance in guidances.items():
-        if guidance != 1 and not setting.teacher.net.knows_unconditional:
+        if guidance != 1 and not net.knows_unconditional and "guidance_input" not in net.accepts:  # type: ignore[operator]
             raise UserError(f"method.{name}: {guidance} needs a teacher trained with class_dropout > 0; use 1")
     return copies
 

@@ -21,6 +21,7 @@ PATHS: dict[str, Path] = {
     "vp_linear": VPLinear(),
     "vp_discrete": VPDiscrete(),
     "flow": Flow(),
+    "flow_shifted": Flow(shift=3.0),
 }
 on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 

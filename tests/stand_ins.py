@@ -1,6 +1,7 @@
 """Each family's smallest architecture with random weights, made and saved by diffusers' own classes, offline.
 
-`save_stand_in(family, folder)` writes the pipeline's folder as a user would find it: 16 x 16 pixels, latents of 8 x 8.
+`save_stand_in(family, folder)` writes the pipeline's folder as a user would find it: 8 x 8 latents (ddpm: pixels) of
+16 x 16 pixels, for sana 32 x 32.
 """
 
 import json
@@ -85,7 +86,121 @@ def sdxl() -> Any:
     )
 
 
-STAND_INS: dict[str, Callable[..., Any]] = {"ddpm": ddpm, "dit": dit, "sd": sd, "sdxl": sdxl}
+def pixart(has_sizes: bool = False) -> Any:
+    """PixArt-alpha.  has_sizes: as its network for 1024 pixels, which is told the image's size."""
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12 if has_sizes else 8,  # a third of the width for each number of the size
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=24 if has_sizes else 16,
+        sample_size=128 if has_sizes else 8,
+        patch_size=16 if has_sizes else 2,
+        caption_channels=2 * WIDTH,
+    )
+    return diffusers.PixArtAlphaPipeline(t5_tokenizer(), t5(), autoencoder(), transformer, latent_scheduler("epsilon"))
+
+
+def pixart_sigma() -> Any:
+    parts = pixart().components
+    return diffusers.PixArtSigmaPipeline(**parts | {"scheduler": diffusers.DPMSolverMultistepScheduler()})
+
+
+def sd3(has_t5: bool = True, **scheduler: Any) -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    clips = [clip("CLIPTextModelWithProjection") for _ in range(2)]
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
+        vae=autoencoder(shift_factor=0.06),
+        text_encoder=clips[0],
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clips[1],
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5() if has_t5 else None,
+        tokenizer_3=t5_tokenizer() if has_t5 else None,
+    )
+
+
+def flux(guidance_embeds: bool = True) -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    )
+    transformer.register_to_config(sample_size=8)  # for the pipeline's own 128 would take seconds
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds),
+        vae=autoencoder(shift_factor=0.06),
+        text_encoder=clip("CLIPTextModel"),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def sana() -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=8,
+    )
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=0.41407,
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.SanaPipeline(gemma_tokenizer(), gemma(), vae, transformer, scheduler)
+
+
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "ddpm": ddpm,
+    "dit": dit,
+    "sd": sd,
+    "sdxl": sdxl,
+    "pixart": pixart,
+    "pixart-sigma": pixart_sigma,
+    "sd3": sd3,
+    "flux": flux,
+    "sana": sana,
+}
 """A new pipeline by family."""
 
 
@@ -162,3 +277,57 @@ def clip_tokenizer() -> Any:
 def clip_tokens() -> list[str]:
     letters = [*string.ascii_lowercase, *string.digits, *",.-'"]
     return [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+
+
+def t5() -> Any:
+    """Of twice the width, to hold two CLIPs side by side."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=len(t5_tokens()),
+        d_model=2 * WIDTH,
+        d_kv=8,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def t5_tokenizer() -> Any:
+    """T5's tokenizer with single letters for its vocabulary."""
+    import transformers
+
+    return transformers.T5Tokenizer(vocab=[(token, 0.0) for token in t5_tokens()], extra_ids=0)
+
+
+def t5_tokens() -> list[str]:
+    return ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_letters, *string.digits, *string.punctuation]
+
+
+def gemma() -> Any:
+    import transformers
+
+    config = transformers.Gemma2Config(
+        vocab_size=len(gemma_tokens()),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return transformers.Gemma2Model(config)
+
+
+def gemma_tokenizer() -> Any:
+    """Gemma's tokenizer with single letters for its vocabulary."""
+    import transformers
+
+    return transformers.GemmaTokenizer(vocab={token: number for number, token in enumerate(gemma_tokens())})
+
+
+def gemma_tokens() -> list[str]:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", "\n"]
+    return [*special, *string.ascii_letters, *string.digits, *string.punctuation]

@@ -1,29 +1,35 @@
 """Diffusers pipelines as teachers: the same numbers as the pipeline's own network and scheduler."""
 
 import json
+import math
 import struct
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from parity import assert_steps_agree, watched_steps
+from parity import assert_steps_agree, packed, watched_steps
 from safetensors.torch import load_file, save_file
-from stand_ins import save_stand_in
+from stand_ins import LENGTH, STAND_INS, save_stand_in
+from torch import Tensor
 
 from diffdistill.conditions import Conditions
 from diffdistill.config import dump, validate
-from diffdistill.denoiser import NO_COND, Cond, freeze
-from diffdistill.families import open_pipeline
+from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
+from diffdistill.families import Pipeline, open_pipeline
 from diffdistill.model import ModelSpec, load_model
 from diffdistill.networks.discriminator import make_head
+from diffdistill.networks.lora import LoRASettings, merge_lora, with_lora
+from diffdistill.networks.recompute import set_recompute
 from diffdistill.schema import UserError
 
 PROMPTS = ["a red fox", "two blue birds"]
 
 
-@pytest.fixture(scope="module", params=["ddpm", "dit", "sd", "sdxl"])
+@pytest.fixture(scope="module", params=STAND_INS)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_stand_in(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -32,47 +38,119 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@cache
 def numbered(place: Path) -> Conditions | None:
     """Two prompts by number, for a family that takes text."""
     opened = open_pipeline(place)
     return opened.conditions(PROMPTS) if opened.family.takes_text else None
 
 
-def asked(pipeline: Any) -> dict[str, Any]:
-    """What makes a pipeline of any family run three steps on two samples."""
-    common = {"num_inference_steps": 3, "generator": seeded(1)}
-    if "DDPM" in type(pipeline).__name__:
-        return common | {"batch_size": 2}
-    if "DiT" in type(pipeline).__name__:
-        return common | {"class_labels": [3, 998]}
-    return common | {"prompt": PROMPTS, "output_type": "latent"}
+def middle(denoiser: Denoiser, count: int = 2) -> Tensor:
+    """A time in the middle of the path's, for each of `count` samples."""
+    return torch.full((count,), (denoiser.path.t_min + denoiser.path.t_max) / 3, dtype=torch.float64)
+
+
+def asked(opened: Pipeline) -> dict[str, Any]:
+    """What makes a family's pipeline run three steps on two samples."""
+    call = {"num_inference_steps": 3, "generator": seeded(1), **opened.family.call(opened.image_size)}
+    if opened.family.takes_text:
+        return call | {"prompt": PROMPTS, "output_type": "latent"}
+    return call | ({"class_labels": [3, 998]} if opened.spec.num_classes else {"batch_size": 2})
+
+
+def assert_pipeline_agrees(place: Path, w: float, **options: Any) -> None:
+    """Every step of diffusers' own run at this scale is ours.  options: of loading diffusers' pipeline."""
+    teacher, opened = load_model(place), open_pipeline(place)
+    cond = Cond(label=torch.tensor([3, 998])) if teacher.spec.num_classes else NO_COND
+    if opened.family.takes_text:
+        teacher.denoiser.conditions = numbered(place)
+        cond = teacher.denoiser.class_cond(torch.arange(2))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(place, **options)
+    guidance = {"guidance_scale": w} if cond.parts() else {}
+    steps = watched_steps(pipeline, **asked(opened) | guidance)
+    layout = packed(*opened.spec.image_shape) if opened.family.name == "flux" else None
+    assert_steps_agree(teacher.denoiser, steps, cond, guidance=w, layout=layout)
 
 
 @pytest.mark.parametrize("w", [1.0, 3.5])
 def test_every_step_of_the_pipeline_is_ours(place: Path, w: float) -> None:
-    teacher, opened = load_model(place), open_pipeline(place)
-    cond = NO_COND
-    if opened.family.takes_text:
-        teacher.denoiser.conditions = opened.conditions(PROMPTS)
-        cond = teacher.denoiser.class_cond(torch.arange(2))
-    elif teacher.spec.num_classes:
-        cond = Cond(label=torch.tensor([3, 998]))
-    elif w != 1:
+    if w != 1 and open_pipeline(place).family.name == "ddpm":
         pytest.skip("this family knows no condition")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(place)
-    guidance = {"guidance_scale": w} if cond.parts() else {}
-    steps = watched_steps(pipeline, **asked(pipeline), **guidance)
-    assert_steps_agree(teacher.denoiser, steps, cond, guidance=w)
+    assert_pipeline_agrees(place, w)
+
+
+@pytest.mark.parametrize("w", [1.0, 3.5])
+def test_pixart_for_1024_pixels_is_told_the_images_size(w: float, tmp_path: Path) -> None:
+    assert_pipeline_agrees(save_stand_in("pixart", tmp_path, has_sizes=True), w)
+    height, width = numbered(tmp_path).rows(torch.tensor([0])).size[0]
+    assert (int(height), int(width)) == open_pipeline(tmp_path).image_size
+
+
+def test_sd3_without_its_t5_has_zeros_in_its_place(tmp_path: Path) -> None:
+    save_stand_in("sd3", tmp_path, has_t5=False)
+    assert_pipeline_agrees(tmp_path, 3.5, text_encoder_3=None, tokenizer_3=None)
+    assert not numbered(tmp_path).rows(torch.tensor([0])).text[:, LENGTH:].any()
+
+
+def test_flux_without_a_guidance_input_knows_no_guidance(tmp_path: Path) -> None:
+    assert_pipeline_agrees(save_stand_in("flux", tmp_path, guidance_embeds=False), 1.0)
+    denoiser = load_model(tmp_path).denoiser
+    denoiser.conditions = numbered(tmp_path)
+    with pytest.raises(ValueError, match="guidance: this network was trained without dropping its condition"):
+        denoiser(torch.zeros(1, 4, 8, 8), middle(denoiser, 1), denoiser.class_cond(torch.tensor([0])), guidance=2.0)
+
+
+def test_flux_is_told_its_guidance_in_one_call(tmp_path: Path) -> None:
+    denoiser = load_model(save_stand_in("flux", tmp_path)).denoiser
+    denoiser.conditions = numbered(tmp_path)
+    x, cond, calls = torch.randn(1, 4, 8, 8, generator=seeded(1)), denoiser.class_cond(torch.tensor([0])), []
+    handle = denoiser.net.model.register_forward_hook(lambda *call: calls.append(call))
+    plain, guided = (denoiser(x, middle(denoiser, 1), cond, guidance=w) for w in (1.0, 3.5))
+    handle.remove()
+    assert len(calls) == 2
+    assert (plain - guided).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ({"shift": 3.0}, 3.0),
+        ({"shift": 1.0, "use_dynamic_shifting": True}, math.exp(0.5 + 0.65 * (16 - 256) / 3840)),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear", "max_shift": 0.5}, 0.5),
+    ],
+)
+def test_a_flows_shift_is_its_schedulers(scheduler: dict[str, Any], expected: float, tmp_path: Path) -> None:
+    """What is even in the path's time is what the scheduler makes of even times."""
+    path = load_model(save_stand_in("sd3", tmp_path, **scheduler)).denoiser.path
+    assert path.shift == pytest.approx(expected, rel=1e-12)
+    pipeline = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    even = [0.9, 0.5, 0.1]
+    pipeline.set_timesteps(sigmas=even, mu=expected if "time_shift_type" in scheduler else math.log(expected))
+    torch.testing.assert_close(path.sigma(torch.tensor(even)).float(), pipeline.sigmas[:-1], atol=1e-6, rtol=0)
+
+
+def test_sanas_prompts_stand_behind_the_pipelines_instruction_and_the_empty_one_alone(tmp_path: Path) -> None:
+    opened = open_pipeline(save_stand_in("sana", tmp_path))
+    pipeline = diffusers.SanaPipeline.from_pretrained(tmp_path)
+    found, empty = opened.conditions(["a red fox"]).rows(torch.arange(2)), pipeline.encode_prompt("", False)[0]
+    plain = pipeline.encode_prompt("a red fox", False)[0]
+    assert (found.text[:1] - plain).abs().max() > 0.1
+    torch.testing.assert_close(found.text[1:], empty, atol=1e-5, rtol=0)
+
+
+def test_text_behind_the_mask_does_not_count(tmp_path: Path) -> None:
+    denoiser = load_model(save_stand_in("pixart", tmp_path)).denoiser
+    cond, x = numbered(tmp_path).rows(torch.arange(2)), torch.randn(2, 4, 8, 8, generator=seeded(1))
+    changed = replace(cond, text=torch.where(cond.text_mask[..., None] == 1, cond.text, 5.0))
+    expected = denoiser(x, middle(denoiser), cond)
+    torch.testing.assert_close(denoiser(x, middle(denoiser), changed), expected, atol=1e-6, rtol=0)
+    assert (denoiser(x, middle(denoiser), replace(cond, text=-cond.text)) - expected).abs().max() > 1e-3
 
 
 def test_v_predictions_are_read(tmp_path: Path) -> None:
     save_stand_in("sd", tmp_path, prediction_type="v_prediction")
-    teacher = load_model(tmp_path)
-    teacher.denoiser.conditions = open_pipeline(tmp_path).conditions(PROMPTS)
-    assert teacher.denoiser.predicts == "v"
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    steps = watched_steps(pipeline, **asked(pipeline), guidance_scale=2.0)
-    assert_steps_agree(teacher.denoiser, steps, teacher.denoiser.class_cond(torch.arange(2)), guidance=2.0)
+    assert load_model(tmp_path).denoiser.predicts == "v"
+    assert_pipeline_agrees(tmp_path, 2.0)
 
 
 def test_a_model_is_built_again_from_its_description_alone(place: Path) -> None:
@@ -83,7 +161,7 @@ def test_a_model_is_built_again_from_its_description_alone(place: Path) -> None:
     again.load_state_dict(teacher.denoiser.state_dict())
     freeze(again)
     teacher.denoiser.conditions = again.conditions = numbered(place)
-    x, t = torch.randn(2, *spec.image_shape, generator=seeded(1)), torch.full((2,), 321.0, dtype=torch.float64)
+    x, t = torch.randn(2, *spec.image_shape, generator=seeded(1)), middle(again)
     cond = again.class_cond(torch.tensor([1, 0]))
     assert torch.equal(again(x, t, cond), teacher.denoiser(x, t, cond))
 
@@ -92,12 +170,45 @@ def test_the_tap_is_a_map_and_stops_there(place: Path) -> None:
     denoiser = load_model(place).denoiser
     denoiser.conditions = numbered(place)
     shape = open_pipeline(place).spec.image_shape
-    x, t = torch.randn(2, *shape, generator=seeded(2)), torch.full((2,), 321.0, dtype=torch.float64)
+    x, t = torch.randn(2, *shape, generator=seeded(2)), middle(denoiser)
     cond = denoiser.class_cond(torch.tensor([0, 1]))
     x0, features = denoiser(x, t, cond, want="both")
     assert torch.equal(features, denoiser(x, t, cond, want="features"))
     assert torch.equal(x0, denoiser(x, t, cond))
     assert make_head(denoiser, shape)(features).shape == (2,)
+
+
+@pytest.mark.parametrize("want", ["x0", "features", "both"])
+def test_recomputed_activations_have_the_same_gradients(place: Path, want: Any) -> None:
+    found = {}
+    for is_on in (False, True):
+        denoiser = load_model(place).denoiser.requires_grad_(True)
+        denoiser.conditions = numbered(place)
+        assert set_recompute(denoiser.train(), is_on)
+        x = torch.randn(2, *open_pipeline(place).spec.image_shape, generator=seeded(2)).requires_grad_()
+        given = denoiser(x, middle(denoiser), denoiser.class_cond(torch.tensor([0, 1])), want=want)
+        sum(part.square().sum() for part in (given if isinstance(given, tuple) else (given,))).backward()
+        grads = {name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None}
+        found[is_on] = {"x": x.grad, **grads}
+    assert found[True].keys() == found[False].keys()
+    for name, gradient in found[False].items():
+        assert torch.equal(found[True][name], gradient), name
+
+
+@pytest.mark.parametrize("targets", ["attention", "linear", "all"])
+def test_factors_start_as_the_network_and_merge_into_it(place: Path, targets: Any) -> None:
+    denoiser, shape = load_model(place).denoiser, open_pipeline(place).spec.image_shape
+    denoiser.conditions = numbered(place)
+    x, cond = torch.randn(2, *shape, generator=seeded(2)), denoiser.class_cond(torch.tensor([0, 1]))
+    player = with_lora(denoiser, LoRASettings(rank=2, targets=targets))
+    t, before = middle(denoiser), denoiser(x, middle(denoiser), cond)
+    assert torch.equal(player(x, t, cond), before)
+    for parameter in player.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=seeded(3))
+    changed = player(x, t, cond)
+    assert (changed - before).abs().max() > 1e-4
+    torch.testing.assert_close(merge_lora(player)(x, t, cond), changed, atol=1e-4, rtol=1e-4)
+    assert torch.equal(denoiser(x, t, cond), before)
 
 
 def test_dit_drops_no_labels_of_its_own_in_training(tmp_path: Path) -> None:
@@ -107,18 +218,21 @@ def test_dit_drops_no_labels_of_its_own_in_training(tmp_path: Path) -> None:
     torch.testing.assert_close(denoiser.train()(x, t, cond), denoiser.eval()(x, t, cond), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["dit", "sd", "sdxl"])
-def test_latents_are_the_pipelines_own(family: str, tmp_path: Path) -> None:
-    opened = open_pipeline(save_stand_in(family, tmp_path))
+def test_latents_are_the_pipelines_own(place: Path) -> None:
+    opened = open_pipeline(place)
+    if opened.family.name == "ddpm":
+        with pytest.raises(UserError, match="has no VAE"):
+            opened.load_vae()
+        return
     vae, latents = opened.load_vae(), torch.randn(2, *opened.spec.image_shape, generator=seeded(4))
     images = opened.family.to_images(vae, latents)
     assert images.shape == (2, 3, *opened.image_size)
-    theirs = vae.decode(latents / vae.config.scaling_factor).sample
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    theirs = vae.decode(latents / vae.config.scaling_factor + shift).sample
     torch.testing.assert_close(images, theirs, atol=1e-6, rtol=0)
-    found = opened.family.to_latents(vae, images, torch.zeros_like(latents))
-    torch.testing.assert_close(
-        found, vae.encode(images).latent_dist.mean * vae.config.scaling_factor, atol=1e-6, rtol=0
-    )
+    found, raw = opened.family.to_latents(vae, images, torch.zeros_like(latents)), vae.encode(images)
+    mean = raw.latent if opened.family.name == "sana" else raw.latent_dist.mean
+    torch.testing.assert_close(found, (mean - shift) * vae.config.scaling_factor, atol=1e-6, rtol=0)
 
 
 def test_latents_of_a_vae_that_names_its_statistics(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Guidance adapters behind the blocks of diffusers' models, whose code and weights stay as they are."""
 
+from typing import Any
+
 import pytest
 import torch
 from stand_ins import save_stand_in
@@ -11,8 +13,19 @@ from diffdistill.model import load_model
 from diffdistill.networks.adapters import Adapted, AdapterConfig
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 
-BLOCKS = {"ddpm": 4, "dit": 2, "sd": 4, "sdxl": 4}
-"""Blocks with attention of each stand-in."""
+BLOCKS = {"ddpm": 4, "dit": 2, "sd": 4, "sdxl": 4, "pixart": 2, "sd3": 2, "sana": 2}
+"""Blocks with attention of each stand-in whose network guidance has a meaning to."""
+
+EMBEDDINGS = {
+    "ddpm": ("time_embedding", "class_embedding"),
+    "dit": ("transformer_blocks.0.norm1.emb",),
+    "sd": ("time_embedding",),
+    "sdxl": ("time_embedding", "add_embedding"),
+    "pixart": ("adaln_single.emb",),
+    "sd3": ("time_text_embed",),
+    "sana": ("time_embed.emb",),
+}
+"""The modules whose outputs are together what the model is told of time, and of what it adds to it."""
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
@@ -67,15 +80,15 @@ def test_each_block_gives_its_own_output_and_its_adapters(scene: tuple[str, Adap
     base = net.base
     assert isinstance(base, DiffusersNetwork)
     model, embedding = base.model, {}
-    watched = {"ddpm": ("time_embedding", "class_embedding"), "sdxl": ("time_embedding", "add_embedding")}
-    names = {"dit": ("transformer_blocks.0.norm1.emb",)}.get(family) or watched.get(family, ("time_embedding",))
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: embedding.update({name: out}))
-        for name in names
+        for name in EMBEDDINGS[family]
     ]
 
     def add(adapter: nn.Module) -> nn.Module:
-        def hook(_: nn.Module, __: object, out: Tensor) -> Tensor:
+        def hook(_: nn.Module, __: object, out: Any) -> Any:
+            if isinstance(out, tuple):  # the text's tokens and the image's
+                return out[0], hook(_, __, out[1])
             seen = net.project(sum(embedding.values()))
             change = adapter(out, torch.stack([net.encode(scale), seen], 1))[:, 0]
             return out + (change[:, None] if out.ndim == 3 else change[..., None, None])

@@ -46,8 +46,9 @@ def linear_beta_integral(t: Tensor) -> Tensor:
             lambda t: torch.sqrt(1 - torch.exp(-linear_beta_integral(t))),
         ),
         (Flow(), lambda t: 1 - t, lambda t: t),
+        (Flow(shift=3.0), lambda t: (1 - t) / (1 + 2 * t), lambda t: 3 * t / (1 + 2 * t)),
     ],
-    ids=["edm", "vp_cosine", "vp_linear", "flow"],
+    ids=["edm", "vp_cosine", "vp_linear", "flow", "shifted flow"],
 )
 def test_alpha_and_sigma_have_their_closed_forms(path, alpha, sigma):
     t = inner_times(path)

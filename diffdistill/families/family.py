@@ -40,7 +40,14 @@ class Family(ABC):
     """The class of diffusers that an exported student is loaded by; None for the teacher's own."""
     steps_argument: ClassVar[StepsArgument] = "timesteps"
     plain_call: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
-    """The pipeline's arguments that turn off what a student does without: guidance, and what depends on it."""
+    """The pipeline's arguments that turn off what a student does without: guidance, and changes to size or prompt."""
+    names_size: ClassVar[bool] = False
+    """Whether the pipeline must be told `height` and `width`, for it does not take them from its network."""
+
+    def call(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        """The pipeline's arguments for an exported student.  image_size: height and width in pixels."""
+        size = {"height": image_size[0], "width": image_size[1]} if self.names_size else {}
+        return {**self.plain_call, **size}
 
     def has_stock_pipeline(self, options: Mapping[str, Any]) -> bool:
         """Whether the pipeline gives a network with these options all that it takes."""
@@ -81,7 +88,7 @@ class Family(ABC):
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
             raise UserError(f"network.options: {kind.__name__}: {' '.join(str(error).split())[:200]}") from error
         net = self.wrap(model, num_classes, class_dropout)
-        channels = int(model.config.in_channels)
+        channels = net.channels
         if image_shape[0] != channels or any(side % net.resolution_multiple for side in image_shape[1:]):
             wanted = f"{channels} channels and sides that are multiples of {net.resolution_multiple}"
             raise UserError(f"network.options: this network is for {wanted}, not for images {list(image_shape)}")
@@ -100,8 +107,11 @@ class Family(ABC):
         """How many classes the network knows; 0 for one that takes none, or text."""
         return 0
 
-    def noise(self, scheduler: Mapping[str, Any]) -> tuple[AnyPath, Prediction]:
-        """The path and the prediction, from the scheduler's config. Raises UserError if it is of another kind."""
+    def noise(self, scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[AnyPath, Prediction]:
+        """The path and the prediction, from the scheduler's config and the network's.
+
+        Raises UserError if the scheduler is of another kind.
+        """
         if not {"beta_schedule", "trained_betas"} & scheduler.keys():
             raise UserError(f"scheduler: {scheduler.get('_class_name')}: has no schedule of betas")
         kind = scheduler.get("prediction_type", "epsilon")
@@ -113,16 +123,19 @@ class Family(ABC):
         """Pixels for one of the latents, on each side, from the VAE's config.json."""
         return 2 ** (len(vae.get("block_out_channels", ())) - 1)
 
-    def encode(self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int]) -> Cond:
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
+    ) -> Cond:
         """Prompts as what the network is given, [N, ...] each part.
 
         pipeline: diffusers' own, with `text_parts` alone, on one device.  image_size: height and width in pixels.
+        options: the network's, from its config.json.
         """
         raise NotImplementedError(f"{self.name} takes no text")
 
-    def encode_empty(self, pipeline: Any, image_size: tuple[int, int]) -> Cond:
+    def encode_empty(self, pipeline: Any, image_size: tuple[int, int], options: Mapping[str, Any]) -> Cond:
         """What the pipeline guides away from, [1, ...] each part."""
-        raise NotImplementedError(f"{self.name} takes no text")
+        return self.encode(pipeline, [""], image_size, options)
 
     def to_latents(self, vae: nn.Module, images: Tensor, eps: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] as what the network denoises, [B, C, h, w].

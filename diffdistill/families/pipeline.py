@@ -79,7 +79,7 @@ class Pipeline:
         """What the network is. Raises UserError."""
         file = self.folder / "scheduler" / "scheduler_config.json"
         try:
-            path, predicts = self.family.noise(read_json(file))
+            path, predicts = self.family.noise(read_json(file), self.options)
         except READING as error:
             raise UserError(f"{file}: {error}") from None
         network = DiffusersConfig(family=self.family.name, options=self.options)  # type: ignore[arg-type]
@@ -131,8 +131,9 @@ class Pipeline:
         if not self.family.takes_text:
             raise UserError(f"{self.place}: {self.index.get('_class_name')} takes no prompts")
         kind = getattr(diffusers, str(self.index["_class_name"]))
-        wanted = {"scheduler", *self.family.text_parts}
-        others = {name: None for name, value in self.index.items() if _is_part(value) and name not in wanted}
+        wanted = {"scheduler", *filter(self.class_of, self.family.text_parts)}
+        parts = {name for name, value in self.index.items() if _is_part(value)} | self.family.parts.keys()
+        others = dict.fromkeys(parts - wanted)
         try:
             made = kind.from_pretrained(str(self.folder), **others, use_safetensors=True, local_files_only=True)
         except ImportError as error:
@@ -144,12 +145,12 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, encoder: Any, prompts: Sequence[str]) -> Cond:
         """Prompts as what the network is given, [N, ...] each part. encoder: of `load_encoder`."""
-        return self.family.encode(encoder, prompts, self.image_size)
+        return self.family.encode(encoder, prompts, self.image_size, self.options)
 
     @torch.no_grad()
     def encode_empty(self, encoder: Any) -> Cond:
         """The empty prompt, as what the pipeline guides away from: [1, ...] each part."""
-        return self.family.encode_empty(encoder, self.image_size)
+        return self.family.encode_empty(encoder, self.image_size, self.options)
 
     def conditions(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Conditions:
         """These prompts by number, encoded at once and kept in memory; the encoders are let go."""

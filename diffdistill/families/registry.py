@@ -11,6 +11,10 @@ FAMILIES = {
     "dit": "diffdistill.families.dit:DiT",
     "sd": "diffdistill.families.sd:StableDiffusion",
     "sdxl": "diffdistill.families.sdxl:StableDiffusionXL",
+    "pixart": "diffdistill.families.pixart:PixArt",
+    "sd3": "diffdistill.families.sd3:StableDiffusion3",
+    "flux": "diffdistill.families.flux:Flux",
+    "sana": "diffdistill.families.sana:Sana",
 }
 """Every family's name and where its class is."""
 

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x, which predict eps or v.  Rombach et al. 2022, arXiv:2112.10752."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,12 +26,11 @@ class StableDiffusion(Family):
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionUNet":
         return StableDiffusionUNet(model, accepts=frozenset({"text"}))
 
-    def encode(self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int]) -> Cond:
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
+    ) -> Cond:
         text, _ = pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)
         return Cond(text=text)
-
-    def encode_empty(self, pipeline: Any, image_size: tuple[int, int]) -> Cond:
-        return self.encode(pipeline, [""], image_size)
 
 
 class StableDiffusionUNet(DiffusersUNetBlocks):

@@ -1,6 +1,6 @@
 """Stable Diffusion XL: two text encoders, a pooled text, and sizes.  Podell et al. 2023, arXiv:2307.01952."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,13 +29,15 @@ class StableDiffusionXL(Family):
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionXLUNet":
         return StableDiffusionXLUNet(model, accepts=frozenset({"text", "pooled_text", "size"}))
 
-    def encode(self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int]) -> Cond:
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
+    ) -> Cond:
         text, _, pooled, _ = pipeline.encode_prompt(
             list(prompts), device=pipeline.device, do_classifier_free_guidance=False
         )
         return Cond(text=text, pooled_text=pooled, size=_sizes(len(prompts), image_size, text))
 
-    def encode_empty(self, pipeline: Any, image_size: tuple[int, int]) -> Cond:
+    def encode_empty(self, pipeline: Any, image_size: tuple[int, int], options: Mapping[str, Any]) -> Cond:
         """Zeros where the pipeline's `force_zeros_for_empty_prompt` says so, and else the encoded empty prompt."""
         _, text, _, pooled = pipeline.encode_prompt("", device=pipeline.device, do_classifier_free_guidance=True)
         return Cond(text=text, pooled_text=pooled, size=_sizes(1, image_size, text))

@@ -47,6 +47,11 @@ class DiffusersNetwork(nn.Module, ABC):
         self.knows_unconditional = knows_unconditional
         self.resolution_multiple = resolution_multiple
 
+    @property
+    def channels(self) -> int:
+        """Of the images or latents."""
+        return int(self.model.config.in_channels)  # type: ignore[union-attr, arg-type]
+
     @abstractmethod
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B], the path's.  Returns [B, C, H, W]."""
@@ -112,7 +117,12 @@ class DiffusersNetwork(nn.Module, ABC):
 
 
 class DiffusersTransformer(DiffusersNetwork):
-    """A model with `transformer_blocks` on patches of `config.patch_size`; the tap is the middle one's tokens."""
+    """A model with `transformer_blocks` on patches of the image; the tap is the middle one's tokens."""
+
+    @property
+    def patch(self) -> int:
+        """Sides of what becomes one token."""
+        return int(self.model.config.patch_size)  # type: ignore[union-attr, arg-type]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -126,8 +136,7 @@ class DiffusersTransformer(DiffusersNetwork):
 
     def read_tap(self, output: Any, x: Tensor) -> Tensor:
         """Tokens [B, N, C'], row by row, as a map; of several outputs the one whose tokens are the image's."""
-        patch = int(self.model.config.patch_size)  # type: ignore[union-attr, arg-type]
-        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
         outputs = output if isinstance(output, tuple) else (output,)
         tokens = next(part for part in reversed(outputs) if part.shape[1] == rows * columns)
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
