@@ -116,6 +116,14 @@ def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "")
     return x
 
 
+def sample_at_hand(players: Players, draw: Draw, steps: StepSampler) -> Tensor:
+    """The step's sample as data: what the generator's loss carried over, or where it did not step, made now."""
+    if "x" in draw:
+        return draw["x"]
+    with torch.no_grad():
+        return generate(players, draw, steps)
+
+
 def fake_sample(players: Players, draw: Draw, steps: StepSampler) -> tuple[Tensor, Cond]:
     """A sample of its own for the fake score's loss, without gradient, and its condition.
 

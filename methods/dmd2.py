@@ -28,6 +28,7 @@ from diffdistill.score_distillation import (
     generate,
     head_logits,
     matching_field,
+    sample_at_hand,
     start_players,
     tapped,
 )
@@ -123,10 +124,7 @@ class DMD2(Method):
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Denoising on the generator's samples, plus the discriminator's share.  Equation 2 and section 4.2."""
-        x = draw.get("x")
-        if x is None:
-            with torch.no_grad():
-                x = generate(players, draw, self.steps)
+        x = sample_at_hand(players, draw, self.steps)
         gan_weight = self.gan_fake_weight if self.gan_weight else None
         return critics_loss(
             players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=self.gan_features

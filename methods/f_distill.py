@@ -28,6 +28,7 @@ from diffdistill.score_distillation import (
     draw_step,
     generate,
     matching_field,
+    sample_at_hand,
     start_players,
     tapped,
 )
@@ -127,10 +128,7 @@ class FDistill(Method):
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Denoising on the generator's samples, plus the discriminator's share, as in DMD2."""
-        x = draw.get("x")
-        if x is None:
-            with torch.no_grad():
-                x = generate(players, draw, self.steps)
+        x = sample_at_hand(players, draw, self.steps)
         gan_weight = self.gan_fake_weight if self.has_discriminator else None
         return critics_loss(
             players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=self.gan_features
