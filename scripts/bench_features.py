@@ -5,7 +5,8 @@ python scripts/bench_features.py [--images 1000] [--side 256] [--batch 32] [--on
 The network is torchvision's Inception-v3 with random weights at 299 x 299, on one thread, in CPU-seconds. Ours is all
 of `diffdistill eval` on a folder of PNGs: reading, hashing, resizing, the network, features to disk, statistics, the
 Frechet distance. Of clean-fid's only the features are counted, with the same weights, batch and folder. The bare
-network is the same calls on inputs that are ready, half of them before and half of them after ours. Memory is the peak
+network is the same call on inputs that are ready, made after every second batch of either and taken off its time: what
+else the machine does then weighs on both alike, and the two are compared by what they cost over it. Memory is the peak
 of a process that judges N small images by a small network.
 """
 
@@ -18,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -26,9 +27,9 @@ import numpy as np
 import torch
 from describe_machine import describe
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from diffdistill.eval.command import make_bench
+from diffdistill.eval.bench import make_bench
 from diffdistill.eval.distances import frechet_from_summaries
 from diffdistill.eval.features import Extractor, register
 from diffdistill.eval.images import open_images
@@ -97,29 +98,53 @@ def ours(place: Path, count: int, extractor: Extractor, root: Path, batch: int) 
     return run
 
 
-def speed(images: int, side: int, batch: int) -> dict[str, float]:
-    """CPU-seconds of the bare network, of our evaluation and of clean-fid's features."""
+@dataclass
+class Beside:
+    """A network, and after every second call the bare one on inputs that are ready, as a yardstick.
+
+    seconds, images: of the bare one, by the calling thread's clock.
+    """
+
+    network: Callable[[Tensor], Tensor]
+    bare: Callable[[], object]
+    batch: int
+    calls: int = 0
+    seconds: float = 0.0
+    images: int = 0
+
+    def __call__(self, values: Tensor) -> Tensor:
+        features = self.network(values)
+        self.calls += 1
+        if self.calls % 2:
+            before = time.thread_time()
+            self.bare()
+            self.seconds += time.thread_time() - before
+            self.images += self.batch
+        return features
+
+
+def cost(run: Callable[[], object], beside: Beside, images: int) -> dict[str, float]:
+    """CPU-seconds of `run` on so many images, of the bare network on as many in the same minutes, and their ratio."""
+    seconds = cpu_seconds(run) - beside.seconds
+    bare = beside.seconds / beside.images * images
+    return {"seconds": seconds, "bare": bare, "ratio": seconds / bare}
+
+
+def speed(images: int, side: int, batch: int) -> dict[str, dict[str, float]]:
+    """Our evaluation and clean-fid's features, each against the bare network; and our distance alone."""
     from cleanfid.fid import get_folder_features
 
     torch.set_num_threads(1)
     fast, plain = ready(inception(), torch.device("cpu")), inception()
     prepare = network_input(299, mean=HALF, std=HALF)
-    extractor = Extractor(label="inception-random", network=fast, prepare=prepare, num_features=2048)
     inputs = prepare(torch.from_numpy(photographs(batch, side)).permute(0, 3, 1, 2))
-
-    def bare() -> None:
-        for _ in range(images // 2 // batch):
-            fast(inputs)
-        fast(inputs[: images // 2 % batch])
+    own = Beside(fast, lambda: fast(inputs), batch)
+    other = Beside(lambda values: plain((values - 128) / 128), lambda: fast(inputs), batch)
+    extractor = Extractor(label="inception-random", network=own, prepare=prepare, num_features=2048)
 
     def theirs() -> None:
         get_folder_features(
-            str(folder),
-            lambda x: plain((x - 128) / 128),
-            num_workers=0,
-            batch_size=batch,
-            device=torch.device("cpu"),
-            verbose=False,
+            str(folder), other, num_workers=0, batch_size=batch, device=torch.device("cpu"), verbose=False
         )
 
     def distance() -> None:
@@ -133,10 +158,10 @@ def speed(images: int, side: int, batch: int) -> dict[str, float]:
             Image.fromarray(pixels).save(folder / f"{number:05d}.png")
         run = ours(folder, images, extractor, Path(temporary), batch)
         torch.testing.assert_close(fast(inputs), plain(inputs), rtol=1e-3, atol=1e-4)  # the same network; warm now
-        seconds = {"bare": cpu_seconds(bare), "ours": cpu_seconds(run)}
-        seconds["bare"] += cpu_seconds(bare)
-        seconds["of ours, the distance"] = cpu_seconds(distance)
-        return seconds | {"clean-fid": cpu_seconds(theirs)}
+        found = {"ours": cost(run, own, images)}
+        print(found, flush=True)
+        found["clean-fid's features"] = cost(theirs, other, images)
+        return found | {"of ours, the distance": {"seconds": cpu_seconds(distance)}}
 
 
 def memory() -> dict[str, float]:
@@ -191,12 +216,13 @@ def main() -> None:
     if options.only != "memory":
         seconds = told["cpu_seconds"] = speed(options.images, options.side, options.batch)
         print(f"{options.images} images of {options.side} x {options.side}, CPU-seconds:", seconds)
-        alone = seconds["ours"] - seconds["of ours, the distance"]
+        both, theirs = seconds["ours"], seconds["clean-fid's features"]
+        alone = (both["seconds"] - seconds["of ours, the distance"]["seconds"]) / both["bare"]
         ratios = told["ratios"] = {
-            "ours / bare": seconds["ours"] / seconds["bare"],
-            "ours without the distance / bare": alone / seconds["bare"],
-            "ours / clean-fid's features": seconds["ours"] / seconds["clean-fid"],
-            "ours without the distance / clean-fid's features": alone / seconds["clean-fid"],
+            "ours / bare": both["ratio"],
+            "ours without the distance / bare": alone,
+            "ours / clean-fid's features": both["ratio"] / theirs["ratio"],
+            "ours without the distance / clean-fid's features": alone / theirs["ratio"],
         }
         print(", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))
     if options.out:

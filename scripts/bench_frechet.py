@@ -112,6 +112,7 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
             cpu, wall = time.process_time(), time.perf_counter()
             value = tool(case.a, case.b)
             found[name].append((time.process_time() - cpu, time.perf_counter() - wall, value - case.exact))
+            print(f"{name}: {found[name][-1][0]:.2f} CPU-seconds, error {value - case.exact:+.1e}", flush=True)
     medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
     ours = medians["diffdistill"][0]
     return {
