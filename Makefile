@@ -9,7 +9,7 @@ RUN := runs/demo
 TESTS ?= tests
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install demo test test-full leaderboard format schema docs clean
+.PHONY: help install browser demo test test-full leaderboard format schema docs clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +22,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+browser:  ## Debian's Chromium, which the tests of the HTML pages drive; without it they are skipped. Needs root.
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; } > /dev/null
+
 demo: $(INSTALLED)  ## Train a digits teacher, distil it to one step, print the table, write the pictures.
 	@$(BIN)/diffdistill demo --run $(RUN)
 
@@ -29,7 +33,7 @@ test: $(INSTALLED)  ## ruff, mypy and the tests that CI runs.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest $(PARALLEL) -m "not full and not gpu" $(TESTS)
+	@$(BIN)/pytest -rs $(PARALLEL) -m "not full and not gpu" $(TESTS)
 
 test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes long. Writes docs/test-full.txt.
 	@$(BIN)/ruff format --check .
