@@ -90,7 +90,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Backend, 
     """What `auto` takes, and why: our kernel where the table says so, else torch's own choice, which is called auto."""
     if reason := no_kernels(q.device) or unfit("cuda", q, k, v, options):
         return "auto", f"torch's own choice; our kernel {reason}"
-    ratio = measured_ratio(torch.cuda.get_device_name(q.device), q, k)
+    ratio = measured_ratio(name_of(q.device), q, k)
     if ratio is None:
         return "auto", "torch's own choice; our kernel was not measured for this on this GPU"
     return (
@@ -110,8 +110,25 @@ def measured_ratio(device: str, q: Tensor, k: Tensor) -> float | None:
     return min(near)[1] if near and min(near)[0] <= 4 else None
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def was_measured(device: torch.device) -> bool:
+    """Whether the table of `auto` has anything about this GPU."""
+    return device.type == "cuda" and any(row["device"] == name_of(device) for row in _table())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def name_of(device: torch.device) -> str:
+    """Of a GPU."""
+    return torch.cuda.get_device_name(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _table() -> list[dict[str, Any]]:
+    return _read_table()
+
+
+@cache
+def _read_table() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
     return rows
 
@@ -137,9 +154,15 @@ def no_gpu(q: Tensor) -> str | None:
     return None if q.device.type == "cuda" else f"needs a CUDA GPU, not a {q.device.type.upper()}"
 
 
-@cache
+# Dynamo would trace the search for a compiler, and cannot.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def no_kernels(device: torch.device) -> str | None:
     """Why our kernels cannot run on a device; None if they can. Nothing is compiled for the answer."""
+    return _no_kernels(device)
+
+
+@cache
+def _no_kernels(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"needs a CUDA GPU, not a {device.type.upper()}"
     if not torch.cuda.is_available():

@@ -8,9 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from diffdistill.attention.backends import Backend, check_backend
+from diffdistill.attention.backends import Backend, check_backend, was_measured
 
 
 @dataclass
@@ -27,6 +28,21 @@ _state = _State()
 def current_backend() -> Backend:
     """The backend of the innermost `use_attention`; auto outside of all."""
     return _state.backend
+
+
+def is_dual(x: Tensor) -> bool:
+    """Whether a tensor has a tangent."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def reaching(*inputs: Tensor) -> AbstractContextManager[Any]:
+    """For a call, on these inputs, of a network whose attention is torch's: it goes through the entry as well.
+
+    Only where that may make a difference, for it costs a call of Python at every operation: where an input has a
+    tangent, and on a GPU on which our kernels were measured. `use_attention` around it does it always.
+    """
+    may_differ = was_measured(inputs[0].device) or any(map(is_dual, inputs))
+    return use_attention(current_backend()) if may_differ else nullcontext()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.attention import kernels, ops
 from diffdistill.attention.backends import Backend, Options, check_backend, no_kernels, run, say_once, unfit
-from diffdistill.attention.context import current_backend, inside
+from diffdistill.attention.context import current_backend, inside, is_dual
 from diffdistill.schema import UserError
 
 
@@ -105,11 +105,6 @@ def _checked(key_lengths: Tensor | None, k: Tensor) -> Tensor | None:
         shown = f"{list(key_lengths.shape)} {str(key_lengths.dtype).removeprefix('torch.')}"
         raise UserError(f"attention: key_lengths must be {k.shape[0]} whole numbers, one a sample, not {shown}")
     return key_lengths.to(k.device, torch.int32).contiguous()
-
-
-def is_dual(x: Tensor) -> bool:
-    """Whether a tensor has a tangent."""
-    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _moving(name: Backend, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:

@@ -18,6 +18,7 @@ REPLACED = {
     (f"{PACKAGE}.schema", "schema"): (SUBSTITUTES, "schema"),
     (f"{PACKAGE}.schema", "field"): (SUBSTITUTES, "field"),
     (f"{PACKAGE}.attention", "attention"): (SUBSTITUTES, "attention"),
+    (f"{PACKAGE}.attention", "reaching"): (SUBSTITUTES, "reaching"),
 }
 ALLOWED = sys.stdlib_module_names | {"torch", "diffusers"}
 

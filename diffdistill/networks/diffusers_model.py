@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from diffdistill.attention import reaching
 from diffdistill.denoiser import Cond
 from diffdistill.schema import Fraction, schema
 
@@ -46,6 +47,12 @@ class DiffusersNetwork(nn.Module, ABC):
         self.num_classes = num_classes
         self.knows_unconditional = knows_unconditional
         self.resolution_multiple = resolution_multiple
+
+    def __call__(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """`forward`; the model's attention is torch's, and goes through ours where that may make a difference."""
+        with reaching(x, time_input):
+            output: Tensor = super().__call__(x, time_input, cond)
+        return output
 
     @property
     def channels(self) -> int:
