@@ -1,5 +1,6 @@
 """Diffusers pipelines as teachers: the same numbers as the pipeline's own network and scheduler."""
 
+import io
 import json
 import math
 import struct
@@ -20,6 +21,7 @@ from diffdistill.conditions import Conditions
 from diffdistill.config import dump, validate
 from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
 from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families import pipeline as pipeline_module
 from diffdistill.model import ModelSpec, load_model
 from diffdistill.networks.discriminator import make_head
 from diffdistill.networks.lora import LoRASettings, merge_lora, with_lora
@@ -138,6 +140,15 @@ def test_sanas_prompts_stand_behind_the_pipelines_instruction_and_the_empty_one_
     torch.testing.assert_close(found.text[1:], empty, atol=1e-5, rtol=0)
 
 
+def test_pixart_of_before_its_class_had_a_name_is_read(tmp_path: Path) -> None:
+    expected = load_model(save_stand_in("pixart", tmp_path)).denoiser.state_dict()
+    for file in (tmp_path / "model_index.json", tmp_path / "transformer" / "config.json"):
+        file.write_text(file.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    found = load_model(tmp_path).denoiser.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_text_behind_the_mask_does_not_count(tmp_path: Path) -> None:
     denoiser = load_model(save_stand_in("pixart", tmp_path)).denoiser
     cond, x = numbered(tmp_path).rows(torch.arange(2)), torch.randn(2, 4, 8, 8, generator=seeded(1))
@@ -253,6 +264,41 @@ def test_without_prompts_a_text_network_says_what_it_needs(tmp_path: Path) -> No
     denoiser = load_model(save_stand_in("sdxl", tmp_path)).denoiser
     with pytest.raises(ValueError, match="needs pooled_text, size, text"):
         denoiser(torch.zeros(1, 4, 8, 8), torch.ones(1, dtype=torch.float64))
+
+
+def make_sentencepiece(folder: Path) -> Any:
+    """Put a T5's vocabulary there as sentencepiece writes it, and nothing else."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    for file in folder.iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    written, settings = io.BytesIO(), {"vocab_size": 30, "hard_vocab_limit": False, "minloglevel": 2}
+    numbers = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    SentencePieceTrainer.train(sentence_iterator=iter(PROMPTS * 20), model_writer=written, **settings, **numbers)
+    (folder / "spiece.model").write_bytes(written.getvalue())
+    return SentencePieceProcessor(model_proto=written.getvalue())
+
+
+def test_a_vocabulary_of_sentencepiece_alone_is_read(tmp_path: Path) -> None:
+    theirs = make_sentencepiece(save_stand_in("pixart", tmp_path) / "tokenizer")
+    found = open_pipeline(tmp_path).load_encoder().tokenizer("a red fox").input_ids
+    assert found == [*theirs.encode("a red fox"), 1]
+    assert 2 not in found
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    """transformers would make one that knows no word."""
+    (save_stand_in("pixart", tmp_path) / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer: holds no vocabulary"):
+        open_pipeline(tmp_path).conditions(PROMPTS)
+
+
+def test_without_sentencepiece_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sentencepiece(save_stand_in("pixart", tmp_path) / "tokenizer")
+    monkeypatch.setattr(pipeline_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tokenizer: reading a sentencepiece model needs .*\[hf\]"):
+        open_pipeline(tmp_path).conditions(PROMPTS)
 
 
 def test_half_precision_weights_are_read_where_there_are_no_others(tmp_path: Path) -> None:

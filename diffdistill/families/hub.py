@@ -10,7 +10,10 @@ NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 LOCAL = ("runs", ".", "..")
 
 FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
-NOT_FILES = ("*.fp16*.safetensors", "*.non_ema*.safetensors", "*.fp16.safetensors.index.json", "*/openvino*", "*/flax*")
+NOT_FILES = (
+    *("*.fp16*.safetensors", "*.non_ema*.safetensors", "*.fp16.safetensors.index.json", "*/openvino*", "*/flax*"),
+    "text_encoders/*",  # the same encoders once more, for other programs
+)
 
 
 def is_hub_name(place: str) -> bool:

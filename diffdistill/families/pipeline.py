@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -131,6 +132,9 @@ class Pipeline:
         if not self.family.takes_text:
             raise UserError(f"{self.place}: {self.index.get('_class_name')} takes no prompts")
         kind = getattr(diffusers, str(self.index["_class_name"]))
+        for part in filter(self.class_of, self.family.text_parts):
+            if part.startswith("tokenizer"):
+                _check_tokenizer(self.folder / part)
         wanted = {"scheduler", *filter(self.class_of, self.family.text_parts)}
         parts = {name for name, value in self.index.items() if _is_part(value)} | self.family.parts.keys()
         others = dict.fromkeys(parts - wanted)
@@ -210,6 +214,17 @@ def _check_part(pipeline: Pipeline, part: str, classes: tuple[str, ...]) -> None
         raise UserError(
             f"{file}: {part}: names {library}.{name}, which is not loaded; choose from {', '.join(classes)}"
         )
+
+
+def _check_tokenizer(folder: FilePath) -> None:
+    """Raise UserError unless there is a vocabulary that can be read: without one transformers knows no word."""
+    names = {file.name for file in folder.glob("*")}
+    if names & {"tokenizer.json", "vocab.json"}:
+        return
+    if not any(name.endswith(".model") for name in names):
+        raise UserError(f"{folder}: holds no vocabulary: tokenizer.json, vocab.json or a sentencepiece model")
+    if find_spec("sentencepiece") is None:
+        raise UserError(f"{folder}: reading a sentencepiece model needs `pip install diffdistill[hf]`")
 
 
 def _is_part(value: object) -> bool:
