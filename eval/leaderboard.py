@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from diffdistill.config import differences, dump
-from diffdistill.eval.records import Record, is_lower_better, read_records
+from diffdistill.eval.records import Record, is_lower_better, read_records, takes_minimum
 from diffdistill.schema import UserError
 
 REPORTED = FilePath(__file__).with_name("reported.jsonl")
@@ -207,10 +207,9 @@ def primary_metric(metrics: Sequence[str]) -> str:
 
 def _entry(sources: Sequence[Located]) -> Entry:
     metrics = [source.record.metrics for source in sources]
-    takes_minimum = sources[0].record.protocol.get("headline") == "min"
     scores = {}
     for name in dict.fromkeys(name for held in metrics for name in held):
-        headline = min if takes_minimum and is_lower_better(name) else fmean
+        headline = min if takes_minimum(sources[0].record.protocol, name) else fmean
         scores[name] = Score.of([held[name].values for held in metrics if name in held], headline=headline)
     return Entry(tuple(sources), scores)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal, NoReturn
@@ -206,6 +206,16 @@ class Record:
     def protocol_id(self) -> str:
         """Equal for two records if and only if they may be ranked together."""
         return protocol_id(self.protocol)
+
+    def headline(self, metric: str) -> float:
+        """What is shown first: the mean over the repeats, or of a distance their minimum where the protocol says so."""
+        values = self.metrics[metric]
+        return values.min if takes_minimum(self.protocol, metric) else values.mean
+
+
+def takes_minimum(protocol: Mapping[str, Any], metric: str) -> bool:
+    """Whether of a metric's repeats the minimum counts: only of what is better when lower."""
+    return protocol.get("headline") == "min" and is_lower_better(metric)
 
 
 def protocol_id(protocol: dict[str, Any]) -> str:
