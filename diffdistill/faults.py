@@ -1,6 +1,7 @@
 """How a command ends. Exit codes: 0 done; 1 failed; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -12,8 +13,10 @@ R = TypeVar("R")
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Say what is wrong, plainly, and leave."""
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    """Say what is wrong, plainly, and leave. Of several processes each says which one it is, but for the first."""
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f" process {rank}:"
+    Console(stderr=True).print(f"[bold red]error:[/]{who} {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -44,8 +47,8 @@ def _expected(error: Exception) -> tuple[str, int | None]:
     from pydantic import ValidationError
 
     from diffdistill.checkpoint import is_disk_full
-    from diffdistill.stopping import StopRequested
-    from diffdistill.trainer import TrainingError
+    from diffdistill.export.verify import ExportError
+    from diffdistill.stopping import StopRequested, TrainingError
 
     if isinstance(error, StopRequested):
         return str(error), error.exit_code
@@ -53,7 +56,7 @@ def _expected(error: Exception) -> tuple[str, int | None]:
         return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()), 2
     if is_disk_full(error):
         return f"the disk is full: {error}. The last good checkpoint is intact; make room and go on with --resume", 1
-    if isinstance(error, (TrainingError, OSError)):
+    if isinstance(error, (TrainingError, ExportError, OSError)):
         return str(error), 1
     return "", None
 

@@ -100,7 +100,7 @@ def plan_memory(trainer: Trainer) -> MemoryPlan:
     train = trainer.config.train
     made = trainer.method.prepare(trainer.setting, train.seed)
     trainer.stored = {name: value.to(trainer.device) for name, value in made.items()}
-    share = train.global_batch_size // trainer.accelerator.num_processes
+    share = train.global_batch_size // trainer.processes.count
     twos, threes = (_micro_batch(trainer, size) for size in (2, 3))
     return MemoryPlan(
         players={name: _player_bytes(trainer, name, module) for name, module in trainer.players.items()},

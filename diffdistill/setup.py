@@ -2,20 +2,49 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffdistill.checkpoint import Checkpoint, list_checkpoints
-from diffdistill.config import RunConfig, TrainConfig
+from diffdistill.checkpoint import Checkpoint, list_checkpoints, write_tensors_atomically
+from diffdistill.config import RunConfig, TrainConfig, differences, dump, parse_config
 from diffdistill.data.source import ImageSource
+from diffdistill.inputs import Inputs, open_inputs
 from diffdistill.method import Method, Setting
-from diffdistill.model import ModelSpec, TrainedModel, TrainedPlayers, is_routed, load_model, load_players, merge_model
+from diffdistill.model import (
+    ModelSpec,
+    TrainedModel,
+    TrainedPlayers,
+    describe_model,
+    is_routed,
+    load_model,
+    load_players,
+    merge_model,
+)
+from diffdistill.negative import steer
 from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
 from diffdistill.schema import UserError
+from diffdistill.speed import SpeedConfig
+
+LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
+PLACES = (
+    "data.cache",
+    "data.path",
+    "data.root",
+    "data.download",
+    "data.labels_file",
+    "data.captions_file",
+)  # the content must stay
+FREE_GROUPS = ("run", "health", "trackers", "eval")
+FREE_TO_CHANGE = (
+    *PLACES,
+    *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
+    *(f"speed.{setting.name}" for setting in fields(SpeedConfig) if setting.name != "teacher_dtype"),
+)
+"""Settings that a resumed run may change, beside whole groups."""
 
 
 def find_start(folder: FilePath, resume: bool | str) -> FilePath | None:
@@ -53,10 +82,18 @@ def load_teacher(place: str | None, device: torch.device, checkpoint: Checkpoint
     return teacher
 
 
-def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None) -> tuple[ModelSpec, Setting]:
+def read_inputs(config: RunConfig, device: torch.device, checkpoint: Checkpoint | None = None) -> Inputs:
+    """Images and encoded prompts, before any network is in memory. Raises UserError if something is missing."""
+    place = checkpoint.state["teacher"] if checkpoint else config.teacher
+    return open_inputs(config, describe_model(place) if place else None, device)
+
+
+def settle(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> tuple[ModelSpec, Setting]:
     """The student's description and the method's setting, from the teacher or from `model`."""
-    method, shape = config.method, source.image_shape
+    source, method, shape = inputs.source, config.method, inputs.source.image_shape
     check_models(config, teacher)
+    if teacher:
+        teacher.denoiser.conditions = inputs.conditions
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
     initial = load_players(config.init, base=teacher.denoiser if teacher else None) if config.init else None
@@ -65,7 +102,7 @@ def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None)
         denoiser.conditions = teacher.denoiser.conditions  # type: ignore[union-attr]
     setting = Setting(
         shape,
-        teacher.denoiser.num_classes if teacher else source.num_classes,
+        teacher.denoiser.num_classes if teacher else len(inputs.conditions or ()) or source.num_classes,
         teacher.spec.model.path if teacher else config.model.path,  # type: ignore[union-attr]
         teacher=teacher.denoiser if teacher else None,
         initial=initial.denoisers if initial else {},
@@ -78,13 +115,15 @@ def settle(config: RunConfig, source: ImageSource, teacher: TrainedModel | None)
         raise UserError("model.path: must be the teacher's")
     setting = replace(setting, classes=method.classes(setting, source))
     spec = replace(spec, classes=setting.classes)
+    if config.negative_prompt is not None:
+        spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=config.negative_scale)
     if teacher and any(config.lora.values()):
         spec = replace(spec, base=fingerprint(teacher.denoiser.net))
     if config.model is None and teacher and spec.model == teacher.spec.model:
         return spec, setting
     with seeded(config.train.seed):
         network = spec.build()
-        network.conditions = teacher.denoiser.conditions if teacher else None
+        network.conditions = inputs.conditions
         factors = lora_of(network)
         if factors:
             assert teacher is not None
@@ -102,9 +141,10 @@ def describe_student(
         return ModelSpec(
             model=config.model,
             image_shape=setting.image_shape,
-            num_classes=teacher.num_classes if teacher else setting.num_classes,
+            num_classes=teacher.num_classes if teacher else 0 if config.text_encoder else setting.num_classes,
             class_dropout=class_dropout,
             sampler=sampler,
+            text_encoder=teacher.text_encoder if teacher else config.text_encoder,
         )
     if initial:
         return replace(initial, sampler=sampler)
@@ -139,6 +179,17 @@ def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: Trained
             raise UserError(f"init: its {name} was trained in full, and lora goes over the teacher; leave one out")
 
 
+def prepare_once(file: FilePath, method: Method, setting: Setting, seed: int, *, is_kept: bool) -> None:
+    """Write what the method makes before training, if it makes something.  is_kept: what is there already stays."""
+    if is_kept and file.exists():
+        return
+    file.unlink(missing_ok=True)
+    with seeded(seed):  # for weights that it makes; numbers are drawn by step and index
+        made = method.prepare(setting, seed)
+    if made:
+        write_tensors_atomically(file, made)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """New networks depend on the run's seed alone."""
@@ -148,12 +199,30 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def check_batch(train: TrainConfig, num_processes: int) -> None:
-    """Raise UserError where the batch cannot be shared out, or there are several processes to share it."""
-    if num_processes > 1:
-        raise UserError(f"{num_processes} processes: this version trains on one; start it without a launcher")
+    """Raise UserError where the batch cannot be shared out."""
     batch, micro = train.global_batch_size, train.micro_batch_size
-    if micro and batch % micro:
-        raise UserError(f"train.global_batch_size = {batch}: must be a multiple of train.micro_batch_size = {micro}")
+    if batch % num_processes:
+        raise UserError(f"train.global_batch_size = {batch}: must be a multiple of the {num_processes} processes")
+    share = batch // num_processes
+    if micro and share % min(micro, share):
+        each = f", {share} in each of {num_processes} processes" if num_processes > 1 else ""
+        raise UserError(
+            f"train.global_batch_size = {batch}{each}: must be a multiple of train.micro_batch_size = {micro}"
+        )
+
+
+def check_unchanged(config: RunConfig, source: ImageSource, checkpoint: Checkpoint, *, origin: FilePath | None) -> None:
+    """Raise UserError, with the differences, if a resumed run is not the one that the checkpoint is of."""
+    before = parse_config(checkpoint.state["config"], origin=str(origin))  # with defaults for newer settings
+    changed = [
+        f"{key}: was {old!r}, now {new!r}"
+        for key, old, new in differences(dump(before), dump(config))
+        if key not in FREE_TO_CHANGE and key.partition(".")[0] not in FREE_GROUPS
+    ]
+    if changed:
+        raise UserError(f"{origin}: the config has changed since:\n  " + "\n  ".join(changed))
+    if checkpoint.state.get("data", source.key) != source.key:
+        raise UserError(f"{origin}: the images or labels under `data` are not those that the run began with")
 
 
 def check_labels(method: Method, setting: Setting, source: ImageSource) -> None:
@@ -166,6 +235,12 @@ def check_labels(method: Method, setting: Setting, source: ImageSource) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= known:
         raise UserError(f"data: labels go from {low} to {high}; the teacher knows 0 to {known - 1}")
+
+
+def ready_players(config: RunConfig, spec: ModelSpec, players: Mapping[str, nn.Module]) -> None:
+    """Check the trained players, and let the student steer away from its negative prompt. Raises UserError."""
+    check_players(config, players)
+    steer(players[config.method.student], spec)
 
 
 def check_players(config: RunConfig, players: Mapping[str, nn.Module]) -> None:

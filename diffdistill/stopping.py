@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop after the current step, with everything saved."""
+"""How a run ends before its time. SIGINT and SIGTERM are a wish to stop after the current step, with all saved."""
 
 import os
 import signal
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from types import FrameType
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. The command line prints it without a traceback and exits with 1."""
 
 
 class StopRequested(Exception):  # noqa: N818

@@ -28,10 +28,10 @@ from diffdistill.curves import band_of, read_metrics
 from diffdistill.demo import evaluate_run
 from diffdistill.log import METRICS, WARNINGS
 from diffdistill.schema import UserError
-from diffdistill.stopping import StopRequested
+from diffdistill.stopping import StopRequested, TrainingError
 from diffdistill.sweep_picture import Entry, draw_sweep, healthy_band, sample_sheet
 from diffdistill.trackers import hide_secrets
-from diffdistill.trainer import Trainer, TrainingError
+from diffdistill.trainer import Trainer
 
 RECORD, PICTURE, TRACE = "sweep.json", "sweep.png", "error.txt"
 LONGEST_VALUE, LONGEST_NAME = 60, 200

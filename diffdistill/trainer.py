@@ -1,21 +1,22 @@
 """The loop: draw -> loss -> backward -> step -> EMA. It knows no paper; a method says who steps when.
 
 Everything random depends on (seed, step, global sample index), every rate on the step alone: so a run that was
-stopped and resumed equals one that was not, bit for bit on a CPU, and accumulation equals one large batch.
+stopped and resumed equals one that was not, bit for bit on a CPU, and accumulation and several processes equal one
+large batch.
 """
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffdistill.checkpoint import (
+    PREFIX,
     Checkpoint,
     clear_temporary,
     flatten,
@@ -24,38 +25,37 @@ from diffdistill.checkpoint import (
     load_strictly,
     save_checkpoint,
     select_group,
-    write_tensors_atomically,
     write_text_atomically,
 )
-from diffdistill.config import RunConfig, differences, dump, dump_yaml, parse_config
+from diffdistill.config import RunConfig, dump, dump_yaml
 from diffdistill.data.order import DataOrder
 from diffdistill.denoiser import NO_COND, Cond, freeze
 from diffdistill.draws import Draws
 from diffdistill.ema import EMA
+from diffdistill.guard import Guard
 from diffdistill.health import Health, Reference
-from diffdistill.log import Meter, RunLog
+from diffdistill.lock import locked
+from diffdistill.log import Log, Meter, RunLog, Silence
 from diffdistill.method import Batch, Loss, Players, Update
 from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer, trainable
 from diffdistill.preview import preview_panels, save_panels
+from diffdistill.processes import find_processes
 from diffdistill.schema import UserError
-from diffdistill.setup import check_batch, check_labels, check_players, find_start, load_teacher, seeded, settle
-from diffdistill.speed import SpeedConfig, apply_speed
+from diffdistill.setup import (
+    check_batch,
+    check_labels,
+    check_unchanged,
+    find_start,
+    load_teacher,
+    prepare_once,
+    read_inputs,
+    ready_players,
+    seeded,
+    settle,
+)
+from diffdistill.speed import apply_speed
 from diffdistill.stopping import StopRequested, stop_signals
 from diffdistill.watch import make_watch
-
-LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
-PLACES = ("data.cache", "data.path", "data.root", "data.download", "data.labels_file")  # the content must stay
-FREE_GROUPS = ("run", "health", "trackers", "eval")
-FREE_TO_CHANGE = (
-    *PLACES,
-    *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
-    *(f"speed.{setting.name}" for setting in fields(SpeedConfig) if setting.name != "teacher_dtype"),
-)
-"""Settings that a resumed run may change, beside whole groups."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on. The command line prints it without a traceback and exits with 1."""
 
 
 @dataclass
@@ -80,25 +80,25 @@ class Trainer:
         self._cpu_began = time.process_time()
         train = config.train
         self.folder = FilePath(config.run)
-        # accelerate allows one precision a process, but runs may follow each other in one: autocast is ours.
-        self.accelerator = Accelerator(mixed_precision="no", cpu=train.device == "cpu")
-        self.device = self.accelerator.device
+        self.processes = find_processes(train.device)
+        self.device = self.processes.device
         if train.num_threads:
             torch.set_num_threads(train.num_threads)
         self.start = find_start(self.folder, resume)
-        self.source = config.data.load().to(self.device)
         checkpoint = load_checkpoint(self.start) if self.start else None
+        inputs = read_inputs(config, self.device, checkpoint)
+        self.source = inputs.source
         self.teacher = load_teacher(config.teacher, self.device, checkpoint)
         self.teacher_source = str(self.teacher.source) if self.teacher else None
-        check_batch(train, self.accelerator.num_processes)
-        self.spec, self.setting = settle(config, self.source, self.teacher)
+        check_batch(train, self.processes.count)
+        self.spec, self.setting = settle(config, inputs, self.teacher)
         check_labels(self.method, self.setting, self.source)
         self.order = DataOrder(self.source, train.seed, classes=self.setting.classes)
         with seeded(train.seed):
             modules = self.method.players(self.setting)
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
         trained = {name for update in self.method.updates for name in update.players}
-        check_players(config, {name: module for name, module in modules.items() if name in trained})
+        ready_players(config, self.spec, {name: module for name, module in modules.items() if name in trained})
         self.trained = {name: module.to(self.device).train() for name, module in modules.items() if name in trained}
         self.followers = {name: freeze(m.to(self.device)) for name, m in modules.items() if name not in trained}
         apply_speed(config.speed, self.trained, self.setting.teacher, self.followers)
@@ -108,9 +108,9 @@ class Trainer:
         ema_device = self.device if config.speed.ema_device == "same" else torch.device("cpu")
         student = self.trained[self.method.student]
         self.emas = {group: EMA(student, settings, ema_device) for group, settings in config.emas.items()}
-        self.watch = make_watch(config.eval, self.folder, student, self.spec, self.device)
+        self.watch = make_watch(config.eval, self.folder, student, self.spec, self.processes)
         self.step = 0
-        self.skips: dict[str, int] = {}  # by loss, so that one player's success does not hide another's failure
+        self.guard = Guard(train.on_nonfinite, train.max_skips)
         self.stored: dict[str, Tensor] = {}
         self._meter = Meter()
         health = config.health if self.teacher and self.method.keeps_teacher else None
@@ -143,37 +143,28 @@ class Trainer:
         SIGINT and SIGTERM save a checkpoint and raise StopRequested. Raises TrainingError when the losses stay
         non-finite, OSError when nothing can be written (the last good checkpoint stays).
         """
-        train = self.config.train
-        self._open_folder()
-        self._prepare()
-        title = f"{self.method.name} {self.folder}"
-        log = RunLog(
-            self.folder,
-            title=title,
-            start_step=self.step,
-            num_steps=train.steps,
-            quiet=self.quiet,
-            trackers=self.config.trackers,
-            settings=dump(self.config),
-            cpu_began=self._cpu_began,
-        )
-        with log, stop_signals() as stopping:
+        train, processes = self.config.train, self.processes
+        with ExitStack() as held:
+            processes.first(lambda: self._open_folder(held))
+            self._prepare()
+            log, stopping = held.enter_context(self._open_log()), held.enter_context(stop_signals())
             while self.step < train.steps:
                 self.train_step(log)
                 log.step(self.step)
-                last, is_stopping = self.step == train.steps, bool(stopping)  # a signal may arrive at any line
+                # A signal may arrive at any line, and at one process before another: what is decided here holds.
+                last, signal = self.step == train.steps, processes.largest(stopping[0] if stopping else 0)
                 if self.step % train.log_every == 0 or last:
                     self.report(log)
                 if train.preview_every and (self.step % train.preview_every == 0 or last):
-                    log.preview(self.step, self.save_preview())
+                    processes.first(lambda: log.preview(self.step, self.save_preview()))
                 is_best = self.watch.examine(self, is_last=last, log=log)
-                if self.step % train.checkpoint_every == 0 or last or is_stopping or is_best:
+                if self.step % train.checkpoint_every == 0 or last or signal or is_best:
                     self.save()
-                if is_stopping:
-                    raise StopRequested(stopping[0], self.step, self.folder)
+                if signal:
+                    raise StopRequested(signal, self.step, self.folder)
         return list_checkpoints(self.folder / "checkpoints")[-1]
 
-    def train_step(self, log: RunLog | None = None) -> None:
+    def train_step(self, log: Log | None = None) -> None:
         """One iteration: every update that is due, in the method's order, then the EMA."""
         micros = list(self._micro_batches())
         for update in self.method.updates:
@@ -189,9 +180,11 @@ class Trainer:
         with torch.no_grad():
             self.method.after_step(self.players, self.stored, self.step)
 
-    def report(self, log: RunLog) -> None:
+    def report(self, log: Log) -> None:
         """Log the means since the last report, and the health signals when they are due, with their warnings."""
-        values, health = self._meter.means(), self.health
+        values, health = self.processes.means(self._meter.means()), self.health
+        if not self.processes.is_main:
+            return
         if (
             health
             and self.step // health.config.every > (self.step - self.config.train.log_every) // health.config.every
@@ -204,7 +197,11 @@ class Trainer:
         log.report(self.step, self.images_seen, values)
 
     def save(self) -> FilePath:
-        """Write a checkpoint of everything that a resumed run needs."""
+        """Write a checkpoint of everything that a resumed run needs, on as many processes as it likes."""
+        self.processes.first(self._save)
+        return self.folder / "checkpoints" / f"{PREFIX}{self.step:08d}"
+
+    def _save(self) -> None:
         modules = self.trained | self.followers
         tensors = {"players": flatten({name: module.state_dict() for name, module in modules.items()})}
         for group, ema in self.emas.items():
@@ -212,7 +209,7 @@ class Trainer:
         tensors["optimizers"] = flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
         state = {
             "format": 1,
-            "skips": self.skips,
+            "skips": self.guard.skips,
             "student": self.method.student,
             "model": dump(self.spec),
             "config": dump(self.config),
@@ -220,7 +217,7 @@ class Trainer:
             "teacher": self.teacher_source,
         }
         keep, best = self.config.train.keep_checkpoints, self.watch.best(self.step)
-        return save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=keep, best=best)
+        save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=keep, best=best)
 
     def save_preview(self) -> FilePath:
         """previews/step-*.png: the student's samples, and the other players' view of them."""
@@ -251,10 +248,11 @@ class Trainer:
     @torch.no_grad()
     def _gather(self, update: Update, micros: list[MicroBatch]) -> None:
         """What a loss needs to know of the whole batch, where the batch comes in pieces."""
-        if update.statistics is None or len(micros) == 1:
+        if update.statistics is None or len(micros) * self.processes.count == 1:
             return
         parts = [self._ask(update.statistics, micro, seed=update.loss) for micro in micros]
-        whole = {f"all {name}": torch.cat([part[name] for part in parts]) for name in parts[0]}
+        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        whole = {f"all {name}": self.processes.gather(values) for name, values in own.items()}
         for micro in micros:
             micro.draw |= whole
 
@@ -271,30 +269,36 @@ class Trainer:
         images, labels = self.order.take(first, count, next_first=next_first)
         return images, NO_COND if labels is None else self._class_cond(labels)
 
-    def _update(self, update: Update, micros: list[MicroBatch], log: RunLog | None) -> bool:
+    def _update(self, update: Update, micros: list[MicroBatch], log: Log | None) -> bool:
         """One optimiser step of some players. Returns whether it was taken."""
         losses: list[Loss] = []
         self._gather(update, micros)
         for micro in micros:
             loss = self.loss(update, micro)
-            self.accelerator.backward(loss.total / len(micros))
+            (loss.total / (len(micros) * self.processes.count)).backward()
             micro.draw |= loss.carry
             losses.append(loss)
+        self.processes.sum_gradients([p for name in update.players for p in self.parameters[name]])
         norms = {name: self._clip(name) for name in update.players}
-        is_finite = bool(
-            torch.isfinite(torch.stack([*norms.values(), *(loss.total.detach() for loss in losses)])).all()
-        )
+        numbers = torch.stack([*norms.values(), *(loss.total.detach() for loss in losses)]).isfinite().tolist()
+        faulty = self.processes.those(not all(numbers[len(norms) :]))  # the summed gradients are the same in all
+        is_finite = all(numbers) and not faulty
         if is_finite:
             for name in update.players:
                 for group in self.optimizers[name].param_groups:
                     group["lr"] = learning_rate(self.config.optimizer(name), self.step, self.config.train.steps)
                 self.optimizers[name].step()
-            self.skips[update.loss] = 0
+            self.guard.passed(update)
             with torch.no_grad():
                 self.method.remember(self.players, losses[-1].carry)
         for name in update.players:
             self.optimizers[name].zero_grad(set_to_none=True)
-        self._note(update, losses, norms, is_finite, log)
+        if is_finite:
+            self._note(update, losses, norms)
+        else:
+            said = self.guard.refuse(self.step, update, losses, norms, self.processes, faulty)
+            if log:
+                log.say(said)
         return is_finite
 
     def _clip(self, name: str) -> Tensor:
@@ -307,36 +311,18 @@ class Trainer:
             nn.utils.clip_grad_value_(parameters, options.clip_value)
         return norm
 
-    def _note(
-        self, update: Update, losses: list[Loss], norms: dict[str, Tensor], is_finite: bool, log: RunLog | None
-    ) -> None:
-        """Record an update; if it was not finite, say so by name, and stop when told to or when it goes on."""
+    def _note(self, update: Update, losses: list[Loss], norms: dict[str, Tensor]) -> None:
+        """Record an update that was taken."""
         first = update.players[0]
-        if is_finite:
-            for loss in losses:
-                self._meter.add({f"{first}/loss": loss.total, **{f"{first}/{k}": v for k, v in loss.logs.items()}})
-            self._meter.add({f"{name}/gradient_norm": norm for name, norm in norms.items()})
-            return
-        skips = self.skips[update.loss] = self.skips.get(update.loss, 0) + 1
-        parts = {
-            name: float(value.detach())
-            for loss in losses
-            for name, value in ({"total": loss.total} | dict(loss.logs)).items()
-        }
-        bad = [f"{update.loss} ({name} = {value})" for name, value in parts.items() if not math.isfinite(value)]
-        bad += [f"the gradient of {name}" for name, norm in norms.items() if not math.isfinite(float(norm))]
-        message = f"step {self.step}, player {first}: {', '.join(dict.fromkeys(bad))} is not finite"
-        if self.config.train.on_nonfinite == "stop" or skips >= self.config.train.max_skips:
-            more = f", {skips} updates in a row" if skips > 1 else ""
-            raise TrainingError(f"{message}{more}. The last checkpoint is intact; try a lower learning rate")
-        if log:
-            log.say(f"{message}; this update is skipped")
+        for loss in losses:
+            self._meter.add({f"{first}/loss": loss.total, **{f"{first}/{k}": v for k, v in loss.logs.items()}})
+        self._meter.add({f"{name}/gradient_norm": norm for name, norm in norms.items()})
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         """This process's share of the step's samples, in pieces."""
-        train, processes = self.config.train, self.accelerator.num_processes
-        share = train.global_batch_size // processes
-        begin = self.images_seen + share * self.accelerator.process_index
+        train, processes = self.config.train, self.processes
+        share = train.global_batch_size // processes.count
+        begin = self.images_seen + share * processes.rank
         size = min(train.micro_batch_size or share, share)
         images, cond = self.real(begin, share)
         for first in range(begin, begin + share, size):
@@ -348,16 +334,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back as it was. Raises UserError if the config or the architecture has changed."""
-        before = parse_config(checkpoint.state["config"], origin=str(self.start))  # with defaults for newer settings
-        changed = [
-            f"{key}: was {old!r}, now {new!r}"
-            for key, old, new in differences(dump(before), dump(self.config))
-            if key not in FREE_TO_CHANGE and key.partition(".")[0] not in FREE_GROUPS
-        ]
-        if changed:
-            raise UserError(f"{self.start}: the config has changed since:\n  " + "\n  ".join(changed))
-        if checkpoint.state.get("data", self.source.key) != self.source.key:
-            raise UserError(f"{self.start}: the images or labels under `data` are not those that the run began with")
+        check_unchanged(self.config, self.source, checkpoint, origin=self.start)
         for name, module in self.trained.items():
             load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
             restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))
@@ -366,32 +343,52 @@ class Trainer:
         for group, ema in self.emas.items():
             weights = select_group(checkpoint.tensors[group], self.method.student)
             load_strictly(ema.module, weights, origin=f"{self.start} ({group})")
-        self.step, self.skips = int(checkpoint.state["step"]), dict(checkpoint.state["skips"])
+        self.step, self.guard.skips = int(checkpoint.state["step"]), dict(checkpoint.state["skips"])
 
-    def _open_folder(self) -> None:
-        """Make the run's folder and write the resolved config. Raises UserError where that is not allowed."""
+    def _open_folder(self, held: ExitStack) -> None:
+        """Make the run's folder, keep other runs out of it while `held` is open, and write the resolved config.
+
+        Raises UserError where that is not allowed.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(self.folder))
             write_text_atomically(self.folder / "config.yaml", dump_yaml(self.config))
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"run = {str(self.folder)!r}: cannot be written: {error.strerror}") from None
         clear_temporary(self.folder / "checkpoints")
 
+    def _open_log(self) -> Log:
+        """The run's log; of the other processes nothing is told but through the first."""
+        if not self.processes.is_main:
+            return Silence()
+        return RunLog(
+            self.folder,
+            title=f"{self.method.name} {self.folder}",
+            start_step=self.step,
+            num_steps=self.config.train.steps,
+            quiet=self.quiet,
+            trackers=self.config.trackers,
+            settings=dump(self.config),
+            cpu_began=self._cpu_began,
+        )
+
     def _prepare(self) -> None:
-        """What the method makes once; kept with the run, so that a resumed run uses the same."""
+        """What the method makes once; kept with the run, so that a resumed run and all processes use the same."""
         from safetensors.torch import load_file
 
         file = self.folder / "prepared.safetensors"
-        if not (self.start and file.exists()):
-            file.unlink(missing_ok=True)
-            with seeded(self.config.train.seed):  # for weights that it makes; numbers are drawn by step and index
-                made = self.method.prepare(self.setting, self.config.train.seed)
-            if made:
-                write_tensors_atomically(file, made)
+        seed, is_kept = self.config.train.seed, self.start is not None
+        self.processes.first(lambda: prepare_once(file, self.method, self.setting, seed, is_kept=is_kept))
+        if file.exists() != bool(self.processes.largest(file.exists())):
+            raise UserError(
+                f"run = {str(self.folder)!r}: is not the same folder for all processes; put it where all see it"
+            )
         self.stored = load_file(file, device=str(self.device)) if file.exists() else {}
         if self.start is None:
             with torch.no_grad():
                 self.method.begin(self.players, self.stored)
+                self.processes.begin_equal([*self.trained.values(), *self.followers.values()])
                 for ema in self.emas.values():
                     ema.copy_from(self.trained[self.method.student])
         if not self.method.keeps_teacher:

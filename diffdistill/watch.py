@@ -3,15 +3,15 @@
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Protocol
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from diffdistill.schema import PositiveInt, field, schema
 
 if TYPE_CHECKING:
-    from diffdistill.log import RunLog
+    from diffdistill.log import Log
     from diffdistill.model import ModelSpec
+    from diffdistill.processes import Processes
 
 
 @schema
@@ -51,7 +51,7 @@ class Watched(Protocol):
 class Watch(Protocol):
     """What the trainer asks."""
 
-    def examine(self, run: Watched, *, is_last: bool, log: "RunLog") -> bool:
+    def examine(self, run: Watched, *, is_last: bool, log: "Log") -> bool:
         """Evaluate the student if it is due. Returns whether it is the best so far, and so has to be saved."""
         ...
 
@@ -63,7 +63,7 @@ class Watch(Protocol):
 class NoWatch:
     """Never looks."""
 
-    def examine(self, run: Watched, *, is_last: bool, log: "RunLog") -> bool:
+    def examine(self, run: Watched, *, is_last: bool, log: "Log") -> bool:
         return False
 
     def best(self, step: int) -> str | None:
@@ -71,9 +71,9 @@ class NoWatch:
 
 
 def make_watch(
-    config: EvalConfig | None, folder: FilePath, student: nn.Module, spec: "ModelSpec", device: torch.device
+    config: EvalConfig | None, folder: FilePath, student: nn.Module, spec: "ModelSpec", processes: "Processes"
 ) -> Watch:
-    """The watch that a run's config asks for.  folder: the run's.
+    """The watch that a run's config asks for.  folder: the run's.  processes: they share the work.
 
     Raises UserError, before training, for a protocol that does not fit the student, and for missing files.
     """
@@ -81,4 +81,4 @@ def make_watch(
         return NoWatch()
     from diffdistill.eval.watch import StudentWatch
 
-    return StudentWatch.of(config, folder, student, spec, device)
+    return StudentWatch.of(config, folder, student, spec, processes)

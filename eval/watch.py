@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
-import torch
 from torch import nn
 
 from diffdistill.checkpoint import PREFIX, write_text_atomically
@@ -15,14 +14,16 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.eval.bench import make_bench
 from diffdistill.eval.extract import Bench
 from diffdistill.eval.generate import SampledImages
-from diffdistill.eval.places import count_parameters, hash_weights, seconds_until
+from diffdistill.eval.hashes import hash_weights
+from diffdistill.eval.places import count_parameters, seconds_until
 from diffdistill.eval.protocols import find_protocol
 from diffdistill.eval.records import Cost, ModelRecord, Record, append_record, is_lower_better, read_records
 from diffdistill.eval.run import evaluate
-from diffdistill.eval.table import headline, number
+from diffdistill.eval.table import number
 from diffdistill.eval.workers import Workers
-from diffdistill.log import RunLog
+from diffdistill.log import Log
 from diffdistill.model import ModelSpec
+from diffdistill.processes import Processes
 from diffdistill.schema import UserError
 from diffdistill.watch import EvalConfig, Watched
 
@@ -38,10 +39,11 @@ class StudentWatch:
     spec: ModelSpec
     bench: Bench
     best_by: str
+    processes: Processes
 
     @staticmethod
     def of(
-        config: EvalConfig, folder: FilePath, student: nn.Module, spec: ModelSpec, device: torch.device
+        config: EvalConfig, folder: FilePath, student: nn.Module, spec: ModelSpec, processes: Processes
     ) -> "StudentWatch":
         """Raises UserError where the protocol does not fit the student, or its files are missing."""
         protocol = replace(find_protocol(config.protocol), repeats=1)
@@ -53,28 +55,33 @@ class StudentWatch:
             raise UserError(f"eval.best_by = {best_by!r}: {protocol.name} measures {', '.join(metrics)}")
         bench = make_bench(
             protocol,
-            Workers(device),
+            Workers(processes.device, processes.rank, processes.count, processes.wait),
             batch_size=config.batch_size,
             weights=config.weights,
             references=config.references,
         )
-        watch = StudentWatch(config, folder, spec, bench, best_by)
+        watch = StudentWatch(config, folder, spec, bench, best_by, processes)
         watch._source(student, step=0)
         return watch
 
-    def examine(self, run: Watched, *, is_last: bool, log: RunLog) -> bool:
+    def examine(self, run: Watched, *, is_last: bool, log: Log) -> bool:
         if run.step % self.config.every and not is_last:
             return False
+        return bool(self.processes.largest(self._judge(run, log)))
+
+    def _judge(self, run: Watched, log: Log) -> bool:
+        """Evaluate the student. Returns whether it is the best so far; only the first process knows."""
         step, images = run.step, run.images_seen
-        self._forget_from(step)
+        self.processes.first(lambda: self._forget_from(step))
         done = evaluate(
             self._source(run.student, step=step),
             self.bench,
             name=f"{self.folder} {step}",
             root=self.folder / ".features",
         )
-        assert done is not None
-        values = {name: headline(done.record, values) for name, values in done.record.metrics.items()}
+        if done is None:
+            return False
+        values = {name: done.record.headline(name) for name in done.record.metrics}
         log.report(step, images, {f"eval/{name}": value for name, value in values.items()})
         cost = Cost(train_steps=step, train_images=images, train_seconds=seconds_until(self.folder, step))
         append_record(self.folder / RECORDS, replace(done.record, cost=cost))
@@ -109,7 +116,7 @@ class StudentWatch:
     def _best_step(self, records: Sequence[Record]) -> int:
         """The step of the best record; of equal ones the first."""
         sign = 1 if is_lower_better(self.best_by) else -1
-        ranked = [(sign * headline(record, record.metrics[self.best_by]), _step(record)) for record in records]
+        ranked = [(sign * record.headline(self.best_by), _step(record)) for record in records]
         return min(ranked)[1]
 
     def _records(self) -> list[Record]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffdistill.denoiser import Denoiser, device_of
 from diffdistill.draws import Draws
 from diffdistill.guidance import Recorder
-from diffdistill.losses import DenoisingWeight, denoising_error
+from diffdistill.losses import DenoisingWeight, denoising_error, widen
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
 from diffdistill.networks.guided import take_weights
@@ -111,6 +111,6 @@ class AGD(Method):
         x, target, t = (stored[name][row, call] for name in ("x", "target", "t"))
         adapted: Denoiser = players.adapted
         cond = replace(adapted.class_cond(stored["label"][row]), guidance_input=stored["scale"][row])
-        estimate = adapted(x.float(), t, cond)
-        loss = denoising_error(adapted, estimate, target.float(), t, weight=self.weight)
+        estimate = adapted(widen(x), t, cond)
+        loss = denoising_error(adapted, estimate, widen(target), t, weight=self.weight)
         return Loss(loss, {"error": loss.detach()})

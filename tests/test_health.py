@@ -17,7 +17,8 @@ from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.path import EDM
 from diffdistill.sampling import FewSteps
-from diffdistill.trainer import Trainer, TrainingError
+from diffdistill.stopping import TrainingError
+from diffdistill.trainer import Trainer
 
 SHAPE = (1, 4, 4)
 NO_REFERENCE = Reference(mean=0.0, std=1.0, distance=1.0)

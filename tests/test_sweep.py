@@ -21,9 +21,10 @@ from diffdistill.eval.protocols import DIGITS_PIXELS
 from diffdistill.inference import sample_images
 from diffdistill.log import RunLog
 from diffdistill.model import load_model
+from diffdistill.stopping import TrainingError
 from diffdistill.sweep import Axis, file_name, parse_axes, run_sweep
 from diffdistill.sweep_picture import spread
-from diffdistill.trainer import Trainer, TrainingError
+from diffdistill.trainer import Trainer
 
 WriteConfig = Callable[..., Path]
 

@@ -21,7 +21,8 @@ from diffdistill.methods.pretrain import Pretrain
 from diffdistill.networks.discriminator import Head
 from diffdistill.optimizers import learning_rate
 from diffdistill.preview import CAPTION_HEIGHT, GAP
-from diffdistill.trainer import Trainer, TrainingError
+from diffdistill.stopping import TrainingError
+from diffdistill.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -1,0 +1,178 @@
+"""The processes that train one run: which of them this one is, and what they tell each other.
+
+Each holds all weights and takes its share of every batch; gradients are summed once an update, after accumulation. A
+process alone tells nobody anything. What only one may do (write files, mostly) the first does while the others wait.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from diffdistill.stopping import TrainingError
+
+PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; a dead one is known at once
+BUCKET_BYTES = 32 * 2**20  # of gradients that travel as one message
+
+
+@dataclass(frozen=True)
+class Processes:
+    """device: this process's.  rank: which one it is, of `count`."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up each gradient over the processes. One that a process lacks counts as zero there.
+
+        parameters: the same ones in the same order in all.
+        """
+        if self.count == 1:
+            return
+        has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+        gradients: list[Tensor] = []
+        for parameter, is_there in zip(
+            parameters, self._combine(has_gradient, dist.ReduceOp.MAX).tolist(), strict=True
+        ):
+            if is_there:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        with others():
+            sent = [
+                (bucket, flat := _flat(bucket), dist.all_reduce(flat, async_op=True)) for bucket in buckets(gradients)
+            ]
+            for bucket, flat, work in sent:
+                work.wait()
+                parts = flat.split([gradient.numel() for gradient in bucket])
+                torch._foreach_copy_(bucket, [p.view(g.shape) for p, g in zip(parts, bucket, strict=True)])
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of all, one process after the other.  values: [B, ...], as many in each.  [count B, ...]."""
+        if self.count == 1:
+            return values
+        values = values.contiguous()
+        parts = [torch.empty_like(values) for _ in range(self.count)]
+        with others():
+            dist.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def means(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The mean of each over the processes, which name the same ones."""
+        if self.count == 1:
+            return dict(values)
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        return dict(zip(values, (self._combine(numbers, dist.ReduceOp.SUM) / self.count).tolist(), strict=True))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers: what one of them has seen, all know."""
+        if self.count == 1:
+            return number
+        return int(self._combine(torch.tensor([number], device=self.device), dist.ReduceOp.MAX))
+
+    def those(self, is_true: bool) -> list[int]:
+        """The ranks of the processes that say so."""
+        if self.count == 1:
+            return [self.rank] if is_true else []
+        told = self.gather(torch.tensor([is_true], device=self.device, dtype=torch.int32))
+        return told.nonzero()[:, 0].tolist()
+
+    def begin_equal(self, modules: Iterable[nn.Module]) -> None:
+        """Give every process the first one's weights, lest a difference in rounding stays."""
+        if self.count == 1:
+            return
+        with others(), torch.no_grad():
+            for module in modules:
+                for tensor in (*module.parameters(), *module.buffers()):
+                    sent = tensor.detach().to(self.device).contiguous()
+                    dist.broadcast(sent, 0)
+                    tensor.copy_(sent)
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Let the first process do something, and wait for it.
+
+        Raises what it raised there, and TrainingError in the others.
+        """
+        if self.count == 1:
+            work()
+            return
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                work()
+            except Exception as error:
+                failure = error
+        has_failed = self.largest(int(failure is not None))
+        if failure:
+            raise failure
+        if has_failed:
+            raise TrainingError("the first process has failed, and says why")
+
+    def wait(self) -> None:
+        """Return when all have called it."""
+        self.largest(0)
+
+    def _combine(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        with others():
+            dist.all_reduce(values, operation)
+        return values
+
+
+def find_processes(device: str = "auto") -> Processes:
+    """Those of the launcher that started this process (accelerate launch, torchrun), or this process alone.
+
+    device: cpu, or auto, which takes this process's GPU where there is one.
+    """
+    # Several processes without a GPU are each other's only if accelerate is told that they are on CPUs.
+    is_cpu_fleet = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # accelerate allows one precision a process, but runs may follow each other in one: autocast is the trainer's.
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=device == "cpu" or is_cpu_fleet,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    # accelerate numbers CPUs by process, which means nothing and which safetensors refuses.
+    own = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+    return Processes(own, accelerator.process_index, accelerator.num_processes)
+
+
+@contextmanager
+def others() -> Iterator[None]:
+    """While open, a process that is gone is a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"another process is gone ({reason}). The last checkpoint is intact; go on with --resume"
+        ) from error
+
+
+def buckets(tensors: Iterable[Tensor], most: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
+    """The tensors in order, in groups of one type and at most `most` bytes, or of one that is larger."""
+    group: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if group and (size + tensor.nbytes > most or tensor.dtype != group[0].dtype):
+            yield group
+            group, size = [], 0
+        group.append(tensor)
+        size += tensor.nbytes
+    if group:
+        yield group
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
