@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from diffdistill.eval.compare import Difference
@@ -32,7 +33,8 @@ def show_evaluations(evaluations: Sequence[Evaluation], console: Console) -> Non
     rows = [heads, *(_cells(done, names) for done in evaluations)]
     title = _title(evaluations[0].record.protocol)
     table = _table(title, rows)
-    console.print(table if console.measure(table).maximum <= console.width else _table(title, zip(*rows, strict=True)))
+    wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.print(table if wide <= console.width else _table(title, zip(*rows, strict=True)))
     for note in dict.fromkeys(done.record.notes for done in evaluations if done.record.notes):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
