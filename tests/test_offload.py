@@ -1,14 +1,17 @@
 """The teacher in the machine's memory: its layers come to the device for their call, and only they."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import MakeConfig
+from stand_ins import STAND_INS, save_stand_in
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffdistill.denoiser import Cond, Denoiser, device_of, freeze
+from diffdistill.denoiser import NO_COND, Cond, Denoiser, device_of, freeze
+from diffdistill.families import open_pipeline
 from diffdistill.memory import plan_memory
 from diffdistill.networks import DiTConfig, UNetConfig
 from diffdistill.networks.recompute import set_recompute
@@ -30,7 +33,11 @@ def gpu() -> Iterator[None]:
 
 def make_teacher(network: str, device: torch.device = CPU) -> Denoiser:
     """Its weights on the CPU, its buffers on a device."""
-    teacher = Denoiser(NETWORKS[network].build((1, 8, 8), 3, 0.1), EDM(), "edm")
+    return on_the_gpu_but_for_its_weights(Denoiser(NETWORKS[network].build((1, 8, 8), 3, 0.1), EDM(), "edm"), device)
+
+
+def on_the_gpu_but_for_its_weights(teacher: Denoiser, device: torch.device = GPU) -> Denoiser:
+    """Frozen, its buffers on the device."""
     freeze(teacher)
     for part in teacher.modules():
         part._buffers.update({name: b if b is None else b.to(device) for name, b in part._buffers.items()})
@@ -53,6 +60,22 @@ def test_an_offloaded_network_computes_on_the_gpu_and_lies_on_the_cpu(
     assert made.device == GPU
     assert {parameter.device for parameter in teacher.parameters()} == {CPU}
     assert device_of(teacher) == GPU
+
+
+@pytest.mark.parametrize("family", STAND_INS)
+def test_every_family_of_pipelines_can_lie_on_the_cpu(family: str, tmp_path: Path) -> None:
+    opened = open_pipeline(save_stand_in(family, tmp_path))
+    cond = Cond(label=torch.zeros(2, dtype=torch.int64)) if opened.spec.num_classes else NO_COND
+    if opened.family.takes_text:
+        cond = opened.conditions(["a red fox", "two blue birds"]).rows(torch.arange(2))
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        teacher = on_the_gpu_but_for_its_weights(opened.spec.build())
+        cond = cond.map(lambda part: torch.zeros(part.shape, dtype=part.dtype, device=GPU))
+        offload(teacher, GPU)
+        x, t = torch.zeros(2, *opened.spec.image_shape, device=GPU), torch.full((2,), 0.5, device=GPU)
+        assert teacher(x, t, cond).device == GPU
+        assert teacher(x, t, cond, want="features").device == GPU
+        assert {parameter.device for parameter in teacher.parameters()} == {CPU}
 
 
 def test_without_offload_weights_on_the_cpu_are_an_error(gpu: None) -> None:
