@@ -3,13 +3,14 @@
 import os
 import sys
 from pathlib import Path as FilePath
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
 from diffdistill import __version__
-from diffdistill.faults import escape, guarded
+from diffdistill.faults import escape, guarded, this_rank
+from diffdistill.image_commands import export, sample
 
 app = typer.Typer(
     help="One-step image generators, distilled from diffusion models.",
@@ -25,12 +26,14 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 FromCheckpoint = Annotated[
     str | None, typer.Option("--checkpoint", help="With --resume: this checkpoint, as in step-00000500.")
 ]
+AllowChanges = Annotated[
+    bool, typer.Option("--allow-changes", help="With --resume: although settings have changed, which are shown.")
+]
 Sweeps = Annotated[
     list[str] | None,
     typer.Option("--sweep", help="key=value,value,...: train every combination and compare them; may be given again."),
 ]
 Run = Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
 Judged = Annotated[
     list[str],
     typer.Argument(
@@ -42,13 +45,6 @@ ProtocolName = Annotated[
 ]
 GuidancePolicy = Annotated[
     str, typer.Option(help="w of D_u + w (D_c - D_u), 1 is none; or a policy, as {name: adaptive, scale: 2}.")
-]
-
-NegativePrompt = Annotated[
-    str | None, typer.Option(help="What cross-attention to the prompt steers away from; default: the run's own.")
-]
-NegativeScale = Annotated[
-    float | None, typer.Option(help="How much of it is taken away; default: the run's own, or 0.3.", min=0)
 ]
 
 
@@ -71,13 +67,17 @@ def demo(
 @app.command()
 @guarded
 def pretrain(
-    config: Config, overrides: Overrides = None, resume: Resume = False, checkpoint: FromCheckpoint = None
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    checkpoint: FromCheckpoint = None,
+    allow_changes: AllowChanges = False,
 ) -> None:
     """Train a diffusion model, to be the teacher.
 
     Example: diffdistill pretrain pretrain/digits run=runs/teacher train.steps=500
     """
-    _train(config, overrides, resume=resume, checkpoint=checkpoint, only="pretrain")
+    _train(config, overrides, _Start(resume, checkpoint, allow_changes), only="pretrain")
 
 
 @app.command()
@@ -87,6 +87,7 @@ def train(
     overrides: Overrides = None,
     resume: Resume = False,
     checkpoint: FromCheckpoint = None,
+    allow_changes: AllowChanges = False,
     sweep: Sweeps = None,
 ) -> None:
     """Distil a teacher by the method that the config names.
@@ -98,21 +99,31 @@ def train(
     if sweep:
         _sweep(config, overrides, sweep, resume=resume, checkpoint=checkpoint)
         return
-    _train(config, overrides, resume=resume, checkpoint=checkpoint, only=None)
+    _train(config, overrides, _Start(resume, checkpoint, allow_changes), only=None)
 
 
-def _train(config: str, overrides: list[str] | None, *, resume: bool, checkpoint: str | None, only: str | None) -> None:
+class _Start(NamedTuple):
+    """The options that say where a run begins."""
+
+    resume: bool
+    checkpoint: str | None
+    allow_changes: bool
+
+
+def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str | None) -> None:
     from diffdistill.config import find_config, load_config
     from diffdistill.schema import UserError
-    from diffdistill.trainer import Trainer
+    from diffdistill.within_memory import run_within_memory
 
     parsed = load_config(find_config(config), overrides or ())
     if only and parsed.method.name != only:
         raise UserError(f"{config}: method.name = {parsed.method.name!r}; use `diffdistill train` for it")
-    if checkpoint and not resume:
-        raise UserError("--checkpoint: goes with --resume")
-    done = Trainer(parsed, resume=checkpoint or resume).run()
-    console.print(f"done: {done}", highlight=False, soft_wrap=True)
+    for option in ("checkpoint", "allow_changes"):
+        if getattr(start, option) and not start.resume:
+            raise UserError(f"--{option.replace('_', '-')}: goes with --resume")
+    done = run_within_memory(parsed, resume=start.checkpoint or start.resume, may_differ=start.allow_changes)
+    if this_rank() == 0:
+        console.print(f"done: {done}", highlight=False, soft_wrap=True)
 
 
 def _sweep(config: str, overrides: list[str] | None, sweep: list[str], *, resume: bool, checkpoint: str | None) -> None:
@@ -125,41 +136,8 @@ def _sweep(config: str, overrides: list[str] | None, sweep: list[str], *, resume
     run_sweep(find_config(config), overrides or (), sweep, resume=resume, console=console)
 
 
-@app.command()
-@guarded
-def sample(
-    run: Run,
-    out: Annotated[str, typer.Option(help="The PNG to write.")] = "samples.png",
-    count: Annotated[int, typer.Option(help="Number of images.", min=1, max=10_000)] = 100,
-    label: Annotated[int | None, typer.Option(help="One class for all; default: all classes in turn.")] = None,
-    seed: Seed = 0,
-    guidance: GuidancePolicy = "1",
-    ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
-    negative_prompt: NegativePrompt = None,
-    negative_scale: NegativeScale = None,
-) -> None:
-    """Sample from a teacher or a student and write a grid.
-
-    Example: diffdistill sample runs/demo/student --count 100 --out digits.png
-    """
-    from diffdistill.config import parse_guidance
-    from diffdistill.inference import sample_grid
-
-    policy = parse_guidance(guidance)
-    made = sample_grid(
-        run,
-        FilePath(out),
-        count=count,
-        label=label,
-        seed=seed,
-        guidance=policy,
-        ema=ema,
-        negative_prompt=negative_prompt,
-        negative_scale=negative_scale,
-    )
-    console.print(
-        f"{made.file}: {count} images, {made.num_evaluations} evaluations each, {made.ms_per_image:.2f} ms each"
-    )
+app.command()(sample)
+app.command()(export)
 
 
 @app.command()
@@ -176,6 +154,24 @@ def join(
 
     made = join_students(out, runs)
     console.print(f"{made}: {len(runs)} students", highlight=False, soft_wrap=True)
+
+
+@app.command(name="import-edm")
+@guarded
+def import_edm(
+    file: Annotated[str, typer.Argument(help="EDM's .pkl: CIFAR-10, FFHQ, AFHQv2 or ImageNet-64.")],
+    out: Annotated[str, typer.Option(help="The run's folder to write, a teacher for `train`.")],
+) -> None:
+    """Convert a checkpoint of EDM into safetensors. The pickle is read as data: nothing in it is run.
+
+    Example: diffdistill import-edm edm-cifar10-32x32-cond-vp.pkl --out runs/teacher
+    """
+    from diffdistill.edm_checkpoint import import_edm as convert
+
+    made = convert(FilePath(file), FilePath(out))
+    network, shape = made.spec.model.network.name, " x ".join(map(str, made.spec.image_shape))
+    classes = f"{made.spec.num_classes} classes" if made.spec.num_classes else "no classes"
+    console.print(f"{made.source}: {network}, {shape}, {classes}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="eval")

@@ -15,7 +15,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffdistill import __version__, doctor, inference
+from diffdistill import __version__, doctor, sample
 from diffdistill import demo as demo_module
 from diffdistill.cli import app
 from diffdistill.config import RunConfig
@@ -214,7 +214,7 @@ def test_doctor_reports_a_full_disk_and_a_folder_that_cannot_be_written(
 def test_samples_are_written_as_a_grid(teacher: Path, tmp_path: Path) -> None:
     result = call("sample", teacher, "--count", 12, "--label", 3, "--guidance", 1.5, "--out", tmp_path / "a" / "b.png")
     assert result.exit_code == 0, result.output
-    assert "12 images, 5 evaluations each" in result.stdout
+    assert "12 images; 5 calls, w = 1.5, " in result.stdout
     assert Image.open(tmp_path / "a" / "b.png").height < Image.open(tmp_path / "a" / "b.png").width
 
 
@@ -242,7 +242,7 @@ def test_a_full_disk_is_a_failure_not_bad_input(teacher: Path, tmp_path: Path, m
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(inference, "save_grid", full)
+    monkeypatch.setattr(sample, "save_grid", full)
     result = call("sample", teacher, "--count", 1, "--out", tmp_path / "a.png")
     assert result.exit_code == 1
     assert "error: the disk is full" in result.stderr

@@ -20,13 +20,14 @@ from diffdistill.config import OptimizerConfig, RunConfig, dump
 from diffdistill.counting import SavedTensors
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.ema import EMA, EMAConfig
-from diffdistill.inference import sample_grid
+from diffdistill.imagers import Asked
 from diffdistill.model import load_model
 from diffdistill.networks import ADM, DDPMPP, DiffusersUNetConfig, DiTConfig, MLPConfig, UNetConfig
 from diffdistill.networks.analytic import Mixture
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from diffdistill.path import EDM
+from diffdistill.sample import SampleOptions, run_sample
 from diffdistill.schema import UserError
 from diffdistill.speed import SpeedConfig, apply_speed, store_in_bf16
 from diffdistill.trainer import Trainer
@@ -334,7 +335,7 @@ def test_the_first_average_samples_and_the_others_load_by_name(make_config: Make
         state = {f"{group}.{name}": value for name, value in found.denoiser.state_dict().items()}
         assert_same(state, {name: value for name, value in expected.items() if name.startswith(f"{group}.")})
     picture = Path(trainer.folder) / "long.png"
-    sample_grid(str(folder), picture, count=1, ema="long")
+    run_sample(str(folder), SampleOptions(Asked(ema="long"), picture, count=1))
     assert picture.exists()
     with pytest.raises(UserError, match=r"no average 'short' beside `ema`; there are: long"):
         load_model(folder, ema="short")

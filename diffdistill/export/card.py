@@ -6,80 +6,82 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+import torch
 import yaml
 
 from diffdistill.checkpoint import STATE, write_text_atomically
-from diffdistill.inference import sample_images
-from diffdistill.model import TrainedModel
+from diffdistill.export.expected import PROMPTS
+from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
+from diffdistill.export.record import ExportRecord
+from diffdistill.families import is_pipeline, open_pipeline
+from diffdistill.families.hub import is_hub_name
+from diffdistill.imagers import Asked, ModelImager
+from diffdistill.model import TrainedModel, is_routed
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
 
 PICTURE = "samples.png"
-PICTURED = 20
+PICTURED = {False: 20, True: 4}
+"""Images of the picture, without a VAE and with one."""
+LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """place: what was exported.  pipeline: diffusers' class, None for code of its own.  call: its arguments.
-    teacher: the folder of the teacher's pipeline, whose card may name a licence."""
+    """place: what was exported.  config: of its run.  licence: the teacher's, default what its card says.
+    records: a JSONL file of `diffdistill eval`, for the scores."""
 
     place: str
     model: TrainedModel
-    pipeline: str | None
-    call: Mapping[str, Any]
-    teacher: FilePath | None
+    record: ExportRecord
+    config: Mapping[str, Any]
+    licence: str | None = None
+    records: FilePath | None = None
 
 
-def write_card(folder: FilePath, facts: CardFacts, *, licence: str | None, records: FilePath | None) -> None:
-    """Write README.md, and a picture of samples where the network makes pixels without a prompt.
+def write_card(folder: FilePath, facts: CardFacts, *, name: str, difference: float | None) -> None:
+    """Write README.md and, where there are images, a picture of samples.
 
-    licence: of the teacher; default what its card says.  records: a JSONL file of `diffdistill eval`, for the scores.
+    difference: what `verify` found.  Raises UserError if the records have nothing of this model.
     """
-    config = read_config(facts.model)
-    has_picture = _draw(facts.model, folder / PICTURE)
-    about: dict[str, Any] = {
-        "license": licence or teacher_licence(facts.teacher),
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image" if _takes_text(facts) else "unconditional-image-generation",
-        "tags": ["diffusion", "distillation", *([config["method"]["name"]] if config else [])],
-        "base_model": facts.model.spec.pipeline,
-        "model-index": model_index_of(facts.place, records) if records else None,
-    }
-    front = yaml.safe_dump({name: value for name, value in about.items() if value is not None}, sort_keys=False)
-    parts = [
-        f"---\n{front}---\n\n# {folder.resolve().name}",
-        _summary(facts, config),
-        "## How to call it",
-        _usage(facts),
-    ]
-    if has_picture:
+    licence = {"license": facts.licence} if facts.licence else teacher_licence(facts.model.spec.pipeline)
+    front = yaml.safe_dump(_metadata(facts, licence), sort_keys=False)
+    parts = [f"---\n{front}---\n\n# {name}", _summary(facts), "## How to call it", _usage(facts)]
+    if draw_samples(facts.model, folder / PICTURE):
         parts.append(f"![Samples]({PICTURE})")
-    if config:
-        recipe = yaml.safe_dump(config, sort_keys=False)
+    if difference is not None:
+        parts.append(
+            f"Loaded in a process without diffdistill, it made the run's own images within {difference:.1g} (float32)."
+        )
+    if facts.config:
+        recipe = yaml.safe_dump(dict(facts.config), sort_keys=False)
         parts += ["## Recipe", f"```yaml\n{recipe}```"]
-    parts += ["## Licence", _licence_note(about["license"])]
+    parts += ["## Licence", _licence_note(facts, licence.get("license"))]
     write_text_atomically(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def read_config(model: TrainedModel) -> dict[str, Any]:
-    """The run's config, from its checkpoint; empty for a model that is of no single run."""
-    file = model.source / STATE
+    """The run's config, from its checkpoint; of several students' runs the first's; empty for other models."""
+    place = model.source
+    if is_routed(place):
+        place = place / json.loads((place / "router.json").read_text(encoding="utf-8"))["students"][0]
+    file = place / STATE
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["config"] if file.exists() else {}
     return found
 
 
-def teacher_licence(folder: FilePath | None) -> str | None:
-    """What the card of the teacher's pipeline names as its licence."""
-    file = folder / "README.md" if folder else None
+def teacher_licence(pipeline: str | None) -> dict[str, str]:
+    """What the card of the teacher's pipeline says of its licence."""
+    file = open_pipeline(pipeline).folder / "README.md" if pipeline else None
     if file is None or not file.is_file():
-        return None
+        return {}
     _, separator, rest = file.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
         front = yaml.safe_load(rest.partition("\n---")[0]) if separator else None
     except yaml.YAMLError:
-        return None
-    found = front.get("license") if isinstance(front, dict) else None
-    return found if isinstance(found, str) else None
+        return {}
+    found = front if isinstance(front, dict) else {}
+    return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
 
 
 def model_index_of(place: str, records: FilePath) -> list[dict[str, Any]]:
@@ -99,10 +101,38 @@ def model_index_of(place: str, records: FilePath) -> list[dict[str, Any]]:
     return [model_index(found[0][1].name, found)]
 
 
-def _summary(facts: CardFacts, config: Mapping[str, Any]) -> str:
-    spec, count = facts.model.spec, facts.model.spec.sampler.num_evaluations
+def draw_samples(model: TrainedModel, file: FilePath) -> bool:
+    """Whether samples were drawn: points are no pictures."""
+    source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
+    has_vae = source is not None and source.class_of("vae") is not None
+    shape = model.spec.image_shape
+    if not has_vae and (len(shape) != 3 or shape[0] not in (1, 3)):
+        return False
+    takes_text = source is not None and source.family.takes_text
+    imager = ModelImager(model, Asked(prompts=PROMPTS if takes_text else ()))
+    images = torch.cat([imager(index) for index in torch.arange(PICTURED[has_vae]).split(4)])
+    save_grid(file, images, columns=min(10, len(images)))
+    return True
+
+
+def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
+    """The front matter that the hub reads."""
+    base, method = facts.model.spec.pipeline, facts.config.get("method", {}).get("name")
+    about: dict[str, Any] = {
+        **licence,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image" if _takes_text(facts) else "unconditional-image-generation",
+        "tags": ["diffusion", "distillation", *([method] if method else []), *(["lora"] if facts.record.base else [])],
+        "base_model": base if base and is_hub_name(base) else None,
+        "model-index": model_index_of(facts.place, facts.records) if facts.records else None,
+    }
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def _summary(facts: CardFacts) -> str:
+    spec, count, config = facts.model.spec, facts.model.spec.sampler.num_evaluations, facts.config
     how = f" by `{config['method']['name']}`" if config else ""
-    teacher = f", from `{config['teacher']}`" if config and config.get("teacher") else ""
+    teacher = f", from `{config['teacher']}`" if config.get("teacher") else ""
     shape = " x ".join(map(str, spec.image_shape))
     calls = "one call" if count == 1 else f"{count} calls"
     return f"Distilled with diffdistill{how}{teacher}: {shape} samples in {calls} of the network."
@@ -110,33 +140,48 @@ def _summary(facts: CardFacts, config: Mapping[str, Any]) -> str:
 
 def _usage(facts: CardFacts) -> str:
     """The exact call."""
-    kind = facts.pipeline or "DiffusionPipeline"
-    arguments: dict[str, Any] = {"prompt": "a red square"} if _takes_text(facts) else {}
-    if facts.model.spec.num_classes:
-        arguments = {"class_labels": [facts.model.spec.classes[0] if facts.model.spec.classes else 0]}
-    shown = ", ".join(f"{name}={value!r}" for name, value in {**arguments, **facts.call}.items())
-    trust = "" if facts.pipeline else ", trust_remote_code=True"
-    code = f'from diffusers import {kind}\n\npipe = {kind}.from_pretrained("."{trust})\nimage = pipe({shown}).images[0]'
-    steps = facts.call.get("timesteps") or facts.call.get("sigmas")
-    note = f"It was trained for these steps, {steps}, and without guidance." if steps else ""
-    own = "Its steps, and no guidance, are the defaults." if not facts.pipeline else note
-    return f"```python\n{code}\n```" + (f"\n\n{own}" if own else "")
+    spec, record = facts.model.spec, facts.record
+    asked: dict[str, Any] = {"prompt": PROMPTS[0]} if _takes_text(facts) else {}
+    if spec.num_classes:
+        asked = {"class_labels": [spec.classes[0] if spec.classes else 0]}
+    shown = ", ".join(f"{name}={value!r}" for name, value in {**asked, **record.call}.items())
+    classes = [record.pipeline, *([record.scheduler] if record.scheduler else [])]
+    lines = [f"from diffusers import {', '.join(sorted(classes))}", ""]
+    if record.base is not None:
+        lines += _usage_of_lora(record)
+    else:
+        trust = ", trust_remote_code=True" if record.kind == "self-contained" else ""
+        lines.append(f'pipe = {record.pipeline}.from_pretrained("."{trust})')
+    lines.append(f"image = pipe({shown}).images[0]")
+    if record.kind == "self-contained":
+        note = (
+            "Its steps, and no guidance beside what the network is told, are the defaults. The code in `pipeline.py` "
+        )
+        note += "and `model/` is what trained it, and imports torch and diffusers only."
+    else:
+        steps = {name: record.call[name] for name in ("timesteps", "sigmas") if name in record.call}
+        note = "".join(f"It was trained for these {name}, {list(value)}. " for name, value in steps.items())
+        note += "Guidance is off: the student has its teacher's in it."
+    code = "\n".join(lines)
+    return f"```python\n{code}\n```\n\n{note}"
 
 
-def _licence_note(licence: str | None) -> str:
-    if licence is None:
+def _usage_of_lora(record: ExportRecord) -> list[str]:
+    file = KOHYA_FILE if record.kind == "kohya" else DIFFUSERS_FILE
+    return [
+        f"pipe = {record.pipeline}.from_pretrained({record.base!r})",
+        f'pipe.load_lora_weights(".", weight_name={file!r})',
+        f'pipe.scheduler = {record.scheduler}.from_pretrained(".", subfolder="scheduler")',
+    ]
+
+
+def _licence_note(facts: CardFacts, licence: str | None) -> str:
+    if licence is not None:
+        return f"The teacher's, `{licence}`, holds for this student as well."
+    if facts.model.spec.pipeline and is_pipeline(facts.model.spec.pipeline):
         return "The teacher's card names no licence. Its terms hold for this student as well: look them up."
-    return f"The teacher's, `{licence}`, holds for this student as well."
+    return "The teacher's, which was trained here: that of the images and texts that it was trained on."
 
 
 def _takes_text(facts: CardFacts) -> bool:
-    return "text" in facts.model.denoiser.net.accepts  # type: ignore[operator]
-
-
-def _draw(model: TrainedModel, file: FilePath) -> bool:
-    """Whether samples were drawn: latents and points are no pictures."""
-    shape = model.spec.image_shape
-    if len(shape) != 3 or shape[0] not in (1, 3) or "text" in model.denoiser.net.accepts:  # type: ignore[operator]
-        return False
-    save_grid(file, sample_images(model, count=PICTURED), columns=10)
-    return True
+    return bool({"text", "pooled_text"} & facts.model.denoiser.net.accepts)  # type: ignore[operator]

@@ -1,13 +1,16 @@
 """The images that an exported pipeline should make, from the run's own code: what `verify` compares with."""
 
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import NO_COND, Cond
+from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.stock import StockFolder
 from diffdistill.export.verify import Check
+from diffdistill.families import Pipeline, open_pipeline
 from diffdistill.model import TrainedModel
 from diffdistill.path import Flow
 
@@ -16,35 +19,50 @@ COUNT = 2
 
 
 def check_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scale: float) -> Check:
-    """An exported folder with code of its own: images in [-1, 1], not clipped."""
-    labels = _labels(model)
-    call = {"output_type": "latent", "batch_size": COUNT} | ({"class_labels": labels} if labels else {})
-    cond = model.denoiser.class_cond(torch.tensor(labels))
-    return Check(folder, call, _sample(model, cond, guidance_scale))
+    """An exported folder with code of its own."""
+    source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
+    cond, call = _asked(model, source)
+    images = _sample(model, cond, guidance_scale)
+    if not _has_vae(source):
+        return Check(folder, {**call, "output_type": "latent"}, images)  # the network's own, not clipped
+    return Check(folder, {**call, "output_type": "np"}, _decoded(source, images))
+
+
+def check_stock(model: TrainedModel, folder: FilePath, stock: StockFolder) -> Check:
+    """An exported folder of diffusers' classes: images in [0, 1], behind the VAE where there is one."""
+    cond, call = _asked(model, stock.source)
+    call |= {**stock.call, "output_type": "np"}
+    return Check(folder, call, _decoded(stock.source, _sample(model, cond, 1.0)))
+
+
+def check_lora(model: TrainedModel, folder: FilePath, stock: StockFolder, *, is_kohya: bool) -> Check:
+    """LoRA's file over the teacher's own pipeline.  model: with the factors merged."""
+    check = check_stock(model, stock.source.folder, stock)
+    file = KOHYA_FILE if is_kohya else DIFFUSERS_FILE
+    return Check(check.folder, check.call, check.expected, lora=(folder, file))
+
+
+def _asked(model: TrainedModel, source: Pipeline | None) -> tuple[Cond, dict[str, Any]]:
+    """The condition, and how a pipeline is asked for the same: two prompts, two classes, or two images."""
+    if source and source.family.takes_text:
+        return source.conditions(PROMPTS).rows(torch.arange(COUNT)), {"prompt": list(PROMPTS)}
+    if not model.spec.num_classes:
+        return NO_COND, {"batch_size": COUNT}
+    classes = model.spec.classes or tuple(range(model.spec.num_classes))
+    labels = [classes[0], classes[-1]]  # of different students, where there are several
+    return Cond(label=torch.tensor(labels)), {"class_labels": labels}
+
+
+def _has_vae(source: Pipeline | None) -> bool:
+    return source is not None and source.class_of("vae") is not None
 
 
 @torch.no_grad()
-def check_stock(model: TrainedModel, folder: FilePath, stock: StockFolder) -> Check:
-    """An exported folder of diffusers' classes: images in [0, 1], behind the VAE where there is one."""
-    source, call, cond = stock.source, {**stock.call, "output_type": "np"}, NO_COND
-    if source.family.takes_text:
-        cond = source.conditions(PROMPTS).rows(torch.arange(COUNT))
-        call["prompt"] = list(PROMPTS)
-    elif model.spec.num_classes:
-        cond = Cond(label=torch.tensor(_labels(model)))
-        call["class_labels"] = _labels(model)
-    else:
-        call["batch_size"] = COUNT
-    images = _sample(model, cond, 1.0)
-    if source.class_of("vae"):
+def _decoded(source: Pipeline | None, images: Tensor) -> Tensor:
+    """[B, H, W, C] in [0, 1]."""
+    if source and _has_vae(source):
         images = source.family.to_images(source.load_vae(), images)
-    return Check(folder, call, (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
-
-
-def _labels(model: TrainedModel) -> list[int]:
-    """Two of the classes that the model was trained on; none for a model without."""
-    classes = model.spec.classes or tuple(range(model.spec.num_classes))
-    return [classes[number % len(classes)] for number in range(COUNT)] if classes else []
+    return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
-"""The model of an exported folder: students behind diffusers' interface. `bundle` copies this file's class."""
+"""The model of an exported folder: students behind diffusers' interface. `bundle` copies this file's classes."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,10 +10,45 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from diffdistill.conditions import Conditions
 from diffdistill.denoiser import Denoiser
+from diffdistill.families.family import Family
 from diffdistill.router import RoutedDenoiser
 from diffdistill.sampling import FreshNoise, Sampler
 from diffdistill.steps import with_steps
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pipeline of diffusers that a network came from: how prompts go in, and how images come out.
+
+    pipeline: its class.  settings: what it is told beside its parts.  image_size: height and width in pixels.
+    options: of the network, from its config.json.
+    """
+
+    family: Family
+    pipeline: str
+    settings: Mapping[str, Any]
+    image_size: tuple[int, int]
+    options: Mapping[str, Any]
+
+    @torch.no_grad()
+    def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+        """Prompts by number.  parts: text encoders, tokenizers and the scheduler, by name."""
+        import diffusers
+
+        kind = getattr(diffusers, self.pipeline)
+        taken = {name: given for name, given in inspect.signature(kind.__init__).parameters.items() if name != "self"}
+        known = {name: value for name, value in {**self.settings, **parts}.items() if name in taken}
+        missing = {name: None for name, given in taken.items() if given.default is given.empty and name not in known}
+        encoder = kind(**known, **missing)
+        encoded = self.family.encode(encoder, prompts, self.image_size, self.options)
+        return Conditions([encoded], self.family.encode_empty(encoder, self.image_size, self.options))
+
+    @torch.no_grad()
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], about in [-1, 1]."""
+        return self.family.to_images(vae, latents.to(vae.dtype))
 
 
 class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -27,6 +64,7 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     make_denoiser: Callable[[], Denoiser]
     sampler: Sampler
     router: Any = None
+    source: Source | None = None
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, guidance_scale: float = 1.0) -> None:
@@ -35,11 +73,9 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.students = nn.ModuleList(make() for _ in range(self.num_students))
 
     @property
-    def denoiser(self) -> Denoiser:
-        """All students as one."""
-        if self.router is None:
-            return self.students[0]  # type: ignore[return-value]
-        return RoutedDenoiser(list(self.students), self.router)  # type: ignore[arg-type]
+    def takes_text(self) -> bool:
+        """Whether it is told what to draw by prompts."""
+        return self.source is not None and self.source.family.takes_text
 
     @torch.no_grad()
     def forward(
@@ -47,16 +83,27 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         noise: Tensor,
         class_labels: Tensor | None = None,
         *,
+        conditions: Conditions | None = None,
         guidance_scale: float | None = None,
         num_steps: int | None = None,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
-        """Images in [-1, 1], [B, *image_shape], from unit noise of that shape.
+        """Images in [-1, 1], or latents, [B, *image_shape], from unit noise of that shape.
 
-        class_labels: [B] int64.  num_steps: default what it was trained for.  fresh_noise: for steps after the first.
+        class_labels: [B] int64, classes, or the prompts' numbers in `conditions`.  num_steps: default what it was
+        trained for.  fresh_noise: for steps after the first.
         """
-        denoiser = self.denoiser
+        denoiser = self._denoiser(conditions)
         sampler = self.sampler if num_steps is None else with_steps(self.sampler, denoiser.path, num_steps)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        cond = denoiser.class_cond(class_labels)  # type: ignore[arg-type]
+        cond = denoiser.resolve(denoiser.class_cond(class_labels))  # type: ignore[arg-type]
         return sampler(denoiser, noise, cond, guidance=scale, fresh_noise=fresh_noise)
+
+    def _denoiser(self, conditions: Conditions | None) -> Denoiser:
+        """All students as one."""
+        half = None if self.dtype == torch.float32 else self.dtype
+        for student in self.students:
+            student.conditions, student.autocast = conditions, half  # type: ignore[assignment]
+        if self.router is None:
+            return self.students[0]  # type: ignore[return-value]
+        return RoutedDenoiser(list(self.students), self.router)  # type: ignore[arg-type]

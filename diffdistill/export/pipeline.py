@@ -11,17 +11,46 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Images from noise, in the few steps and without the guidance that the model was distilled for."""
+    """Images from noise, in the few steps and without the guidance that the model was distilled for.
 
-    model_cpu_offload_seq = "model"
+    A VAE and text encoders are there where the teacher had some.
+    """
 
-    def __init__(self, model: ModelMixin) -> None:
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->model->vae"
+    _optional_components = (
+        *("vae", "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"),
+        *("text_encoder", "text_encoder_2", "text_encoder_3"),
+    )
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        vae: Any = None,
+        scheduler: Any = None,
+        tokenizer: Any = None,
+        tokenizer_2: Any = None,
+        tokenizer_3: Any = None,
+        text_encoder: Any = None,
+        text_encoder_2: Any = None,
+        text_encoder_3: Any = None,
+    ) -> None:
         super().__init__()
-        self.register_modules(model=model)
+        self.register_modules(
+            model=model,
+            vae=vae,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            tokenizer_3=tokenizer_3,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            text_encoder_3=text_encoder_3,
+        )
 
     @torch.no_grad()
     def __call__(
         self,
+        prompt: str | list[str] | None = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
@@ -31,44 +60,63 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
-        """Make one image for each class, or `batch_size` images.
+        """Make one image for each prompt or class, or `batch_size` images of one of them.
 
         class_labels: default all classes in turn; a class-conditional model's "no class" is the number of its classes.
         num_inference_steps, guidance_scale: default those that the model was made for.
         latents: the noise to begin with, [B, *image_shape] of N(0, 1).
-        output_type: "pil"; "np" and "pt" in [0, 1]; "latent" in [-1, 1], not clipped.
-        Raises ValueError on numbers of images that contradict each other, and on an unknown class.
+        output_type: "pil"; "np" and "pt" in [0, 1]; "latent": what the network makes, not clipped.
+        Raises ValueError on numbers of images that contradict each other, an unknown class, and a missing prompt.
         """
-        labels = self._labels(class_labels, batch_size, latents)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        conditions, labels = self._conditions(prompts), self._labels(prompts, class_labels, batch_size, latents)
         shape = (len(labels), *self.model.image_shape)
 
         def normal() -> torch.Tensor:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
 
-        noise = normal() if latents is None else latents.to(self._execution_device)
+        noise = normal() if latents is None else latents.to(self._execution_device, torch.float32)
         if noise.shape != shape:
             raise ValueError(f"latents: {tuple(noise.shape)} should be {shape}")
-        images = self.model(
+        made = self.model(
             noise,
-            labels if self.model.num_classes else None,
+            labels if self.model.num_classes or conditions else None,
+            conditions=conditions,
             guidance_scale=guidance_scale,
             num_steps=num_inference_steps,
             fresh_noise=lambda step: normal(),
         )
-        made = VaeImageProcessor(do_resize=False).postprocess(images, output_type=output_type)
-        return ImagePipelineOutput(images=made) if return_dict else (made,)
+        if self.vae is not None and output_type != "latent":
+            made = self.model.source.decode(self.vae, made)
+        images = VaeImageProcessor(do_resize=False).postprocess(made.float(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _conditions(self, prompts: list[str] | None) -> Any:
+        """The prompts, encoded; nothing for a model that takes none."""
+        if not self.model.takes_text:
+            if prompts is not None:
+                raise ValueError("prompt: this model takes none")
+            return None
+        if not prompts:
+            raise ValueError("prompt: is needed")
+        return self.model.source.encode(self.components, prompts)
 
     def _labels(
-        self, class_labels: int | list[int] | torch.Tensor | None, batch_size: int | None, latents: torch.Tensor | None
+        self,
+        prompts: list[str] | None,
+        class_labels: int | list[int] | torch.Tensor | None,
+        batch_size: int | None,
+        latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """A class for each image, [B]; zeros for a model without classes."""
-        classes, device = self.model.num_classes, self._execution_device
+        """A class, or a prompt's number, for each image, [B]; zeros for a model without."""
+        known, device = len(prompts) if prompts else self.model.num_classes, self._execution_device
         if class_labels is None:
-            count = len(latents) if latents is not None else batch_size or 1
-            return torch.arange(count, device=device) % max(classes, 1)
+            count = batch_size or (len(latents) if latents is not None else len(prompts or [""]))
+            return torch.arange(count, device=device) % max(known, 1)
         labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device).reshape(-1)
-        if not classes:
+        if prompts or not known:
             raise ValueError("class_labels: this model has no classes")
-        if bool(((labels < 0) | (labels > classes)).any()):
-            raise ValueError(f"class_labels: {labels.tolist()} must be among 0 to {classes - 1}, or {classes} for none")
+        if bool(((labels < 0) | (labels > known)).any()):
+            raise ValueError(f"class_labels: {labels.tolist()} must be among 0 to {known - 1}, or {known} for none")
         return labels.expand(batch_size) if batch_size and len(labels) == 1 else labels

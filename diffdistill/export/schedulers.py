@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from diffdistill.denoiser import Denoiser
 from diffdistill.families.family import PREDICTIONS, StepsArgument
 from diffdistill.path import Flow, VPDiscrete
@@ -15,6 +17,7 @@ from diffdistill.sampling import DDIM, TCD, AnySampler, FewSteps
 from diffdistill.schema import UserError
 
 NEVER_SKIP = 1e4  # LCM's timestep_scaling: its mix of x_t into x0 is then below float32 at any step but 0
+TCD_ETA = 0.3  # diffusers' default
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,16 @@ def stock_steps(
     if isinstance(denoiser.path, Flow):
         return _on_flow(denoiser, sampler, config)
     if not isinstance(denoiser.path, VPDiscrete):
-        raise UserError(f"export: diffusers' schedulers do not have the path {type(denoiser.path).__name__}")
+        raise UserError(f"diffusers' schedulers do not have the path {type(denoiser.path).__name__}")
     times = [int(t) for t in _times(denoiser, sampler)]
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     common = {**_betas(config), "prediction_type": names[denoiser.predicts], "clip_sample": False}
     if argument == "num_inference_steps":
-        return _counted(sampler, times, common, denoiser.path)
+        return _counted(sampler, times, common)
     if isinstance(sampler, TCD):
         return _tcd(sampler, times, common)
     if len(times) > 1 and isinstance(sampler, FewSteps) and sampler.later_noise != "ddim":
-        _refuse_unless(sampler.init_noise == "unit", "several steps with fresh noise", "init_noise: unit")
+        _refuse_unless(sampler.init_noise == "unit", "several steps with fresh noise from another start", "unit")
         return StockSteps(_lcm(common), {"timesteps": times})
     return StockSteps(_euler(common, starts_at_sigma=_starts_at_sigma(sampler)), {"timesteps": times})
 
@@ -53,9 +56,9 @@ def stock_steps(
 def _times(denoiser: Denoiser, sampler: AnySampler) -> Sequence[float]:
     """The times of its calls. Raises UserError for samplers that no scheduler of diffusers knows."""
     if isinstance(sampler, FewSteps) and sampler.later_noise == "fixed":
-        raise UserError("export: no scheduler of diffusers uses the first noise again (later_noise: fixed)")
+        raise UserError("no scheduler of diffusers uses the first noise again (later_noise: fixed)")
     if not isinstance(sampler, (FewSteps, TCD, DDIM)):
-        raise UserError(f"export: no scheduler of diffusers makes the steps of {sampler.name}")
+        raise UserError(f"no scheduler of diffusers makes the steps of {sampler.name}")
     times: list[float] = sampler.times(denoiser.path).tolist()
     return times[:-1] if isinstance(sampler, TCD) else times
 
@@ -65,35 +68,55 @@ def _on_flow(denoiser: Denoiser, sampler: AnySampler, config: Mapping[str, Any])
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     times = _times(denoiser, sampler)
-    _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise", "init_noise: unit")
+    _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise: another start", "unit")
     _refuse_unless(denoiser.predicts == "flow", f"a student that predicts {denoiser.predicts} on a flow", None)
     if isinstance(sampler, TCD):
-        _refuse_unless(len(times) == 1 or not sampler.eta, "several TCD steps on a flow", "eta: 0")
+        _refuse_unless(len(times) == 1 or not sampler.eta, "several TCD steps on a flow with noise between them", None)
     is_fresh = isinstance(sampler, FewSteps) and sampler.later_noise == "fresh" and len(times) > 1
     total = int(config.get("num_train_timesteps", 1000))
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=total, shift=1.0, stochastic_sampling=is_fresh)
-    return StockSteps(scheduler, {"sigmas": list(times)})
+    sigmas = denoiser.path.sigma(torch.tensor(times, dtype=torch.float64))  # the path's time is before its shift
+    return StockSteps(scheduler, {"sigmas": sigmas.tolist()})
 
 
-def _counted(sampler: AnySampler, times: Sequence[int], common: dict[str, Any], path: VPDiscrete) -> StockSteps:
-    """For a pipeline that takes a number of steps alone, and begins with unit noise: one step, the schedule's last.
+def _counted(sampler: AnySampler, times: Sequence[int], common: dict[str, Any]) -> StockSteps:
+    """For a pipeline that takes a number of steps alone, and begins with unit noise.
 
-    The schedule is cut off behind it.
+    The schedule is cut off behind the first step, and the grid that diffusers takes an even choice of is one where
+    that choice is these times. One step can always be had so, several only where they are even.
     """
-    from diffusers import DDPMScheduler
+    from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, TCDScheduler
 
-    _refuse_unless(len(times) == 1, "this pipeline takes no list of timesteps: several steps", "one step")
-    _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise", "init_noise: unit")
-    _refuse_unless(not isinstance(sampler, TCD), "TCD's end in this pipeline", None)
+    _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise: another start", "unit")
+    count, call = len(times), {"num_inference_steps": len(times)}
     betas = DDPMScheduler.from_config(common).betas[: times[0] + 1].tolist()
-    settings = common | {"trained_betas": betas, "num_train_timesteps": len(betas), "original_inference_steps": 1}
-    return StockSteps(_lcm(settings), {"num_inference_steps": 1})
+    settings = common | {"trained_betas": betas, "num_train_timesteps": len(betas)}
+    if isinstance(sampler, TCD):
+        # The pipeline does not hand on eta, whose default is this.
+        _refuse_unless(count == 1 or sampler.eta == TCD_ETA, f"this pipeline's TCD has eta {TCD_ETA}: another", None)
+    elif count > 1 and getattr(sampler, "later_noise", "ddim") == "ddim":
+        scheduler = DDIMScheduler.from_config(settings, timestep_spacing="trailing", set_alpha_to_one=True)
+        scheduler.set_timesteps(count)
+        _refuse_unless(scheduler.timesteps.tolist() == list(times), f"this pipeline takes no timesteps: {times}", None)
+        return StockSteps(scheduler, call)
+    kind = TCDScheduler if isinstance(sampler, TCD) else LCMScheduler
+    grid = next(
+        (size for size in range(count, len(betas) + 1) if _choice(len(betas), size, count) == list(times)), None
+    )
+    _refuse_unless(grid is not None, f"this pipeline takes no timesteps: the steps {list(times)}", None)
+    settings |= {"original_inference_steps": grid}
+    return StockSteps(kind.from_config(settings) if kind is TCDScheduler else _lcm(settings), call)
+
+
+def _choice(total: int, grid: int, count: int) -> list[int]:
+    """The times that diffusers' LCM and TCD schedulers choose for `count` steps on a grid of so many."""
+    return [(grid - index * grid // count) * (total // grid) - 1 for index in range(count)]
 
 
 def _tcd(sampler: TCD, times: Sequence[int], common: Mapping[str, Any]) -> StockSteps:
     from diffusers import TCDScheduler
 
-    _refuse_unless(not _starts_at_sigma(sampler), "diffusers' TCD begins with unit noise", "init_noise: unit")
+    _refuse_unless(not _starts_at_sigma(sampler), "diffusers' TCD begins with unit noise: another start", "unit")
     return StockSteps(TCDScheduler.from_config(common), {"timesteps": list(times), "eta": sampler.eta})
 
 
@@ -121,6 +144,8 @@ def _betas(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in names if name in config}
 
 
-def _refuse_unless(is_met: bool, what: str, remedy: str | None) -> None:
+def _refuse_unless(is_met: bool, what: str, init_noise: str | None) -> None:
+    """Raise UserError that says what no scheduler of diffusers does.  init_noise: the setting with which it can."""
     if not is_met:
-        raise UserError(f"export: {what} cannot be had from diffusers" + (f"; use {remedy}" if remedy else ""))
+        remedy = f"; train with init_noise: {init_noise}" if init_noise else ""
+        raise UserError(f"{what} cannot be had from diffusers' schedulers{remedy}")

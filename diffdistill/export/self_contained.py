@@ -12,9 +12,13 @@ from torch import Tensor
 
 from diffdistill import __version__
 from diffdistill.checkpoint import write_text_atomically
-from diffdistill.export.bundle import bundle
+from diffdistill.export.bundle import BundleError, bundle
+from diffdistill.export.parts import copy_parts
+from diffdistill.families import Pipeline, find_family, open_pipeline
 from diffdistill.model import ModelSpec, TrainedModel
+from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.router import RoutedDenoiser
+from diffdistill.schema import UserError
 
 COMPONENT = "model"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -26,23 +30,27 @@ It imports torch and diffusers only. Licence of the code: Apache-2.0.
 '''
 USED = """from diffdistill.denoiser import Denoiser
 from diffdistill.export.exported import ExportedModel
+from diffdistill.export.exported import Source
+from diffdistill.export.substitutes import FamilyNetwork
 """
 
 
 def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scale: float = 1.0) -> None:
     """Write what `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads.
 
-    guidance_scale: of calls that name none.
+    guidance_scale: of calls that name none.  Raises UserError if the model's code cannot stand alone.
     """
     import diffusers
 
-    code = network_code(model)
+    source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
+    try:
+        code = network_code(model, source)
+    except BundleError as error:
+        raise UserError(f"{model.source}: cannot be exported with code of its own: {error}") from None
     # diffusers keeps the code of all local folders in one place, by file name: the same name must be the same code.
     module = f"network_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
     place = folder / COMPONENT
     place.mkdir(parents=True, exist_ok=True)
-    for old in place.glob("network_*.py"):
-        old.unlink()
     write_text_atomically(place / f"{module}.py", code)
     config = {"_class_name": "Model", "_diffusers_version": diffusers.__version__, "guidance_scale": guidance_scale}
     write_json(place / "config.json", config)
@@ -54,18 +62,25 @@ def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
         "_diffusers_version": diffusers.__version__,
         COMPONENT: [module, "Model"],
     }
+    if source:
+        names = [name for name in (*source.family.parts, "scheduler") if source.class_of(name)]
+        copy_parts(source, folder, names)
+        index |= {name: source.index[name] for name in names}
     write_json(folder / "model_index.json", index)
 
 
-def network_code(model: TrainedModel) -> str:
-    """The file that builds the model's network and samples from it."""
+def network_code(model: TrainedModel, source: Pipeline | None) -> str:
+    """The file that builds the model's network and samples from it. Raises BundleError."""
     spec, router = model.spec, getattr(model.denoiser, "router", None)
-    kinds = {*_kinds(spec.model), *_kinds(spec.sampler), *_kinds(router)}
-    lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in kinds if kind is not type(spec.model))
-    return bundle(HEADER, USED + "\n".join(lines) + "\n\n", _body(spec, router, len(_students(model))))
+    kinds = {*_kinds(spec.model), *_kinds(spec.sampler), *_kinds(router)} - {type(spec.model), DiffusersConfig}
+    inner = innermost(spec.model.network)
+    if isinstance(inner, DiffusersConfig):
+        kinds.add(type(find_family(inner.family)))
+    lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in kinds)
+    return bundle(HEADER, USED + "\n".join(lines) + "\n\n", _body(spec, router, len(students_of(model)), source))
 
 
-def _body(spec: ModelSpec, router: Any, num_students: int) -> str:
+def _body(spec: ModelSpec, router: Any, num_students: int, source: Pipeline | None) -> str:
     """The class that `model_index.json` names. The repr of a setting is the code that makes it."""
     shape, classes, model = spec.image_shape, spec.num_classes, spec.model
     return f'''class Model(ExportedModel):
@@ -76,12 +91,36 @@ def _body(spec: ModelSpec, router: Any, num_students: int) -> str:
     num_students = {num_students}
     sampler = {spec.sampler!r}
     router = {router!r}
+    source = {_source_code(source)}
 
     @staticmethod
     def make_denoiser():
-        net = {model.network!r}.build({shape}, {classes}, {spec.class_dropout})
+        net = {_network_code(model.network)}.build({shape}, {classes}, {spec.class_dropout})
         return Denoiser(net, {model.path!r}, {model.predicts!r}, sigma_data={model.sigma_data})
 '''
+
+
+def _network_code(network: Any) -> str:
+    """A family of diffusers' networks is named by its class, so that this one's code alone comes along."""
+    inner, code = innermost(network), repr(network)
+    if not isinstance(inner, DiffusersConfig):
+        return code
+    family = type(find_family(inner.family)).__name__
+    return code.replace(repr(inner), f"FamilyNetwork(family={family}(), options={inner.options!r})")
+
+
+def _source_code(source: Pipeline | None) -> str:
+    if source is None:
+        return "None"
+    settings = {name: value for name, value in source.index.items() if name[0] != "_" and not isinstance(value, list)}
+    family = type(source.family).__name__
+    kind, size = str(source.index["_class_name"]), source.image_size
+    return f"Source({family}(), {kind!r}, {settings!r}, {size}, {source.options!r})"
+
+
+def innermost(network: Any) -> Any:
+    """The network's settings within those of all that stands around it."""
+    return innermost(network.base) if hasattr(network, "base") else network
 
 
 def _kinds(value: object) -> Iterator[type]:
@@ -95,14 +134,15 @@ def _kinds(value: object) -> Iterator[type]:
             yield from _kinds(getattr(value, part.name))
 
 
-def _students(model: TrainedModel) -> list[Any]:
+def students_of(model: TrainedModel) -> list[Any]:
+    """The denoisers of a model: one, or as many as its router knows."""
     return list(model.denoiser.students) if isinstance(model.denoiser, RoutedDenoiser) else [model.denoiser]
 
 
 def _weights(model: TrainedModel) -> dict[str, Tensor]:
     return {
         f"students.{number}.{name}": tensor.detach().cpu().contiguous().clone()
-        for number, student in enumerate(_students(model))
+        for number, student in enumerate(students_of(model))
         for name, tensor in student.state_dict().items()
     }
 

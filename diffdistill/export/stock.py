@@ -1,59 +1,73 @@
 """A pipeline of diffusers' own classes with a student for its network: no code of ours is needed to load it."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from diffdistill.export.schedulers import stock_steps
+from diffdistill.export.parts import copy_parts, other_parts
+from diffdistill.export.schedulers import StockSteps, stock_steps
 from diffdistill.export.self_contained import write_json
 from diffdistill.families import Pipeline, open_pipeline
 from diffdistill.families.pipeline import INDEX, read_json
 from diffdistill.model import TrainedModel
 from diffdistill.networks.diffusers_model import DiffusersNetwork
+from diffdistill.router import RoutedDenoiser
 from diffdistill.schema import UserError
-
-COPIED = (".json", ".txt", ".model", ".safetensors")
-"""Endings of files that a pipeline's other parts are made of. Pickles are left behind."""
 
 
 @dataclass(frozen=True)
 class StockFolder:
-    """source: the teacher's pipeline.  kind: the class that loads the folder.  call: how it is called."""
+    """source: the teacher's pipeline.  kind: the class that loads the folder.  call: how it is called.
+    scheduler: the class of its scheduler."""
 
     source: Pipeline
     kind: str
     call: Mapping[str, Any]
+    scheduler: str
 
 
 def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     """Write the teacher's pipeline with the student's network and the scheduler of its steps.
 
-    model: without LoRA.  Raises UserError if diffusers' classes cannot say what the student does.
+    model: without LoRA.  Raises UserError, before anything is written, if diffusers' classes cannot say what the
+    student does.
     """
     net = model.denoiser.net
-    if model.spec.pipeline is None or not isinstance(net, DiffusersNetwork):
-        raise UserError(f"{model.source}: its network is not one of diffusers' own; use --kind self-contained")
-    source = open_pipeline(model.spec.pipeline)
-    family = source.family
-    if not family.has_stock_pipeline(source.options):
-        raise UserError(f"{model.source}: diffusers has no pipeline that gives this network its classes")
-    scheduler = read_json(source.folder / "scheduler" / "scheduler_config.json")
-    steps = stock_steps(model.denoiser, model.spec.sampler, scheduler, family.steps_argument)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in source.folder.iterdir():
-        if part.is_dir() and part.name not in (family.network, "scheduler") and part.name in source.index:
-            shutil.copytree(part, folder / part.name, dirs_exist_ok=True, ignore=_others)
-    net.model.save_pretrained(folder / family.network)  # type: ignore[operator]
+    if isinstance(model.denoiser, RoutedDenoiser):
+        raise UserError("several students behind a router are no pipeline of diffusers; use --kind self-contained")
+    if not isinstance(net, DiffusersNetwork):
+        raise UserError(f"{type(net).__name__} is not one of diffusers' networks; use --kind self-contained")
+    source, steps = fit_pipeline(model)
+    kind = source.family.stock_pipeline or str(source.index["_class_name"])
+    names = other_parts(source)
+    copy_parts(source, folder, names)
+    net.model.save_pretrained(folder / source.family.network)  # type: ignore[operator]
     steps.scheduler.save_pretrained(folder / "scheduler")
-    kind = family.stock_pipeline or str(source.index["_class_name"])
-    parts = {name: value for name, value in source.index.items() if name != "_name_or_path"}
-    index = {**parts, "_class_name": kind, "scheduler": ["diffusers", type(steps.scheduler).__name__]}
-    write_json(folder / INDEX, index)
-    return StockFolder(source, kind, {**steps.call, **family.plain_call})
+    missing = {name: [None, None] for name, value in source.index.items() if isinstance(value, list)}
+    parts = {name: source.index[name] for name in (source.family.network, *names)}
+    settings = {name: value for name, value in source.index.items() if not isinstance(value, list)}
+    settings.pop("_name_or_path", None)
+    scheduler = {"scheduler": ["diffusers", type(steps.scheduler).__name__]}
+    write_json(folder / INDEX, {**settings, **missing, **parts, **scheduler, "_class_name": kind})
+    return describe(source, steps, kind)
 
 
-def _others(folder: str, names: list[str]) -> set[str]:
-    """What is not copied."""
-    return {name for name in names if (FilePath(folder) / name).is_file() and not name.endswith(COPIED)}
+def describe(source: Pipeline, steps: StockSteps, kind: str) -> StockFolder:
+    """How a pipeline of class `kind` is called for a student's steps."""
+    call = {**steps.call, **source.family.call(source.image_size)}
+    return StockFolder(source, kind, call, type(steps.scheduler).__name__)
+
+
+def fit_pipeline(model: TrainedModel) -> tuple[Pipeline, StockSteps]:
+    """The teacher's pipeline, and the scheduler and the call by which it makes the student's steps.
+
+    Raises UserError if there are none.
+    """
+    if model.spec.pipeline is None:
+        raise UserError(f"{model.source}: comes from no pipeline of diffusers; use --kind self-contained")
+    source = open_pipeline(model.spec.pipeline)
+    if not source.family.has_stock_pipeline(source.options):
+        raise UserError("diffusers has no pipeline that gives this network its classes; use --kind self-contained")
+    scheduler = read_json(source.folder / "scheduler" / "scheduler_config.json")
+    return source, stock_steps(model.denoiser, model.spec.sampler, scheduler, source.family.steps_argument)

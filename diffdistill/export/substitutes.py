@@ -30,3 +30,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def reaching(*inputs: Tensor) -> contextlib.AbstractContextManager[None]:
     """Nothing: here torch's attention is the only one."""
     return contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FamilyNetwork:
+    """The settings of a network of diffusers' classes, with the one family that it is of.
+
+    `networks.diffusers_model.DiffusersConfig` finds it by name among all.
+    """
+
+    family: Any
+    options: dict[str, Any]
+
+    def build(self, image_shape: tuple[int, ...], num_classes: int, class_dropout: float) -> Any:
+        """A new network."""
+        return self.family.build(self.options, image_shape, num_classes, class_dropout)

@@ -24,11 +24,13 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Check:
-    """call: the arguments of the folder's pipeline, by seed 0.  expected: its images, as the run makes them."""
+    """call: the arguments of the folder's pipeline, by seed 0.  expected: its images, as the run makes them.
+    lora: a folder and the name of a file in it, which are loaded over that pipeline."""
 
     folder: FilePath
     call: Mapping[str, Any]
     expected: Tensor
+    lora: tuple[FilePath, str] | None = None
 
 
 def verify(checks: Sequence[Check], *, tolerance: float = TOLERANCE) -> list[float]:
@@ -36,22 +38,39 @@ def verify(checks: Sequence[Check], *, tolerance: float = TOLERANCE) -> list[flo
 
     Returns the greatest difference of each.  Raises ExportError if one cannot be loaded or differs by more.
     """
-    with tempfile.TemporaryDirectory() as name:
-        made = _call(checks, FilePath(name))
-    differences = []
-    for check, images in zip(checks, made, strict=True):
-        if images.shape != check.expected.shape:
-            raise ExportError(f"{check.folder}: makes {tuple(images.shape)}, not {tuple(check.expected.shape)}")
-        difference = float((images.double() - check.expected.double().cpu()).abs().max())
+    found = compare(checks)
+    for check, difference in zip(checks, found, strict=True):
+        if isinstance(difference, str):
+            raise ExportError(f"the exported folder cannot be used without diffdistill: {difference}")
         if not difference <= tolerance:
             raise ExportError(f"{check.folder}: its images differ from the run's by up to {difference:.2g}")
-        differences.append(difference)
-    return differences
+    return [float(difference) for difference in found]
 
 
-def _call(checks: Sequence[Check], place: FilePath) -> list[Tensor]:
+def compare(checks: Sequence[Check]) -> list[float | str]:
+    """The greatest difference of each folder's images from those expected, or what went wrong with it."""
+    with tempfile.TemporaryDirectory() as name:
+        made = _call(checks, FilePath(name))
+    return [_difference(check, images) for check, images in zip(checks, made, strict=True)]
+
+
+def _difference(check: Check, images: Tensor | str) -> float | str:
+    if isinstance(images, str):
+        return images
+    if images.shape != check.expected.shape:
+        return f"makes {tuple(images.shape)}, not {tuple(check.expected.shape)}"
+    return float((images.double() - check.expected.double().cpu()).abs().max())
+
+
+def _call(checks: Sequence[Check], place: FilePath) -> list[Tensor | str]:
+    """The images of each folder, or what went wrong."""
     requests = [
-        {"folder": str(check.folder.resolve()), "output": str(place / f"{number}.safetensors"), "call": {**check.call}}
+        {
+            "folder": str(check.folder.resolve()),
+            "output": str(place / f"{number}.safetensors"),
+            "call": {**check.call},
+            "lora": [str(check.lora[0].resolve()), check.lora[1]] if check.lora else None,
+        }
         for number, check in enumerate(checks)
     ]
     (place / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
@@ -68,4 +87,9 @@ def _call(checks: Sequence[Check], place: FilePath) -> list[Tensor]:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         raise ExportError(f"the exported folder cannot be used without diffdistill: {last}")
-    return [load_file(request["output"])["images"] for request in requests]
+    return [_read(FilePath(str(request["output"]))) for request in requests]
+
+
+def _read(output: FilePath) -> Tensor | str:
+    failed = output.with_suffix(".txt")
+    return failed.read_text(encoding="utf-8") if failed.exists() else load_file(output)["images"]

@@ -1,0 +1,107 @@
+"""LoRA's factors as files that others load: in diffusers' keys, and in kohya's, which ComfyUI reads.
+
+alpha / rank is multiplied into the factors, so that no reader has to know it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, tensor
+
+from diffdistill.checkpoint import STATE
+from diffdistill.export.stock import StockFolder, describe, fit_pipeline
+from diffdistill.families import Pipeline, is_pipeline
+from diffdistill.families.pipeline import read_json
+from diffdistill.model import TrainedModel
+from diffdistill.networks.diffusers_model import DiffusersNetwork
+from diffdistill.networks.lora import LoRA
+from diffdistill.schema import UserError
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora_weights.safetensors"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+RENAMED = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
+"""SDXL's layers that readers of kohya's files know by their older names alone."""
+
+
+def write_lora(model: TrainedModel, folder: FilePath, *, is_kohya: bool) -> StockFolder:
+    """Write the file of the factors, and the scheduler of the student's steps. Returns how the pipeline is called.
+
+    model: with LoRA.  Raises UserError unless it is LoRA over a pipeline that loads such files.
+    """
+    net = model.denoiser.net
+    if not isinstance(net, LoRA):
+        raise UserError(f"{model.source}: was trained in full and has no LoRA factors; use --kind stock")
+    source, steps = fit_pipeline(_plain(model))
+    _check_loads(source, is_kohya=is_kohya)
+    _check_base(model, source)
+    tensors = kohya_keys(factors_of(net)) if is_kohya else diffusers_keys(factors_of(net), source.family.network)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / (KOHYA_FILE if is_kohya else DIFFUSERS_FILE), {"format": "pt"})
+    steps.scheduler.save_pretrained(folder / "scheduler")
+    return describe(source, steps, str(source.index["_class_name"]))
+
+
+def factors_of(net: LoRA) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each layer of diffusers' model, by its name there; alpha / rank is in B."""
+    found, settings = net.adapters.state_dict(), net.settings
+    scale = (settings.alpha or settings.rank) / settings.rank
+    names = [name.removesuffix(DOWN) for name in found if name.endswith(DOWN)]
+    return {
+        name.removeprefix("model."): (found[name + DOWN].detach().cpu(), scale * found[name + UP].detach().cpu())
+        for name in names
+    }
+
+
+def diffusers_keys(factors: Mapping[str, tuple[Tensor, Tensor]], part: str) -> dict[str, Tensor]:
+    """As `save_lora_weights` of diffusers' pipelines writes them.  part: "unet" or "transformer"."""
+    return {
+        f"{part}.{name}{end}": factor.contiguous().clone()
+        for name, pair in factors.items()
+        for end, factor in zip((DOWN, UP), pair, strict=True)
+    }
+
+
+def kohya_keys(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """lora_unet_<layer>.lora_down.weight, .lora_up.weight and .alpha, the layers by their names in diffusers."""
+    made: dict[str, Tensor] = {}
+    for name, (down, up) in factors.items():
+        flat = name.replace(".", "_")
+        key = f"lora_unet_{RENAMED.get(flat, flat)}"
+        made |= {f"{key}.lora_down.weight": down.contiguous().clone(), f"{key}.lora_up.weight": up.contiguous().clone()}
+        made[f"{key}.alpha"] = tensor(float(len(down)))
+    return made
+
+
+def _plain(model: TrainedModel) -> TrainedModel:
+    """The same with the network that the factors stand over. Raises UserError if it is not one of diffusers'."""
+    from diffdistill.model import merge_model
+
+    plain = merge_model(model)
+    if not isinstance(plain.denoiser.net, DiffusersNetwork):
+        raise UserError(
+            f"{type(plain.denoiser.net).__name__} is not one of diffusers' networks; none loads its factors"
+        )
+    return plain
+
+
+def _check_loads(source: Pipeline, *, is_kohya: bool) -> None:
+    import diffusers
+
+    name = str(source.index["_class_name"])
+    kind: Any = getattr(diffusers, name)
+    if not hasattr(kind, "load_lora_weights"):
+        raise UserError(f"diffusers' {name} loads no LoRA files; use --kind stock, which merges the factors")
+    if is_kohya and source.family.network != "unet":
+        raise UserError(f"{name}: its LoRA files have diffusers' keys, in ComfyUI too; use --kind lora")
+
+
+def _check_base(model: TrainedModel, source: Pipeline) -> None:
+    """Raise UserError unless the factors stand over the pipeline's own network."""
+    teacher = read_json(model.source / STATE).get("teacher")
+    if not isinstance(teacher, str) or not is_pipeline(teacher):
+        raise UserError(
+            f"{model.source}: its factors stand over {teacher}, which differs from {source.place}; use --kind stock"
+        )
