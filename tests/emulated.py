@@ -13,12 +13,14 @@ from diffdistill.attention.build import HERE
 from diffdistill.attention.kernels import Kernel, Launch, Variant
 
 EMULATOR = Path(__file__).parent / "emulator"
+CHECKED = ("-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error")
+"""Ends the program at an access of memory that is not aligned, and at an index beyond an array of registers."""
 
 
 def compile_emulated(variant: Variant, folder: Path, *, kernels: Path = HERE / "attention.cu") -> Path:
     """A shared library with the kernels in `kernels`, as `variant` builds them."""
     library = folder / f"{abs(hash(variant))}.so"
-    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DDIFFDISTILL_EMULATOR", *variant.defines]
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DDIFFDISTILL_EMULATOR", *CHECKED, *variant.defines]
     places = [f'-DKERNELS="{kernels}"', f"-I{EMULATOR}", f"-I{HERE}"]
     subprocess.run(["g++", *options, *places, EMULATOR / "emulator.cpp", "-o", library], check=True)
     return library

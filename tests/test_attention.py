@@ -1,5 +1,6 @@
 """The entry to attention: equal to torch's in value and in every derivative, by any backend, inside any network."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -261,6 +262,21 @@ def test_without_a_gpu_the_reference_serves_for_our_kernels_with_one_line():
     torch.testing.assert_close(first, scaled_dot_product_attention(q, k, v))
 
 
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor([1]), torch.tensor([1.0, 2.0]), torch.tensor([True, False]), torch.ones(2, 1)]
+)
+def test_key_lengths_are_one_whole_number_a_sample(lengths: Tensor):
+    q, k, v, *_ = inputs()
+    with pytest.raises(UserError, match="key_lengths must be 2 whole numbers, one a sample"):
+        attention(q, k, v, key_lengths=lengths)
+
+
+def test_key_lengths_of_any_whole_type_mean_the_same():
+    q, k, v, *_ = inputs()
+    expected = attention(q, k, v, key_lengths=torch.tensor([9, 50], dtype=torch.int32))
+    assert torch.equal(attention(q, k, v, key_lengths=torch.tensor([9, 50])), expected)
+
+
 def test_lengths_and_a_mask_together_are_refused():
     q, k, v, *_ = inputs()
     with pytest.raises(UserError, match="key_lengths or a mask, not both"):
@@ -456,7 +472,9 @@ def test_our_own_networks_call_the_entry(config: Any, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's flash attention, which gives the primal of a tangent on a GPU, is ours as well."""
     monkeypatch.setattr(ops, "launcher", emulated)
+    monkeypatch.setattr(entry, "_primal", lambda q, k, v, o: ops.cuda_attention(q, k, v, o.key_lengths, o.scale))
     for module in (backends, entry):
         monkeypatch.setattr(module, "no_kernels", lambda device: None)
 
@@ -484,6 +502,51 @@ def test_the_difference_without_a_kernel_is_two_attentions_with_derivatives():
         (tq,),
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+@pytest.mark.parametrize("what", ["plain", "tangent", "difference"])
+def test_our_kernels_compile_into_one_graph_with_their_gradients(what: str):
+    q, k, v, other_k, other_v = (
+        torch.randn(1, 2, 20, 40, generator=torch.Generator().manual_seed(i)).bfloat16().requires_grad_()
+        for i in range(5)
+    )
+
+    def of(q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor) -> Tensor:
+        if what == "plain":
+            return attention(q, k, v, backend="cuda")
+        if what == "difference":
+            return attention_difference(q, k, v, other_k, other_v, weight=0.5)
+        return jvp(attention, (q, k, v), (q.detach() + 1, other_k.detach(), other_v.detach()))[1]
+
+    compiled = torch.compile(of, backend="aot_eager", fullgraph=True)
+    made, expected = compiled(q, k, v, other_k, other_v), of(q, k, v, other_k, other_v)
+    assert torch.equal(made, expected)
+    found, right = (
+        torch.autograd.grad(out.float().square().sum(), (q, k, v, other_k, other_v), allow_unused=True)
+        for out in (made, expected)
+    )
+    torch.testing.assert_close(found, right)
+
+
+def test_auto_on_a_gpu_compiles_though_it_looks_for_a_compiler_and_a_table(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU that was measured, but for the GPU."""
+    from diffdistill.attention.build import BuildError
+
+    def searched(device: torch.device) -> str | None:
+        if not shutil.which("sh"):  # dynamo cannot trace a look at files
+            raise BuildError
+        return None
+
+    rows = [{"device": "X", "dtype": "bfloat16", "head_size": 40, "queries": 20, "keys": 20, "ratio": 1.2}]
+    monkeypatch.setattr(ops, "launcher", emulated)
+    monkeypatch.setattr(backends, "_no_kernels", searched)
+    monkeypatch.setattr(backends, "_read_table", lambda: rows)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X")
+    q, k, v = torch.randn(3, 1, 1, 20, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert choose(q, k, v, Options(0.2)) == ("cuda", "our kernel measured 1.20 times as fast as the best of torch's")
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), attention(q, k, v, backend="cuda"))
 
 
 @pytest.mark.usefixtures("kernels_on_cpu")

@@ -3,13 +3,16 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from emulated import ORDERS, emulated
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffdistill.attention import build, kernels, launch, ops, reference
@@ -107,6 +110,69 @@ def test_lengths_strides_and_one_stage_change_nothing(stages: int):
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
     assert not out[2].any()
     assert torch.isneginf(lse[2]).all()
+
+
+SEALED = 777.0
+
+
+def boxed(x: Tensor, filling: float) -> tuple[Tensor, Tensor]:
+    """A larger tensor full of a number, and within it `x`, as a view with gaps between its rows."""
+    batch, heads, rows, columns = x.shape
+    whole = torch.full((batch, heads, rows + 2, columns + 8), filling, dtype=x.dtype)
+    view = whole[:, :, 1:-1, :columns]
+    view.copy_(x)
+    return whole, view
+
+
+@pytest.mark.parametrize("kernel", ["forward", "tangent", "difference"])
+def test_nothing_beyond_the_tensors_is_read_or_written(kernel: str):
+    """All around the inputs and beyond each sample's keys are NaNs; around the outputs a number that must stay."""
+    size, scale = 40, 0.2
+    q, tq = inputs(2, 2, 1, 70, size, dtype=BF16)
+    k, v, tk, tv = inputs(4, 2, 1, 50, size, dtype=BF16, seed=1)
+    lengths = torch.tensor([50, 5], dtype=torch.int32)
+    mask = reference.length_mask(lengths, 50)
+    wide = [x.double() for x in (q, k, v, tq, tk, tv)]
+    exact, exact_lse = reference.forward(*wide[:3], mask, scale)
+    q, k, v, tq, tk, tv = (boxed(x, torch.nan)[1] for x in (q, k, v, tq, tk, tv))
+    for x in (k, v, tk, tv):
+        x[1, :, 5:] = torch.nan
+    written: list[tuple[Tensor, Tensor]] = []
+
+    def into_a_box(kernel, arguments, variant, blocks, like):
+        whole, view = boxed(torch.full(q.shape, SEALED).to(BF16), SEALED)
+        place = kernels.TensorArgument(view.data_ptr(), *view.stride()[:3])
+        setattr(arguments, "tangent" if kernel == "tangent" else "out", place)
+        emulated()(kernel, arguments, variant, blocks, like)
+        written.append((whole, view))
+
+    if kernel == "forward":
+        kernels.forward(into_a_box, q, k, v, lengths, scale)
+        right = exact
+    elif kernel == "tangent":
+        out, lse = boxed(exact.to(BF16), torch.nan)[1], exact_lse.float()
+        kernels.tangent(into_a_box, q, k, v, out, lse, tq, tk, tv, lengths, scale)
+        right = reference.tangent(*wide[:3], exact, exact_lse, *wide[3:], mask, scale)
+    else:
+        kernels.difference(into_a_box, q, k, v, tk, tv, 0.5, lengths, lengths, scale)
+        right = exact - 0.5 * reference.forward(wide[0], *wide[4:], mask, scale)[0]
+    whole, view = written[0]
+    assert error(view, right) < 5e-3
+    view.fill_(SEALED)
+    assert bool((whole == torch.tensor(SEALED).to(BF16)).all())
+
+
+def test_tensors_that_kernels_cannot_read_are_copied():
+    x = torch.arange(2 * 64 + 4).to(BF16)[4:].view(1, 1, 2, 64)
+    assert x.data_ptr() % 16 == 8
+    assert x.is_contiguous()
+    for unfit in (x, x.mT.contiguous().mT, torch.zeros(1, 1, 2, 68, dtype=BF16)[..., :64]):
+        copied = kernels.dense_rows(unfit)
+        assert copied.data_ptr() % 16 == 0
+        assert all(stride % 8 == 0 for stride in copied.stride()[:-1])
+        assert torch.equal(copied, unfit)
+    fit = torch.zeros(1, 2, 3, 64, dtype=BF16).transpose(1, 2)
+    assert kernels.dense_rows(fit) is fit
 
 
 def test_a_nan_among_the_keys_is_not_hidden():
@@ -306,18 +372,50 @@ def test_gradients_through_the_difference_are_those_of_its_two_parts(monkeypatch
         assert error(made, exact.double()) < 1.5e-2
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_tangent", "attention_difference", "reference_attention"])
-def test_torchs_own_checks_of_an_operator_pass(op: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "launcher", emulated)
-    q, k, v, tq, tk, tv = inputs(6, 1, 1, 16, 32, dtype=BF16)
+def arguments_of(op: str, layout: Callable[..., Tensor]) -> tuple[Any, ...]:
+    q, k, v, tq, tk, tv = (layout(x) for x in inputs(6, 1, 2, 16, 32, dtype=BF16))
     out, lse = reference.forward(q, k, v, None, 0.2)
-    arguments = {
+    return {
         "attention": (q, k, v, None, 0.2),
         "attention_tangent": (q, k, v, out, lse, tq, tk, tv, None, None, 0.2, True),
         "attention_difference": (q, k, v, tk, tv, None, None, 0.7, 0.2),
         "reference_attention": (q, k, v, None, 0.2),
-    }
-    torch.library.opcheck(getattr(torch.ops.diffdistill, op), arguments[op])
+        "reference_attention_backward": (out, q, k, v, out, lse, None, 0.2),
+    }[op]
+
+
+OPERATORS = ("attention", "attention_tangent", "attention_difference", "reference_attention")
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_torchs_own_checks_of_an_operator_pass(op: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "launcher", emulated)
+    torch.library.opcheck(getattr(torch.ops.diffdistill, op), arguments_of(op, lambda x: x))
+
+
+LAYOUTS = {
+    "dense": lambda x: x,
+    "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "columns first": lambda x: x.mT.contiguous().mT,
+    "with gaps": lambda x: boxed(x, 0.0)[1],
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("op", [*OPERATORS, "reference_attention_backward"])
+def test_a_compiler_is_told_the_layout_that_comes(
+    op: str, layout: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    """`opcheck` does not look at it, and compiled code reads what it was told."""
+    monkeypatch.setattr(ops, "launcher", lambda: lambda *_: None)
+    arguments, call = arguments_of(op, layout), getattr(torch.ops.diffdistill, op)
+    with FakeTensorMode() as mode:
+        told = call(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+    came = call(*arguments)
+    pairs = zip(told, came, strict=True) if isinstance(came, tuple) else [(told, came)]
+    for first, second in pairs:
+        assert (first.shape, first.stride(), first.dtype) == (second.shape, second.stride(), second.dtype)
 
 
 def test_the_emulator_stops_at_an_access_outside_of_shared_memory(tmp_path: Path):

@@ -92,6 +92,10 @@ class _Steered:
         given = (attn, hidden_states, encoder_hidden_states, attention_mask)
         if encoder_hidden_states is None or encoder_hidden_states.shape[1] != 2 * self.length:
             return self.plain(*given, **more)
+        return self._steered(given, more)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # in its graphs a mode is active in its own handler
+    def _steered(self, given: tuple[Any, ...], more: dict[str, Any]) -> Any:
         with _Split(self.length, self.scale) as split:
             out = self.plain(*given, **more)
         if split.calls != 1:

@@ -14,12 +14,18 @@ Lane lanes[1024];
 
 namespace {
 constexpr int THREADS_OF_BLOCK = 128, WARPS = THREADS_OF_BLOCK / 32, STACK = 256 * 1024;
-constexpr int GUARD = 64;
+constexpr int GUARD = 64, UNIT = 16, NOBODY = -1, SEVERAL = -2;
 
 struct Copy {
     void* to;
     const void* from;
     bool valid;
+};
+// Who used 16 bytes of shared memory, and between which barriers: two threads that nothing keeps apart, one of which
+// writes, are a race, whatever came out of it here.
+struct Use {
+    int writer = NOBODY, written = -1, reader = NOBODY, read = -1;  // threads, and the turns in which they did it
+    bool in_flight = false;                                         // a copy that its thread has not waited for
 };
 struct Fiber {
     ucontext_t context;
@@ -33,6 +39,13 @@ int current, shared_bytes;
 bool reversed_warps, copies_early;
 int met_in_warp[WARPS], warp_turn[WARPS], met_in_block, block_turn;
 std::function<void()> body;
+std::vector<Use> uses;
+
+void stop(const char* why) {
+    fprintf(stderr, "thread %u of block %u: %s\n", thread.x, block.x, why);
+    abort();
+}
+Use& use_of(const void* p) { return uses[(static_cast<const unsigned char*>(p) - shared_memory) / UNIT]; }
 
 void pause() { swapcontext(&fibers[current].context, &scheduler); }
 void enter() {
@@ -62,26 +75,48 @@ void meet_block() {
         while (block_turn == turn) pause();
     }
 }
-void check(const void* p, int bytes) {
+static void check(const void* p) {
     auto* at = static_cast<const unsigned char*>(p);
-    if (at >= shared_memory && at + bytes <= shared_memory + shared_bytes && reinterpret_cast<uintptr_t>(at) % 16 == 0) return;
-    fprintf(stderr, "thread %u of block %u: outside of shared memory, or not aligned\n", thread.x, block.x);
-    abort();
+    bool is_inside = at >= shared_memory && at + UNIT <= shared_memory + shared_bytes;
+    if (!is_inside || reinterpret_cast<uintptr_t>(at) % UNIT) stop("outside of shared memory, or not aligned");
 }
-static void copy(const Copy& copy) { copy.valid ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16); }
+void read_row(const void* p) {
+    check(p);
+    Use& use = use_of(p);
+    if (use.in_flight) stop("reads what is still being copied");
+    if (use.writer != static_cast<int>(thread.x) && use.written == block_turn) stop("reads a copy before a barrier");
+    bool is_first = use.read != block_turn || use.reader == static_cast<int>(thread.x);
+    use.reader = is_first ? thread.x : SEVERAL;
+    use.read = block_turn;
+}
+void check_banks(const void* const (&rows)[8]) {
+    unsigned seen = 0;
+    for (auto* row : rows) seen |= 1u << reinterpret_cast<uintptr_t>(row) / UNIT % 8;
+    if (seen != 0xff) stop("rows of a matrix in the same banks");
+}
+static void copy(const Copy& copy) { copy.valid ? memcpy(copy.to, copy.from, UNIT) : memset(copy.to, 0, UNIT); }
 void queue_copy(void* to, const void* from, bool valid) {
-    check(to, 16);
-    if (copies_early) {
-        copy({to, from, valid});
-    } else {
-        fibers[current].groups.back().push_back({to, from, valid});
-    }
+    check(to);
+    if (reinterpret_cast<uintptr_t>(from) % UNIT) stop("copies from an address that is not aligned");
+    Use& use = use_of(to);
+    int me = thread.x;
+    if (use.in_flight) stop("copies to where another copy is on its way");
+    if (use.read == block_turn && use.reader != me) stop("copies over what another thread reads before a barrier");
+    if (use.written == block_turn && use.writer != me) stop("copies over another thread's copy before a barrier");
+    use.in_flight = true;
+    use.writer = me;
+    if (copies_early) copy({to, from, valid});
+    fibers[current].groups.back().push_back({to, from, valid});
 }
 void close_group() { fibers[current].groups.emplace_back(); }
 void wait_for_groups(int pending) {
     auto& groups = fibers[current].groups;  // the open one is not waited for
     while (static_cast<int>(groups.size()) - 1 > pending) {
-        for (auto& waiting : groups.front()) copy(waiting);
+        for (auto& waiting : groups.front()) {
+            if (!copies_early) copy(waiting);
+            use_of(waiting.to).in_flight = false;
+            use_of(waiting.to).written = block_turn;
+        }
         groups.erase(groups.begin());
     }
 }
@@ -105,6 +140,7 @@ bool run_warp(int warp) {
 
 void run_block() {
     memset(shared_memory, 0xff, shared_bytes);  // NaN in either type
+    uses.assign(shared_bytes / UNIT, {});
     met_in_block = block_turn = 0;
     memset(met_in_warp, 0, sizeof met_in_warp);
     for (auto& fiber : fibers) {

@@ -1,8 +1,9 @@
 // The primitives of a warp on a CPU: every thread of a block is a fiber, and one fiber runs at a time.
 //
 // A warp runs as far as it can before another one may go on, in either order of the warps, and an asynchronous copy
-// arrives as late as it may, or as early: so a forgotten barrier or wait shows. Shared memory starts as NaNs; an access outside of it
-// stops the program with a message.
+// arrives as late as it may, or as early: so a forgotten barrier or wait shows. Shared memory starts as NaNs. What stops
+// the program with a message: an access outside of shared memory, or not aligned; a race, by who used what between which
+// barriers; eight rows of a matrix that share banks.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -33,7 +34,8 @@ void meet_block();
 void queue_copy(void* to, const void* from, bool valid);
 void close_group();
 void wait_for_groups(int pending);
-void check(const void* p, int bytes);
+void read_row(const void* p);
+void check_banks(const void* const (&rows)[8]);
 
 inline float bits_as_float(u32 bits) {
     float x;
@@ -78,19 +80,27 @@ inline void wait_for_copies() {
     emulator::wait_for_groups(Pending);
 }
 
+namespace emulator {
+inline void share_row(const void* row) {
+    read_row(row);
+    lane(thread.x % 32).row = row;
+    meet_warp();
+    if (thread.x % 8) return;
+    const void* rows[8];
+    for (int i = 0; i < 8; ++i) rows[i] = lane(thread.x % 32 + i).row;
+    check_banks(rows);
+}
+}  // namespace emulator
+
 inline void load_matrices(u32 (&r)[4], const void* row) {
-    emulator::check(row, 16);
-    emulator::lane(threadIdx.x % 32).row = row;
-    emulator::meet_warp();
+    emulator::share_row(row);
     int lane = threadIdx.x % 32;
     for (int j = 0; j < 4; ++j)
         memcpy(&r[j], static_cast<const u16*>(emulator::lane(8 * j + lane / 4).row) + 2 * (lane % 4), 4);
     emulator::meet_warp();
 }
 inline void load_matrices_transposed(u32 (&r)[4], const void* row) {
-    emulator::check(row, 16);
-    emulator::lane(threadIdx.x % 32).row = row;
-    emulator::meet_warp();
+    emulator::share_row(row);
     int lane = threadIdx.x % 32;
     for (int j = 0; j < 4; ++j) {
         auto element = [&](int i) { return static_cast<const u16*>(emulator::lane(8 * j + 2 * (lane % 4) + i).row)[lane / 4]; };
