@@ -23,7 +23,10 @@ from diffdistill.trainer import Trainer
 LORA = "lora.default={rank: 2}"
 WITH_LORA = (
     *("dmd2", "hyper_sd", "boot", "disback", "guidance_distill"),
-    *(pytest.param(name, marks=pytest.mark.full) for name in ("sid", "sim", "f_distill", "regression", "msd")),
+    *(
+        pytest.param(name, marks=pytest.mark.full)
+        for name in ("sid", "sim", "f_distill", "regression", "msd", "scm", "mean_flow")
+    ),
 )
 TINY = ("train.steps=2", "train.global_batch_size=4")
 
@@ -100,6 +103,23 @@ def test_a_mixed_run_trains_the_named_player_in_factors_and_the_other_in_full(
     assert same(players["fake"], trainer.players.fake)
     assert trainer.ema is not None
     assert same(players["generator"], trainer.ema.module)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("in_factors", "in_full"), [("fake", "generator"), ("generator", "fake")])
+@pytest.mark.parametrize("method", ["sid", "sim", "f_distill", "hyper_sd", "disback"])
+def test_every_method_with_a_fake_score_trains_one_of_them_in_factors(
+    make_config: MakeConfig, method: str, in_factors: str, in_full: str
+) -> None:
+    trainer = Trainer(make_config(method, f"lora.{in_factors}={{rank: 2}}"), quiet=True)
+    players = trainer.players
+    assert lora_of(players[in_factors])
+    assert lora_of(players[in_full]) is None
+    before = {name: [p.clone() for p in players[name].parameters()] for name in (in_factors, in_full)}
+    trainer.run()
+    for name, parameters in before.items():
+        pairs = zip(players[name].parameters(), parameters, strict=True)
+        assert any(not torch.equal(now, then) for now, then in pairs), name
 
 
 def test_null_trains_a_player_in_full_where_the_default_is_factors(make_config: MakeConfig) -> None:
