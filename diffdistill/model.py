@@ -275,6 +275,10 @@ def _start(
 
 def find_checkpoint(place: FilePath) -> FilePath:
     """The newest checkpoint of a run's folder, or `place` itself if it is one. Raises CheckpointError."""
+    if place.suffix == ".pkl" and place.is_file():
+        raise CheckpointError(
+            f"{place}: a pickle, which is not loaded; convert it: diffdistill import-edm {place} --out runs/teacher"
+        )
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; give a run's folder or one of its checkpoints")
     if (place / STATE).exists() or (place / MANIFEST).exists():

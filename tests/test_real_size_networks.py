@@ -12,7 +12,7 @@ from diffdistill.augmentation import NUM_LABELS, augment, draw_motion
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.networks.dit import DiT, DiTConfig
-from diffdistill.networks.edm_unet import ADM, DDPMPP, EDMUNet
+from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP, EDMUNet
 from diffdistill.path import EDM
 from diffdistill.schema import UserError
 from diffdistill.trainer import Trainer
@@ -22,6 +22,7 @@ CLASSES = 3
 BATCH = 3
 TINY = {
     "ddpmpp": DDPMPP(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), augment_dim=9),
+    "ncsnpp": NCSNPP(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), augment_dim=9),
     "adm": ADM(
         channels=8,
         multipliers=(1, 2),
@@ -34,7 +35,7 @@ TINY = {
     "dit": DiTConfig(patch=2, width=16, depth=3, heads=2),
 }
 on_every_network = pytest.mark.parametrize("name", TINY)
-on_every_unet = pytest.mark.parametrize("name", ["ddpmpp", "adm"])
+on_every_unet = pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
 
 
 def tiny(name: str, *, num_classes: int = CLASSES, class_dropout: float = 0.1) -> EDMUNet | DiT:
@@ -72,9 +73,12 @@ def count_parameters(config, shape: tuple[int, int, int], num_classes: int) -> i
     [
         (DDPMPP.cifar10(), (3, 32, 32), 0, 55_733_891),
         (DDPMPP.cifar10(), (3, 32, 32), 10, 55_735_299),
+        (NCSNPP(augment_dim=9), (3, 32, 32), 0, 56_397_827),
+        (NCSNPP(augment_dim=9), (3, 32, 32), 10, 56_400_643),
+        (NCSNPP(augment_dim=9, multipliers=(1, 2, 2, 2)), (3, 64, 64), 0, 62_761_091),
         (ADM.imagenet64(), (3, 64, 64), 1000, 295_899_267),
     ],
-    ids=["CIFAR-10", "CIFAR-10 with classes", "ImageNet-64"],
+    ids=["CIFAR-10", "CIFAR-10 with classes", "NCSN++", "NCSN++ with classes", "NCSN++ FFHQ", "ImageNet-64"],
 )
 def test_edm_s_networks_have_exactly_as_many_parameters_as_the_originals(config, shape, num_classes, original):
     # Counted on EDM's own networks with their training settings.
@@ -179,7 +183,7 @@ def test_features_alone_equal_those_beside_the_output_and_leave_the_rest_out(nam
 @on_every_network
 def test_a_new_network_gives_almost_nothing(name):
     net = tiny(name)
-    assert net(*inputs(net)).abs().max() < {"ddpmpp": 1e-3, "adm": 1e-30, "dit": 1e-30}[name]
+    assert net(*inputs(net)).abs().max() < {"ddpmpp": 1e-3, "ncsnpp": 1e-3, "adm": 1e-30, "dit": 1e-30}[name]
 
 
 @on_every_network

@@ -8,7 +8,7 @@ from diffdistill.networks.adapters import AdaptedConfig
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
-from diffdistill.networks.edm_unet import ADM, DDPMPP
+from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.lora import LoRAConfig
 from diffdistill.networks.mlp import MLPConfig
@@ -19,6 +19,7 @@ from diffdistill.networks.unet import UNetConfig
 AnyNetwork = Annotated[
     UNetConfig
     | DDPMPP
+    | NCSNPP
     | ADM
     | DiTConfig
     | MLPConfig

@@ -1,9 +1,10 @@
-"""What EDM's two U-Nets are made of: one block and two embeddings.
+"""What EDM's three U-Nets are made of: one block and three embeddings.
 
 Karras et al. 2022, arXiv:2206.00364, appendix F.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -21,13 +22,14 @@ Resample = Literal["up", "down"] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where DDPM++ and ADM differ.
+    """Where DDPM++, NCSN++ and ADM differ.
 
     embed: time and condition as one vector.  initialise: the weights at the start.  heads: attention heads for so
     many channels.  attends_late: in the decoder only a resolution's last block has attention.  is_scaled: the
     embedding scales and shifts a block's middle, behind its norm, rather than shifts it before.  skip_scale: times
     each residual sum.  has_resampled_projection: a block that resamples has a 1x1 convolution on its shortcut.
-    eps: of the norms.  output_names: EDM's for the last norm and convolution.
+    eps: of the norms.  output_names: EDM's for the last norm and convolution.  taps: of the filter that resamples, in
+    each direction.  has_residual_input: each coarser resolution is given the one above it, or the image, once more.
     """
 
     embed: Callable[[int, int, int], nn.Module]
@@ -39,6 +41,8 @@ class Family:
     has_resampled_projection: bool
     eps: float
     output_names: tuple[str, str]
+    taps: tuple[int, ...] = (1, 1)
+    has_residual_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,16 @@ class BlockPlan:
 class Block(Recomputable):
     """Norm, convolution, time and condition, norm, convolution, attention; each of two sums times `skip_scale`."""
 
+    filter: Tensor
+
     def __init__(self, plan: BlockPlan, family: Family, width: int, dropout: float) -> None:
         super().__init__()
         channels_in, channels = plan.channels_in, plan.channels
         self.channels = channels
         self.resample: Resample = plan.resample
+        self.is_box = family.taps == (1, 1)
+        if plan.resample and not self.is_box:
+            self.register_buffer("filter", resampling_filter(family.taps), persistent=False)
         self.takes_skip = plan.takes_skip
         self.heads = plan.heads
         self.is_scaled = family.is_scaled
@@ -92,10 +101,19 @@ class Block(Recomputable):
         return torch.addcmul(shift, self.norm_mid(h), scale + 1)
 
     def _resize(self, x: Tensor) -> Tensor:
-        """Down and up by the box filter [1, 1]: the mean of four pixels, and each pixel four times."""
+        """By the box filter [1, 1]: the mean of four pixels, and each pixel four times; or by a longer one."""
+        if self.resample and not self.is_box:
+            return self._filtered(x)
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        channels, pad = x.shape[1], (self.filter.shape[-1] - 1) // 2
+        kernel = self.filter.to(x.dtype).expand(channels, 1, -1, -1)
+        if self.resample == "down":
+            return F.conv2d(x, kernel, groups=channels, stride=2, padding=pad)
+        return F.conv_transpose2d(x, 4 * kernel, groups=channels, stride=2, padding=pad)
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -106,25 +124,72 @@ class Block(Recomputable):
         return (x + self.project(h)) * self.skip_scale
 
 
-class DDPMPPEmbedding(nn.Module):
-    """Time, class and augmentation, added up, then two layers. "No class" is a vector of zeros."""
+class ResidualInput(nn.Conv2d):
+    """NCSN++: a 3 x 3 convolution, then the filter that halves each side."""
 
-    def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
+    filter: Tensor
+
+    def __init__(self, channels_in: int, channels: int, taps: tuple[int, ...]) -> None:
+        super().__init__(channels_in, channels, 3)
+        self.register_buffer("filter", resampling_filter(taps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C_in, H, W].  Returns [B, C, H / 2, W / 2]."""
+        h = F.conv2d(x, self.weight, padding=1 + (self.filter.shape[-1] - 1) // 2)
+        kernel = self.filter.to(x.dtype).expand(h.shape[1], 1, -1, -1)
+        assert self.bias is not None
+        return F.conv2d(h, kernel, self.bias, groups=h.shape[1], stride=2)
+
+
+class SongEmbedding(nn.Module, ABC):
+    """Time, class and augmentation, added up, then two layers. "No class" is a vector of zeros.
+
+    inner: the width of what is added up.
+    """
+
+    def __init__(self, inner: int, width: int, num_classes: int, augment_dim: int) -> None:
         super().__init__()
-        self.frequencies = channels // 2
-        self.label = nn.Linear(num_classes, channels) if num_classes else None
-        self.augmentation = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
-        self.first, self.second = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, 4 * channels)
+        self.label = nn.Linear(num_classes, inner) if num_classes else None
+        self.augmentation = nn.Linear(augment_dim, inner, bias=False) if augment_dim else None
+        self.first, self.second = nn.Linear(inner, width), nn.Linear(width, width)
+
+    @abstractmethod
+    def angles(self, time_input: Tensor) -> Tensor:
+        """[B] -> [B, inner / 2]."""
 
     def forward(self, time_input: Tensor, cond: Cond) -> Tensor:
-        """time_input: [B].  Returns [B, 4 channels]."""
-        angles = _angles(time_input, self.frequencies, steps=self.frequencies - 1)  # the lowest, 1 / 10000, included
+        """time_input: [B].  Returns [B, width]."""
+        angles = self.angles(time_input)
         h = torch.cat([angles.sin(), angles.cos()], 1)
         if self.label is not None:
             h = h + self.label(_one_hot(cond, self.label.in_features, h) * math.sqrt(self.label.in_features))
         if self.augmentation is not None and cond.augmentation is not None:
             h = h + self.augmentation(cond.augmentation.to(h.dtype))
         return F.silu(self.second(F.silu(self.first(h))))
+
+
+class DDPMPPEmbedding(SongEmbedding):
+    """Time at frequencies from 1 to 1 / 10000, both included."""
+
+    def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
+        super().__init__(channels, 4 * channels, num_classes, augment_dim)
+        self.frequencies = channels // 2
+
+    def angles(self, time_input: Tensor) -> Tensor:
+        return _angles(time_input, self.frequencies, steps=self.frequencies - 1)
+
+
+class NCSNPPEmbedding(SongEmbedding):
+    """Time at random frequencies of N(0, 16^2), which are kept with the weights; twice as many."""
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
+        super().__init__(2 * channels, 4 * channels, num_classes, augment_dim)
+        self.register_buffer("frequencies", 16 * torch.randn(channels))
+
+    def angles(self, time_input: Tensor) -> Tensor:
+        return time_input[:, None] * (2 * math.pi * self.frequencies).to(time_input.dtype)
 
 
 class ADMEmbedding(nn.Module):
@@ -154,6 +219,12 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     most = max(1, min(32, channels // 4))
     groups = max(count for count in range(1, most + 1) if channels % count == 0)
     return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def resampling_filter(taps: tuple[int, ...]) -> Tensor:
+    """[n, n]: the outer product of the taps with themselves, of sum 1."""
+    line = torch.tensor(taps, dtype=torch.float32)
+    return torch.outer(line, line) / line.sum() ** 2
 
 
 def _angles(time_input: Tensor, count: int, *, steps: int) -> Tensor:

@@ -1,9 +1,8 @@
-"""EDM's two U-Nets: DDPM++ (CIFAR-10, 56 million parameters) and ADM (ImageNet-64, 296 million).
+"""EDM's three U-Nets: DDPM++ and NCSN++ (CIFAR-10, 56 million parameters) and ADM (ImageNet-64, 296 million).
 
 Built from the descriptions in Karras et al. 2022, arXiv:2206.00364, appendix F and table 7; Song et al. 2021,
-arXiv:2011.13456 (DDPM++); Dhariwal & Nichol 2021, arXiv:2105.05233 (ADM). Every tensor has its counterpart, of the
-same shape and layout, in EDM's published networks: `EDMUNet.edm_names`.
-Not implemented: NCSN++ (Fourier embedding, residual encoder), resampling filters other than the box [1, 1].
+arXiv:2011.13456 (DDPM++, NCSN++); Dhariwal & Nichol 2021, arXiv:2105.05233 (ADM). Every tensor has its counterpart, of
+the same shape and layout, in EDM's published networks: `EDMUNet.edm_names`.
 """
 
 import math
@@ -14,7 +13,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
-from diffdistill.networks.edm_blocks import ADMEmbedding, Block, BlockPlan, DDPMPPEmbedding, Family, group_norm
+from diffdistill.networks.edm_blocks import (
+    ADMEmbedding,
+    Block,
+    BlockPlan,
+    DDPMPPEmbedding,
+    Family,
+    NCSNPPEmbedding,
+    ResidualInput,
+    group_norm,
+)
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 
 Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -24,6 +32,7 @@ EMBEDDING_NAMES = {
     "embed.augmentation": "map_augment",
     "embed.first": "map_layer0",
     "embed.second": "map_layer1",
+    "embed": "map_noise",
 }
 BLOCK_NAMES = {
     "norm_in": "norm0",
@@ -37,6 +46,7 @@ BLOCK_NAMES = {
     "project": "proj",
 }
 """Our module -> EDM's."""
+LEAF_NAMES = {"frequencies": "freqs"}
 
 
 @schema
@@ -72,6 +82,42 @@ class DDPMPP:
             has_resampled_projection=True,
             eps=1e-6,
             output_names=("dec.{0}x{0}_aux_norm", "dec.{0}x{0}_aux_conv"),
+        )
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "EDMUNet":
+        """The network for images [C, H, W]. Raises UserError if sides or attention do not fit."""
+        return EDMUNet(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+
+
+@schema
+class NCSNPP:
+    """NCSN++ with EDM's settings for CIFAR-10; the fields of `DDPMPP`.
+
+    Unlike that: time at random frequencies, a longer filter to resample, and the image given to each resolution.
+    """
+
+    name: Literal["ncsnpp"] = "ncsnpp"
+    channels: Annotated[int, Field(ge=4, multiple_of=4)] = 128
+    multipliers: Widths = (2, 2, 2)
+    blocks: PositiveInt = 4
+    attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.13
+    augment_dim: Literal[0, 9] = 0
+
+    @property
+    def family(self) -> Family:
+        return Family(
+            embed=NCSNPPEmbedding,
+            initialise=_initialise_ddpmpp,
+            heads=lambda channels: 1,
+            attends_late=True,
+            is_scaled=False,
+            skip_scale=math.sqrt(0.5),
+            has_resampled_projection=True,
+            eps=1e-6,
+            output_names=("dec.{0}x{0}_aux_norm", "dec.{0}x{0}_aux_conv"),
+            taps=(1, 3, 3, 1),
+            has_residual_input=True,
         )
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "EDMUNet":
@@ -121,11 +167,14 @@ class ADM:
         return channels // self.head_channels
 
 
+EDMConfig = DDPMPP | NCSNPP | ADM
+
+
 class EDMUNet(nn.Module):
-    """DDPM++ or ADM on [B, C, H, W] with a tap at the encoder's last output. A `Network`."""
+    """DDPM++, NCSN++ or ADM on [B, C, H, W] with a tap at the encoder's last output. A `Network`."""
 
     def __init__(
-        self, config: DDPMPP | ADM, image_shape: tuple[int, int, int], num_classes: int, *, knows_unconditional: bool
+        self, config: EDMConfig, image_shape: tuple[int, int, int], num_classes: int, *, knows_unconditional: bool
     ) -> None:
         super().__init__()
         given = {"label": num_classes > 0, "augmentation": config.augment_dim > 0}
@@ -141,6 +190,14 @@ class EDMUNet(nn.Module):
         self.input = nn.Conv2d(image_shape[0], config.channels, 3, padding=1)
         self.encoder = nn.ModuleList(Block(plan, family, width, config.dropout) for plan in encoder)
         self.decoder = nn.ModuleList(Block(plan, family, width, config.dropout) for plan in decoder)
+        downs = {i: plan for i, plan in enumerate(encoder) if plan.resample} if family.has_residual_input else {}
+        inputs = [image_shape[0], *(plan.channels for plan in downs.values())]
+        self.residual_inputs = nn.ModuleDict(
+            {
+                str(i): ResidualInput(channels_in, plan.channels, family.taps)
+                for (i, plan), channels_in in zip(downs.items(), inputs, strict=False)
+            }
+        )
         last = decoder[-1].channels
         self.output = nn.Sequential(
             group_norm(last, family.eps), nn.SiLU(), nn.Conv2d(last, image_shape[0], 3, padding=1)
@@ -150,6 +207,7 @@ class EDMUNet(nn.Module):
             "output.0": family.output_names[0].format(image_shape[1]),
             "output.2": family.output_names[1].format(image_shape[1]),
             **EMBEDDING_NAMES,
+            **{f"residual_inputs.{i}": f"enc.{plan.name[:-4]}aux_residual" for i, plan in downs.items()},
             **{f"encoder.{i}": f"enc.{plan.name}" for i, plan in enumerate(encoder)},
             **{f"decoder.{i}": f"dec.{plan.name}" for i, plan in enumerate(decoder)},
         }
@@ -184,17 +242,20 @@ class EDMUNet(nn.Module):
             module, leaf = own.rsplit(".", 1)
             block, _, part = module.rpartition(".")
             known = self._edm_modules.get(module) or f"{self._edm_modules[block]}.{BLOCK_NAMES[part]}"
-            names[own] = f"{known}.{leaf}"
+            names[own] = f"{known}.{LEAF_NAMES.get(leaf, leaf)}"
         return names
 
     def _encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
         skips = [self.input(x)]
-        for block in self.encoder:
-            skips.append(block(skips[-1], embedding))
+        for number, block in enumerate(self.encoder):
+            h = block(skips[-1], embedding)
+            if str(number) in self.residual_inputs:
+                h = x = (h + self.residual_inputs[str(number)](x)) * math.sqrt(0.5)
+            skips.append(h)
         return skips
 
 
-def plan_encoder(config: DDPMPP | ADM, height: int) -> list[BlockPlan]:
+def plan_encoder(config: EDMConfig, height: int) -> list[BlockPlan]:
     """The encoder's blocks behind its first convolution, the finest first."""
     plans: list[BlockPlan] = []
     current = config.channels
@@ -209,7 +270,7 @@ def plan_encoder(config: DDPMPP | ADM, height: int) -> list[BlockPlan]:
     return plans
 
 
-def plan_decoder(config: DDPMPP | ADM, height: int, encoder: list[BlockPlan]) -> list[BlockPlan]:
+def plan_decoder(config: EDMConfig, height: int, encoder: list[BlockPlan]) -> list[BlockPlan]:
     """The decoder's blocks, the coarsest first."""
     plans: list[BlockPlan] = []
     family = config.family
@@ -231,7 +292,7 @@ def plan_decoder(config: DDPMPP | ADM, height: int, encoder: list[BlockPlan]) ->
     return plans
 
 
-def _check_sides(config: DDPMPP | ADM, image_shape: tuple[int, int, int]) -> None:
+def _check_sides(config: EDMConfig, image_shape: tuple[int, int, int]) -> None:
     multiple = 2 ** (len(config.multipliers) - 1)
     if any(side % multiple for side in image_shape[1:]):
         raise UserError(
