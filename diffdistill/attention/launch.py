@@ -1,6 +1,9 @@
 """Kernels on a GPU through CUDA's driver, in torch's context and on its current stream."""
 
 import ctypes
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, byref, c_char_p, c_int, c_uint, c_void_p, cast, pointer
 from dataclasses import replace
 from functools import cache
@@ -48,6 +51,14 @@ def fitting(kernel: Kernel, variant: Variant, limit: int) -> Variant:
         if chosen.shared_bytes(kernel) <= limit:
             return chosen
     raise BuildError(f"head size {variant.head_size} does not fit in the {limit} bytes of a block's shared memory")
+
+
+def build_all(wanted: Iterable[tuple[Kernel, Variant]], device: int = 0) -> int:
+    """Compile many kernels for a GPU beforehand, side by side. Returns how many files. Raises BuildError."""
+    architecture, limit = architecture_of(device), _shared_memory(device)
+    chosen = {fitting(kernel, variant, limit) for kernel, variant in wanted}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return len(list(pool.map(lambda variant: cubin(variant, architecture), chosen)))
 
 
 @cache
