@@ -8,11 +8,15 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from emulated import emulated
+from PIL import Image
 from stand_ins import save_stand_in
 from torch import Tensor, nn
 from torch.func import jvp
+from typer.testing import CliRunner
 
 from diffdistill.attention import backends, entry, ops
+from diffdistill.cli import app
+from diffdistill.config import find_config, load_config
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.ema import EMA, EMAConfig
 from diffdistill.families.sd import StableDiffusionUNet
@@ -21,6 +25,7 @@ from diffdistill.negative import with_negative_prompt
 from diffdistill.networks.negative import NegativePrompt, steer_away, text_attention
 from diffdistill.path import VPDiscrete
 from diffdistill.schema import UserError
+from diffdistill.trainer import Trainer
 
 LENGTH, WIDTH = 5, 12
 TEXT, NEGATIVE = torch.randn(2, 2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -286,6 +291,50 @@ def test_a_scale_alone_and_a_model_without_text_are_refused(teacher: Path, tmp_p
         with_negative_prompt(load_model(teacher), None, 0.3)
     with pytest.raises(UserError, match="a DiTPipeline has no cross-attention to a text"):
         with_negative_prompt(load_model(save_stand_in("dit", tmp_path / "dit")), "blurry")
+
+
+def test_a_student_trains_and_samples_away_from_its_negative_prompt(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a red fox\ntwo birds\na hat\n")
+    settings = (
+        *(f"teacher={teacher}", f"data={{name: prompts, path: {tmp_path}/prompts.txt}}", "train.steps=2"),
+        *("train.global_batch_size=4", "train.micro_batch_size=4", "train.device=cpu", "train.preview_every=0"),
+    )
+    runs = {}
+    for name, more in (("plain", ()), ("away", ("negative_prompt=a blue bird", "negative_scale=0.6"))):
+        config = load_config(find_config("sid/sd15"), [f"run={tmp_path / name}", *settings, *more])
+        trainer = Trainer(config, quiet=True)
+        players = trainer.players
+        assert (players.generator.negative is not None) == (name == "away")
+        assert players.teacher.negative is None
+        assert players.fake.negative is None
+        trainer.run()
+        runs[name] = load_model(tmp_path / name, use_ema=False)
+        noise, label = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1])
+        t = torch.tensor([500.0], dtype=torch.float64)
+        with torch.no_grad():
+            expected = players.generator.eval()(noise, t, players.generator.resolve(Cond(label=label)))
+            found = runs[name].denoiser(noise, t, players.generator.resolve(Cond(label=label)))
+        torch.testing.assert_close(found, expected)  # what was trained is what is loaded, the prompt included
+    assert runs["away"].spec.negative_prompt == "a blue bird"
+    weights = [run.denoiser.state_dict() for run in runs.values()]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])  # another gradient
+
+
+@pytest.mark.parametrize("scale", ["0", "0.5"])
+def test_the_command_line_samples_away_from_a_negative_prompt(teacher: Path, tmp_path: Path, scale: str) -> None:
+    def sampled(name: str, *more: str) -> bytes:
+        file = tmp_path / name
+        given = ["sample", str(teacher), "--count", "1", "--steps", "1", "--prompt", "a red fox", "--out", str(file)]
+        result = CliRunner().invoke(app, [*given, *more])
+        assert result.exit_code == 0, result.output
+        return Image.open(file).tobytes()
+
+    plain = sampled("plain.png")
+    away = sampled("away.png", "--negative-prompt", "a blue bird", "--negative-scale", scale)
+    assert (plain == away) == (scale == "0")
 
 
 def _prompts(teacher: Path) -> tuple[Any, Cond]:
