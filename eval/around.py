@@ -1,59 +1,44 @@
-"""What stands around a network of diffusers: the text encoders before it, and the VAE behind it."""
+"""What stands around a network: the text encoder before it, and the VAE behind it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.conditions import Conditions
+from diffdistill.data.cache import cache_folder
+from diffdistill.data.shards import files_key
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.eval.hashes import hash_weights
 from diffdistill.families import Pipeline, open_pipeline
 from diffdistill.guidance import Guidance
+from diffdistill.inputs import PromptEncoder, encode_prompts, encoder_of
+from diffdistill.model import ModelSpec
 from diffdistill.sampling import FreshNoise, Sampler
 from diffdistill.schema import UserError
 
 
 @dataclass(frozen=True)
 class Around:
-    """encoder: diffusers' own pipeline with the text encoders alone; None where there are no captions.  vae: None where
-    the network makes pixels.  captions: one an image."""
+    """captions: how many; 0 where there are none.  encode: some of them by number [B].  pipeline: whose VAE is `vae`;
+    None where the network makes pixels.  modules: all of it, by part.  sha256: of each part's weights or files."""
 
-    pipeline: Pipeline
-    vae: nn.Module | None
-    encoder: Any
-    captions: Sequence[str]
+    captions: int = 0
+    encode: Callable[[Tensor], Cond] | None = None
+    pipeline: Pipeline | None = None
+    vae: nn.Module | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """[C, H, W] of the images."""
-        return (3, *self.pipeline.image_size) if self.vae is not None else self.pipeline.spec.image_shape
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """What runs beside the network, by part."""
-        found = {} if self.vae is None else {"vae": self.vae}
-        for name in self.pipeline.family.text_parts if self.encoder is not None else ():
-            part = getattr(self.encoder, name, None)
-            if isinstance(part, nn.Module):
-                found[name] = part
-        return found
-
-    def cond(self, index: Tensor) -> Cond:
-        """The captions of the images `index` [B], encoded now: all of them at once would not fit into memory."""
-        prompts = [self.captions[number] for number in index.tolist()]
-        found: Cond = self.pipeline.encode(self.encoder, prompts)
-        return found
+    def image_shape(self, made: tuple[int, ...]) -> tuple[int, ...]:
+        """[C, H, W] of the images.  made: of what the network makes."""
+        return (3, *self.pipeline.image_size) if self.pipeline and self.vae is not None else made
 
     def images(self, made: Tensor) -> Tensor:
         """What the network made as images in [-1, 1], [B, C, H, W]."""
-        return made if self.vae is None else self.pipeline.family.to_images(self.vae, made)
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of each part's weights."""
-        return {name: hash_weights(module) for name, module in self.modules.items()}
+        return self.pipeline.family.to_images(self.vae, made) if self.pipeline and self.vae is not None else made
 
 
 @dataclass(frozen=True)
@@ -77,30 +62,54 @@ class WholeSampler:
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         """cond: not looked at where there are captions."""
-        if self.around.encoder is not None:
-            cond = self.around.cond(torch.arange(len(noise)) % len(self.around.captions))
+        if self.around.encode is not None:
+            cond = self.around.encode(torch.arange(len(noise)) % self.around.captions)
         return self.around.images(self.sampler(denoiser, noise, cond, guidance=guidance, fresh_noise=fresh_noise))
 
 
 def open_around(
-    place: str, denoiser: Denoiser, captions: Sequence[str] | None, device: torch.device, *, origin: str
+    spec: ModelSpec,
+    denoiser: Denoiser,
+    captions: Sequence[str] | None,
+    device: torch.device,
+    *,
+    origin: str,
+    keeps_encoder: bool = True,
 ) -> Around | None:
-    """What the pipeline at `place` has around its network; None if that is pixels and classes.
+    """What a model needs beside its network; None if that makes pixels, without text.
 
     denoiser: is told what "no caption" is, for guidance.  captions: None where the protocol has none.
-    Raises UserError if the network takes text and there are no captions, or the other way round, and where the
-    pipeline is not there any more.
+    keeps_encoder: captions are encoded when they are asked for, so that any number of them needs no room; False encodes
+    them now, into the cache, and lets the encoder go.
+    Raises UserError if it takes text and there are no captions, and where its parts are not there any more.
     """
-    pipeline = open_pipeline(place)
-    takes_text = pipeline.family.takes_text
-    if takes_text and captions is None:
+    encoder = encoder_of(spec)
+    if encoder is not None and captions is None:
         raise UserError(f"{origin}: takes captions; name a protocol that has some (coco2014-fid30k, or your own)")
-    if captions is None and pipeline.class_of("vae") is None:
+    pipeline = open_pipeline(spec.pipeline) if spec.pipeline else None
+    vae = pipeline.load_vae().to(device) if pipeline and pipeline.class_of("vae") else None
+    if encoder is None and vae is None:
         return None
-    encoder = None
-    if takes_text:
-        encoder = pipeline.load_encoder(device)
-        if denoiser.conditions is None:
-            denoiser.conditions = Conditions([], pipeline.encode_empty(encoder))
-    vae = pipeline.load_vae().to(device) if pipeline.class_of("vae") else None
-    return Around(pipeline, vae, encoder, captions or ())
+    modules = {"vae": vae} if vae is not None else {}
+    hashes = {name: hash_weights(module) for name, module in modules.items()}
+    if encoder is None or captions is None:
+        return Around(0, None, pipeline, vae, modules, hashes)
+    hashes["text_encoder"] = files_key(encoder.files, root=cache_folder(None))
+    if not keeps_encoder:
+        table = encode_prompts(encoder, captions, root=cache_folder(None), device=device)
+        denoiser.conditions = denoiser.conditions or table
+        return Around(len(captions), lambda index: table.rows(index.to(device)), pipeline, vae, modules, hashes)
+    loaded = encoder.load(device)
+    denoiser.conditions = denoiser.conditions or Conditions([], encoder.encode_empty(loaded))
+    modules |= {f"text_encoder{number or ''}": part for number, part in enumerate(_networks(loaded))}
+    return Around(len(captions), _live(encoder, loaded, captions), pipeline, vae, modules, hashes)
+
+
+def _live(encoder: PromptEncoder, loaded: Any, captions: Sequence[str]) -> Callable[[Tensor], Cond]:
+    return lambda index: encoder.encode(loaded, [captions[number] for number in index.tolist()])
+
+
+def _networks(loaded: Any) -> list[nn.Module]:
+    """Those of a diffusers pipeline, or of a tuple."""
+    parts = loaded if isinstance(loaded, tuple) else loaded.components.values()
+    return [part for part in parts if isinstance(part, nn.Module)]

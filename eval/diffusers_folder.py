@@ -36,7 +36,7 @@ def open_diffusers(
         raise UserError(f"{place}: a network without its scheduler; give the pipeline's folder, with {INDEX}")
     pipeline = open_pipeline(place)
     denoiser = _knowing_no_class(pipeline, protocol.labels.num_classes).to(device)
-    around = open_around(str(place), denoiser, options.captions, device, origin=str(place))
+    around = open_around(pipeline.spec, denoiser, options.captions, device, origin=str(place))
     return SampledImages(
         denoiser=denoiser,
         sampler=options.sampler or pipeline.family.sampler,
@@ -48,7 +48,7 @@ def open_diffusers(
             source=str(place),
             sha256=hash_weights(denoiser),
             parameters=count_parameters(denoiser),
-            around_sha256=around.hashes() if around else {},
+            around_sha256=dict(around.sha256) if around else {},
         ),
     )
 

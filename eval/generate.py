@@ -42,9 +42,9 @@ class SampledImages:
 
     def __post_init__(self) -> None:
         where, protocol, net = self.model.source, self.protocol, self.denoiser.net
-        if protocol.labels.policy == "captions" and (self.around is None or self.around.encoder is None):
+        if protocol.labels.policy == "captions" and (self.around is None or self.around.encode is None):
             raise UserError(f"{where}: {protocol.name} asks for captions, which this model does not take")
-        made = self.around.image_shape if self.around else self.image_shape
+        made = self.around.image_shape(self.image_shape) if self.around else self.image_shape
         if protocol.image_shape not in (None, made):
             raise UserError(f"{where}: makes {show(made)} images; {protocol.name} is for {show(protocol.image_shape)}")
         classes = protocol.labels.num_classes
@@ -99,8 +99,8 @@ class SampledImages:
         return self.around.images(made) if self.around else made
 
     def _cond(self, rng: Draws, index: Tensor) -> Cond:
-        if self.around and self.protocol.labels.policy == "captions":
-            return self.around.cond(index)
+        if self.around and self.around.encode:
+            return self.around.encode(index)
         labels = labels_of(self.protocol.labels, index, self.protocol.num_images, rng)
         return NO_COND if labels is None else self.denoiser.class_cond(labels.to(device_of(self.denoiser)))
 

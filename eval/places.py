@@ -54,8 +54,10 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
     model = load_model(place, ema=options.ema)
     file = model.source / STATE
     state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None  # several students have none
-    denoiser, pipeline = model.denoiser.to(device), model.spec.pipeline
-    around = open_around(pipeline, denoiser, options.captions, device, origin=str(place)) if pipeline else None
+    if state and not state["config"]:
+        state = None  # imported, not trained here
+    denoiser = model.denoiser.to(device)
+    around = open_around(model.spec, denoiser, options.captions, device, origin=str(place))
     return SampledImages(
         denoiser=denoiser,
         around=around,
@@ -67,7 +69,7 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
             source=str(place),
             sha256=weights_sha256(model.source, options.ema) if state else hash_weights(model.denoiser),
             parameters=count_parameters(model.denoiser),
-            around_sha256=around.hashes() if around else {},
+            around_sha256=dict(around.sha256) if around else {},
             teacher=state.get("teacher") if state else None,
         ),
         method=state["config"]["method"]["name"] if state else None,

@@ -78,7 +78,7 @@ class Values:
 @schema
 class ModelRecord:
     """source: where the images come from, a run, a checkpoint, a folder.  sha256: of the weights or of the images.
-    parameters: of the network.  around_sha256: of the weights of what stands around it, as in vae, by part.
+    parameters: of the network.  around_sha256: of the weights or files of what stands around it, by part, as in vae.
     licence: an SPDX name."""
 
     source: str
