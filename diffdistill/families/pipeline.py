@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path as FilePath
 from typing import Any
@@ -24,6 +25,7 @@ from diffdistill.schema import UserError
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
+WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 def is_pipeline(place: str | FilePath) -> bool:
@@ -131,20 +133,27 @@ class Pipeline:
 
         if not self.family.takes_text:
             raise UserError(f"{self.place}: {self.index.get('_class_name')} takes no prompts")
-        kind = getattr(diffusers, str(self.index["_class_name"]))
-        for part in filter(self.class_of, self.family.text_parts):
+        kind, given = (
+            getattr(diffusers, str(self.index["_class_name"])),
+            list(filter(self.class_of, self.family.text_parts)),
+        )
+        for part in given:
             if part.startswith("tokenizer"):
                 _check_tokenizer(self.folder / part)
-        wanted = {"scheduler", *filter(self.class_of, self.family.text_parts)}
         parts = {name for name, value in self.index.items() if _is_part(value)} | self.family.parts.keys()
-        others = dict.fromkeys(parts - wanted)
+        absent = dict.fromkeys(parts - {"scheduler", *given})
         try:
-            made = kind.from_pretrained(str(self.folder), **others, use_safetensors=True, local_files_only=True)
+            encoders = {
+                part: load_model_of(str(self.class_of(part)), self.folder / part, library="transformers")
+                for part in given
+                if part.startswith("text_encoder")
+            }
+            made = kind.from_pretrained(str(self.folder), **absent, **encoders, local_files_only=True)
         except ImportError as error:
             raise UserError(f"{self.place}: encoding prompts needs `pip install diffdistill[hf]`: {error}") from None
         except READING as error:
-            raise UserError(f"{self.folder}: text encoders: cannot be read: {_short(error)}") from None
-        return made.to(device, torch.float32)
+            raise UserError(f"{self.folder}: tokenizers: cannot be read: {_short(error)}") from None
+        return made.to(device)
 
     @torch.no_grad()
     def encode(self, encoder: Any, prompts: Sequence[str]) -> Cond:
@@ -166,17 +175,17 @@ READING = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeErro
 """What diffusers and transformers raise on files that they cannot read."""
 
 
-def load_model_of(name: str, folder: FilePath) -> nn.Module:
-    """A model of a diffusers class, in float32, from safetensors whose names and shapes are all its own.
+def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") -> nn.Module:
+    """A model of a class of diffusers or transformers, in float32, from safetensors whose names and shapes are all its
+    own.
 
     Raises UserError on a header that lies, on weights that are missing, and on a folder of pickles only.
     """
-    import diffusers
     from safetensors import SafetensorError
 
     variant = _variant(folder)
     try:
-        model, about = getattr(diffusers, name).from_pretrained(
+        model, about = getattr(import_module(library), name).from_pretrained(
             str(folder),
             use_safetensors=True,
             local_files_only=True,
@@ -233,7 +242,7 @@ def _is_part(value: object) -> bool:
 
 def _variant(folder: FilePath) -> str | None:
     """The variant of the weights, where there are none without one ("fp16")."""
-    names = [file.name for file in folder.glob("diffusion_pytorch_model*.safetensors")]
+    names = [file.name for kind in WEIGHTS for file in folder.glob(f"{kind}*.safetensors")]
     found = {re.sub(r"-\d+-of-\d+", "", name).removesuffix(".safetensors").partition(".")[2] for name in names}
     return None if not found or "" in found else min(found)
 
