@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -209,7 +210,8 @@ def _write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(ready, file)
     except SafetensorError as error:  # it wraps the operating system's error
-        code = errno.ENOSPC if is_disk_full(error) else errno.EIO
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(told[1]) if told else errno.EIO
         raise OSError(code, str(error), str(file)) from error
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

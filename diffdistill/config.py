@@ -73,6 +73,7 @@ class TrainConfig:
     num_threads: PositiveInt | None = None  # on a CPU; a very small network is fastest, and surest, on one
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skips: PositiveInt = 20  # this many skipped updates in a row stop the run
+    on_out_of_memory: Literal["stop", "halve"] = "stop"
     log_every: PositiveInt = 50
     preview_every: Annotated[int, Field(ge=0)] = 500  # 0: none
     checkpoint_every: PositiveInt = 500

@@ -14,10 +14,14 @@ R = TypeVar("R")
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong, plainly, and leave. Of several processes each says which one it is, but for the first."""
-    rank = os.environ.get("RANK", "0")
-    who = "" if rank == "0" else f" process {rank}:"
+    who = f" process {this_rank()}:" if this_rank() else ""
     Console(stderr=True).print(f"[bold red]error:[/]{who} {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def this_rank() -> int:
+    """Which of a launcher's processes this is, as it says; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:

@@ -1,5 +1,6 @@
 """From a config to what a run starts with. Whatever cannot be is a UserError, before anything is written."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -29,6 +30,7 @@ from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings
 from diffdistill.schema import UserError
 from diffdistill.speed import SpeedConfig
 
+PIECES = ("micro_batch_size", "on_out_of_memory")
 LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
 PLACES = (
     "data.cache",
@@ -41,7 +43,7 @@ PLACES = (
 FREE_GROUPS = ("run", "health", "trackers", "eval")
 FREE_TO_CHANGE = (
     *PLACES,
-    *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *LOGGING)),
+    *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *PIECES, *LOGGING)),
     *(f"speed.{setting.name}" for setting in fields(SpeedConfig) if setting.name != "teacher_dtype"),
 )
 """Settings that a resumed run may change, beside whole groups."""
@@ -211,8 +213,13 @@ def check_batch(train: TrainConfig, num_processes: int) -> None:
         )
 
 
-def check_unchanged(config: RunConfig, source: ImageSource, checkpoint: Checkpoint, *, origin: FilePath | None) -> None:
-    """Raise UserError, with the differences, if a resumed run is not the one that the checkpoint is of."""
+def check_unchanged(
+    config: RunConfig, source: ImageSource, checkpoint: Checkpoint, *, origin: FilePath | None, may_differ: bool
+) -> None:
+    """Raise UserError, with the differences, if a resumed run is not the one that the checkpoint is of.
+
+    may_differ: settings may have changed, which is said; images and labels may not.
+    """
     before = parse_config(checkpoint.state["config"], origin=str(origin))  # with defaults for newer settings
     changed = [
         f"{key}: was {old!r}, now {new!r}"
@@ -220,7 +227,10 @@ def check_unchanged(config: RunConfig, source: ImageSource, checkpoint: Checkpoi
         if key not in FREE_TO_CHANGE and key.partition(".")[0] not in FREE_GROUPS
     ]
     if changed:
-        raise UserError(f"{origin}: the config has changed since:\n  " + "\n  ".join(changed))
+        said = f"{origin}: the config has changed since:\n  " + "\n  ".join(changed)
+        if not may_differ:
+            raise UserError(f"{said}\nchange it back, or go on with --allow-changes")
+        print(said, file=sys.stderr, flush=True)
     if checkpoint.state.get("data", source.key) != source.key:
         raise UserError(f"{origin}: the images or labels under `data` are not those that the run began with")
 

@@ -73,10 +73,12 @@ class Trainer:
     Raises UserError for whatever the config asks that cannot be, before anything is written.
     """
 
-    def __init__(self, config: RunConfig, *, resume: bool | str = False, quiet: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, *, resume: bool | str = False, quiet: bool = False, may_differ: bool = False
+    ) -> None:
         """resume: False starts anew (an existing run's folder is refused), True goes on from the newest
-        checkpoint, a name ("step-00000500") from that one."""
-        self.config, self.method, self.quiet = config, config.method, quiet
+        checkpoint, a name ("step-00000500") from that one.  may_differ: from it, whatever has been changed since."""
+        self.config, self.method, self.quiet, self.may_differ = config, config.method, quiet, may_differ
         self._cpu_began = time.process_time()
         train = config.train
         self.folder = FilePath(config.run)
@@ -334,7 +336,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back as it was. Raises UserError if the config or the architecture has changed."""
-        check_unchanged(self.config, self.source, checkpoint, origin=self.start)
+        check_unchanged(self.config, self.source, checkpoint, origin=self.start, may_differ=self.may_differ)
         for name, module in self.trained.items():
             load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
             restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))
