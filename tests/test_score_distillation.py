@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeConfig
+from exact import on_every_path, random
 from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, scene
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from diffdistill.method import Method, Setting
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
-from diffdistill.score_distillation import fake_sample, mean_of_finite, shielded
+from diffdistill.path import Path as NoisePath
+from diffdistill.path import expand
+from diffdistill.score_distillation import fake_sample, matching_field, mean_of_finite, shielded
 from diffdistill.trainer import Trainer
 
 METHODS = {"sid": SiD(steps=MULTI_STEP), "sim": SIM(steps=MULTI_STEP), "f_distill": FDistill(steps=MULTI_STEP)}
@@ -49,6 +52,17 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(make_config: MakeConfig, t
     once, twice = (folder / "checkpoints" / "step-00000004" for folder in (Path(whole.run), Path(parts.run)))
     for file in ("players.safetensors", "ema.safetensors", "optimizers.safetensors"):
         assert (once / file).read_bytes() == (twice / file).read_bytes()
+
+
+@on_every_path
+def test_a_fake_score_that_answers_the_image_itself_gives_score_distillation_sampling(path: NoisePath) -> None:
+    """eps_teacher - eps, Poole et al. 2022: the generator's law is then taken for a point."""
+    x, eps, teacher = (random(4, 3, seed=seed) for seed in range(3))
+    t = torch.linspace(path.t_min, path.t_max, 6, dtype=torch.float64)[1:-1]
+    x_t, constant = path.diffuse(x, eps, t), 1e3  # above every distance, so that it is the normaliser
+    field = constant * matching_field(x, x, teacher, minimum=constant)
+    by_noise = path.from_x0(teacher, "eps", x_t, t) - eps
+    torch.testing.assert_close(expand(1 / path.ratio(t), x) * field, by_noise, rtol=1e-9, atol=1e-9)
 
 
 def test_the_fake_score_s_own_sample_has_no_gradient() -> None:
