@@ -19,6 +19,7 @@ from diffdistill.data.source import ImageSource, LatentImages, NoImages
 from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws
 from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families.pipeline import INDEX
 from diffdistill.model import ModelSpec
 from diffdistill.schema import UserError
 from diffdistill.text import SentenceEncoder
@@ -57,7 +58,11 @@ class PipelineEncoder:
 
     @property
     def files(self) -> list[FilePath]:
-        return [file for part in self.pipeline.family.text_parts for file in files_of(self.pipeline.folder / part)]
+        """The encoders', and what says which there are and how large images are, which some conditions tell."""
+        folder, family = self.pipeline.folder, self.pipeline.family
+        about = (folder / INDEX, folder / family.network / "config.json", folder / "vae" / "config.json")
+        parts = filter(self.pipeline.class_of, family.text_parts)
+        return [*filter(FilePath.is_file, about), *(file for part in parts for file in files_of(folder / part))]
 
     def load(self, device: torch.device | str) -> Any:
         return self.pipeline.load_encoder(device)
