@@ -20,7 +20,16 @@ CHECKED = ("-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-er
 def compile_emulated(variant: Variant, folder: Path, *, kernels: Path = HERE / "attention.cu") -> Path:
     """A shared library with the kernels in `kernels`, as `variant` builds them."""
     library = folder / f"{abs(hash(variant))}.so"
-    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DDIFFDISTILL_EMULATOR", *CHECKED, *variant.defines]
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-fPIC",
+        "-shared",
+        "-DDIFFDISTILL_EMULATOR",
+        *CHECKED,
+        *variant.defines,
+    ]
     places = [f'-DKERNELS="{kernels}"', f"-I{EMULATOR}", f"-I{HERE}"]
     subprocess.run(["g++", *options, *places, EMULATOR / "emulator.cpp", "-o", library], check=True)
     return library

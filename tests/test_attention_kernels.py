@@ -55,18 +55,22 @@ def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("size", "dtype"), CASES)
 def test_forward_and_tangent_err_at_most_twice_as_much_as_torch_in_16_bits(size: int, dtype: torch.dtype):
+    """In two opposite orders for each of the lengths, which change no bit."""
     scale = size**-0.5
     for order, (queries, keys) in zip(ORDERS, RAGGED, strict=True):
-        run = emulated(order)
         q, tq = inputs(2, 1, 2, queries, size, dtype=dtype)
         k, v, tk, tv = inputs(4, 1, 2, keys, size, dtype=dtype, seed=1)
         wide = [x.double() for x in (q, k, v, tq, tk, tv)]
         exact, exact_lse = reference.forward(*wide[:3], None, scale)
         exact_tangent = reference.tangent(*wide[:3], exact, exact_lse, *wide[3:], None, scale)
         torch_out, torch_tangent = rounded_math(q, k, v, tq, tk, tv)
-        out, lse = kernels.forward(run, q, k, v, None, scale)
-        tangent = kernels.tangent(run, q, k, v, out, lse, tq, tk, tv, None, scale)
-        assert error(out, exact) <= 2 * error(torch_out, exact) + 1e-4
+        (out, lse, tangent), again = (
+            (out, lse, kernels.tangent(run, q, k, v, out, lse, tq, tk, tv, None, scale))
+            for run in (emulated(order), emulated(max(ORDERS) - order))
+            for out, lse in [kernels.forward(run, q, k, v, None, scale)]
+        )
+        assert all(map(torch.equal, (out, lse, tangent), again))
+        assert error(out, exact) <= 2 * error(torch_out, exact) + 1e-4  # with one key torch makes no error
         torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
         if keys > 1:  # with one key the tangent is tv
             assert error(tangent, exact_tangent) <= 2 * error(torch_tangent, exact_tangent)
@@ -296,7 +300,9 @@ def test_the_emulator_shows_planted_faults(fault: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("size", "architecture"),
     [
-        pytest.param(size, architecture, marks=() if size in (72, 256) else pytest.mark.full)
+        pytest.param(
+            size, architecture, marks=() if (size, architecture) in ((72, 90), (256, 80)) else pytest.mark.full
+        )
         for size in HEAD_SIZES
         for architecture in (80, 90)
     ],

@@ -2,6 +2,7 @@
 //
 // Built with the kernel's own -D options and -DDIFFDISTILL_EMULATOR, -DKERNELS="the .cu file".
 #include KERNELS
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <functional>
@@ -28,13 +29,14 @@ struct Use {
     bool in_flight = false;                                         // a copy that its thread has not waited for
 };
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // to begin with; from then on jumps, which ask the system for nothing
+    jmp_buf here;
     std::vector<char> stack;
-    bool done, at_barrier;
+    bool begun, done, at_barrier;
     std::vector<std::vector<Copy>> groups;  // the last one is open
 };
 Fiber fibers[THREADS_OF_BLOCK];
-ucontext_t scheduler;
+jmp_buf scheduler;
 int current, shared_bytes;
 bool reversed_warps, copies_early;
 int met_in_warp[WARPS], warp_turn[WARPS], met_in_block, block_turn;
@@ -47,7 +49,16 @@ void stop(const char* why) {
 }
 Use& use_of(const void* p) { return uses[(static_cast<const unsigned char*>(p) - shared_memory) / UNIT]; }
 
-void pause() { swapcontext(&fibers[current].context, &scheduler); }
+void pause() {
+    if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
+}
+void go_on() {
+    Fiber& fiber = fibers[current];
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.here, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+}
 void enter() {
     body();
     fibers[current].done = true;
@@ -131,7 +142,7 @@ bool run_warp(int warp) {
             if (fibers[i].done || fibers[i].at_barrier) continue;
             current = i;
             thread.x = i;
-            swapcontext(&scheduler, &fibers[i].context);
+            go_on();
         }
         for (int i = warp * 32; i < warp * 32 + 32; ++i) waiting += fibers[i].done || fibers[i].at_barrier;
         if (turns == warp_turn[warp] + block_turn && waiting == waited) return moved;
@@ -145,12 +156,12 @@ void run_block() {
     memset(met_in_warp, 0, sizeof met_in_warp);
     for (auto& fiber : fibers) {
         fiber.stack.resize(STACK);
-        fiber.done = fiber.at_barrier = false;
+        fiber.begun = fiber.done = fiber.at_barrier = false;
         fiber.groups.assign(1, {});
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = &scheduler;
+        fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
     }
     for (bool moved = true; moved;) {
