@@ -136,10 +136,10 @@ class CodeImager:
         self._check(place, model)
         self.argument = "prompt" if model.takes_text else "class_labels"
         self.told: Sequence[Any] = asked.prompts or asked.labels or range(model.num_classes)
-        sampler = model.sampler
-        if asked.num_steps is not None:
-            sampler = with_steps(sampler, model.students[0].path, asked.num_steps)
-        self.num_evaluations = int(sampler.num_evaluations)
+        try:
+            self.num_evaluations = int(model.sampler_for(asked.num_steps).num_evaluations)
+        except ValueError as error:  # of the folder's own code
+            raise UserError(f"--steps: {place}: {error}") from None
 
     def __call__(self, index: Tensor) -> Tensor:
         asked, shape = self.asked, self.pipeline.model.image_shape

@@ -22,11 +22,10 @@ def with_steps(sampler: Sampler, path: Path, num_steps: int) -> Sampler:
         return sampler
     if isinstance(sampler, Heun):
         return replace(sampler, num_steps=max(2, (num_steps + 1) // 2))
+    if isinstance(sampler, TCD) and num_steps > sampler.grid.num_steps:
+        raise UserError(f"num_steps = {num_steps}: the student was trained at {sampler.grid.num_steps} times")
     if isinstance(sampler, (DDIM, TCD)):
-        try:
-            return replace(sampler, num_steps=num_steps)
-        except ValueError as error:
-            raise UserError(f"num_steps = {num_steps}: {error}") from None
+        return replace(sampler, num_steps=num_steps)
     if isinstance(sampler, FewSteps):
         first, last = sampler.init_ratio, float(path.ratio(torch.tensor(path.t_min, dtype=torch.float64)))
         roots = torch.linspace(first ** (1 / 7), last ** (1 / 7), num_steps + 1, dtype=torch.float64)

@@ -72,16 +72,20 @@ class SentenceEncoder:
             ) from None
         return tokenizer, freeze(model).to(device)
 
-    @torch.no_grad()
     def encode(self, loaded: tuple[Any, Any], prompts: Sequence[str]) -> Cond:
         """Prompts [N] as pooled_text [N, width].  loaded: of `load`."""
-        tokenizer, model = loaded
-        asked = tokenizer(list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        asked = asked.to(model.device)
-        hidden: Tensor = model(**asked).last_hidden_state
-        mask = asked["attention_mask"][..., None].to(hidden.dtype)
-        return Cond(pooled_text=F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+        return Cond(pooled_text=embed(*loaded, prompts))
 
     def encode_empty(self, loaded: tuple[Any, Any]) -> Cond:
         """The empty prompt: [1, width]."""
         return self.encode(loaded, [""])
+
+
+@torch.no_grad()
+def embed(tokenizer: Any, model: Any, prompts: Sequence[str]) -> Tensor:
+    """Prompts [N] as [N, width], of unit length."""
+    asked = tokenizer(list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    asked = asked.to(model.device)
+    hidden: Tensor = model(**asked).last_hidden_state
+    mask = asked["attention_mask"][..., None].to(hidden.dtype)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)

@@ -1,5 +1,6 @@
 """Runs of three steps from every family's stand-in by every method, for tests of what comes out of them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,19 @@ COUNT = 8  # images
 def origin(family: str, method: str, folder: Path) -> Path:
     """A family's stand-in, or a run of one of our own networks.
 
-    `ddpm` has classes for the methods that need some; BOOT cannot start from what predicts eps, nor MeanFlow.
+    `ddpm` has classes for the methods that need some, and what BOOT starts from predicts v.
     """
     if family in OWN:
         text = f"method: {{name: pretrain}}\nmodel: {OWN[family]}\noptimizers: {{default: {{lr: 1e-3}}}}"
         settings = parse_yaml(f"{text}\ntrain: {SMALL_TRAIN}", origin="the tests' settings") | {"run": str(folder)}
         return _run(parse_config(apply_overrides(settings, ["train.steps=3"])))
     classes = {"num_classes": 5} if family == "ddpm" and method in NEED_CLASSES else {}
-    return save_stand_in(family, folder, **classes)
+    save_stand_in(family, folder, **classes)
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text())
+    if method == "boot" and scheduler.get("prediction_type") == "epsilon":
+        file.write_text(json.dumps(scheduler | {"prediction_type": "v_prediction"}))
+    return folder
 
 
 def train(method: str, teacher: Path, run: Path, *overrides: str) -> Path:

@@ -15,8 +15,10 @@ from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.record import ExportRecord
 from diffdistill.families import is_pipeline, open_pipeline
 from diffdistill.families.hub import is_hub_name
+from diffdistill.families.pipeline import read_json
 from diffdistill.imagers import Asked, ModelImager
-from diffdistill.model import TrainedModel, is_routed
+from diffdistill.inputs import encoder_of
+from diffdistill.model import ROUTER, TrainedModel, find_checkpoint, is_routed
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
 
@@ -60,14 +62,13 @@ def write_card(folder: FilePath, facts: CardFacts, *, name: str, difference: flo
     write_text_atomically(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def read_config(model: TrainedModel) -> dict[str, Any]:
-    """The run's config, from its checkpoint; of several students' runs the first's; empty for other models."""
+def read_state(model: TrainedModel) -> dict[str, Any]:
+    """A run's checkpoint's: its config, its teacher; of several students' runs the first's; empty for other models."""
     place = model.source
     if is_routed(place):
-        place = place / json.loads((place / "router.json").read_text(encoding="utf-8"))["students"][0]
+        place = find_checkpoint(place / json.loads((place / ROUTER).read_text(encoding="utf-8"))["students"][0])
     file = place / STATE
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["config"] if file.exists() else {}
-    return found
+    return read_json(file) if file.exists() else {}
 
 
 def teacher_licence(pipeline: str | None) -> dict[str, str]:
@@ -108,8 +109,7 @@ def draw_samples(model: TrainedModel, file: FilePath) -> bool:
     shape = model.spec.image_shape
     if not has_vae and (len(shape) != 3 or shape[0] not in (1, 3)):
         return False
-    takes_text = source is not None and source.family.takes_text
-    imager = ModelImager(model, Asked(prompts=PROMPTS if takes_text else ()))
+    imager = ModelImager(model, Asked(prompts=PROMPTS if encoder_of(model.spec) else ()))
     images = torch.cat([imager(index) for index in torch.arange(PICTURED[has_vae]).split(4)])
     save_grid(file, images, columns=min(10, len(images)))
     return True

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, get_args
 
 from diffdistill import __version__
-from diffdistill.export.card import CardFacts, read_config, write_card
+from diffdistill.export.card import CardFacts, read_state, write_card
 from diffdistill.export.expected import check_lora, check_self_contained, check_stock
 from diffdistill.export.lora_files import write_lora
 from diffdistill.export.push import check_push, push
@@ -136,7 +136,8 @@ def _written(
     note: str | None = None,
 ) -> Written:
     """What was written, and its record in the folder."""
-    config = read_config(model)
+    state = read_state(model)
+    config = state.get("config", {})
     call: dict[str, Any] = dict(stock.call) if stock else {}
     record = ExportRecord(
         version=__version__,
@@ -146,7 +147,7 @@ def _written(
         sampler=model.spec.sampler,
         base=stock.source.place if stock and kind != "stock" else None,
         scheduler=stock.scheduler if stock and kind != "stock" else None,
-        teacher=config.get("teacher"),
+        teacher=state.get("teacher"),
         teacher_guidance=guidance_of(config["method"]) if config else 1.0,
     )
     record.write(folder)
@@ -170,7 +171,7 @@ def takes_scale(model: TrainedModel) -> bool:
 
 def default_scale(model: TrainedModel) -> float:
     """1, which is no guidance; for a student that is told the scale the middle of what it was trained on."""
-    return guidance_of(read_config(model).get("method", {})) if takes_scale(model) else 1.0
+    return guidance_of(read_state(model).get("config", {}).get("method", {})) if takes_scale(model) else 1.0
 
 
 def _check_free(folder: FilePath) -> None:

@@ -11,6 +11,7 @@ from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.stock import StockFolder
 from diffdistill.export.verify import Check
 from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.inputs import encoder_of
 from diffdistill.model import TrainedModel
 from diffdistill.path import Flow
 
@@ -21,7 +22,7 @@ COUNT = 2
 def check_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scale: float) -> Check:
     """An exported folder with code of its own."""
     source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
-    cond, call = _asked(model, source)
+    cond, call = _asked(model)
     images = _sample(model, cond, guidance_scale)
     if not _has_vae(source):
         return Check(folder, {**call, "output_type": "latent"}, images)  # the network's own, not clipped
@@ -30,7 +31,7 @@ def check_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
 
 def check_stock(model: TrainedModel, folder: FilePath, stock: StockFolder) -> Check:
     """An exported folder of diffusers' classes: images in [0, 1], behind the VAE where there is one."""
-    cond, call = _asked(model, stock.source)
+    cond, call = _asked(model)
     call |= {**stock.call, "output_type": "np"}
     return Check(folder, call, _decoded(stock.source, _sample(model, cond, 1.0)))
 
@@ -42,10 +43,11 @@ def check_lora(model: TrainedModel, folder: FilePath, stock: StockFolder, *, is_
     return Check(check.folder, check.call, check.expected, lora=(folder, file))
 
 
-def _asked(model: TrainedModel, source: Pipeline | None) -> tuple[Cond, dict[str, Any]]:
+def _asked(model: TrainedModel) -> tuple[Cond, dict[str, Any]]:
     """The condition, and how a pipeline is asked for the same: two prompts, two classes, or two images."""
-    if source and source.family.takes_text:
-        return source.conditions(PROMPTS).rows(torch.arange(COUNT)), {"prompt": list(PROMPTS)}
+    encoder = encoder_of(model.spec)
+    if encoder is not None:
+        return encoder.encode(encoder.load("cpu"), PROMPTS), {"prompt": list(PROMPTS)}
     if not model.spec.num_classes:
         return NO_COND, {"batch_size": COUNT}
     classes = model.spec.classes or tuple(range(model.spec.num_classes))

@@ -11,11 +11,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from diffdistill.conditions import Conditions
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.families.family import Family
+from diffdistill.path import Path
 from diffdistill.router import RoutedDenoiser
 from diffdistill.sampling import FreshNoise, Sampler
 from diffdistill.steps import with_steps
+from diffdistill.text import embed
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Source:
     settings: Mapping[str, Any]
     image_size: tuple[int, int]
     options: Mapping[str, Any]
+
+    @property
+    def takes_text(self) -> bool:
+        return self.family.takes_text
 
     @torch.no_grad()
     def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
@@ -51,6 +57,19 @@ class Source:
         return self.family.to_images(vae, latents.to(vae.dtype))
 
 
+class Sentences:
+    """How prompts go into a network of our own."""
+
+    takes_text = True
+
+    def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+        """Prompts by number.  parts: `tokenizer` and `text_encoder`."""
+        shards = [
+            Cond(pooled_text=embed(parts["tokenizer"], parts["text_encoder"], asked)) for asked in (prompts, [""])
+        ]
+        return Conditions(shards[:1], shards[1])
+
+
 class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Students and how they make images. A folder's own `Model` says which, as attributes of the class.
 
@@ -64,7 +83,7 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     make_denoiser: Callable[[], Denoiser]
     sampler: Sampler
     router: Any = None
-    source: Source | None = None
+    source: Source | Sentences | None = None
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, guidance_scale: float = 1.0) -> None:
@@ -75,7 +94,12 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def takes_text(self) -> bool:
         """Whether it is told what to draw by prompts."""
-        return self.source is not None and self.source.family.takes_text
+        return self.source is not None and self.source.takes_text
+
+    def sampler_for(self, num_steps: int | None) -> Sampler:
+        """The model's own, or with another number of calls. Raises ValueError if it cannot take so many."""
+        path: Path = self.students[0].path  # type: ignore[assignment]
+        return self.sampler if num_steps is None else with_steps(self.sampler, path, num_steps)
 
     @torch.no_grad()
     def forward(
@@ -94,7 +118,7 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         trained for.  fresh_noise: for steps after the first.
         """
         denoiser = self._denoiser(conditions)
-        sampler = self.sampler if num_steps is None else with_steps(self.sampler, denoiser.path, num_steps)
+        sampler = self.sampler_for(num_steps)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         cond = denoiser.resolve(denoiser.class_cond(class_labels))  # type: ignore[arg-type]
         return sampler(denoiser, noise, cond, guidance=scale, fresh_noise=fresh_noise)

@@ -129,9 +129,10 @@ def _lcm(settings: Mapping[str, Any]) -> Any:
 def _euler(settings: Mapping[str, Any], *, starts_at_sigma: bool) -> Any:
     from diffusers import EulerDiscreteScheduler
 
-    # Its noise is sigma_t times unit noise with "trailing" times, and unit noise with "leading" ones.
+    # Its noise is sigma_t times unit noise with "trailing" times, and unit noise with "leading" ones. The offset does
+    # nothing where timesteps are given, and pipelines warn of any other.
     spacing = "trailing" if starts_at_sigma else "leading"
-    return EulerDiscreteScheduler.from_config(settings, timestep_spacing=spacing, steps_offset=0)
+    return EulerDiscreteScheduler.from_config(settings, timestep_spacing=spacing, steps_offset=1)
 
 
 def _starts_at_sigma(sampler: AnySampler) -> bool:

@@ -19,6 +19,7 @@ from diffdistill.model import ModelSpec, TrainedModel
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.router import RoutedDenoiser
 from diffdistill.schema import UserError
+from diffdistill.text import SentenceEncoder
 
 COMPONENT = "model"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,6 +31,7 @@ It imports torch and diffusers only. Licence of the code: Apache-2.0.
 '''
 USED = """from diffdistill.denoiser import Denoiser
 from diffdistill.export.exported import ExportedModel
+from diffdistill.export.exported import Sentences
 from diffdistill.export.exported import Source
 from diffdistill.export.substitutes import FamilyNetwork
 """
@@ -66,6 +68,8 @@ def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
         names = [name for name in (*source.family.parts, "scheduler") if source.class_of(name)]
         copy_parts(source, folder, names)
         index |= {name: source.index[name] for name in names}
+    if model.spec.text_encoder:
+        index |= _save_sentence_encoder(model.spec.text_encoder, folder)
     write_json(folder / "model_index.json", index)
 
 
@@ -91,7 +95,7 @@ def _body(spec: ModelSpec, router: Any, num_students: int, source: Pipeline | No
     num_students = {num_students}
     sampler = {spec.sampler!r}
     router = {router!r}
-    source = {_source_code(source)}
+    source = {"Sentences()" if spec.text_encoder else _source_code(source)}
 
     @staticmethod
     def make_denoiser():
@@ -116,6 +120,14 @@ def _source_code(source: Pipeline | None) -> str:
     family = type(source.family).__name__
     kind, size = str(source.index["_class_name"]), source.image_size
     return f"Source({family}(), {kind!r}, {settings!r}, {size}, {source.options!r})"
+
+
+def _save_sentence_encoder(place: str, folder: FilePath) -> dict[str, Any]:
+    """Write tokenizer and encoder as a pipeline's parts. Returns their entries of its index."""
+    loaded = dict(zip(("tokenizer", "text_encoder"), SentenceEncoder(place).load(), strict=True))
+    for name, part in loaded.items():
+        part.save_pretrained(folder / name)
+    return {name: ["transformers", type(part).__name__] for name, part in loaded.items()}
 
 
 def innermost(network: Any) -> Any:
