@@ -142,6 +142,15 @@ def samples_of(shard: FilePath) -> Iterator[dict[str, Member]]:
         raise UserError(f"{shard}: not a tar that can be read (compressed ones are not): {error}") from None
     if sample:
         yield sample
+    _check_end(shard)
+
+
+def _check_end(shard: FilePath) -> None:
+    """Raise UserError unless a tar ends as it should, with zeros; tarfile takes a torn header for the end."""
+    with shard.open("rb") as handle:
+        handle.seek(max(0, shard.stat().st_size - tarfile.BLOCKSIZE))
+        if handle.read().strip(b"\0") or shard.stat().st_size % tarfile.BLOCKSIZE:
+            raise UserError(f"{shard}: is cut off: it has no end")
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -1,0 +1,96 @@
+"""Tables on disk: computed once, by one process, and after a kill only what was missing."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from time import sleep
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffdistill.data.shards import MakeRows, Shard, build_table, files_key
+
+COUNT, SHARD = 10, 3
+
+
+def rows(first: int, last: int) -> Shard:
+    numbers = torch.arange(first, last)
+    return {"x": numbers[:, None] * torch.ones(1, 4), "n": numbers, "is_odd": numbers % 2 == 1}
+
+
+def build(root: Path, log: Path, *, delay: float = 0.0, dies_at: int | None = None) -> list[dict[str, Tensor]]:
+    """The table of `rows`; each shard that is made is a line of `log`."""
+
+    def start() -> MakeRows:
+        def make(first: int, last: int) -> Shard:
+            if first == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sleep(delay)
+            with log.open("a") as file:
+                file.write(f"{first}\n")
+            return rows(first, last)
+
+        return make
+
+    return build_table(root, "key", COUNT, rows_per_shard=SHARD, start=start, title="the table", about={})
+
+
+def read(log: Path) -> list[int]:
+    return [int(line) for line in log.read_text().split()]
+
+
+def run(*processes: multiprocessing.Process) -> list[int | None]:
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def assert_whole(shards: list[dict[str, Tensor]]) -> None:
+    for name, part in rows(0, COUNT).items():
+        assert torch.equal(torch.cat([shard[name] for shard in shards]), part)
+
+
+def test_a_table_is_computed_once_and_read_from_the_disk(tmp_path: Path) -> None:
+    assert_whole(build(tmp_path, tmp_path / "log"))
+    assert_whole(build(tmp_path, tmp_path / "log"))
+    assert read(tmp_path / "log") == [0, 3, 6, 9]
+
+
+def test_a_build_that_was_killed_goes_on_where_it_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fork = multiprocessing.get_context("fork")
+    died = run(fork.Process(target=build, args=(tmp_path, tmp_path / "log"), kwargs={"dies_at": 6}))
+    assert died == [-signal.SIGKILL]
+    assert read(tmp_path / "log") == [0, 3]
+    assert_whole(build(tmp_path, tmp_path / "log"))
+    assert read(tmp_path / "log") == [0, 3, 6, 9]
+    assert "the table: 2 of 4 shards are there; going on" in " ".join(capfd.readouterr().err.split())
+
+
+def test_two_processes_build_it_once(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=build, args=(tmp_path, tmp_path / "log"), kwargs={"delay": 0.05}) for _ in range(2)]
+    assert run(*both) == [0, 0]
+    assert read(tmp_path / "log") == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("damage", ["one bit", "half", "none left"])
+def test_a_damaged_shard_is_made_anew(damage: str, tmp_path: Path) -> None:
+    build(tmp_path, tmp_path / "log")
+    file = sorted((tmp_path / "key").glob("00001-*"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes({"one bit": bytes(content), "half": bytes(content[: len(content) // 2]), "none left": b""}[damage])
+    assert_whole(build(tmp_path, tmp_path / "log"))
+    assert read(tmp_path / "log") == [0, 3, 6, 9, 3]
+
+
+def test_files_are_known_by_their_content_wherever_they_are(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w").write_text("other" if folder == "c" else "same")
+    keys = [files_key([tmp_path / folder / "w"], root=tmp_path / "cache") for folder in ("a", "b", "c", "a")]
+    assert keys[0] == keys[1] == keys[3] != keys[2]
