@@ -21,7 +21,7 @@ class EvalConfig:
     protocol: a name, or a YAML file; one repeat of it.  every: steps between two.  num_images: fewer than the
     protocol's, which makes it another protocol.  best_by: the metric that decides which checkpoint is kept as the
     best; null takes the protocol's first.  guidance: w of D_u + w (D_c - D_u).  weights, references: files by the
-    features' label, where they do not lie in their folders.
+    features' label, where they do not lie in their folders.  captions: the file of a protocol's captions.
     """
 
     protocol: str = "digits-pixels"
@@ -32,6 +32,7 @@ class EvalConfig:
     batch_size: Annotated[int, Field(ge=1, le=256)] = 256
     weights: dict[str, str] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
+    captions: str | None = None
 
 
 class Watched(Protocol):

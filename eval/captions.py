@@ -8,17 +8,20 @@ from diffdistill.eval.protocol import Captions, Protocol
 from diffdistill.schema import UserError
 
 
-def read_captions(protocol: Protocol, file: str | None) -> tuple[Protocol, list[str] | None]:
+def read_captions(
+    protocol: Protocol, file: str | None, *, setting: str = "--captions"
+) -> tuple[Protocol, list[str] | None]:
     """The protocol with its captions' SHA-256, and the captions, one a line; None where it asks for none.
 
+    setting: what names the file, for messages.
     Raises UserError if there is no file, or it is another one than the protocol's.
     """
     if protocol.captions is None:
         if file is not None:
-            raise UserError(f"--captions {file}: protocol {protocol.name} asks for none")
+            raise UserError(f"{setting} {file}: protocol {protocol.name} asks for none")
         return protocol, None
     if file is None:
-        raise UserError(f"protocol {protocol.name}: give its captions: --captions FILE ({protocol.captions.name})")
+        raise UserError(f"protocol {protocol.name}: give its captions: {setting} FILE ({protocol.captions.name})")
     try:
         content = FilePath(file).expanduser().read_bytes()
         lines = content.decode().splitlines()

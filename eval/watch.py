@@ -11,7 +11,9 @@ from torch import nn
 from diffdistill.checkpoint import PREFIX, write_text_atomically
 from diffdistill.config import dump
 from diffdistill.denoiser import Denoiser
+from diffdistill.eval.around import Around, open_around
 from diffdistill.eval.bench import make_bench
+from diffdistill.eval.captions import read_captions
 from diffdistill.eval.extract import Bench
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.hashes import hash_weights
@@ -40,6 +42,7 @@ class StudentWatch:
     bench: Bench
     best_by: str
     processes: Processes
+    around: Around | None = None
 
     @staticmethod
     def of(
@@ -49,6 +52,7 @@ class StudentWatch:
         protocol = replace(find_protocol(config.protocol), repeats=1)
         if config.num_images:
             protocol = replace(protocol, num_images=config.num_images)
+        protocol, captions = read_captions(protocol, config.captions, setting="eval.captions")
         metrics = [key for metric in protocol.metrics for key in metric.keys]
         best_by = config.best_by or metrics[0]
         if best_by not in metrics:
@@ -59,8 +63,13 @@ class StudentWatch:
             batch_size=config.batch_size,
             weights=config.weights,
             references=config.references,
+            captions=captions,
         )
-        watch = StudentWatch(config, folder, spec, bench, best_by, processes)
+        if not isinstance(student, Denoiser):
+            raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")
+        some = captions[: protocol.num_images] if captions is not None else None
+        around = open_around(spec, student, some, processes.device, origin="eval", keeps_encoder=False)
+        watch = StudentWatch(config, folder, spec, bench, best_by, processes, around)
         watch._source(student, step=0)
         return watch
 
@@ -100,16 +109,19 @@ class StudentWatch:
         return self._checkpoint(self._best_step(known)).name if known else None
 
     def _source(self, student: nn.Module, *, step: int) -> SampledImages:
-        if not isinstance(student, Denoiser):
-            raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")
+        assert isinstance(student, Denoiser)
         return SampledImages(
             denoiser=student,
             sampler=self.spec.sampler,
             protocol=self.bench.protocol,
             image_shape=self.spec.image_shape,
             guidance=self.config.guidance,
+            around=self.around,
             model=ModelRecord(
-                source=str(self._checkpoint(step)), sha256=hash_weights(student), parameters=count_parameters(student)
+                source=str(self._checkpoint(step)),
+                sha256=hash_weights(student),
+                parameters=count_parameters(student),
+                around_sha256=dict(self.around.sha256) if self.around else {},
             ),
         )
 

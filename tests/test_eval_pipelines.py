@@ -1,5 +1,6 @@
 """`diffdistill eval` of pipelines on latents: captions in, through text encoder, network and VAE, scores out."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from conftest import small_config
 from stand_ins import save_stand_in
 from tiny_clip import LABEL, METRIC, write_clip
 from typer.testing import CliRunner
@@ -23,6 +25,7 @@ from diffdistill.eval.records import read_records
 from diffdistill.families import open_pipeline
 from diffdistill.sampling import DDIM
 from diffdistill.schema import UserError
+from diffdistill.trainer import Trainer
 
 CAPTIONS = ["a red fox", "two blue birds", "a dog", "the same again"]
 STEPS = DDIM(num_steps=2)
@@ -99,10 +102,12 @@ def test_captions_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None
         opened(text, protocol(tmp_path, image_shape=[3, 512, 512]))
 
 
-def evaluated(place: Path, folder: Path, *options: object) -> Result:
+def evaluated(
+    place: Path, folder: Path, *options: object, sampler: str | None = "{name: ddim, num_steps: 2}"
+) -> Result:
     write_clip(folder)
     arguments = ["--captions", folder / "captions.txt", "--weights", f"{LABEL}={folder / 'clip.safetensors'}"]
-    arguments += ["--sampler", "{name: ddim, num_steps: 2}", "--records", folder / "r.jsonl", *options]
+    arguments += [*(["--sampler", sampler] if sampler else []), "--records", folder / "r.jsonl", *options]
     call = ["eval", str(place), "--protocol", str(folder / "protocol.yaml"), *map(str, arguments)]
     return CliRunner(env={"COLUMNS": "200", "DIFFDISTILL_CACHE": str(folder / "cache")}).invoke(app, call)
 
@@ -125,3 +130,29 @@ def test_a_clip_score_of_a_pipeline_names_everything_that_made_it(place: Path, t
     captions = record.protocol["captions"]
     assert isinstance(captions, dict)
     assert len(str(captions["sha256"])) == 64
+
+
+def test_a_students_captions_are_judged_while_it_trains_as_its_checkpoint_is_afterwards(tmp_path: Path) -> None:
+    place, captions = save_stand_in("sd", tmp_path / "sd"), tmp_path / "captions.txt"
+    protocol_file(tmp_path)
+    write_clip(tmp_path)
+    watch = {
+        "protocol": str(tmp_path / "protocol.yaml"),
+        "captions": str(captions),
+        "weights": {LABEL: str(tmp_path / "clip.safetensors")},
+        "guidance": 2.0,
+    }
+    prompts = json.dumps({"name": "prompts", "path": str(captions)})
+    settings = ("train.steps=2", "train.global_batch_size=2", "method.steps={init_ratio: 10}")
+    config = small_config(
+        "sim", tmp_path / "run", f"data={prompts}", f"eval={json.dumps(watch)}", *settings, teacher=place
+    )
+    Trainer(config, quiet=True).run()
+    result = evaluated(tmp_path / "run", tmp_path, "--guidance", 2, sampler=None)
+    assert result.exit_code == 0, result.output
+    (seen,), (afterwards,) = read_records(tmp_path / "run" / "eval.jsonl"), read_records(tmp_path / "r.jsonl")
+    assert seen.metrics["clip-score"].mean == pytest.approx(afterwards.metrics["clip-score"].mean, rel=1e-5)
+    assert seen.protocol_id == afterwards.protocol_id
+    assert seen.model is not None
+    assert afterwards.model is not None
+    assert seen.model.around_sha256 == afterwards.model.around_sha256
