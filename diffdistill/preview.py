@@ -26,14 +26,15 @@ def save_grid(file: FilePath, images: Tensor, *, columns: int, min_side: int = 3
 def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, min_side: int = 32) -> None:
     """One PNG with a captioned grid per entry, side by side."""
     grids = {caption: tile(images, columns, min_side) for caption, images in panels.items()}
-    gap = 8
-    width = sum(grid.width for grid in grids.values()) + gap * (len(grids) - 1)
-    sheet = Image.new("RGB", (width, CAPTION_HEIGHT + max(grid.height for grid in grids.values())), "white")
+    gap, ruler = 8, ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = {caption: max(grid.width, int(ruler.textlength(caption)) + 2) for caption, grid in grids.items()}
+    size = (sum(widths.values()) + gap * (len(grids) - 1), CAPTION_HEIGHT + max(grid.height for grid in grids.values()))
+    sheet = Image.new("RGB", size, "white")
     pen, left = ImageDraw.Draw(sheet), 0
     for caption, grid in grids.items():
         pen.text((left + 1, 1), caption, fill="black")
         sheet.paste(grid, (left, CAPTION_HEIGHT))
-        left += grid.width + gap
+        left += widths[caption] + gap
     sheet.save(_ready(file))
 
 

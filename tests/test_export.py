@@ -210,7 +210,7 @@ def out_of(*arguments: object) -> Any:
 def test_the_command_writes_verifies_and_says_what_it_wrote(run: Path, tmp_path: Path) -> None:
     result = out_of(run, "--out", tmp_path / "deep" / "digits")
     assert result.exit_code == 0, result.output
-    assert "self-contained (Adapted is not one of diffusers' networks), within" in result.stdout
+    assert "self-contained (Adapted is not one of diffusers' networks), the run's images" in result.stdout
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["digits"]
     names = {path.name for path in (tmp_path / "deep" / "digits").iterdir()}
     assert names == {"README.md", RECORD, "model", "model_index.json", "pipeline.py", "samples.png"}

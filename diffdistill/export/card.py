@@ -12,7 +12,7 @@ import yaml
 from diffdistill.checkpoint import STATE, write_text_atomically
 from diffdistill.export.expected import PROMPTS
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
-from diffdistill.export.record import ExportRecord
+from diffdistill.export.record import ExportRecord, without_home
 from diffdistill.families import is_pipeline, open_pipeline
 from diffdistill.families.hub import is_hub_name
 from diffdistill.families.pipeline import read_json
@@ -52,11 +52,10 @@ def write_card(folder: FilePath, facts: CardFacts, *, name: str, difference: flo
     if draw_samples(facts.model, folder / PICTURE):
         parts.append(f"![Samples]({PICTURE})")
     if difference is not None:
-        parts.append(
-            f"Loaded in a process without diffdistill, it made the run's own images within {difference:.1g} (float32)."
-        )
+        parts.append(f"Loaded in a process without diffdistill, it made the run's own images {how_near(difference)}.")
     if facts.config:
-        recipe = yaml.safe_dump(dict(facts.config), sort_keys=False)
+        shown = {name: value for name, value in facts.config.items() if name != "run"}
+        recipe = yaml.safe_dump(shown | {"teacher": _named(shown.get("teacher"))}, sort_keys=False)
         parts += ["## Recipe", f"```yaml\n{recipe}```"]
     parts += ["## Licence", _licence_note(facts, licence.get("license"))]
     write_text_atomically(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -115,6 +114,11 @@ def draw_samples(model: TrainedModel, file: FilePath) -> bool:
     return True
 
 
+def how_near(difference: float) -> str:
+    """The greatest difference of two images' values, in words."""
+    return f"within {difference:.1g}, in float32" if difference else "exactly"
+
+
 def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
     """The front matter that the hub reads."""
     base, method = facts.model.spec.pipeline, facts.config.get("method", {}).get("name")
@@ -132,7 +136,7 @@ def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
 def _summary(facts: CardFacts) -> str:
     spec, count, config = facts.model.spec, facts.model.spec.sampler.num_evaluations, facts.config
     how = f" by `{config['method']['name']}`" if config else ""
-    teacher = f", from `{config['teacher']}`" if config.get("teacher") else ""
+    teacher = f", from `{_named(config['teacher'])}`" if config.get("teacher") else ""
     shape = " x ".join(map(str, spec.image_shape))
     calls = "one call" if count == 1 else f"{count} calls"
     return f"Distilled with diffdistill{how}{teacher}: {shape} samples in {calls} of the network."
@@ -168,8 +172,9 @@ def _usage(facts: CardFacts) -> str:
 
 def _usage_of_lora(record: ExportRecord) -> list[str]:
     file = KOHYA_FILE if record.kind == "kohya" else DIFFUSERS_FILE
+    assert record.base is not None
     return [
-        f"pipe = {record.pipeline}.from_pretrained({record.base!r})",
+        f"pipe = {record.pipeline}.from_pretrained({without_home(record.base)!r})",
         f'pipe.load_lora_weights(".", weight_name={file!r})',
         f'pipe.scheduler = {record.scheduler}.from_pretrained(".", subfolder="scheduler")',
     ]
@@ -181,6 +186,11 @@ def _licence_note(facts: CardFacts, licence: str | None) -> str:
     if facts.model.spec.pipeline and is_pipeline(facts.model.spec.pipeline):
         return "The teacher's card names no licence. Its terms hold for this student as well: look them up."
     return "The teacher's, which was trained here: that of the images and texts that it was trained on."
+
+
+def _named(place: str | None) -> str | None:
+    """A name on the hub, or the last part of a path."""
+    return place if place is None or is_hub_name(place) else FilePath(place).name
 
 
 def _takes_text(facts: CardFacts) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, get_args
 
 from diffdistill import __version__
-from diffdistill.export.card import CardFacts, read_state, write_card
+from diffdistill.export.card import CardFacts, how_near, read_state, write_card
 from diffdistill.export.expected import check_lora, check_self_contained, check_stock
 from diffdistill.export.lora_files import write_lora
 from diffdistill.export.push import check_push, push
@@ -57,7 +57,11 @@ class Exported:
     @property
     def summary(self) -> str:
         why = f" ({self.note})" if self.note else ""
-        checked = "not verified" if self.difference is None else f"within {self.difference:.1g} of the run's images"
+        checked = (
+            "not verified"
+            if self.difference is None
+            else f"the run's images {how_near(self.difference)} without diffdistill"
+        )
         pushed = f"; pushed to {self.address}" if self.address else ""
         return f"{self.folder}: {self.kind}{why}, {checked}{pushed}"
 

@@ -1,6 +1,7 @@
 """diffdistill.json in an exported folder: what it is, so that others of our commands know how to use it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -35,8 +36,20 @@ class ExportRecord:
     teacher: str | None = None
     teacher_guidance: float = 1.0
 
+    @property
+    def places(self) -> dict[str, str | None]:
+        return {"base": self.base, "teacher": self.teacher}
+
     def write(self, folder: FilePath) -> None:
-        write_text_atomically(folder / RECORD, json.dumps(dump(self), indent=1) + "\n")
+        """As JSON."""
+        places = {name: place and without_home(place) for name, place in self.places.items()}
+        write_text_atomically(folder / RECORD, json.dumps(dump(self) | places, indent=1) + "\n")
+
+
+def without_home(place: str) -> str:
+    """A path below the user's home as ~/..., so that an uploaded folder does not tell who the user is."""
+    home = f"{FilePath.home()}/"
+    return f"~/{place.removeprefix(home)}" if place.startswith(home) else place
 
 
 def read_record(folder: FilePath) -> ExportRecord | None:
@@ -48,4 +61,6 @@ def read_record(folder: FilePath) -> ExportRecord | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
-    return validate(ExportRecord, found, origin=str(file))
+    record = validate(ExportRecord, found, origin=str(file))
+    places = {name: place and str(FilePath(place).expanduser()) for name, place in record.places.items()}
+    return replace(record, **places)  # type: ignore[arg-type]
