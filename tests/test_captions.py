@@ -222,3 +222,13 @@ def test_nothing_of_a_shard_is_unpacked_and_its_links_are_passed_over(tmp_path: 
 def test_prompts_alone_have_no_images() -> None:
     with pytest.raises(UserError, match="holds prompts and no images"):
         Captions("here", ("a",)).images(Prompts(path="x").sizing, None)
+
+
+def test_captions_alone_are_read_from_a_hugging_face_set(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": list(PROMPTS), "width": [8] * 5}).save_to_disk(str(tmp_path / "hf"))
+    data = HuggingFace(path=str(tmp_path / "hf"), image_column=None, caption_column="text")
+    assert (data.has_images, data.captions().prompts) == (False, PROMPTS)
+    with pytest.raises(UserError, match="caption_column = 'width', row 0: the caption is no text but int"):
+        HuggingFace(path=str(tmp_path / "hf"), image_column=None, caption_column="width").captions()
