@@ -11,11 +11,11 @@ from diffdistill.sampling import Heun
 from diffdistill.trainer import Trainer
 
 method = AGD(
-    adapter=AdapterConfig(kind="cross_attention", width=64, heads=4, placement="all"),
+    adapter=AdapterConfig(kind="cross_attention", width=128, heads=32, placement="all", proportional=True),
     steps=Heun(num_steps=18, rho=5.0),  # of the stored trajectories, and of the student
     guidance=(1.0, 4.0),  # each trajectory has a scale of its own
     trajectories=500,
-    weight="eps",
+    weight="snr5",
 )
 config = RunConfig(
     run="runs/digits-agd",
@@ -23,12 +23,12 @@ config = RunConfig(
     method=method,
     optimizers={
         "adapted": OptimizerConfig(
-            name="adamw", lr=2e-3, betas=(0.9, 0.999), warmup_steps=50, decay="cosine", decay_start=0.0
+            name="adamw", lr=4e-3, betas=(0.9, 0.999), warmup_steps=50, decay="cosine", decay_start=0.0
         )
     },
     ema=None,
     health=None,
-    train=TrainConfig(steps=800, global_batch_size=128, preview_every=0, checkpoint_every=400),
+    train=TrainConfig(steps=650, global_batch_size=64, preview_every=0, checkpoint_every=400),
 )
 
 if __name__ == "__main__":
