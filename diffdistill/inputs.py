@@ -12,10 +12,11 @@ import torch
 
 from diffdistill.conditions import Conditions
 from diffdistill.config import RunConfig
+from diffdistill.data import AnyData
 from diffdistill.data import cache as kept
 from diffdistill.data.captions import Captioned
 from diffdistill.data.shards import MakeRows, Shard, build_table, files_key, table_key
-from diffdistill.data.source import ImageSource, LatentImages, NoImages
+from diffdistill.data.source import ImageSource, LatentImages, MappedImages, NoImages
 from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws
 from diffdistill.families import Pipeline, open_pipeline
@@ -120,7 +121,7 @@ def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.devi
     if encoder is None:
         if not needs_images and teacher is not None and _vae_of(teacher):
             return Inputs(NoImages(teacher.image_shape, device))
-        return Inputs(_prepared(data.load(), teacher, root, device))
+        return Inputs(_prepared(_without_captions(data), teacher, root, device))
     assert isinstance(data, Captioned)
     captions = data.captions()
     for note in captions.notes:
@@ -232,6 +233,16 @@ def _prepared(images: ImageSource, teacher: ModelSpec | None, root: FilePath, de
             f"data.resolution"
         )
     return encode_images(pipeline, images, root=root, device=device)
+
+
+def _without_captions(data: AnyData) -> ImageSource:
+    """The images for a model that takes no prompts: their captions are no classes."""
+    images = data.load()
+    if isinstance(data, Captioned) and data.has_captions:
+        assert isinstance(images, MappedImages)
+        kept.say(f"data: the captions of {data.name} are not used: the model takes no prompts")
+        return MappedImages(images.images, None, key=images.key, num_classes=0)
+    return images
 
 
 def _let_go() -> None:

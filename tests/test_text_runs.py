@@ -197,6 +197,15 @@ def test_prompts_for_a_teacher_without_text_are_refused(quick_teacher: Path, sha
         Trainer(small_config("sim", tmp_path / "run", data, teacher=quick_teacher), quiet=True)
 
 
+def test_captions_are_no_classes_for_a_model_without_text(
+    shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = f"data={json.dumps({'name': 'captioned_images', 'path': str(shared / 'images'), 'resolution': 8})}"
+    trainer = Trainer(small_config("pretrain", tmp_path / "run", data), quiet=True)
+    assert (trainer.source.num_classes, trainer.source.labels, trainer.spec.num_classes) == (0, None, 0)
+    assert "the captions of captioned_images are not used" in " ".join(capfd.readouterr().err.split())
+
+
 def save_sentence_encoder(folder: Path) -> Path:
     """A BERT of a few weights in the layout of all-MiniLM-L6-v2."""
     import transformers
