@@ -26,6 +26,10 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
 BEST = "best"
+STATE_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    **{"student": str, "teacher": (str, type(None)), "data": str},
+    **{"model": dict, "config": dict, "skips": dict},
+}
 
 
 class CheckpointError(UserError):
@@ -92,11 +96,12 @@ def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, 
         whole = [c for c in list_checkpoints(target.parent) if c.name < target.name and not find_damage(c)]
         offer = f"; the newest whole one before it is {whole[-1]}" if whole else "; there is no whole one before it"
         raise CheckpointError(f"{target}: damaged: {fault}{offer}")
-    state = json.loads((target / STATE).read_text())
-    files = [target / name for name in json.loads((target / MANIFEST).read_text())["files"] if name != STATE]
+    state = _read_state(target)
+    names = _read_json(target / MANIFEST)["files"]
+    files = [target / name for name in names if name != STATE]
     return Checkpoint(
-        step=int(state["step"]),
-        tensors={f.stem: load_file(f, device=device) for f in files if groups is None or f.stem in groups},
+        step=state["step"],
+        tensors={f.stem: _read_tensors(f, device) for f in files if groups is None or f.stem in groups},
         state=state,
     )
 
@@ -136,16 +141,18 @@ def load_strictly(
 def find_damage(target: FilePath) -> str | None:
     """What is wrong with a checkpoint, or None: every file of the manifest is there, of the right hash."""
     try:
-        manifest = json.loads((target / MANIFEST).read_text())
+        manifest = _read_json(target / MANIFEST)
         hashes = manifest["files"]
         if manifest["self"] != _hash_text(json.dumps(hashes)):
             return f"{MANIFEST} does not match its own hash"
         for name, expected in hashes.items():
-            if _hash(target / FilePath(name).name) != expected:
+            if FilePath(name).name != name:
+                return f"{MANIFEST} names {name!r}, which is not in the folder"
+            if _hash(target / name) != expected:
                 return f"{name} does not match its hash (truncated or changed)"
     except FileNotFoundError as error:
         return f"{FilePath(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     return None
 
@@ -184,6 +191,35 @@ def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> N
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _read_state(target: FilePath) -> dict[str, Any]:
+    """state.json, of which the hash fits: its author may still mean harm. Raises CheckpointError."""
+    try:
+        state = _read_json(target / STATE)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{target / STATE}: cannot be read: {error}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{target / STATE}: must be an object, not {type(state).__name__}")
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+        raise CheckpointError(f"{target / STATE}: step = {str(step)[:40]}: must be a number of iterations")
+    for name, kind in STATE_TYPES.items():
+        if name in state and not isinstance(state[name], kind):
+            raise CheckpointError(f"{target / STATE}: {name} = {str(state[name])[:40]!r}: is of another type")
+    return state
+
+
+def _read_json(file: FilePath) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _read_tensors(file: FilePath, device: str) -> dict[str, Tensor]:
+    """Tensors of a file. Raises CheckpointError if its header makes no sense."""
+    try:
+        return load_file(file, device=device)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
 
 
 def _remove(checkpoint: FilePath) -> None:

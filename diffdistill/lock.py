@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A run's folder is one run's, and its files are in it."""
 
 import fcntl
 import os
@@ -16,13 +16,15 @@ LOCK = ".lock"
 def locked(folder: FilePath) -> Iterator[None]:
     """While open, no other run can open the same folder. The lock ends with the process, however that ends.
 
-    Raises UserError naming the process that holds it. A file system without locks keeps nobody out.
+    Raises UserError naming the process that holds it, and for links to files, through which a run would write
+    elsewhere. A file system without locks keeps nobody out.
     """
-    with (folder / LOCK).open("a+", encoding="utf-8") as handle:
+    refuse_links(folder)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "r+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            handle.seek(0)
             holder = handle.read(200).strip()
             raise UserError(
                 f"run = {str(folder)!r}: another run is writing there ({holder}); name another `run`"
@@ -33,3 +35,10 @@ def locked(folder: FilePath) -> Iterator[None]:
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
         yield
+
+
+def refuse_links(folder: FilePath) -> None:
+    """Raise UserError if the folder holds a link that is not to a folder: a run that came from elsewhere may."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and not entry.is_dir():
+            raise UserError(f"{entry}: is a link to {os.readlink(entry)}, which the run would write to; remove it")

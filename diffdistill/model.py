@@ -98,6 +98,8 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
         known = ", ".join(sorted(f.stem.removeprefix("ema-") for f in target.glob("ema-*.safetensors"))) or "none"
         raise UserError(f"{target}: no average {ema!r} beside `ema`; there are: {known}")
     spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
+    if "student" not in checkpoint.state:
+        raise UserError(f"{target}/state.json: names no student")
     student = f"{checkpoint.state['student']}."
     group = named if (use_ema or ema) and named in checkpoint.tensors else "players"
     weights = {k.removeprefix(student): v for k, v in checkpoint.tensors[group].items() if k.startswith(student)}

@@ -206,7 +206,7 @@ def check_batch(train: TrainConfig, num_processes: int) -> None:
     if batch % num_processes:
         raise UserError(f"train.global_batch_size = {batch}: must be a multiple of the {num_processes} processes")
     share = batch // num_processes
-    if micro and share % min(micro, share):
+    if micro and (batch % micro or share % min(micro, share)):
         each = f", {share} in each of {num_processes} processes" if num_processes > 1 else ""
         raise UserError(
             f"train.global_batch_size = {batch}{each}: must be a multiple of train.micro_batch_size = {micro}"

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 T = TypeVar("T")
 
 
-def run_together(count: int, work: Callable[[], T], *, timeout: float = 120) -> list[T]:
+def run_together(count: int, work: Callable[[], T], *, timeout: float = 900) -> list[T]:
     """What `work` returns in each of `count` processes, by rank.  Raises AssertionError with the traceback of one."""
     context = multiprocessing.get_context("fork")
     told: Any = context.Queue()

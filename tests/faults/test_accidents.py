@@ -59,6 +59,21 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatc
         pass
 
 
+@pytest.mark.parametrize("name", [LOCK, "metrics.jsonl", "config.yaml"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_does_not_write_through_links(tmp_path: Path, name: str, is_there: bool) -> None:
+    target, folder = tmp_path / "elsewhere", tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(tmp_path, target_is_directory=True)  # another disk, say
+    if is_there:
+        target.write_text("precious")
+    (folder / name).symlink_to(target)
+    with pytest.raises(UserError, match=f"{name}: is a link to {target}"), locked(folder):
+        pass
+    assert target.exists() == is_there
+    assert not is_there or target.read_text() == "precious"
+
+
 def test_half_a_micro_batch_shares_out_the_batch(make_config: MakeConfig) -> None:
     def halves(*overrides: str, num_processes: int = 1) -> list[int | None]:
         found, config = [], with_half(make_config("pretrain", *overrides), num_processes)

@@ -1,0 +1,287 @@
+"""Broken and hostile files for every reader: each is read, or refused with a UserError, within seconds.
+
+python tests/fuzz.py [--seconds 120] [READER ...]
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from conftest import small_config
+from edm_pickles import ARGUMENTS, SHAPE, network_of, waves, write_checkpoint
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from pictures import encode
+from PIL import Image
+
+from diffdistill.checkpoint import MANIFEST, list_checkpoints
+from diffdistill.config import dump, load_config
+from diffdistill.data import ImageFolder, Npz
+from diffdistill.edm_checkpoint import read_edm
+from diffdistill.eval.records import read_records
+from diffdistill.model import load_model
+from diffdistill.networks.edm_unet import DDPMPP
+from diffdistill.schema import UserError
+from diffdistill.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+SLOW = 10.0  # seconds for one small file
+HOSTILE = (
+    *(
+        b"9" * 4400,
+        b"-1",
+        b"0",
+        b"1e999",
+        b"NaN",
+        b"Infinity",
+        b"true",
+        b"null",
+        b'""',
+        b"[]",
+        b"{}",
+        b"18446744073709551616",
+    ),
+    *(b"../../../etc/passwd", b"/dev/zero", b"C:\\x", b"\x00", b"\x1b[31m", b"\xff\xfe", "\u202e".encode(), b"\r\n"),
+    *(
+        b"[" * 3000,
+        b'{"a":' * 3000,
+        b"&a [*a, *a]",
+        b"!!python/object/apply:os.system ['true']",
+        b"<<: *a",
+        b"__class__",
+    ),
+    *(b"cos\nsystem\n(S'true'\ntR.", b"\x80\x04", b"F64", b"\xff" * 8, b"\x7f" * 8),
+)
+"""What has broken other readers: sizes, depths, paths, signs of other formats."""
+
+Mutation = tuple[str, float, bytes]
+mutations = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "replace", "cut", "flip", "repeat"]),
+        st.floats(0, 1),
+        st.one_of(st.sampled_from(HOSTILE), st.binary(min_size=1, max_size=12)),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def mutated(content: bytes, changes: Sequence[Mutation]) -> bytes:
+    """The content after some changes, each at a share of its length."""
+    for kind, share, piece in changes:
+        at = min(int(share * len(content)), max(len(content) - 1, 0))
+        if kind == "put":
+            content = content[:at] + piece + content[at:]
+        elif kind == "replace":
+            content = content[:at] + piece + content[at + len(piece) :]
+        elif kind == "cut":
+            content = content[:at] + content[at + 4 * len(piece) :]
+        elif kind == "repeat":
+            content = content[:at] + content[at : at + 40] * 3 + content[at:]
+        elif content:
+            content = content[:at] + bytes([content[at] ^ (1 << piece[0] % 8)]) + content[at + 1 :]
+    return content
+
+
+@dataclass(frozen=True)
+class Reader:
+    """seeds: good files.  read: of a file with this content, in an empty folder; may raise UserError alone."""
+
+    seeds: Callable[[Path], list[bytes]]
+    read: Callable[[Path, bytes], object]
+
+
+def _configs(_: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((ROOT / "configs").glob("*/digits.yaml"))]
+
+
+def _read_config(folder: Path, content: bytes) -> None:
+    file = folder / "config.yaml"
+    file.write_bytes(content)
+    load_config(file)
+
+
+def _overrides(_: Path) -> list[bytes]:
+    return [b"train.steps=3", b"method.steps={init_ratio: 4}", b"optimizers.generator.lr=2e-4", b"lora.default.rank=8"]
+
+
+def _read_override(folder: Path, content: bytes) -> None:
+    load_config(ROOT / "configs" / "dmd2" / "digits.yaml", [content.decode("utf-8", "replace")])
+
+
+def _records(_: Path) -> list[bytes]:
+    from test_records import MEASURED
+
+    return [json.dumps(dump(MEASURED)).encode() + b"\n", *(f.read_bytes() for f in (ROOT / "results").glob("*.jsonl"))][
+        :3
+    ]
+
+
+def _read_records(folder: Path, content: bytes) -> None:
+    file = folder / "records.jsonl"
+    file.write_bytes(content)
+    read_records(file)
+
+
+def _edm(folder: Path) -> list[bytes]:
+    net = DDPMPP(channels=16, multipliers=(1, 2, 2), blocks=2, attention_resolutions=(8, 4), augment_dim=9)
+    network = network_of(waves(net.build((3, 16, 16), 5, 0.0)), ARGUMENTS["ddpmpp"] | SHAPE)
+    return [write_checkpoint(folder / "edm.pkl", {"ema": network}).read_bytes()]
+
+
+def _read_edm(folder: Path, content: bytes) -> None:
+    file = folder / "edm.pkl"
+    file.write_bytes(content)
+    read_edm(file)
+
+
+def _archives(_: Path) -> list[bytes]:
+    made = []
+    for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", kind) as archive:
+            for name in ("0/a.png", "0/b.png", "1/c.jpg"):
+                archive.writestr(name, encode(Image.new("RGB", (8, 8), (200, 10, 30))))
+        made.append(file.getvalue())
+    return made
+
+
+def _read_archive(folder: Path, content: bytes) -> None:
+    (folder / "images.zip").write_bytes(content)
+    ImageFolder(path=str(folder / "images.zip"), labels="folders", cache=str(folder / "cache")).load()
+
+
+def _arrays(folder: Path) -> list[bytes]:
+    import numpy as np
+
+    file = io.BytesIO()
+    np.savez(file, images=np.zeros((3, 8, 8, 3), np.uint8), labels=np.arange(3))
+    return [file.getvalue()]
+
+
+def _read_arrays(folder: Path, content: bytes) -> None:
+    (folder / "images.npz").write_bytes(content)
+    Npz(path=str(folder / "images.npz"), cache=str(folder / "cache")).load()
+
+
+def _checkpoints(folder: Path) -> list[bytes]:
+    """state.json, players.safetensors and the manifest of one checkpoint, each behind its name."""
+    run = folder / "run"
+    Trainer(small_config("pretrain", run, "train.steps=1", "ema=null"), quiet=True).run()
+    return [f"{file.name}\n".encode() + file.read_bytes() for file in sorted(_checkpoint_of(folder).iterdir())]
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    return list_checkpoints(folder / "run" / "checkpoints")[-1]
+
+
+def _read_checkpoint(folder: Path, content: bytes) -> None:
+    """With hashes that fit, as an author who means harm would write them."""
+    name, _, content = content.partition(b"\n")
+    source = _checkpoint_of(folder.parent / "seeds")
+    target = folder / "step-00000001"
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(content if file.name.encode() == name else file.read_bytes())
+    if name != MANIFEST.encode():
+        files = [f for f in sorted(target.iterdir()) if f.name != MANIFEST]
+        hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        own = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+        (target / MANIFEST).write_text(json.dumps({"files": hashes, "self": own}))
+    load_model(target)
+
+
+READERS = {
+    "config": Reader(_configs, _read_config),
+    "override": Reader(_overrides, _read_override),
+    "records": Reader(_records, _read_records),
+    "EDM": Reader(_edm, _read_edm),
+    "zip of images": Reader(_archives, _read_archive),
+    "npz": Reader(_arrays, _read_arrays),
+    "checkpoint": Reader(_checkpoints, _read_checkpoint),
+}
+
+
+class Fuzzer:
+    """Feeds one reader.  tried, refused: files so far."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.reader, self.folder = READERS[name], folder
+        self.tried = self.refused = 0
+        (folder / "seeds").mkdir(parents=True)
+        self.seeds = self.reader.seeds(folder / "seeds")
+
+    def feed(self, content: bytes) -> None:
+        """One file. Raises whatever the reader should not have raised."""
+        self.tried += 1
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            try:
+                self.reader.read(Path(place), content)
+            except UserError:
+                self.refused += 1
+        taken = time.perf_counter() - began
+        assert taken < SLOW, f"{taken:.1f} s for {len(content)} bytes"
+
+    def run(self, examples: int, number: int = 0) -> None:
+        """So many changed files, a function of `number`. Raises what the smallest bad one gives."""
+
+        @seed(number)
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
+        )
+        @given(st.sampled_from(range(len(self.seeds))), mutations)
+        def one(which: int, changes: list[Mutation]) -> None:
+            name, head, body = b"", b"", self.seeds[which]
+            if self.reader.read is _read_checkpoint:
+                name, head, body = body.partition(b"\n")
+            self.feed(name + head + mutated(body, changes))
+
+        one()
+
+
+def feed_for(seconds: float, fuzzer: Fuzzer) -> int:
+    """Changed files for so long, or until one is neither read nor refused. Returns how many."""
+    until, number = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        fuzzer.run(100, number := number + 1)
+    return fuzzer.tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("readers", nargs="*")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = False
+    for name in options.readers or READERS:
+        with tempfile.TemporaryDirectory() as folder:
+            fuzzer, found = Fuzzer(name, Path(folder)), "nothing"
+            os.environ["DIFFDISTILL_CACHE"] = folder
+            try:
+                feed_for(options.seconds, fuzzer)
+            except Exception as error:
+                failed, found = True, "see below"
+                traceback.print_exception(error)
+            print(f"| {name} | {fuzzer.tried:,} | {fuzzer.refused:,} | {found} |", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
