@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate import init_empty_weights
 from parity import assert_steps_agree, packed, watched_steps
 from safetensors.torch import load_file, save_file
 from stand_ins import LENGTH, STAND_INS, save_stand_in
@@ -21,7 +22,7 @@ from torch import Tensor
 from diffdistill.conditions import Conditions
 from diffdistill.config import dump, validate
 from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
-from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families import Pipeline, find_family, open_pipeline
 from diffdistill.families import pipeline as pipeline_module
 from diffdistill.model import ModelSpec, load_model
 from diffdistill.networks.discriminator import make_head
@@ -179,6 +180,56 @@ def test_a_model_is_built_again_from_its_description_alone(place: Path) -> None:
     x, t = torch.randn(2, *spec.image_shape, generator=seeded(1)), middle(again)
     cond = again.class_cond(torch.tensor([1, 0]))
     assert torch.equal(again(x, t, cond), teacher.denoiser(x, t, cond))
+
+
+UNET = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
+REAL: dict[str, tuple[dict[str, Any], list[int], float]] = {
+    "dit": (
+        {"sample_size": 32, "in_channels": 4, "out_channels": 8, "num_layers": 28, "attention_head_dim": 72},
+        [4, 32, 32],
+        0.750,  # the paper's 0.675, and an embedder for every block
+    ),
+    "sd": (
+        UNET | {"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]},
+        [4, 64, 64],
+        0.860,
+    ),
+    "sdxl": (
+        UNET
+        | {"sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": [320, 640, 1280]}
+        | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]}
+        | {"up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
+        | {
+            "transformer_layers_per_block": [1, 2, 10],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+        }
+        | {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
+        [4, 128, 128],
+        2.567,
+    ),
+    "pixart": ({"sample_size": 128, "in_channels": 4, "caption_channels": 4096}, [4, 128, 128], 0.611),
+    "sd3": (
+        {"sample_size": 128, "in_channels": 16, "num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}
+        | {"caption_projection_dim": 1536},
+        [16, 128, 128],
+        2.028,
+    ),
+    "flux": ({"in_channels": 64, "guidance_embeds": True}, [16, 128, 128], 11.90),
+    "sana": ({"sample_size": 32, "in_channels": 32}, [32, 32, 32], 1.604),
+}
+"""What matters of a real network's config.json, what it denoises, and its parameters in thousands of millions."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks_have_their_size(name: str) -> None:
+    options, shape, size = REAL[name]
+    family = find_family(name)
+    assert list(family.image_shape(options)) == shape
+    with init_empty_weights():
+        net = family.build(options, family.image_shape(options), family.num_classes(options), family.class_dropout)
+    assert sum(p.numel() for p in net.parameters()) / 1e9 == pytest.approx(size, rel=2e-3)
 
 
 def test_the_tap_is_a_map_and_stops_there(place: Path) -> None:

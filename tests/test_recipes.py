@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 from stand_ins import save_stand_in
 
-from diffdistill.config import RunConfig, find_config, load_config
+from diffdistill.config import RunConfig, dump, find_config, load_config
 from diffdistill.families.hub import is_hub_name
+from diffdistill.methods.agd import AGD
+from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.trainer import Trainer
 
 FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "dit256": "dit"}
@@ -21,9 +24,6 @@ RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, FAMILIE
 QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256")
 """Of three methods, on three teachers, the ones that the quick tests train."""
 
-SMALL = {
-    "agd": ("method.trajectories=6", "method.steps.num_steps=3"),
-}
 PROMPTS = ("a red fox", "two blue birds", "a hat")
 
 
@@ -52,17 +52,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(recipe: str, teachers: Path, data: Path, run: Path) -> RunConfig:
-    """The recipe with a small teacher, batch and data; nothing else of it is changed."""
-    method, teacher = recipe.split("/")
-    named, overrides = load_config(find_config(recipe)).data.name, [*SMALL.get(method, ())]
+    """The recipe with a small teacher, batch and data, few trajectories and short stages; nothing else is changed."""
+    config, teacher = load_config(find_config(recipe)), recipe.partition("/")[2]
+    overrides, num_steps = [], 3
+    if isinstance(config.method, AGD):
+        overrides = ["method.trajectories=6", "method.steps.num_steps=3"]
+    if isinstance(config.method, HyperSD):  # a step of each stage
+        stages = [dump(replace(stage, num_steps=1)) for stage in config.method.stages]
+        overrides, num_steps = [f"method.stages={json.dumps(stages)}"], len(stages)
     places = {
         "prompts": f"{{name: prompts, path: {data}/prompts.txt}}",
         "webdataset": f"{{name: captioned_images, path: {data}/captioned, resolution: 16}}",
         "image_folder": f"{{name: image_folder, path: {data}/classes, labels: folders, resolution: 16}}",
     }
-    if named in places:
-        overrides.append(f"data={places[named]}")
-    train = ("steps=3", "global_batch_size=4", "micro_batch_size=2", "device=cpu", "preview_every=0", "log_every=1")
+    if config.data.name in places:
+        overrides.append(f"data={places[config.data.name]}")
+    train = f"steps={num_steps} global_batch_size=4 micro_batch_size=2 device=cpu preview_every=0 log_every=1".split()
     overrides += [f"run={run}", f"teacher={teachers}/{FAMILIES[teacher]}", *(f"train.{setting}" for setting in train)]
     overrides.append("train.on_nonfinite=stop")
     return load_config(find_config(recipe), overrides)
