@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffdistill.denoiser import Denoiser
 from diffdistill.draws import Draws
 from diffdistill.guidance import Guidance
 from diffdistill.model import TrainedModel
@@ -42,9 +43,8 @@ def sample_rows(model: TrainedModel, rng: Draws, labels: Tensor, *, guidance: Gu
 
     labels: classes, or numbers of encoded prompts, [B].  Raises UserError on guidance that the model does not know.
     """
-    net, shape = model.denoiser.net, model.spec.image_shape
-    if guidance != 1 and not net.knows_unconditional and "guidance_input" not in net.accepts:  # type: ignore[operator]
-        raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
+    shape = model.spec.image_shape
+    check_guidance(model.denoiser, guidance)
     return model.spec.sampler(
         model.denoiser,
         rng.normal("noise", shape),
@@ -52,6 +52,13 @@ def sample_rows(model: TrainedModel, rng: Draws, labels: Tensor, *, guidance: Gu
         guidance=guidance,
         fresh_noise=rng.fresh_noise(shape),
     )
+
+
+def check_guidance(denoiser: Denoiser, guidance: Guidance) -> None:
+    """Raise UserError on guidance that the network does not know."""
+    net = denoiser.net
+    if guidance != 1 and not net.knows_unconditional and "guidance_input" not in net.accepts:  # type: ignore[operator]
+        raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
 
 
 def check_labels(labels: Sequence[int], classes: Sequence[int], num_classes: int) -> None:

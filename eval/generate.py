@@ -15,6 +15,7 @@ from diffdistill.eval.around import Around, WholeSampler
 from diffdistill.eval.protocol import Labels, Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
 from diffdistill.guidance import AnyPolicy
+from diffdistill.inference import check_guidance
 from diffdistill.sampling import Sampler
 from diffdistill.schema import UserError
 
@@ -52,8 +53,7 @@ class SampledImages:
             raise UserError(f"{where}: knows {net.num_classes} classes; {protocol.name} is for {classes}")
         if not classes and net.num_classes:
             raise UserError(f"{where}: knows {net.num_classes} classes, but {protocol.name} names no labels")
-        if self.guidance != 1 and not net.knows_unconditional:
-            raise UserError(f"--guidance {self.guidance}: the model was trained without class dropout; use 1")
+        check_guidance(self.denoiser, self.guidance)
 
     @property
     def sampler_record(self) -> SamplerRecord:
