@@ -10,8 +10,8 @@ from PIL import Image
 from stand_ins import save_stand_in
 
 from diffdistill.config import RunConfig, apply_overrides, parse_config, parse_yaml
-from diffdistill.families import Pipeline, is_pipeline, open_pipeline
-from diffdistill.model import join_students
+from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.model import describe_model, join_students
 from diffdistill.trainer import Trainer
 
 SCORE = "{name: sid, steps: {init_ratio: 5, init_noise: unit}}"
@@ -87,8 +87,9 @@ def train(method: str, teacher: Path, run: Path, *overrides: str) -> Path:
 def config_of(method: str, teacher: Path, run: Path, *overrides: str) -> RunConfig:
     text = f"method: {METHODS[method]}\noptimizers: {{default: {{lr: 1e-3}}}}\ntrain: {SMALL_TRAIN}"
     settings = parse_yaml(text, origin="the tests' settings") | {"run": str(run), "teacher": str(teacher)}
-    if is_pipeline(teacher):
-        settings["data"] = data_for(open_pipeline(teacher), run.parent / "data")
+    pipeline = describe_model(teacher).pipeline
+    if pipeline is not None:
+        settings["data"] = data_for(open_pipeline(pipeline), run.parent / "data")
         settings["data"]["cache"] = str(run.parent / "cache")
     return parse_config(apply_overrides(settings, ["train.steps=3", "train.global_batch_size=4", *overrides]))
 

@@ -2,10 +2,10 @@
 
 import ast
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +27,12 @@ from diffdistill.export.record import RECORD, read_record
 from diffdistill.export.stock import write_stock
 from diffdistill.export.verify import TOLERANCE, Check, ExportError, compare, verify
 from diffdistill.model import TrainedModel, load_model
+from diffdistill.path import VPDiscrete
 from diffdistill.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
 from diffdistill.schema import UserError
 
 UNIT = {"init_noise": "unit"}
+LAST, HALF = VPDiscrete().ratio(torch.tensor([999.0, 499.0])).tolist()
 SAMPLERS: dict[str, tuple[str, AnySampler]] = {
     "sd, one step from sigma_t n": ("sd", FewSteps(init_ratio=5)),
     "sd, fresh noise": ("sd", FewSteps(init_ratio=5, later_ratios=(2, 0.5), **UNIT)),
@@ -38,7 +40,7 @@ SAMPLERS: dict[str, tuple[str, AnySampler]] = {
     "sd, TCD": ("sd", TCD(num_steps=4, eta=0.6, **UNIT)),
     "sd, DDIM": ("sd", DDIM(num_steps=3)),
     "dit, TCD": ("dit", TCD(num_steps=4, **UNIT)),
-    "dit, fresh noise at even times": ("dit", FewSteps(init_ratio=157.4, later_ratios=(3.3859,), **UNIT)),
+    "dit, fresh noise at even times": ("dit", FewSteps(init_ratio=LAST, later_ratios=(HALF,), **UNIT)),
     "sd3, fresh noise": ("sd3", FewSteps(init_ratio=20, later_ratios=(2, 0.5), **UNIT)),
     "sd3, TCD without noise": ("sd3", TCD(num_steps=2, eta=0, grid=DDIM(num_steps=4), **UNIT)),
     "ddpm, one step": ("ddpm", FewSteps(init_ratio=5, **UNIT)),
@@ -78,7 +80,7 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         teacher = origin(family, method, home / f"{name}-teacher")
         place = train(method, teacher, home / f"{name}-run", *more)
         made[name] = write(str(place), home / name, ExportOptions(kind=kind)).check  # type: ignore[arg-type]
-    return made
+    return made | {"planted": planted(made["signal"], home / "planted")}
 
 
 STUDENTS = {
@@ -174,23 +176,26 @@ def test_two_folders_never_share_a_file_of_code_that_differs(checks: dict[str, C
     assert all(len(texts) == 1 for texts in by_name.values())
 
 
-def test_a_difference_is_found(checks: dict[str, Check]) -> None:
-    right = checks["signal"]
-    moved = replace(right, expected=right.expected + 2e-5)
-    with pytest.raises(ExportError, match=r"differ from the run's by up to 2e-05"):
-        verify([moved])
+def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Check(Path("there"), {}, torch.zeros(1))
+    monkeypatch.setattr("diffdistill.export.verify.compare", lambda _: [TOLERANCE, 2e-5])
+    with pytest.raises(ExportError, match=r"there: its images differ from the run's by up to 2e-05"):
+        verify([check, check])
 
 
-def test_a_folder_that_imports_this_package_is_found(checks: dict[str, Check], tmp_path: Path) -> None:
-    folder = tmp_path / "planted"
-    shutil.copytree(checks["signal"].folder, folder)
+def test_a_folder_that_imports_this_package_is_found(differences: dict[str, float | str]) -> None:
+    assert "not to be imported by an exported model" in str(differences["planted"])
+
+
+def planted(check: Check, folder: Path) -> Check:
+    """A copy whose code imports this package."""
+    shutil.copytree(check.folder, folder)
     (file,) = (folder / "model").glob("network_*.py")
-    renamed = file.with_name("network_planted.py")
-    renamed.write_text(file.read_text() + "\nimport importlib\nimportlib.import_module('diffdistill.path')\n")
+    changed = file.read_text() + "\nimport importlib\nimportlib.import_module('diffdistill.path')\n"
+    file.with_name("network_planted.py").write_text(changed)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"model": ["network_planted", "Model"]}))
-    with pytest.raises(ExportError, match="not to be imported by an exported model"):
-        verify([replace(checks["signal"], folder=folder)])
+    return replace(check, folder=folder)
 
 
 # The command
@@ -285,17 +290,20 @@ def test_a_folder_that_fails_is_never_there(run: Path, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def export_and_die(run: Path, out: Path) -> None:
+    """Killed when the folder is nearly whole."""
+    command.verify = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, misc, return-value]
+    export(str(run), out, ExportOptions())
+
+
 def test_an_export_that_is_killed_leaves_no_folder_and_the_next_one_works(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     unverified(run, out)
     before = (out / "model" / "config.json").read_text()
-    script = (
-        "import os, signal; from diffdistill.export import command; "
-        "command.verify = lambda _: os.kill(os.getpid(), signal.SIGKILL); "
-        f"from pathlib import Path; command.export({str(run)!r}, Path({str(out)!r}), command.ExportOptions())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    process = multiprocessing.get_context("fork").Process(target=export_and_die, args=(run, out))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (out / "model" / "config.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir() if path != out] == [".exporting-out"]
     unverified(run, out, guidance_scale=1.5)

@@ -1,5 +1,6 @@
 """Every family's student and every method's, out of a run of three steps, loaded without this package: the table."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "export-matrix.md"
 LORA = "lora.default={rank: 2, alpha: 4}"
 ON_EVERY_FAMILY = ("dmd2", "hyper_sd", "agd")
 ALL_METHODS_ON = ("dit", "unet")
-NO_GUIDANCE = {"ddpm": "knows no class that stands for none", "flux": "knows no guidance but its input"}
+NO_GUIDANCE = {"ddpm": "has no class that stands for none", "flux": "has it in its network already, as an input"}
 """Families whose teachers AGD has nothing to learn from."""
 
 
@@ -52,12 +53,19 @@ def fill(every: Sequence[Cell], folder: Path) -> None:
             options = ExportOptions(kind=cell.asked)
             written = write(str(folder / name), folder / f"{name}-{cell.asked}", options)
         except UserError as error:
-            cell.found = str(error).replace(str(folder), "").partition("; use --kind")[0]
+            cell.found = why_not(cell, str(error))
             continue
         cell.kind = written.kind
         checks.append((cell, written.check))
     for (cell, _), found in zip(checks, compare([check for _, check in checks]), strict=True):
         cell.found = found
+
+
+def why_not(cell: Cell, message: str) -> str:
+    """A refusal as the page says it."""
+    if cell.method == "agd" and cell.family in NO_GUIDANCE:
+        return f"AGD distils guidance, and `{cell.family}` {NO_GUIDANCE[cell.family]}"
+    return re.sub(r"^--kind \w+: ", "", message).partition("; use --kind")[0]
 
 
 def table(every: Sequence[Cell]) -> str:
@@ -87,10 +95,11 @@ def table(every: Sequence[Cell]) -> str:
 
 HEAD = """# What can be exported
 
-Written by `make test-full` (tests/test_export_matrix.py) on {date}: each family's smallest architecture with random
-weights, or one of our own networks after three steps, three steps of the method, the export, and all folders loaded in
-one process where diffdistill cannot be imported. A number is the greatest difference of any value of two images from
-the run's own, in float32; {tolerance:g} is allowed. BOOT starts from a teacher that predicts v.
+Written by `make test-full` (tests/test_export_matrix.py) on {date}. The teacher is each family's smallest
+architecture with random weights, or one of our own networks after three steps of training. Then come three steps of
+the method, the export, and all folders are loaded in one process where diffdistill cannot be imported. A number is the
+greatest difference of any value of two images from the run's own, in float32; {tolerance:g} is allowed. BOOT starts
+from a teacher that predicts v.
 
 """
 

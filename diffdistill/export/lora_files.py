@@ -95,7 +95,7 @@ def _check_loads(source: Pipeline, *, is_kohya: bool) -> None:
     if not hasattr(kind, "load_lora_weights"):
         raise UserError(f"diffusers' {name} loads no LoRA files; use --kind stock, which merges the factors")
     if is_kohya and source.family.network != "unet":
-        raise UserError(f"{name}: its LoRA files have diffusers' keys, in ComfyUI too; use --kind lora")
+        raise UserError(f"{name}: its LoRA files have diffusers' keys alone; use --kind lora")
 
 
 def _check_base(model: TrainedModel, source: Pipeline) -> None:
