@@ -142,6 +142,36 @@ app.command()(export)
 
 @app.command()
 @guarded
+def students(
+    config: Config,
+    overrides: Overrides = None,
+    processes_each: Annotated[int, typer.Option(help="Processes that train one student together.", min=1)] = 1,
+    max_restarts: Annotated[int, typer.Option(help="Starts of a student after its first.", min=0)] = 3,
+    resume: Resume = False,
+) -> None:
+    """Train all students of an MSD config at the same time, each in processes of its own; one's failure is its own.
+
+    Example: diffdistill students msd/digits teacher=runs/teacher run=runs/msd --processes-each 2
+    """
+    from diffdistill.config import find_config
+    from diffdistill.students import train_students
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    runs = train_students(
+        find_config(config),
+        overrides or (),
+        processes_each=processes_each,
+        max_restarts=max_restarts,
+        resume=resume,
+        say=say,
+    )
+    say(f"now: diffdistill join {' '.join(map(str, runs))} --out {runs[0].parent}")
+
+
+@app.command()
+@guarded
 def join(
     runs: Annotated[list[str], typer.Argument(help="The students' runs or checkpoints, by their numbers.")],
     out: Annotated[str, typer.Option(help="The folder that stands for all of them.")],

@@ -1,0 +1,150 @@
+"""Students in groups of processes: one that fails starts again alone, or is named when all others are done."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accidents import config_at
+from conftest import MakeConfig
+
+from diffdistill import students
+from diffdistill.checkpoint import list_checkpoints, load_checkpoint
+from diffdistill.config import dump_yaml
+from diffdistill.schema import UserError
+from diffdistill.stopping import TrainingError
+from diffdistill.students import Group, command_of, plan_groups, train_students
+from diffdistill.trainer import Trainer
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(make_config: MakeConfig, tmp_path: Path) -> Write:
+    def made(*overrides: str) -> Path:
+        file = tmp_path / "msd.yaml"
+        file.write_text(dump_yaml(make_config("msd", f"run={tmp_path / 'msd'}", "trackers=[]", *overrides)))
+        return file
+
+    return made
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`program(text)`: in place of training, Python that knows `index`, `start` and `gpus`."""
+
+    def use(text: str) -> None:
+        def command(config: Path, overrides: object, group: Group, processes_each: int, *, resume: bool) -> list[str]:
+            head = f"import os, sys, time; index, start, resume = {group.index}, {group.starts + 1}, {resume}\n"
+            return [sys.executable, "-c", head + "gpus = os.environ.get('CUDA_VISIBLE_DEVICES')\n" + text]
+
+        monkeypatch.setattr(students, "command_of", command)
+
+    return use
+
+
+def test_a_student_that_fails_starts_again_and_the_others_do_not(write: Write, program: Callable[[str], None]) -> None:
+    program("print('error: bad luck', start, resume); sys.exit(index == 1 and start < 3)")
+    said: list[str] = []
+    runs = train_students(write("method.num_students=3"), (), say=said.append)
+    assert [run.name for run in runs] == ["student_index=0", "student_index=1", "student_index=2"]
+    logs = [run.with_name(run.name + ".log").read_text().splitlines() for run in runs]
+    assert [len(log) for log in logs] == [1, 3, 1]
+    assert logs[1] == ["error: bad luck 1 False", "error: bad luck 2 True", "error: bad luck 3 True"]
+    assert [line for line in said if "ended with" in line] == [
+        "student 1 ended with 1; start 2: error: bad luck 1 False",
+        "student 1 ended with 1; start 3: error: bad luck 2 True",
+    ]
+
+
+def test_a_student_that_never_gets_there_is_named_when_all_others_are_done(
+    write: Write, program: Callable[[str], None]
+) -> None:
+    program("print('error: no such teacher'); time.sleep(0.5 * (index != 1)); sys.exit({0: 0, 1: 1, 2: 2}[index])")
+    said: list[str] = []
+    with pytest.raises(TrainingError, match="2 of 3 students failed:\n  student 1: error: no such teacher") as raised:
+        train_students(write("method.num_students=3"), (), max_restarts=1, say=said.append)
+    assert "student 2" in str(raised.value)
+    assert "student 0: done" in said
+    assert len([line for line in said if "start 2" in line]) == 1, "bad input is not tried again"
+
+
+def test_students_share_out_the_gpus_and_wait_for_their_turn(
+    write: Write, program: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(students, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
+    program("print(gpus, time.monotonic()); time.sleep(0.5); print(gpus, time.monotonic())")
+    runs = train_students(write("method.num_students=3"), (), processes_each=2, say=lambda line: None)
+    told = [run.with_name(run.name + ".log").read_text().split() for run in runs]
+    assert [words[0] for words in told][:2] == ["0,1", "2,3"]
+    assert told[2][0] in ("0,1", "2,3")
+    before = next(words for words in told[:2] if words[0] == told[2][0])
+    assert float(told[2][1]) >= float(before[3]), "two students had the same GPUs at the same time"
+    with pytest.raises(UserError, match="--processes-each 6: there are 5 GPUs"):
+        train_students(write(), (), processes_each=6)
+
+
+def test_a_signal_is_handed_on_to_every_student(write: Write, program: Callable[[str], None], tmp_path: Path) -> None:
+    program(
+        "import signal; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143)))\n"
+        f"open(r'{tmp_path}/' + str(index), 'w').close(); time.sleep(60)"
+    )
+
+    def terminate() -> None:
+        while not all((tmp_path / str(index)).exists() for index in range(2)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    said: list[str] = []
+    with pytest.raises(SystemExit) as stopped:
+        train_students(write(), (), say=said.append)
+    assert stopped.value.code == 143
+    assert said == ["stopped by SIGTERM; saved: go on with --resume"]
+    assert [(tmp_path / "msd" / f"student_index={index}.log").read_text() for index in range(2)] == ["saved\n"] * 2
+
+
+def test_what_cannot_be_is_refused_before_anything_starts(write: Write, tmp_path: Path, quick_teacher: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(dump_yaml(config_at(tmp_path / "run", quick_teacher)))
+    with pytest.raises(UserError, match="'dmd2': has no students"):
+        plan_groups(other, (), resume=False)
+    file = write()
+    (tmp_path / "msd" / "student_index=1" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="student_index=1: holds a run already; add --resume"):
+        plan_groups(file, (), resume=False)
+    assert [group.index for group in plan_groups(file, (), resume=True)] == [0, 1]
+
+
+def test_several_processes_are_started_by_torchrun() -> None:
+    group = Group(2, Path("runs/msd/student_index=2"))
+    alone = command_of(Path("msd.yaml"), ["train.steps=3"], group, 1, resume=False)
+    assert alone[1:] == [
+        "-m",
+        "diffdistill",
+        "train",
+        "msd.yaml",
+        "train.steps=3",
+        "run=runs/msd/student_index=2",
+        "method.student_index=2",
+    ]
+    four = command_of(Path("msd.yaml"), [], group, 4, resume=True)
+    assert four[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    assert four[-1] == "--resume"
+
+
+@pytest.mark.full
+def test_students_in_two_processes_each_end_as_alone(write: Write, make_config: MakeConfig) -> None:
+    runs = train_students(write(), (), processes_each=2, say=lambda line: None)
+    for index, run in enumerate(runs):
+        alone = make_config("msd", f"method.student_index={index}", "trackers=[]")
+        Trainer(alone, quiet=True).run()
+        ends = [load_checkpoint(list_checkpoints(Path(r) / "checkpoints")[-1]) for r in (run, alone.run)]
+        for group, tensors in ends[1].tensors.items():
+            for name, tensor in tensors.items():
+                torch.testing.assert_close(ends[0].tensors[group][name], tensor, rtol=0, atol=1e-4)
