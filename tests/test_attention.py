@@ -33,6 +33,7 @@ from diffdistill.attention import (
 )
 from diffdistill.attention.backends import Options, measured_ratio
 from diffdistill.attention.context import current_backend
+from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.unet import UNetConfig
 from diffdistill.schema import UserError
@@ -153,6 +154,41 @@ def test_an_operator_alone_loses_the_tangent_and_the_entry_keeps_it():
     _, kept = jvp(lambda x: attention(x, k, v, scale=0.25, backend="reference"), (q,), (tq,))
     assert not lost.any()  # if torch ever changes this, the entry may become simpler
     assert kept.abs().max() > 0.1
+
+
+class Taught(torch.autograd.Function):
+    """Attention to fixed keys and values whose derivative is written down, as torch's manual says."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.reference_attention(q, k, v, None, 0.25)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tq: Tensor, tk: Any, tv: Any) -> Tensor:
+        q, k, v = ctx.saved_tensors
+        return reference.whole_tangent(q, k, v, tq, None, None, None, 0.25)
+
+
+def test_a_function_with_a_jvp_loses_the_tangent_when_it_is_compiled_and_the_entry_keeps_it():
+    q, k, v, tq, *_ = inputs()
+
+    def taught(x: Tensor, direction: Tensor) -> Tensor:
+        return jvp(lambda x: Taught.apply(x, k, v), (x,), (direction,))[1]
+
+    def ours(x: Tensor, direction: Tensor) -> Tensor:
+        return jvp(lambda x: attention(x, k, v, scale=0.25, backend="reference"), (x,), (direction,))[1]
+
+    right = taught(q, tq)
+    lost, kept = (torch.compile(f, backend="aot_eager", fullgraph=True)(q, tq) for f in (taught, ours))
+    torch.testing.assert_close(ours(q, tq), right)
+    torch.testing.assert_close(kept, right)
+    assert not lost.any()  # if torch ever changes this, the entry may become simpler
 
 
 def test_the_tangent_survives_torch_compile():
@@ -414,6 +450,31 @@ def test_a_network_of_diffusers_gets_a_forward_derivative_through_the_context(fa
     for made, right in zip(found, expected, strict=True):
         assert float((made - right).norm() / right.norm()) < 1e-5
     assert float(expected[1].norm()) > 1e-3
+
+
+def test_the_network_of_a_teacher_has_a_forward_derivative_without_a_context():
+    """Of UNet2DModel, whose attention hands group_norm tensors that torch's own rule raises on."""
+    from diffdistill.denoiser import Cond
+
+    torch.manual_seed(0)
+    options = {
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    net = DiffusersUNetConfig(options=options).build((3, 8, 8), 0, 0.0).double().eval().requires_grad_(False)
+    x, direction = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+
+    def call(h: Tensor) -> Tensor:
+        out: Tensor = net(h, torch.tensor([3.0, 500.0]), Cond())
+        return out
+
+    found = jvp(call, (x,), (direction,))[1]
+    nearby = (call(x + 1e-6 * direction) - call(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(found, nearby, rtol=1e-6, atol=1e-8)
 
 
 def test_without_the_context_stock_torch_raises():

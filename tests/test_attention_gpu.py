@@ -179,7 +179,7 @@ def test_a_diffusers_network_has_a_tangent_by_our_kernel(monkeypatch: pytest.Mon
     monkeypatch.setattr(ops, "launcher", lambda: counted)
     with use_attention():
         found = jvp(call, (x,), (direction,))
-    assert set(called) == {"tangent"}
+    assert "tangent" in called
     for made, right in zip(found, expected, strict=True):
         assert error(made, right.double()) < 5e-2
 

@@ -84,7 +84,15 @@ class use_attention(TorchFunctionMode):  # noqa: N801 - a context, as torch's ow
     ) -> Any:
         if func is F.scaled_dot_product_attention and not _state.inside:
             return _rerouted(*args, **(kwargs or {}))
+        if func is F.group_norm and args:
+            args = (_dense(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A dual tensor with dense parts: torch's rule for group_norm raises on others, as attention over images makes."""
+    primal, tangent = forward_ad.unpack_dual(x)
+    return x if tangent is None else forward_ad.make_dual(primal.contiguous(), tangent.contiguous())
 
 
 def _rerouted(
