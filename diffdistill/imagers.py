@@ -129,7 +129,9 @@ class CodeImager:
             )
         from diffusers import DiffusionPipeline
 
-        loaded = DiffusionPipeline.from_pretrained(place, trust_remote_code=True, local_files_only=True)
+        loaded = DiffusionPipeline.from_pretrained(
+            place, trust_remote_code=True, local_files_only=True, use_safetensors=True
+        )
         self.pipeline: Any = loaded.to(asked.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.asked, model = asked, self.pipeline.model

@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from diffdistill.cli import app
 from diffdistill.export import command
 from diffdistill.export.command import ExportOptions, export, write
-from diffdistill.export.expected import check_stock
+from diffdistill.export.expected import check_self_contained, check_stock
 from diffdistill.export.record import RECORD, read_record
+from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import write_stock
 from diffdistill.export.verify import TOLERANCE, Check, ExportError, compare, verify
 from diffdistill.model import TrainedModel, load_model
@@ -43,8 +44,15 @@ SAMPLERS: dict[str, tuple[str, AnySampler]] = {
     "dit, fresh noise at even times": ("dit", FewSteps(init_ratio=LAST, later_ratios=(HALF,), **UNIT)),
     "sd3, fresh noise": ("sd3", FewSteps(init_ratio=20, later_ratios=(2, 0.5), **UNIT)),
     "sd3, TCD without noise": ("sd3", TCD(num_steps=2, eta=0, grid=DDIM(num_steps=4), **UNIT)),
+    "sana, fresh noise": ("sana", FewSteps(init_ratio=20, later_ratios=(2,), **UNIT)),
+    "pixart, fresh noise": ("pixart", FewSteps(init_ratio=5, later_ratios=(2,), **UNIT)),
     "ddpm, one step": ("ddpm", FewSteps(init_ratio=5, **UNIT)),
 }
+OF_OWN_CODE: dict[str, tuple[str, AnySampler]] = {
+    "sd3-own": ("sd3", FewSteps(init_ratio=20, later_ratios=(2,))),
+    "sd-own": ("sd", Heun(num_steps=2)),
+}
+"""Steps that no scheduler makes, in folders with code of their own."""
 REFUSED: dict[str, tuple[str, AnySampler, str]] = {
     "the first noise again": ("sd", FewSteps(later_ratios=(1,), later_noise="fixed"), "later_noise: fixed"),
     "a second order": ("sd", Heun(), "the steps of heun"),
@@ -66,7 +74,7 @@ def with_sampler(place: Path, sampler: AnySampler) -> TrainedModel:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("teachers")
-    return {family: save_stand_in(family, home / family) for family in ("sd", "dit", "sd3", "ddpm")}
+    return {family: save_stand_in(family, home / family) for family in ("sd", "dit", "sd3", "sana", "pixart", "ddpm")}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,10 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     for number, (name, (family, sampler)) in enumerate(SAMPLERS.items()):
         model = with_sampler(places[family], sampler)
         made[name] = check_stock(model, home / f"{number}", write_stock(model, home / f"{number}"))
+    for name, (family, sampler) in OF_OWN_CODE.items():
+        model = with_sampler(places[family], sampler)
+        write_self_contained(model, home / name)
+        made[name] = check_self_contained(model, home / name, guidance_scale=1.0)
     for name, (family, method, kind, *more) in STUDENTS.items():
         teacher = origin(family, method, home / f"{name}-teacher")
         place = train(method, teacher, home / f"{name}-run", *more)
@@ -99,7 +111,7 @@ def differences(checks: dict[str, Check]) -> dict[str, float | str]:
     return dict(zip(checks, compare(list(checks.values())), strict=True))
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, *STUDENTS])
+@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS])
 def test_a_folder_makes_the_runs_images_where_this_package_cannot_be_imported(
     differences: dict[str, float | str], name: str
 ) -> None:

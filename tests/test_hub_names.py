@@ -73,10 +73,11 @@ def test_neither_pickles_nor_code_nor_second_copies_are_downloaded(hub: Hub) -> 
     unwanted += ["pipeline.py", "unet/model.py", "unet/diffusion_pytorch_model.fp16.safetensors"]
     for file in unwanted:
         (hub.repository / file).write_bytes(b"not wanted")
+    (hub.repository / "README.md").write_text("---\nlicense: mit\n---\n")
     load_model(NAME)
     got = {str(file.relative_to(hub.cache)) for file in hub.cache.rglob("*")}
     assert got.isdisjoint(unwanted)
-    assert {"model_index.json", "unet/config.json", "tokenizer/tokenizer.json"} <= got
+    assert {"model_index.json", "unet/config.json", "tokenizer/tokenizer.json", "README.md"} <= got
 
 
 def test_a_name_that_the_hub_lacks_is_said_to_be_neither(hub: Hub) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cells import origin, train
+from PIL import Image, ImageDraw
 from stand_ins import save_stand_in
 from typer.testing import CliRunner
 
@@ -128,6 +129,14 @@ def test_the_teachers_images_are_of_the_same_noise(class_run: Path, tmp_path: Pa
     assert student.caption.startswith("student: 1 call, ")
     assert student.seconds > 0
     assert (tmp_path / "both.png").exists()
+
+
+def test_a_caption_is_never_cut(class_run: Path, tmp_path: Path) -> None:
+    options = SampleOptions(Asked(), tmp_path / "both.png", count=1, has_teacher=True, teacher_steps=5)
+    made = run_sample(str(class_run), options)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    needed = sum(pen.textlength(one.caption) for one in made)
+    assert Image.open(tmp_path / "both.png").width > needed > 2 * 34  # a single image of 8 x 8 is 34 wide
 
 
 def test_the_teacher_is_guided_as_the_student_was_distilled() -> None:

@@ -13,7 +13,6 @@ from diffdistill.export.verify import Check
 from diffdistill.families import Pipeline, open_pipeline
 from diffdistill.inputs import encoder_of
 from diffdistill.model import TrainedModel
-from diffdistill.path import Flow
 
 PROMPTS = ("a red square", "two dogs")
 COUNT = 2
@@ -23,7 +22,7 @@ def check_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
     """An exported folder with code of its own."""
     source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
     cond, call = _asked(model)
-    images = _sample(model, cond, guidance_scale)
+    images = _sample(model, cond, guidance_scale, hands_on_generator=True)
     if not _has_vae(source):
         return Check(folder, {**call, "output_type": "latent"}, images)  # the network's own, not clipped
     return Check(folder, {**call, "output_type": "np"}, _decoded(source, images))
@@ -33,7 +32,8 @@ def check_stock(model: TrainedModel, folder: FilePath, stock: StockFolder) -> Ch
     """An exported folder of diffusers' classes: images in [0, 1], behind the VAE where there is one."""
     cond, call = _asked(model)
     call |= {**stock.call, "output_type": "np"}
-    return Check(folder, call, _decoded(stock.source, _sample(model, cond, 1.0)))
+    images = _sample(model, cond, 1.0, hands_on_generator=stock.source.family.hands_on_generator)
+    return Check(folder, call, _decoded(stock.source, images))
 
 
 def check_lora(model: TrainedModel, folder: FilePath, stock: StockFolder, *, is_kohya: bool) -> Check:
@@ -68,12 +68,11 @@ def _decoded(source: Pipeline | None, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _sample(model: TrainedModel, cond: Cond, guidance_scale: float) -> Tensor:
-    """By the generators that `reload` hands to a pipeline."""
+def _sample(model: TrainedModel, cond: Cond, guidance_scale: float, *, hands_on_generator: bool) -> Tensor:
+    """By the generators of `reload`: one is given to the pipeline, torch's own is seeded with 1."""
     shape, generator = (COUNT, *model.spec.image_shape), torch.Generator().manual_seed(0)
     noise = torch.randn(shape, generator=generator)
-    # Pipelines of flows do not hand their generator on to the scheduler.
-    later = torch.Generator().manual_seed(1) if isinstance(model.denoiser.path, Flow) else generator
+    later = generator if hands_on_generator else torch.Generator().manual_seed(1)
     return model.spec.sampler(
         model.denoiser,
         noise,

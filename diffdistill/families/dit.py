@@ -20,6 +20,7 @@ class DiT(Family):
     parts: ClassVar = {"vae": ("AutoencoderKL",)}
     class_dropout = 0.1
     steps_argument = "num_inference_steps"
+    hands_on_generator = False
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "DiTNetwork":
         return DiTNetwork(model, num_classes)

@@ -44,6 +44,9 @@ class Family(ABC):
     names_size: ClassVar[bool] = False
     """Whether the pipeline must be told `height` and `width`, for it does not take them from its network."""
 
+    hands_on_generator: ClassVar[bool] = True
+    """Whether the noise between a pipeline's steps is of the generator that it is given, not of torch's own."""
+
     def call(self, image_size: tuple[int, int]) -> dict[str, Any]:
         """The pipeline's arguments for an exported student.  image_size: height and width in pixels."""
         size = {"height": image_size[0], "width": image_size[1]} if self.names_size else {}

@@ -35,6 +35,7 @@ class Flux(Family):
         "text_encoder_2": ("T5EncoderModel",),
     }
     steps_argument = "sigmas"
+    hands_on_generator = False
     names_size = True
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "FluxNetwork":

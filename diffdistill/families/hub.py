@@ -9,7 +9,10 @@ NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 """`organisation/model`, or `organisation/model@revision`."""
 LOCAL = ("runs", ".", "..")
 
-FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+FILES = (
+    *("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"),
+    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),  # for the card of what is made of it
+)
 NOT_FILES = (
     *("*.fp16*.safetensors", "*.non_ema*.safetensors", "*.fp16.safetensors.index.json", "*/openvino*", "*/flax*"),
     "text_encoders/*",  # the same encoders once more, for other programs

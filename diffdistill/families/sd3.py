@@ -35,6 +35,7 @@ class StableDiffusion3(Family):
     }
     class_dropout = 0.1
     steps_argument = "sigmas"
+    hands_on_generator = False
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusion3Network":
         return StableDiffusion3Network(model)
