@@ -331,3 +331,20 @@ def gemma_tokenizer() -> Any:
 def gemma_tokens() -> list[str]:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", "\n"]
     return [*special, *string.ascii_letters, *string.digits, *string.punctuation]
+
+
+def save_sentence_encoder(folder: Path) -> Path:
+    """A BERT of a few weights in the layout of all-MiniLM-L6-v2."""
+    import transformers
+
+    folder.mkdir()
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **shape))
+    model.save_pretrained(folder)
+    return folder

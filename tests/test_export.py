@@ -16,10 +16,12 @@ import torch
 import yaml
 from cells import origin, train
 from safetensors.torch import load_file, save_file
-from stand_ins import save_stand_in
+from stand_ins import save_sentence_encoder, save_stand_in
 from typer.testing import CliRunner
 
 from diffdistill.cli import app
+from diffdistill.config import ModelConfig
+from diffdistill.denoiser import freeze
 from diffdistill.export import command
 from diffdistill.export.command import ExportOptions, export, write
 from diffdistill.export.expected import check_self_contained, check_stock
@@ -27,7 +29,8 @@ from diffdistill.export.record import RECORD, read_record
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import write_stock
 from diffdistill.export.verify import TOLERANCE, Check, ExportError, compare, verify
-from diffdistill.model import TrainedModel, load_model
+from diffdistill.model import ModelSpec, TrainedModel, load_model
+from diffdistill.networks.unet import UNetConfig
 from diffdistill.path import VPDiscrete
 from diffdistill.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
 from diffdistill.schema import UserError
@@ -71,6 +74,25 @@ def with_sampler(place: Path, sampler: AnySampler) -> TrainedModel:
     return replace(found, spec=replace(found.spec, sampler=sampler))
 
 
+def small_text_model(encoder: Path) -> TrainedModel:
+    """A network of our own that draws sentences."""
+    spec = ModelSpec(
+        model=ModelConfig(network=UNetConfig(channels=(8, 16), text_width=16)),
+        image_shape=(3, 8, 8),
+        num_classes=0,
+        class_dropout=0.1,
+        sampler=FewSteps(init_ratio=5, later_ratios=(2,)),
+        text_encoder=str(encoder),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = spec.build()
+        for parameter in denoiser.parameters():  # its last layer starts at nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    freeze(denoiser)
+    return TrainedModel(denoiser, spec, encoder)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("teachers")
@@ -88,6 +110,9 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         model = with_sampler(places[family], sampler)
         write_self_contained(model, home / name)
         made[name] = check_self_contained(model, home / name, guidance_scale=1.0)
+    sentences = small_text_model(save_sentence_encoder(home / "encoder"))
+    write_self_contained(sentences, home / "sentences")
+    made["sentences"] = check_self_contained(sentences, home / "sentences", guidance_scale=1.0)
     for name, (family, method, kind, *more) in STUDENTS.items():
         teacher = origin(family, method, home / f"{name}-teacher")
         place = train(method, teacher, home / f"{name}-run", *more)
@@ -111,7 +136,7 @@ def differences(checks: dict[str, Check]) -> dict[str, float | str]:
     return dict(zip(checks, compare(list(checks.values())), strict=True))
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS])
+@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS, "sentences"])
 def test_a_folder_makes_the_runs_images_where_this_package_cannot_be_imported(
     differences: dict[str, float | str], name: str
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import small_config
 from PIL import Image
-from stand_ins import save_stand_in
+from stand_ins import save_sentence_encoder, save_stand_in
 from torch import Tensor, nn
 
 from diffdistill import inputs, setup
@@ -204,23 +204,6 @@ def test_captions_are_no_classes_for_a_model_without_text(
     trainer = Trainer(small_config("pretrain", tmp_path / "run", data), quiet=True)
     assert (trainer.source.num_classes, trainer.source.labels, trainer.spec.num_classes) == (0, None, 0)
     assert "the captions of captioned_images are not used" in " ".join(capfd.readouterr().err.split())
-
-
-def save_sentence_encoder(folder: Path) -> Path:
-    """A BERT of a few weights in the layout of all-MiniLM-L6-v2."""
-    import transformers
-
-    folder.mkdir()
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **shape))
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_a_network_of_our_own_learns_from_sentences_and_is_distilled(shared: Path, tmp_path: Path) -> None:
