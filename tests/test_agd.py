@@ -319,8 +319,8 @@ def test_adapters_that_add_nothing_score_1(quick_teacher: FilePath):
 
 @pytest.mark.full
 def test_on_digits_the_end_points_come_more_than_half_the_way_to_guidance(tmp_path: FilePath):
-    """Of the RMS distance between unguided and guided end points from the same noise, at w = 1.5 and 3; adapters that do
-    nothing score 1. The aim is a fifth, which they miss: see docs/methods/agd.md."""
+    """Of the RMS distance between unguided and guided end points from the same noise, at w = 1.5 and 3. Adapters that
+    do nothing score 1. The aim is a fifth, which they miss: see docs/methods/agd.md."""
     home = FilePath(__file__).parents[1] / "configs"
     short = ["health=null", "train.preview_every=0", "train.num_threads=1"]
     teacher_run, run = (f"run={tmp_path / name}" for name in ("teacher", "student"))
