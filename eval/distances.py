@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from diffdistill.eval.checks import check_finite, check_pair
+from diffdistill.eval.checks import check_features, check_finite, check_pair
 from diffdistill.eval.statistics import Summary
 from diffdistill.schema import UserError
 
@@ -62,6 +62,25 @@ def frechet_from_features(a: Tensor, b: Tensor) -> float:
         return frechet_distance(of_a.mean, of_a.covariance, of_b.mean, of_b.covariance)
 
 
+def frechet_from_few(a: Tensor, b: Summary) -> float:
+    """The same of few samples a: [N, d] and of a reference b of which the features are not there.
+
+    The root's trace is the nuclear norm of the centred A over sqrt(N-1) times a factor of b's covariance: the singular
+    covariance of a is never formed.  Warns and raises as `frechet_from_features`.
+    """
+    check_features(a, "the features", min_samples=2)
+    mean_b, cov_b = _checked_gaussian(b.mean, b.covariance, "b")
+    if a.shape[1] != len(mean_b):
+        raise UserError(f"both sides need the same features: a has {a.shape[1]}, b has {len(mean_b)}")
+    for count in (len(a), b.count):
+        _warn_of_few(count, len(mean_b))
+    with _one_thread():
+        mean_a = a.mean(0, dtype=torch.float64)
+        scaled_a = (a - mean_a) / math.sqrt(len(a) - 1)
+        shared = torch.linalg.svdvals(scaled_a @ _factor(cov_b, "b")).sum()
+        return float((mean_a - mean_b).square().sum() + scaled_a.square().sum() + cov_b.trace() - 2 * shared)
+
+
 def _frechet_of_few(a: Tensor, b: Tensor) -> float:
     mean_a, mean_b = a.mean(0), b.mean(0)
     scaled_a, scaled_b = (a - mean_a) / math.sqrt(len(a) - 1), (b - mean_b) / math.sqrt(len(b) - 1)
@@ -92,7 +111,7 @@ def _trace_of_root(cov_a: Tensor, cov_b: Tensor) -> Tensor:
     if not in_both.all():
         cov_a, cov_b = (cov[in_both][:, in_both] for cov in (cov_a, cov_b))
     lower, failed = torch.linalg.cholesky_ex(cov_b)
-    if not failed:
+    if not failed and not torch.linalg.cholesky_ex(cov_a).info:
         # L is graded, large to small. From the lower triangle LAPACK keeps small eigenvalues to their own digits.
         values = torch.linalg.eigvalsh(_lower_congruence(lower, cov_a), UPLO="L")
         if not len(values) or values[0] > 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.eval import metrics as named
-from diffdistill.eval.distances import frechet_from_features, frechet_from_summaries
+from diffdistill.eval.distances import frechet_from_features, frechet_from_few, frechet_from_summaries
 from diffdistill.eval.kernels import cmmd, kid
 from diffdistill.eval.neighbours import Prdc, prdc
 from diffdistill.eval.scores import clip_score, diversity, inception_score
@@ -144,14 +144,14 @@ def _of_both_sides(
 
 
 def frechet(fake: Features, real: Features) -> float:
-    """From streamed means and covariances; of fewer samples than features from the features, where both have them."""
+    """From streamed means and covariances; of fewer samples than features from the features that are there."""
     summary = fake.summary
-    if summary.count < len(summary.mean):
-        try:
-            return frechet_from_features(fake.rows(), real.rows())
-        except MissingFeaturesError:
-            pass
-    return frechet_from_summaries(summary, real.summary)
+    if summary.count >= len(summary.mean):
+        return frechet_from_summaries(summary, real.summary)
+    try:
+        return frechet_from_features(fake.rows(), real.rows())
+    except MissingFeaturesError:
+        return frechet_from_few(fake.rows(), real.summary)
 
 
 def _balls(

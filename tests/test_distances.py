@@ -7,7 +7,12 @@ import pytest
 import torch
 from features import covariance, linear_pair, normal
 
-from diffdistill.eval.distances import frechet_distance, frechet_from_features, frechet_from_summaries
+from diffdistill.eval.distances import (
+    frechet_distance,
+    frechet_from_features,
+    frechet_from_few,
+    frechet_from_summaries,
+)
 from diffdistill.eval.statistics import Summary
 
 
@@ -174,3 +179,17 @@ def test_a_matrix_that_is_no_covariance_is_refused(side: str) -> None:
 def test_a_matrix_that_is_not_symmetric_is_refused() -> None:
     with pytest.raises(ValueError, match="not symmetric"):
         frechet_distance(torch.zeros(2), torch.ones(2, 2).triu(), torch.zeros(2), torch.eye(2))
+
+
+@pytest.mark.parametrize("num_real", [300, 20])
+def test_few_samples_against_a_summary_are_those_against_its_features(num_real: int) -> None:
+    a, b = normal(20, 40, seed=0), normal(num_real, 40, seed=1) + 0.3
+    with pytest.warns(UserWarning, match="20 samples of 40 features"):
+        found = frechet_from_few(a, Summary.of(b))
+    with pytest.warns(UserWarning, match="samples of 40 features"):
+        assert found == pytest.approx(frechet_from_features(a, b), rel=1e-6)
+
+
+def test_few_samples_of_other_features_are_refused() -> None:
+    with pytest.raises(ValueError, match="a has 3, b has 4"):
+        frechet_from_few(torch.rand(2, 3), Summary.of(torch.rand(9, 4)))

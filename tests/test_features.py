@@ -32,7 +32,7 @@ from diffdistill.eval.features import (
     register,
 )
 from diffdistill.eval.networks import cifar_resnet, dinov2, inception
-from diffdistill.eval.resize import clean_resize, levels, network_input, signed
+from diffdistill.eval.resize import clean_resize, interpolated, levels, network_input, signed
 from diffdistill.schema import UserError
 
 ROUNDING = 1e-5
@@ -97,6 +97,8 @@ def test_the_clean_resize_is_pillows(shape: tuple[int, int], side: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, *shape))  # noise: the hardest case
     ours = clean_resize(torch.from_numpy(image).float()[None], side)[0]
     assert np.abs(ours.numpy() - pillow_resize(image, side)).max() <= 1e-4
+    on_a_gpu = interpolated(torch.from_numpy(image).float()[None], side)[0]
+    assert np.abs(on_a_gpu.numpy() - pillow_resize(image, side)).max() <= 1e-4
 
 
 def test_the_clean_resize_is_clean_fids(images: Tensor) -> None:
