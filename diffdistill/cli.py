@@ -133,6 +133,8 @@ def _sweep(config: str, overrides: list[str] | None, sweep: list[str], *, resume
 
     if checkpoint:
         raise UserError("--checkpoint: names a step of one run; a sweep goes on with --resume alone")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--sweep: trains one run after the other in one process; start it without a launcher")
     run_sweep(find_config(config), overrides or (), sweep, resume=resume, console=console)
 
 

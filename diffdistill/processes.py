@@ -137,12 +137,16 @@ def find_processes(device: str = "auto") -> Processes:
     """
     # Several processes without a GPU are each other's only if accelerate is told that they are on CPUs.
     is_cpu_fleet = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # accelerate allows one precision a process, but runs may follow each other in one: autocast is the trainer's.
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=device == "cpu" or is_cpu_fleet,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    try:
+        # accelerate allows one precision a process, but runs may follow each other in one: autocast is the trainer's.
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=device == "cpu" or is_cpu_fleet,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"the processes do not find each other: {reason}{_stale_hint()}") from error
     # accelerate numbers CPUs by process, which means nothing and which safetensors refuses.
     own = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     return Processes(own, accelerator.process_index, accelerator.num_processes)
@@ -176,3 +180,11 @@ def buckets(tensors: Iterable[Tensor], most: int = BUCKET_BYTES) -> Iterator[lis
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _stale_hint() -> str:
+    """torchrun keeps the addresses of processes that it has replaced (pytorch/pytorch issue 135712)."""
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not is_shared or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return ""
+    return ". With --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
