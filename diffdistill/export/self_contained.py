@@ -124,7 +124,10 @@ def _source_code(source: Pipeline | None) -> str:
 
 def _save_sentence_encoder(place: str, folder: FilePath) -> dict[str, Any]:
     """Write tokenizer and encoder as a pipeline's parts. Returns their entries of its index."""
-    loaded = dict(zip(("tokenizer", "text_encoder"), SentenceEncoder(place).load(), strict=True))
+    tokenizer, encoder = SentenceEncoder(place).load()
+    # With its pooler, which is not used, but whose weights its class would miss.
+    whole = type(encoder).from_pretrained(FilePath(place).expanduser(), local_files_only=True, use_safetensors=True)
+    loaded = {"tokenizer": tokenizer, "text_encoder": whole}
     for name, part in loaded.items():
         part.save_pretrained(folder / name)
     return {name: ["transformers", type(part).__name__] for name, part in loaded.items()}
