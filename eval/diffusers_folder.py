@@ -8,7 +8,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.eval.around import open_around
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.hashes import hash_weights
-from diffdistill.eval.places import SamplingOptions, count_parameters
+from diffdistill.eval.places import SamplingOptions, count_parameters, licence_of
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import ModelRecord
 from diffdistill.families import Pipeline, is_pipeline, open_pipeline
@@ -49,6 +49,7 @@ def open_diffusers(
             sha256=hash_weights(denoiser),
             parameters=count_parameters(denoiser),
             around_sha256=dict(around.sha256) if around else {},
+            licence=licence_of(str(place)),
         ),
     )
 

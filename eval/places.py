@@ -71,6 +71,7 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
             parameters=count_parameters(model.denoiser),
             around_sha256=dict(around.sha256) if around else {},
             teacher=state.get("teacher") if state else None,
+            licence=licence_of(model.spec.pipeline),
         ),
         method=state["config"]["method"]["name"] if state else None,
         seed=state["config"]["train"]["seed"] if state else None,
@@ -83,6 +84,13 @@ def weights_sha256(checkpoint: FilePath, ema: str | None = None) -> str:
     files: Mapping[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     wanted = f"ema-{ema}.safetensors" if ema else "ema.safetensors"
     return files.get(wanted) or files["players.safetensors"]
+
+
+def licence_of(pipeline: str | None) -> str | None:
+    """What the card of a diffusers pipeline names as its licence; None where it names none."""
+    from diffdistill.export.card import teacher_licence
+
+    return teacher_licence(pipeline).get("license")
 
 
 def count_parameters(denoiser: Denoiser) -> int:

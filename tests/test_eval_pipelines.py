@@ -114,6 +114,7 @@ def evaluated(
 
 def test_a_clip_score_of_a_pipeline_names_everything_that_made_it(place: Path, tmp_path: Path) -> None:
     protocol_file(tmp_path)
+    (place / "README.md").write_text("---\nlicense: openrail++\n---\n")
     result = evaluated(place, tmp_path, "--guidance", 3, "--efficiency", "--batch", 2, "--save-images", tmp_path / "i")
     assert result.exit_code == 0, result.output
     made = evaluated(tmp_path / "i" / str(place).strip("/").replace("/", "-").replace("_", "-")[-60:], tmp_path)
@@ -122,6 +123,7 @@ def test_a_clip_score_of_a_pipeline_names_everything_that_made_it(place: Path, t
     assert record.metrics["clip-score"].mean == pytest.approx(of_files.metrics["clip-score"].mean, rel=1e-6)
     assert record.model is not None
     assert list(record.model.around_sha256) == ["vae", "text_encoder"]
+    assert record.model.licence == "openrail++"
     assert record.efficiency is not None
     encoders = {name for name in open_pipeline(place).family.text_parts if name.startswith("text_encoder")}
     assert len(record.efficiency.includes) == len(encoders) + 1
