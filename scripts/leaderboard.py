@@ -34,9 +34,11 @@ from diffdistill.model import find_checkpoint, join_students, load_model
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "digits.jsonl"
+STRIPS = ROOT / "results" / "strips"  # samples of each row of the first table, seed 0
 PICTURE = ROOT / "docs" / "images" / "digits-board.png"
 MARKS = ("<!-- digits board -->", "<!-- end of the digits board -->")
 SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
+IN_PICTURE, COLUMNS, GAP, ENLARGED = "U-Net", 30, 2, 3
 
 U_NET: tuple[str, ...] = ()
 MLP = ("model.network={name: mlp, width: 256, blocks: 3}", "train.steps=1500")
@@ -53,7 +55,7 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return _slug(self.name)
 
 
 BOARD = (
@@ -99,8 +101,9 @@ def train(
     teacher = folder / "teacher"
     if not list(teacher.glob("checkpoints/step-*")):
         _train(Entry("teacher", "pretrain/digits", MLP if mlp else U_NET), teacher, ())
-    family = "MLP" if mlp else "U-Net"
+    family = "MLP" if mlp else IN_PICTURE
     _measure(f"teacher, {family}", teacher, 0)
+    _keep_strip(f"teacher, {family}", teacher, 0)
     rows = [e for e in BOARD if not only or e.name in only]
     if mlp:
         rows = [replace(e, overrides=FOR_MLP[e.name]) for e in rows if e.name in FOR_MLP]
@@ -116,15 +119,19 @@ def table() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    parts = [before, MARKS[0], "\n\n", *_tables(records), "\n", MARKS[1], after]
+    parts = [before, MARKS[0], "\n\n", *_tables(records), *_draw(records), "\n", MARKS[1], after]
     (ROOT / "README.md").write_text("".join(parts), encoding="utf-8")
-    _draw(records)
     console.print(f"README.md and {PICTURE.relative_to(ROOT)} are written")
 
 
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def _row(entry: Entry, seed: int, folder: Path, family: str) -> None:
+    """Train and measure one student. One that is recorded is trained again only if its samples are missing."""
     place, name = folder / f"{entry.slug}-{seed}", f"{entry.name}, {family}"
-    if _is_recorded(name, seed):
+    if _is_recorded(name, seed) and not _misses_strip(name, seed):
         return
     parts = [(option, place / str(i)) for i, option in enumerate(entry.students)] or [("", place)]
     for option, run in parts:
@@ -134,6 +141,7 @@ def _row(entry: Entry, seed: int, folder: Path, family: str) -> None:
         join_students(place, [run for _, run in parts])
     with _lock:
         _measure(name, place, seed, parts=[run for _, run in parts], teacher=folder / "teacher")
+        _keep_strip(name, place, seed)
 
 
 def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
@@ -225,17 +233,39 @@ def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
 
 
-def _draw(records: Sequence[Record], columns: int = 30, scale: int = 3) -> None:
-    """A strip of samples on the same noise for every row of the first table, in the table's order, seed 0."""
-    strips = []
-    for _, found in _rows(records, "U-Net"):
-        source = found[0].model.source if found[0].model else ""
-        images = sample_images(load_model(ROOT / "runs" / "board" / source), count=columns)
-        strips.append(torch.cat(list(images), dim=-1)[0])
-    picture = ((torch.cat(strips).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    PICTURE.parent.mkdir(exist_ok=True)
-    large = Image.fromarray(picture.numpy())
-    large.resize((large.width * scale, large.height * scale), Image.Resampling.NEAREST).save(PICTURE, optimize=True)
+def _strip(name: str) -> Path:
+    return STRIPS / f"{_slug(name)}.png"
+
+
+def _misses_strip(name: str, seed: int) -> bool:
+    return name.endswith(f", {IN_PICTURE}") and seed == 0 and not _strip(name).exists()
+
+
+def _keep_strip(name: str, place: Path, seed: int) -> None:
+    """A row of samples on the same noise as every other model's."""
+    if not _misses_strip(name, seed):
+        return
+    [strip] = torch.cat(list(sample_images(load_model(place), count=COLUMNS)), dim=-1)
+    STRIPS.mkdir(exist_ok=True)
+    Image.fromarray(((strip.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).save(_strip(name))
+
+
+def _draw(records: Sequence[Record]) -> Iterator[str]:
+    """Write the picture of the first table's rows, in the table's order; gives its place in the README."""
+    names = [f"{row}, {IN_PICTURE}" for row, _ in _rows(records, IN_PICTURE)]
+    if missing := [name for name in names if not _strip(name).exists()]:
+        console.print(f"no samples of {'; '.join(missing)}: `train` makes them")
+    names = [name for name in names if name not in missing]
+    strips = [Image.open(_strip(name)) for name in names]
+    pitch = strips[0].height + GAP
+    picture = Image.new("L", (strips[0].width, len(strips) * pitch - GAP), color=255)
+    for i, strip in enumerate(strips):
+        picture.paste(strip, (0, i * pitch))
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    size = (ENLARGED * picture.width, ENLARGED * picture.height)
+    picture.resize(size, Image.Resampling.NEAREST).save(PICTURE, optimize=True)
+    yield f"![Samples of the first table's rows]({PICTURE.relative_to(ROOT)})\n\n"
+    yield f"Samples of seed 0 from the same noise; from above: {'; '.join(n.rpartition(', ')[0] for n in names)}.\n"
 
 
 if __name__ == "__main__":
