@@ -26,6 +26,7 @@ STEPS = 30
 COUNTS = (2, 4)
 BATCH = 8
 SGD = "optimizers={{default: {{name: sgd, lr: {lr}, betas: [0, 0.999]}}}}"
+RATES = {"sid": 1e-3, "scm": 1e-2}  # SiD sums over pixels and scales by 100; sCM derives its network by time
 SIDA = ("method.gan_weight=0.01", "method.gan_fake_weight=1")
 RUNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **{name: (name, ()) for name in SETTINGS},
@@ -52,8 +53,7 @@ class Way:
     has_equal_pieces: bool = False
 
     def overrides(self, method: str) -> tuple[str, ...]:
-        # SiD sums over pixels and scales by 100.
-        return (SGD.format(lr=1e-3 if method == "sid" else 0.1),) if self.is_sgd else ()
+        return (SGD.format(lr=RATES.get(method, 0.1)),) if self.is_sgd else ()
 
 
 WAYS = {
