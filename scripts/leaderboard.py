@@ -72,7 +72,7 @@ BOARD = (
     Entry("AGD, 18 steps", "agd/digits"),
     Entry("regression on pairs", "regression/digits"),
 )
-# At the rates of the U-Net's rows an MLP's fake score can blow up; at half of them it does not.
+# At the rates of the U-Net's rows an MLP's fake score can blow up; at half of them SiD's still did, at one seed of two.
 _HALF, _FAKE, _REST = "optimizers.generator.lr=3e-4", "optimizers.fake.lr=5e-4", "optimizers.default.lr=5e-4"
 FOR_MLP = {
     "DMD2": ("train.steps=2800", _HALF, _REST),
