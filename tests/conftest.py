@@ -1,5 +1,6 @@
 """What the tests share: one thread, runs that take a second, and one tiny digits teacher."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from diffdistill.config import RunConfig, apply_overrides, dump_yaml, parse_conf
 from diffdistill.trainer import Trainer
 
 torch.set_num_threads(1)
+os.environ["COLUMNS"] = "160"  # of the terminal, so that what is printed does not depend on where the tests run
 
 MakeConfig = Callable[..., RunConfig]
 WriteConfig = Callable[..., Path]

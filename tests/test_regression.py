@@ -81,7 +81,7 @@ def test_the_teacher_leaves_and_the_pairs_stay_with_the_run(make_config: MakeCon
 def test_training_brings_the_student_nearer_to_the_pairs(make_config: MakeConfig):
     config = make_config("regression", *QUICK, "train.steps=30", "optimizers.generator.warmup_steps=0")
     trainer = Trainer(config, quiet=True)
-    trainer._open_folder()
+    trainer.folder.mkdir(parents=True)
     trainer._prepare()
 
     def distance() -> float:
