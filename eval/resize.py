@@ -1,7 +1,7 @@
 """Images between their ranges and sizes, on tensors: grey levels, [-1, 1], and the resize that Pillow does."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def _resized(image: Tensor, size: int) -> Tensor:
     return columns.view(size, size, channels).clamp_(0, 255)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _filter(length: int, size: int, dtype: torch.dtype) -> Tensor:
     """Pillow's bicubic weights from `length` pixels to `size`, [size, length], sparse, computed in float64.
 

@@ -1,6 +1,7 @@
 """Teachers by their name on the Hugging Face hub, which is a folder here: what would be downloaded is copied."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub.utils import RepositoryNotFoundError, filter_repo_objects
 from stand_ins import save_stand_in
 
 from diffdistill.families import is_pipeline, open_pipeline
+from diffdistill.families.hub import fetch_pipeline
 from diffdistill.model import load_model
 from diffdistill.schema import UserError
 
@@ -41,11 +43,13 @@ class _NotFound:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     made = Hub(save_stand_in("sd", tmp_path / "repository"), tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.download)
     monkeypatch.chdir(tmp_path)
-    return made
+    fetch_pipeline.cache_clear()
+    yield made
+    fetch_pipeline.cache_clear()
 
 
 def test_a_name_on_the_hub_is_a_teacher(hub: Hub) -> None:
@@ -61,6 +65,12 @@ def test_its_prompts_and_latents_come_from_there_too(hub: Hub) -> None:
     opened = open_pipeline(NAME)
     assert len(opened.conditions(["a red fox"])) == 1
     assert opened.load_vae() is not None
+
+
+def test_the_hub_is_asked_once_whoever_opens_the_pipeline(hub: Hub) -> None:
+    load_model(NAME)
+    open_pipeline(NAME)
+    assert hub.asked == [(NAME, None)]
 
 
 def test_a_revision_is_asked_for(hub: Hub) -> None:

@@ -1,6 +1,7 @@
 """Pipelines by their name on the Hugging Face hub: safetensors and text files only, into its cache."""
 
 import re
+from functools import cache
 from pathlib import Path as FilePath
 
 from diffdistill.schema import UserError
@@ -27,9 +28,11 @@ def is_hub_name(place: str) -> bool:
     return NAME.match(place) is not None and first not in LOCAL and not FilePath(first).exists()
 
 
+@cache
 def fetch_pipeline(place: str) -> FilePath:
     """The folder of a pipeline in the hub's cache, downloaded first where it is not there.
 
+    Asked once a process, so that all parts are of one revision, whatever becomes of `main` meanwhile.
     Raises UserError if there is none of this name, or it cannot be reached.
     """
     if not is_hub_name(place):
