@@ -104,6 +104,11 @@ class Denoiser(nn.Module):
         self.negative: NegativePrompt | None = None  # what its attention steers away from; by `steer_away`
         self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether another scale than 1 means something: it knows "no class", or takes the scale as its input."""
+        return bool(self.net.knows_unconditional) or "guidance_input" in self.net.accepts  # type: ignore[operator]
+
     def forward(
         self,
         x_t: Tensor,

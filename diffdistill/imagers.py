@@ -16,7 +16,7 @@ from diffdistill.denoiser import Denoiser, freeze
 from diffdistill.draws import Draws
 from diffdistill.export.lora_files import DIFFUSERS_FILE
 from diffdistill.export.record import ExportRecord, read_record
-from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families import Pipeline, open_pipeline, pipeline_of
 from diffdistill.guidance import Guidance
 from diffdistill.inference import check_labels, sample_rows
 from diffdistill.inputs import encoder_of
@@ -82,7 +82,7 @@ class ModelImager:
             sampler = with_steps(sampler, model.denoiser.path, asked.num_steps)  # type: ignore[assignment]
         self.model = replace(model, spec=replace(model.spec, sampler=sampler))
         self.asked, self.num_evaluations = asked, sampler.num_evaluations
-        pipeline = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
+        pipeline = pipeline_of(model.spec)
         self.labels = self._settle_labels()
         self.model.denoiser.to(asked.device)
         self.guidance = 1.0 if asked.guidance is None else asked.guidance
@@ -194,7 +194,7 @@ def _with_lora_file(model: TrainedModel, folder: FilePath) -> TrainedModel:
 
 def _decoder(pipeline: Pipeline | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """From what the network makes to pixels."""
-    if pipeline is None or not pipeline.class_of("vae"):
+    if pipeline is None or not pipeline.has_vae:
         return lambda images: images
     family, vae = pipeline.family, pipeline.load_vae().to(device)
 

@@ -56,8 +56,7 @@ def sample_rows(model: TrainedModel, rng: Draws, labels: Tensor, *, guidance: Gu
 
 def check_guidance(denoiser: Denoiser, guidance: Guidance) -> None:
     """Raise UserError on guidance that the network does not know."""
-    net = denoiser.net
-    if guidance != 1 and not net.knows_unconditional and "guidance_input" not in net.accepts:  # type: ignore[operator]
+    if guidance != 1 and not denoiser.takes_guidance:
         raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
 
 

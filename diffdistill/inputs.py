@@ -19,7 +19,7 @@ from diffdistill.data.shards import MakeRows, Shard, build_table, files_key, tab
 from diffdistill.data.source import ImageSource, LatentImages, MappedImages, NoImages
 from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws
-from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families import Pipeline, pipeline_of
 from diffdistill.families.pipeline import INDEX
 from diffdistill.model import ModelSpec
 from diffdistill.schema import UserError
@@ -79,7 +79,7 @@ def encoder_of(spec: ModelSpec) -> PromptEncoder | None:
     """What a model's prompts are encoded by: its pipeline's encoders, or its own; None if it takes no text."""
     if spec.text_encoder is not None:
         return SentenceEncoder(spec.text_encoder)
-    pipeline = open_pipeline(spec.pipeline) if spec.pipeline else None
+    pipeline = pipeline_of(spec)
     return PipelineEncoder(pipeline) if pipeline and pipeline.family.takes_text else None
 
 
@@ -210,8 +210,8 @@ def _encoder(config: RunConfig, teacher: ModelSpec | None) -> PromptEncoder | No
 
 def _vae_of(spec: ModelSpec) -> Pipeline | None:
     """The pipeline of a model of latents."""
-    pipeline = open_pipeline(spec.pipeline) if spec.pipeline else None
-    return pipeline if pipeline and pipeline.class_of("vae") else None
+    pipeline = pipeline_of(spec)
+    return pipeline if pipeline and pipeline.has_vae else None
 
 
 def _check_size(data: object, teacher: ModelSpec | None) -> None:

@@ -185,12 +185,21 @@ def join_students(
     return folder / ROUTER
 
 
-def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> TrainedModel:
+def first_student(place: FilePath) -> FilePath:
+    """Of several students behind a router the first's run; any other place is its own. Raises UserError."""
+    return place / _read_students(place).students[0] if is_routed(place) else place
+
+
+def _read_students(folder: FilePath) -> Students:
     try:
         data = json.loads((folder / ROUTER).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / ROUTER}: not valid JSON: {error}") from None
-    students = validate(Students, data, origin=str(folder / ROUTER))
+    return validate(Students, data, origin=str(folder / ROUTER))
+
+
+def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> TrainedModel:
+    students = _read_students(folder)
     models = [load_model(folder / place, use_ema=use_ema, ema=ema) for place in students.students]
     _check_alike(models)
     unknown = set(getattr(students.router, "table", range(4))) - set(range(len(models)))

@@ -12,7 +12,7 @@ from diffdistill.data.captions import checked_caption, lines_of, read_file, read
 from diffdistill.export.record import read_record
 from diffdistill.guidance import Guidance
 from diffdistill.imagers import Asked, Imager, open_imager, timed_images
-from diffdistill.model import ROUTER, find_checkpoint, is_routed
+from diffdistill.model import find_checkpoint, first_student
 from diffdistill.preview import save_grid, save_panels
 from diffdistill.schema import UserError
 
@@ -88,9 +88,7 @@ def teacher_of(place: str) -> tuple[str, float]:
         if record.teacher is None:
             raise UserError(f"--teacher: {place} does not say what it was distilled from")
         return record.teacher, record.teacher_guidance
-    folder = FilePath(place)
-    if is_routed(folder):
-        folder = folder / json.loads((folder / ROUTER).read_text(encoding="utf-8"))["students"][0]
+    folder = first_student(FilePath(place))
     if not folder.is_dir():
         raise UserError(f"--teacher: {place} is a pipeline, not a student")
     state = json.loads((find_checkpoint(folder) / STATE).read_text(encoding="utf-8"))

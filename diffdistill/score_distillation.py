@@ -56,9 +56,8 @@ def start_players(setting: Setting, **guidances: float) -> dict[str, nn.Module]:
     """
     copies = setting.copies("generator", "fake")
     assert setting.teacher is not None
-    net = setting.teacher.net
     for name, guidance in guidances.items():
-        if guidance != 1 and not net.knows_unconditional and "guidance_input" not in net.accepts:  # type: ignore[operator]
+        if guidance != 1 and not setting.teacher.takes_guidance:
             raise UserError(f"method.{name}: {guidance} needs a teacher trained with class_dropout > 0; use 1")
     return copies
 

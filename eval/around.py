@@ -12,7 +12,7 @@ from diffdistill.data.cache import cache_folder
 from diffdistill.data.shards import files_key
 from diffdistill.denoiser import NO_COND, Cond, Denoiser
 from diffdistill.eval.hashes import hash_weights
-from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families import Pipeline, pipeline_of
 from diffdistill.guidance import Guidance
 from diffdistill.inputs import PromptEncoder, encode_prompts, encoder_of
 from diffdistill.model import ModelSpec
@@ -86,8 +86,8 @@ def open_around(
     encoder = encoder_of(spec)
     if encoder is not None and captions is None:
         raise UserError(f"{origin}: takes captions; name a protocol that has some (coco2014-fid30k, or your own)")
-    pipeline = open_pipeline(spec.pipeline) if spec.pipeline else None
-    vae = pipeline.load_vae().to(device) if pipeline and pipeline.class_of("vae") else None
+    pipeline = pipeline_of(spec)
+    vae = pipeline.load_vae().to(device) if pipeline and pipeline.has_vae else None
     if encoder is None and vae is None:
         return None
     modules = {"vae": vae} if vae is not None else {}

@@ -11,7 +11,7 @@ from glob import glob, has_magic
 from pathlib import Path as FilePath
 from typing import Literal
 
-from diffdistill.data.captions import Captions, checked_caption, paired, read_rows, read_text
+from diffdistill.data.captions import COLUMNS, Captions, checked_caption, paired, read_item, read_rows, read_text
 from diffdistill.data.collection import Item, UnreadableImage, checked_size
 from diffdistill.data.decode import Sizing
 from diffdistill.data.source import MappedImages
@@ -89,14 +89,11 @@ class WebDataset:
 
     def _caption(self, member: Member) -> str:
         origin = f"{member.tar}:{member.name}"
-        try:
-            text = read_text(member.read(), origin=origin)
-        except (OSError, UnreadableImage) as error:
-            raise UserError(f"{origin}: cannot be read: {error}") from None
+        text = read_text(read_item(Item(member.name, member.read), origin=origin), origin=origin)
         if self.captions_ending != "json":
             return checked_caption(text, origin=origin)
         (row,) = read_rows(" ".join(text.split("\n")), suffix=".jsonl", origin=origin) or [(0, {})]
-        known = ("caption", "text", "prompt") if self.caption_column is None else (self.caption_column,)
+        known = COLUMNS if self.caption_column is None else (self.caption_column,)
         column = next((name for name in known if name in row[1]), None)
         if column is None:
             raise UserError(f"{origin}: has none of {', '.join(known)}; set data.caption_column")

@@ -1,6 +1,5 @@
 """The README.md of an exported folder: how to call it, how it was made, what it scores, under whose licence."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -13,12 +12,12 @@ from diffdistill.checkpoint import STATE, write_text_atomically
 from diffdistill.export.expected import PROMPTS
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.record import ExportRecord, without_home
-from diffdistill.families import is_pipeline, open_pipeline
+from diffdistill.families import is_pipeline, open_pipeline, pipeline_of
 from diffdistill.families.hub import is_hub_name
 from diffdistill.families.pipeline import read_json
 from diffdistill.imagers import Asked, ModelImager
 from diffdistill.inputs import encoder_of
-from diffdistill.model import ROUTER, TrainedModel, find_checkpoint, is_routed
+from diffdistill.model import TrainedModel, find_checkpoint, first_student
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
 
@@ -63,10 +62,8 @@ def write_card(folder: FilePath, facts: CardFacts, *, name: str, difference: flo
 
 def read_state(model: TrainedModel) -> dict[str, Any]:
     """A run's checkpoint's: its config, its teacher; of several students' runs the first's; empty for other models."""
-    place = model.source
-    if is_routed(place):
-        place = find_checkpoint(place / json.loads((place / ROUTER).read_text(encoding="utf-8"))["students"][0])
-    file = place / STATE
+    place = first_student(model.source)
+    file = (place if place == model.source else find_checkpoint(place)) / STATE
     return read_json(file) if file.exists() else {}
 
 
@@ -103,8 +100,8 @@ def model_index_of(place: str, records: FilePath) -> list[dict[str, Any]]:
 
 def draw_samples(model: TrainedModel, file: FilePath) -> bool:
     """Whether samples were drawn: points are no pictures."""
-    source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
-    has_vae = source is not None and source.class_of("vae") is not None
+    source = pipeline_of(model.spec)
+    has_vae = source is not None and source.has_vae
     shape = model.spec.image_shape
     if not has_vae and (len(shape) != 3 or shape[0] not in (1, 3)):
         return False

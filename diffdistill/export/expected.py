@@ -10,7 +10,7 @@ from diffdistill.denoiser import NO_COND, Cond
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.stock import StockFolder
 from diffdistill.export.verify import Check
-from diffdistill.families import Pipeline, open_pipeline
+from diffdistill.families import Pipeline, pipeline_of
 from diffdistill.inputs import encoder_of
 from diffdistill.model import TrainedModel
 
@@ -20,10 +20,10 @@ COUNT = 2
 
 def check_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scale: float) -> Check:
     """An exported folder with code of its own."""
-    source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
+    source = pipeline_of(model.spec)
     cond, call = _asked(model)
     images = _sample(model, cond, guidance_scale, hands_on_generator=True)
-    if not _has_vae(source):
+    if source is None or not source.has_vae:
         return Check(folder, {**call, "output_type": "latent"}, images)  # the network's own, not clipped
     return Check(folder, {**call, "output_type": "np"}, _decoded(source, images))
 
@@ -55,14 +55,10 @@ def _asked(model: TrainedModel) -> tuple[Cond, dict[str, Any]]:
     return Cond(label=torch.tensor(labels)), {"class_labels": labels}
 
 
-def _has_vae(source: Pipeline | None) -> bool:
-    return source is not None and source.class_of("vae") is not None
-
-
 @torch.no_grad()
 def _decoded(source: Pipeline | None, images: Tensor) -> Tensor:
     """[B, H, W, C] in [0, 1]."""
-    if source and _has_vae(source):
+    if source is not None and source.has_vae:
         images = source.family.to_images(source.load_vae(), images)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 

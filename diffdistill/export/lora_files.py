@@ -14,7 +14,7 @@ from diffdistill.checkpoint import STATE
 from diffdistill.export.stock import StockFolder, describe, fit_pipeline
 from diffdistill.families import Pipeline, is_pipeline
 from diffdistill.families.pipeline import read_json
-from diffdistill.model import TrainedModel
+from diffdistill.model import TrainedModel, merge_model
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import LoRA
 from diffdistill.schema import UserError
@@ -77,8 +77,6 @@ def kohya_keys(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor
 
 def _plain(model: TrainedModel) -> TrainedModel:
     """The same with the network that the factors stand over. Raises UserError if it is not one of diffusers'."""
-    from diffdistill.model import merge_model
-
     plain = merge_model(model)
     if not isinstance(plain.denoiser.net, DiffusersNetwork):
         raise UserError(

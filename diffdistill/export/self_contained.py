@@ -14,7 +14,7 @@ from diffdistill import __version__
 from diffdistill.checkpoint import write_text_atomically
 from diffdistill.export.bundle import BundleError, bundle
 from diffdistill.export.parts import copy_parts
-from diffdistill.families import Pipeline, find_family, open_pipeline
+from diffdistill.families import Pipeline, find_family, pipeline_of
 from diffdistill.model import ModelSpec, TrainedModel
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.router import RoutedDenoiser
@@ -44,7 +44,7 @@ def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
     """
     import diffusers
 
-    source = open_pipeline(model.spec.pipeline) if model.spec.pipeline else None
+    source = pipeline_of(model.spec)
     try:
         code = network_code(model, source)
     except BundleError as error:

@@ -1,7 +1,7 @@
 """Families of diffusers pipelines: one adapter each, and nothing about a family outside its file."""
 
 from diffdistill.families.family import Family
-from diffdistill.families.pipeline import Pipeline, is_pipeline, load_pipeline, open_pipeline
+from diffdistill.families.pipeline import Pipeline, is_pipeline, load_pipeline, open_pipeline, pipeline_of
 from diffdistill.families.registry import FAMILIES, detect_family, find_family
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "is_pipeline",
     "load_pipeline",
     "open_pipeline",
+    "pipeline_of",
 ]

@@ -49,6 +49,11 @@ def open_pipeline(place: str | FilePath) -> "Pipeline":
     return made
 
 
+def pipeline_of(spec: ModelSpec) -> "Pipeline | None":
+    """The pipeline that a model came from, or None. Raises UserError as `open_pipeline`."""
+    return open_pipeline(spec.pipeline) if spec.pipeline else None
+
+
 def load_pipeline(place: str | FilePath) -> TrainedModel:
     """The network of a pipeline as a frozen teacher. Raises UserError as `open_pipeline`, and on damaged weights."""
     pipeline = open_pipeline(place)
@@ -96,9 +101,14 @@ class Pipeline:
         )
 
     @property
+    def has_vae(self) -> bool:
+        """Whether its network makes latents."""
+        return self.class_of("vae") is not None
+
+    @property
     def vae_factor(self) -> int:
         """Pixels of an image for one of the latents, on each side; 1 without a VAE."""
-        return self.family.vae_factor(read_json(self.folder / "vae" / "config.json")) if self.class_of("vae") else 1
+        return self.family.vae_factor(read_json(self.folder / "vae" / "config.json")) if self.has_vae else 1
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -133,10 +143,8 @@ class Pipeline:
 
         if not self.family.takes_text:
             raise UserError(f"{self.place}: {self.index.get('_class_name')} takes no prompts")
-        kind, given = (
-            getattr(diffusers, str(self.index["_class_name"])),
-            list(filter(self.class_of, self.family.text_parts)),
-        )
+        kind = getattr(diffusers, str(self.index["_class_name"]))
+        given = list(filter(self.class_of, self.family.text_parts))
         for part in given:
             if part.startswith("tokenizer"):
                 _check_tokenizer(self.folder / part)

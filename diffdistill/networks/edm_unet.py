@@ -6,6 +6,7 @@ the same shape and layout, in EDM's published networks: `EDMUNet.edm_names`.
 """
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -106,19 +107,8 @@ class NCSNPP:
 
     @property
     def family(self) -> Family:
-        return Family(
-            embed=NCSNPPEmbedding,
-            initialise=_initialise_ddpmpp,
-            heads=lambda channels: 1,
-            attends_late=True,
-            is_scaled=False,
-            skip_scale=math.sqrt(0.5),
-            has_resampled_projection=True,
-            eps=1e-6,
-            output_names=("dec.{0}x{0}_aux_norm", "dec.{0}x{0}_aux_conv"),
-            taps=(1, 3, 3, 1),
-            has_residual_input=True,
-        )
+        shared = DDPMPP().family
+        return replace(shared, embed=NCSNPPEmbedding, taps=(1, 3, 3, 1), has_residual_input=True)
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "EDMUNet":
         """The network for images [C, H, W]. Raises UserError if sides or attention do not fit."""
