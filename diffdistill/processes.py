@@ -183,7 +183,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _stale_hint() -> str:
-    """torchrun keeps the addresses of processes that it has replaced (pytorch/pytorch issue 135712)."""
+    """torchrun keeps the addresses of processes that it has replaced (pytorch/pytorch#135712)."""
     is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not is_shared or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return ""

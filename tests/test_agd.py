@@ -317,22 +317,38 @@ def test_adapters_that_add_nothing_score_1(quick_teacher: FilePath):
     assert endpoint_error(teacher.denoiser, teacher.denoiser, sampler, noise, cond, scale=3.0) == 0.0
 
 
-@pytest.mark.full
-def test_on_digits_the_end_points_come_more_than_half_the_way_to_guidance(tmp_path: FilePath):
-    """Of the RMS distance between unguided and guided end points from the same noise, at w = 1.5 and 3. Adapters that
-    do nothing score 1. The aim is a fifth, which they miss: see docs/methods/agd.md."""
-    home = FilePath(__file__).parents[1] / "configs"
+@pytest.fixture(scope="module")
+def end_points(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
+    """On digits by the packaged configs, by scale: the RMS distance of the student's end points from the guided ones, of
+    the unguided ones' from the same noise. Adapters that do nothing score 1."""
+    folder, home = tmp_path_factory.mktemp("digits"), FilePath(__file__).parents[1] / "configs"
     short = ["health=null", "train.preview_every=0", "train.num_threads=1"]
-    teacher_run, run = (f"run={tmp_path / name}" for name in ("teacher", "student"))
+    teacher_run, run = (f"run={folder / name}" for name in ("teacher", "student"))
     Trainer(load_config(home / "pretrain/digits.yaml", [teacher_run, *short]), quiet=True).run()
-    places = [run, f"teacher={tmp_path / 'teacher'}"]
+    places = [run, f"teacher={folder / 'teacher'}"]
     Trainer(load_config(home / "agd/digits.yaml", [*places, *short]), quiet=True).run()
-    teacher, student = load_model(tmp_path / "teacher"), load_model(tmp_path / "student")
+    teacher, student = load_model(folder / "teacher"), load_model(folder / "student")
     rng = Draws(77, 0, torch.arange(500))
     noise, cond = rng.normal("noise", (1, 8, 8)), teacher.denoiser.class_cond(torch.arange(500) % 10)
-    sampler = student.spec.sampler
-    for scale in (1.5, 3.0):
-        assert endpoint_error(student.denoiser, teacher.denoiser, sampler, noise, cond, scale=scale) < 0.5
+    return {
+        scale: endpoint_error(student.denoiser, teacher.denoiser, student.spec.sampler, noise, cond, scale=scale)
+        for scale in (1.5, 3.0)
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+def test_on_digits_the_end_points_come_more_than_half_the_way_to_guidance(
+    end_points: dict[float, float], scale: float
+) -> None:
+    assert end_points[scale] < 0.5
+
+
+@pytest.mark.full
+@pytest.mark.xfail(strict=True, reason="0.36 to 0.42 on three seeds: see docs/methods/agd.md")
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+def test_on_digits_the_end_points_lie_within_a_fifth_of_guidance(end_points: dict[float, float], scale: float) -> None:
+    assert end_points[scale] < 0.2
 
 
 def test_proportional_adapters_are_the_base_at_scale_1_and_grow_linearly_at_first():
