@@ -319,8 +319,8 @@ def test_adapters_that_add_nothing_score_1(quick_teacher: FilePath):
 
 @pytest.fixture(scope="module")
 def end_points(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
-    """On digits by the packaged configs, by scale: the RMS distance of the student's end points from the guided ones, of
-    the unguided ones' from the same noise. Adapters that do nothing score 1."""
+    """On digits by the packaged configs, by scale: the RMS distance of the end points from the guided ones, as a share
+    of that of the unguided ones from the same noise. Adapters that do nothing score 1."""
     folder, home = tmp_path_factory.mktemp("digits"), FilePath(__file__).parents[1] / "configs"
     short = ["health=null", "train.preview_every=0", "train.num_threads=1"]
     teacher_run, run = (f"run={folder / name}" for name in ("teacher", "student"))
