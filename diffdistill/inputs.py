@@ -35,10 +35,12 @@ CAPTIONED = "prompts, captioned_images, webdataset, or huggingface with caption_
 @dataclass(frozen=True)
 class Inputs:
     """source: images or latents, of no rows where the method needs none.  conditions: the prompts by number, which
-    `source.labels` are; None where nothing takes any. The source's key is of both."""
+    `source.labels` are; None where nothing takes any. The source's key is of both.  notes: what of `data` was left out
+    or changed."""
 
     source: ImageSource
     conditions: Conditions | None = None
+    notes: tuple[str, ...] = ()
 
 
 class PromptEncoder(Protocol):
@@ -121,18 +123,19 @@ def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.devi
     if encoder is None:
         if not needs_images and teacher is not None and _vae_of(teacher):
             return Inputs(NoImages(teacher.image_shape, device))
-        return Inputs(_prepared(_without_captions(data), teacher, root, device))
+        loaded = _without_captions(data)
+        return Inputs(_prepared(loaded, teacher, root, device), notes=getattr(loaded, "notes", ()))
     assert isinstance(data, Captioned)
     captions = data.captions()
-    for note in captions.notes:
-        kept.say(note)
     conditions = encode_prompts(encoder, captions.different, root=root, device=device)
     if not needs_images:
         assert teacher is not None
-        return Inputs(NoImages(teacher.image_shape, device, key=conditions.key), conditions)
+        for note in captions.notes:
+            kept.warn(note)
+        return Inputs(NoImages(teacher.image_shape, device, key=conditions.key), conditions, captions.notes)
     images = captions.images(data.sizing, data.cache)
     images.key = table_key(images.key, conditions.key)
-    return Inputs(_prepared(images, teacher, root, device), conditions)
+    return Inputs(_prepared(images, teacher, root, device), conditions, images.notes)
 
 
 def encode_prompts(
@@ -240,8 +243,8 @@ def _without_captions(data: AnyData) -> ImageSource:
     images = data.load()
     if isinstance(data, Captioned) and data.has_captions:
         assert isinstance(images, MappedImages)
-        kept.say(f"data: the captions of {data.name} are not used: the model takes no prompts")
-        return MappedImages(images.images, None, key=images.key, num_classes=0)
+        kept.warn(f"data: the captions of {data.name} are not used: the model takes no prompts")
+        return MappedImages(images.images, None, key=images.key, num_classes=0, notes=images.notes)
     return images
 
 

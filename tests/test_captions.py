@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +193,13 @@ def test_shards_that_are_missing_compressed_or_cut_off_are_named(tmp_path: Path)
     with pytest.raises(UserError, match=r"no such file: .*01.tar"):
         find_shards(f"{tmp_path}/{{00..01}}.tar")
     write_tar(tmp_path / "z.tar", samples(0, 2), "w:gz")
-    with pytest.raises(UserError, match=r"z.tar: not a tar that can be read \(compressed ones are not\)"):
+    with pytest.raises(
+        UserError, match=r"more than half: z.tar \(not a tar that can be read \(compressed ones are not\)"
+    ):
         WebDataset(path=str(tmp_path / "z.tar")).captions()
     whole = write_tar(tmp_path / "cut.tar", samples(0, 5)).read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:2100])
-    with pytest.raises(UserError, match=r"cut.tar: is cut off"):
+    with pytest.raises(UserError, match=r"1 of 1 shards are damaged, .*: cut.tar \(cut off: it has no end\)"):
         WebDataset(path=str(tmp_path / "cut.tar")).captions()
     with pytest.raises(UserError, match="names 900,000,000,000 shards"):
         find_shards("x{0..899999999999}.tar")
@@ -232,3 +235,98 @@ def test_captions_alone_are_read_from_a_hugging_face_set(tmp_path: Path) -> None
     assert (data.has_images, data.captions().prompts) == (False, PROMPTS)
     with pytest.raises(UserError, match="caption_column = 'width', row 0: the caption is no text but int"):
         HuggingFace(path=str(tmp_path / "hf"), image_column=None, caption_column="width").captions()
+
+
+def flipped(content: bytes, place: int, count: int = 1) -> bytes:
+    return content[:place] + bytes(byte ^ 0x9A for byte in content[place : place + count]) + content[place + count :]
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda tar: b"", "empty file"),
+    "cut in a member": (lambda tar: tar[: tar.index(b"s/103.png") + 600], "unexpected end of data"),
+    "cut in a header": (lambda tar: tar[: tar.index(b"s/103.png") + 100], "cut off: it has no end"),
+    "cut between members": (lambda tar: tar[: tar.index(b"s/103.png")], "cut off: it has no end"),
+    "a flipped header": (lambda tar: flipped(tar, tar.index(b"s/103.png")), "neither a header nor the end at byte "),
+    "a flipped caption": (
+        lambda tar: flipped(tar, tar.index(b"number 103")),
+        "s/103.txt, line 1: byte 0xf4 is not UTF-8",
+    ),
+    "a flipped half": (lambda tar: flipped(tar, len(tar) // 4, len(tar) // 2), ""),
+    "no tar": (lambda tar: b"some text", "not a tar that can be read"),
+}
+
+
+def write_three(folder: Path, damage: Callable[[bytes], bytes]) -> WebDataset:
+    """Three shards of ten samples, the second one damaged."""
+    folder.mkdir()
+    for shard in range(3):
+        members: dict[str, bytes] = {}
+        for number in range(100 * shard, 100 * shard + 10):
+            members |= {f"s/{number:03d}.png": picture(number), f"s/{number:03d}.txt": f"number {number}".encode()}
+        write_tar(folder / f"{shard:02d}.tar", members)
+    (folder / "01.tar").write_bytes(damage((folder / "01.tar").read_bytes()))
+    return WebDataset(path=f"{folder}/{{00..02}}.tar")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_left_out_counted_and_named_and_the_others_are_whole(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, reason = DAMAGES[damage]
+    images = write_three(tmp_path / "shards", change).load()
+    expected = np.stack([np.asarray(Image.open(io.BytesIO(picture(n)))) for n in (*range(10), *range(200, 210))])
+    assert np.array_equal(images.images, expected.transpose(0, 3, 1, 2))
+    said = capsys.readouterr().err
+    assert said.count(": 1 of 3 shards are damaged and are left out: 01.tar (") == 1
+    assert reason in said
+    assert images.notes == (said.strip(),)
+
+
+def test_flipped_bytes_of_an_image_leave_it_out_with_its_shard_s_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_three(tmp_path / "shards", lambda tar: flipped(tar, tar.index(b"\x89PNG"), 300)).load()
+    assert len(images) == 29
+    assert "1 of 30 images (3.33%) cannot be read and are left out: 01.tar:s/100.png (" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_all_over_the_shards_are_refused(tmp_path: Path) -> None:
+    data = write_three(tmp_path / "shards", lambda tar: tar)
+    for shard in sorted((tmp_path / "shards").iterdir())[:2]:
+        content = shard.read_bytes()
+        shard.write_bytes(flipped(content, content.index(b"\x89PNG"), 300))
+    with pytest.raises(UserError, match=r"2 of 30 images cannot be read .*: 00.tar:s/000.png .*, 01.tar:s/100.png"):
+        data.load()
+
+
+def test_a_set_whose_shards_are_mostly_damaged_is_refused(tmp_path: Path) -> None:
+    data = write_three(tmp_path / "shards", lambda tar: b"")
+    (tmp_path / "shards" / "02.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 of 3 shards are damaged, more than half: 01.tar \(.*\), 02.tar \("):
+        data.load()
+
+
+def test_a_repaired_shard_is_used_and_no_longer_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_three(tmp_path / "shards", lambda tar: tar)
+    whole = (tmp_path / "shards" / "01.tar").read_bytes()
+    (tmp_path / "shards" / "01.tar").write_bytes(whole[:700])
+    assert len(data.load()) == 20
+    assert "are left out" in capsys.readouterr().err
+    (tmp_path / "shards" / "01.tar").write_bytes(whole)
+    assert len(data.load()) == 30
+    (tmp_path / "shards" / "01.tar").unlink()
+    assert len(WebDataset(path=f"{tmp_path}/shards/*.tar").load()) == 20
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_shard_that_is_gone_or_may_not_be_read_is_no_damage(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(shard: Path, mode: str) -> None:
+        raise error
+
+    data = write_three(tmp_path / "shards", lambda tar: tar)
+    monkeypatch.setattr(tarfile, "open", refuse)
+    with pytest.raises(UserError, match=rf"00\.tar: cannot be read: {error.strerror}"):
+        data.load()

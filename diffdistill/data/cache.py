@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from diffdistill.faults import this_rank
 from diffdistill.schema import UserError
 
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
@@ -31,6 +32,12 @@ def cache_folder(named: str | None) -> FilePath:
 def say(message: str) -> None:
     """One line on the standard error stream."""
     Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """The same, by the first of several processes alone."""
+    if this_rank() == 0:
+        say(message)
 
 
 def is_whole(folder: FilePath) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path as FilePath
 from typing import Any, Protocol, runtime_checkable
 
+from diffdistill.data.cache import warn
 from diffdistill.data.collection import Classes, Collection, Item, UnreadableImage, listed
 from diffdistill.data.decode import Sizing
 from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared
@@ -46,13 +47,17 @@ class Captions:
             raise UserError(f"{self.origin}: holds prompts and no images")
         number = {prompt: place for place, prompt in enumerate(self.different)}
         classes = Classes(tuple(number[prompt] for prompt in self.prompts), len(number))
-        return load_prepared(
+        for note in self.notes:
+            warn(note)
+        images = load_prepared(
             self.settings,
-            lambda: Collection(self.origin, self.items, classes, self.notes),
+            lambda: Collection(self.origin, self.items, classes),
             files=self.files,
             sizing=sizing,
             cache=cache,
         )
+        images.notes = (*self.notes, *images.notes)
+        return images
 
 
 @runtime_checkable

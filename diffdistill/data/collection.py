@@ -25,10 +25,11 @@ class UnreadableImage(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Item:
-    """One image. `read` raises UnreadableImage or OSError."""
+    """One image. `read` raises UnreadableImage or OSError.  part: the file it lies in, where a set has several."""
 
     name: str
     read: Callable[[], Content]
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def listed(names: Sequence[str], *, most: int = 3) -> str:
     """The first few names, and how many more there are."""
     first = ", ".join(shown(name) for name in names[:most])
     return first + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def is_minority(damaged: int, total: int) -> bool:
+    """Whether a set goes on without its damaged parts: as long as they are no more than half of several."""
+    return total > 1 and 2 * damaged <= total
 
 
 def checked_size(size: int) -> int:

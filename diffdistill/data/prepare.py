@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffdistill.data import cache as kept
-from diffdistill.data.collection import Collection, Item, UnreadableImage, shown
+from diffdistill.data.collection import Collection, Item, UnreadableImage, is_minority, shown
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
 from diffdistill.schema import UserError
@@ -78,6 +78,7 @@ class Report:
 
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    parts: set[str] = field(default_factory=set)  # those that hold what could not be read
 
     def warning(self, origin: str, total: int) -> str | None:
         """All of it in one line."""
@@ -86,6 +87,10 @@ class Report:
             parts = [f"{count:,} of {total:,} images ({count / total:.2%}) cannot be read and are left out: {self}"]
         parts += [f"{number:,} are {note}" for note, number in sorted(self.notes.items())]
         return f"{origin}: {'; '.join(parts)}" if parts else None
+
+    def is_local(self, collection: Collection) -> bool:
+        """Whether the damage is in a few of the files that the images lie in, not all over the set."""
+        return is_minority(len(self.parts), len({item.part for item in collection.items}))
 
     def __str__(self) -> str:
         first = ", ".join(f"{shown(name)} ({reason})" for name, reason in self.unreadable[:NUM_LISTED])
@@ -96,14 +101,15 @@ class Report:
 def _open(folder: FilePath) -> MappedImages:
     meta = json.loads((folder / kept.META).read_text(encoding="utf-8"))
     for line in meta["warnings"]:
-        kept.say(line)
+        kept.warn(line)
     images = np.load(folder / kept.IMAGES, mmap_mode="r", allow_pickle=False)
     labels = None
     if meta["num_classes"]:
         labels = torch.from_numpy(np.load(folder / kept.LABELS, allow_pickle=False))
     content = json.dumps([meta["files"], meta["num_classes"]])
     key = hashlib.sha256(content.encode()).hexdigest()  # of what is there, wherever it came from
-    return MappedImages(np.asarray(images), labels, key=key, num_classes=meta["num_classes"])
+    notes = tuple(meta["warnings"])
+    return MappedImages(np.asarray(images), labels, key=key, num_classes=meta["num_classes"], notes=notes)
 
 
 def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -> None:
@@ -166,13 +172,14 @@ def _decoded(collection: Collection, sizing: Sizing, report: Report) -> Generato
                         yield row, made
                     else:
                         report.unreadable.append((items[row].name, made))
+                        report.parts.add(items[row].part)
                 advance(len(chunk))
                 _refuse_too_many(collection, report, begin + len(chunk))
 
 
 def _refuse_too_many(collection: Collection, report: Report, looked_at: int) -> None:
     total = len(collection.items)
-    if len(report.unreadable) >= MAX_UNREADABLE * total:
+    if len(report.unreadable) >= MAX_UNREADABLE * total and not report.is_local(collection):
         seen = f"the first {looked_at:,} of {total:,}" if looked_at < total else f"{total:,}"
         raise UserError(
             f"{collection.origin}: {len(report.unreadable):,} of {seen} images cannot be read (fewer than "

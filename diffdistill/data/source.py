@@ -97,9 +97,10 @@ class MappedImages:
         key: str,
         num_classes: int,
         device: torch.device | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
-        """images: [N, C, H, W]; labels: [N] int64, below num_classes."""
-        self.images, self.key, self.num_classes = images, key, num_classes
+        """images: [N, C, H, W]; labels: [N] int64, below num_classes.  notes: what was left out or changed."""
+        self.images, self.key, self.num_classes, self.notes = images, key, num_classes, notes
         self.device = device or torch.device("cpu")
         self.labels = None if labels is None else labels.to(self.device)
         self._reader: ThreadPoolExecutor | None = None
@@ -123,7 +124,9 @@ class MappedImages:
         self._expected = (index, self._reader.submit(self._read, index))
 
     def to(self, device: torch.device) -> "MappedImages":
-        return MappedImages(self.images, self.labels, key=self.key, num_classes=self.num_classes, device=device)
+        return MappedImages(
+            self.images, self.labels, key=self.key, num_classes=self.num_classes, device=device, notes=self.notes
+        )
 
     def _read(self, index: Tensor) -> Tensor:
         # numpy, for it stays on one thread and lets go of the interpreter; torch would start a second team of threads.

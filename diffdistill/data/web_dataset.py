@@ -12,14 +12,20 @@ from pathlib import Path as FilePath
 from typing import Literal
 
 from diffdistill.data.captions import COLUMNS, Captions, checked_caption, paired, read_item, read_rows, read_text
-from diffdistill.data.collection import Item, UnreadableImage, checked_size
+from diffdistill.data.collection import Item, UnreadableImage, checked_size, is_minority, shown
 from diffdistill.data.decode import Sizing
 from diffdistill.data.source import MappedImages
 from diffdistill.schema import PositiveInt, UserError, schema
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 MAX_SHARDS = 1_000_000
+CHUNK = 2**20
+MAX_LISTED = 5
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class DamagedShard(Exception):  # noqa: N818
+    """A shard that is no whole tar; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class WebDataset:
     """Tar files, uncompressed: one, a folder of them, or a pattern as in data/{0000..0127}.tar or data/*.tar.
 
     captions_ending: of a caption, a text, or a JSON object with `caption_column` (default caption, text or
-    prompt).  The image is the member that ends in jpg, jpeg, png or webp.
+    prompt).  The image is the member that ends in jpg, jpeg, png or webp.  Damaged shards are left out with a warning.
     resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
     """
 
@@ -70,29 +76,50 @@ class WebDataset:
         return self.captions().images(self.sizing, self.cache)
 
     def captions(self) -> Captions:
-        """Every sample that has a caption. Raises UserError on shards that are missing, compressed or damaged."""
+        """Every sample that has a caption. Shards that are damaged, or compressed, are left out with a note.
+
+        Raises UserError on shards that are missing or may not be read, and if more than half are damaged.
+        """
         shards = find_shards(self.path)
         items: list[Item] = []
         found: list[str | None] = []
-        for sample in (sample for shard in shards for sample in samples_of(shard)):
-            image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
-            if image is None:
+        damaged: list[str] = []
+        for shard in shards:
+            try:
+                pairs = list(self._pairs(shard))
+            except DamagedShard as error:
+                damaged.append(f"{shown(shard.name)} ({error})")
                 continue
-            text = sample.get(self.captions_ending)
-            items.append(Item(f"{image.tar.name}:{image.name}", image.read))
-            found.append(None if text is None else self._caption(text))
+            items += [item for item, _ in pairs]
+            found += [caption for _, caption in pairs]
+        left_out = _left_out(self.path, damaged, len(shards))
         if not items:
             raise UserError(f"data.path = {self.path!r}: no sample has an image ({', '.join(IMAGE_ENDINGS)})")
         kept, prompts, notes = paired(items, found, origin=self.path)
+        notes = [*left_out, *notes]
         settings = {"name": self.name, "captions": [self.captions_ending, self.caption_column]}
         return Captions(self.path, tuple(prompts), tuple(kept), tuple(shards), tuple(notes), settings)
 
+    def _pairs(self, shard: FilePath) -> Iterator[tuple[Item, str | None]]:
+        """A shard's images, with the caption of each if it has one. Raises as `samples_of`."""
+        for sample in samples_of(shard):
+            image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
+            if image is not None:
+                text = sample.get(self.captions_ending)
+                item = Item(f"{shard.name}:{image.name}", image.read, part=str(shard))
+                yield item, None if text is None else self._caption(text)
+
     def _caption(self, member: Member) -> str:
-        origin = f"{member.tar}:{member.name}"
-        text = read_text(read_item(Item(member.name, member.read), origin=origin), origin=origin)
-        if self.captions_ending != "json":
+        """Raises DamagedShard on what is no UTF-8 or no JSON, UserError on what is no caption."""
+        origin, is_json = f"{member.tar}:{member.name}", self.captions_ending == "json"
+        try:
+            text = read_text(read_item(Item(member.name, member.read), origin=member.name), origin=member.name)
+            rows = read_rows(" ".join(text.split("\n")), suffix=".jsonl", origin=member.name) if is_json else []
+        except UserError as error:
+            raise DamagedShard(str(error)) from None
+        if not is_json:
             return checked_caption(text, origin=origin)
-        (row,) = read_rows(" ".join(text.split("\n")), suffix=".jsonl", origin=origin) or [(0, {})]
+        (row,) = rows or [(0, {})]
         known = COLUMNS if self.caption_column is None else (self.caption_column,)
         column = next((name for name in known if name in row[1]), None)
         if column is None:
@@ -118,7 +145,10 @@ def find_shards(path: str) -> list[FilePath]:
 
 
 def samples_of(shard: FilePath) -> Iterator[dict[str, Member]]:
-    """The samples of a shard by the ending of each member: a name's part behind the first dot. Raises UserError."""
+    """The samples of a shard by the ending of each member: a name's part behind the first dot.
+
+    Raises DamagedShard, perhaps after some samples, and UserError if the file is not there or may not be read.
+    """
     key: str | None = None
     sample: dict[str, Member] = {}
     try:
@@ -135,19 +165,35 @@ def samples_of(shard: FilePath) -> Iterator[dict[str, Member]]:
                         yield sample
                     key, sample = f"{folder}/{stem}", {}
                 sample[ending.lower()] = Member(shard, member.name, member.offset_data, member.size)
+            end = archive.offset
+        _check_end(shard, end)
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{shard}: cannot be read: {error.strerror}") from None
     except (tarfile.TarError, OSError, EOFError, ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{shard}: not a tar that can be read (compressed ones are not): {error}") from None
+        raise DamagedShard(f"not a tar that can be read (compressed ones are not): {error}") from None
     if sample:
         yield sample
-    _check_end(shard)
 
 
-def _check_end(shard: FilePath) -> None:
-    """Raise UserError unless a tar ends as it should, with zeros; tarfile takes a torn header for the end."""
+def _check_end(shard: FilePath, end: int) -> None:
+    """Raise DamagedShard unless zeros alone follow the last member: tarfile takes a damaged header for the end."""
+    if shard.stat().st_size - end < tarfile.BLOCKSIZE:
+        raise DamagedShard("cut off: it has no end")
     with shard.open("rb") as handle:
-        handle.seek(max(0, shard.stat().st_size - tarfile.BLOCKSIZE))
-        if handle.read().strip(b"\0") or shard.stat().st_size % tarfile.BLOCKSIZE:
-            raise UserError(f"{shard}: is cut off: it has no end")
+        handle.seek(end)
+        while chunk := handle.read(CHUNK):
+            if chunk.strip(b"\0"):
+                raise DamagedShard(f"neither a header nor the end at byte {end:,}")
+
+
+def _left_out(origin: str, damaged: list[str], total: int) -> list[str]:
+    """A note of the shards that are not used. Raises UserError if they are too many."""
+    if not damaged:
+        return []
+    names = ", ".join(damaged[:MAX_LISTED]) + (f" and {len(damaged) - MAX_LISTED:,} more" * (len(damaged) > MAX_LISTED))
+    if not is_minority(len(damaged), total):
+        raise UserError(f"{origin}: {len(damaged):,} of {total:,} shards are damaged, more than half: {names}")
+    return [f"{origin}: {len(damaged):,} of {total:,} shards are damaged and are left out: {names}"]
 
 
 def _expanded(pattern: str) -> list[str]:
