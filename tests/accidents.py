@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from conftest import small_config
@@ -295,6 +296,36 @@ def disk_full_while_logging(scene: Scene) -> None:
     scene.ends_as_undisturbed()
 
 
+def disk_full_for_the_cache(scene: Scene) -> None:
+    """disk full while images are prepared into the cache: an error of the system, or a file that cannot grow"""
+    cache, limit = scene.folder / "cache", scene.rng.randrange(1000, 60_000)  # the prepared images take 64,128 bytes
+    rng = np.random.default_rng(0)
+    np.savez(
+        scene.folder / "images.npz",
+        images=rng.integers(0, 256, (1000, 8, 8, 1), np.uint8),
+        labels=rng.integers(0, 10, 1000),
+    )
+    data = {"name": "npz", "path": str(scene.folder / "images.npz")}
+    other = (f"data={json.dumps(data | {'cache': str(scene.folder / 'other')})}", f"run={scene.folder / 'undisturbed'}")
+    scene.overrides = other
+    scene.go_on()
+    whole = end_of(scene.folder / "undisturbed")
+    scene.overrides = (f"data={json.dumps(data | {'cache': str(cache)})}",)
+    full = fails(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    number = scene.rng.randrange(1, 7)  # the lock, the folder, images, labels, meta, and their renaming
+    too_large: Action = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # noqa: E731
+    inject = at_change(number, full, cache, name="/.") if scene.rng.random() < 0.5 else too_large
+    (ended,) = scene.start(inject)
+    assert ended.code == 1
+    assert ended.said.count("error: the disk is full") == 1
+    assert "/images.npy'" in ended.said or inject is not too_large
+    assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".lock"]
+    assert not scene.run.exists()
+    scene.go_on()
+    scene.whole = {1: whole}
+    scene.ends_as_undisturbed()
+
+
 def read_only(scene: Scene) -> None:
     """the output folder becomes read-only, or was"""
     refused = fails(OSError(errno.EROFS, os.strerror(errno.EROFS), str(scene.run)))
@@ -474,6 +505,7 @@ KINDS: tuple[tuple[Callable[[Scene], None], str], ...] = (
     (interrupted_twice, "resumed: equal"),
     (disk_full_while_saving, "says so; all checkpoints whole; resumed: equal"),
     (disk_full_while_logging, "says so; resumed: equal"),
+    (disk_full_for_the_cache, "says so, with the file; nothing half written; started again: equal"),
     (read_only, "says so; resumed once it can be written: equal"),
     (flipped_bit, "named, with the newest whole one; resumed from that: equal"),
     (missing_shard, "named, with the newest whole one; resumed from that: equal"),

@@ -1,7 +1,9 @@
 """Tables on disk: computed once, by one process, and after a kill only what was missing."""
 
+import errno
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 from time import sleep
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffdistill.checkpoint import is_disk_full
 from diffdistill.data.shards import MakeRows, Shard, build_table, files_key
 
 COUNT, SHARD = 10, 3
@@ -86,6 +89,42 @@ def test_a_damaged_shard_is_made_anew(damage: str, tmp_path: Path) -> None:
     file.write_bytes({"one bit": bytes(content), "half": bytes(content[: len(content) // 2]), "none left": b""}[damage])
     assert_whole(build(tmp_path, tmp_path / "log"))
     assert read(tmp_path / "log") == [0, 3, 6, 9, 3]
+
+
+@pytest.mark.parametrize("call", range(1, 11))
+def test_a_full_disk_leaves_nothing_half_written_and_the_next_build_goes_on(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, fsync = [0], os.fsync
+
+    def full(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/key") as caught:
+            build(tmp_path, tmp_path / "log")
+    assert is_disk_full(caught.value)
+    assert not [file for file in (tmp_path / "key").iterdir() if file.name.startswith(".")]
+    done = read(tmp_path / "log")
+    assert_whole(build(tmp_path, tmp_path / "log"))
+    whole = [0, 3, 6, 9]
+    assert read(tmp_path / "log") == [*done, *whole[call - 1 :]]  # one call a shard, the others when all are there
+
+
+def test_a_file_that_cannot_grow_is_named_and_goes(tmp_path: Path) -> None:
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match=r"File too large: '.*/key/\.writing-00000'") as caught:
+            build(tmp_path, tmp_path / "log")
+        os._exit(0 if is_disk_full(caught.value) else 1)
+
+    assert run(multiprocessing.get_context("fork").Process(target=limited)) == [0]
+    assert list((tmp_path / "key").iterdir()) == []
+    assert_whole(build(tmp_path, tmp_path / "log"))
 
 
 def test_files_are_known_by_their_content_wherever_they_are(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def is_whole(folder: FilePath) -> bool:
 def seal(folder: FilePath, meta: dict[str, Any]) -> None:
     """Write meta.json with the sizes and hashes of the other files, and everything through to the disk."""
     files = {file.name: (file.stat().st_size, _hash(file)) for file in sorted(folder.iterdir())}
-    (folder / META).write_text(json.dumps(meta | {"files": files}, indent=1) + "\n", encoding="utf-8")
+    with naming(folder / META):
+        (folder / META).write_text(json.dumps(meta | {"files": files}, indent=1) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         _sync(path)
 
@@ -119,8 +120,10 @@ def new_folder(root: FilePath, key: str, *, is_alone: bool) -> Iterator[FilePath
 def _publish(folder: FilePath, target: FilePath) -> None:
     try:
         folder.rename(target)
-    except OSError:  # there is one already: another process's, or a damaged one
-        if is_whole(target):
+    except OSError:
+        if not target.exists():
+            raise
+        if is_whole(target):  # another process's; else a damaged one
             shutil.rmtree(folder)
             return
         doomed = target.with_name(f".preparing-{target.name}-{_unique()}")
@@ -141,9 +144,20 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+@contextmanager
+def naming(file: FilePath) -> Iterator[None]:
+    """While open, an OSError that names no file (of a full disk, say) names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+
+
 def write_synced(file: FilePath, content: bytes) -> None:
-    """Write a file through to the disk."""
-    with file.open("wb") as handle:
+    """Write a file through to the disk. Raises OSError with its name."""
+    with naming(file), file.open("wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
@@ -152,7 +166,8 @@ def write_synced(file: FilePath, content: bytes) -> None:
 def _sync(path: FilePath) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -6,6 +6,7 @@ remembers the key of files with these paths, sizes and times, so that an unchang
 """
 
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -115,12 +116,14 @@ def _open(folder: FilePath) -> MappedImages:
 def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -> None:
     """images.npy, labels.npy and meta.json of a collection."""
     report = Report()
-    with (folder / kept.IMAGES).open("wb") as handle, closing(_decoded(collection, sizing, report)) as found:
+    file = folder / kept.IMAGES
+    with kept.naming(file), file.open("wb") as handle, closing(_decoded(collection, sizing, report)) as found:
         rows, shape = _write_images(handle, collection, found)
     classes = collection.classes
     if classes:
-        labels = np.array(classes.labels, dtype=np.int64)[rows]
-        np.save(folder / kept.LABELS, labels, allow_pickle=False)
+        content = io.BytesIO()  # np.save to a file does not say what is wrong with the disk
+        np.save(content, np.array(classes.labels, dtype=np.int64)[rows], allow_pickle=False)
+        kept.write_synced(folder / kept.LABELS, content.getvalue())
     warning = report.warning(collection.origin, len(collection.items))
     meta = {
         "version": VERSION,

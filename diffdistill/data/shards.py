@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -82,8 +83,13 @@ def _write(folder: FilePath, number: int, rows: Shard) -> None:
     content = save({name: part.detach().cpu().contiguous() for name, part in rows.items()})
     digest = hashlib.sha256(content).hexdigest()[:HASH_LENGTH]
     temporary = folder / f".writing-{number:05d}"
-    kept.write_synced(temporary, content)
-    temporary.rename(folder / f"{number:05d}-{digest}.safetensors")
+    try:
+        kept.write_synced(temporary, content)
+        temporary.rename(folder / f"{number:05d}-{digest}.safetensors")
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _find(folder: FilePath, number: int) -> FilePath | None:
