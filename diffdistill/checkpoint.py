@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: safetensors and JSON, hashed, renamed into place, never pickled.
 
 A checkpoint is a folder `step-00000500` with some `<group>.safetensors`, `state.json` and `manifest.json` (the
-SHA-256 of each of the others, and of itself).
+SHA-256 of each of the others, and of itself). Where processes share out the weights, a group is a folder of such files.
 """
 
 import errno
@@ -10,8 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -20,11 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffdistill.parts import shared_as
 from diffdistill.schema import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+WRITING = ".writing-"
+SUFFIX = ".safetensors"
 BEST = "best"
 STATE_TYPES: Mapping[str, type | tuple[type, ...]] = {
     **{"student": str, "teacher": (str, type(None)), "data": str},
@@ -53,25 +56,46 @@ def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int, best
     Returns the checkpoint's folder. Raises OSError (the disk is full, say) with nothing half written left behind
     and all earlier checkpoints intact.
     """
+    with being_written(folder, checkpoint.step) as temporary:
+        for group, tensors in checkpoint.tensors.items():
+            _write_tensors(temporary / f"{group}.safetensors", tensors)
+        return seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best)
+
+
+@contextmanager
+def being_written(folder: FilePath, step: int) -> Iterator[FilePath]:
+    """A temporary place for a checkpoint's groups, which `seal_checkpoint` makes a checkpoint; gone if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{PREFIX}{checkpoint.step:08d}"
-    temporary = folder / f".writing-{target.name}"
+    temporary = writing_place(folder, step)
     clear_temporary(folder)
     try:
         temporary.mkdir()
-        for group, tensors in checkpoint.tensors.items():
-            _write_tensors(temporary / f"{group}.safetensors", tensors)
-        _write_synced(temporary / STATE, json.dumps({**checkpoint.state, "step": checkpoint.step}, indent=1))
-        hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
-        _write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
-        _sync_folder(temporary)
-        if target.exists():  # the same step, written again after a resume from an earlier one
-            _remove(target)
-        temporary.rename(target)
-        _sync_folder(folder)
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def writing_place(folder: FilePath, step: int) -> FilePath:
+    """Where the checkpoint of a step is written."""
+    return folder / f"{WRITING}{PREFIX}{step:08d}"
+
+
+def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int, best: str | None) -> FilePath:
+    """Give what lies in the temporary place its state and its hashes, and rename it; then drop older ones, and later
+    ones, as `save_checkpoint` says. Returns the checkpoint's folder."""
+    folder, target = temporary.parent, temporary.with_name(temporary.name.removeprefix(WRITING))
+    step = int(target.name.removeprefix(PREFIX))
+    _write_synced(temporary / STATE, json.dumps({**state, "step": step}, indent=1))
+    files = sorted(file for file in temporary.rglob("*") if file.is_file())
+    hashes = {file.relative_to(temporary).as_posix(): _hash(file) for file in files}
+    _write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
+    for place in {file.parent for file in files}:
+        _sync_folder(place)
+    if target.exists():  # the same step, written again after a resume from an earlier one
+        _remove(target)
+    temporary.rename(target)
+    _sync_folder(folder)
     found = list_checkpoints(folder)
     end = found.index(target) + 1
     for other in found[: max(0, end - keep)] + found[end:]:
@@ -91,19 +115,46 @@ def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, 
 
     Raises CheckpointError naming the damaged file and the newest whole checkpoint before it.
     """
+    check_checkpoint(target)
+    state = read_state(target)
+    wanted = [group for group in list_groups(target) if groups is None or group in groups]
+    return Checkpoint(
+        step=state["step"], tensors={group: read_group(target, group, device=device) for group in wanted}, state=state
+    )
+
+
+def list_groups(target: FilePath) -> list[str]:
+    """The groups of tensors that a whole checkpoint has."""
+    names = [name for name in _read_json(target / MANIFEST)["files"] if name != STATE]
+    return list(dict.fromkeys(name.partition("/")[0].removesuffix(SUFFIX) for name in names))
+
+
+def check_checkpoint(target: FilePath) -> None:
+    """Raise CheckpointError naming what is damaged and the newest whole checkpoint before it."""
     fault = find_damage(target)
     if fault:
         whole = [c for c in list_checkpoints(target.parent) if c.name < target.name and not find_damage(c)]
         offer = f"; the newest whole one before it is {whole[-1]}" if whole else "; there is no whole one before it"
         raise CheckpointError(f"{target}: damaged: {fault}{offer}")
-    state = _read_state(target)
-    names = _read_json(target / MANIFEST)["files"]
-    files = [target / name for name in names if name != STATE]
-    return Checkpoint(
-        step=state["step"],
-        tensors={f.stem: _read_tensors(f, device) for f in files if groups is None or f.stem in groups},
-        state=state,
-    )
+
+
+def read_group(
+    target: FilePath, group: str, like: Callable[[str], Tensor | None] = lambda _: None, *, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """The tensors of a group by name, without a look at hashes.
+
+    like: by name a tensor whose parts the processes hold, if there is one: of a group in parts, each then reads its own
+    alone, and all call this together.  Raises CheckpointError if the files make no sense.
+    """
+    file = target / f"{group}{SUFFIX}"
+    if file.exists():
+        return _read_tensors(file, device)
+    from diffdistill.shard_files import read_shards
+
+    try:
+        return {name: tensor.to(device) for name, tensor in read_shards(target / group, like).items()}
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def flatten(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -135,7 +186,8 @@ def load_strictly(
     if faults:
         listed = "; ".join(sorted(faults)[:3])
         raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
-    module.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=takes_tensors)
+    ready = {name: shared_as(weights[name].to(tensor.dtype), tensor) for name, tensor in own.items()}
+    module.load_state_dict(ready, assign=takes_tensors)
 
 
 def find_damage(target: FilePath) -> str | None:
@@ -146,7 +198,7 @@ def find_damage(target: FilePath) -> str | None:
         if manifest["self"] != _hash_text(json.dumps(hashes)):
             return f"{MANIFEST} does not match its own hash"
         for name, expected in hashes.items():
-            if FilePath(name).name != name:
+            if not 1 <= len(FilePath(name).parts) <= 2 or {"..", "/"} & set(FilePath(name).parts):
                 return f"{MANIFEST} names {name!r}, which is not in the folder"
             if _hash(target / name) != expected:
                 return f"{name} does not match its hash (truncated or changed)"
@@ -159,7 +211,7 @@ def find_damage(target: FilePath) -> str | None:
 
 def clear_temporary(folder: FilePath) -> None:
     """Remove what a killed writer left behind."""
-    for leftover in [*folder.glob(".writing-*"), *folder.glob(".removing-*")]:
+    for leftover in [*folder.glob(f"{WRITING}*"), *folder.glob(".removing-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -193,7 +245,7 @@ def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> N
         raise
 
 
-def _read_state(target: FilePath) -> dict[str, Any]:
+def read_state(target: FilePath) -> dict[str, Any]:
     """state.json, of which the hash fits: its author may still mean harm. Raises CheckpointError."""
     try:
         state = _read_json(target / STATE)
@@ -233,7 +285,7 @@ def _link_best(folder: FilePath, best: str | None) -> None:
     """Let the link lead to the best checkpoint; one that leads nowhere goes."""
     link = folder / BEST
     if best and (folder / best).is_dir():
-        new = folder / f".writing-{BEST}-link"
+        new = folder / f"{WRITING}{BEST}-link"
         new.unlink(missing_ok=True)
         new.symlink_to(best)
         new.replace(link)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from diffdistill import __version__
+from diffdistill.checkpoint_commands import gather, import_edm, join
 from diffdistill.faults import escape, guarded, this_rank
 from diffdistill.image_commands import export, sample
 
@@ -172,38 +173,9 @@ def students(
     say(f"now: diffdistill join {' '.join(map(str, runs))} --out {runs[0].parent}")
 
 
-@app.command()
-@guarded
-def join(
-    runs: Annotated[list[str], typer.Argument(help="The students' runs or checkpoints, by their numbers.")],
-    out: Annotated[str, typer.Option(help="The folder that stands for all of them.")],
-) -> None:
-    """Make one model of students that share the classes: OUT will hold router.json, which names them.
-
-    Example: diffdistill join runs/msd/student_index=0 runs/msd/student_index=1 --out runs/msd
-    """
-    from diffdistill.model import join_students
-
-    made = join_students(out, runs)
-    console.print(f"{made}: {len(runs)} students", highlight=False, soft_wrap=True)
-
-
-@app.command(name="import-edm")
-@guarded
-def import_edm(
-    file: Annotated[str, typer.Argument(help="EDM's .pkl: CIFAR-10, FFHQ, AFHQv2 or ImageNet-64.")],
-    out: Annotated[str, typer.Option(help="The run's folder to write, a teacher for `train`.")],
-) -> None:
-    """Convert a checkpoint of EDM into safetensors. The pickle is read as data: nothing in it is run.
-
-    Example: diffdistill import-edm edm-cifar10-32x32-cond-vp.pkl --out runs/teacher
-    """
-    from diffdistill.edm_checkpoint import import_edm as convert
-
-    made = convert(FilePath(file), FilePath(out))
-    network, shape = made.spec.model.network.name, " x ".join(map(str, made.spec.image_shape))
-    classes = f"{made.spec.num_classes} classes" if made.spec.num_classes else "no classes"
-    console.print(f"{made.source}: {network}, {shape}, {classes}", highlight=False, soft_wrap=True)
+app.command()(join)
+app.command()(gather)
+app.command(name="import-edm")(import_edm)
 
 
 @app.command(name="eval")

@@ -145,6 +145,10 @@ class Health:
         self._outside: dict[str, int] = {}
         self._norms: dict[str, list[float]] = {}
 
+    def is_due(self, step: int, log_every: int) -> bool:
+        """Whether a multiple of `every` has passed since the last report, `log_every` steps ago."""
+        return step // self.config.every > (step - log_every) // self.config.every
+
     @torch.no_grad()
     def examine(
         self,

@@ -174,6 +174,11 @@ class Method(ABC):
         return False
 
     @property
+    def differentiates_forward(self) -> bool:
+        """Whether a loss takes a network's derivative by its inputs in the forward pass (a jvp)."""
+        return False
+
+    @property
     @abstractmethod
     def updates(self) -> tuple[Update, ...]:
         """Who steps, in which order, how often."""

@@ -16,6 +16,7 @@ from diffdistill.checkpoint import (
     STATE,
     CheckpointError,
     list_checkpoints,
+    list_groups,
     load_checkpoint,
     load_strictly,
     select_group,
@@ -95,7 +96,8 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     named = f"ema-{ema}" if ema else "ema"
     checkpoint = load_checkpoint(target, groups=("players", named))
     if ema and named not in checkpoint.tensors:
-        known = ", ".join(sorted(f.stem.removeprefix("ema-") for f in target.glob("ema-*.safetensors"))) or "none"
+        names = sorted(group.removeprefix("ema-") for group in list_groups(target) if group.startswith("ema-"))
+        known = ", ".join(names) or "none"
         raise UserError(f"{target}: no average {ema!r} beside `ema`; there are: {known}")
     spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
     if "student" not in checkpoint.state:

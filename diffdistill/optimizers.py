@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.config import OptimizerConfig
+from diffdistill.parts import shared_as, whole
 from diffdistill.schema import UserError
 
 
@@ -72,23 +73,34 @@ def _make_8bit(parameters: list[nn.Parameter], options: OptimizerConfig) -> torc
     return made
 
 
+def clip(parameters: list[nn.Parameter], options: OptimizerConfig) -> Tensor:
+    """The gradient's norm before clipping, after clipping it as the config says."""
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if options.clip_norm:
+        nn.utils.clip_grads_with_norm_(parameters, options.clip_norm, norm)
+    if options.clip_value:
+        nn.utils.clip_grad_value_(parameters, options.clip_value)
+    return norm
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's moments and counters by parameter number; rates depend on the step and are not kept."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for number, parameter in enumerate(_parameters(optimizer)):
+    for number, parameter in enumerate(parameters_of(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-                is_shared = tensor.data_ptr() in seen  # bitsandbytes' tables, which safetensors would refuse
+                place = tensor.data_ptr()  # 0 where processes hold parts
+                is_shared = place in seen  # bitsandbytes' tables, which safetensors would refuse
                 found[f"{number}.{key}"] = tensor.clone() if is_shared else tensor
-                seen.add(tensor.data_ptr())
+                seen |= {place} if place else set()
     return found
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put `optimizer_tensors` back."""
-    parameters = _parameters(optimizer)
+    parameters = parameters_of(optimizer)
     state: dict[int, dict[str, Tensor | int]] = {}
     for name, value in tensors.items():
         number, key = name.split(".", 1)
@@ -96,12 +108,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What an optimiser changes, in the order of `optimizer_tensors`."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _like_before(value: Tensor, parameter: Tensor) -> Tensor | int:
     """A moment in its parameter's layout, which fused kernels take for granted; a whole number as such."""
     if value.shape == parameter.shape and value.ndim:
-        return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+        part = shared_as(value, parameter)
+        return torch.empty_like(parameter, dtype=value.dtype, device=part.device).copy_(part)
     return int(value) if value.dtype == torch.int64 else value

@@ -1,63 +1,57 @@
 """The processes that train one run: which of them this one is, and what they tell each other.
 
-Each holds all weights and takes its share of every batch; gradients are summed once an update, after accumulation. A
-process alone tells nobody anything. What only one may do (write files, mostly) the first does while the others wait.
+Each takes its share of every batch. A process alone tells nobody anything. What only one may do (write files, mostly)
+the first does while the others wait.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from diffdistill.stopping import TrainingError
 
 PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; a dead one is known at once
-BUCKET_BYTES = 32 * 2**20  # of gradients that travel as one message
+REPLICAS = DistributedDataParallelKwargs(
+    broadcast_buffers=False,  # they are the same: nothing changes them but what changes them in all
+    find_unused_parameters=True,  # a loss may leave some out, as features do what comes after them
+    gradient_as_bucket_view=True,
+)
+LOST = ("gloo", "nccl", "connection", "socket", "broken pipe")  # what is said where a process is gone
 
 
 @dataclass(frozen=True)
 class Processes:
-    """device: this process's.  rank: which one it is, of `count`."""
+    """device: this process's.  rank: which one it is, of `count`.  accelerator: of several; one alone needs none."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
+    accelerator: Accelerator | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up each gradient over the processes. One that a process lacks counts as zero there.
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """The module in torch's DistributedDataParallel, by accelerate: a backward pass leaves the mean over the
+        processes of each gradient. One that a process lacks counts as zero there."""
+        assert self.accelerator is not None
+        wrapped: nn.Module = self.accelerator.prepare_model(module, device_placement=False)
+        return wrapped
 
-        parameters: the same ones in the same order in all.
-        """
-        if self.count == 1:
-            return
-        has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
-        gradients: list[Tensor] = []
-        for parameter, is_there in zip(
-            parameters, self._combine(has_gradient, dist.ReduceOp.MAX).tolist(), strict=True
-        ):
-            if is_there:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                gradients.append(parameter.grad)
-        with others():
-            sent = [
-                (bucket, flat := _flat(bucket), dist.all_reduce(flat, async_op=True)) for bucket in buckets(gradients)
-            ]
-            for bucket, flat, work in sent:
-                work.wait()
-                parts = flat.split([gradient.numel() for gradient in bucket])
-                torch._foreach_copy_(bucket, [p.view(g.shape) for p, g in zip(parts, bucket, strict=True)])
+    def apart(self, replica: nn.Module) -> AbstractContextManager[None]:
+        """While open, the gradients of a `replicate`d module stay each process's own, and add up there."""
+        assert self.accelerator is not None
+        return self.accelerator.no_sync(replica)
 
     def gather(self, values: Tensor) -> Tensor:
         """The values of all, one process after the other.  values: [B, ...], as many in each.  [count B, ...]."""
@@ -142,14 +136,14 @@ def find_processes(device: str = "auto") -> Processes:
         accelerator = Accelerator(
             mixed_precision="no",
             cpu=device == "cpu" or is_cpu_fleet,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), REPLICAS],
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"the processes do not find each other: {reason}{_stale_hint()}") from error
     # accelerate numbers CPUs by process, which means nothing and which safetensors refuses.
     own = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
-    return Processes(own, accelerator.process_index, accelerator.num_processes)
+    return Processes(own, accelerator.process_index, accelerator.num_processes, accelerator)
 
 
 @contextmanager
@@ -158,28 +152,12 @@ def others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), "")
+        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in LOST):
+            raise
         raise TrainingError(
             f"another process is gone ({reason}). The last checkpoint is intact; go on with --resume"
         ) from error
-
-
-def buckets(tensors: Iterable[Tensor], most: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
-    """The tensors in order, in groups of one type and at most `most` bytes, or of one that is larger."""
-    group: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if group and (size + tensor.nbytes > most or tensor.dtype != group[0].dtype):
-            yield group
-            group, size = [], 0
-        group.append(tensor)
-        size += tensor.nbytes
-    if group:
-        yield group
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _stale_hint() -> str:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffdistill.checkpoint import Checkpoint, list_checkpoints, write_tensors_atomically
-from diffdistill.config import RunConfig, TrainConfig, differences, dump, parse_config
+from diffdistill.checkpoint import (
+    check_checkpoint,
+    clear_temporary,
+    list_checkpoints,
+    read_state,
+    write_tensors_atomically,
+    write_text_atomically,
+)
+from diffdistill.config import RunConfig, TrainConfig, differences, dump, dump_yaml, parse_config
 from diffdistill.data.source import ImageSource
 from diffdistill.inputs import Inputs, open_inputs
+from diffdistill.lock import locked
 from diffdistill.method import Method, Setting
 from diffdistill.model import (
     ModelSpec,
@@ -27,6 +35,7 @@ from diffdistill.model import (
 )
 from diffdistill.negative import steer
 from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
+from diffdistill.processes import Processes
 from diffdistill.schema import UserError
 from diffdistill.speed import SpeedConfig
 
@@ -68,25 +77,52 @@ def find_start(folder: FilePath, resume: bool | str) -> FilePath | None:
     return found[-1] if found else None
 
 
-def load_teacher(place: str | None, device: torch.device, checkpoint: Checkpoint | None = None) -> TrainedModel | None:
-    """The frozen teacher in a run's folder or checkpoint; of a resumed run, the one that it had."""
-    if checkpoint:
-        place = checkpoint.state["teacher"]
+def read_start(start: FilePath | None, processes: Processes) -> dict[str, Any] | None:
+    """What the checkpoint to go on from says beside tensors, once the first process has found it whole."""
+    if start is None:
+        return None
+    processes.first(lambda: check_checkpoint(start))
+    return read_state(start)
+
+
+@contextmanager
+def own_folder(folder: FilePath, config: RunConfig) -> Iterator[None]:
+    """Make the run's folder, write the resolved config, and keep other runs out while open.
+
+    Raises UserError where that is not allowed.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder))
+            write_text_atomically(folder / "config.yaml", dump_yaml(config))
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"run = {str(folder)!r}: cannot be written: {error.strerror}") from None
+        clear_temporary(folder / "checkpoints")
+        yield
+
+
+def load_teacher(
+    place: str | None, device: torch.device, state: Mapping[str, Any] | None = None
+) -> TrainedModel | None:
+    """The frozen teacher in a run's folder or checkpoint.  state: of a resumed run's checkpoint; the teacher it had."""
+    if state:
+        place = state["teacher"]
     if place is None:
         return None
     if is_routed(FilePath(place)):
         raise UserError(f"teacher = {place!r}: several students behind a router; name one model")
     teacher = merge_model(load_model(place))
-    expected = checkpoint.state["model"].get("base") if checkpoint else None
+    expected = state["model"].get("base") if state else None
     if expected and fingerprint(teacher.denoiser.net) != expected:
         raise UserError(f"teacher = {place!r}: has changed since this run began, whose LoRA factors stand over it")
     teacher.denoiser.to(device)
     return teacher
 
 
-def read_inputs(config: RunConfig, device: torch.device, checkpoint: Checkpoint | None = None) -> Inputs:
+def read_inputs(config: RunConfig, device: torch.device, state: Mapping[str, Any] | None = None) -> Inputs:
     """Images and encoded prompts, before any network is in memory. Raises UserError if something is missing."""
-    place = checkpoint.state["teacher"] if checkpoint else config.teacher
+    place = state["teacher"] if state else config.teacher
     return open_inputs(config, describe_model(place) if place else None, device)
 
 
@@ -214,13 +250,13 @@ def check_batch(train: TrainConfig, num_processes: int) -> None:
 
 
 def check_unchanged(
-    config: RunConfig, source: ImageSource, checkpoint: Checkpoint, *, origin: FilePath | None, may_differ: bool
+    config: RunConfig, source: ImageSource, state: Mapping[str, Any], *, origin: FilePath | None, may_differ: bool
 ) -> None:
     """Raise UserError, with the differences, if a resumed run is not the one that the checkpoint is of.
 
     may_differ: settings may have changed, which is said; images and labels may not.
     """
-    before = parse_config(checkpoint.state["config"], origin=str(origin))  # with defaults for newer settings
+    before = parse_config(state["config"], origin=str(origin))  # with defaults for newer settings
     changed = [
         f"{key}: was {old!r}, now {new!r}"
         for key, old, new in differences(dump(before), dump(config))
@@ -231,7 +267,7 @@ def check_unchanged(
         if not may_differ:
             raise UserError(f"{said}\nchange it back, or go on with --allow-changes")
         print(said, file=sys.stderr, flush=True)
-    if checkpoint.state.get("data", source.key) != source.key:
+    if state.get("data", source.key) != source.key:
         raise UserError(f"{origin}: the images or labels under `data` are not those that the run began with")
 
 

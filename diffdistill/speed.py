@@ -28,7 +28,8 @@ class SpeedConfig:
     layout of convolutions; on many GPUs faster in bf16.  ema_device: cpu keeps the averages off the GPU and costs a
     copy of the weights at each update.  teacher_device: cpu keeps the teacher's weights off the GPU, to which each
     layer comes when it is called.  teacher_dtype: bf16 stores the teacher's convolutions and linear layers in it and
-    computes them as autocast would; its D, and so the score difference, stays in float32.
+    computes them as autocast would; its D, and so the score difference, stays in float32.  shard: the processes share
+    out weights, gradients, moments and averages, those of one machine or all, each block gathered for its own length.
     """
 
     activation_checkpointing: bool = False
@@ -37,6 +38,7 @@ class SpeedConfig:
     ema_device: Literal["same", "cpu"] = "same"
     teacher_device: Literal["same", "cpu"] = "same"
     teacher_dtype: Literal["fp32", "bf16"] = "fp32"
+    shard: Literal["none", "machine", "all"] = "none"
 
 
 def apply_speed(

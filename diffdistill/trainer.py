@@ -9,37 +9,35 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from diffdistill.checkpoint import (
     PREFIX,
     Checkpoint,
-    clear_temporary,
-    flatten,
     list_checkpoints,
-    load_checkpoint,
-    load_strictly,
     save_checkpoint,
-    select_group,
-    write_text_atomically,
 )
-from diffdistill.config import RunConfig, dump, dump_yaml
+from diffdistill.config import RunConfig, dump
 from diffdistill.data.order import DataOrder
 from diffdistill.denoiser import NO_COND, Cond, freeze
 from diffdistill.draws import Draws
 from diffdistill.ema import EMA
 from diffdistill.guard import Guard
 from diffdistill.health import Health, Reference
-from diffdistill.lock import locked
 from diffdistill.log import Log, Meter, RunLog, Silence
 from diffdistill.method import Batch, Loss, Players, Update
-from diffdistill.optimizers import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer, trainable
+from diffdistill.objective import Averaging, Replicas
+from diffdistill.offload import is_offloaded
+from diffdistill.optimizers import clip, learning_rate, make_optimizer, trainable
 from diffdistill.preview import preview_panels, save_panels
-from diffdistill.processes import find_processes
+from diffdistill.processes import find_processes, others
+from diffdistill.run_state import RunState
 from diffdistill.schema import UserError
 from diffdistill.setup import (
     check_batch,
@@ -47,12 +45,16 @@ from diffdistill.setup import (
     check_unchanged,
     find_start,
     load_teacher,
+    own_folder,
     prepare_once,
     read_inputs,
+    read_start,
     ready_players,
     seeded,
     settle,
 )
+from diffdistill.shard_files import save_sharded
+from diffdistill.sharding import Shards, filled, make_mesh, outline, shard
 from diffdistill.speed import apply_speed
 from diffdistill.stopping import StopRequested, stop_signals
 from diffdistill.watch import make_watch
@@ -87,10 +89,12 @@ class Trainer:
         if train.num_threads:
             torch.set_num_threads(train.num_threads)
         self.start = find_start(self.folder, resume)
-        checkpoint = load_checkpoint(self.start) if self.start else None
-        inputs = read_inputs(config, self.device, checkpoint)
+        state = read_start(self.start, self.processes)
+        self.mesh = make_mesh(config, self.processes)
+        home = torch.device("cpu") if self.mesh else self.device  # what is shared out comes to the device in parts
+        inputs = read_inputs(config, self.device, state)
         self.source = inputs.source
-        self.teacher = load_teacher(config.teacher, self.device, checkpoint)
+        self.teacher = load_teacher(config.teacher, home, state)
         self.teacher_source = str(self.teacher.source) if self.teacher else None
         check_batch(train, self.processes.count)
         self.spec, self.setting = settle(config, inputs, self.teacher)
@@ -101,24 +105,28 @@ class Trainer:
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
         trained = {name for update in self.method.updates for name in update.players}
         ready_players(config, self.spec, {name: module for name, module in modules.items() if name in trained})
-        self.trained = {name: module.to(self.device).train() for name, module in modules.items() if name in trained}
-        self.followers = {name: freeze(m.to(self.device)) for name, m in modules.items() if name not in trained}
+        self.trained = {name: module.to(home).train() for name, module in modules.items() if name in trained}
+        self.followers = {name: freeze(m.to(home)) for name, m in modules.items() if name not in trained}
         apply_speed(config.speed, self.trained, self.setting.teacher, self.followers)
-        self.parameters = {name: trainable(module) for name, module in self.trained.items()}
         self.players = Players(**teachers, **self.trained, **self.followers)
-        self.optimizers = {name: make_optimizer(m, config.optimizer(name)) for name, m in self.trained.items()}
-        ema_device = self.device if config.speed.ema_device == "same" else torch.device("cpu")
+        ema_device = home if config.speed.ema_device == "same" else torch.device("cpu")
         student = self.trained[self.method.student]
         self.emas = {group: EMA(student, settings, ema_device) for group, settings in config.emas.items()}
         self.watch = make_watch(config.eval, self.folder, student, self.spec, self.processes)
+        self._make_optimizers()
+        self.averaging: Averaging = Replicas(self.processes, () if self.mesh else self.method.updates, self.trained)
         self.step = 0
         self.guard = Guard(train.on_nonfinite, train.max_skips)
         self.stored: dict[str, Tensor] = {}
+        self._outline: nn.Module | None = None  # of the student, where the processes hold parts of it
         self._meter = Meter()
         health = config.health if self.teacher and self.method.keeps_teacher else None
         self.health = Health(health, Reference.of_source(self.source, self.order.members)) if health else None
-        if checkpoint:
-            self._restore(checkpoint)
+        if state:
+            check_unchanged(config, self.source, state, origin=self.start, may_differ=may_differ)
+            self.step, self.guard.skips = int(state["step"]), dict(state["skips"])
+        if self.start and not self.mesh:
+            self._state.restore(self.start)
 
     @property
     def ema(self) -> EMA | None:
@@ -127,8 +135,9 @@ class Trainer:
 
     @property
     def student(self) -> nn.Module:
-        """The player that samples are taken from: the EMA where there is one."""
-        return self.ema.on(self.device) if self.ema else self.trained[self.method.student]
+        """The player that samples are taken from: the EMA where there is one. Whole: all processes ask for it."""
+        student = self.ema.on(self.device) if self.ema else self.trained[self.method.student]
+        return filled(self._outline, student, self.device) if self._outline else student
 
     @property
     def images_seen(self) -> int:
@@ -147,7 +156,7 @@ class Trainer:
         """
         train, processes = self.config.train, self.processes
         with ExitStack() as held:
-            processes.first(lambda: self._open_folder(held))
+            processes.first(lambda: held.enter_context(own_folder(self.folder, self.config)))
             self._prepare()
             log, stopping = held.enter_context(self._open_log()), held.enter_context(stop_signals())
             while self.step < train.steps:
@@ -158,7 +167,7 @@ class Trainer:
                 if self.step % train.log_every == 0 or last:
                     self.report(log)
                 if train.preview_every and (self.step % train.preview_every == 0 or last):
-                    processes.first(lambda: log.preview(self.step, self.save_preview()))
+                    log.preview(self.step, self.save_preview())
                 is_best = self.watch.examine(self, is_last=last, log=log)
                 if self.step % train.checkpoint_every == 0 or last or signal or is_best:
                     self.save()
@@ -185,12 +194,7 @@ class Trainer:
     def report(self, log: Log) -> None:
         """Log the means since the last report, and the health signals when they are due, with their warnings."""
         values, health = self.processes.means(self._meter.means()), self.health
-        if not self.processes.is_main:
-            return
-        if (
-            health
-            and self.step // health.config.every > (self.step - self.config.train.log_every) // health.config.every
-        ):
+        if health and health.is_due(self.step, self.config.train.log_every):
             sampler, student, seed = self.method.sampler(self.setting), self.method.student, self.config.train.seed
             signals = health.examine(self.players, student, sampler, self.setting, step=self.step, seed=seed)
             for warning in health.judge(self.step, signals, values):
@@ -200,16 +204,22 @@ class Trainer:
 
     def save(self) -> FilePath:
         """Write a checkpoint of everything that a resumed run needs, on as many processes as it likes."""
-        self.processes.first(self._save)
-        return self.folder / "checkpoints" / f"{PREFIX}{self.step:08d}"
+        folder, keep = self.folder / "checkpoints", self.config.train.keep_checkpoints
+        best, checkpoint = self.watch.best(self.step), Checkpoint(self.step, self._state.tensors(), self._settings)
+        if self.mesh:
+            save_sharded(self.processes, folder, checkpoint, keep=keep, best=best)
+        else:
+            self.processes.first(lambda: save_checkpoint(folder, checkpoint, keep=keep, best=best))
+        return folder / f"{PREFIX}{self.step:08d}"
 
-    def _save(self) -> None:
-        modules = self.trained | self.followers
-        tensors = {"players": flatten({name: module.state_dict() for name, module in modules.items()})}
-        for group, ema in self.emas.items():
-            tensors[group] = flatten({self.method.student: ema.module.state_dict()})
-        tensors["optimizers"] = flatten({n: optimizer_tensors(o) for n, o in self.optimizers.items()})
-        state = {
+    @property
+    def _state(self) -> RunState:
+        return RunState(self.trained | self.followers, self.method.student, self.emas, self.optimizers)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint says beside tensors."""
+        return {
             "format": 1,
             "skips": self.guard.skips,
             "student": self.method.student,
@@ -218,17 +228,17 @@ class Trainer:
             "data": self.source.key,
             "teacher": self.teacher_source,
         }
-        keep, best = self.config.train.keep_checkpoints, self.watch.best(self.step)
-        save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=keep, best=best)
 
     def save_preview(self) -> FilePath:
-        """previews/step-*.png: the student's samples, and the other players' view of them."""
+        """previews/step-*.png: the student's samples, and the other players' view of them. All processes make them, as
+        they may hold parts of the players, and the first writes."""
         file = self.folder / "previews" / f"step-{self.step:08d}.png"
         student, sampler = self.method.student, self.method.sampler(self.setting)
         views = preview_panels(
             self.players, student, self.student, sampler, self.setting, seed=self.config.train.seed, device=self.device
         )
-        save_panels(file, views, columns=10 if self.setting.num_classes == 10 else 8)
+        columns = 10 if self.setting.num_classes == 10 else 8
+        self.processes.first(lambda: save_panels(file, views, columns=columns))
         return file
 
     def loss(self, update: Update, micro: MicroBatch) -> Loss:
@@ -275,15 +285,15 @@ class Trainer:
         """One optimiser step of some players. Returns whether it was taken."""
         losses: list[Loss] = []
         self._gather(update, micros)
-        for micro in micros:
-            loss = self.loss(update, micro)
-            (loss.total / (len(micros) * self.processes.count)).backward()
+        for number, micro in enumerate(micros, 1):
+            with self.averaging.of(update, is_last=number == len(micros)) as ask, others():
+                loss = ask(partial(self.loss, update, micro))
+                (loss.total / len(micros)).backward()
             micro.draw |= loss.carry
             losses.append(loss)
-        self.processes.sum_gradients([p for name in update.players for p in self.parameters[name]])
-        norms = {name: self._clip(name) for name in update.players}
+        norms = {name: clip(self.parameters[name], self.config.optimizer(name)) for name in update.players}
         numbers = torch.stack([*norms.values(), *(loss.total.detach() for loss in losses)]).isfinite().tolist()
-        faulty = self.processes.those(not all(numbers[len(norms) :]))  # the summed gradients are the same in all
+        faulty = self.processes.those(not all(numbers[len(norms) :]))  # the gradients are the same in all
         is_finite = all(numbers) and not faulty
         if is_finite:
             for name in update.players:
@@ -302,16 +312,6 @@ class Trainer:
             if log:
                 log.say(said)
         return is_finite
-
-    def _clip(self, name: str) -> Tensor:
-        """The gradient's norm before clipping, after clipping it as the config says."""
-        options, parameters = self.config.optimizer(name), self.parameters[name]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if options.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, options.clip_norm, norm)
-        if options.clip_value:
-            nn.utils.clip_grad_value_(parameters, options.clip_value)
-        return norm
 
     def _note(self, update: Update, losses: list[Loss], norms: dict[str, Tensor]) -> None:
         """Record an update that was taken."""
@@ -334,31 +334,21 @@ class Trainer:
     def _class_cond(self, label: Tensor) -> Cond:
         return Cond(label=label) if self.setting.num_classes else NO_COND
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Put everything back as it was. Raises UserError if the config or the architecture has changed."""
-        check_unchanged(self.config, self.source, checkpoint, origin=self.start, may_differ=self.may_differ)
-        for name, module in self.trained.items():
-            load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
-            restore_optimizer(self.optimizers[name], select_group(checkpoint.tensors["optimizers"], name))
-        for name, module in self.followers.items():
-            load_strictly(module, select_group(checkpoint.tensors["players"], name), origin=f"{self.start} ({name})")
-        for group, ema in self.emas.items():
-            weights = select_group(checkpoint.tensors[group], self.method.student)
-            load_strictly(ema.module, weights, origin=f"{self.start} ({group})")
-        self.step, self.guard.skips = int(checkpoint.state["step"]), dict(checkpoint.state["skips"])
+    def _make_optimizers(self) -> None:
+        self.parameters = {name: trainable(module) for name, module in self.trained.items()}
+        self.optimizers = {name: make_optimizer(m, self.config.optimizer(name)) for name, m in self.trained.items()}
 
-    def _open_folder(self, held: ExitStack) -> None:
-        """Make the run's folder, keep other runs out of it while `held` is open, and write the resolved config.
-
-        Raises UserError where that is not allowed.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(self.folder))
-            write_text_atomically(self.folder / "config.yaml", dump_yaml(self.config))
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"run = {str(self.folder)!r}: cannot be written: {error.strerror}") from None
-        clear_temporary(self.folder / "checkpoints")
+    def _share_out(self, mesh: DeviceMesh) -> None:
+        """Keep this process's part of each player alone, with optimisers of its own; go on where the run stopped."""
+        teacher = [self.setting.teacher] if self.setting.teacher and not is_offloaded(self.setting.teacher) else []
+        averages = [ema.module for ema in self.emas.values()]
+        self._outline = outline(self.student)
+        for module in (*teacher, *self.trained.values(), *self.followers.values(), *averages):
+            shard(module, mesh)
+        self._make_optimizers()
+        self.averaging = Shards(self.trained)
+        if self.start:
+            self._state.restore(self.start)
 
     def _open_log(self) -> Log:
         """The run's log; of the other processes nothing is told but through the first."""
@@ -381,6 +371,8 @@ class Trainer:
 
         file = self.folder / "prepared.safetensors"
         seed, is_kept = self.config.train.seed, self.start is not None
+        if self.setting.teacher and not is_offloaded(self.setting.teacher):
+            self.setting.teacher.to(self.device)
         self.processes.first(lambda: prepare_once(file, self.method, self.setting, seed, is_kept=is_kept))
         if file.exists() != bool(self.processes.largest(file.exists())):
             raise UserError(
@@ -397,3 +389,5 @@ class Trainer:
             self.players = Players(**self.trained, **self.followers)
             self.setting = replace(self.setting, teacher=None)
             self.teacher = None
+        if self.mesh:
+            self._share_out(self.mesh)

@@ -49,6 +49,10 @@ class Wrapper(Method):
     def trains_network(self) -> bool:
         return self.base.trains_network
 
+    @property
+    def differentiates_forward(self) -> bool:
+        return self.base.differentiates_forward
+
     def sampler(self, setting: Setting) -> AnySampler:
         return self.base.sampler(setting)
 

@@ -47,6 +47,7 @@ class MeanFlow(Method):
 
     student = "generator"
     needs_images = True
+    differentiates_forward = True
     updates = (Update(("generator",), "generator_loss"),)
 
     @property

@@ -39,6 +39,7 @@ class SCM(Method):
 
     student = "generator"
     needs_images = True
+    differentiates_forward = True
 
     @property
     def keeps_teacher(self) -> bool:

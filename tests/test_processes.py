@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import MakeConfig
-from equal import RUNS, WAYS, Way, apart, measure
+from equal import WAYS, apart, measure
 from fleet import run_together
 from torch import Tensor, nn
 
@@ -20,9 +21,10 @@ from diffdistill.checkpoint import list_checkpoints, load_checkpoint
 from diffdistill.config import RunConfig, dump_yaml
 from diffdistill.eval.records import read_records
 from diffdistill.log import Log, Silence
-from diffdistill.method import Batch, Draw, Loss, Players
+from diffdistill.method import Batch, Draw, Loss, Players, Update
 from diffdistill.methods.pretrain import Pretrain
-from diffdistill.processes import Processes, buckets, find_processes
+from diffdistill.objective import Replicas
+from diffdistill.processes import Processes, find_processes
 from diffdistill.schema import UserError
 from diffdistill.setup import check_batch
 from diffdistill.stopping import StopRequested, TrainingError
@@ -52,17 +54,9 @@ def test_two_and_four_processes_train_as_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick_teacher: Path, name: str
 ) -> None:
     monkeypatch.setattr("equal.STEPS", 6)
-    way = WAYS["Adam, float64"]
-    assert max(measure(name, way, tmp_path, quick_teacher).values()) <= way.tolerance
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-@pytest.mark.parametrize("name", RUNS)
-def test_every_method_trains_on_two_and_four_processes_as_on_one(
-    tmp_path: Path, quick_teacher: Path, name: str, way: Way
-) -> None:
-    assert max(measure(name, way, tmp_path, quick_teacher).values()) <= way.tolerance
+    for label in ("Adam, float64", "Adam, float64, sharded"):
+        way = WAYS[label]
+        assert max(measure(name, way, tmp_path / label, quick_teacher).values()) <= way.tolerance
 
 
 def test_dropout_is_the_same_on_two_processes_where_the_pieces_are(make_config: MakeConfig) -> None:
@@ -178,24 +172,47 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(make_config:
         assert said[0].endswith("is not finite in process 1; this update is skipped")
 
 
-def summed() -> list[list[float] | None]:
-    """Gradients that both, one, and none of two processes have."""
+def averaged(*, micro_batches: int) -> list[list[float] | None]:
+    """Gradients that both, one, and none of two processes have, after some micro-batches."""
     processes = find_processes("cpu")
-    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    parameters[0].grad = torch.tensor([1.0, 2.0]) * (1 + processes.rank)
-    if processes.rank == 1:
-        parameters[1].grad = torch.tensor([5.0, 7.0])
-    processes.sum_gradients(parameters)
-    return [None if p.grad is None else p.grad.tolist() for p in parameters]
+    player = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(3)])
+    update = Update(("player",), "loss")
+    averaging = Replicas(processes, (update,), {"player": player})
+
+    def loss() -> Loss:
+        total = (player[0] * torch.tensor([1.0, 2.0]) * (1 + processes.rank)).sum()
+        return Loss(total + (player[1] * torch.tensor([5.0, 7.0])).sum() if processes.rank == 1 else total)
+
+    for number in range(1, micro_batches + 1):
+        with averaging.of(update, is_last=number == micro_batches) as ask:
+            ask(loss).total.backward()
+    return [None if p.grad is None else p.grad.tolist() for p in player]
 
 
-def test_a_gradient_that_a_process_lacks_counts_as_zero_there() -> None:
-    assert run_together(2, summed) == [[[3.0, 6.0], [5.0, 7.0], None]] * 2
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_are_means_and_one_that_a_process_lacks_counts_as_zero_there(micro_batches: int) -> None:
+    n = float(micro_batches)
+    expected = [[1.5 * n, 3.0 * n], [2.5 * n, 3.5 * n], None]
+    assert run_together(2, partial(averaged, micro_batches=micro_batches)) == [expected] * 2
 
 
-def test_gradients_travel_in_groups_of_one_type_and_bounded_size() -> None:
-    sizes = [torch.zeros(n) for n in (3, 4, 100, 1)] + [torch.zeros(2, dtype=torch.float64)]
-    assert [[len(t) for t in group] for group in buckets(sizes, most=32)] == [[3, 4], [100], [1], [2]]
+def test_processes_speak_once_an_update(make_config: MakeConfig) -> None:
+    """Micro-batches add up in each process; only the last one's backward pass sends."""
+
+    def sent(micro_batch: int) -> int:
+        trainer = Trainer(make_config("pretrain", f"train.micro_batch_size={micro_batch}"), quiet=True)
+        (objective,) = (wrapped for wrapped, _ in trainer.averaging._wrapped.values())  # type: ignore[attr-defined]
+        seen: list[int] = []
+
+        def count(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            seen.append(bucket.index())
+            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+        objective.register_comm_hook(None, count)
+        trainer.train_step()
+        return len(seen)
+
+    assert run_together(2, lambda: sent(4)) == run_together(2, lambda: sent(1)) == [1, 1]
 
 
 def test_the_others_begin_with_the_weights_of_the_first() -> None:
@@ -213,8 +230,9 @@ def failed_first(config: RunConfig) -> tuple[str, str]:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("diffdistill.trainer.save_checkpoint", full)  # in this process, which ends with the test
     trainer = Trainer(config, quiet=True)
-    trainer._save = full  # type: ignore[method-assign]
     with pytest.raises((OSError, TrainingError)) as raised:
         trainer.run()
     return type(raised.value).__name__, str(raised.value)
@@ -246,9 +264,9 @@ def test_one_process_alone_tells_nobody_anything(monkeypatch: pytest.MonkeyPatch
     for name in ("all_reduce", "all_gather", "broadcast"):
         monkeypatch.setattr(torch.distributed, name, never)
     alone, values = Processes(torch.device("cpu")), torch.ones(2)
-    parameter = nn.Parameter(torch.ones(1))
-    parameter.grad = torch.ones(1)
-    alone.sum_gradients([parameter])
+    update = Update(("player",), "loss")
+    with Replicas(alone, (update,), {"player": nn.Linear(1, 1)}).of(update, is_last=True) as ask:
+        assert ask(lambda: Loss(values.sum())).total == 2
     alone.begin_equal([nn.Linear(1, 1)])
     alone.wait()
     done: list[int] = []

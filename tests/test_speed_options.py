@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.checkpoint import Checkpoint, load_checkpoint
+from diffdistill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from diffdistill.config import OptimizerConfig, RunConfig, dump
 from diffdistill.counting import SavedTensors
 from diffdistill.denoiser import Cond, Denoiser
@@ -378,4 +378,8 @@ def test_a_checkpoint_from_before_these_settings_resumes(make_config: MakeConfig
     trainer = after(make_config("dmd2"), 1)
     saved = load_checkpoint(trainer.save())
     old = {name: value for name, value in dump(trainer.config).items() if name not in ("speed", "more_emas")}
-    trainer._restore(Checkpoint(saved.step, saved.tensors, {**saved.state, "config": old}))
+    folder = Path(trainer.config.run) / "checkpoints"
+    save_checkpoint(folder, Checkpoint(saved.step, saved.tensors, {**saved.state, "config": old}), keep=1)
+    resumed = Trainer(trainer.config, resume=True, quiet=True)
+    assert resumed.step == 1
+    assert_same(saved.tensors["players"], resumed._state.tensors()["players"])

@@ -21,7 +21,7 @@ def linked(file: Path) -> bool:
     return file.relative_to(ROOT / "diffdistill").parts[0] in TOP_LEVEL_ROOMS
 
 
-LIGHT = ("diffdistill.faults", "diffdistill.image_commands")
+LIGHT = ("diffdistill.faults", "diffdistill.image_commands", "diffdistill.checkpoint_commands")
 CORE = sorted((ROOT / "diffdistill").glob("*.py"))
 ROOMS = sorted(p for p in (ROOT / "diffdistill").glob("*/**/*.py") if not linked(p))
 METHODS = sorted((ROOT / "methods").glob("*.py"))
@@ -85,7 +85,7 @@ def test_data_and_networks_know_no_methods(file: Path) -> None:
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
     light = {"functools", "os", "sys", "collections", "pathlib", "typing", "typer", "rich", "diffdistill"}
-    for file in ("cli.py", "image_commands.py", "faults.py"):
+    for file in ("cli.py", "image_commands.py", "checkpoint_commands.py", "faults.py"):
         top = imports(ROOT / "diffdistill" / file, top_level_only=True)
         assert {name.split(".")[0] for name in top} <= light
         own = {name for name in top if name.startswith("diffdistill.")}

@@ -1,0 +1,87 @@
+"""A checkpoint's group in parts: a folder of safetensors, each process's own, by torch.distributed.checkpoint's
+Hugging Face storage. Where a part belongs stands in its file's header."""
+
+import errno
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path as FilePath
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from diffdistill.checkpoint import Checkpoint, being_written, seal_checkpoint, writing_place
+from diffdistill.parts import has_parts
+from diffdistill.processes import Processes
+from diffdistill.schema import UserError
+
+
+def save_sharded(
+    processes: Processes, folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None
+) -> None:
+    """As `save_checkpoint`, but each process writes its own parts of the tensors; all call it.
+
+    Raises OSError, or TrainingError, in all where one cannot.
+    """
+    temporary = writing_place(folder, checkpoint.step)
+    with ExitStack() as opened:
+        processes.first(lambda: opened.enter_context(being_written(folder, checkpoint.step)))
+        for group, tensors in checkpoint.tensors.items():
+            write_shards(temporary / group, tensors)
+        processes.first(lambda: seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best))
+
+
+def write_shards(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """Write the parts of all processes, each its own; all call it. What all have alike is written by one.
+
+    Raises OSError in all where one cannot.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+    except CheckpointException as error:
+        rank, (fault, _) = next(iter(error.failures.items()))
+        code = fault.errno if isinstance(fault, OSError) else None
+        raise OSError(code or errno.EIO, f"{fault} (process {rank})", str(folder)) from error
+
+
+def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    """The tensors of a folder: whole, but where `like` gives one of the same shape whose parts the processes hold, this
+    one's parts alone; then all call it. The writers may have been more or fewer.
+
+    Raises UserError where the parts do not make tensors.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        found = {name: _empty(stored, like(name)) for name, stored in _stored(reader).items()}
+        is_shared = any(has_parts(tensor) for tensor in found.values())
+        load(found, storage_reader=reader, no_dist=not is_shared)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, OSError) as error:
+        raise UserError(f"{folder}: cannot be read: {error}") from None
+    except CheckpointException as error:
+        reasons = "; ".join(f"{fault}" for fault, _ in error.failures.values())
+        raise UserError(f"{folder}: cannot be read: {reasons}") from None
+    return found
+
+
+def _stored(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    """What the files say that they hold. Raises ValueError where parts are missing: nothing is allocated for those."""
+    found = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
+        if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
+            raise ValueError(f"{name}: its parts are not all there")
+        found[name] = stored
+    return found
+
+
+def _empty(stored: TensorStorageMetadata, like: Tensor | None) -> Tensor:
+    if like is not None and has_parts(like) and like.shape == stored.size:
+        return torch.empty_like(like, dtype=stored.properties.dtype, requires_grad=False)
+    return torch.empty(stored.size, dtype=stored.properties.dtype)
