@@ -4,9 +4,9 @@ from pathlib import Path as FilePath
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from diffdistill.faults import guarded
+from diffdistill.terminal import Console
 
 console = Console()
 

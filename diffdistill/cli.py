@@ -6,12 +6,12 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 
 from diffdistill import __version__
 from diffdistill.checkpoint_commands import gather, import_edm, join
-from diffdistill.faults import escape, guarded, this_rank
+from diffdistill.faults import guarded, this_rank
 from diffdistill.image_commands import export, sample
+from diffdistill.terminal import Console
 
 app = typer.Typer(
     help="One-step image generators, distilled from diffusion models.",
@@ -282,10 +282,12 @@ def leaderboard(
 
     Example: diffdistill leaderboard runs/records.jsonl --out runs/leaderboard
     """
+    from rich.text import Text
+
     from diffdistill.eval.board_files import write_leaderboard
 
     def say(message: str) -> None:
-        Console(stderr=True).print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text.assemble(("warning:", "yellow"), f" {message}"), soft_wrap=True)
 
     page, *others = write_leaderboard(records, FilePath(out), title=title, with_reported=published, say=say)
     console.print(f"{page}, and {len(others)} more files beside it", highlight=False, soft_wrap=True, markup=False)

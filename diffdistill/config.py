@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
@@ -23,10 +24,14 @@ from diffdistill.networks.lora import LoRASettings
 from diffdistill.path import EDM, AnyPath, Prediction
 from diffdistill.schema import NonNegative, Positive, PositiveInt, UserError, any_of, field, schema
 from diffdistill.speed import SpeedConfig
+from diffdistill.terminal import holds_secret
 from diffdistill.trackers import TrackerNames
 from diffdistill.watch import EvalConfig
 
 T = TypeVar("T")
+
+MAX_BITS = 1024  # of an integer in YAML; no setting takes more than 63
+MAX_SHOWN = 200  # characters of a value in a message
 
 if TYPE_CHECKING:
     AnyMethod = Method
@@ -162,7 +167,10 @@ def find_config(name: str) -> FilePath:
 
 
 def parse_config(data: object, *, origin: str = "config") -> RunConfig:
-    """A nested dict as a RunConfig. Raises UserError."""
+    """A nested dict as a RunConfig. Raises UserError, also on a password or token: it would be saved with the run."""
+    for place, text in _texts(data):
+        if holds_secret(text):
+            raise UserError(f"{origin}: {place}: holds a password or token; give it by the environment, as HF_TOKEN")
     return validate(RunConfig, data, origin=origin)
 
 
@@ -219,8 +227,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        repeated = sorted(key for key, count in Counter(str(key.value) for key, _ in node.value).items() if count > 1)
         if repeated:
             raise yaml.constructor.ConstructorError(None, None, f"repeated key {repeated[0]!r}", node.start_mark)
         mapping = super().construct_mapping(node, deep)
@@ -229,7 +236,14 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} is not a name", node.start_mark)
         return mapping
 
+    def construct_yaml_int(self, node: Any) -> int:
+        number = super().construct_yaml_int(node)
+        if number.bit_length() > MAX_BITS:
+            raise yaml.constructor.ConstructorError(None, None, "the integer is too large", node.start_mark)
+        return number
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -253,7 +267,7 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     """Any YAML value. Raises UserError with the line."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{origin}: not valid YAML: {error}") from None
 
 
@@ -263,22 +277,37 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip(". "):
-            raise UserError(f"override {override!r}: write key.sub=value")
+            raise UserError(f"override {_short(override)}: write key.sub=value")
         *parents, last = key.split(".")
         place = data
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise UserError(f"override {override!r}: {parent!r} is a value, not a group of settings")
-        place[last] = parse_yaml(text, origin=f"override {override!r}")
+                raise UserError(f"override {_short(override)}: {parent!r} is a value, not a group of settings")
+        place[last] = parse_yaml(text, origin=f"override {_short(override)}")
     return data
+
+
+def _texts(data: object, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested data, with its dotted place."""
+    if isinstance(data, str):
+        yield place, data
+    elif isinstance(data, (dict, list)):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _texts(value, f"{place}.{key}" if place else str(key))
+
+
+def _short(value: object) -> str:
+    """A value as it is shown in a message."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _describe(kind: type, data: object, fault: Any) -> str:
     """One fault as `place = value: what is wrong; choices`."""
     place, holder, value = _walk(kind, data, fault["loc"])
     code, context = fault["type"], fault.get("ctx", {})
-    shown = f" = {value!r}" if not isinstance(value, (dict, list, type(None))) else ""
+    shown = f" = {_short(value)}" if not isinstance(value, (dict, list, type(None))) else ""
     if code in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for f in fields(holder)] if is_dataclass(holder) else []
         return f"{place}: unknown key{_did_you_mean(place.rpartition('.')[2], known)}"

@@ -5,8 +5,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
-from rich.console import Console
-
 from diffdistill.checkpoint import write_text_atomically
 from diffdistill.config import find_config, load_config
 from diffdistill.eval.digits import Row, bootstrap_floor, evaluate, print_table
@@ -15,6 +13,7 @@ from diffdistill.model import load_model
 from diffdistill.preview import save_grid
 from diffdistill.sampling import FewSteps
 from diffdistill.schema import UserError
+from diffdistill.terminal import Console
 from diffdistill.trainer import Trainer
 
 FAST = ("train.steps=40", "train.checkpoint_every=20", "train.preview_every=40", "train.log_every=10")

@@ -9,7 +9,9 @@ from importlib import metadata
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.text import Text
+
+from diffdistill.terminal import Console
 
 if TYPE_CHECKING:
     from diffdistill.config import RunConfig
@@ -85,8 +87,8 @@ def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iter
 def show(findings: Sequence[Finding], console: Console) -> bool:
     """Print the findings. Returns whether there is no fault."""
     for finding in findings:
-        mark = "[red]FAULT[/]" if finding.is_fault else "[green]ok[/]   "
-        console.print(f"{mark} {finding.topic}: {finding.text}", highlight=False, soft_wrap=True)
+        mark = ("FAULT", "red") if finding.is_fault else ("ok   ", "green")
+        console.print(Text.assemble(mark, f" {finding.topic}: {finding.text}"), soft_wrap=True)
     return not any(finding.is_fault for finding in findings)
 
 

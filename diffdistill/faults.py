@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
+from rich.text import Text
+
+from diffdistill.terminal import Console, hide_secrets
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -15,7 +17,8 @@ R = TypeVar("R")
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong, plainly, and leave. Of several processes each says which one it is, but for the first."""
     who = f" process {this_rank()}:" if this_rank() else ""
-    Console(stderr=True).print(f"[bold red]error:[/]{who} {escape(message)}", highlight=False, soft_wrap=True)
+    said = Text.assemble(("error:", "bold red"), f"{who} {hide_secrets(message)}")
+    Console(stderr=True).print(said, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -63,8 +66,3 @@ def _expected(error: Exception) -> tuple[str, int | None]:
     if isinstance(error, (TrainingError, ExportError, OSError)):
         return str(error), 1
     return "", None
-
-
-def escape(text: str) -> str:
-    """As rich prints it literally."""
-    return text.replace("[", r"\[")

@@ -1,18 +1,17 @@
 """What a run tells: a progress bar, metrics.jsonl, curves.png, and the trackers that its config names."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffdistill.checkpoint import write_text_atomically
 from diffdistill.curves import draw_curves
+from diffdistill.terminal import Console, hide_secrets
 from diffdistill.trackers import Trackers
 
 METRICS = "metrics.jsonl"
@@ -94,13 +93,13 @@ class RunLog:
         self._title, self._num_steps, self._start_step = title, num_steps, start_step
         self._began, self._cpu_began = time.perf_counter(), cpu_began
         self._bar = Progress(
-            TextColumn(f"{title}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} {task.fields[speed]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[losses]}", markup=False),
             console=self._console,
             disable=not self._is_live,
         )
@@ -137,11 +136,7 @@ class RunLog:
             self._bar.update(self._task, completed=step, speed=f"{speed:.1f} it/s", losses=losses)
         elif not self._quiet:
             left = (self._num_steps - step) / max(speed, 1e-9)
-            print(
-                f"{self._title} {step}/{self._num_steps} {speed:.1f} it/s, {left:.0f} s left  {losses}",
-                file=sys.stderr,
-                flush=True,
-            )
+            self.say(f"{self._title} {step}/{self._num_steps} {speed:.1f} it/s, {left:.0f} s left  {losses}")
 
     def preview(self, step: int, file: FilePath) -> None:
         """A new preview: to the trackers that take pictures. A good moment to draw the curves anew, too."""
@@ -154,17 +149,17 @@ class RunLog:
         known = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
         if message not in known:
             with file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-                handle.write(message + "\n")
+                handle.write(hide_secrets(message) + "\n")
 
     def warn(self, message: str) -> None:
         """A warning for people, and a line of warnings.txt."""
-        with (self.file.parent / WARNINGS).open("a", encoding="utf-8") as handle:
-            handle.write(message + "\n")
+        with (self.file.parent / WARNINGS).open("a", encoding="utf-8", errors="backslashreplace") as handle:
+            handle.write(hide_secrets(message) + "\n")
         self.say(f"health: {message}")
 
     def say(self, message: str) -> None:
         """A line for people, above the bar."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(hide_secrets(message), soft_wrap=True)
 
     def _draw(self) -> None:
         """curves.png, if there is anything new to see. A picture that cannot be drawn is said once."""

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +29,7 @@ from diffdistill.log import METRICS, WARNINGS
 from diffdistill.schema import UserError
 from diffdistill.stopping import StopRequested, TrainingError
 from diffdistill.sweep_picture import Entry, draw_sweep, healthy_band, sample_sheet
-from diffdistill.trackers import hide_secrets
+from diffdistill.terminal import Console, hide_secrets
 from diffdistill.trainer import Trainer
 
 RECORD, PICTURE, TRACE = "sweep.json", "sweep.png", "error.txt"

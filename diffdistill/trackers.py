@@ -7,8 +7,6 @@ never waits for. One that is missing, raises, or does not answer is said once, w
 import difflib
 import importlib
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,12 +14,13 @@ from pathlib import Path as FilePath
 from queue import Full, Queue
 from threading import Lock, Thread
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 from pydantic import AfterValidator, WithJsonSchema
+
+from diffdistill.terminal import hide_secrets
 
 PROJECT = "diffdistill"
 QUEUE_LENGTH = 1000  # reports that may wait
@@ -30,9 +29,6 @@ CALL_SECONDS = 60.0
 CLOSE_SECONDS = 30.0  # for all of a run's trackers together
 SHARED_MODULES = ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg")
 """What both the run and some trackers import: loaded before a thread can see one of them half loaded."""
-SECRET_NAME = re.compile(r"key|token|secret|passw|_pwd|credential|auth", re.IGNORECASE)
-SECRET_TEXT = re.compile(r"\b(api[_-]?key|token|password|secret)(['\"]?\s*[=:]\s*)[^\s;,&'\"]+", re.IGNORECASE)
-SECRET_URL = re.compile(r"(://)[^/\s@]+@")
 
 Task = Callable[[Any], None]
 
@@ -180,14 +176,6 @@ def flat_settings(settings: Mapping[str, Any], place: str = "") -> dict[str, str
         elif value is not None:
             found[name] = hide_secrets(value if isinstance(value, str) else json.dumps(value))
     return found
-
-
-def hide_secrets(text: str) -> str:
-    """`text` without the values of environment variables that sound secret, `api_key=...` and `://user:password@`."""
-    values = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 6]
-    for value in sorted(values, key=len, reverse=True):
-        text = text.replace(value, "***").replace(quote(value, safe=""), "***")
-    return SECRET_URL.sub(r"\1***@", SECRET_TEXT.sub(r"\1\2***", text))
 
 
 def _start(name: str, folder: FilePath, *, start_step: int, settings: Mapping[str, Any]) -> Any:

@@ -1,6 +1,5 @@
 """A run that meets the end of its memory: it says what would fit, or goes on with smaller micro-batches."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path as FilePath
 
@@ -8,6 +7,7 @@ import torch
 
 from diffdistill.config import RunConfig
 from diffdistill.stopping import TrainingError
+from diffdistill.terminal import Console
 from diffdistill.trainer import Trainer
 
 
@@ -33,7 +33,7 @@ def run_within_memory(
             message = (
                 f"out of memory at step {trainer.step}; goes on from the last checkpoint with {half_named(smaller)}"
             )
-            print(message, file=sys.stderr, flush=True)
+            Console(stderr=True).print(message, soft_wrap=True)
         del trainer  # and with it all that it holds, outside the handler, whose error held the tensors of the step
         torch.cuda.empty_cache()
 

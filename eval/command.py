@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from diffdistill.checkpoint import write_text_atomically
@@ -37,6 +36,7 @@ from diffdistill.eval.workers import find_workers
 from diffdistill.model import load_model
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
+from diffdistill.terminal import Console
 
 GRID = 100
 """Images of a grid, spread evenly over the first repeat: the same noise and labels for every model."""

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from diffdistill.eval.neighbours import precision_recall
 from diffdistill.eval.protocols import DIGITS_PIXELS
 from diffdistill.eval.records import ModelRecord
 from diffdistill.sampling import FewSteps, Sampler
+from diffdistill.terminal import Console
 
 SHAPE = (1, 8, 8)
 NEAREST_K = next(metric.nearest_k for metric in DIGITS_PIXELS.metrics if isinstance(metric, PrecisionRecall))

@@ -12,6 +12,7 @@ from pathlib import Path as FilePath
 import torch
 
 from diffdistill.eval.records import Environment
+from diffdistill.terminal import hide_secrets
 
 PACKAGES = (
     *("diffdistill", "torch", "numpy", "pillow", "diffusers", "accelerate"),
@@ -28,7 +29,7 @@ def describe_environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         commit=_commit(FilePath(__file__).resolve().parent),
-        command=" ".join(["diffdistill", *map(shlex.quote, sys.argv[1:])]),
+        command=hide_secrets(" ".join(["diffdistill", *map(shlex.quote, sys.argv[1:])])),
         device=device_name(device),
         dtype=dtype,
         tf32=device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from rich.console import Console
 from torch import Tensor
 
 from diffdistill.config import parse_yaml, validate
@@ -25,6 +24,7 @@ from diffdistill.eval.reference import (
 from diffdistill.eval.run import Advance, progress_bar
 from diffdistill.eval.workers import exact_matmul, find_workers
 from diffdistill.schema import UserError, schema
+from diffdistill.terminal import Console
 
 
 @dataclass(frozen=True)

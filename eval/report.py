@@ -19,7 +19,7 @@ from diffdistill.eval.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.panels import Panel, draw_panel
 from diffdistill.eval.records import Record, read_records
 from diffdistill.schema import UserError
-from diffdistill.trackers import hide_secrets
+from diffdistill.terminal import hide_secrets
 
 CONFIG, METRICS, WARNINGS, PREVIEWS, TABLE, PAGE = (
     *("config.yaml", "metrics.jsonl", "warnings.txt", "previews", "table.json", "report.html"),
@@ -205,7 +205,7 @@ def read_scores(run: FilePath) -> list[Table]:
 
 def settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The config in groups, the lone values of the top first; nothing that sounds secret."""
-    clean = json.loads(hide_secrets(json.dumps(dict(config), default=str)))
+    clean = {key: _without_secrets(value, key) for key, value in config.items()}
     lone = {key: value for key, value in clean.items() if not isinstance(value, dict)}
     groups = [(key, value) for key, value in clean.items() if isinstance(value, dict) and value]
     return [("run", lone), *groups] if lone else groups
@@ -219,6 +219,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _without_secrets(value: Any, name: str) -> Any:
+    """A setting's value without what sounds secret in it, or in its name."""
+    if isinstance(value, Mapping):
+        return {hide_secrets(str(key)): _without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner, name) for inner in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return hide_secrets(f"{name}: {value}").removeprefix(f"{name}: ")
 
 
 def _sections(names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from diffdistill.eval.feature_store import BLOCK, FeatureStore, discard, hash_fe
 from diffdistill.eval.records import Efficiency, Images, Record, Values, hash_json
 from diffdistill.eval.scoring import OnDevice, score
 from diffdistill.eval.workers import exact_matmul
+from diffdistill.terminal import Console
 
 Advance = Callable[[int], None]
 OnImages = Callable[[int, Tensor, Tensor], None]
@@ -159,7 +159,7 @@ def _metrics(bench: Bench, stores: tuple[FeatureStore, ...]) -> tuple[dict[str, 
 def progress_bar(title: str, total: int, console: Console, *, is_shown: bool = True) -> Iterator[Advance]:
     """A bar on a terminal, a line every tenth elsewhere; call what it gives with the images that are done."""
     is_live = console.is_terminal and is_shown
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
     done = 0
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not is_live) as bar:
         task = bar.add_task(title, total=total)

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from diffdistill.eval.compare import Difference
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import Record, is_lower_better, metric_label
 from diffdistill.eval.run import Evaluation
+from diffdistill.terminal import Console
 
 
 def rows_of(evaluations: Sequence[Evaluation]) -> list[dict[str, str | int | float | None]]:
@@ -65,11 +65,11 @@ def number(metric: str, value: float) -> str:
 def _table(title: str, rows: Iterable[Sequence[str]]) -> Table:
     """Texts as they are, the first row as heads; nothing is cut off."""
     heads, *lines = rows
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for column, head in enumerate(heads):
-        table.add_column(escape(head), justify="right" if column else "left", overflow="fold")
+        table.add_column(Text(head), justify="right" if column else "left", overflow="fold")
     for line in lines:
-        table.add_row(*map(escape, line))
+        table.add_row(*map(Text, line))
     return table
 
 

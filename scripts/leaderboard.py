@@ -22,7 +22,6 @@ from typing import Annotated
 import torch
 import typer
 from PIL import Image
-from rich.console import Console
 
 from diffdistill.draws import Draws
 from diffdistill.eval.command import EvalOptions, run_eval
@@ -31,6 +30,7 @@ from diffdistill.eval.places import seconds_until
 from diffdistill.eval.records import Cost, Record, append_record, read_records
 from diffdistill.inference import sample_images
 from diffdistill.model import find_checkpoint, join_students, load_model
+from diffdistill.terminal import Console
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "digits.jsonl"

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -27,7 +28,7 @@ from PIL import Image
 
 from diffdistill.checkpoint import MANIFEST, list_checkpoints
 from diffdistill.config import dump, load_config
-from diffdistill.data import ImageFolder, Npz
+from diffdistill.data import ImageFolder, Npz, WebDataset
 from diffdistill.edm_checkpoint import read_edm
 from diffdistill.eval.records import read_records
 from diffdistill.model import load_model
@@ -51,6 +52,8 @@ HOSTILE = (
         b"[]",
         b"{}",
         b"18446744073709551616",
+        b"0x" + b"f" * 4400,
+        b":".join([b"59"] * 3000),
     ),
     *(b"../../../etc/passwd", b"/dev/zero", b"C:\\x", b"\x00", b"\x1b[31m", b"\xff\xfe", "\u202e".encode(), b"\r\n"),
     *(
@@ -162,6 +165,25 @@ def _read_archive(folder: Path, content: bytes) -> None:
     ImageFolder(path=str(folder / "images.zip"), labels="folders", cache=str(folder / "cache")).load()
 
 
+def _shards(_: Path) -> list[bytes]:
+    made = []
+    for ending, text in (("txt", b"a red fox"), ("json", b'{"caption": "a red fox"}')):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for name, content in (("a.png", encode(Image.new("RGB", (8, 8), (200, 10, 30)))), (f"a.{ending}", text)):
+                about = tarfile.TarInfo(name)
+                about.size = len(content)
+                archive.addfile(about, io.BytesIO(content))
+        made.append(file.getvalue()[:3072])
+    return made
+
+
+def _read_shards(folder: Path, content: bytes) -> None:
+    (folder / "0.tar").write_bytes(content)
+    ending = "json" if b".json" in content else "txt"
+    WebDataset(path=str(folder), captions_ending=ending, cache=str(folder / "cache")).load()
+
+
 def _arrays(folder: Path) -> list[bytes]:
     import numpy as np
 
@@ -208,6 +230,7 @@ READERS = {
     "records": Reader(_records, _read_records),
     "EDM": Reader(_edm, _read_edm),
     "zip of images": Reader(_archives, _read_archive),
+    "tar of samples": Reader(_shards, _read_shards),
     "npz": Reader(_arrays, _read_arrays),
     "checkpoint": Reader(_checkpoints, _read_checkpoint),
 }

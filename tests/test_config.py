@@ -130,6 +130,21 @@ def test_a_file_that_is_no_config_is_refused_with_the_line(tmp_path: Path, text:
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("9" * 5000, "0x" + "f" * 5000, "-0b" + "1" * 20_000, "0" + "7" * 6000, ":".join(["59"] * 3000)),
+        *(":".join(["59"] * 3000) + ".5", "x" * 100_000, "[" * 1500, "{a: " * 500, '"\\ud800"', "1e999", ".nan"),
+        "{" + ", ".join(f"k{number}: 1" for number in range(2000)) + "}",
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_hostile_value_is_refused_in_a_few_words(value: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(find_config("pretrain/digits"), [f"train.steps={value}"])
+    assert len(str(caught.value)) < 600
+
+
 def test_a_config_that_is_not_there_is_named_with_the_packaged_ones(tmp_path: Path) -> None:
     assert_refused(run("dmd2", "dmd2/digit"), "dmd2/digit: no such file", "did you mean 'dmd2/digits'?", "pretrain/")
     assert_refused(run("dmd2", tmp_path), f"{tmp_path}: cannot be read")

@@ -6,7 +6,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from diffdistill.data.digits import Digits
@@ -24,6 +23,7 @@ from diffdistill.eval.digits import (
 from diffdistill.networks.analytic import mixture_denoiser
 from diffdistill.path import EDM
 from diffdistill.sampling import FreshNoise, Heun
+from diffdistill.terminal import Console
 
 
 class Recorder:

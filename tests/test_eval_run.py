@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import PartialState
 from judged import EXTRACTOR, METRICS, SHAPE, TOY, NoiseImages, TensorFeatures, files_under, toy_bench, toy_protocol
-from rich.console import Console
 from torch import Tensor
 
 from diffdistill.config import dump
@@ -26,6 +25,7 @@ from diffdistill.eval.scores import inception_score
 from diffdistill.eval.scoring import OnDevice, score
 from diffdistill.eval.workers import find_workers
 from diffdistill.schema import UserError
+from diffdistill.terminal import Console
 
 
 def run(root: Path, *, batch_size: int = 100, keep: bool = False, **changes: Any) -> Evaluation:

@@ -402,7 +402,7 @@ def test_unknown_protocols_and_faults_in_a_file_are_told_with_the_choices(tmp_pa
 
 
 def test_references_are_written_for_every_kind_of_features(folder: Path, own_folder: Path) -> None:
-    from rich.console import Console
+    from diffdistill.terminal import Console
 
     both = (Frechet(features=register(EXTRACTOR)), Frechet(features=Pixels()))
     yaml = folder.parent / "both.yaml"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.checkpoint import is_disk_full
-from diffdistill.data.shards import MakeRows, Shard, build_table, files_key
+from diffdistill.data.shards import MakeRows, Shard, _mapped, build_table, files_key
+from diffdistill.schema import UserError
 
 COUNT, SHARD = 10, 3
 
@@ -125,6 +126,38 @@ def test_a_file_that_cannot_grow_is_named_and_goes(tmp_path: Path) -> None:
     assert run(multiprocessing.get_context("fork").Process(target=limited)) == [0]
     assert list((tmp_path / "key").iterdir()) == []
     assert_whole(build(tmp_path, tmp_path / "log"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(b"", b"{", b"[]", b"[" * 9000, b"\xff", b"null", b'{"x": 1}', b'{"x": {"dtype": "F32", "shape": [1]}}'),
+        b'{"x": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [99999996, 100000000]}}',
+        b'{"x": {"dtype": "F32", "shape": [9223372036854775807, 4], "data_offsets": [0, 16]}}',
+        b'{"x": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+    ],
+    ids=lambda header: header.decode("latin-1")[:40],
+)
+def test_a_shard_s_header_that_makes_no_sense_is_refused(header: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "00000-x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(UserError, match=r"00000-x\.safetensors: "):
+        _mapped(file)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**20 + 1, 100])
+def test_a_shard_s_header_that_is_longer_than_the_file_is_refused(length: int, tmp_path: Path) -> None:
+    file = tmp_path / "00000-x.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match="does not fit the file"):
+        _mapped(file)
 
 
 def test_files_are_known_by_their_content_wherever_they_are(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def linked(file: Path) -> bool:
     return file.relative_to(ROOT / "diffdistill").parts[0] in TOP_LEVEL_ROOMS
 
 
-LIGHT = ("diffdistill.faults", "diffdistill.image_commands", "diffdistill.checkpoint_commands")
+LIGHT = ("diffdistill.terminal", "diffdistill.faults", "diffdistill.image_commands", "diffdistill.checkpoint_commands")
 CORE = sorted((ROOT / "diffdistill").glob("*.py"))
 ROOMS = sorted(p for p in (ROOT / "diffdistill").glob("*/**/*.py") if not linked(p))
 METHODS = sorted((ROOT / "methods").glob("*.py"))

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 from boards import measured
-from rich.console import Console
 
 from diffdistill.eval.compare import Difference
 from diffdistill.eval.protocols import find_protocol
 from diffdistill.eval.records import Record, Values
 from diffdistill.eval.run import Evaluation
 from diffdistill.eval.table import rows_of, show_differences, show_evaluations
+from diffdistill.terminal import Console
 
 METRICS = {
     "fd-resnet20-cifar": Values.of([2.5, 2.25, 3.0]),

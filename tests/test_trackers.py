@@ -19,7 +19,8 @@ from diffdistill.config import RunConfig, dump_yaml, json_schema, load_config
 from diffdistill.curves import draw_curves, read_metrics, sections
 from diffdistill.health import BANDS
 from diffdistill.schema import UserError
-from diffdistill.trackers import Trackers, flat_settings, hide_secrets
+from diffdistill.terminal import hide_secrets
+from diffdistill.trackers import Trackers, flat_settings
 from diffdistill.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]

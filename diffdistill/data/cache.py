@@ -11,10 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from typing import Any
 
-from rich.console import Console
-
 from diffdistill.faults import this_rank
 from diffdistill.schema import UserError
+from diffdistill.terminal import Console, hide_secrets
 
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 SOURCES = "sources"
@@ -31,7 +30,7 @@ def cache_folder(named: str | None) -> FilePath:
 
 def say(message: str) -> None:
     """One line on the standard error stream."""
-    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(hide_secrets(message), soft_wrap=True)
 
 
 def warn(message: str) -> None:

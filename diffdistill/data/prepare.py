@@ -21,7 +21,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffdistill.data import cache as kept
@@ -29,6 +28,7 @@ from diffdistill.data.collection import Collection, Item, UnreadableImage, is_mi
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
 from diffdistill.schema import UserError
+from diffdistill.terminal import Console
 
 VERSION = 1  # of the decoding; another one makes another key
 MAX_UNREADABLE = 0.01

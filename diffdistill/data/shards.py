@@ -7,6 +7,7 @@ the beginning of the SHA-256 of its content: a damaged one is noticed, and made 
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffdistill.data import cache as kept
+from diffdistill.data.collection import shown
 from diffdistill.schema import UserError
 
 HASH_LENGTH = 16
@@ -121,19 +123,29 @@ def _mapped(file: FilePath) -> dict[str, Tensor]:
         (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
         if length > min(size, LIMIT_HEADER_BYTES):
             raise UserError(f"{file}: its header of {length:,} bytes does not fit the file")
-        header = json.loads(handle.read(length))
+        text = handle.read(length)
+    try:
+        header = json.loads(text)
+        about = {name: _place(part) for name, part in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{file}: its header makes no sense") from None
     start = 8 + length
     parts: dict[str, Tensor] = {}
-    for name, about in header.items():
-        if name == "__metadata__":
-            continue
-        first, last = about["data_offsets"]
-        kind, shape = DTYPES[about["dtype"]], tuple(about["shape"])
-        if last - first != np.dtype(kind).itemsize * int(np.prod(shape)) or start + last > size:
-            raise UserError(f"{file}: {name} does not fit the file")
+    for name, (kind, shape, first, last) in about.items():
+        if last - first != np.dtype(kind).itemsize * math.prod(shape) or start + last > size:
+            raise UserError(f"{file}: {shown(name)} does not fit the file")
         # "c": torch wants memory that could be written; what is written stays in memory.
         parts[name] = torch.from_numpy(np.memmap(file, kind, "c", start + first, shape))
     return parts
+
+
+def _place(about: Mapping[str, Any]) -> tuple[type[np.generic], tuple[int, ...], int, int]:
+    """What a header says of a tensor: its type, its shape, and where it begins and ends. Raises anything."""
+    first, last = about["data_offsets"]
+    shape = tuple(about["shape"])
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError
+    return DTYPES[about["dtype"]], shape, first, last
 
 
 def table_key(*parts: object) -> str:
