@@ -11,11 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffdistill.attention import attention
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.guidance import AdaptiveGuidance, Interval
 from diffdistill.networks.adapters import (
     AdaptedConfig,
     AdapterConfig,
+    CrossAttention,
     attach_adapters,
     save_adapters,
     without_adapters,
@@ -221,6 +223,22 @@ def test_an_offset_is_the_same_at_every_position_and_attention_is_not():
     h = h[..., : attention.query.in_features]
     assert offset(h, tokens).shape[1] == 1
     assert bool((attention(h, tokens).std(1) > 0).all())
+
+
+@pytest.mark.parametrize("positions", [1, 9])
+def test_attention_to_two_tokens_by_its_gates_is_attention(positions):
+    """Equal in double precision, at one position as at many, though the products are in another order."""
+    h, tokens = random(2, positions, 16), random(2, 2, 8, seed=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = CrossAttention(width=8, channels=16, heads=2).double()
+        torch.nn.init.normal_(layer.project.weight)
+        torch.nn.init.normal_(layer.project.bias)
+    q, k, v = (
+        part.unflatten(2, (2, 4)).transpose(1, 2) for part in (layer.query(h), *layer.key_value(tokens).chunk(2, 2))
+    )
+    expected = layer.project(attention(q, k, v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(h, tokens), expected, rtol=1e-10, atol=1e-12)
 
 
 def denoiser(kind: Callable[..., AdaptedConfig], base: str = "unet") -> Denoiser:
