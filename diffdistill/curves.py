@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -38,20 +39,30 @@ class Series:
     values: NDArray[np.float64]
 
 
-def read_metrics(file: FilePath) -> dict[str, Series]:
-    """Every logged number by name, in the order in which they first appear; lines that are cut short are left out."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+def read_reports(file: FilePath) -> list[dict[str, float]]:
+    """The numbers of each line of metrics.jsonl, by name; lines that are cut short, or no reports, are left out."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    found = []
+    for line in text.splitlines():
         try:
             report = json.loads(line)
-            step = float(report["step"])
-        except (ValueError, KeyError, TypeError):
+            numbers = {name: float(value) for name, value in report.items() if isinstance(value, (int, float))}
+        except (ValueError, OverflowError, AttributeError, RecursionError):
             continue
+        if math.isfinite(numbers.get("step", math.nan)):
+            found.append(numbers)
+    return found
+
+
+def read_metrics(file: FilePath) -> dict[str, Series]:
+    """Every logged number by name, in the order in which they first appear."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for report in read_reports(file):
         for name, value in report.items():
-            if name not in CLOCKS and isinstance(value, (int, float)):
+            if name not in CLOCKS:
                 steps, values = found.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(float(value) if np.isfinite(value) else np.nan)
+                steps.append(report["step"])
+                values.append(value if math.isfinite(value) else np.nan)
     return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in found.items()}
 
 

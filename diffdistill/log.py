@@ -177,10 +177,10 @@ class RunLog:
         if not self.file.exists():
             return
         kept = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
+        for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # the last line of a killed run
         write_text_atomically(self.file, "".join(f"{line}\n" for line in kept))

@@ -19,6 +19,7 @@ from diffdistill.checkpoint import (
     list_groups,
     load_checkpoint,
     load_strictly,
+    read_state,
     select_group,
     write_text_atomically,
 )
@@ -124,11 +125,7 @@ def describe_model(place: str | FilePath) -> ModelSpec:
     if is_routed(FilePath(place)):
         return _load_students(FilePath(place), use_ema=True, ema=None).spec
     target = find_checkpoint(FilePath(place))
-    try:
-        state = json.loads((target / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{target / STATE}: cannot be read: {error}") from None
-    return validate(ModelSpec, state.get("model"), origin=f"{target}/state.json")
+    return validate(ModelSpec, read_state(target).get("model"), origin=f"{target}/state.json")
 
 
 def merge_model(model: TrainedModel) -> TrainedModel:
@@ -195,7 +192,7 @@ def first_student(place: FilePath) -> FilePath:
 def _read_students(folder: FilePath) -> Students:
     try:
         data = json.loads((folder / ROUTER).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / ROUTER}: not valid JSON: {error}") from None
     return validate(Students, data, origin=str(folder / ROUTER))
 

@@ -34,7 +34,7 @@ class SentenceEncoder:
         file = FilePath(self.place).expanduser() / "config.json"
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"text_encoder = {self.place!r}: {file} cannot be read: {error}") from None
         kind = found.get("model_type") if isinstance(found, dict) else None
         if kind != "bert":

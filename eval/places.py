@@ -10,6 +10,7 @@ import torch
 
 from diffdistill.checkpoint import MANIFEST, STATE
 from diffdistill.config import parse_yaml, validate
+from diffdistill.curves import read_reports
 from diffdistill.denoiser import Denoiser
 from diffdistill.eval.around import open_around
 from diffdistill.eval.generate import SampledImages
@@ -116,12 +117,8 @@ def seconds_until(run: FilePath, step: int, *, clock: str = "seconds") -> float 
     Both start anew when a run is resumed.
     """
     total = last = 0.0
-    for line in (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).exists() else []:
-        try:
-            report = json.loads(line)
-            if report["step"] <= step:
-                total += report[clock] - (last if report[clock] >= last else 0)
-                last = report[clock]
-        except (ValueError, KeyError, TypeError):
-            continue
+    for report in read_reports(run / METRICS):
+        if report["step"] <= step and clock in report:
+            total += report[clock] - (last if report[clock] >= last else 0)
+            last = report[clock]
     return round(total, 3) or None

@@ -184,7 +184,7 @@ def _of_real_images(preparation: Preparation) -> dict[str, Any]:
 def _ours(arrays: dict[str, NDArray[Any]], file: str, label: str) -> RealFeatures:
     try:
         told = json.loads(str(arrays["about"][()]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: about: no JSON: {error}") from None
     about = replace(validate(About, told, origin=f"{file}: about"), origin=file)
     if about.label != label:

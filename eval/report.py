@@ -12,7 +12,7 @@ import numpy as np
 
 from diffdistill.checkpoint import list_checkpoints, write_text_atomically
 from diffdistill.config import read_yaml
-from diffdistill.curves import CLOCKS, read_metrics, sections
+from diffdistill.curves import CLOCKS, read_metrics, read_reports, sections
 from diffdistill.eval.figures import compact, shorten
 from diffdistill.eval.leaderboard import Score
 from diffdistill.eval.pages import Embedded, embed_picture, plain, render
@@ -106,13 +106,9 @@ def report_page(run: FilePath) -> str:
 
 def read_clock(file: FilePath) -> Clock:
     """The run's clocks, from metrics.jsonl. The seconds of a resumed run begin anew in the file; here they go on."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            report = json.loads(line)
-            lines.append(tuple(float(report[name]) for name in CLOCKS[:3]))
-        except (ValueError, KeyError, TypeError):
-            continue
+    reports = read_reports(file)
+    clocks = [[report.get(name, math.nan) for name in CLOCKS[:3]] for report in reports]
+    lines = [clock for clock in clocks if all(map(math.isfinite, clock))]
     if not lines:
         return Clock((), (), ())
     steps, images, seconds = zip(*lines, strict=True)
@@ -179,7 +175,7 @@ def read_table(run: FilePath) -> list[Table]:
             continue
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: cannot be read: {error}") from None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{file}: must be a list of rows, as `diffdistill demo` writes it")
@@ -269,7 +265,7 @@ def _skips(run: FilePath) -> int:
     try:
         state = json.loads((newest[0] / "state.json").read_text(encoding="utf-8"))
         return sum(int(number) for number in state["skips"].values())
-    except (IndexError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (IndexError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return 0
 
 

@@ -27,6 +27,7 @@ from diffdistill.eval.report import (
     tiles,
     write_report,
 )
+from diffdistill.log import RunLog
 from diffdistill.schema import UserError
 
 CONFIG = """
@@ -199,6 +200,25 @@ def test_hostile_texts_stay_texts(run: Path) -> None:
     assert len(page.of("script")) == 1
     assert all((image["src"] or "").startswith("data:image/") for image in page.of("img"))
     assert not {name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"}
+
+
+HOSTILE_LINES = (
+    *(b"9" * 5000, b"[" * 9000, b"[]", b"1", b"\xff\xfe", b'{"step": NaN}', b'{"step": "2"}', b'{"step": 1e999}', b"{"),
+    b'{"step": 2, "images": 16, "seconds": null}',
+    b'{"step": 2, "images": 16, "seconds": 1.0, "a/loss": ' + b"9" * 400 + b"}",
+    b'{"step": ' + b"9" * 400 + b"}",
+)
+
+
+def test_hostile_lines_among_the_reports_are_left_out(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    expected = read_clock(file)
+    file.write_bytes(file.read_bytes() + b"".join(line + b"\n" for line in HOSTILE_LINES))
+    assert read_clock(file) == expected
+    report_page(run)
+    with RunLog(run, title="", start_step=10**9, num_steps=10**9, quiet=True):
+        pass
+    assert read_clock(file) == expected
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(47.6, "48 s"), (216, "3 min 36 s"), (7500, "2 h 05 min")])

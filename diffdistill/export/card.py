@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from diffdistill.checkpoint import STATE, write_text_atomically
+from diffdistill.config import parse_yaml
 from diffdistill.export.expected import PROMPTS
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.record import ExportRecord, without_home
@@ -74,8 +75,8 @@ def teacher_licence(pipeline: str | None) -> dict[str, str]:
         return {}
     _, separator, rest = file.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
-        front = yaml.safe_load(rest.partition("\n---")[0]) if separator else None
-    except yaml.YAMLError:
+        front = parse_yaml(rest.partition("\n---")[0], origin=str(file)) if separator else None
+    except UserError:
         return {}
     found = front if isinstance(front, dict) else {}
     return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
