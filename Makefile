@@ -9,7 +9,7 @@ RUN := runs/demo
 TESTS ?= tests
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install browser demo test test-full leaderboard format schema docs clean
+.PHONY: help install browser demo test test-full equality leaderboard format schema docs clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,9 +40,12 @@ test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@{ date -u '+%Y-%m-%d, make test-full TESTS="$(TESTS)":'; $(BIN)/python scripts/describe_machine.py; } > docs/test-full.txt
-	@$(BIN)/python tests/equal.py >> docs/test-full.txt
+	@$(MAKE) --no-print-directory equality >> docs/test-full.txt
 	@$(BIN)/pytest $(PARALLEL) -m "not gpu" --durations=10 $(TESTS) > docs/test-full.out; status=$$?; \
 		tail -n 14 docs/test-full.out | tee -a docs/test-full.txt; rm docs/test-full.out; exit $$status
+
+equality: $(INSTALLED)  ## Every method on 1, 2 and 4 processes, replicated and sharded; the table goes into docs/scaling.md.
+	@$(BIN)/python -W ignore tests/equal.py
 
 leaderboard: $(INSTALLED)  ## Every method from one digits teacher, three seeds, into README.md; hours of CPU, kept as it goes.
 	@$(BIN)/python scripts/leaderboard.py train

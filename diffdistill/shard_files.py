@@ -2,6 +2,7 @@
 Hugging Face storage. Where a part belongs stands in its file's header."""
 
 import errno
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from math import prod
@@ -18,8 +19,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from diffdistill.checkpoint import Checkpoint, being_written, seal_checkpoint, writing_place
 from diffdistill.parts import has_parts
-from diffdistill.processes import Processes
+from diffdistill.processes import Processes, others
 from diffdistill.schema import UserError
+from diffdistill.stopping import TrainingError
 
 
 def save_sharded(
@@ -44,7 +46,8 @@ def write_shards(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+        with others():
+            save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
     except CheckpointException as error:
         rank, (fault, _) = next(iter(error.failures.items()))
         code = fault.errno if isinstance(fault, OSError) else None
@@ -61,7 +64,11 @@ def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[
     try:
         found = {name: _empty(stored, like(name)) for name, stored in _stored(reader).items()}
         is_shared = any(has_parts(tensor) for tensor in found.values())
-        load(found, storage_reader=reader, no_dist=not is_shared)
+        with others(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
+            load(found, storage_reader=reader, no_dist=not is_shared)
+    except TrainingError:
+        raise
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, OSError) as error:
         raise UserError(f"{folder}: cannot be read: {error}") from None
     except CheckpointException as error:

@@ -48,7 +48,9 @@ def main() -> None:
             "processor_seconds_per_step_and_process": round(largest, 4),
             "peak_MiB_per_process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "gradient_MB_per_step": round(traffic / 1e6, 3),
-            "checkpoint_MB": round(sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6, 2),
+            "checkpoint_MB": round(
+                sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e6, 2
+            ),
             "checkpoint_seconds": round(saving, 3),
         }
         print(json.dumps(found))

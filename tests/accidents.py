@@ -248,6 +248,24 @@ def one_of_two_killed(scene: Scene) -> None:
     scene.ends_as_undisturbed(2)
 
 
+def one_of_two_with_parts_killed(scene: Scene) -> None:
+    """kill -9 of one process of two that share out the weights, in a step or inside a checkpoint"""
+    scene.overrides = ("speed.shard=all",)
+    rank, folder = scene.rng.randrange(2), scene.run / "checkpoints"
+    in_step, number = (
+        at_step(a_step(scene), kill, rank),
+        scene.rng.randrange(1, 6),
+    )  # of the files that one process opens
+    inject = in_step if scene.rng.random() < 0.5 else at_change(number, kill, folder, name=f"shard-0000{rank + 1}")
+    ends = scene.start(inject, count=2)
+    assert ends[rank].code == -signal.SIGKILL
+    assert ends[1 - rank].code == 1
+    assert "another process is gone" in ends[1 - rank].said
+    scene.nothing_lost()
+    scene.go_on(count=scene.rng.randrange(1, 3))
+    scene.ends_as_undisturbed(2, rounding=ROUNDING)
+
+
 def terminated(scene: Scene) -> None:
     """SIGTERM: the machine is taken away, with a grace time"""
     step = a_step(scene)
@@ -501,6 +519,7 @@ KINDS: tuple[tuple[Callable[[Scene], None], str], ...] = (
     (killed, "resumed: equal"),
     (killed_while_saving, "all checkpoints whole; resumed: equal"),
     (one_of_two_killed, "the other stops and says so; resumed on two: equal"),
+    (one_of_two_with_parts_killed, "the other stops and says so; resumed on one or two: equal within rounding"),
     (terminated, "saved at that step; resumed: equal"),
     (interrupted_twice, "resumed: equal"),
     (disk_full_while_saving, "says so; all checkpoints whole; resumed: equal"),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,10 @@ def main() -> int:
     if not sys.argv[1:]:
         page = PAGE.read_text(encoding="utf-8")
         before, after = page.split(BEGIN)[0], page.split(END)[1]
-        PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+        PAGE.write_text(
+            before + BEGIN + f"\nMeasured on {date.today()}.\n\n" + "\n".join(lines) + "\n" + END + after,
+            encoding="utf-8",
+        )
     return bool(faults)
 
 

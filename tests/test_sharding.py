@@ -92,8 +92,8 @@ def test_two_processes_with_a_half_each_train_as_one(
 
 
 def test_in_bf16_a_half_each_trains_as_all_in_both(make_config: MakeConfig) -> None:
-    """It is as near to float32. Bit for bit it cannot be, as autocast keeps a rounded copy only of weights that are no views,
-    and the gradients of several calls are added up before or after rounding."""
+    """It is as near to float32. It cannot be the same: autocast keeps a rounded copy only of weights that are no views,
+    and so the gradients of several calls are added up before or after rounding."""
     bf16 = "train.precision=bf16"
     ends = [
         run_together(2, partial(train, make_config("dmd2", SGD, *more), is_wide=False))[0]
