@@ -18,6 +18,7 @@ from diffdistill.eval.leaderboard import Score
 from diffdistill.eval.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.panels import Panel, draw_panel
 from diffdistill.eval.records import Record, read_records
+from diffdistill.lock import refuse_links
 from diffdistill.schema import UserError
 from diffdistill.terminal import hide_secrets
 
@@ -63,10 +64,12 @@ class Table:
 def write_report(run: FilePath, out: FilePath | None = None) -> FilePath:
     """Write report.html into the run's folder, or to `out`.
 
-    Returns the file. Raises UserError if the folder holds no run, or if `out` cannot be written.
+    Returns the file. Raises UserError if the folder holds no run, or links to files, or if `out` cannot be written.
     """
     file = out or run / PAGE
     page = report_page(run)
+    if out is None:
+        refuse_links(run)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, page)
