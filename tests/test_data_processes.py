@@ -48,7 +48,7 @@ def write_shards(folder: Path, side: int) -> Path:
     return folder / f"{{00..{SHARDS - 1:02d}}}.tar"
 
 
-@pytest.fixture(params=["webdataset", "latents"])
+@pytest.fixture(params=["webdataset", pytest.param("latents", marks=pytest.mark.full)])
 def make_run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     """`make_run(name, steps)`: a run from shards, of the images themselves or of their latents and prompts."""
     monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
