@@ -21,7 +21,7 @@ from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Upda
 from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.lora import BaseNetwork, LoRAConfig
-from diffdistill.path import Prediction
+from diffdistill.path import Path, Prediction, expand
 from diffdistill.sampling import AnySampler, Heun
 from diffdistill.schema import PositiveInt, UserError, field, schema
 
@@ -30,9 +30,9 @@ CHUNK = 256  # trajectories made at a time
 
 @schema
 class AGD(Method):
-    """guidance: least and greatest w, one for each trajectory.  weight: the paper's is the mean squared error of eps.
+    """guidance: least and greatest w, one for each trajectory.  storage: the paper keeps half precision.
 
-    storage: the paper keeps half precision.
+    weight: the paper's is the mean squared error of eps; end_points is ours, for all levels and scales to err alike.
     """
 
     name: Literal["agd"] = "agd"
@@ -41,7 +41,7 @@ class AGD(Method):
     guidance: tuple[float, float] = (1.0, 6.0)
     trajectories: PositiveInt = 1000
     storage: Literal["fp16", "fp32"] = "fp16"
-    weight: DenoisingWeight = "eps"
+    weight: DenoisingWeight | Literal["end_points"] = "eps"
 
     student = "adapted"
     needs_images = False
@@ -112,5 +112,18 @@ class AGD(Method):
         adapted: Denoiser = players.adapted
         cond = replace(adapted.class_cond(stored["label"][row]), guidance_input=stored["scale"][row])
         estimate = adapted(widen(x), t, cond)
-        loss = denoising_error(adapted, estimate, widen(target), t, weight=self.weight)
+        if self.weight == "end_points":
+            share = end_point_weight(adapted.path, t, stored["scale"][row])
+            loss = (expand(share, estimate) * (estimate - widen(target)) ** 2).mean()
+        else:
+            loss = denoising_error(adapted, estimate, widen(target), t, weight=self.weight)
         return Loss(loss, {"error": loss.detach()})
+
+
+def end_point_weight(path: Path, t: Tensor, scale: Tensor) -> Tensor:
+    """min(1/r, 3) / max(w - 1, 0.2), [B] float64: an end point counts as a share of what guidance by w moves it.
+
+    The square of what an error at ratio r does to an end point goes as 1/r^2 at most. Under that alone the high levels
+    are learned last, and their errors, all to one side, add up.
+    """
+    return (1 / path.ratio(t)).clamp_max(3) / (scale.double() - 1).clamp_min(0.2)

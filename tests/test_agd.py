@@ -222,7 +222,7 @@ def test_the_loss_is_zero_where_the_adapters_have_nothing_to_add():
     assert float(loss.total.detach()) < 1e-8
 
 
-@pytest.mark.parametrize("weight", ["eps", "x0"])
+@pytest.mark.parametrize("weight", ["eps", "x0", "end_points"])
 def test_the_loss_is_the_weighted_mean_square_of_what_is_missing(weight):
     method = replace(METHOD, weight=weight)
     setting = gaussian_setting(method)
@@ -232,6 +232,9 @@ def test_the_loss_is_the_weighted_mean_square_of_what_is_missing(weight):
     missing = setting.teacher(x, t, cond).double() - target.double()
     if weight == "eps":
         missing = missing / t[:, None]
+    if weight == "end_points":
+        apart = (batch.stored["scale"][draw["trajectory"]] - 1).clamp_min(0.2)
+        missing = missing * (torch.minimum(1 / t, torch.full_like(t, 3.0)) / apart).sqrt()[:, None]
     found = method.adapter_loss(Players(adapted=adapted), draw, batch).total
     assert float(found.detach()) == pytest.approx(float(missing.square().mean()), rel=1e-4)
 
@@ -317,38 +320,58 @@ def test_adapters_that_add_nothing_score_1(quick_teacher: FilePath):
     assert endpoint_error(teacher.denoiser, teacher.denoiser, sampler, noise, cond, scale=3.0) == 0.0
 
 
-@pytest.fixture(scope="module")
-def end_points(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
+def end_points(folder: FilePath, teacher: list[str], config: str) -> dict[float, float]:
     """On digits by the packaged configs, by scale: the RMS distance of the end points from the guided ones, as a share
-    of that of the unguided ones from the same noise. Adapters that do nothing score 1."""
-    folder, home = tmp_path_factory.mktemp("digits"), FilePath(__file__).parents[1] / "configs"
+    of that of the unguided ones from the same noise. Adapters that do nothing score 1.  teacher: overrides of its."""
+    home = FilePath(__file__).parents[1] / "configs"
     short = ["health=null", "train.preview_every=0", "train.num_threads=1"]
     teacher_run, run = (f"run={folder / name}" for name in ("teacher", "student"))
-    Trainer(load_config(home / "pretrain/digits.yaml", [teacher_run, *short]), quiet=True).run()
+    Trainer(load_config(home / "pretrain/digits.yaml", [teacher_run, *teacher, *short]), quiet=True).run()
     places = [run, f"teacher={folder / 'teacher'}"]
-    Trainer(load_config(home / "agd/digits.yaml", [*places, *short]), quiet=True).run()
-    teacher, student = load_model(folder / "teacher"), load_model(folder / "student")
+    Trainer(load_config(home / f"agd/{config}.yaml", [*places, *short]), quiet=True).run()
+    origin, student = load_model(folder / "teacher"), load_model(folder / "student")
     rng = Draws(77, 0, torch.arange(500))
-    noise, cond = rng.normal("noise", (1, 8, 8)), teacher.denoiser.class_cond(torch.arange(500) % 10)
+    noise, cond = rng.normal("noise", (1, 8, 8)), origin.denoiser.class_cond(torch.arange(500) % 10)
     return {
-        scale: endpoint_error(student.denoiser, teacher.denoiser, student.spec.sampler, noise, cond, scale=scale)
+        scale: endpoint_error(student.denoiser, origin.denoiser, student.spec.sampler, noise, cond, scale=scale)
         for scale in (1.5, 3.0)
     }
 
 
+@pytest.fixture(scope="module")
+def of_mlp(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
+    teacher = ["model.network={name: mlp, width: 256, blocks: 3}", "train.steps=1500"]
+    return end_points(tmp_path_factory.mktemp("mlp"), teacher, "digits-mlp")
+
+
+@pytest.fixture(scope="module")
+def of_unet(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
+    return end_points(tmp_path_factory.mktemp("unet"), [], "digits")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("scale", [1.5, 3.0])
-def test_on_digits_the_end_points_come_more_than_half_the_way_to_guidance(
-    end_points: dict[float, float], scale: float
+def test_on_digits_an_mlp_s_end_points_lie_within_a_fifth_of_guidance(of_mlp: dict[float, float], scale: float) -> None:
+    print(f"MLP, w = {scale}: {of_mlp[scale]:.4f}")
+    assert of_mlp[scale] < 0.2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+def test_on_digits_a_unet_s_end_points_come_more_than_half_the_way_to_guidance(
+    of_unet: dict[float, float], scale: float
 ) -> None:
-    assert end_points[scale] < 0.5
+    print(f"U-Net, w = {scale}: {of_unet[scale]:.4f}")
+    assert of_unet[scale] < 0.5
 
 
 @pytest.mark.full
-@pytest.mark.xfail(strict=True, reason="0.36 to 0.42 on three seeds: see docs/methods/agd.md")
+@pytest.mark.xfail(strict=True, reason="about 0.31 at this cost: see docs/methods/agd.md")
 @pytest.mark.parametrize("scale", [1.5, 3.0])
-def test_on_digits_the_end_points_lie_within_a_fifth_of_guidance(end_points: dict[float, float], scale: float) -> None:
-    assert end_points[scale] < 0.2
+def test_on_digits_a_unet_s_end_points_lie_within_a_fifth_of_guidance(
+    of_unet: dict[float, float], scale: float
+) -> None:
+    assert of_unet[scale] < 0.2
 
 
 def test_proportional_adapters_are_the_base_at_scale_1_and_grow_linearly_at_first():
