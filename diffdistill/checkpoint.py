@@ -148,7 +148,7 @@ def read_group(
     """
     file = target / f"{group}{SUFFIX}"
     if file.exists():
-        return _read_tensors(file, device)
+        return read_tensors(file, device)
     from diffdistill.shard_files import read_shards
 
     try:
@@ -266,7 +266,7 @@ def _read_json(file: FilePath) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _read_tensors(file: FilePath, device: str) -> dict[str, Tensor]:
+def read_tensors(file: FilePath, device: str) -> dict[str, Tensor]:
     """Tensors of a file. Raises CheckpointError if its header makes no sense."""
     try:
         return load_file(file, device=device)

@@ -21,6 +21,7 @@ from diffdistill.checkpoint import (
     PREFIX,
     Checkpoint,
     list_checkpoints,
+    read_tensors,
     save_checkpoint,
 )
 from diffdistill.config import RunConfig, dump
@@ -93,7 +94,7 @@ class Trainer:
         self.mesh = make_mesh(config, self.processes)
         home = torch.device("cpu") if self.mesh else self.device  # what is shared out comes to the device in parts
         inputs = read_inputs(config, self.device, state)
-        self.source = inputs.source
+        self.source, self.data_notes = inputs.source, inputs.notes
         self.teacher = load_teacher(config.teacher, home, state)
         self.teacher_source = str(self.teacher.source) if self.teacher else None
         check_batch(train, self.processes.count)
@@ -159,6 +160,8 @@ class Trainer:
             processes.first(lambda: held.enter_context(own_folder(self.folder, self.config)))
             self._prepare()
             log, stopping = held.enter_context(self._open_log()), held.enter_context(stop_signals())
+            for note in self.data_notes:
+                log.note(note)
             while self.step < train.steps:
                 self.train_step(log)
                 log.step(self.step)
@@ -367,8 +370,6 @@ class Trainer:
 
     def _prepare(self) -> None:
         """What the method makes once; kept with the run, so that a resumed run and all processes use the same."""
-        from safetensors.torch import load_file
-
         file = self.folder / "prepared.safetensors"
         seed, is_kept = self.config.train.seed, self.start is not None
         if self.setting.teacher and not is_offloaded(self.setting.teacher):
@@ -378,7 +379,7 @@ class Trainer:
             raise UserError(
                 f"run = {str(self.folder)!r}: is not the same folder for all processes; put it where all see it"
             )
-        self.stored = load_file(file, device=str(self.device)) if file.exists() else {}
+        self.stored = read_tensors(file, str(self.device)) if file.exists() else {}
         if self.start is None:
             with torch.no_grad():
                 self.method.begin(self.players, self.stored)

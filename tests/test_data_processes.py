@@ -127,3 +127,14 @@ def test_processes_that_find_a_damaged_shard_say_it_once(
     shard.write_bytes(shard.read_bytes()[:9000])
     assert run_together(2, lambda: len(Trainer(make_run("run", 1), quiet=True).source)) == [(SHARDS - 1) * EACH] * 2
     assert capfd.readouterr().err.count("1 of 3 shards are damaged and are left out: 01.tar (") == 1
+
+
+def test_a_run_s_warnings_name_the_shard_that_is_left_out_once(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "shards" / "01.tar").write_bytes(b"")
+    for steps in (1, 2):
+        Trainer(make_run("run", steps), resume=True, quiet=True).run()
+    lines = (tmp_path / "run" / "warnings.txt").read_text().splitlines()
+    assert [line for line in lines if "01.tar" in line] == [
+        f"{tmp_path}/shards/{{00..02}}.tar: 1 of 3 shards are damaged and are left out: 01.tar (not a tar that can be "
+        "read (compressed ones are not): empty file)"
+    ]

@@ -115,3 +115,13 @@ def test_guidance_needs_a_teacher_that_knows_no_class():
     teacher.net.knows_unconditional = False
     with pytest.raises(UserError, match=r"method\.guidance: 2"):
         Regression(guidance=2.0).players(setting_of(teacher))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 16, b"cut"])
+def test_what_was_prepared_and_is_damaged_is_named(make_config: MakeConfig, content: bytes) -> None:
+    config = make_config("regression", "train.steps=1")
+    Trainer(config, quiet=True).run()
+    (Path(config.run) / "prepared.safetensors").write_bytes(content)
+    longer = make_config("regression", "train.steps=2", f"run={config.run}")
+    with pytest.raises(UserError, match=r"prepared\.safetensors: cannot be read"):
+        Trainer(longer, quiet=True, resume=True).run()
