@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffdistill.parts import shared_as
+from diffdistill.parts import has_parts, shared_as
 from diffdistill.schema import UserError
 
 MANIFEST = "manifest.json"
@@ -58,7 +58,7 @@ def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int, best
     """
     with being_written(folder, checkpoint.step) as temporary:
         for group, tensors in checkpoint.tensors.items():
-            _write_tensors(temporary / f"{group}.safetensors", tensors)
+            write_tensors(temporary / f"{group}{SUFFIX}", tensors)
         return seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best)
 
 
@@ -152,7 +152,8 @@ def read_group(
     from diffdistill.shard_files import read_shards
 
     try:
-        return {name: tensor.to(device) for name, tensor in read_shards(target / group, like).items()}
+        parts = read_shards(target / group, like)
+        return {name: tensor if has_parts(tensor) else tensor.to(device) for name, tensor in parts.items()}
     except UserError as error:
         raise CheckpointError(str(error)) from None
 
@@ -200,8 +201,14 @@ def find_damage(target: FilePath) -> str | None:
         for name, expected in hashes.items():
             if not 1 <= len(FilePath(name).parts) <= 2 or {"..", "/"} & set(FilePath(name).parts):
                 return f"{MANIFEST} names {name!r}, which is not in the folder"
+            if not (target / name).is_file():
+                return f"{name} is missing"
             if _hash(target / name) != expected:
                 return f"{name} does not match its hash (truncated or changed)"
+        for folder in {FilePath(name).parent for name in hashes} - {FilePath()}:  # of which all files are read
+            for file in (target / folder).iterdir():
+                if f"{folder}/{file.name}" not in hashes:
+                    return f"{folder}/{file.name} is not in the {MANIFEST}"
     except FileNotFoundError as error:
         return f"{FilePath(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -237,7 +244,7 @@ def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> N
     """The old file or the new one, never a part."""
     temporary = file.with_name(f".{file.name}.writing")
     try:
-        _write_tensors(temporary, tensors)
+        write_tensors(temporary, tensors)
         temporary.replace(file)
     except BaseException:
         with suppress(OSError):
@@ -293,7 +300,8 @@ def _link_best(folder: FilePath, best: str | None) -> None:
         link.unlink()
 
 
-def _write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """Write and fsync. Raises OSError."""
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(ready, file)

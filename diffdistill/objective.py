@@ -5,7 +5,6 @@ times. So what is wrapped is the loss.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,7 +23,7 @@ class Objective(nn.Module):
         super().__init__()
         self.players = nn.ModuleList(players)
         # DDP is told that parameters may be unused. Where none is, torch complains of that in every process.
-        self.unused = nn.Parameter(torch.zeros(()))
+        self.unused = nn.Parameter(torch.zeros((), device=next(self.players.parameters()).device))
 
     def forward(self, loss: Callable[[], Loss]) -> Loss:
         return loss()
@@ -43,10 +42,11 @@ class Replicas:
 
     def __init__(self, processes: Processes, updates: Iterable[Update], trained: Mapping[str, nn.Module]) -> None:
         """updates: a method's.  trained: the players, of which those parameters count that now require a gradient."""
-        self._wrapped: dict[Update, tuple[nn.Module, Callable[[], AbstractContextManager[None]]]] = {}
-        for update in updates if processes.count > 1 else ():
-            wrapped = processes.replicate(Objective(trained[name] for name in update.players))
-            self._wrapped[update] = wrapped, partial(processes.apart, wrapped)
+        self._processes = processes
+        self._wrapped = {
+            update: processes.replicate(Objective(trained[name] for name in update.players))
+            for update in (updates if processes.count > 1 else ())
+        }
 
     @contextmanager
     def of(self, update: Update, *, is_last: bool) -> Iterator[Ask]:
@@ -54,6 +54,6 @@ class Replicas:
         if update not in self._wrapped:
             yield lambda loss: loss()
             return
-        objective, apart = self._wrapped[update]
-        with nullcontext() if is_last else apart():
+        objective = self._wrapped[update]
+        with nullcontext() if is_last else self._processes.apart(objective):
             yield objective

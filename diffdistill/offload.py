@@ -17,10 +17,12 @@ AWAY = "_weights_at_home"
 def offload(module: nn.Module, device: torch.device) -> None:
     """Keep a frozen module's weights on the CPU, pinned for a GPU; each layer computes on `device`.
 
-    Buffers stay on the device. A layer has to be called as a module for its weights to come.
+    Buffers live on the device. A layer has to be called as a module for its weights to come.
     """
     module.offload_device = device  # type: ignore[assignment]  # for `device_of`
     for part in module.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.to(device)
         if not part._parameters:
             continue
         for parameter in part._parameters.values():

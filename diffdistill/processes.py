@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from diffdistill.stopping import TrainingError
 
-PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; a dead one is known at once
+PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; gloo knows a dead one at once
 REPLICAS = DistributedDataParallelKwargs(
     broadcast_buffers=False,  # they are the same: nothing changes them but what changes them in all
     find_unused_parameters=True,  # a loss may leave some out, as features do what comes after them
     gradient_as_bucket_view=True,
 )
-LOST = ("gloo", "nccl", "connection", "socket", "broken pipe")  # what is said where a process is gone
+LOST = ("gloo", "nccl", "closed by peer", "reset by peer")  # what is said where a process is gone
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ def others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), "")
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
         if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in LOST):
             raise
         raise TrainingError(

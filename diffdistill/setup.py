@@ -35,6 +35,7 @@ from diffdistill.model import (
 )
 from diffdistill.negative import steer
 from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
+from diffdistill.offload import is_offloaded
 from diffdistill.processes import Processes
 from diffdistill.schema import UserError
 from diffdistill.speed import SpeedConfig
@@ -217,10 +218,15 @@ def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: Trained
             raise UserError(f"init: its {name} was trained in full, and lora goes over the teacher; leave one out")
 
 
-def prepare_once(file: FilePath, method: Method, setting: Setting, seed: int, *, is_kept: bool) -> None:
-    """Write what the method makes before training, if it makes something.  is_kept: what is there already stays."""
+def prepare_once(
+    file: FilePath, method: Method, setting: Setting, seed: int, *, is_kept: bool, device: torch.device
+) -> None:
+    """Write what the method makes before training, if it makes something.  is_kept: what is there already stays.
+    device: where the teacher, if it is not there yet, is brought for that."""
     if is_kept and file.exists():
         return
+    if setting.teacher and not is_offloaded(setting.teacher):
+        setting.teacher.to(device)
     file.unlink(missing_ok=True)
     with seeded(seed):  # for weights that it makes; numbers are drawn by step and index
         made = method.prepare(setting, seed)

@@ -5,7 +5,7 @@ import errno
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from math import prod
+from functools import partial
 from pathlib import Path as FilePath
 
 import torch
@@ -17,11 +17,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from diffdistill.checkpoint import Checkpoint, being_written, seal_checkpoint, writing_place
+from diffdistill.checkpoint import SUFFIX, Checkpoint, being_written, seal_checkpoint, write_tensors, writing_place
 from diffdistill.parts import has_parts
 from diffdistill.processes import Processes, others
 from diffdistill.schema import UserError
 from diffdistill.stopping import TrainingError
+
+UNREADABLE = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError)
 
 
 def save_sharded(
@@ -35,7 +37,10 @@ def save_sharded(
     with ExitStack() as opened:
         processes.first(lambda: opened.enter_context(being_written(folder, checkpoint.step)))
         for group, tensors in checkpoint.tensors.items():
-            write_shards(temporary / group, tensors)
+            if tensors:
+                write_shards(temporary / group, tensors)
+            else:
+                processes.first(partial(write_tensors, temporary / f"{group}{SUFFIX}", tensors))
         processes.first(lambda: seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best))
 
 
@@ -69,7 +74,7 @@ def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[
             load(found, storage_reader=reader, no_dist=not is_shared)
     except TrainingError:
         raise
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, OSError) as error:
+    except (*UNREADABLE, RuntimeError, OSError) as error:
         raise UserError(f"{folder}: cannot be read: {error}") from None
     except CheckpointException as error:
         reasons = "; ".join(f"{fault}" for fault, _ in error.failures.values())
@@ -78,12 +83,18 @@ def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[
 
 
 def _stored(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
-    """What the files say that they hold. Raises ValueError where parts are missing: nothing is allocated for those."""
+    """What the files say that they hold. Raises ValueError, before anything is allocated, where parts are missing or
+    overlap: a tensor is parted along its first dimension."""
     found = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
-            raise ValueError(f"{name}: its parts are not all there")
+        end = 0
+        for chunk in sorted(stored.chunks, key=lambda chunk: tuple(chunk.offsets)):
+            if tuple(chunk.offsets) != (end, *[0] * (len(stored.size) - 1))[: len(stored.size)]:
+                raise ValueError(f"{name}: its parts do not make a whole")
+            if tuple(chunk.sizes[1:]) != tuple(stored.size[1:]):
+                raise ValueError(f"{name}: its parts do not make a whole")
+            end += chunk.sizes[0] if chunk.sizes else 0
         found[name] = stored
     return found
 

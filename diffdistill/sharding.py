@@ -41,9 +41,9 @@ def make_mesh(config: "RunConfig", processes: Processes) -> DeviceMesh | None:
     device = processes.device.type
     if kind == "all":
         return init_device_mesh(device, (processes.count,), mesh_dim_names=("shard",))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
-    if processes.count % here:
-        raise UserError(f"speed.shard = 'machine': {processes.count} processes are not {here} on each machine; use all")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the launcher: torchrun, accelerate
+    if here == 1 or processes.count % here:
+        raise UserError(f"speed.shard = 'machine': {here} of {processes.count} processes are here; use all or none")
     return init_device_mesh(device, (processes.count // here, here), mesh_dim_names=("replicate", "shard"))
 
 

@@ -46,10 +46,12 @@ def apply_speed(
     trained: Mapping[str, nn.Module],
     teacher: Denoiser | None,
     followers: Mapping[str, nn.Module] | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Change the players in place, before their optimisers are made.
 
     followers: players that are not trained; they change only where they stand over the teacher's weights.
+    device: where a teacher computes whose weights are elsewhere; default: where it is.
     Raises UserError where a setting would do nothing: no teacher, no blocks, no convolutions.
     """
     players = ({} if teacher is None else {"teacher": teacher}) | dict(trained)
@@ -64,7 +66,7 @@ def apply_speed(
         for module in players.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if speed.teacher_device == "cpu" and teacher is not None:
-        offload(teacher, device_of(teacher))
+        offload(teacher, device or device_of(teacher))
     if speed.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
         for denoiser in denoisers.values():

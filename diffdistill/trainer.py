@@ -108,7 +108,7 @@ class Trainer:
         ready_players(config, self.spec, {name: module for name, module in modules.items() if name in trained})
         self.trained = {name: module.to(home).train() for name, module in modules.items() if name in trained}
         self.followers = {name: freeze(m.to(home)) for name, m in modules.items() if name not in trained}
-        apply_speed(config.speed, self.trained, self.setting.teacher, self.followers)
+        apply_speed(config.speed, self.trained, self.setting.teacher, self.followers, self.device)
         self.players = Players(**teachers, **self.trained, **self.followers)
         ema_device = home if config.speed.ema_device == "same" else torch.device("cpu")
         student = self.trained[self.method.student]
@@ -345,7 +345,7 @@ class Trainer:
         """Keep this process's part of each player alone, with optimisers of its own; go on where the run stopped."""
         teacher = [self.setting.teacher] if self.setting.teacher and not is_offloaded(self.setting.teacher) else []
         averages = [ema.module for ema in self.emas.values()]
-        self._outline = outline(self.student)
+        self._outline = outline(self.ema.module if self.ema else self.trained[self.method.student])
         for module in (*teacher, *self.trained.values(), *self.followers.values(), *averages):
             shard(module, mesh)
         self._make_optimizers()
@@ -372,10 +372,10 @@ class Trainer:
         """What the method makes once; kept with the run, so that a resumed run and all processes use the same."""
         file = self.folder / "prepared.safetensors"
         seed, is_kept = self.config.train.seed, self.start is not None
-        if self.setting.teacher and not is_offloaded(self.setting.teacher):
-            self.setting.teacher.to(self.device)
-        self.processes.first(lambda: prepare_once(file, self.method, self.setting, seed, is_kept=is_kept))
-        if file.exists() != bool(self.processes.largest(file.exists())):
+        self.processes.first(
+            lambda: prepare_once(file, self.method, self.setting, seed, is_kept=is_kept, device=self.device)
+        )
+        if 0 < len(self.processes.those(file.exists())) < self.processes.count:
             raise UserError(
                 f"run = {str(self.folder)!r}: is not the same folder for all processes; put it where all see it"
             )

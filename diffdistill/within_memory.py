@@ -42,7 +42,8 @@ def explain(trainer: Trainer, error: torch.OutOfMemoryError) -> str:
     """What was asked for, what the run needs by its plan, and what to turn on."""
     asked = str(error).splitlines()[0] if str(error) else "no reason given"
     said = f"out of memory at step {trainer.step}: {asked} The last checkpoint is intact."
-    plan = "" if trainer.stored else _plan(trainer)  # to prepare anew would take long
+    # To prepare anew would take long, and players in parts do not compute in one process alone.
+    plan = "" if trainer.stored or trainer.mesh else _plan(trainer)
     smaller = with_half(trainer.config, trainer.processes.count)
     offer = f" With {half_named(smaller)} the batch and the result stay; go on with --resume." if smaller else ""
     return f"{said}{plan}{offer} `diffdistill doctor CONFIG` says what fits"

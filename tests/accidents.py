@@ -430,6 +430,19 @@ def out_of_memory(scene: Scene) -> None:
     scene.ends_as_undisturbed()
 
 
+def out_of_memory_in_parts(scene: Scene) -> None:
+    """out of memory in one of two processes that share out the weights"""
+    scene.overrides, step, rank = ("speed.shard=all",), a_step(scene), scene.rng.randrange(2)
+    ends = scene.start(at_step(step, _out_of_memory, rank), count=2)
+    assert [ended.code for ended in ends] == [1, 1]
+    assert f"out of memory at step {step}: CUDA out of memory. Tried to allocate 20.00 GiB." in ends[rank].said
+    assert "train.micro_batch_size=2" in ends[rank].said
+    assert "another process is gone" in ends[1 - rank].said
+    scene.nothing_lost()
+    scene.go_on(count=2)
+    scene.ends_as_undisturbed(2, rounding=ROUNDING)
+
+
 def out_of_memory_halved(scene: Scene) -> None:
     """out of memory with `on_out_of_memory: halve`: goes on by itself"""
     scene.overrides = ("train.on_out_of_memory=halve",)
@@ -530,6 +543,7 @@ KINDS: tuple[tuple[Callable[[Scene], None], str], ...] = (
     (missing_shard, "named, with the newest whole one; resumed from that: equal"),
     (not_a_number, "named; all processes skip the update; all numbers finite"),
     (out_of_memory, "says so, with the plan and what would fit; resumed: equal"),
+    (out_of_memory_in_parts, "says so, with what would fit; the other stops; resumed: equal within rounding"),
     (out_of_memory_halved, "equal within float32's rounding"),
     (two_runs, "the second is refused; the first: equal"),
     (changed_config, "refused, with the changes; resumed as it was: equal"),

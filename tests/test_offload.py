@@ -148,3 +148,12 @@ def test_what_does_not_go_with_an_offloaded_teacher_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         Trainer(make_config(*settings, "speed.teacher_device=cpu"), quiet=True)
+
+
+def test_buffers_come_to_where_the_weights_are_brought() -> None:
+    """Of a module that was built elsewhere, as a teacher of a sharded run is."""
+    module = nn.BatchNorm2d(2).eval()
+    offload(module, torch.device("meta"))
+    assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+    assert device_of(module) == torch.device("meta")

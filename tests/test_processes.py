@@ -23,8 +23,8 @@ from diffdistill.eval.records import read_records
 from diffdistill.log import Log, Silence
 from diffdistill.method import Batch, Draw, Loss, Players, Update
 from diffdistill.methods.pretrain import Pretrain
-from diffdistill.objective import Replicas
-from diffdistill.processes import Processes, find_processes
+from diffdistill.objective import Objective, Replicas
+from diffdistill.processes import Processes, find_processes, others
 from diffdistill.schema import UserError
 from diffdistill.setup import check_batch
 from diffdistill.stopping import StopRequested, TrainingError
@@ -194,6 +194,24 @@ def test_gradients_are_means_and_one_that_a_process_lacks_counts_as_zero_there(m
     n = float(micro_batches)
     expected = [[1.5 * n, 3.0 * n], [2.5 * n, 3.5 * n], None]
     assert run_together(2, partial(averaged, micro_batches=micro_batches)) == [expected] * 2
+
+
+def test_what_is_replicated_is_on_one_device() -> None:
+    """torch refuses a module that is on two."""
+    objective = Objective([nn.Linear(2, 2, device="meta")])
+    assert {parameter.device.type for parameter in objective.parameters()} == {"meta"}
+
+
+def test_what_is_no_fault_of_another_process_is_raised_as_it_is() -> None:
+    def fault() -> str:
+        find_processes("cpu")
+        with pytest.raises(RuntimeError) as raised, others():
+            raise RuntimeError("a connection of layers that do not fit")
+        return type(raised.value).__name__
+
+    assert run_together(2, fault) == ["RuntimeError", "RuntimeError"]
+    with pytest.raises(RuntimeError, match=r"^gloo$"), others():
+        raise RuntimeError("gloo")
 
 
 def test_processes_speak_once_an_update(make_config: MakeConfig) -> None:
