@@ -68,7 +68,7 @@ class Way:
 WAYS = {
     "SGD": Way(1e-6, is_sgd=True),
     # It divides a gradient by its own size, so that those near zero, which are rounding's, count as much as any.
-    "Adam": Way(1e-5),
+    "Adam": Way(2e-5),
     "Adam, equal pieces": Way(1e-6, has_equal_pieces=True),
     "Adam, float64": Way(1e-12, is_wide=True),
     "Adam, float64, sharded": Way(1e-12, is_wide=True, is_sharded=True),

@@ -219,7 +219,7 @@ def test_processes_speak_once_an_update(make_config: MakeConfig) -> None:
 
     def sent(micro_batch: int) -> int:
         trainer = Trainer(make_config("pretrain", f"train.micro_batch_size={micro_batch}"), quiet=True)
-        (objective,) = (wrapped for wrapped, _ in trainer.averaging._wrapped.values())  # type: ignore[attr-defined]
+        (objective,) = trainer.averaging._wrapped.values()  # type: ignore[attr-defined]
         seen: list[int] = []
 
         def count(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
