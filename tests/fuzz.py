@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from pictures import encode
 from PIL import Image
+from safetensors.torch import save
 
 from diffdistill.checkpoint import MANIFEST, list_checkpoints
 from diffdistill.config import dump, load_config
@@ -34,6 +35,7 @@ from diffdistill.eval.records import read_records
 from diffdistill.model import load_model
 from diffdistill.networks.edm_unet import DDPMPP
 from diffdistill.schema import UserError
+from diffdistill.shard_files import read_shards
 from diffdistill.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +226,27 @@ def _read_checkpoint(folder: Path, content: bytes) -> None:
     load_model(target)
 
 
+def _parts(_: Path) -> list[bytes]:
+    """The first of two parts of some tensors, as one process of two writes it."""
+    return [_part(0)]
+
+
+def _part(number: int) -> bytes:
+    tensors = {"w": torch.ones(3, 2), "bias": torch.zeros(2), "step": torch.tensor(1.0)}
+    if number:
+        del tensors["step"]
+    offsets = {"w": [3 * number, 0], "bias": [2 * number], "step": []}
+    where = {name: {"saved_offsets": offsets[name]} for name in tensors}
+    return save(tensors, metadata={"DCP_SHARDING_INFO": json.dumps(where)})
+
+
+def _read_parts(folder: Path, content: bytes) -> None:
+    (folder / "0.safetensors").write_bytes(content)
+    (folder / "1.safetensors").write_bytes(_part(1))
+    found = read_shards(folder, lambda _: None)
+    assert all(tensor.numel() < 1000 for tensor in found.values())
+
+
 READERS = {
     "config": Reader(_configs, _read_config),
     "override": Reader(_overrides, _read_override),
@@ -233,6 +256,7 @@ READERS = {
     "tar of samples": Reader(_shards, _read_shards),
     "npz": Reader(_arrays, _read_arrays),
     "checkpoint": Reader(_checkpoints, _read_checkpoint),
+    "checkpoint in parts": Reader(_parts, _read_parts),
 }
 
 
