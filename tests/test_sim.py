@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from exact import GaussianFixture, MixtureFixture, numbers, random
-from ring import INIT_RATIO, TIME_LAW, train_ring
+from ring import INIT_RATIO, TIME_LAW, RingResult, train_ring
 from scenes import due, learned, scene
 from torch import Tensor
 
@@ -128,13 +128,18 @@ def ring_method(distance: Distance) -> SIM:
     return SIM(distance=distance, steps=steps, fake_updates=3, time_law=TIME_LAW, fake_time_law=TIME_LAW)
 
 
+def learned_ring(seed: int) -> RingResult:
+    """At a rate and a length with which it clears the bars on every processor: at 2e-3 and 400 steps one of two did."""
+    return train_ring(ring_method("pseudo_huber"), seed=seed, num_steps=500, lr=4e-3)
+
+
 def test_sim_learns_every_mode_of_the_ring_in_its_class() -> None:
-    result = train_ring(ring_method("pseudo_huber"))
+    result = learned_ring(0)
     assert result.passes, result
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [1, 2])
 def test_sim_learns_the_ring_from_other_seeds(seed: int) -> None:
-    result = train_ring(ring_method("pseudo_huber"), seed=seed)
+    result = learned_ring(seed)
     assert result.passes, result
