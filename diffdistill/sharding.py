@@ -53,7 +53,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     Of a denoiser each block of the network is gathered by itself, and what is left of it together.
     """
     net = module.net if isinstance(module, Denoiser) else module
-    for block in net.blocks if isinstance(net, DiffusersNetwork) else recomputable_blocks(net):
+    for block in net.closed_blocks if isinstance(net, DiffusersNetwork) else recomputable_blocks(net):
         fully_shard(block, mesh=mesh)
     # Gathered weights that stayed, as a root's do by default, would not follow optimisers, averages and requires_grad.
     fully_shard(net, mesh=mesh, reshard_after_forward=True)

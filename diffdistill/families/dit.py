@@ -49,6 +49,11 @@ class DiTNetwork(DiffusersTransformer):
         """Each block has one of its own; the first's is also the output layer's."""
         return [self.blocks[0].norm1.emb]  # type: ignore[union-attr, list-item]
 
+    @property
+    def closed_blocks(self) -> list[nn.Module]:
+        """All but the first, whose embedder the output layer calls."""
+        return self.blocks[1:]
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B] in the schedule's steps.  Returns [B, C, H, W]."""
         label = x.new_full((len(x),), self.num_classes).long() if cond.label is None else cond.label

@@ -75,6 +75,11 @@ class DiffusersNetwork(nn.Module, ABC):
         """The model's blocks in the order of its calls, the middle among them."""
 
     @property
+    def closed_blocks(self) -> list[nn.Module]:
+        """Those whose weights the model needs during their own calls alone: all."""
+        return self.blocks
+
+    @property
     @abstractmethod
     def middle(self) -> nn.Module:
         """The block whose output is tapped."""
