@@ -56,7 +56,7 @@ def sample(
     import torch
 
     from diffdistill.config import parse_guidance
-    from diffdistill.imagers import Asked
+    from diffdistill.model_imager import Asked
     from diffdistill.sample import SampleOptions, read_prompts, run_sample
 
     asked = Asked(

@@ -3,16 +3,16 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from typing import Any
 
 from torch import Tensor
 
 from diffdistill.checkpoint import STATE, is_disk_full
 from diffdistill.data.captions import checked_caption, lines_of, read_file, read_text
-from diffdistill.export.record import read_record
+from diffdistill.export.record import guidance_of, read_record
 from diffdistill.guidance import Guidance
-from diffdistill.imagers import Asked, Imager, open_imager, timed_images
+from diffdistill.imagers import open_imager, timed_images
 from diffdistill.model import find_checkpoint, first_student
+from diffdistill.model_imager import Asked, Imager
 from diffdistill.preview import save_grid, save_panels
 from diffdistill.schema import UserError
 
@@ -95,13 +95,6 @@ def teacher_of(place: str) -> tuple[str, float]:
     if not state.get("teacher"):
         raise UserError(f"--teacher: {place} has none; it was trained from images")
     return state["teacher"], guidance_of(state["config"]["method"])
-
-
-def guidance_of(method: dict[str, Any]) -> float:
-    """The scale that a method distils, of its config; the middle of a range; 1 where there is none."""
-    found = method.get("guidance", method.get("base", {}).get("guidance", 1.0))
-    low, high = found if isinstance(found, list) else (found, found)
-    return (float(low) + float(high)) / 2 if isinstance(low, int | float) else 1.0
 
 
 def _draw(name: str, imager: Imager, count: int, batch: int, guidance: Guidance | None) -> Sampled:

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 from diffdistill import sample
 from diffdistill.cli import app
 from diffdistill.export.command import ExportOptions, export
-from diffdistill.imagers import Asked, CodeImager, ModelImager, open_imager
+from diffdistill.export.record import guidance_of
+from diffdistill.imagers import CodeImager, open_imager
 from diffdistill.model import load_model
+from diffdistill.model_imager import Asked, ModelImager
 from diffdistill.path import EDM
-from diffdistill.sample import SampleOptions, guidance_of, run_sample, teacher_of
+from diffdistill.sample import SampleOptions, run_sample, teacher_of
 from diffdistill.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
 from diffdistill.schema import UserError
 from diffdistill.steps import with_steps

@@ -20,8 +20,8 @@ from diffdistill.config import OptimizerConfig, RunConfig, dump
 from diffdistill.counting import SavedTensors
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.ema import EMA, EMAConfig
-from diffdistill.imagers import Asked
 from diffdistill.model import load_model
+from diffdistill.model_imager import Asked
 from diffdistill.networks import ADM, DDPMPP, DiffusersUNetConfig, DiTConfig, MLPConfig, UNetConfig
 from diffdistill.networks.analytic import Mixture
 from diffdistill.networks.recompute import set_recompute

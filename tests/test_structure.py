@@ -83,6 +83,11 @@ def test_data_and_networks_know_no_methods(file: Path) -> None:
     assert reaches(file, "diffdistill.method", "diffdistill.trainer", "diffdistill.config") == set()
 
 
+@pytest.mark.parametrize("file", [p for p in ROOMS if p.parent.name == "export"], ids=relative)
+def test_export_knows_nothing_of_what_samples_exported_folders(file: Path) -> None:
+    assert reaches(file, "diffdistill.imagers", "diffdistill.sample", "diffdistill.image_commands") == set()
+
+
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
     light = {"functools", "os", "sys", "collections", "pathlib", "typing", "typer", "rich", "diffdistill"}
     for file in ("cli.py", "image_commands.py", "checkpoint_commands.py", "faults.py"):

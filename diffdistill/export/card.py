@@ -16,9 +16,9 @@ from diffdistill.export.record import ExportRecord, without_home
 from diffdistill.families import is_pipeline, open_pipeline, pipeline_of
 from diffdistill.families.hub import is_hub_name
 from diffdistill.families.pipeline import read_json
-from diffdistill.imagers import Asked, ModelImager
 from diffdistill.inputs import encoder_of
 from diffdistill.model import TrainedModel, find_checkpoint, first_student
+from diffdistill.model_imager import Asked, ModelImager
 from diffdistill.preview import save_grid
 from diffdistill.schema import UserError
 

@@ -12,14 +12,13 @@ from diffdistill.export.card import CardFacts, how_near, read_state, write_card
 from diffdistill.export.expected import check_lora, check_self_contained, check_stock
 from diffdistill.export.lora_files import write_lora
 from diffdistill.export.push import check_push, push
-from diffdistill.export.record import RECORD, ExportRecord, Kind
+from diffdistill.export.record import RECORD, ExportRecord, Kind, guidance_of
 from diffdistill.export.self_contained import write_self_contained
-from diffdistill.export.stock import StockFolder, write_stock
+from diffdistill.export.stock import NotStock, StockFolder, write_stock
 from diffdistill.export.verify import Check, verify
 from diffdistill.model import TrainedModel, load_model, merge_model
 from diffdistill.networks.adapters import AdaptedConfig
 from diffdistill.networks.guided import GuidedConfig
-from diffdistill.sample import guidance_of
 from diffdistill.schema import UserError
 
 AnyKind = Literal["auto", "stock", "self-contained", "lora", "kohya"]
@@ -116,7 +115,7 @@ def write(place: str, folder: FilePath, options: ExportOptions) -> Written:
         except UserError as error:
             if kind == "stock":
                 raise UserError(f"--kind stock: {error}") from None
-            kind, note = "self-contained", str(error).partition("; use --kind")[0]
+            kind, note = "self-contained", error.reason if isinstance(error, NotStock) else str(error)
     if kind == "self-contained":
         write_self_contained(model, folder, guidance_scale=scale)
         return _written(place, model, folder, "self-contained", None, options, scale=scale, note=note)

@@ -64,3 +64,10 @@ def read_record(folder: FilePath) -> ExportRecord | None:
     record = validate(ExportRecord, found, origin=str(file))
     places = {name: place and str(FilePath(place).expanduser()) for name, place in record.places.items()}
     return replace(record, **places)  # type: ignore[arg-type]
+
+
+def guidance_of(method: dict[str, Any]) -> float:
+    """The scale that a method distils, of its config; the middle of a range; 1 where there is none."""
+    found = method.get("guidance", method.get("base", {}).get("guidance", 1.0))
+    low, high = found if isinstance(found, list) else (found, found)
+    return (float(low) + float(high)) / 2 if isinstance(low, int | float) else 1.0

@@ -16,6 +16,14 @@ from diffdistill.router import RoutedDenoiser
 from diffdistill.schema import UserError
 
 
+class NotStock(UserError):  # noqa: N818
+    """diffusers' classes alone cannot be what a model is; code of its own can.  reason: why they cannot."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; use --kind self-contained")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class StockFolder:
     """source: the teacher's pipeline.  kind: the class that loads the folder.  call: how it is called.
@@ -35,9 +43,9 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     """
     net = model.denoiser.net
     if isinstance(model.denoiser, RoutedDenoiser):
-        raise UserError("several students behind a router are no pipeline of diffusers; use --kind self-contained")
+        raise NotStock("several students behind a router are no pipeline of diffusers")
     if not isinstance(net, DiffusersNetwork):
-        raise UserError(f"{type(net).__name__} is not one of diffusers' networks; use --kind self-contained")
+        raise NotStock(f"{type(net).__name__} is not one of diffusers' networks")
     source, steps = fit_pipeline(model)
     kind = source.family.stock_pipeline or str(source.index["_class_name"])
     names = other_parts(source)
@@ -62,12 +70,12 @@ def describe(source: Pipeline, steps: StockSteps, kind: str) -> StockFolder:
 def fit_pipeline(model: TrainedModel) -> tuple[Pipeline, StockSteps]:
     """The teacher's pipeline, and the scheduler and the call by which it makes the student's steps.
 
-    Raises UserError if there are none.
+    Raises NotStock if there are none, UserError where the steps have no scheduler.
     """
     if model.spec.pipeline is None:
-        raise UserError(f"{model.source}: comes from no pipeline of diffusers; use --kind self-contained")
+        raise NotStock(f"{model.source}: comes from no pipeline of diffusers")
     source = open_pipeline(model.spec.pipeline)
     if not source.family.has_stock_pipeline(source.options):
-        raise UserError("diffusers has no pipeline that gives this network its classes; use --kind self-contained")
+        raise NotStock("diffusers has no pipeline that gives this network its classes")
     scheduler = read_json(source.folder / "scheduler" / "scheduler_config.json")
     return source, stock_steps(model.denoiser, model.spec.sampler, scheduler, source.family.steps_argument)
