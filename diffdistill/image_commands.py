@@ -56,11 +56,12 @@ def sample(
     import torch
 
     from diffdistill.config import parse_guidance
+    from diffdistill.data.prompts import read_prompts
     from diffdistill.model_imager import Asked
-    from diffdistill.sample import SampleOptions, read_prompts, run_sample
+    from diffdistill.sample import SampleOptions, run_sample
 
     asked = Asked(
-        prompts=(*(prompt or ()), *(read_prompts(FilePath(prompts)) if prompts else ())),
+        prompts=(*(prompt or ()), *(read_prompts(prompts, setting="--prompts") if prompts else ())),
         labels=tuple(label or ()),
         seed=seed,
         guidance=None if guidance is None else parse_guidance(guidance),

@@ -7,7 +7,6 @@ from pathlib import Path as FilePath
 from torch import Tensor
 
 from diffdistill.checkpoint import STATE, is_disk_full
-from diffdistill.data.captions import checked_caption, lines_of, read_file, read_text
 from diffdistill.export.record import guidance_of, read_record
 from diffdistill.guidance import Guidance
 from diffdistill.imagers import open_imager, timed_images
@@ -67,15 +66,6 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
         ]
     _save(made, options, count)
     return made
-
-
-def read_prompts(file: FilePath) -> tuple[str, ...]:
-    """A prompt a line, blank lines left out. Raises UserError unless it is UTF-8 text that holds some."""
-    text = read_text(read_file(file, setting="--prompts"), origin=str(file))
-    found = tuple(checked_caption(line, origin=f"{file}, line {number}") for number, line in lines_of(text))
-    if not found:
-        raise UserError(f"--prompts {file}: holds no prompts")
-    return found
 
 
 def teacher_of(place: str) -> tuple[str, float]:

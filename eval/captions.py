@@ -1,4 +1,8 @@
-"""A protocol's captions from a file, which is part of the protocol from then on."""
+"""A protocol's captions from a file, which is part of the protocol from then on.
+
+Unlike those that a run is fed with (`diffdistill.data.captions`) they are taken as they stand, caption i on line i: all
+who measure by the protocol judge the same text.
+"""
 
 import hashlib
 from dataclasses import replace

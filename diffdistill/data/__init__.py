@@ -4,11 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from diffdistill.data.captioned_images import CaptionedImages
 from diffdistill.data.digits import Digits
 from diffdistill.data.huggingface import HuggingFace
 from diffdistill.data.image_folder import ImageFolder
 from diffdistill.data.npz import Npz
-from diffdistill.data.prompts import CaptionedImages, Prompts
+from diffdistill.data.prompts import Prompts
 from diffdistill.data.torchvision_sets import Cifar10, FashionMNIST
 from diffdistill.data.web_dataset import WebDataset
 

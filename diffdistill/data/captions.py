@@ -1,4 +1,8 @@
-"""Captions: prompts, with the image of each where there are some. Text is UTF-8 and nothing else."""
+"""Captions: prompts, with the image of each where there are some. Text is UTF-8 and nothing else.
+
+What captions are, and the reading and checking of them that all data sets share: `prompts`, `captioned_images`,
+`web_dataset`, `huggingface`. Encoders meet them in `diffdistill.inputs`; a protocol's are `diffdistill.eval.captions`.
+"""
 
 import csv
 import io
@@ -18,6 +22,8 @@ from diffdistill.schema import UserError
 
 COLUMNS = ("caption", "text", "prompt")
 """What a column of captions is called, where none is named."""
+TABLES = (".csv", ".tsv", ".jsonl")
+"""Files that `read_rows` reads."""
 MAX_CHARACTERS = 10_000
 """A longer caption is taken for a mistake: text encoders read some hundred tokens."""
 
