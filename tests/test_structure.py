@@ -21,7 +21,8 @@ def linked(file: Path) -> bool:
     return file.relative_to(ROOT / "diffdistill").parts[0] in TOP_LEVEL_ROOMS
 
 
-LIGHT = ("diffdistill.terminal", "diffdistill.faults", "diffdistill.image_commands", "diffdistill.checkpoint_commands")
+COMMAND_FILES = ("image_commands", "checkpoint_commands", "eval_commands")
+LIGHT = ("diffdistill.terminal", "diffdistill.faults", *(f"diffdistill.{name}" for name in COMMAND_FILES))
 CORE = sorted((ROOT / "diffdistill").glob("*.py"))
 ROOMS = sorted(p for p in (ROOT / "diffdistill").glob("*/**/*.py") if not linked(p))
 METHODS = sorted((ROOT / "methods").glob("*.py"))
@@ -90,8 +91,8 @@ def test_export_knows_nothing_of_what_samples_exported_folders(file: Path) -> No
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
     light = {"functools", "os", "sys", "collections", "pathlib", "typing", "typer", "rich", "diffdistill"}
-    for file in ("cli.py", "image_commands.py", "checkpoint_commands.py", "faults.py"):
-        top = imports(ROOT / "diffdistill" / file, top_level_only=True)
+    for name in ("cli", "faults", *COMMAND_FILES):
+        top = imports(ROOT / "diffdistill" / f"{name}.py", top_level_only=True)
         assert {name.split(".")[0] for name in top} <= light
         own = {name for name in top if name.startswith("diffdistill.")}
         assert {name for name in own if not name.startswith(LIGHT)} <= {"diffdistill.__version__"}
