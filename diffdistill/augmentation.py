@@ -22,7 +22,7 @@ TRANSLATION = 1 / 8  # standard deviation, in image sides
 
 def check_augmentation(denoiser: Denoiser, name: str, probability: float) -> None:
     """Raise UserError if the setting `name` asks for augmentation and the network takes no labels of it."""
-    if probability and "augmentation" not in denoiser.net.accepts:  # type: ignore[operator]
+    if probability and "augmentation" not in denoiser.net.accepts:
         raise UserError(
             f"method.{name} = {probability}: this network takes no augmentation labels; use {name}: 0, or a "
             "network ddpmpp or adm with augment_dim: 9"

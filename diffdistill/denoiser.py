@@ -1,11 +1,12 @@
 """The one picture of every network: D(x_t, t, c) = E[x_0 | x_t, c].
 
-Teacher, generator and fake score are all `Denoiser`s. A network is any module with the `Network` interface.
+Teacher, generator and fake score are all `Denoiser`s. A network is a `Network`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,12 @@ class Cond:
 NO_COND = Cond()
 
 
-class Network(Protocol):
-    """What a Denoiser asks of the module inside it."""
+class Network(nn.Module, ABC):
+    """What a Denoiser, or a network around another, asks of the module inside it.
+
+    Ours inherit it, which tells type checkers. Nothing asks for the class: any module with these attributes and methods
+    will do.
+    """
 
     accepts: frozenset[str]
     """The names of the parts of Cond that it takes."""
@@ -74,9 +79,17 @@ class Network(Protocol):
     resolution_multiple: int
     """Image sides must be multiples of this."""
 
-    def __call__(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor: ...
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor: ...
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]: ...
+    @abstractmethod
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """x: [B, ...]; time_input: [B], the path's.  Returns [B, ...]: what the Denoiser `predicts`."""
+
+    @abstractmethod
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The bottleneck alone, [B, C, h, w]; what comes after it does not run."""
+
+    @abstractmethod
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Output and bottleneck from one pass."""
 
 
 Want = Literal["x0", "features", "both"]
@@ -91,7 +104,7 @@ class Denoiser(nn.Module):
     Raises UserError where path and prediction do not fit.
     """
 
-    def __init__(self, net: nn.Module, path: Path, predicts: Prediction, *, sigma_data: float = 0.5) -> None:
+    def __init__(self, net: Network, path: Path, predicts: Prediction, *, sigma_data: float = 0.5) -> None:
         super().__init__()
         if predicts not in path.predictions:
             choices = ", ".join(path.predictions)
@@ -103,11 +116,12 @@ class Denoiser(nn.Module):
         self.conditions: Conditions | None = None
         self.negative: NegativePrompt | None = None  # what its attention steers away from; by `steer_away`
         self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
+        self.offload_device: torch.device | None = None  # where it computes with weights elsewhere; by `offload`
 
     @property
     def takes_guidance(self) -> bool:
         """Whether another scale than 1 means something: it knows "no class", or takes the scale as its input."""
-        return bool(self.net.knows_unconditional) or "guidance_input" in self.net.accepts  # type: ignore[operator]
+        return self.net.knows_unconditional or "guidance_input" in self.net.accepts
 
     def forward(
         self,
@@ -130,7 +144,7 @@ class Denoiser(nn.Module):
         Raises ValueError on a condition that the network does not take, and where it knows no "no class".
         Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
         """
-        if "guidance_input" in self.net.accepts and cond.guidance_input is None:  # type: ignore[operator]
+        if "guidance_input" in self.net.accepts and cond.guidance_input is None:
             given = torch.as_tensor(guidance, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
             cond, guidance = replace(cond, guidance_input=given.expand(len(x_t))), 1.0
         unknown = set(cond.parts()).difference(self._accepts)
@@ -152,12 +166,11 @@ class Denoiser(nn.Module):
     @property
     def num_classes(self) -> int:
         """How many conditions a label may stand for: classes or encoded prompts; 0 if there are none."""
-        return int(self.net.num_classes) if self.conditions is None else len(self.conditions)  # type: ignore[arg-type]
+        return self.net.num_classes if self.conditions is None else len(self.conditions)
 
     @property
     def _accepts(self) -> frozenset[str]:
-        own: frozenset[str] = self.net.accepts  # type: ignore[assignment]
-        return own if self.conditions is None else own | {"label"}
+        return self.net.accepts if self.conditions is None else self.net.accepts | {"label"}
 
     def class_cond(self, label: Tensor) -> Cond:
         """The condition for classes, or prompts by number, [B]; empty if the network takes none."""
@@ -207,10 +220,9 @@ class Denoiser(nn.Module):
         scaled = expand(self._input_scale(t), x_t) * x_t
         time_input = self.path.time_input(t).to(scaled.dtype)
         if want == "features":
-            tapped: Tensor = self.net.features(scaled, time_input, cond)  # type: ignore[operator]
-            return tapped
+            return self.net.features(scaled, time_input, cond)
         if want == "both":
-            output, features = self.net.forward_with_features(scaled, time_input, cond)  # type: ignore[operator]
+            output, features = self.net.forward_with_features(scaled, time_input, cond)
             return self._read(output, x_t, t), features
         return self._read(self.net(scaled, time_input, cond), x_t, t)
 

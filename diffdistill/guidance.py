@@ -224,7 +224,7 @@ def unconditional(denoiser: Denoiser, cond: Cond) -> Cond:
 
     Raises UserError if the network takes the scale as input: it has one estimate only.
     """
-    if "guidance_input" in denoiser.net.accepts:  # type: ignore[operator]
+    if "guidance_input" in denoiser.net.accepts:
         raise UserError("guidance: this network takes the scale as its input, in one evaluation; give a number")
     return denoiser.unconditional(cond)
 

@@ -129,7 +129,7 @@ class Setting:
         settings = settings_for(name, self.lora)
         if settings is None or lora_of(origin):
             copy = deepcopy(origin).to(device_of(origin)).requires_grad_(True)
-            copy.offload_device = None  # type: ignore[assignment]
+            copy.offload_device = None
             return copy
         return with_lora(origin, settings)
 

@@ -13,6 +13,7 @@ from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import ModelRecord
 from diffdistill.families import Pipeline, is_pipeline, open_pipeline
 from diffdistill.families.pipeline import INDEX, read_json
+from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.schema import UserError
 
 
@@ -59,5 +60,6 @@ def _knowing_no_class(pipeline: Pipeline, num_classes: int) -> Denoiser:
     trained here has one embedding more."""
     denoiser = pipeline.load_denoiser()
     if 0 < num_classes == denoiser.num_classes - 1:
-        denoiser.net = pipeline.family.wrap(denoiser.net.model, num_classes, class_dropout=0.1)  # type: ignore[arg-type]
+        assert isinstance(denoiser.net, DiffusersNetwork)
+        denoiser.net = pipeline.family.wrap(denoiser.net.model, num_classes, class_dropout=0.1)
     return denoiser

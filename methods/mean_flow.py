@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.draws import Draws
 from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.guided import take_weights
@@ -143,8 +143,8 @@ def line(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return ((1 - expand(t, x0)) * x0 + expand(t, x0) * eps).to(x0.dtype)
 
 
-def on_path(denoiser: nn.Module, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def on_path(denoiser: Denoiser, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The denoiser's x and time at the line's z and t."""
-    time = denoiser.path.time_of_ratio(t / (1 - t))  # type: ignore[union-attr, operator]
-    scale = denoiser.path.alpha(time) / (1 - t)  # type: ignore[union-attr, operator]
+    time = denoiser.path.time_of_ratio(t / (1 - t))
+    scale = denoiser.path.alpha(time) / (1 - t)
     return z * expand(scale, z), time

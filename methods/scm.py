@@ -106,15 +106,14 @@ class SCM(Method):
         return tangent / expand(norm + self.tangent_constant, tangent)
 
 
-def angle(denoiser: Denoiser | nn.Module, t: Tensor) -> Tensor:
+def angle(denoiser: Denoiser, t: Tensor) -> Tensor:
     """tau in (0, pi/2), float64 [B], of the path's time t [B]."""
-    angles: Tensor = torch.atan(denoiser.path.ratio(t) / denoiser.sigma_data)  # type: ignore[union-attr, operator]
-    return angles
+    return torch.atan(denoiser.path.ratio(t) / denoiser.sigma_data)
 
 
-def consistency(denoiser: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
+def consistency(denoiser: Denoiser, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
     """f(x, tau, c) of TrigFlow's x: [B, ...], by a denoiser on any path."""
     path = denoiser.path
-    t = path.time_of_ratio(denoiser.sigma_data * tau.tan())  # type: ignore[union-attr, operator]
-    estimate: Tensor = denoiser(x * expand(path.alpha(t) / tau.cos(), x), t, cond)  # type: ignore[union-attr, operator]
+    t = path.time_of_ratio(denoiser.sigma_data * tau.tan())
+    estimate: Tensor = denoiser(x * expand(path.alpha(t) / tau.cos(), x), t, cond)
     return estimate

@@ -192,4 +192,4 @@ def _named(place: str | None) -> str | None:
 
 
 def _takes_text(facts: CardFacts) -> bool:
-    return bool({"text", "pooled_text"} & facts.model.denoiser.net.accepts)  # type: ignore[operator]
+    return bool({"text", "pooled_text"} & facts.model.denoiser.net.accepts)

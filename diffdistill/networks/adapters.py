@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill.checkpoint import load_strictly
-from diffdistill.denoiser import Cond, Denoiser, device_of, freeze
+from diffdistill.denoiser import Cond, Denoiser, Network, device_of, freeze
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.guided import (
     Around,
@@ -78,7 +78,7 @@ class Adapted(GuidedBase):
     The adapters share what they are told: w, and the base's embedding of time and class.
     """
 
-    def __init__(self, config: AdapterConfig, base: nn.Module) -> None:
+    def __init__(self, config: AdapterConfig, base: Network) -> None:
         super().__init__(base)
         freeze(base)
         self.config = config
@@ -195,7 +195,7 @@ def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:
     return _with_network(base, net.to(device).eval())
 
 
-def _with_network(denoiser: Denoiser, net: nn.Module) -> Denoiser:
+def _with_network(denoiser: Denoiser, net: Network) -> Denoiser:
     made = Denoiser(net, denoiser.path, denoiser.predicts, sigma_data=denoiser.sigma_data)
     made.conditions = denoiser.conditions
     return made

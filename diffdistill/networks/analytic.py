@@ -6,14 +6,14 @@ They are for tests, of this project's methods and of yours: with an exact teache
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, Network
 from diffdistill.path import Path, expand
 
 
-class Mixture(nn.Module):
-    """E[x_0 | x_t] of a mixture of Gaussians. A `Network` that predicts x0 and runs in float64.
+class Mixture(Network):
+    """E[x_0 | x_t] of a mixture of Gaussians. It predicts x0, in float64.
 
     weights: [K] positive; means: [K, D]; covariances: [K, D, D], or [K] for isotropic variances.
     classes: [K] int64, the class of each component, or None for no labels. "No class" is the whole mixture.

@@ -1,6 +1,6 @@
 """Networks of diffusers' classes as `Network`s: what all families share."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffdistill.attention import reaching
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Network
 from diffdistill.schema import Fraction, schema
 
 FamilyName = Literal["ddpm", "dit", "sd", "sdxl", "pixart", "sd3", "flux", "sana"]
@@ -22,15 +22,15 @@ class DiffusersConfig:
     family: FamilyName
     options: dict[str, Any]
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> nn.Module:
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "DiffusersNetwork":
         """A new network for latents, or images, [C, H, W]. Raises UserError on options that its class refuses."""
         from diffdistill.families import find_family
 
         return find_family(self.family).build(self.options, image_shape, num_classes, class_dropout)
 
 
-class DiffusersNetwork(nn.Module, ABC):
-    """A diffusers model behind the `Network` interface. The tap is the output of the model's `middle`."""
+class DiffusersNetwork(Network):
+    """A diffusers model as a `Network`. The tap is the output of the model's `middle`."""
 
     def __init__(
         self,

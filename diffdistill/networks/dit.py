@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.attention import attention
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Network
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 
@@ -65,8 +65,8 @@ class DiTConfig:
         return DiT(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
 
 
-class DiT(nn.Module):
-    """A transformer on patches of [B, C, H, W] with a tap behind its middle block. A `Network`."""
+class DiT(Network):
+    """A transformer on patches of [B, C, H, W] with a tap behind its middle block."""
 
     positions: Tensor
 

@@ -21,7 +21,7 @@ Resample = Literal["up", "down"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class Variant:
     """Where DDPM++, NCSN++ and ADM differ.
 
     embed: time and condition as one vector.  initialise: the weights at the start.  heads: attention heads for so
@@ -62,27 +62,27 @@ class Block(Recomputable):
 
     filter: Tensor
 
-    def __init__(self, plan: BlockPlan, family: Family, width: int, dropout: float) -> None:
+    def __init__(self, plan: BlockPlan, variant: Variant, width: int, dropout: float) -> None:
         super().__init__()
         channels_in, channels = plan.channels_in, plan.channels
         self.channels = channels
         self.resample: Resample = plan.resample
-        self.is_box = family.taps == (1, 1)
+        self.is_box = variant.taps == (1, 1)
         if plan.resample and not self.is_box:
-            self.register_buffer("filter", resampling_filter(family.taps), persistent=False)
+            self.register_buffer("filter", resampling_filter(variant.taps), persistent=False)
         self.takes_skip = plan.takes_skip
         self.heads = plan.heads
-        self.is_scaled = family.is_scaled
-        self.skip_scale = family.skip_scale
+        self.is_scaled = variant.is_scaled
+        self.skip_scale = variant.skip_scale
         self.dropout = dropout
-        self.norm_in, self.norm_mid = group_norm(channels_in, family.eps), group_norm(channels, family.eps)
+        self.norm_in, self.norm_mid = group_norm(channels_in, variant.eps), group_norm(channels, variant.eps)
         self.conv_in = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
-        self.modulate = nn.Linear(width, 2 * channels if family.is_scaled else channels)
-        is_projected = channels != channels_in or (plan.resample is not None and family.has_resampled_projection)
+        self.modulate = nn.Linear(width, 2 * channels if variant.is_scaled else channels)
+        is_projected = channels != channels_in or (plan.resample is not None and variant.has_resampled_projection)
         self.shortcut = nn.Conv2d(channels_in, channels, 1) if is_projected else nn.Identity()
         if plan.heads:
-            self.norm_attention = group_norm(channels, family.eps)
+            self.norm_attention = group_norm(channels, variant.eps)
             self.qkv = nn.Conv2d(channels, 3 * channels, 1)
             self.project = nn.Conv2d(channels, channels, 1)
 

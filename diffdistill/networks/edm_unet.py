@@ -13,15 +13,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Network
 from diffdistill.networks.edm_blocks import (
     ADMEmbedding,
     Block,
     BlockPlan,
     DDPMPPEmbedding,
-    Family,
     NCSNPPEmbedding,
     ResidualInput,
+    Variant,
     group_norm,
 )
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
@@ -72,8 +72,8 @@ class DDPMPP:
         return cls(augment_dim=9)
 
     @property
-    def family(self) -> Family:
-        return Family(
+    def variant(self) -> Variant:
+        return Variant(
             embed=DDPMPPEmbedding,
             initialise=_initialise_ddpmpp,
             heads=lambda channels: 1,
@@ -106,8 +106,8 @@ class NCSNPP:
     augment_dim: Literal[0, 9] = 0
 
     @property
-    def family(self) -> Family:
-        shared = DDPMPP().family
+    def variant(self) -> Variant:
+        shared = DDPMPP().variant
         return replace(shared, embed=NCSNPPEmbedding, taps=(1, 3, 3, 1), has_residual_input=True)
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "EDMUNet":
@@ -134,8 +134,8 @@ class ADM:
         return cls()
 
     @property
-    def family(self) -> Family:
-        return Family(
+    def variant(self) -> Variant:
+        return Variant(
             embed=ADMEmbedding,
             initialise=_initialise_adm,
             heads=self._heads,
@@ -160,8 +160,8 @@ class ADM:
 EDMConfig = DDPMPP | NCSNPP | ADM
 
 
-class EDMUNet(nn.Module):
-    """DDPM++, NCSN++ or ADM on [B, C, H, W] with a tap at the encoder's last output. A `Network`."""
+class EDMUNet(Network):
+    """DDPM++, NCSN++ or ADM on [B, C, H, W] with a tap at the encoder's last output."""
 
     def __init__(
         self, config: EDMConfig, image_shape: tuple[int, int, int], num_classes: int, *, knows_unconditional: bool
@@ -173,35 +173,35 @@ class EDMUNet(nn.Module):
         self.knows_unconditional = knows_unconditional
         self.resolution_multiple = 2 ** (len(config.multipliers) - 1)
         _check_sides(config, image_shape)
-        family, width = config.family, 4 * config.channels
+        variant, width = config.variant, 4 * config.channels
         encoder = plan_encoder(config, image_shape[1])
         decoder = plan_decoder(config, image_shape[1], encoder)
-        self.embed = family.embed(config.channels, num_classes, config.augment_dim)
+        self.embed = variant.embed(config.channels, num_classes, config.augment_dim)
         self.input = nn.Conv2d(image_shape[0], config.channels, 3, padding=1)
-        self.encoder = nn.ModuleList(Block(plan, family, width, config.dropout) for plan in encoder)
-        self.decoder = nn.ModuleList(Block(plan, family, width, config.dropout) for plan in decoder)
-        downs = {i: plan for i, plan in enumerate(encoder) if plan.resample} if family.has_residual_input else {}
+        self.encoder = nn.ModuleList(Block(plan, variant, width, config.dropout) for plan in encoder)
+        self.decoder = nn.ModuleList(Block(plan, variant, width, config.dropout) for plan in decoder)
+        downs = {i: plan for i, plan in enumerate(encoder) if plan.resample} if variant.has_residual_input else {}
         inputs = [image_shape[0], *(plan.channels for plan in downs.values())]
         self.residual_inputs = nn.ModuleDict(
             {
-                str(i): ResidualInput(channels_in, plan.channels, family.taps)
+                str(i): ResidualInput(channels_in, plan.channels, variant.taps)
                 for (i, plan), channels_in in zip(downs.items(), inputs, strict=False)
             }
         )
         last = decoder[-1].channels
         self.output = nn.Sequential(
-            group_norm(last, family.eps), nn.SiLU(), nn.Conv2d(last, image_shape[0], 3, padding=1)
+            group_norm(last, variant.eps), nn.SiLU(), nn.Conv2d(last, image_shape[0], 3, padding=1)
         )
         self._edm_modules = {
             "input": f"enc.{image_shape[1]}x{image_shape[1]}_conv",
-            "output.0": family.output_names[0].format(image_shape[1]),
-            "output.2": family.output_names[1].format(image_shape[1]),
+            "output.0": variant.output_names[0].format(image_shape[1]),
+            "output.2": variant.output_names[1].format(image_shape[1]),
             **EMBEDDING_NAMES,
             **{f"residual_inputs.{i}": f"enc.{plan.name[:-4]}aux_residual" for i, plan in downs.items()},
             **{f"encoder.{i}": f"enc.{plan.name}" for i, plan in enumerate(encoder)},
             **{f"decoder.{i}": f"dec.{plan.name}" for i, plan in enumerate(decoder)},
         }
-        family.initialise(self)
+        variant.initialise(self)
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
@@ -253,7 +253,7 @@ def plan_encoder(config: EDMConfig, height: int) -> list[BlockPlan]:
         side, channels = height >> level, config.channels * multiplier
         if level:
             plans.append(BlockPlan(f"{side}x{side}_down", current, current, "down"))
-        heads = config.family.heads(channels) if side in config.attention_resolutions else 0
+        heads = config.variant.heads(channels) if side in config.attention_resolutions else 0
         for i in range(config.blocks):
             plans.append(BlockPlan(f"{side}x{side}_block{i}", current, channels, heads=heads))
             current = channels
@@ -263,7 +263,7 @@ def plan_encoder(config: EDMConfig, height: int) -> list[BlockPlan]:
 def plan_decoder(config: EDMConfig, height: int, encoder: list[BlockPlan]) -> list[BlockPlan]:
     """The decoder's blocks, the coarsest first."""
     plans: list[BlockPlan] = []
-    family = config.family
+    variant = config.variant
     skips = [config.channels, *(plan.channels for plan in encoder)]
     current = skips[-1]
     for level, multiplier in reversed(list(enumerate(config.multipliers))):
@@ -271,11 +271,11 @@ def plan_decoder(config: EDMConfig, height: int, encoder: list[BlockPlan]) -> li
         if plans:
             plans.append(BlockPlan(f"{side}x{side}_up", current, current, "up"))
         else:
-            plans.append(BlockPlan(f"{side}x{side}_in0", current, current, heads=family.heads(current)))
+            plans.append(BlockPlan(f"{side}x{side}_in0", current, current, heads=variant.heads(current)))
             plans.append(BlockPlan(f"{side}x{side}_in1", current, current))
         for i in range(config.blocks + 1):
-            is_attending = side in config.attention_resolutions and (i == config.blocks or not family.attends_late)
-            heads = family.heads(channels) if is_attending else 0
+            is_attending = side in config.attention_resolutions and (i == config.blocks or not variant.attends_late)
+            heads = variant.heads(channels) if is_attending else 0
             name = f"{side}x{side}_block{i}"
             plans.append(BlockPlan(name, current + skips.pop(), channels, heads=heads, takes_skip=True))
             current = channels

@@ -5,7 +5,7 @@ of its weights stay as they are, and without a w the call is the base's own, bit
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Denoiser, Network
 from diffdistill.networks.hooked import HookedBlock
 from diffdistill.networks.lora import BaseNetwork, LoRA
 from diffdistill.networks.recompute import Recomputable, recomputable_blocks
@@ -23,18 +23,18 @@ from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 Around = Callable[..., Tensor]
 
 
-class GuidedBase(nn.Module, ABC):
-    """A base network whose blocks take part in guidance. A `Network`.  part: of Cond, that the blocks are told."""
+class GuidedBase(Network):
+    """A base network whose blocks take part in guidance.  part: of Cond, that the blocks are told."""
 
     part = "guidance_input"
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Network) -> None:
         super().__init__()
         self.base = base
-        self.accepts: frozenset[str] = base.accepts | {self.part}  # type: ignore[operator]
-        self.num_classes = int(base.num_classes)  # type: ignore[arg-type]
-        self.knows_unconditional = bool(base.knows_unconditional)
-        self.resolution_multiple = int(base.resolution_multiple)  # type: ignore[arg-type]
+        self.accepts = base.accepts | {self.part}
+        self.num_classes = base.num_classes
+        self.knows_unconditional = base.knows_unconditional
+        self.resolution_multiple = base.resolution_multiple
 
     @abstractmethod
     def changes(self, scale: Tensor, cond: Cond) -> Sequence[tuple[Recomputable | HookedBlock, Around]]:
@@ -49,14 +49,12 @@ class GuidedBase(nn.Module, ABC):
     def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """The base's bottleneck."""
         with self._changed(cond, x) as rest:
-            tapped: Tensor = self.base.features(x, time_input, rest)  # type: ignore[operator]
-        return tapped
+            return self.base.features(x, time_input, rest)
 
     def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Output and bottleneck from one pass."""
         with self._changed(cond, x) as rest:
-            both: tuple[Tensor, Tensor] = self.base.forward_with_features(x, time_input, rest)  # type: ignore[operator]
-        return both
+            return self.base.forward_with_features(x, time_input, rest)
 
     def told(self, cond: Cond, like: Tensor) -> Cond:
         """The condition with what is missing in it.  like: x."""
@@ -119,7 +117,7 @@ class Guided(GuidedBase):
     Meng et al. 2023, arXiv:2210.03142, section 3.1.
     """
 
-    def __init__(self, base: nn.Module, width: int) -> None:
+    def __init__(self, base: Network, width: int) -> None:
         super().__init__(base)
         self.encode = GuidanceEncoding(width)
         self.project = zeroed(nn.Linear(width, embedding_width(blocks_of(base)[0])))
@@ -133,11 +131,10 @@ class Guided(GuidedBase):
         return [(block, around) for block in blocks_of(self.base)]
 
 
-def take_weights(student: nn.Module, origin: nn.Module) -> None:
+def take_weights(student: Denoiser, origin: Denoiser) -> None:
     """Start a guided denoiser from its teacher's weights, under new parts of its own, or from another one's."""
     net, other = student.net, origin.net
     assert isinstance(net, GuidedBase)
-    assert isinstance(other, nn.Module)
     if isinstance(other, GuidedBase):
         net.load_state_dict(other.state_dict())
     elif not isinstance(net.base, LoRA):  # which stands over these weights

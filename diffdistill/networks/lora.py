@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, Network
 from diffdistill.networks.plain import PlainNetwork
 from diffdistill.schema import Fraction, Positive, PositiveInt, UserError, schema
 
@@ -68,27 +68,27 @@ BaseNetwork = Annotated[PlainNetwork | LoRAConfig, Field(discriminator="name")]
 """A network that another may stand around."""
 
 
-class LoRA(nn.Module):
-    """A base that is not its own, and factors that are. Starts as the base. A `Network`."""
+class LoRA(Network):
+    """A base that is not its own, and factors that are. Starts as the base."""
 
-    def __init__(self, settings: LoRASettings, base: nn.Module) -> None:
+    def __init__(self, settings: LoRASettings, base: Network) -> None:
         """Raises UserError if no layer of the base is a target."""
         super().__init__()
         self.settings = settings
-        self.accepts: frozenset[str] = base.accepts  # type: ignore[assignment]
-        self.num_classes = int(base.num_classes)  # type: ignore[arg-type]
-        self.knows_unconditional = bool(base.knows_unconditional)
-        self.resolution_multiple = int(base.resolution_multiple)  # type: ignore[arg-type]
+        self.accepts = base.accepts
+        self.num_classes = base.num_classes
+        self.knows_unconditional = base.knows_unconditional
+        self.resolution_multiple = base.resolution_multiple
         self.mount(base)
 
-    def mount(self, base: nn.Module) -> None:
+    def mount(self, base: Network) -> None:
         """Stand over this network, with new factors."""
         tree = _with_factors(_sharing_copy(base), self.settings)
         self._hidden = [tree]  # in a list: not registered
         self.adapters = _factors(tree)
 
     @property
-    def shared_tree(self) -> nn.Module:
+    def shared_tree(self) -> Network:
         """The base's modules with the factors among them."""
         return self._hidden[0]
 
@@ -99,13 +99,11 @@ class LoRA(nn.Module):
 
     def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """As the base's."""
-        tapped: Tensor = self.shared_tree.features(x, time_input, cond)  # type: ignore[operator]
-        return tapped
+        return self.shared_tree.features(x, time_input, cond)
 
     def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """As the base's."""
-        both: tuple[Tensor, Tensor] = self.shared_tree.forward_with_features(x, time_input, cond)  # type: ignore[operator]
-        return both
+        return self.shared_tree.forward_with_features(x, time_input, cond)
 
     def train(self, mode: bool = True) -> "LoRA":
         self.shared_tree.train(mode)
@@ -117,7 +115,7 @@ class LoRA(nn.Module):
         own = {id(parameter) for parameter in self.adapters.parameters()}
         return [tensor for tensor in _tensors(self.shared_tree) if id(tensor) not in own]
 
-    def merged(self) -> nn.Module:
+    def merged(self) -> Network:
         """The base with B A added to its weights: a plain network, with weights of its own."""
         net = deepcopy(self.shared_tree)
         for name, layer in _lora_layers(net):
@@ -179,12 +177,12 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _sharing_copy(base: nn.Module) -> nn.Module:
+def _sharing_copy(base: Network) -> Network:
     """The same modules anew, with the same tensors in them."""
     return deepcopy(base, {id(tensor): tensor for tensor in _tensors(base)})
 
 
-def _with_factors(net: nn.Module, settings: LoRASettings) -> nn.Module:
+def _with_factors(net: Network, settings: LoRASettings) -> Network:
     """Wrap the targets in place; the factors are in float32 or wider.  Raises UserError if there is no target."""
     try:
         from peft import LoraConfig, inject_adapter_in_model

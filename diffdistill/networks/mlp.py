@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Network
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, schema
 
@@ -25,8 +25,8 @@ class MLPConfig:
         return MLP(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
 
 
-class MLP(nn.Module):
-    """Residual MLP over the flattened image; the tap is the state after half of the blocks. A `Network`."""
+class MLP(Network):
+    """Residual MLP over the flattened image; the tap is the state after half of the blocks."""
 
     def __init__(self, config: MLPConfig, image_shape: tuple[int, ...], num_classes: int, *, knows_unconditional: bool):
         super().__init__()

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, Network
 from diffdistill.networks.guided import GuidedBase, GuidedConfig
 from diffdistill.networks.lora import BaseNetwork, LoRA
 from diffdistill.schema import Fraction, Positive, UserError, schema
@@ -32,17 +32,17 @@ class SignalConfig:
         return Signal(self, self.base.build(image_shape, num_classes, class_dropout))
 
 
-class Signal(nn.Module):
-    """A base network read as a signal. A `Network` that predicts x0."""
+class Signal(Network):
+    """A base network read as a signal: it predicts x0."""
 
-    def __init__(self, config: SignalConfig, base: nn.Module) -> None:
+    def __init__(self, config: SignalConfig, base: Network) -> None:
         super().__init__()
         self.config = config
         self.base = base
-        self.accepts: frozenset[str] = base.accepts  # type: ignore[assignment]
-        self.num_classes = int(base.num_classes)  # type: ignore[arg-type]
-        self.knows_unconditional = bool(base.knows_unconditional)
-        self.resolution_multiple = int(base.resolution_multiple)  # type: ignore[arg-type]
+        self.accepts = base.accepts
+        self.num_classes = base.num_classes
+        self.knows_unconditional = base.knows_unconditional
+        self.resolution_multiple = base.resolution_multiple
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: unit noise [B, ...]; time_input: [B], of the output's time.  Returns the signal [B, ...]."""
@@ -50,14 +50,11 @@ class Signal(nn.Module):
 
     def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """The base's bottleneck."""
-        tapped: Tensor = self.base.features(self.config.input_scale * x, time_input, cond)  # type: ignore[operator]
-        return tapped
+        return self.base.features(self.config.input_scale * x, time_input, cond)
 
     def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Signal and bottleneck from one pass."""
-        output, features = self.base.forward_with_features(  # type: ignore[operator]
-            self.config.input_scale * x, time_input, cond
-        )
+        output, features = self.base.forward_with_features(self.config.input_scale * x, time_input, cond)
         return self._read(x, output), features
 
     def _read(self, x: Tensor, output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.attention import attention
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Network
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.schema import Fraction, PositiveInt, UserError, schema
 
@@ -57,8 +57,8 @@ class UNetConfig:
         return UNet(self, image_shape[0], num_classes, knows_unconditional=is_conditional and class_dropout > 0)
 
 
-class UNet(nn.Module):
-    """A U-Net on [B, C, H, W] with a tap at the encoder's last output. A `Network`."""
+class UNet(Network):
+    """A U-Net on [B, C, H, W] with a tap at the encoder's last output."""
 
     def __init__(self, config: UNetConfig, image_channels: int, num_classes: int, *, knows_unconditional: bool):
         super().__init__()
