@@ -35,12 +35,12 @@ def gather(
 
     Example: diffdistill gather runs/dmd2 --out runs/dmd2-whole
     """
-    from diffdistill.checkpoint import load_checkpoint, save_checkpoint
+    from diffdistill.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
     from diffdistill.model import find_checkpoint
     from diffdistill.schema import UserError
 
     source, folder = find_checkpoint(FilePath(run)), FilePath(out) / "checkpoints"
-    if folder.exists():
+    if list_checkpoints(folder):
         raise UserError(f"--out {out}: holds checkpoints already; name another folder")
     made = save_checkpoint(folder, load_checkpoint(source), keep=1)
     console.print(f"{made}: {len(list(made.glob('*.safetensors')))} files", highlight=False, soft_wrap=True)

@@ -173,9 +173,13 @@ def join_students(
     """Write folder/router.json, so that `load_model(folder)` is all of these students as one model.
 
     router: default by class, as the students' own classes say.  Returns the file.
-    Raises UserError unless the students are alike and, by class, every class has exactly one of them.
+    Raises UserError unless the students are alike and, by class, every class has exactly one of them; and where the
+    folder is a run's, which it would hide.
     """
-    folder, models = FilePath(folder), [load_model(place) for place in places]
+    folder = FilePath(folder)
+    if (folder / STATE).exists() or list_checkpoints(folder / "checkpoints"):
+        raise UserError(f"{folder}: holds a run, which a router would hide; name another folder")
+    models = [_load_student(place) for place in places]
     _check_alike(models)
     router = router or _class_router(models)
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +203,7 @@ def _read_students(folder: FilePath) -> Students:
 
 def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> TrainedModel:
     students = _read_students(folder)
-    models = [load_model(folder / place, use_ema=use_ema, ema=ema) for place in students.students]
+    models = [_load_student(folder / place, use_ema=use_ema, ema=ema) for place in students.students]
     _check_alike(models)
     unknown = set(getattr(students.router, "table", range(4))) - set(range(len(models)))
     if unknown:
@@ -207,6 +211,13 @@ def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> Train
     denoiser = RoutedDenoiser([model.denoiser for model in models], students.router)
     freeze(denoiser)
     return TrainedModel(denoiser, replace(models[0].spec, classes=()), folder)
+
+
+def _load_student(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
+    """A model that is no router itself: one that leads to itself would have no end."""
+    if is_routed(FilePath(place)):
+        raise UserError(f"{place}: is a router itself; name its students")
+    return load_model(place, use_ema=use_ema, ema=ema)
 
 
 def _check_alike(models: Sequence[TrainedModel]) -> None:

@@ -253,6 +253,15 @@ def test_a_place_that_holds_no_model_is_refused(tmp_path: Path) -> None:
     assert_refused(call("eval", tmp_path / "none"), "no such folder; give a run's folder or one of its checkpoints")
 
 
+def test_a_router_leads_to_runs_and_stands_in_none(teacher: Path, tmp_path: Path) -> None:
+    assert_refused(call("join", teacher, "--out", teacher), f"{teacher}: holds a run, which a router would hide")
+    assert call("join", teacher, "--out", tmp_path).exit_code == 0
+    assert_refused(call("join", tmp_path, "--out", tmp_path), f"{tmp_path}: is a router itself; name its students")
+    router = json.loads((tmp_path / "router.json").read_text())
+    (tmp_path / "router.json").write_text(json.dumps({**router, "students": ["."]}))  # it leads to itself
+    assert_refused(call("sample", tmp_path, "--out", tmp_path / "x.png"), "is a router itself")
+
+
 @pytest.mark.parametrize("verb", ["sample", "eval"])
 def test_guidance_is_refused_where_it_means_nothing(make_config: MakeConfig, tmp_path: Path, verb: str) -> None:
     config = make_config("pretrain", "train.steps=1", "method.class_dropout=0.0")

@@ -336,6 +336,19 @@ def test_parts_become_one_file_a_group(in_parts: RunConfig, tmp_path: Path) -> N
     assert "holds checkpoints already" in again.output
 
 
+def test_what_could_not_be_gathered_can_be_gathered_again(
+    in_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = ["gather", in_parts.run, "--out", str(tmp_path / "whole")]
+    with monkeypatch.context() as patched:
+        patched.setattr("diffdistill.checkpoint.write_tensors", full)
+        assert "the disk is full" in CliRunner().invoke(app, command).output
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
 def damaged(in_parts: RunConfig, folder: Path) -> Path:
     """A copy to be damaged."""
     return Path(shutil.copytree(checkpoints(in_parts)[-1], folder / "step-00000003"))
