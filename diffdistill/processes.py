@@ -76,6 +76,10 @@ class Processes:
             return number
         return int(self._combine(torch.tensor([number], device=self.device), dist.ReduceOp.MAX))
 
+    def agree(self, number: int) -> bool:
+        """Whether it is the same number in all."""
+        return self.largest(number) == -self.largest(-number)
+
     def those(self, is_true: bool) -> list[int]:
         """The ranks of the processes that say so."""
         if self.count == 1:
@@ -151,6 +155,8 @@ def others() -> Iterator[None]:
     """While open, a process that is gone is a TrainingError."""
     try:
         yield
+    except TrainingError:  # which has said so already, or is no other's fault
+        raise
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), "")
         if not dist.is_initialized() or dist.get_world_size() == 1:

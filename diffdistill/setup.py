@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path as FilePath
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -79,7 +80,13 @@ def find_start(folder: FilePath, resume: bool | str) -> FilePath | None:
 
 
 def read_start(start: FilePath | None, processes: Processes) -> dict[str, Any] | None:
-    """What the checkpoint to go on from says beside tensors, once the first process has found it whole."""
+    """What the checkpoint to go on from says beside tensors, once the first process has found it whole.
+
+    Raises UserError where the processes see different ones: each would train on from its own.
+    """
+    if not processes.agree(crc32(start.name.encode()) if start else -1):
+        seen = start.name if start else "no checkpoint"
+        raise UserError(f"--resume: not all processes see the same checkpoint; this one sees {seen} as the newest")
     if start is None:
         return None
     processes.first(lambda: check_checkpoint(start))

@@ -39,6 +39,7 @@ def save_sharded(
         for group, tensors in checkpoint.tensors.items():
             if tensors:
                 write_shards(temporary / group, tensors)
+                processes.first(partial(_check_whole, temporary / group, tensors))
             else:
                 processes.first(partial(write_tensors, temporary / f"{group}{SUFFIX}", tensors))
         processes.first(lambda: seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best))
@@ -57,6 +58,19 @@ def write_shards(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
         rank, (fault, _) = next(iter(error.failures.items()))
         code = fault.errno if isinstance(fault, OSError) else None
         raise OSError(code or errno.EIO, f"{fault} (process {rank})", str(folder)) from error
+
+
+def _check_whole(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError unless these tensors lie in the folder, as far as headers say.
+
+    A process whose folder is another machine's of the same name has written, and nobody has seen it fail.
+    """
+    try:
+        stored = {name: tuple(one.size) for name, one in _stored(HuggingFaceStorageReader(str(folder))).items()}
+    except ValueError:
+        stored = {}
+    if stored != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise TrainingError(f"{folder}: lacks what other processes wrote; `run` must be a folder that all of them see")
 
 
 def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -242,6 +243,24 @@ def test_the_others_begin_with_the_weights_of_the_first() -> None:
         return float(layer.weight)
 
     assert run_together(2, begun) == [0.0, 0.0]
+
+
+def begin_apart(config: RunConfig) -> str:
+    """Go on where the second process sees an older list of files than the first."""
+    with pytest.MonkeyPatch.context() as patched:
+        if os.environ["RANK"] == "1":
+            patched.setattr("diffdistill.setup.list_checkpoints", lambda folder: list_checkpoints(folder)[:1])
+        with pytest.raises(UserError) as raised:
+            Trainer(config, resume=True, quiet=True)
+    return str(raised.value)
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_are_refused(make_config: MakeConfig) -> None:
+    config = make_config("pretrain", "train.steps=2", "train.checkpoint_every=1")
+    Trainer(config, quiet=True).run()
+    first, second = run_together(2, lambda: begin_apart(config))
+    assert first == "--resume: not all processes see the same checkpoint; this one sees step-00000002 as the newest"
+    assert second.endswith("this one sees step-00000001 as the newest")
 
 
 def failed_first(config: RunConfig) -> tuple[str, str]:

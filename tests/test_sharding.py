@@ -38,6 +38,7 @@ from diffdistill.shard_files import read_shards
 from diffdistill.sharding import filled, outline, shard
 from diffdistill.stopping import TrainingError
 from diffdistill.trainer import Trainer
+from diffdistill.within_memory import run_within_memory
 
 ROUNDING = 1e-6  # of the largest weight, where the order of a sum changes
 SGD = "optimizers={default: {name: sgd, lr: 0.1, betas: [0.9, 0.999]}}"
@@ -446,6 +447,47 @@ def test_where_one_process_finds_no_room_all_stop_and_nothing_is_left(make_confi
     assert distance(before, tensors_in(checkpoints(config)[-1])) == 0
     run_on(2, longer, resume=True)
     assert load_checkpoint(checkpoints(config)[-1]).step == 2
+
+
+def save_elsewhere(config: RunConfig) -> str:
+    """Save with the run's folder on a disk of each process's own."""
+    trainer = Trainer(config, quiet=True)
+    trainer._prepare()
+    trainer.train_step()
+    trainer.folder = trainer.folder / str(trainer.processes.rank)
+    with pytest.raises(TrainingError) as raised:
+        trainer.save()
+    return str(raised.value)
+
+
+def test_parts_on_another_machine_s_disk_make_no_checkpoint(make_config: MakeConfig) -> None:
+    config = make_config("pretrain", "train.steps=1", SHARDED)
+    first, second = run_together(2, lambda: save_elsewhere(config))
+    assert "lacks what other processes wrote; `run` must be a folder that all of them see" in first
+    assert second == "the first process has failed, and says why"
+    assert list((Path(config.run) / "0" / "checkpoints").iterdir()) == []
+
+
+def end_early(config: RunConfig, moment: str) -> str:
+    """What the first process says when the second ends at a moment."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.MonkeyPatch.context() as patched:
+        if os.environ["RANK"] == "1":
+            patched.setattr(f"diffdistill.trainer.{moment}", gone)
+        with pytest.raises((TrainingError, ZeroDivisionError)) as raised:
+            run_within_memory(config, quiet=True)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("moment", ["clip", "filled"])
+def test_a_process_that_is_gone_is_said_to_be_gone_whatever_the_others_wait_in(
+    make_config: MakeConfig, moment: str
+) -> None:
+    config = make_config("pretrain", "train.steps=1", "train.preview_every=1", SHARDED)
+    assert "another process is gone" in run_together(2, lambda: end_early(config, moment))[0]
 
 
 # What does not go
