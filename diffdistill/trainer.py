@@ -246,13 +246,16 @@ class Trainer:
 
     def loss(self, update: Update, micro: MicroBatch) -> Loss:
         """An update's loss on a micro-batch, with a graph to the update's players alone; only they have dropout."""
+        self._let_learn(update)
+        made: Loss = self._ask(update.loss, micro, seed=update.loss)
+        return made
+
+    def _let_learn(self, update: Update) -> None:
         for name, parameters in self.parameters.items():
             if self.trained[name].training != (name in update.players):
                 self.trained[name].train(name in update.players)
             for parameter in parameters:
                 parameter.requires_grad_(name in update.players)
-        made: Loss = self._ask(update.loss, micro, seed=update.loss)
-        return made
 
     def _ask(self, function: str, micro: MicroBatch, *, seed: str) -> Any:
         """A function of the method's on a micro-batch.  seed: names the numbers of dropout inside the networks."""
@@ -265,6 +268,7 @@ class Trainer:
         """What a loss needs to know of the whole batch, where the batch comes in pieces."""
         if update.statistics is None or len(micros) * self.processes.count == 1:
             return
+        self._let_learn(update)  # for the dropout of the loss
         parts = [self._ask(update.statistics, micro, seed=update.loss) for micro in micros]
         own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         whole = {f"all {name}": self.processes.gather(values) for name, values in own.items()}

@@ -17,6 +17,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.log import RunLog
 from diffdistill.method import Batch, Draw, Loss, Players
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.pretrain import Pretrain
 from diffdistill.networks.discriminator import Head
 from diffdistill.optimizers import learning_rate
@@ -81,6 +82,29 @@ def test_exactly_k_fake_updates_are_taken_to_one_of_the_generator(make_config: M
     for _ in range(2 * updates):
         trainer.train_step()
     assert taken == 2 * (["generator"] + updates * ["fake", "discriminator"])
+
+
+def test_only_the_players_of_an_update_have_dropout_when_its_statistics_and_its_loss_are_asked_for(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, set[str]]] = []
+
+    def note(function: str) -> None:
+        original = getattr(FDistill, function)
+
+        def noted(self: FDistill, players: Players, *rest: Any) -> Any:
+            asked.append((function, {name for name, player in players.items() if player.training}))
+            return original(self, players, *rest)
+
+        monkeypatch.setattr(FDistill, function, noted)
+
+    for function in ("ratios", "generator_loss", "fake_loss"):
+        note(function)
+    trainer = Trainer(make_config("f_distill", "method.fake_updates=1", "train.micro_batch_size=4"))
+    for _ in range(2):
+        trainer.train_step()
+    who = {"ratios": {"generator"}, "generator_loss": {"generator"}, "fake_loss": {"fake", "discriminator"}}
+    assert asked == 2 * [(name, players) for name, players in who.items() for _ in range(2)]
 
 
 def test_the_same_player_is_never_asked_twice_about_one_input_in_a_step(
