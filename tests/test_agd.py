@@ -141,6 +141,11 @@ def test_each_trajectory_has_one_scale_of_the_range_and_one_class():
     assert stored["label"].unique().tolist() == [0, 1]
 
 
+def test_every_call_of_every_trajectory_is_drawn():
+    draw = draw_of(METHOD, gaussian_setting(), count=4000)
+    assert [draw[name].unique().tolist() for name in ("trajectory", "call")] == [[*range(40)], [*range(23)]]
+
+
 def test_half_precision_is_what_is_stored_by_default():
     method = replace(METHOD, storage=AGD().storage)
     stored = method.prepare(gaussian_setting(method), seed=0)

@@ -15,13 +15,15 @@ from diffdistill.checkpoint import flatten, select_group
 from diffdistill.config import RunConfig
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.draws import Draws
+from diffdistill.losses import DenoisingWeight, denoising_loss
 from diffdistill.method import Batch, Players, Setting
+from diffdistill.methods import disback
 from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.path import EDM, expand
 from diffdistill.sampling import FewSteps
 from diffdistill.schema import UserError
-from diffdistill.timesteps import LogNormal
+from diffdistill.timesteps import Karras, LogNormal
 from diffdistill.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -88,6 +90,44 @@ def test_the_path_ends_at_the_law_of_the_initial_generator():
     [*_, last] = laws(method.prepare(setting(gaussian(mean, std)), seed=0), 4)
     # 256 samples of 8 numbers a step: their noise, at a constant rate of 0.02, is a few hundredths.
     assert last == pytest.approx((mean * (1 - gain), gain * sigma), abs=0.05)
+
+
+def test_a_score_is_kept_after_every_interval_and_the_initial_generator_is_left_alone():
+    initial = gaussian(-0.4, 0.9)
+    short = METHOD.prepare(setting(initial), seed=0)
+    long = replace(METHOD, path_length=2, recording_interval=60).prepare(setting(initial), seed=0)
+    for i in (1, 2):
+        kept = select_group(short, f"path {2 * i}")
+        assert all(torch.equal(value, kept[name]) for name, value in select_group(long, f"path {i}").items())
+    assert initial.net.mean.item() == -0.4
+
+
+def test_the_path_is_recorded_by_its_own_law_of_times_and_weight(monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[Tensor, str]] = []
+
+    def noted(score: Denoiser, x: Tensor, eps: Tensor, t: Tensor, cond: Cond, *, weight: DenoisingWeight) -> Tensor:
+        seen.append((t, weight))
+        return denoising_loss(score, x, eps, t, cond, weight=weight)
+
+    monkeypatch.setattr(disback, "denoising_loss", noted)
+    law = Karras(ratio_min=0.5, ratio_max=0.6)
+    method = replace(METHOD, path_length=1, recording_interval=3, recording_time_law=law, recording_weight="x0")
+    method.prepare(setting(), seed=0)
+    assert [weight for _, weight in seen] == 3 * ["x0"]
+    assert all(bool(((t >= 0.5) & (t <= 0.6)).all()) for t, _ in seen)
+
+
+def test_a_path_of_one_score_has_the_teacher_for_its_only_target():
+    method, here = replace(METHOD, path_length=1), setting()
+    players = Players(teacher=here.teacher, **method.players(here))
+    assert set(players) == {"teacher", "generator", "fake"}
+    stored = method.prepare(here, seed=0)
+    method.begin(players, stored)
+    first = select_group(stored, "path 1")
+    assert all(torch.equal(value, first[name]) for name, value in players.fake.state_dict().items())
+    draw, batch = method.draw(Draws(0, 0, torch.arange(16)), here), Batch(torch.empty(0, 8), stored=stored)
+    found, expected = (each.call("generator_loss", players, draw, batch).total for each in (method, BASE))
+    assert torch.equal(found, expected)
 
 
 def test_the_fake_score_starts_at_the_end_of_the_path_and_the_target_one_before():

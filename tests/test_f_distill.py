@@ -1,11 +1,12 @@
 """f-distill: gradients of eight divergences, equality with DMD2 for reverse KL, ratios, bins, and who is reached."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 from conftest import MakeConfig
-from exact import LogRatio, MixtureFixture, Tapped, components, numbers
+from exact import LogRatio, MixtureFixture, Tapped, components, numbers, one_gaussian, random
 from ring import INIT_RATIO, TIME_LAW, train_ring
 from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, watch
 from test_trainer import ACCUMULATION, trained, weights
@@ -15,10 +16,11 @@ from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.divergences import WEIGHTS, density_ratio, mean_by_bin
 from diffdistill.draws import Draws
 from diffdistill.losses import gan_generator_loss
-from diffdistill.method import Method, Setting
+from diffdistill.method import Method, Players, Setting
 from diffdistill.methods import dmd2, f_distill
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
+from diffdistill.path import VPCosine
 from diffdistill.sampling import FewSteps
 from diffdistill.schema import schema
 from diffdistill.score_distillation import start_players
@@ -190,6 +192,23 @@ def test_a_piece_of_a_batch_is_normalised_by_the_means_of_the_whole() -> None:
 def test_a_ratio_has_no_gradient() -> None:
     logits = numbers(-1.0, 0.5).requires_grad_()
     assert not density_ratio(logits, 0.1, 20.0).requires_grad
+
+
+def test_logits_are_kept_within_ten() -> None:
+    found = density_ratio(numbers(-50.0, -9.9, 9.9, 50.0), 1e-12, 1e12)
+    torch.testing.assert_close(found, numbers(-10.0, -9.9, 9.9, 10.0).exp(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("power", [0, 1])
+def test_the_field_is_the_weighted_gap_over_nu_times_a_power_of_alpha(power: Literal[0, 1]) -> None:
+    path, t, h = VPCosine(), numbers(0.1, 0.4, 0.6, 0.9), numbers(0.2, 1.0, 3.0, 0.0)
+    x, eps, fake = (random(4, 1, seed=seed) for seed in range(3))
+    teacher = one_gaussian(0.7, 0.5, path)
+    draw = {"t": t, "eps": eps, "label": torch.zeros(4, dtype=torch.int64)}
+    found = FDistill(alpha_power=power).field(Players(teacher=teacher), draw, x, fake, h)
+    real = teacher(path.diffuse(x, eps, t), t)
+    expected = h[:, None] * (fake - real) / (x - real).abs() * torch.cos(torch.pi * t / 2)[:, None] ** power
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_bins_hold_equal_shares_of_the_time_law() -> None:

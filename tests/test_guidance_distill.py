@@ -7,6 +7,7 @@ import torch
 from conftest import MakeConfig
 from exact import numbers, random
 from ring import NUM_CLASSES, PATH, ring_teacher
+from test_guidance import MEANS, VARIANCES, TwoGaussians
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser, freeze
@@ -60,6 +61,32 @@ def test_the_loss_is_the_weighted_mean_square_of_what_guidance_adds(weight):
     expected = (scale[:, None, None, None] * missing.double() ** 2).mean()
     found = method.student_loss(players, draw, batch).total
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+class GuidedGaussian(Denoiser):
+    """The exact denoiser of N(mu_w, VARIANCES), w being told, and `off` too much of it."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__(TwoGaussians(EDM()).net, EDM(), "x0")
+        self.off = off
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:  # type: ignore[override]
+        assert cond.guidance_input is not None
+        mean = MEANS[0] + (cond.guidance_input + self.off)[:, None] * (MEANS[1] - MEANS[0])
+        return mean + VARIANCES / (VARIANCES + t[:, None] ** 2) * (x_t - mean)
+
+
+@pytest.mark.parametrize("weight", ["truncated_snr", "eps", "x0"])
+def test_between_gaussians_the_exact_guided_student_has_no_loss_at_any_scale(weight):
+    method, teacher = replace(METHOD, weight=weight), TwoGaussians(EDM())
+    draw = method.draw(Draws(0, 0, torch.arange(64)), Setting((3,), 2, EDM(), teacher=teacher))
+    draw = {name: value.double() for name, value in draw.items()}
+    batch = Batch(random(64, 3), Cond(label=torch.ones(64, dtype=torch.int64)))
+    exact, off = (
+        method.student_loss(Players(teacher=teacher, student=GuidedGaussian(by)), draw, batch).total for by in (0, 0.01)
+    )
+    assert exact < 1e-24
+    assert off > 1e-6
 
 
 def test_truncated_snr_is_the_signal_to_noise_ratio_but_at_least_1():

@@ -205,14 +205,19 @@ def test_as_many_segments_as_steps_aim_at_the_solver_s_step_and_ask_no_other():
     assert torch.equal(method.jumps(players, draw, batch)[1], method.jumps(other, draw, batch)[1])
 
 
-def test_a_target_with_the_student_s_weights_gives_the_student_s_own_jump():
-    method = one_stage(2)
+def test_a_target_with_the_student_s_weights_is_the_solver_s_step_and_the_student_s_own_jump():
+    method = replace(one_stage(2), stage_teacher="base")
     players, draw, batch = scene(method)
-    same = Players(**{**players, "target": players.generator})
-    target = method.jumps(same, draw, batch)[1]
-    copied = Players(**{**players, "target": deepcopy(players.generator)})
-    assert torch.equal(target, method.jumps(copied, draw, batch)[1])
-    assert not target.requires_grad
+    found = method.jumps(Players(**{**players, "target": players.generator}), draw, batch)[1]
+    assert not found.requires_grad
+    t, after, end = (draw[name] for name in ("start", "next", "end"))
+    x = batch.images + expand(t, batch.images) * draw["data eps"]
+    x = x + expand((after - t) / t, x) * (x - players.teacher(x, t, batch.cond))
+    own = players.generator(x, torch.where(after > 0, after, t), batch.cond)
+    expected = x + expand((end - after) / after.clamp_min(PATH.t_min), x) * (x - own)  # Euler on EDM's path, as DDIM
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-9)
+    assert bool((end < after).any())
+    assert bool((end > 0).any())
 
 
 def test_the_distances_are_the_mean_square_and_pcm_s_huber_of_every_value():

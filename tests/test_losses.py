@@ -192,6 +192,11 @@ def test_the_normaliser_of_bfloat16_images_is_that_of_float64_within_a_thousandt
     torch.testing.assert_close(sample_normaliser(x, estimate).flatten().double(), expected, rtol=1e-3, atol=0)
 
 
+def test_the_normaliser_of_float16_images_may_be_wider_than_float16():
+    x = torch.tensor([[4e4, -4e4], [1.0, 0.5]], dtype=torch.float16)
+    assert sample_normaliser(x, -x).tolist() == [[8e4], [1.5]]
+
+
 def test_a_normaliser_of_nothing_is_the_minimum():
     x = random(4, 3)
     assert torch.equal(sample_normaliser(x, x, 0.25), torch.full((4, 1), 0.25, dtype=torch.float64))

@@ -10,6 +10,7 @@ from exact import on_every_path, random
 from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, scene
 from torch import Tensor
 
+from diffdistill.denoiser import Cond
 from diffdistill.draws import Draws
 from diffdistill.method import Method, Setting
 from diffdistill.methods.f_distill import FDistill
@@ -17,7 +18,7 @@ from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
 from diffdistill.path import Path as NoisePath
 from diffdistill.path import expand
-from diffdistill.score_distillation import fake_sample, matching_field, mean_of_finite, shielded
+from diffdistill.score_distillation import fake_sample, judged_sample, matching_field, mean_of_finite, shielded
 from diffdistill.trainer import Trainer
 
 METHODS = {"sid": SiD(steps=MULTI_STEP), "sim": SIM(steps=MULTI_STEP), "f_distill": FDistill(steps=MULTI_STEP)}
@@ -63,6 +64,16 @@ def test_a_fake_score_that_answers_the_image_itself_gives_score_distillation_sam
     field = constant * matching_field(x, x, teacher, minimum=constant)
     by_noise = path.from_x0(teacher, "eps", x_t, t) - eps
     torch.testing.assert_close(expand(1 / path.ratio(t), x) * field, by_noise, rtol=1e-9, atol=1e-9)
+
+
+def test_the_normaliser_is_the_distance_to_the_guided_teacher() -> None:
+    method = SiD()
+    players, draw, _ = scene(method)
+    x, x_t, teacher, weight = judged_sample(players, draw, method.steps, guidance=4.0, weight="nu", minimum=1e-5)
+    with_class, without = (players.teacher(x_t, draw["t"], Cond(label=draw["label"]), guidance=w) for w in (1.0, 0.0))
+    guided = without + 4 * (with_class - without)
+    torch.testing.assert_close(teacher, guided, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(1 / weight, (x - guided).abs().mean((1, 2, 3)).detach(), rtol=1e-10, atol=0)
 
 
 def test_the_fake_score_s_own_sample_has_no_gradient() -> None:

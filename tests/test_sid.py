@@ -1,4 +1,4 @@
-"""SiD: its gradients against closed forms, where alpha 1.2 points the wrong way, guidance, weights, several steps."""
+"""SiD: its gradients against closed forms, where alpha 1.2 points the wrong way, weights, several steps."""
 
 from dataclasses import replace
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 from exact import GaussianFixture, MixtureFixture, numbers, on_every_path, one_gaussian, random
 from ring import INIT_RATIO, TIME_LAW, train_ring
-from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, small_teacher, watch
+from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, watch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.draws import Draws
-from diffdistill.losses import denoising_loss
 from diffdistill.method import Batch, Players, Setting
 from diffdistill.methods.sid import SiD, score_identity
 from diffdistill.path import Flow, Path
@@ -21,7 +20,6 @@ from diffdistill.score_distillation import TIME_POWERS, sample_weight
 
 PLAIN = SiD(steps=FewSteps(init_noise="unit"), weight="one", loss_scale=1.0)
 SIX_DIGITS = 2e-6  # values that are known to six decimals
-GUIDED = dict.fromkeys(("guidance", "fake_training_guidance", "fake_guidance", "residual_guidance"), 2.0)
 
 
 # The gradient, with an exact fake score
@@ -105,6 +103,19 @@ def test_the_two_forms_of_the_identity_agree() -> None:
     gap = teacher - fake
     expected = (gap * (teacher - x)).sum(1) - 1.2 * (gap**2).sum(1)
     torch.testing.assert_close(score_identity(x, teacher, fake, fake, alpha=1.2), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2])
+def test_its_value_is_one_minus_alpha_times_the_mean_square_of_the_gap(alpha: float) -> None:
+    """So at alpha 1 it is zero, though its gradient is not."""
+    at = GaussianFixture()
+    x = at.theta + at.tau * at.z
+    x_t = x + at.sigma * at.eps
+    teacher, fake = one_gaussian(at.m, at.s)(x_t, at.t), one_gaussian(at.theta, at.tau)(x_t, at.t)
+    by_mean, by_width = at.sigma**2 * (at.m - at.theta) / at.A, at.s**2 / at.A - at.tau**2 / at.B
+    expected = (1 - alpha) * (by_mean**2 + by_width**2 * at.B)
+    found = (at.weights * score_identity(x, teacher, fake, fake, alpha=alpha)).sum()
+    assert found.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
 # The whole loss, written out a second time
@@ -242,93 +253,7 @@ def test_the_weight_nu_is_one_over_the_mean_distance_to_the_teacher() -> None:
     x, teacher, t = random(3, 4), random(3, 4, seed=1), numbers(1, 2, 3)
     expected = 1 / (x - teacher).abs().mean(1)
     torch.testing.assert_close(sample_weight("nu", PATH, x, t, teacher, minimum=1e-5), expected)
-
-
-# Long-short guidance, Zero-CFG and Anti-CFG
-
-
-def test_the_teacher_is_guided_by_kappa_4_and_the_fake_score_by_kappa_2_and_3() -> None:
-    method = SiD(guidance=4.0, fake_guidance=2.0, residual_guidance=-1.0, weight="one", loss_scale=1.0, alpha=0.7)
-    players, draw, batch = scene(method)
-    t, label = draw["t"], Cond(label=draw["label"])
-    x = players.generator(2.5 * draw["z"], torch.full_like(t, 2.5), label)
-    x_t = PATH.diffuse(x, draw["eps"], t)
-
-    def guided(who: str, scale: float) -> Tensor:
-        with_class, without = players[who](x_t, t, label), players[who](x_t, t, players.teacher.unconditional(label))
-        return without + scale * (with_class - without)
-
-    gap = guided("teacher", 4.0) - guided("fake", 2.0)
-    values = gap * (guided("fake", -1.0) - x) + 0.3 * gap**2
-    found = method.generator_loss(players, draw, batch).total
-    torch.testing.assert_close(found, values.flatten(1).sum(1).mean(), rtol=1e-10, atol=1e-12)
-
-
-def test_the_fake_score_is_trained_by_kappa_1_on_its_guided_estimate() -> None:
-    method = SiD(**GUIDED, fake_class_dropout=0.0)
-    players, draw, batch = scene(method)
-    x = players.generator(2.5 * draw["fake z"], torch.full((BATCH,), 2.5), Cond(label=draw["fake label"]))
-    numbers_of = (x, draw["fake eps"], draw["fake t"], Cond(label=draw["fake label"]))
-    expected = denoising_loss(players.fake, *numbers_of, weight="edm", guidance=2.0)
-    found = method.fake_loss(players, draw, batch)
-    torch.testing.assert_close(found.logs["denoising"], expected.detach(), rtol=1e-6, atol=0)  # t in float32 here
-    unguided = denoising_loss(players.fake, *numbers_of, weight="edm")
-    assert (found.logs["denoising"] - unguided).abs() > 1e-4
-
-
-@pytest.mark.parametrize("kappa", [4.5, -1.0])
-def test_at_any_kappa_but_zero_the_best_guided_estimate_is_the_generator_s_denoiser(kappa: float) -> None:  # I1
-    without, best = random(100), random(100, seed=1)
-    with_class = without + (best - without) / kappa
-    torch.testing.assert_close(without + kappa * (with_class - without), best, rtol=0, atol=1e-12)
-
-
-def test_zero_cfg_asks_the_fake_score_without_the_class_and_the_teacher_with_it() -> None:
-    zero = SiD(guidance=1.0, fake_training_guidance=0.0, fake_guidance=0.0, residual_guidance=0.0)
-    players, draw, batch = scene(zero)
-    asked: dict[str, list[Tensor]] = {"teacher": [], "fake": []}
-    for name, labels in asked.items():
-        players[name].net.register_forward_hook(lambda _, given, __, labels=labels: labels.append(given[2].label))
-    zero.generator_loss(players, draw, batch)
-    zero.fake_loss(players, draw, batch)
-    assert len(asked["fake"]) == 2
-    assert all((label == CLASSES).all() for label in asked["fake"])
-    assert [label.tolist() for label in asked["teacher"]] == [draw["label"].tolist()]
-
-
-def test_zero_cfg_s_field_is_a_classifier_s_plus_the_matching_of_all_images() -> None:
-    teacher, fake = small_teacher(), small_teacher()
-    x, t, label = random(5, *SHAPE), torch.linspace(0.2, 2, 5).double(), Cond(label=torch.tensor([0, 1, 2, 0, 1]))
-    whole = teacher(x, t, guidance=0.0, cond=label)
-    field = teacher(x, t, label) - fake(x, t, label, guidance=0.0)
-    torch.testing.assert_close(field, (teacher(x, t, label) - whole) + (whole - fake(x, t, label, guidance=0.0)))
-
-
-@pytest.mark.parametrize(("scale", "some"), [(1.0, False), (2.0, True)])
-def test_the_fake_score_loses_classes_only_where_it_is_guided(scale: float, some: bool) -> None:
-    method = SiD(fake_guidance=scale, residual_guidance=scale, fake_class_dropout=1.0)
-    players, draw, batch = scene(method)
-    labels: list[Tensor] = []
-    players.fake.net.register_forward_hook(lambda _, given, __: labels.append(given[2].label))
-    method.fake_loss(players, draw, batch)
-    assert bool((labels[0] == CLASSES).all()) == some
-
-
-def test_a_sample_keeps_its_class_in_the_image_that_the_fake_score_sees_without() -> None:
-    method = SiD(fake_guidance=2.0, residual_guidance=2.0, fake_class_dropout=1.0)
-    players, draw, batch = scene(method)
-    labels: list[Tensor] = []
-    players.generator.net.register_forward_hook(lambda _, given, __: labels.append(given[2].label))
-    method.fake_loss(players, draw, batch)
-    assert labels[0].tolist() == draw["fake label"].tolist()
-
-
-@pytest.mark.parametrize("name", sorted(GUIDED))
-def test_a_scale_is_refused_by_name_with_a_teacher_that_always_saw_its_class(name: str) -> None:
-    teacher = small_teacher()
-    teacher.net.knows_unconditional = False
-    with pytest.raises(UserError, match=rf"method.{name}: 2.0 needs a teacher trained with class_dropout > 0"):
-        SiD(**{name: 2.0}).players(Setting(SHAPE, CLASSES, PATH, teacher=teacher))
+    assert sample_weight("nu", PATH, x, t, x, minimum=0.25).tolist() == [4, 4, 4]
 
 
 # Who steps, on what

@@ -9,6 +9,7 @@ from ring import INIT_RATIO, TIME_LAW, RingResult, train_ring
 from scenes import due, learned, scene
 from torch import Tensor
 
+from diffdistill.denoiser import Cond
 from diffdistill.methods.sid import SiD, score_identity
 from diffdistill.methods.sim import SIM, Distance, implicit_matching
 from diffdistill.sampling import FewSteps
@@ -87,6 +88,36 @@ def test_pseudo_huber_s_denominator_is_in_the_graph() -> None:
 def gradients(players, loss: Tensor) -> Tensor:
     found = torch.autograd.grad(loss, list(players.generator.parameters()))
     return torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber", "l4"])
+def test_value_and_gradient_of_a_step_are_those_by_hand(distance: Distance) -> None:
+    """On images, each sample with one norm over all of its numbers; the teacher alone is guided, in nu as well."""
+    method = SIM(distance=distance, huber_c=C, weight="nu", guidance=3.0)
+    players, draw, batch = scene(method)
+    t, label = draw["t"], Cond(label=draw["label"])
+    x = players.generator(2.5 * draw["z"], torch.full_like(t, 2.5), label)
+    x_t = x + t.reshape(-1, 1, 1, 1) * draw["eps"]
+    without = players.teacher(x_t, t, players.teacher.unconditional(label))
+    teacher, fake = without + 3 * (players.teacher(x_t, t, label) - without), players.fake(x_t, t, label)
+    values = []
+    for one, real, own in zip(x, teacher, fake, strict=True):
+        y = own - real
+        slope = {"l2": 2 * y, "pseudo_huber": y / (y.norm() ** 2 + C**2).sqrt(), "l4": 4 * y**3}[distance]
+        values.append(-(slope * (own - one)).sum() / (one - real).abs().mean().detach())
+    expected = torch.stack(values).mean()
+    found = method.generator_loss(players, draw, batch).total
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients(players, found), gradients(players, expected), rtol=1e-9, atol=1e-12)
+
+
+def test_the_fake_score_learns_by_edm_s_weight_on_samples_of_its_own() -> None:
+    players, draw, batch = scene(SIM(guidance=3.0))
+    t, label = draw["fake t"], Cond(label=draw["fake label"])
+    x = players.generator(2.5 * draw["fake z"], torch.full_like(t, 2.5), label).detach()
+    error = players.fake(x + t.reshape(-1, 1, 1, 1) * draw["fake eps"], t, label) - x
+    expected = ((1 / t**2 + 4).reshape(-1, 1, 1, 1) * error**2).mean()
+    torch.testing.assert_close(SIM(guidance=3.0).fake_loss(players, draw, batch).total, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("who", ["teacher", "fake"])

@@ -55,7 +55,7 @@ FAULTS = (
         METHOD,
         "guidance=self.fake_guidance, want=",
         "guidance=self.guidance, want=",
-        "test_sid.py::test_the_teacher_is_guided_by_kappa_4_and_the_fake_score_by_kappa_2_and_3",
+        "test_sid_guidance.py::test_the_teacher_is_guided_by_kappa_4_and_the_fake_score_by_kappa_2_and_3",
     ),
     Fault(
         "real images have noise of their own in SiDA",
