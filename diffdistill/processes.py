@@ -133,21 +133,31 @@ def find_processes(device: str = "auto") -> Processes:
 
     device: cpu, or auto, which takes this process's GPU where there is one.
     """
-    # Several processes without a GPU are each other's only if accelerate is told that they are on CPUs.
-    is_cpu_fleet = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    try:
+    with meeting():
         # accelerate allows one precision a process, but runs may follow each other in one: autocast is the trainer's.
         accelerator = Accelerator(
             mixed_precision="no",
-            cpu=device == "cpu" or is_cpu_fleet,
+            cpu=device == "cpu" or is_cpu_fleet(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), REPLICAS],
         )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"the processes do not find each other: {reason}{_stale_hint()}") from error
     # accelerate numbers CPUs by process, which means nothing and which safetensors refuses.
     own = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     return Processes(own, accelerator.process_index, accelerator.num_processes, accelerator)
+
+
+def is_cpu_fleet() -> bool:
+    """Several processes without a GPU, which are each other's only if accelerate is told that they are on CPUs."""
+    return not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """While open, processes that do not find each other are a TrainingError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # ValueError: of environments that are no launcher's
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"the processes do not find each other: {reason}{_stale_hint()}") from error
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The processes and the device that share an evaluation's work, through accelerate."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from diffdistill.processes import PATIENCE, is_cpu_fleet, meeting
 from diffdistill.schema import UserError
 
 T = TypeVar("T")
@@ -34,15 +34,15 @@ class Workers:
 def find_workers(device: str = "auto") -> Workers:
     """Those of the launcher that started this process (accelerate launch, torchrun), or this process alone.
 
-    device: cpu, or auto, which takes this process's GPU where there is one.  Raises UserError for another one.
+    device: cpu, or auto, which takes this process's GPU where there is one.  Raises UserError for another one, and
+    TrainingError where the processes do not find each other.
     """
     from accelerate import PartialState
 
     if device not in ("auto", "cpu"):
         raise UserError(f"--device {device}: choose from auto, cpu")
-    # Several processes without a GPU are each other's only if accelerate is told that they are on CPUs.
-    is_cpu_fleet = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    state = PartialState(cpu=device == "cpu" or is_cpu_fleet)
+    with meeting():
+        state = PartialState(cpu=device == "cpu" or is_cpu_fleet(), timeout=PATIENCE)
     return Workers(state.device, state.process_index, state.num_processes, state.wait_for_everyone)
 
 

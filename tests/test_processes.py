@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from conftest import MakeConfig
 from equal import WAYS, apart, measure
 from fleet import run_together
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from diffdistill.checkpoint import list_checkpoints, load_checkpoint
 from diffdistill.config import RunConfig, dump_yaml
 from diffdistill.eval.records import read_records
+from diffdistill.eval.workers import find_workers
 from diffdistill.log import Log, Silence
 from diffdistill.method import Batch, Draw, Loss, Players, Update
 from diffdistill.methods.pretrain import Pretrain
@@ -316,6 +319,19 @@ def test_one_process_alone_tells_nobody_anything(monkeypatch: pytest.MonkeyPatch
         [],
     )
     assert alone.means({"a": 2.0}) == {"a": 2.0}
+
+
+@pytest.mark.parametrize("find", [find_processes, find_workers])
+def test_an_environment_that_is_no_launcher_s_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, find: Callable[[], object]
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(TrainingError, match=r"the processes do not find each other: .*MASTER_ADDR"):
+        find()
+    AcceleratorState._reset_state(True)
 
 
 def launch(config: RunConfig, file: Path, *options: str, count: int = 2) -> "subprocess.CompletedProcess[str]":
