@@ -117,12 +117,15 @@ class Setting:
     def copies(self, *names: str) -> dict[str, nn.Module]:
         """Trainable copies for players that start as their namesakes in `initial`, or as the teacher.
 
-        If `initial` holds a single player, a diffusion model, then all of them start as it.
+        If `initial` holds a single player, a diffusion model, then all of them start as it. A generator is none: the
+        others start as the teacher beside it, unless its network is another.
         Raises UserError if there is no teacher.
         """
         if self.teacher is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
-        other = next(iter(self.initial.values())) if len(self.initial) == 1 else self.teacher
+        other, lone = self.teacher, self.initial.get("generator")
+        if len(self.initial) == 1 and (lone is None or not (lora_of(lone) or shapes_of(lone) == shapes_of(other))):
+            [other] = self.initial.values()
         return {name: self._copy(name, self.initial.get(name, other)) for name in names}
 
     def _copy(self, name: str, origin: Denoiser) -> nn.Module:
@@ -132,6 +135,11 @@ class Setting:
             copy.offload_device = None
             return copy
         return with_lora(origin, settings)
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """Of its weights, by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 class Players(Mapping[str, nn.Module]):

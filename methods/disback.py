@@ -20,7 +20,7 @@ from diffdistill.checkpoint import flatten, load_strictly, select_group
 from diffdistill.denoiser import Denoiser, device_of, freeze
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss
-from diffdistill.method import Batch, Draw, Method, Players, Setting
+from diffdistill.method import Batch, Draw, Method, Players, Setting, shapes_of
 from diffdistill.networks.lora import lora_of
 from diffdistill.schema import Positive, PositiveInt, UserError, field, schema
 from diffdistill.timesteps import AnyTimeLaw, LogNormal
@@ -121,15 +121,11 @@ def _score(setting: Setting) -> Denoiser:
     """A trainable copy of the teacher, or of the smaller network that this run starts from, as the fake score is."""
     assert setting.teacher is not None
     fake = setting.initial.get("fake")
-    is_other = fake is not None and not lora_of(fake) and _shapes(fake) != _shapes(setting.teacher)
+    is_other = fake is not None and not lora_of(fake) and shapes_of(fake) != shapes_of(setting.teacher)
     initial = setting.initial if is_other or len(setting.initial) == 1 else {}
     score = replace(setting, initial=initial).copies("fake")["fake"]
     assert isinstance(score, Denoiser)
     return score
-
-
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _load(module: nn.Module, stored: Mapping[str, Tensor], i: int) -> None:

@@ -102,6 +102,15 @@ def test_a_score_is_kept_after_every_interval_and_the_initial_generator_is_left_
     assert initial.net.mean.item() == -0.4
 
 
+def test_the_path_leaves_from_the_teacher_even_if_the_generator_comes_from_an_earlier_run():
+    here = replace(setting(), initial={"generator": gaussian(-0.4, 0.9)})
+    still = replace(METHOD, path_length=1, recording_interval=1, recording_lr=1e-12)
+    [_, first] = laws(still.prepare(here, seed=0), 1)
+    assert first == pytest.approx((0.7, 0.5))
+    players = METHOD.players(here)
+    assert players["generator"].net.mean.item() == -0.4
+
+
 def test_the_path_is_recorded_by_its_own_law_of_times_and_weight(monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[Tensor, str]] = []
 

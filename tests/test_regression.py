@@ -9,10 +9,12 @@ from exact import one_gaussian
 from safetensors.torch import load_file
 from scenes import CLASSES, PATH, SHAPE, small_teacher
 
+from diffdistill.checkpoint import select_group
 from diffdistill.config import RunConfig
 from diffdistill.draws import Draws
 from diffdistill.method import Batch, Players, Setting
 from diffdistill.methods.regression import Regression
+from diffdistill.model import find_checkpoint
 from diffdistill.sampling import FewSteps, Heun
 from diffdistill.schema import UserError
 from diffdistill.trainer import Trainer
@@ -103,6 +105,19 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig):
     resumed.run()
     for name, value in resumed.trained["generator"].state_dict().items():
         assert torch.equal(value, whole.trained["generator"].state_dict()[name])
+
+
+def test_a_later_run_s_generator_starts_as_the_student_and_its_fake_score_as_the_teacher(make_config: MakeConfig):
+    """As DMD2's warm-up has it: what makes an image in one call is no score to begin with."""
+    warm = Trainer(make_config("regression", *QUICK, "optimizers={default: {lr: 1e-2}}"), quiet=True)
+    warm.run()
+    later = Trainer(make_config("dmd2", f"init={warm.folder}"), quiet=True)
+    started = {name: later.trained[name].state_dict() for name in ("generator", "fake")}
+    left = load_file(find_checkpoint(warm.folder) / "ema.safetensors")
+    teacher, student = later.players.teacher.state_dict(), select_group(left, "generator")
+    assert all(torch.equal(value, student[name]) for name, value in started["generator"].items())
+    assert all(torch.equal(value, teacher[name]) for name, value in started["fake"].items())
+    assert not all(torch.equal(value, teacher[name]) for name, value in started["generator"].items())
 
 
 def test_several_steps_are_refused():

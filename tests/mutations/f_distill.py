@@ -58,4 +58,11 @@ FAULTS = (
         'x_t = players.teacher.path.diffuse(x, draw["fake eps"], t)',
         "test_f_distill.py::test_the_discriminator_sees_the_sample_of_the_matching_at_its_noise",
     ),
+    Fault(
+        "the ratios of the whole batch have other dropout than the loss",
+        "diffdistill/trainer.py",
+        "        self._let_learn(update)  # for the dropout of the loss\n",
+        "",
+        "test_trainer.py::test_only_the_players_of_an_update_have_dropout_when_its_statistics_and_its_loss_are_asked_for",
+    ),
 )

@@ -38,4 +38,11 @@ FAULTS = (
         'integer_of(rng.uniform("pair"), 2)',
         "test_regression.py::test_every_pair_is_drawn",
     ),
+    Fault(
+        "a later run's fake score starts as the one-step student",
+        "diffdistill/method.py",
+        "if len(self.initial) == 1 and (lone is None",
+        "if len(self.initial) == 1 or (lone is None",
+        "test_regression.py::test_a_later_run_s_generator_starts_as_the_student_and_its_fake_score_as_the_teacher",
+    ),
 )

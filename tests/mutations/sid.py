@@ -71,4 +71,11 @@ FAULTS = (
         "",
         "test_sida.py::test_the_adversarial_share_is_that_by_hand",
     ),
+    Fault(
+        "the generator's loss leaves out classes as the fake score's does",
+        METHOD,
+        't, cond = draw["t"], condition(players, draw)\n',
+        't, cond = draw["t"], players.fake.drop_condition(condition(players, draw), draw["fake is_dropped"])\n',
+        "test_sid_guidance.py::test_the_generator_s_loss_leaves_out_no_class",
+    ),
 )

@@ -36,4 +36,11 @@ FAULTS = (
         "return (Update(",
         "test_sim.py::test_the_fake_score_steps_first_on_samples_of_its_own",
     ),
+    Fault(
+        "the teacher is not guided",
+        METHOD,
+        "guidance=self.guidance, weight",
+        "guidance=1.0, weight",
+        "test_sim.py::test_value_and_gradient_of_a_step_are_those_by_hand",
+    ),
 )
