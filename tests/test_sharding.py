@@ -103,6 +103,14 @@ def test_in_bf16_a_half_each_trains_as_all_in_both(make_config: MakeConfig) -> N
     assert 10 * ROUNDING < apart(ends[1], ends[2]) <= 1.5 * apart(ends[0], ends[2])
 
 
+def test_a_teacher_kept_in_bf16_is_shared_out_as_it_is(make_config: MakeConfig) -> None:
+    """Its blocks hold weights of two kinds: norms stay in float32."""
+    in_both, in_parts = (make_config("dmd2", "speed.teacher_dtype=bf16", SGD, *more) for more in ((), (SHARDED,)))
+    for config in (in_both, in_parts):
+        run_on(2, config)
+    assert distance(end_of(in_both), end_of(in_parts)) <= ROUNDING
+
+
 def test_two_machines_of_two_share_within_each(make_config: MakeConfig) -> None:
     alone, four = make_config("dmd2", SGD), make_config("dmd2", SGD, "speed.shard=machine")
 
