@@ -20,7 +20,7 @@ from diffdistill.checkpoint import flatten, load_strictly, select_group
 from diffdistill.denoiser import Denoiser, device_of, freeze
 from diffdistill.draws import Draws
 from diffdistill.losses import DenoisingWeight, denoising_loss
-from diffdistill.method import Batch, Draw, Method, Players, Setting, shapes_of
+from diffdistill.method import Batch, Draw, Method, Players, Setting, Update, shapes_of
 from diffdistill.networks.lora import lora_of
 from diffdistill.schema import Positive, PositiveInt, UserError, field, schema
 from diffdistill.timesteps import AnyTimeLaw, LogNormal
@@ -55,6 +55,8 @@ class DisBack(Wrapper):
         made = self.base.players(setting)
         if self.path_length and "fake" not in made:
             raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, which would start on the path")
+        if self.path_length and self._of_student.start_images:
+            raise UserError("method.base.generator_start_images: the way back would begin without the generator; use 0")
         return made | ({"target": _score(setting)} if self.path_length > 1 else {})
 
     def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
@@ -89,8 +91,11 @@ class DisBack(Wrapper):
 
     def position(self, step: int) -> int:
         """Which of the path is the target of iteration `step`: N - 1, N - 2, ..., and 0, the teacher, for the rest."""
-        every = next(update.every for update in self.base.updates if self.base.student in update.players)
-        return max(self.path_length - 1 - step // (self.backtracking_interval * every), 0)
+        return max(self.path_length - 1 - step // (self.backtracking_interval * self._of_student.every), 0)
+
+    @property
+    def _of_student(self) -> Update:
+        return next(update for update in self.base.updates if self.base.student in update.players)
 
     def _degrade(self, setting: Setting, seed: int) -> Iterator[Denoiser]:
         """phi_1, ..., phi_N: the teacher on its way to the initial generator's images.  Algorithm 1."""

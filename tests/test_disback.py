@@ -20,6 +20,7 @@ from diffdistill.method import Batch, Players, Setting
 from diffdistill.methods import disback
 from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.sid import SiD
 from diffdistill.path import EDM, expand
 from diffdistill.sampling import FewSteps
 from diffdistill.schema import UserError
@@ -239,6 +240,13 @@ def test_a_base_without_a_fake_score_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(DMD2, "players", lambda self, setting: setting.copies("generator"))
     with pytest.raises(UserError, match=r"method.base.name = 'dmd2': has no fake score"):
         METHOD.players(setting())
+
+
+def test_a_generator_that_waits_while_the_path_is_walked_is_refused():
+    waiting = SiD(generator_start_images=1000)
+    with pytest.raises(UserError, match=r"method.base.generator_start_images: .* use 0"):
+        replace(METHOD, base=waiting).players(setting())
+    assert "fake" in replace(METHOD, base=waiting, path_length=0).players(setting())
 
 
 # Whole runs

@@ -20,8 +20,8 @@ FAULTS = (
     Fault(
         "the path is walked from the teacher outwards",
         "methods/disback.py",
-        "return max(self.path_length - 1 - step // (self.backtracking_interval * every), 0)",
-        "return min(step // (self.backtracking_interval * every), self.path_length - 1)",
+        "return max(self.path_length - 1 - step // (self.backtracking_interval * self._of_student.every), 0)",
+        "return min(step // (self.backtracking_interval * self._of_student.every), self.path_length - 1)",
         "test_disback.py::test_the_targets_go_back_to_the_teacher_and_stay_there",
     ),
     Fault(
