@@ -229,14 +229,18 @@ def prepare_once(
     file: FilePath, method: Method, setting: Setting, seed: int, *, is_kept: bool, device: torch.device
 ) -> None:
     """Write what the method makes before training, if it makes something.  is_kept: what is there already stays.
-    device: where the teacher, if it is not there yet, is brought for that."""
+    device: where the teacher, if it is not there yet, is brought for that, and an earlier run's players meanwhile."""
     if is_kept and file.exists():
         return
     if setting.teacher and not is_offloaded(setting.teacher):
         setting.teacher.to(device)
+    for player in setting.initial.values():
+        player.to(device)
     file.unlink(missing_ok=True)
     with seeded(seed):  # for weights that it makes; numbers are drawn by step and index
         made = method.prepare(setting, seed)
+    for player in setting.initial.values():
+        player.to("cpu")
     if made:
         write_tensors_atomically(file, made)
 

@@ -13,11 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffdistill.denoiser import NO_COND, Cond, Denoiser, device_of, freeze
 from diffdistill.families import open_pipeline
 from diffdistill.memory import plan_memory
+from diffdistill.method import Setting
+from diffdistill.methods.pretrain import Pretrain
 from diffdistill.networks import DiTConfig, UNetConfig
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.offload import offload
 from diffdistill.path import EDM
 from diffdistill.schema import UserError
+from diffdistill.setup import prepare_once
 from diffdistill.trainer import Trainer
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -157,3 +160,18 @@ def test_buffers_come_to_where_the_weights_are_brought() -> None:
     assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
     assert device_of(module) == torch.device("meta")
+
+
+def test_a_method_prepares_with_all_networks_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    places: dict[Denoiser, torch.device] = {}
+
+    class Looks(Pretrain):
+        def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+            assert places == {teacher: GPU, generator: GPU}
+            return {}
+
+    monkeypatch.setattr(Denoiser, "to", lambda net, device: places.update({net: torch.device(device)}))
+    teacher, generator = make_teacher("unet"), make_teacher("unet")
+    setting = Setting((1, 8, 8), 3, EDM(), teacher=teacher, initial={"generator": generator})
+    prepare_once(tmp_path / "prepared", Looks(), setting, 0, is_kept=False, device=GPU)
+    assert places == {teacher: GPU, generator: CPU}
