@@ -32,6 +32,7 @@ def logits_at(players, images: Tensor, eps: Tensor, t: Tensor, label: Tensor) ->
 
 def test_the_adversarial_share_is_that_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     players, draw, batch = scene(METHOD)
+    assert sid.MAX_LOGIT == 10  # the authors' code
     monkeypatch.setattr(sid, "MAX_LOGIT", 0.1)  # some of these logits are beyond it
     t, cond = draw["t"], Cond(label=draw["label"])
     x = players.generator(2.5 * draw["z"], torch.full_like(t, 2.5), cond)
