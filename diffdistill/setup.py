@@ -9,7 +9,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffdistill.checkpoint import (
     check_checkpoint,
@@ -228,21 +228,27 @@ def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: Trained
 def prepare_once(
     file: FilePath, method: Method, setting: Setting, seed: int, *, is_kept: bool, device: torch.device
 ) -> None:
-    """Write what the method makes before training, if it makes something.  is_kept: what is there already stays.
-    device: where the teacher, if it is not there yet, is brought for that, and an earlier run's players meanwhile."""
+    """Write what the method makes before training, if it makes something.  is_kept: what is there already stays."""
     if is_kept and file.exists():
         return
+    file.unlink(missing_ok=True)
+    made = prepare(method, setting, seed, device)
+    if made:
+        write_tensors_atomically(file, made)
+
+
+def prepare(method: Method, setting: Setting, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """What the method makes before training, on a device: the teacher, if it is not there yet, is brought there for
+    that, and an earlier run's players for that time."""
     if setting.teacher and not is_offloaded(setting.teacher):
         setting.teacher.to(device)
     for player in setting.initial.values():
         player.to(device)
-    file.unlink(missing_ok=True)
     with seeded(seed):  # for weights that it makes; numbers are drawn by step and index
         made = method.prepare(setting, seed)
     for player in setting.initial.values():
         player.to("cpu")
-    if made:
-        write_tensors_atomically(file, made)
+    return made
 
 
 @contextmanager
