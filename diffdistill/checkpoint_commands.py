@@ -23,7 +23,7 @@ def join(
     from diffdistill.model import join_students
 
     made = join_students(out, runs)
-    console.print(f"{made}: {len(runs)} students", highlight=False, soft_wrap=True)
+    console.print(f"{made}: {len(runs)} student{'s' * (len(runs) > 1)}", highlight=False, soft_wrap=True)
 
 
 @guarded

@@ -24,7 +24,8 @@ def fail(message: str, code: int) -> NoReturn:
 
 def this_rank() -> int:
     """Which of a launcher's processes this is, as it says; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
