@@ -14,7 +14,7 @@ method = AGD(
     adapter=AdapterConfig(kind="cross_attention", width=128, heads=32, placement="all", proportional=True),
     steps=Heun(num_steps=18, rho=5.0),  # of the stored trajectories, and of the student
     guidance=(1.0, 3.25),  # each trajectory has a scale of its own
-    trajectories=800,
+    trajectories=1200,
     weight="end_points",
 )
 config = RunConfig(
@@ -28,7 +28,7 @@ config = RunConfig(
     },
     ema=None,
     health=None,
-    train=TrainConfig(steps=1100, global_batch_size=64, preview_every=0, checkpoint_every=550),
+    train=TrainConfig(steps=1600, global_batch_size=64, preview_every=0, checkpoint_every=800),
 )
 
 if __name__ == "__main__":

@@ -160,6 +160,12 @@ def test_a_zip_that_reaches_outside_is_refused_by_name(tmp_path: Path, name: str
     assert tree(tmp_path) == before
 
 
+def test_a_member_of_a_zip_without_a_name_is_no_image(tmp_path: Path) -> None:
+    file = write_zip(tmp_path / "a.zip", twenty() | {"?.png": encode(RED)})
+    file.write_bytes(file.read_bytes().replace(b"?.png", b"\0.png"))  # a name ends at a zero
+    assert len(ImageFolder(path=str(file)).load()) == 20
+
+
 def test_a_zip_with_one_name_twice_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
