@@ -160,10 +160,11 @@ def test_a_zip_that_reaches_outside_is_refused_by_name(tmp_path: Path, name: str
     assert tree(tmp_path) == before
 
 
-def test_a_member_of_a_zip_without_a_name_is_no_image(tmp_path: Path) -> None:
+def test_a_zip_with_a_file_without_a_name_is_refused(tmp_path: Path) -> None:
     file = write_zip(tmp_path / "a.zip", twenty() | {"?.png": encode(RED)})
     file.write_bytes(file.read_bytes().replace(b"?.png", b"\0.png"))  # a name ends at a zero
-    assert len(ImageFolder(path=str(file)).load()) == 20
+    with pytest.raises(UserError, match=r"a\.zip: refused, for something in it has no name"):
+        ImageFolder(path=str(file)).load()
 
 
 def test_a_zip_with_one_name_twice_is_refused(tmp_path: Path) -> None:

@@ -121,9 +121,9 @@ def _list_zip(path: FilePath, setting: str) -> Listing:
 
 def _trusted_members(archive: zipfile.ZipFile, path: FilePath) -> dict[str, zipfile.ZipInfo]:
     """The files of an archive by their cleaned names. Raises UserError if it tries to deceive."""
-    files = [
-        member for member in archive.infolist() if not member.filename.endswith("/")
-    ]  # is_dir asks "" for a letter
+    if not all(member.filename for member in archive.infolist()):
+        raise UserError(f"{path}: refused, for something in it has no name")
+    files = [member for member in archive.infolist() if not member.is_dir()]
     check_unpacked_size(archive, path)
     escaping = [member.filename for member in archive.infolist() if _escapes(member.filename)]
     if escaping:
