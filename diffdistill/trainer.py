@@ -156,7 +156,7 @@ class Trainer:
         non-finite, OSError when nothing can be written (the last good checkpoint stays).
         """
         train, processes = self.config.train, self.processes
-        with ExitStack() as held:
+        with others(), ExitStack() as held:
             processes.first(lambda: held.enter_context(own_folder(self.folder, self.config)))
             self._prepare()
             log, stopping = held.enter_context(self._open_log()), held.enter_context(stop_signals())
@@ -293,7 +293,7 @@ class Trainer:
         losses: list[Loss] = []
         self._gather(update, micros)
         for number, micro in enumerate(micros, 1):
-            with self.averaging.of(update, is_last=number == len(micros)) as ask, others():
+            with self.averaging.of(update, is_last=number == len(micros)) as ask:
                 loss = ask(partial(self.loss, update, micro))
                 (loss.total / len(micros)).backward()
             micro.draw |= loss.carry

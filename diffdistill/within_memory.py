@@ -6,7 +6,6 @@ from pathlib import Path as FilePath
 import torch
 
 from diffdistill.config import RunConfig
-from diffdistill.processes import others
 from diffdistill.stopping import TrainingError
 from diffdistill.terminal import Console
 from diffdistill.trainer import Trainer
@@ -24,8 +23,7 @@ def run_within_memory(
     while True:
         trainer = Trainer(config, resume=resume, may_differ=may_differ, quiet=quiet)
         try:
-            with others():
-                return trainer.run()
+            return trainer.run()
         except torch.OutOfMemoryError as error:
             can_go_on = config.train.on_out_of_memory == "halve" and trainer.processes.count == 1
             smaller = with_half(config) if can_go_on else None

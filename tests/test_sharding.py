@@ -38,7 +38,6 @@ from diffdistill.shard_files import read_shards
 from diffdistill.sharding import filled, outline, shard
 from diffdistill.stopping import TrainingError
 from diffdistill.trainer import Trainer
-from diffdistill.within_memory import run_within_memory
 
 ROUNDING = 1e-6  # of the largest weight, where the order of a sum changes
 SGD = "optimizers={default: {name: sgd, lr: 0.1, betas: [0.9, 0.999]}}"
@@ -486,7 +485,7 @@ def end_early(config: RunConfig, moment: str) -> str:
         if os.environ["RANK"] == "1":
             patched.setattr(f"diffdistill.trainer.{moment}", gone)
         with pytest.raises((TrainingError, ZeroDivisionError)) as raised:
-            run_within_memory(config, quiet=True)
+            Trainer(config, quiet=True).run()
     return str(raised.value)
 
 
