@@ -56,7 +56,7 @@ format: $(INSTALLED)  ## Let ruff rewrite what it can.
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 schema: $(INSTALLED)  ## Write configs/schema.json, which editors complete configs by, and the docs' tables anew.
-	@$(BIN)/python -c 'from diffdistill.config import json_schema; print(json_schema(), end="")' > configs/schema.json
+	@$(BIN)/python -c 'from diffdistill.training.config import json_schema; print(json_schema(), end="")' > configs/schema.json
 	@$(BIN)/python docs/settings.py
 
 $(DOCS_INSTALLED): $(INSTALLED)

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 import yaml
 
-from diffdistill.cli import app
-from diffdistill.config import RunConfig
-from diffdistill.health import BANDS
+from diffdistill.commands.cli import app
+from diffdistill.training.config import RunConfig
+from diffdistill.training.reports.health import BANDS
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"<!-- (settings: [\w, ]+|commands|signals) -->\n.*?<!-- end -->", re.DOTALL)
@@ -26,9 +26,9 @@ METHODS = "diffdistill.methods."
 GROUPS = {
     "diffdistill.data.": "Data",
     "diffdistill.networks.": "Networks",
-    "diffdistill.path": "Paths",
-    "diffdistill.timesteps": "Laws of t",
-    "diffdistill.sampling": "Samplers",
+    "diffdistill.diffusion.path": "Paths",
+    "diffdistill.diffusion.timesteps": "Laws of t",
+    "diffdistill.diffusion.sampling": "Samplers",
     "diffdistill.": "The run",
 }
 """Headings of the page of all settings, by the beginning of a class's module."""

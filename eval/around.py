@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.conditions import Conditions
 from diffdistill.data.cache import cache_folder
 from diffdistill.data.shards import files_key
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.conditions import Conditions
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance import Guidance
+from diffdistill.diffusion.sampling import FreshNoise, Sampler
 from diffdistill.eval.hashes import hash_weights
-from diffdistill.families import Pipeline, pipeline_of
-from diffdistill.guidance import Guidance
-from diffdistill.inputs import PromptEncoder, encode_prompts, encoder_of
-from diffdistill.model import ModelSpec
-from diffdistill.sampling import FreshNoise, Sampler
-from diffdistill.schema import UserError
+from diffdistill.models.model import ModelSpec
+from diffdistill.models.teachers import Pipeline, pipeline_of
+from diffdistill.settings.schema import UserError
+from diffdistill.training.inputs import PromptEncoder, encode_prompts, encoder_of
 
 
 @dataclass(frozen=True)

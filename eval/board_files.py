@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from diffdistill.checkpoint import write_text_atomically
-from diffdistill.config import dump
 from diffdistill.eval.board_costs import cost_columns, evaluations
 from diffdistill.eval.board_page import board_page
 from diffdistill.eval.figures import compact, decimals_of
 from diffdistill.eval.leaderboard import Board, Entry, Group, read_board
 from diffdistill.eval.records import metric_label
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
+from diffdistill.storage.checkpoint import write_text_atomically
 
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffdistill.config import dump
 from diffdistill.eval.board_costs import Cost, cost_columns, evaluations
 from diffdistill.eval.figures import Given, Plot, Scale, compact, decimals_of, scatter, shorten
 from diffdistill.eval.leaderboard import Board, Entry, Group, Located, Score
 from diffdistill.eval.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.records import is_lower_better, metric_label
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
 
 STRIP = (5.0, 87.0)  # where a row's values stand in its small picture, in its own units
 

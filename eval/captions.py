@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 
 from diffdistill.eval.protocol import Captions, Protocol
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def read_captions(

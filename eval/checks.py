@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def check_features(features: Tensor, name: str, *, min_samples: int = 1) -> None:

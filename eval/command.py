@@ -10,8 +10,6 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from diffdistill.checkpoint import write_text_atomically
-from diffdistill.config import parse_guidance
 from diffdistill.data.cache import cache_folder
 from diffdistill.eval.bench import make_bench
 from diffdistill.eval.captions import read_captions
@@ -33,10 +31,12 @@ from diffdistill.eval.resize import signed
 from diffdistill.eval.run import Evaluation, evaluate, own_images, progress_bar
 from diffdistill.eval.table import rows_of, show_differences, show_evaluations
 from diffdistill.eval.workers import find_workers
-from diffdistill.model import load_model
-from diffdistill.preview import save_grid
-from diffdistill.schema import UserError
-from diffdistill.terminal import Console
+from diffdistill.models.model import load_model
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import Console
+from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.training.config import parse_guidance
+from diffdistill.training.reports.preview import save_grid
 
 GRID = 100
 """Images of a grid, spread evenly over the first repeat: the same noise and labels for every model."""

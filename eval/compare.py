@@ -17,7 +17,7 @@ from torch import Tensor
 from diffdistill.eval.metrics import AnyMetric, KernelDistance
 from diffdistill.eval.scoring import Features, JudgedFeatures, score
 from diffdistill.eval.statistics import Summary
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ from pathlib import Path as FilePath
 
 import torch
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.eval.around import open_around
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.hashes import hash_weights
 from diffdistill.eval.places import SamplingOptions, count_parameters, licence_of
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import ModelRecord
-from diffdistill.families import Pipeline, is_pipeline, open_pipeline
-from diffdistill.families.pipeline import INDEX, read_json
+from diffdistill.models.teachers import Pipeline, is_pipeline, open_pipeline
+from diffdistill.models.teachers.pipeline import INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def is_diffusers(place: FilePath) -> bool:

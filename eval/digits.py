@@ -14,16 +14,16 @@ from rich.table import Table
 from torch import Tensor
 
 from diffdistill.data.digits import Digits
-from diffdistill.denoiser import Denoiser
-from diffdistill.draws import Draws
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import FewSteps, Sampler
 from diffdistill.eval.distances import frechet_from_features
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.metrics import PrecisionRecall
 from diffdistill.eval.neighbours import precision_recall
 from diffdistill.eval.protocols import DIGITS_PIXELS
 from diffdistill.eval.records import ModelRecord
-from diffdistill.sampling import FewSteps, Sampler
-from diffdistill.terminal import Console
+from diffdistill.settings.terminal import Console
 
 SHAPE = (1, 8, 8)
 NEAREST_K = next(metric.nearest_k for metric in DIGITS_PIXELS.metrics if isinstance(metric, PrecisionRecall))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.eval.checks import check_features, check_finite, check_pair
 from diffdistill.eval.statistics import Summary
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 ROUNDING = 1e-5
 """An eigenvalue this far below zero, as a share of the largest, is rounding (features may come from float32)."""

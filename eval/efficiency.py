@@ -15,14 +15,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from diffdistill.counting import LiveTensors, storage_bytes
-from diffdistill.denoiser import Denoiser, device_of
-from diffdistill.draws import Draws
+from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.guidance import Guidance
+from diffdistill.diffusion.sampling import Sampler
 from diffdistill.eval.environment import device_name
 from diffdistill.eval.records import Efficiency
-from diffdistill.guidance import Guidance
-from diffdistill.sampling import Sampler
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.training.memory.counting import LiveTensors, storage_bytes
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

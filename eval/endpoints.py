@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.sampling import Sampler
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.sampling import Sampler
 
 
 @torch.no_grad()

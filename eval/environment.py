@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 import torch
 
 from diffdistill.eval.records import Environment
-from diffdistill.terminal import hide_secrets
+from diffdistill.settings.terminal import hide_secrets
 
 PACKAGES = (
     *("diffdistill", "torch", "numpy", "pillow", "diffusers", "accelerate"),

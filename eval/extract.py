@@ -10,7 +10,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
-from diffdistill.draws import Draws
+from diffdistill.diffusion.draws import Draws
 from diffdistill.eval import metrics as named
 from diffdistill.eval.feature_store import FeatureStore
 from diffdistill.eval.features import AnyFeatures, Extracted, Extractor
@@ -20,7 +20,7 @@ from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
 from diffdistill.eval.statistics import Moments, Summary
 from diffdistill.eval.workers import Workers
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 class Source(Interface):

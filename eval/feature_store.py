@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 BLOCK = 256
 """Samples of a block: what a broken-off evaluation loses at most, for each process."""

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Label = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]*$", max_length=64)]

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.config import dump
-from diffdistill.denoiser import NO_COND, Cond, Denoiser, device_of
-from diffdistill.draws import Draws
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.guidance import AnyPolicy
+from diffdistill.diffusion.sampling import Sampler
 from diffdistill.eval.around import Around, WholeSampler
 from diffdistill.eval.protocol import Labels, Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
-from diffdistill.guidance import AnyPolicy
-from diffdistill.inference import check_guidance
-from diffdistill.sampling import Sampler
-from diffdistill.schema import UserError
+from diffdistill.inference.draw import check_guidance
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
 
 
 @dataclass(frozen=True, kw_only=True)

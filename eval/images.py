@@ -29,7 +29,7 @@ from diffdistill.data.npz import array_items, channels_last
 from diffdistill.data.source import ImageSource, MappedImages
 from diffdistill.eval.preparation import prepare
 from diffdistill.eval.protocol import Preparation
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 NPZ_KEYS = ("images", "arr_0")
 """Ours, and that of ADM's sample files."""

@@ -11,7 +11,7 @@ from diffdistill.eval.generate import show
 from diffdistill.eval.images import ImageFiles
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import Cost, ModelRecord
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diffdistill.eval.checks import check_pair
 from diffdistill.eval.pairs import blocks, half_of_pairs, squared_distances
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def kid(a: Tensor, b: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -10,9 +10,9 @@ from pathlib import Path as FilePath
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from diffdistill.config import differences, dump
 from diffdistill.eval.records import Record, is_lower_better, read_records, takes_minimum
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import differences, dump
 
 REPORTED = FilePath(__file__).with_name("reported.jsonl")
 """Published numbers and where they were read."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from diffdistill.eval.features import AnyFeatures, Inception, OpenClip
-from diffdistill.schema import Positive, PositiveInt, schema
+from diffdistill.settings.schema import Positive, PositiveInt, schema
 
 CMMD_LABEL = "clip-vit-l-14-336"
 """CMMD's CLIP."""

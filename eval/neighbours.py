@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.eval.checks import check_pair
 from diffdistill.eval.pairs import blocks, half_of_pairs, rounding, squared_distances
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 class Prdc(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffdistill import __version__
 from diffdistill.eval.figures import shorten
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 TEMPLATES = FilePath(__file__).with_name("html")
 MOST_PIXELS = 64_000_000  # of a picture that is read

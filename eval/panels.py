@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffdistill.curves import SMOOTHED_FROM, Series, band_of, limits, running_mean, thinned
 from diffdistill.eval.figures import Scale, Tick, compact
-from diffdistill.health import Band
+from diffdistill.training.reports.curves import SMOOTHED_FROM, Series, band_of, limits, running_mean, thinned
+from diffdistill.training.reports.health import Band
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 124, 40, 296, 8, 104
 MOST_POINTS = 400  # of a line; more cannot be seen

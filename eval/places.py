@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from diffdistill.checkpoint import MANIFEST, STATE
-from diffdistill.config import parse_yaml, validate
-from diffdistill.curves import read_reports
-from diffdistill.denoiser import Denoiser
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance import AnyPolicy
+from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.eval.around import open_around
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.hashes import hash_weights
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import Cost, ModelRecord
-from diffdistill.guidance import AnyPolicy
-from diffdistill.log import METRICS
-from diffdistill.model import ROUTER, TrainedModel, load_model
-from diffdistill.sampling import AnySampler
-from diffdistill.schema import schema
+from diffdistill.models.model import ROUTER, TrainedModel, load_model
+from diffdistill.settings.schema import schema
+from diffdistill.settings.values import parse_yaml, validate
+from diffdistill.storage.checkpoint import MANIFEST, STATE
+from diffdistill.training.reports.curves import read_reports
+from diffdistill.training.reports.log import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)

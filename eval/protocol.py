@@ -12,7 +12,7 @@ from pydantic import Field
 
 from diffdistill.eval.features import Sha256
 from diffdistill.eval.metrics import AnyMetric
-from diffdistill.schema import PositiveInt, field, schema
+from diffdistill.settings.schema import PositiveInt, field, schema
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 

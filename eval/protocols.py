@@ -1,6 +1,5 @@
 """The protocols that come along, by name, and users' own from YAML."""
 
-from diffdistill.config import read_yaml, validate
 from diffdistill.eval.features import CifarResNet, DinoV2, EfficientNetLite0, Inception, OpenClip, Pixels
 from diffdistill.eval.metrics import (
     ClipScore,
@@ -12,7 +11,8 @@ from diffdistill.eval.metrics import (
     PrecisionRecall,
 )
 from diffdistill.eval.protocol import Captions, Labels, Preparation, Protocol, Reference
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import read_yaml, validate
 
 EDM_REFERENCES = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/"
 ADM_REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/64/"

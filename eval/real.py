@@ -6,7 +6,6 @@ from pathlib import Path as FilePath
 
 from torch import Tensor
 
-from diffdistill.config import parse_yaml, validate
 from diffdistill.data import AnyData, Digits
 from diffdistill.eval.extract import specifications
 from diffdistill.eval.features import Extractor, load_extractor
@@ -23,8 +22,9 @@ from diffdistill.eval.reference import (
 )
 from diffdistill.eval.run import Advance, progress_bar
 from diffdistill.eval.workers import exact_matmul, find_workers
-from diffdistill.schema import UserError, schema
-from diffdistill.terminal import Console
+from diffdistill.settings.schema import UserError, schema
+from diffdistill.settings.terminal import Console
+from diffdistill.settings.values import parse_yaml, validate
 
 
 @dataclass(frozen=True)

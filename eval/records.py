@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, JsonValue
 
-from diffdistill.config import dump, validate
-from diffdistill.schema import NonNegative, PositiveInt, UserError, field, schema
+from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, field, schema
+from diffdistill.settings.values import dump, validate
 
 Count = Annotated[int, Field(ge=0)]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]*$")]

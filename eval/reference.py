@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffdistill.config import dump, validate
 from diffdistill.eval.checks import check_finite
 from diffdistill.eval.features import Extractor, Label, Sha256
 from diffdistill.eval.images import Images
 from diffdistill.eval.protocol import Preparation
 from diffdistill.eval.scoring import MissingFeaturesError
 from diffdistill.eval.statistics import Moments, Summary
-from diffdistill.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.values import dump, validate
 
 ENVIRONMENT = "DIFFDISTILL_REFERENCES"
 DEFAULT = "~/.cache/diffdistill/references"

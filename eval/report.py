@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from diffdistill.checkpoint import list_checkpoints, write_text_atomically
-from diffdistill.config import read_yaml
-from diffdistill.curves import CLOCKS, read_metrics, read_reports, sections
 from diffdistill.eval.figures import compact, shorten
 from diffdistill.eval.leaderboard import Score
 from diffdistill.eval.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.panels import Panel, draw_panel
 from diffdistill.eval.records import Record, read_records
-from diffdistill.lock import refuse_links
-from diffdistill.schema import UserError
-from diffdistill.terminal import hide_secrets
+from diffdistill.settings.lock import refuse_links
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import hide_secrets
+from diffdistill.settings.values import read_yaml
+from diffdistill.storage.checkpoint import list_checkpoints, write_text_atomically
+from diffdistill.training.reports.curves import CLOCKS, read_metrics, read_reports, sections
 
 CONFIG, METRICS, WARNINGS, PREVIEWS, TABLE, PAGE = (
     *("config.yaml", "metrics.jsonl", "warnings.txt", "previews", "table.json", "report.html"),

@@ -14,14 +14,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from diffdistill.config import dump
 from diffdistill.eval.environment import describe_environment
 from diffdistill.eval.extract import Bench, Source, Stopwatch, StoredFeatures, extract
 from diffdistill.eval.feature_store import BLOCK, FeatureStore, discard, hash_features, locked
 from diffdistill.eval.records import Efficiency, Images, Record, Values, hash_json
 from diffdistill.eval.scoring import OnDevice, score
 from diffdistill.eval.workers import exact_matmul
-from diffdistill.terminal import Console
+from diffdistill.settings.terminal import Console
+from diffdistill.settings.values import dump
 
 Advance = Callable[[int], None]
 OnImages = Callable[[int, Tensor, Tensor], None]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdistill.eval.checks import check_features, check_pair
 from diffdistill.eval.pairs import blocks, half_of_pairs, rounding, squared_distances
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:

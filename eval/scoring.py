@@ -16,7 +16,7 @@ from diffdistill.eval.kernels import cmmd, kid
 from diffdistill.eval.neighbours import Prdc, prdc
 from diffdistill.eval.scores import clip_score, diversity, inception_score
 from diffdistill.eval.statistics import Summary
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 class Features(Interface):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.eval.checks import check_finite
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from diffdistill.eval.compare import Difference
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import Record, is_lower_better, metric_label
 from diffdistill.eval.run import Evaluation
-from diffdistill.terminal import Console
+from diffdistill.settings.terminal import Console
 
 
 def rows_of(evaluations: Sequence[Evaluation]) -> list[dict[str, str | int | float | None]]:

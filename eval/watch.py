@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from diffdistill.checkpoint import PREFIX, write_text_atomically
-from diffdistill.config import dump
-from diffdistill.denoiser import Denoiser
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.distributed.processes import Processes
 from diffdistill.eval.around import Around, open_around
 from diffdistill.eval.bench import make_bench
 from diffdistill.eval.captions import read_captions
@@ -23,18 +22,19 @@ from diffdistill.eval.records import Cost, ModelRecord, Record, append_record, i
 from diffdistill.eval.run import evaluate
 from diffdistill.eval.table import number
 from diffdistill.eval.workers import Workers
-from diffdistill.log import Log
-from diffdistill.model import ModelSpec
-from diffdistill.processes import Processes
-from diffdistill.schema import UserError
-from diffdistill.watch import EvalConfig, Watched
+from diffdistill.models.model import ModelSpec
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
+from diffdistill.storage.checkpoint import PREFIX, write_text_atomically
+from diffdistill.training.reports.log import Log
+from diffdistill.training.reports.watch import EvalConfig, Watched
 
 RECORDS = "eval.jsonl"
 
 
 @dataclass(frozen=True)
 class StudentWatch:
-    """See diffdistill/watch.py, whose `Watch` this is.  folder: the run's.  best_by: a metric of the protocol."""
+    """See diffdistill/training/reports/watch.py, whose `Watch` this is.  folder: the run's.  best_by: a metric of the protocol."""
 
     config: EvalConfig
     folder: FilePath

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 ENVIRONMENT = "DIFFDISTILL_WEIGHTS"
 DEFAULT = "~/.cache/diffdistill/weights"

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from diffdistill.processes import PATIENCE, is_cpu_fleet, meeting
-from diffdistill.schema import UserError
+from diffdistill.distributed.processes import PATIENCE, is_cpu_fleet, meeting
+from diffdistill.settings.schema import UserError
 
 T = TypeVar("T")
 

@@ -13,17 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Denoiser, device_of
-from diffdistill.draws import Draws
-from diffdistill.guidance import Recorder
-from diffdistill.losses import DenoisingWeight, denoising_error, widen
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.guidance import Recorder
+from diffdistill.diffusion.path import Path, Prediction, expand
+from diffdistill.diffusion.sampling import AnySampler, Heun
+from diffdistill.distillation.losses import DenoisingWeight, denoising_error, widen
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.lora import BaseNetwork, LoRAConfig
-from diffdistill.path import Path, Prediction, expand
-from diffdistill.sampling import AnySampler, Heun
-from diffdistill.schema import PositiveInt, UserError, field, schema
+from diffdistill.settings.schema import PositiveInt, UserError, field, schema
 
 CHUNK = 256  # trajectories made at a time
 

@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import Prediction, expand
+from diffdistill.diffusion.sampling import OneCall
+from diffdistill.diffusion.timesteps import AnyTimeLaw, Uniform
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.signal import SignalBase, SignalConfig, signal_config, start_from
-from diffdistill.path import Prediction, expand
-from diffdistill.sampling import OneCall
-from diffdistill.schema import NonNegative, UserError, field, schema
-from diffdistill.timesteps import AnyTimeLaw, Uniform
+from diffdistill.settings.schema import NonNegative, UserError, field, schema
 
 Target = Literal["exponential", "euler"]
 

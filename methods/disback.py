@@ -16,15 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.checkpoint import flatten, load_strictly, select_group
-from diffdistill.denoiser import Denoiser, device_of, freeze
-from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_loss
-from diffdistill.method import Batch, Draw, Method, Players, Setting, Update, shapes_of
+from diffdistill.diffusion.denoiser import Denoiser, device_of, freeze
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
+from diffdistill.distillation.method import Batch, Draw, Method, Players, Setting, Update, shapes_of
+from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
 from diffdistill.networks.lora import lora_of
-from diffdistill.schema import Positive, PositiveInt, UserError, field, schema
-from diffdistill.timesteps import AnyTimeLaw, LogNormal
-from diffdistill.wrapper import Wrapper, default_base, methods_above
+from diffdistill.settings.schema import Positive, PositiveInt, UserError, field, schema
+from diffdistill.storage.checkpoint import flatten, load_strictly, select_group
 
 if TYPE_CHECKING:
     AnyBase = Method

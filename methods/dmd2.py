@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.draws import Draws, integer_of
-from diffdistill.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.networks.discriminator import make_head
-from diffdistill.pairs import teacher_pairs
-from diffdistill.path import expand
-from diffdistill.sampling import AnySampler, FewSteps, Heun
-from diffdistill.schema import NonNegative, Positive, PositiveInt, field, schema
-from diffdistill.score_distillation import (
+from diffdistill.diffusion.draws import Draws, integer_of
+from diffdistill.diffusion.path import expand
+from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
+from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.distillation.score_distillation import (
     Features,
     condition,
     critics_loss,
@@ -32,7 +31,8 @@ from diffdistill.score_distillation import (
     start_players,
     tapped,
 )
-from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.networks.discriminator import make_head
+from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, field, schema
 
 
 @schema

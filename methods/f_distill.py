@@ -13,15 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.divergences import WEIGHTS, Divergence, RatioMeans, density_ratio, mean_by_bin
-from diffdistill.draws import Draws, integer_of
-from diffdistill.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.networks.discriminator import make_head
-from diffdistill.path import expand
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import NonNegative, Positive, PositiveInt, field, schema
-from diffdistill.score_distillation import (
+from diffdistill.diffusion.draws import Draws, integer_of
+from diffdistill.diffusion.path import expand
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.distillation.divergences import WEIGHTS, Divergence, RatioMeans, density_ratio, mean_by_bin
+from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.score_distillation import (
     Features,
     condition,
     critics_loss,
@@ -32,7 +31,8 @@ from diffdistill.score_distillation import (
     start_players,
     tapped,
 )
-from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.networks.discriminator import make_head
+from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, field, schema
 
 
 @schema

@@ -12,15 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_error
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import Prediction
+from diffdistill.diffusion.sampling import AnySampler, Heun
+from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.distillation.losses import DenoisingWeight, denoising_error
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.guided import GuidedConfig, take_weights
 from diffdistill.networks.lora import BaseNetwork
-from diffdistill.path import Prediction
-from diffdistill.sampling import AnySampler, Heun
-from diffdistill.schema import PositiveInt, UserError, field, schema
-from diffdistill.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.settings.schema import PositiveInt, UserError, field, schema
 
 
 @schema

@@ -15,18 +15,31 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
-from diffdistill.draws import Draws
-from diffdistill.ema import follow
-from diffdistill.losses import DenoisingWeight, field_loss, gan_discriminator_loss, gan_generator_loss, zero_nonfinite
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import DDIM, TCD, transfer
+from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.distillation.averages import follow
+from diffdistill.distillation.losses import (
+    DenoisingWeight,
+    field_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    zero_nonfinite,
+)
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.rewards import Feedback, find_reward
+from diffdistill.distillation.score_distillation import (
+    condition,
+    critics_loss,
+    draw_step,
+    generate,
+    matching_field,
+    start_players,
+)
+from diffdistill.distillation.segments import Ends, Stage, draw_jump, stage_at, stage_starts
 from diffdistill.networks.discriminator import make_head
-from diffdistill.rewards import Feedback, find_reward
-from diffdistill.sampling import DDIM, TCD, transfer
-from diffdistill.schema import Fraction, Positive, field, schema
-from diffdistill.score_distillation import condition, critics_loss, draw_step, generate, matching_field, start_players
-from diffdistill.segments import Ends, Stage, draw_jump, stage_at, stage_starts
-from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.settings.schema import Fraction, Positive, field, schema
 
 STAGES = (
     Stage(segments=8),

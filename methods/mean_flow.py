@@ -14,16 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import Prediction, expand
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.lora import BaseNetwork
 from diffdistill.networks.two_times import TwoTimesConfig
-from diffdistill.path import Prediction, expand
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import Fraction, NonNegative, Positive, PositiveInt, UserError, field, schema
-from diffdistill.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, UserError, field, schema
 
 
 @schema

@@ -6,7 +6,7 @@ paper found that students collapse on pairs of their own. A run is one student; 
 The paper's stages are runs as well, each of which begins with the one before (`init`): teacher score matching for
 students smaller than the teacher (`base: tsm`), distribution matching (`dmd2` with gan_weight 0), adversarial
 distribution matching (`dmd2`). `diffdistill join` makes one model of the students.
-Not implemented: text prompts as conditions in training (the router for them is in diffdistill/router.py).
+Not implemented: text prompts as conditions in training (the router for them is in diffdistill/diffusion/router.py).
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from diffdistill.data.source import ImageSource
-from diffdistill.method import Method, Setting
-from diffdistill.partition import AnyPartition, LabelRanges
-from diffdistill.schema import PositiveInt, UserError, field, schema
-from diffdistill.wrapper import Wrapper, default_base, methods_above
+from diffdistill.distillation.method import Method, Setting
+from diffdistill.distillation.partition import AnyPartition, LabelRanges
+from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
+from diffdistill.settings.schema import PositiveInt, UserError, field, schema
 
 if TYPE_CHECKING:
     AnyBase = Method

@@ -9,14 +9,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from diffdistill.augmentation import augment, check_augmentation, draw_motion
-from diffdistill.denoiser import Denoiser
-from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_loss
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.sampling import AnySampler, Heun
-from diffdistill.schema import Fraction, UserError, field, schema
-from diffdistill.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.diffusion.augmentation import augment, check_augmentation, draw_motion
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import AnySampler, Heun
+from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.settings.schema import Fraction, UserError, field, schema
 
 
 @schema

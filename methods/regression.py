@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.draws import Draws, integer_of
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.pairs import teacher_pairs
-from diffdistill.sampling import AnySampler, FewSteps, Heun
-from diffdistill.schema import PositiveInt, UserError, field, schema
+from diffdistill.diffusion.draws import Draws, integer_of
+from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.settings.schema import PositiveInt, UserError, field, schema
 
 
 @schema

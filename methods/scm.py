@@ -12,14 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import expand
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
 from diffdistill.networks.time_weight import TimeWeight
-from diffdistill.path import expand
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import NonNegative, Positive, UserError, field, schema
-from diffdistill.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.settings.schema import NonNegative, Positive, UserError, field, schema
 
 
 @schema

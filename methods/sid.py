@@ -14,9 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.augmentation import augment, check_augmentation, draw_motion
-from diffdistill.draws import Draws
-from diffdistill.losses import (
+from diffdistill.diffusion.augmentation import augment, check_augmentation, draw_motion
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.distillation.losses import (
     DenoisingWeight,
     denoising_error,
     denoising_weight,
@@ -24,11 +26,8 @@ from diffdistill.losses import (
     gan_generator_loss,
     widen,
 )
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.networks.discriminator import features_shape
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
-from diffdistill.score_distillation import (
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.score_distillation import (
     SampleWeight,
     condition,
     draw_step,
@@ -37,7 +36,8 @@ from diffdistill.score_distillation import (
     mean_of_finite,
     start_players,
 )
-from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.networks.discriminator import features_shape
+from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
 
 Images = Annotated[int, Field(ge=0)]
 MAX_LOGIT = 10.0  # SiDA's clamp of the generator's logits

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.augmentation import check_augmentation, draw_motion
-from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_loss
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import Fraction, Positive, PositiveInt, field, schema
-from diffdistill.score_distillation import (
+from diffdistill.diffusion.augmentation import check_augmentation, draw_motion
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.score_distillation import (
     SampleWeight,
     condition,
     draw_step,
@@ -25,7 +25,7 @@ from diffdistill.score_distillation import (
     mean_of_finite,
     start_players,
 )
-from diffdistill.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.settings.schema import Fraction, Positive, PositiveInt, field, schema
 
 Distance = Literal["l2", "pseudo_huber", "l4"]
 """d(y) of one sample's difference y: ||y||^2, sqrt(||y||^2 + c^2) - c, or the sum of y_i^4."""

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_weight
-from diffdistill.method import Batch, Draw, Loss, Method, Players, Setting, Update
-from diffdistill.path import expand
-from diffdistill.sampling import AnySampler, Heun
-from diffdistill.schema import Fraction, UserError, field, schema
-from diffdistill.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import expand
+from diffdistill.diffusion.sampling import AnySampler, Heun
+from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.distillation.losses import DenoisingWeight, denoising_weight
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.settings.schema import Fraction, UserError, field, schema
 
 
 @schema

@@ -20,9 +20,10 @@ import torch
 from diffdistill.data import Npz
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import ImageSource, MappedImages, TensorImages
-from diffdistill.denoiser import NO_COND, Denoiser
+from diffdistill.diffusion.cond import NO_COND
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import EDM
 
 
 class NotAhead(MappedImages):

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from diffdistill.config import find_config, load_config
-from diffdistill.counting import LiveTensors
-from diffdistill.memory import module_bytes, plan_memory, rehearse, show_bytes
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.memory.counting import LiveTensors
+from diffdistill.training.memory.memory import module_bytes, plan_memory, rehearse, show_bytes
+from diffdistill.training.trainer import Trainer
 
 NETWORK = "model.network={name: unet, channels: [32, 64], attention: [false, true], blocks: 2, dropout: 0.1}"
 SETTINGS: dict[str, tuple[str, ...]] = {

@@ -10,8 +10,8 @@ import shutil
 import sys
 import time
 
-from diffdistill.config import find_config, load_config
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.trainer import Trainer
 
 WARM_UP, STEPS = 3, 10
 

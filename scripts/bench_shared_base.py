@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-from diffdistill import method
-from diffdistill.checkpoint import Checkpoint, flatten, save_checkpoint
-from diffdistill.config import dump, find_config, load_config
-from diffdistill.memory import show_bytes
-from diffdistill.model import load_model
+from diffdistill.distillation import method
+from diffdistill.models.model import load_model
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.lora import with_lora
-from diffdistill.trainer import Trainer
+from diffdistill.settings.values import dump
+from diffdistill.storage.checkpoint import Checkpoint, flatten, save_checkpoint
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.memory.memory import show_bytes
+from diffdistill.training.trainer import Trainer
 
 ARRANGEMENTS = ("shared", "copies")
 LIMIT = 0.45

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from diffdistill.config import find_config, load_config
-from diffdistill.denoiser import Cond
-from diffdistill.draws import integer_of
-from diffdistill.method import Batch
-from diffdistill.trainer import Trainer
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.draws import integer_of
+from diffdistill.distillation.method import Batch
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.trainer import Trainer
 
 
 def make_trainer(folder: Path) -> Trainer:

@@ -24,11 +24,12 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from diffdistill.checkpoint import write_text_atomically
-from diffdistill.config import dump, find_config, read_yaml
 from diffdistill.eval.metrics import Frechet
 from diffdistill.eval.protocols import PROTOCOLS
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump, read_yaml
+from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.training.config import find_config
 
 TEACHER, PROBE, BEAT = "pretrain", 30, 5  # phases' name, steps that are timed, seconds
 LABELS = {"cifar10-resnet20": "resnet20-cifar", "cifar10-efficientnet-lite0": "efficientnet-lite0"}

@@ -25,16 +25,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffdistill.config import RunConfig, parse_config
 from diffdistill.data.cache import cache_folder
-from diffdistill.draws import Draws
-from diffdistill.inference import sample_rows
-from diffdistill.inputs import encode_prompts
-from diffdistill.model import TrainedModel, load_model
-from diffdistill.preview import save_panels
-from diffdistill.stopping import StopRequested
-from diffdistill.text import SentenceEncoder
-from diffdistill.trainer import Trainer
+from diffdistill.data.text import SentenceEncoder
+from diffdistill.diffusion.draws import Draws
+from diffdistill.distributed.stopping import StopRequested
+from diffdistill.inference.draw import sample_rows
+from diffdistill.models.model import TrainedModel, load_model
+from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.inputs import encode_prompts
+from diffdistill.training.reports.preview import save_panels
+from diffdistill.training.trainer import Trainer
 
 SIDE = 32
 STYLES = {"google": "Noto", "twitter": "Twemoji"}

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from diffdistill.checkpoint import list_checkpoints, load_checkpoint
+from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
 
 TINY = ["model.network.channels=[8, 16]", "model.network.head_channels=16"]
 
 
 def command(verb: str, config: str, *overrides: str) -> list[str]:
     """The command line of one run."""
-    return [sys.executable, "-c", "from diffdistill.cli import main; main()", verb, config, *overrides]
+    return [sys.executable, "-c", "from diffdistill.commands.cli import main; main()", verb, config, *overrides]
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ import torch
 import typer
 from PIL import Image
 
-from diffdistill.draws import Draws
+from diffdistill.diffusion.draws import Draws
 from diffdistill.eval.command import EvalOptions, run_eval
 from diffdistill.eval.endpoints import endpoint_error
 from diffdistill.eval.places import seconds_until
 from diffdistill.eval.records import Cost, Record, append_record, read_records
-from diffdistill.inference import sample_images
-from diffdistill.model import find_checkpoint, join_students, load_model
-from diffdistill.terminal import Console
+from diffdistill.inference.draw import sample_images
+from diffdistill.models.model import find_checkpoint, join_students, load_model
+from diffdistill.settings.terminal import Console
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "digits.jsonl"

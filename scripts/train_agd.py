@@ -4,11 +4,11 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 Then sample it with:  diffdistill sample runs/digits-agd --guidance 3
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.diffusion.sampling import Heun
 from diffdistill.methods.agd import AGD
 from diffdistill.networks.adapters import AdapterConfig
-from diffdistill.sampling import Heun
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.trainer import Trainer
 
 method = AGD(
     adapter=AdapterConfig(kind="cross_attention", width=128, heads=32, placement="all", proportional=True),

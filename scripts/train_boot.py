@@ -3,11 +3,11 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.timesteps import Karras
 from diffdistill.methods.boot import Boot
-from diffdistill.timesteps import Karras
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 method = Boot(
     time_law=Karras(ratio_min=0.02, ratio_max=20.0, rho=7.0),  # the teacher's own range of noise, from end to end

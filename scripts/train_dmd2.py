@@ -3,13 +3,13 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
-from diffdistill.health import HealthConfig
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import Karras, LogNormal
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.sampling import FewSteps
-from diffdistill.timesteps import Karras, LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.reports.health import HealthConfig
+from diffdistill.training.trainer import Trainer
 
 method = DMD2(
     steps=FewSteps(init_ratio=4.0),  # one call, on noise 4 times as strong as the signal

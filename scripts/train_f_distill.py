@@ -3,12 +3,12 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import Karras, LogNormal
 from diffdistill.methods.f_distill import FDistill
-from diffdistill.sampling import FewSteps
-from diffdistill.timesteps import Karras, LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 noise_levels = Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0)
 method = FDistill(

@@ -3,11 +3,11 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.diffusion.sampling import Heun
+from diffdistill.diffusion.timesteps import LogNormal
 from diffdistill.methods.guidance_distill import GuidanceDistill
-from diffdistill.sampling import Heun
-from diffdistill.timesteps import LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.trainer import Trainer
 
 method = GuidanceDistill(
     steps=Heun(num_steps=18, rho=5.0),

@@ -3,13 +3,13 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.sampling import DDIM, TCD
+from diffdistill.diffusion.timesteps import Karras, LogNormal
+from diffdistill.distillation.segments import Stage
 from diffdistill.methods.hyper_sd import HyperSD
-from diffdistill.sampling import DDIM, TCD
-from diffdistill.segments import Stage
-from diffdistill.timesteps import Karras, LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 method = HyperSD(
     stages=(

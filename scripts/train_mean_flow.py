@@ -3,12 +3,12 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import LogNormal
 from diffdistill.methods.mean_flow import MeanFlow
-from diffdistill.sampling import FewSteps
-from diffdistill.timesteps import LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 method = MeanFlow(
     steps=FewSteps(init_ratio=20.0, init_noise="sigma"),

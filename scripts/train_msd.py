@@ -5,15 +5,15 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 
 from dataclasses import replace
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import Karras, LogNormal
+from diffdistill.distillation.partition import KMeans
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD
-from diffdistill.model import join_students
-from diffdistill.partition import KMeans
-from diffdistill.sampling import FewSteps
-from diffdistill.timesteps import Karras, LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.models.model import join_students
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 base = DMD2(  # how each student is distilled
     steps=FewSteps(init_ratio=4.0),

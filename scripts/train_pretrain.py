@@ -3,14 +3,15 @@
 Then distil it:  python scripts/train_dmd2.py
 """
 
-from diffdistill.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import Heun
+from diffdistill.diffusion.timesteps import LogNormal
 from diffdistill.methods.pretrain import Pretrain
+from diffdistill.models.config import ModelConfig
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import EDM
-from diffdistill.sampling import Heun
-from diffdistill.timesteps import LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 config = RunConfig(
     run="runs/digits-teacher",

@@ -3,11 +3,11 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.sampling import FewSteps, Heun
 from diffdistill.methods.regression import Regression
-from diffdistill.sampling import FewSteps, Heun
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 method = Regression(
     steps=FewSteps(init_ratio=20.0),  # where the teacher's ODE begins, too

@@ -3,12 +3,12 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import Karras, LogNormal
 from diffdistill.methods.sid import SiD
-from diffdistill.sampling import FewSteps
-from diffdistill.timesteps import Karras, LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 method = SiD(
     steps=FewSteps(init_ratio=2.5),  # one call, on noise 2.5 times as strong as the signal

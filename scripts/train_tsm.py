@@ -3,14 +3,15 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from diffdistill.ema import EMAConfig
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import Heun
+from diffdistill.diffusion.timesteps import LogNormal
 from diffdistill.methods.tsm import TSM
+from diffdistill.models.config import ModelConfig
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import EDM
-from diffdistill.sampling import Heun
-from diffdistill.timesteps import LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.trainer import Trainer
 
 model = ModelConfig(  # a third of the teacher's size
     network=UNetConfig(channels=(8, 24), attention=(False, True), head_channels=24),

@@ -28,14 +28,15 @@ from accelerate.state import AcceleratorState
 from conftest import small_config
 from torch import Tensor
 
-from diffdistill import trackers
-from diffdistill.checkpoint import find_damage, list_checkpoints, load_checkpoint
-from diffdistill.cli import main as command_line
-from diffdistill.config import RunConfig, dump_yaml
-from diffdistill.log import Log
-from diffdistill.method import Batch, Draw, Loss, Players
+from diffdistill.commands.cli import main as command_line
+from diffdistill.distillation.method import Batch, Draw, Loss, Players
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.trainer import Trainer
+from diffdistill.settings.values import dump_yaml
+from diffdistill.storage.checkpoint import find_damage, list_checkpoints, load_checkpoint
+from diffdistill.training.config import RunConfig
+from diffdistill.training.reports import trackers
+from diffdistill.training.reports.log import Log
+from diffdistill.training.trainer import Trainer
 
 STEPS, EVERY = 10, 3
 ROUNDING = 1e-5  # of the largest number, where the pieces of a batch change

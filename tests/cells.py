@@ -9,10 +9,11 @@ from conftest import SMALL_TRAIN
 from PIL import Image
 from stand_ins import save_stand_in
 
-from diffdistill.config import RunConfig, apply_overrides, parse_config, parse_yaml
-from diffdistill.families import Pipeline, open_pipeline
-from diffdistill.model import describe_model, join_students
-from diffdistill.trainer import Trainer
+from diffdistill.models.model import describe_model, join_students
+from diffdistill.models.teachers import Pipeline, open_pipeline
+from diffdistill.settings.values import apply_overrides, parse_yaml
+from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.trainer import Trainer
 
 SCORE = "{name: sid, steps: {init_ratio: 5, init_noise: unit}}"
 HEUN = "{name: heun, num_steps: 3, rho: 5}"

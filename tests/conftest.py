@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffdistill.config import RunConfig, apply_overrides, dump_yaml, parse_config, parse_yaml
-from diffdistill.trainer import Trainer
+from diffdistill.settings.values import apply_overrides, dump_yaml, parse_yaml
+from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.trainer import Trainer
 
 torch.set_num_threads(1)
 os.environ["COLUMNS"] = "160"  # of the terminal, so that what is printed does not depend on where the tests run

@@ -21,12 +21,12 @@ from fleet import run_together
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffdistill import trainer as trainer_module
-from diffdistill.config import RunConfig
-from diffdistill.draws import Draws
-from diffdistill.objective import Replicas
-from diffdistill.parts import whole
-from diffdistill.trainer import Trainer
+from diffdistill.diffusion.draws import Draws
+from diffdistill.distributed.parts import whole
+from diffdistill.training import trainer as trainer_module
+from diffdistill.training.config import RunConfig
+from diffdistill.training.objective import Replicas
+from diffdistill.training.trainer import Trainer
 
 STEPS = 30
 COUNTS = (2, 4)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.method import Batch, Method, Players
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
+from diffdistill.distillation.method import Batch, Method, Players
 from diffdistill.networks.analytic import Mixture, gaussian_denoiser, mixture_denoiser
-from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PATHS: dict[str, Path] = {

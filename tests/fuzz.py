@@ -27,16 +27,17 @@ from pictures import encode
 from PIL import Image
 from safetensors.torch import save
 
-from diffdistill.checkpoint import MANIFEST, list_checkpoints
-from diffdistill.config import dump, load_config
 from diffdistill.data import ImageFolder, Npz, WebDataset
-from diffdistill.edm_checkpoint import read_edm
 from diffdistill.eval.records import read_records
-from diffdistill.model import load_model
+from diffdistill.models.model import load_model
+from diffdistill.models.teachers.edm_checkpoint import read_edm
 from diffdistill.networks.edm_unet import DDPMPP
-from diffdistill.schema import UserError
-from diffdistill.shard_files import read_shards
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
+from diffdistill.storage.checkpoint import MANIFEST, list_checkpoints
+from diffdistill.storage.shard_files import read_shards
+from diffdistill.training.config import load_config
+from diffdistill.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SLOW = 10.0  # seconds for one small file

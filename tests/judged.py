@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.draws import Draws
+from diffdistill.diffusion.draws import Draws
 from diffdistill.eval.extract import Bench
 from diffdistill.eval.features import Extractor, Registered, register
 from diffdistill.eval.metrics import AnyMetric, Diversity, Frechet, InceptionScore, KernelDistance, PrecisionRecall

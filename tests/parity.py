@@ -9,7 +9,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
 
 TOLERANCE = 1e-4  # of unit-variance latents, in float32: the pipeline's arithmetic is in float32, ours in float64
 ROUNDING = 2e-6  # of float32, where random weights say an x0 of hundreds at the noisiest step

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.data.source import TensorImages
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.losses import denoising_loss
-from diffdistill.method import Batch, Method, Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.timesteps import Karras
+from diffdistill.distillation.losses import denoising_loss
+from diffdistill.distillation.method import Batch, Method, Players, Setting
 from diffdistill.networks.analytic import Mixture, mixture_denoiser
-from diffdistill.path import EDM
-from diffdistill.timesteps import Karras
 
 NUM_MODES, NUM_CLASSES, STD = 8, 4, 0.12
 PATH = EDM(sigma_min=0.01, sigma_max=10.0)

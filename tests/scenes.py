@@ -7,13 +7,14 @@ import torch
 from exact import random
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser, freeze
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Method, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.method import Batch, Method, Players, Setting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.path import EDM
-from diffdistill.sampling import FewSteps
 
 PATH = EDM()
 SHAPE = (1, 4, 4)

@@ -4,16 +4,16 @@ import pytest
 import torch
 from exact import Affine, LearnedGaussian
 
-from diffdistill.denoiser import Denoiser
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Method, Players, Setting
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import LogNormal
+from diffdistill.distillation.method import Batch, Method, Players, Setting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
 from diffdistill.networks.analytic import mixture_denoiser
-from diffdistill.path import EDM
-from diffdistill.sampling import FewSteps
-from diffdistill.timesteps import LogNormal
 
 PATH = EDM()
 UNIT_STEPS = FewSteps(init_noise="unit")

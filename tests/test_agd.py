@@ -9,21 +9,22 @@ from conftest import MakeConfig
 from exact import numbers, random
 from torch import Tensor, nn
 
-from diffdistill.config import load_config
-from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
-from diffdistill.draws import Draws
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import DDIM, Heun, transfer
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.eval.endpoints import endpoint_error
-from diffdistill.inference import sample_images
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.inference.draw import sample_images
 from diffdistill.methods.agd import AGD
-from diffdistill.model import load_model
+from diffdistill.models.model import load_model
 from diffdistill.networks.adapters import Adapted, AdapterConfig, without_adapters
 from diffdistill.networks.analytic import Mixture, gaussian_flow
 from diffdistill.networks.recompute import Recomputable
-from diffdistill.path import EDM
-from diffdistill.sampling import DDIM, Heun, transfer
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import load_config
+from diffdistill.training.trainer import Trainer
 
 PATH = EDM(sigma_min=0.02, sigma_max=20.0)
 MEANS = torch.stack([numbers(-0.5, 0.3, 0.0), numbers(1.0, -2.0, 0.5)])

@@ -36,7 +36,7 @@ from diffdistill.attention.context import current_backend
 from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def inputs(*, keys: int = 50, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -454,7 +454,7 @@ def test_a_network_of_diffusers_gets_a_forward_derivative_through_the_context(fa
 
 def test_the_network_of_a_teacher_has_a_forward_derivative_without_a_context():
     """Of UNet2DModel, whose attention hands group_norm tensors that torch's own rule raises on."""
-    from diffdistill.denoiser import Cond
+    from diffdistill.diffusion.cond import Cond
 
     torch.manual_seed(0)
     options = {
@@ -511,7 +511,7 @@ def test_gradient_checkpointing_of_diffusers_keeps_the_backend_outside_of_the_co
     ids=["unet", "dit"],
 )
 def test_our_own_networks_call_the_entry(config: Any, monkeypatch: pytest.MonkeyPatch):
-    from diffdistill.denoiser import Cond
+    from diffdistill.diffusion.cond import Cond
 
     torch.manual_seed(0)
     net = config.build((1, 8, 8), 3, 0.1).double().eval().requires_grad_(False)
@@ -613,7 +613,7 @@ def test_auto_on_a_gpu_compiles_though_it_looks_for_a_compiler_and_a_table(monke
 @pytest.mark.usefixtures("kernels_on_cpu")
 @pytest.mark.parametrize("method", ["dmd2", "sid"])
 def test_a_whole_step_of_a_method_runs_on_our_kernels(method: str, make_config: Callable[..., Any], teacher: Any):
-    from diffdistill.trainer import Trainer
+    from diffdistill.training.trainer import Trainer
 
     calls: list[int] = []
     launch = emulated()

@@ -186,7 +186,7 @@ def test_a_diffusers_network_has_a_tangent_by_our_kernel(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("method", ["dmd2", "sid"])
 def test_a_whole_step_of_a_method_runs_on_our_kernels(method: str, make_config: Any, tmp_path: Any) -> None:
-    from diffdistill.trainer import Trainer
+    from diffdistill.training.trainer import Trainer
 
     network = "model.network={name: unet, channels: [8, 32], attention: [false, true], head_channels: 32}"
     source = Trainer(make_config("pretrain", network, "train.steps=1", "train.device=auto"), quiet=True).run()

@@ -9,17 +9,18 @@ from exact import numbers, on_every_path, random
 from scenes import CLASSES, SHAPE, small_teacher
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM, Flow, Path, VPCosine, expand
+from diffdistill.diffusion.sampling import OneCall, transfer
+from diffdistill.diffusion.timesteps import Karras, LogNormal, Uniform
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods.boot import Boot
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.signal import SignalConfig, signal_config
-from diffdistill.path import EDM, Flow, Path, VPCosine, expand
-from diffdistill.sampling import OneCall, transfer
-from diffdistill.schema import UserError
-from diffdistill.timesteps import Karras, LogNormal, Uniform
+from diffdistill.settings.schema import UserError
 
 MEAN = numbers(0.7, -0.3, 0.1)
 ROOT = random(3, 3, seed=5) / 2

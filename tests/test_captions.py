@@ -16,7 +16,7 @@ from PIL import Image
 from diffdistill.data import CaptionedImages, HuggingFace, Prompts, WebDataset
 from diffdistill.data.captions import Captions
 from diffdistill.data.web_dataset import find_shards
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 PROMPTS = ("a red fox", "zwölf blaue Vögel", "a red fox", "three dogs, and a cat", 'a sign that says "stop"')
 

@@ -15,8 +15,12 @@ import torch
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from diffdistill import checkpoint as module
-from diffdistill.checkpoint import (
+from diffdistill.commands.cli import app
+from diffdistill.models.model import find_checkpoint, load_model
+from diffdistill.networks.mlp import MLPConfig
+from diffdistill.settings.schema import UserError
+from diffdistill.storage import checkpoint as module
+from diffdistill.storage.checkpoint import (
     Checkpoint,
     CheckpointError,
     find_damage,
@@ -25,13 +29,9 @@ from diffdistill.checkpoint import (
     load_strictly,
     save_checkpoint,
 )
-from diffdistill.cli import app
-from diffdistill.config import RunConfig
-from diffdistill.log import RunLog
-from diffdistill.model import find_checkpoint, load_model
-from diffdistill.networks.mlp import MLPConfig
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import RunConfig
+from diffdistill.training.reports.log import RunLog
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 WriteConfig = Callable[..., Path]

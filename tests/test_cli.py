@@ -15,14 +15,16 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffdistill import __version__, doctor, sample
-from diffdistill import demo as demo_module
-from diffdistill.cli import app
-from diffdistill.config import RunConfig
+from diffdistill import __version__
+from diffdistill.commands import demo as demo_module
+from diffdistill.commands import doctor
+from diffdistill.commands.cli import app
+from diffdistill.distillation.method import REGISTRY
 from diffdistill.eval import digits
 from diffdistill.eval.protocols import DIGITS_PIXELS
-from diffdistill.method import REGISTRY
-from diffdistill.trainer import Trainer
+from diffdistill.exported import sample
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -37,7 +39,8 @@ import dataclasses, sys
 sys.modules |= dict.fromkeys({EXTRAS})  # importing one of them now raises ImportError
 import torch
 torch.set_num_threads(1)
-from diffdistill import cli, demo
+from diffdistill.commands import cli
+from diffdistill.commands import demo
 from diffdistill.eval import digits
 demo.FAST = {TINY}
 load = demo.load_config
@@ -140,7 +143,7 @@ def test_help_imports_neither_torch_nor_other_heavy_packages() -> None:
     heavy = ["torch", "numpy", "diffusers", "accelerate", "sklearn", "pydantic", "PIL", "tensorboard"]
     code = f"""
 import sys
-from diffdistill.cli import app
+from diffdistill.commands.cli import app
 app(["--help"], standalone_mode=False)
 print("imported:", [name for name in {heavy} if name in sys.modules])
 """

@@ -11,7 +11,7 @@ from tiny_clip import LABEL, METRIC, write_clip
 from torch import nn
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
+from diffdistill.commands.cli import app
 from diffdistill.eval.records import read_records
 
 CAPTIONS = ["a dog on a beach", "two cats", "the same again", "a red bus"]

@@ -8,10 +8,10 @@ import torch
 from judged import METRICS, TOY, TensorFeatures
 from torch import Tensor
 
-from diffdistill.draws import Draws
+from diffdistill.diffusion.draws import Draws
 from diffdistill.eval.compare import paired_differences
 from diffdistill.eval.metrics import Frechet, KernelDistance
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 COUNT = 600
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.conditions import Conditions
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.path import EDM
-from diffdistill.router import ClassRouter, RoutedDenoiser
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.conditions import Conditions
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.router import ClassRouter, RoutedDenoiser
 
 LENGTH, WIDTH = 3, 4
 

@@ -9,11 +9,12 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.config import OptimizerConfig, RunConfig, dump_yaml, find_config, load_config, parse_config, parse_yaml
+from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump_yaml, parse_yaml
+from diffdistill.training.config import OptimizerConfig, RunConfig, find_config, load_config, parse_config
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 WriteConfig = Callable[..., Path]

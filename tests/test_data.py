@@ -16,13 +16,13 @@ from conftest import small_config
 from pictures import NAMES, Pixels, by_class, encode, pictures, write_folder, write_hugging_face, write_zip
 from torch import Tensor
 
-from diffdistill.config import RunConfig, parse_config
 from diffdistill.data import Cifar10, Digits, FashionMNIST, HuggingFace, ImageFolder, Npz
 from diffdistill.data import prepare as preparation
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.trainer import Trainer
 
 COUNT = 400
 

@@ -15,12 +15,12 @@ from PIL import Image
 from stand_ins import save_stand_in
 from torch import Tensor
 
-from diffdistill import inputs
-from diffdistill.checkpoint import list_checkpoints, load_checkpoint
-from diffdistill.config import RunConfig
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import ImageSource, LatentImages, MappedImages
-from diffdistill.trainer import Trainer
+from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
+from diffdistill.training import inputs
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 SHARDS, EACH, BATCH = 3, 10, 8  # an epoch ends inside a step
 PARTS = ((1, 2), (2, 3), (4, 3))

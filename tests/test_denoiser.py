@@ -8,13 +8,14 @@ from diffusers import UNet2DModel
 from exact import on_every_path, random
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.path import EDM, Path, VPCosine
 from diffdistill.networks.analytic import Mixture, gaussian_denoiser, gaussian_flow, mixture_denoiser
 from diffdistill.networks.diffusers_unet import DiffusersUNet
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import EDM, Path, VPCosine
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 SHAPE = (1, 8, 8)
 CLASSES = 3

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.digits import Digits
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import FreshNoise, Heun
 from diffdistill.eval.digits import (
     ONE_STEP,
     Row,
@@ -21,9 +24,7 @@ from diffdistill.eval.digits import (
     score,
 )
 from diffdistill.networks.analytic import mixture_denoiser
-from diffdistill.path import EDM
-from diffdistill.sampling import FreshNoise, Heun
-from diffdistill.terminal import Console
+from diffdistill.settings.terminal import Console
 
 
 class Recorder:

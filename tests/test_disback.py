@@ -11,21 +11,22 @@ from exact import random
 from ring import INIT_RATIO, TIME_LAW, train_ring
 from torch import Tensor, nn
 
-from diffdistill.checkpoint import flatten, select_group
-from diffdistill.config import RunConfig
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_loss
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM, expand
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import Karras, LogNormal
+from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods import disback
 from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.sid import SiD
-from diffdistill.path import EDM, expand
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import UserError
-from diffdistill.timesteps import Karras, LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import flatten, select_group
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 

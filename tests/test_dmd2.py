@@ -10,14 +10,15 @@ from exact import one_gaussian, random
 from scenes import BATCH, CLASSES, EVERYTHING, MULTI_STEP, PATH, SHAPE, due, learned, scene, small_teacher, watch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.losses import denoising_loss, gan_discriminator_loss, gan_generator_loss
-from diffdistill.method import Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import VPCosine
+from diffdistill.diffusion.sampling import FewSteps, Heun
+from diffdistill.distillation.losses import denoising_loss, gan_discriminator_loss, gan_generator_loss
+from diffdistill.distillation.method import Players, Setting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.analytic import mixture_denoiser
-from diffdistill.path import VPCosine
-from diffdistill.sampling import FewSteps, Heun
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 # Properties of the field
 

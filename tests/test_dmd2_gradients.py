@@ -10,14 +10,15 @@ import torch
 from exact import Affine, GaussianFixture, LearnedGaussian, LogRatio, MixtureFixture, Tapped, components, numbers
 from torch import Tensor
 
-from diffdistill import score_distillation as shared
-from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
-from diffdistill.losses import denoising_loss
-from diffdistill.method import Batch, Players
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation import score_distillation as shared
+from diffdistill.distillation.losses import denoising_loss
+from diffdistill.distillation.method import Batch, Players
 from diffdistill.methods import dmd2
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.path import EDM
-from diffdistill.sampling import FewSteps
 
 PATH = EDM()
 UNIT_STEPS = FewSteps(init_noise="unit")  # the generator is given n itself

@@ -7,11 +7,11 @@ import torch
 from scenes import BATCH, CLASSES, EVERYTHING, MULTI_STEP, PATH, SHAPE, scene
 from torch import Tensor
 
-from diffdistill.denoiser import Cond
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.sampling import FewSteps
 
 
 def inputs_of_generator(method: DMD2, step: int) -> tuple[list[tuple[Tensor, Tensor]], Players, dict[str, Tensor]]:

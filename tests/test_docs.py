@@ -16,12 +16,12 @@ import yaml
 from conftest import MakeConfig
 from PIL import Image
 
-from diffdistill.cli import app
-from diffdistill.config import RunConfig, find_config, load_config
+from diffdistill.commands.cli import app
+from diffdistill.distillation.method import REGISTRY
 from diffdistill.eval.protocols import find_protocol
-from diffdistill.health import BANDS
-from diffdistill.method import REGISTRY
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import RunConfig, find_config, load_config
+from diffdistill.training.reports.health import BANDS
+from diffdistill.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -60,7 +60,8 @@ TRAIN_IT = f"""
 import importlib.util, sys
 import torch
 torch.set_num_threads(1)
-from diffdistill import cli, method
+from diffdistill.commands import cli
+from diffdistill.distillation import method
 method.REGISTRY["diff_instruct"] = "{METHOD_NAME}:DiffInstruct"
 spec = importlib.util.spec_from_file_location("{METHOD_NAME}", sys.argv.pop(1))
 sys.modules["{METHOD_NAME}"] = module = importlib.util.module_from_spec(spec)

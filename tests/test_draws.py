@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffdistill.draws import Draws, integer_of, philox
+from diffdistill.diffusion.draws import Draws, integer_of, philox
 
 COUNT = 200_000
 

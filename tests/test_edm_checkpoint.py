@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.denoiser import Cond
-from diffdistill.edm_checkpoint import import_edm, read_edm
-from diffdistill.model import load_model
+from diffdistill.commands.cli import app
+from diffdistill.diffusion.cond import Cond
+from diffdistill.models.model import load_model
+from diffdistill.models.teachers.edm_checkpoint import import_edm, read_edm
+from diffdistill.models.teachers.pickle_reader import Refused
 from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP
-from diffdistill.pickle_reader import Refused
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.trainer import Trainer
 
 OUTPUTS = Path(__file__).with_name("edm_outputs.safetensors")
 CONFIGS = {

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import FewSteps, FreshNoise, Heun
 from diffdistill.eval import efficiency
 from diffdistill.eval.efficiency import measure_efficiency
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.path import EDM
-from diffdistill.sampling import FewSteps, FreshNoise, Heun
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 SHAPE = (1, 8, 8)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffdistill.ema import EMA, EMAConfig
+from diffdistill.training.ema import EMA, EMAConfig
 
 
 def weights(value: float) -> nn.Module:

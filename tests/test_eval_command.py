@@ -15,19 +15,19 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffdistill.checkpoint import MANIFEST
-from diffdistill.cli import app
+from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
-from diffdistill.denoiser import Denoiser
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import VPDiscrete
+from diffdistill.diffusion.sampling import DDIM
 from diffdistill.eval.diffusers_folder import open_diffusers
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.places import SamplingOptions, seconds_until
 from diffdistill.eval.protocols import find_protocol
 from diffdistill.eval.records import Record, read_records
-from diffdistill.model import find_checkpoint, load_model
+from diffdistill.models.model import find_checkpoint, load_model
 from diffdistill.networks.diffusers_unet import DiffusersUNet
-from diffdistill.path import VPDiscrete
-from diffdistill.sampling import DDIM
+from diffdistill.storage.checkpoint import MANIFEST
 
 PROTOCOL = {
     "name": "small-digits",

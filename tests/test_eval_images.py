@@ -24,7 +24,7 @@ from diffdistill.data.source import MappedImages
 from diffdistill.eval.images import DataImages, is_lossy, open_images
 from diffdistill.eval.preparation import prepare
 from diffdistill.eval.protocol import Preparation
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 PLAIN = Preparation()
 RED = Image.new("RGB", (8, 8), (200, 10, 30))

@@ -13,19 +13,19 @@ from stand_ins import save_stand_in
 from tiny_clip import LABEL, METRIC, write_clip
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.denoiser import Cond
-from diffdistill.draws import Draws
+from diffdistill.commands.cli import app
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import DDIM
 from diffdistill.eval.diffusers_folder import open_diffusers
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.places import SamplingOptions
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.protocols import find_protocol
 from diffdistill.eval.records import read_records
-from diffdistill.families import open_pipeline
-from diffdistill.sampling import DDIM
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.models.teachers import open_pipeline
+from diffdistill.settings.schema import UserError
+from diffdistill.training.trainer import Trainer
 
 CAPTIONS = ["a red fox", "two blue birds", "a dog", "the same again"]
 STEPS = DDIM(num_steps=2)

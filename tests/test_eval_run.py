@@ -14,7 +14,6 @@ from accelerate import PartialState
 from judged import EXTRACTOR, METRICS, SHAPE, TOY, NoiseImages, TensorFeatures, files_under, toy_bench, toy_protocol
 from torch import Tensor
 
-from diffdistill.config import dump
 from diffdistill.eval.feature_store import BLOCK
 from diffdistill.eval.features import Extractor
 from diffdistill.eval.kernels import kid
@@ -24,8 +23,9 @@ from diffdistill.eval.run import Evaluation, evaluate, progress_bar
 from diffdistill.eval.scores import inception_score
 from diffdistill.eval.scoring import OnDevice, score
 from diffdistill.eval.workers import find_workers
-from diffdistill.schema import UserError
-from diffdistill.terminal import Console
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import Console
+from diffdistill.settings.values import dump
 
 
 def run(root: Path, *, batch_size: int = 100, keep: bool = False, **changes: Any) -> Evaluation:

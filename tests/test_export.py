@@ -19,21 +19,21 @@ from safetensors.torch import load_file, save_file
 from stand_ins import save_sentence_encoder, save_stand_in
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.config import ModelConfig
-from diffdistill.denoiser import freeze
-from diffdistill.export import command
-from diffdistill.export.command import ExportOptions, export, write
+from diffdistill.commands import export_command as command
+from diffdistill.commands.cli import app
+from diffdistill.commands.export_command import ExportOptions, export, write
+from diffdistill.diffusion.denoiser import freeze
+from diffdistill.diffusion.path import VPDiscrete
+from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
 from diffdistill.export.expected import check_self_contained, check_stock
 from diffdistill.export.record import RECORD, read_record
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import write_stock
 from diffdistill.export.verify import TOLERANCE, Check, ExportError, compare, verify
-from diffdistill.model import ModelSpec, TrainedModel, load_model
+from diffdistill.models.config import ModelConfig
+from diffdistill.models.model import ModelSpec, TrainedModel, load_model
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import VPDiscrete
-from diffdistill.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 UNIT = {"init_noise": "unit"}
 LAST, HALF = VPDiscrete().ratio(torch.tensor([999.0, 499.0])).tolist()
@@ -228,7 +228,7 @@ def planted(check: Check, folder: Path) -> Check:
     """A copy whose code imports this package."""
     shutil.copytree(check.folder, folder)
     (file,) = (folder / "model").glob("network_*.py")
-    changed = file.read_text() + "\nimport importlib\nimportlib.import_module('diffdistill.path')\n"
+    changed = file.read_text() + "\nimport importlib\nimportlib.import_module('diffdistill.diffusion.path')\n"
     file.with_name("network_planted.py").write_text(changed)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"model": ["network_planted", "Model"]}))

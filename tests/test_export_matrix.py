@@ -10,9 +10,9 @@ import pytest
 from cells import METHODS, origin, train
 from stand_ins import STAND_INS
 
-from diffdistill.export.command import AnyKind, ExportOptions, write
+from diffdistill.commands.export_command import AnyKind, ExportOptions, write
 from diffdistill.export.verify import TOLERANCE, Check, compare
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 PAGE = Path(__file__).parents[1] / "docs" / "export-matrix.md"
 LORA = "lora.default={rank: 2, alpha: 4}"

@@ -12,20 +12,21 @@ from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene,
 from test_trainer import ACCUMULATION, trained, weights
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.divergences import WEIGHTS, density_ratio, mean_by_bin
-from diffdistill.draws import Draws
-from diffdistill.losses import gan_generator_loss
-from diffdistill.method import Method, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import VPCosine
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import Karras
+from diffdistill.distillation.divergences import WEIGHTS, density_ratio, mean_by_bin
+from diffdistill.distillation.losses import gan_generator_loss
+from diffdistill.distillation.method import Method, Players, Setting
+from diffdistill.distillation.score_distillation import start_players
 from diffdistill.methods import dmd2, f_distill
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
-from diffdistill.path import VPCosine
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import schema
-from diffdistill.score_distillation import start_players
-from diffdistill.timesteps import Karras
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import schema
+from diffdistill.training.trainer import Trainer
 
 DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "rkl": lambda r: -r.log(),

@@ -19,16 +19,17 @@ from safetensors.torch import load_file, save_file
 from stand_ins import LENGTH, STAND_INS, save_stand_in
 from torch import Tensor
 
-from diffdistill.conditions import Conditions
-from diffdistill.config import dump, validate
-from diffdistill.denoiser import NO_COND, Cond, Denoiser, freeze
-from diffdistill.families import Pipeline, find_family, open_pipeline
-from diffdistill.families import pipeline as pipeline_module
-from diffdistill.model import ModelSpec, load_model
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.conditions import Conditions
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.models.model import ModelSpec, load_model
+from diffdistill.models.teachers import Pipeline, find_family, open_pipeline
+from diffdistill.models.teachers import pipeline as pipeline_module
 from diffdistill.networks.discriminator import make_head
 from diffdistill.networks.lora import LoRASettings, merge_lora, with_lora
 from diffdistill.networks.recompute import set_recompute
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump, validate
 
 PROMPTS = ["a red fox", "two blue birds"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffdistill.eval.feature_store import BLOCK, FeatureStore, hash_features, locked
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 FEATURES = torch.randn(BLOCK + 44, 3, generator=torch.Generator().manual_seed(0))
 

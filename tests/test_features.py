@@ -33,7 +33,7 @@ from diffdistill.eval.features import (
 )
 from diffdistill.eval.networks import cifar_resnet, dinov2, inception
 from diffdistill.eval.resize import clean_resize, interpolated, levels, network_input, signed
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 ROUNDING = 1e-5
 """Of float32 over a network, relative to the largest feature; channels last adds in another order."""

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import FreshNoise
 from diffdistill.eval.features import Pixels
 from diffdistill.eval.generate import SampledImages, labels_of
 from diffdistill.eval.metrics import Frechet
@@ -13,8 +16,6 @@ from diffdistill.eval.protocol import Labels, Noise, Protocol
 from diffdistill.eval.records import ModelRecord
 from diffdistill.networks.analytic import mixture_denoiser
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.path import EDM
-from diffdistill.sampling import FreshNoise
 
 SHAPE = (1, 2, 2)
 METRICS = (Frechet(features=Pixels()),)

@@ -7,8 +7,9 @@ import torch
 from exact import numbers, on_every_path, random
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import (
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance import (
     CFG,
     AdaptiveGuidance,
     CFGPlusPlus,
@@ -18,11 +19,11 @@ from diffdistill.guidance import (
     alignment,
     evaluate_pair,
 )
-from diffdistill.linear_guidance import LinearAG, fit_linear_ag, least_squares
+from diffdistill.diffusion.linear_guidance import LinearAG, fit_linear_ag, least_squares
+from diffdistill.diffusion.path import EDM, Path, VPCosine
+from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
 from diffdistill.networks.analytic import gaussian_flow, mixture_denoiser
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.path import EDM, Path, VPCosine
-from diffdistill.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
 
 BATCH = 6
 SCALE = 2.5

@@ -10,20 +10,21 @@ from ring import NUM_CLASSES, PATH, ring_teacher
 from test_guidance import MEANS, VARIANCES, TwoGaussians
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser, freeze
-from diffdistill.draws import Draws
-from diffdistill.inference import sample_images
-from diffdistill.losses import denoising_weight
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.timesteps import LogNormal
+from diffdistill.distillation.losses import denoising_weight
+from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.inference.draw import sample_images
 from diffdistill.methods.guidance_distill import GuidanceDistill
-from diffdistill.model import load_model
+from diffdistill.models.model import load_model
 from diffdistill.networks.analytic import Mixture
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.path import EDM
-from diffdistill.schema import UserError
-from diffdistill.timesteps import LogNormal
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.trainer import Trainer
 
 SHAPE, CLASSES, BATCH = (1, 4, 4), 3, 8
 METHOD = GuidanceDistill(width=8)

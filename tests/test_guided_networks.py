@@ -12,8 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffdistill.attention import attention
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import AdaptiveGuidance, Interval
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance import AdaptiveGuidance, Interval
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import Heun
 from diffdistill.networks.adapters import (
     AdaptedConfig,
     AdapterConfig,
@@ -29,9 +32,7 @@ from diffdistill.networks.guided import GuidedBase, GuidedConfig, blocks_of, tak
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import EDM
-from diffdistill.sampling import Heun
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
 BASES = {

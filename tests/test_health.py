@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffdistill.config import find_config, load_config
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.health import BANDS, Health, HealthConfig, Reference, compare_scores, mean_distance
-from diffdistill.method import Draw, Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.method import Draw, Players, Setting
+from diffdistill.distributed.stopping import TrainingError
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.path import EDM
-from diffdistill.sampling import FewSteps
-from diffdistill.stopping import TrainingError
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.reports.health import BANDS, Health, HealthConfig, Reference, compare_scores, mean_distance
+from diffdistill.training.trainer import Trainer
 
 SHAPE = (1, 4, 4)
 NO_REFERENCE = Reference(mean=0.0, std=1.0, distance=1.0)

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.checkpoint import list_checkpoints, load_checkpoint, select_group
-from diffdistill.config import RunConfig
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import TensorImages
-from diffdistill.method import Batch, Draw, Loss, Players, Setting, Update
+from diffdistill.diffusion.path import EDM
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Setting, Update
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.path import EDM
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint, select_group
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 

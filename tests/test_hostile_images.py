@@ -15,7 +15,7 @@ from PIL import Image
 from diffdistill.data import ImageFolder, Npz
 from diffdistill.data.collection import MAX_FILE_BYTES, UnreadableImage
 from diffdistill.data.decode import ANIMATED, ENLARGED, TRANSPARENT, Sizing, decode
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 RED = Image.new("RGB", (8, 8), (200, 10, 30))
 RAMP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024 + 200

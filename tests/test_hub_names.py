@@ -11,10 +11,10 @@ import torch
 from huggingface_hub.utils import RepositoryNotFoundError, filter_repo_objects
 from stand_ins import save_stand_in
 
-from diffdistill.families import is_pipeline, open_pipeline
-from diffdistill.families.hub import fetch_pipeline
-from diffdistill.model import load_model
-from diffdistill.schema import UserError
+from diffdistill.models.model import load_model
+from diffdistill.models.teachers import is_pipeline, open_pipeline
+from diffdistill.models.teachers.hub import fetch_pipeline
+from diffdistill.settings.schema import UserError
 
 NAME = "somebody/tiny-pipeline"
 

@@ -9,18 +9,19 @@ from exact import numbers, on_every_path, random
 from scenes import BATCH, CLASSES, PATH, SHAPE, scene, small_teacher
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.losses import gan_discriminator_loss, gan_generator_loss
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM, Path, expand
+from diffdistill.diffusion.sampling import DDIM, TCD, transfer
+from diffdistill.distillation.losses import gan_discriminator_loss, gan_generator_loss
+from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.distillation.rewards import Feedback, contrast
+from diffdistill.distillation.segments import Stage, segment_of
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.networks.analytic import gaussian_denoiser
-from diffdistill.path import EDM, Path, expand
-from diffdistill.rewards import Feedback, contrast
-from diffdistill.sampling import DDIM, TCD, transfer
-from diffdistill.schema import UserError
-from diffdistill.segments import Stage, segment_of
+from diffdistill.settings.schema import UserError
 
 N = 8
 GRID = DDIM(num_steps=N)

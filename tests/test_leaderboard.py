@@ -17,14 +17,14 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
+from diffdistill.commands.cli import app
 from diffdistill.eval.board_costs import cost_columns
 from diffdistill.eval.board_files import file_names, to_cards, to_csv, to_markdown, write_leaderboard
 from diffdistill.eval.board_page import board_page
 from diffdistill.eval.figures import Given, Scale, compact, decimals_of, frontier, place_labels
 from diffdistill.eval.leaderboard import REPORTED, Score, locate, make_board, make_group, read_board
 from diffdistill.eval.records import Values
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 THREE_SEEDS = [measured("student", distance, seed=seed) for seed, distance in enumerate((0.2, 0.3, 0.7))]
 

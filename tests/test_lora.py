@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from diffdistill.counting import storage_bytes
-from diffdistill.denoiser import Cond, Denoiser, freeze
-from diffdistill.draws import Draws
-from diffdistill.ema import EMA, EMAConfig
-from diffdistill.method import Batch, Method, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.distillation.method import Batch, Method, Players, Setting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.sid import SiD
 from diffdistill.networks import ADM, AnyNetwork, DiTConfig, GuidedConfig, MLPConfig, SignalConfig, UNetConfig
@@ -27,8 +27,9 @@ from diffdistill.networks.lora import (
     without_lora,
 )
 from diffdistill.networks.recompute import recomputable_blocks, set_recompute
-from diffdistill.path import EDM
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.training.ema import EMA, EMAConfig
+from diffdistill.training.memory.counting import storage_bytes
 
 SHAPE, CLASSES = (1, 8, 8), 3
 SETTINGS = LoRASettings(rank=3, alpha=6)

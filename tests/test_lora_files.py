@@ -9,9 +9,9 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from stand_ins import save_stand_in
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.export.lora_files import diffusers_keys, factors_of, kohya_keys
-from diffdistill.model import load_model
+from diffdistill.models.model import load_model
 from diffdistill.networks.lora import LoRA, LoRASettings, lora_of, merge_lora, with_lora
 
 PIPELINES = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}

@@ -11,14 +11,14 @@ from conftest import MakeConfig, small_config
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffdistill.checkpoint import find_damage
-from diffdistill.config import RunConfig
-from diffdistill.denoiser import Denoiser
-from diffdistill.memory import plan_memory
-from diffdistill.model import load_model, load_players
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.models.model import load_model, load_players
 from diffdistill.networks.lora import lora_of
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import find_damage
+from diffdistill.training.config import RunConfig
+from diffdistill.training.memory.memory import plan_memory
+from diffdistill.training.trainer import Trainer
 
 LORA = "lora.default={rank: 2}"
 WITH_LORA = (

@@ -7,8 +7,10 @@ import torch
 from exact import MixtureFixture, averaged_by, normal_nodes, one_gaussian, pairs, random
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Denoiser
-from diffdistill.losses import (
+from diffdistill.diffusion.cond import NO_COND
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM, VPCosine, expand
+from diffdistill.distillation.losses import (
     denoising_loss,
     denoising_weight,
     field_loss,
@@ -18,7 +20,6 @@ from diffdistill.losses import (
     zero_nonfinite,
 )
 from diffdistill.networks.discriminator import Head
-from diffdistill.path import EDM, VPCosine, expand
 
 PATH = EDM()
 SIX_DIGITS = 2e-6  # values that are known to six decimals

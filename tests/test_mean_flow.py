@@ -9,16 +9,17 @@ from exact import on_every_path, random
 from scenes import CLASSES, small_teacher
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM, Flow, Path
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods.mean_flow import MeanFlow, line, on_path
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow
 from diffdistill.networks.two_times import TwoTimesConfig
 from diffdistill.networks.unet import UNetConfig
-from diffdistill.path import EDM, Flow, Path
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 MEAN = random(3, seed=4) / 2
 ROOT = random(3, 3, seed=5) / 2

@@ -11,13 +11,13 @@ from click.testing import Result
 from torch import nn
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.config import OptimizerConfig, RunConfig
-from diffdistill.counting import LiveTensors, SavedTensors
-from diffdistill.memory import Growth, MemoryPlan, optimizer_bytes, plan_memory, rehearse
-from diffdistill.memory_advice import advise
-from diffdistill.optimizers import make_optimizer
-from diffdistill.trainer import Trainer
+from diffdistill.commands.cli import app
+from diffdistill.training.config import OptimizerConfig, RunConfig
+from diffdistill.training.memory.counting import LiveTensors, SavedTensors
+from diffdistill.training.memory.memory import Growth, MemoryPlan, optimizer_bytes, plan_memory, rehearse
+from diffdistill.training.memory.memory_advice import advise
+from diffdistill.training.optimizers import make_optimizer
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 WriteConfig = Callable[..., Path]

@@ -14,23 +14,23 @@ from scenes import CLASSES, SHAPE, small_teacher
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.config import RunConfig
+from diffdistill.commands.cli import app
 from diffdistill.data.source import TensorImages
-from diffdistill.denoiser import Cond
-from diffdistill.draws import Draws
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.router import ClassRouter, QuadrantRouter, RoutedDenoiser, by_student, fit_quadrants
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.method import Setting
+from diffdistill.distillation.partition import AnyPartition, KMeans, LabelRanges, Quadrants, class_means, equal_kmeans
 from diffdistill.eval.command import EvalOptions, set_up
-from diffdistill.inference import sample_images
-from diffdistill.method import Setting
+from diffdistill.inference.draw import sample_images
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD
-from diffdistill.model import ROUTER, find_checkpoint, join_students, load_model
-from diffdistill.partition import AnyPartition, KMeans, LabelRanges, Quadrants, class_means, equal_kmeans
-from diffdistill.path import EDM
-from diffdistill.router import ClassRouter, QuadrantRouter, RoutedDenoiser, by_student, fit_quadrants
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.models.model import ROUTER, find_checkpoint, join_students, load_model
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -15,17 +15,18 @@ from torch.func import jvp
 from typer.testing import CliRunner
 
 from diffdistill.attention import backends, entry, ops
-from diffdistill.cli import app
-from diffdistill.config import find_config, load_config
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.ema import EMA, EMAConfig
-from diffdistill.families.sd import StableDiffusionUNet
-from diffdistill.model import load_model
-from diffdistill.negative import with_negative_prompt
+from diffdistill.commands.cli import app
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import VPDiscrete
+from diffdistill.models.model import load_model
+from diffdistill.models.negative import with_negative_prompt
+from diffdistill.models.teachers.sd import StableDiffusionUNet
 from diffdistill.networks.negative import NegativePrompt, steer_away, text_attention
-from diffdistill.path import VPDiscrete
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.ema import EMA, EMAConfig
+from diffdistill.training.trainer import Trainer
 
 LENGTH, WIDTH = 5, 12
 TEXT, NEGATIVE = torch.randn(2, 2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -338,7 +339,7 @@ def test_the_command_line_samples_away_from_a_negative_prompt(teacher: Path, tmp
 
 
 def _prompts(teacher: Path) -> tuple[Any, Cond]:
-    from diffdistill.families import open_pipeline
+    from diffdistill.models.teachers import open_pipeline
 
     opened = open_pipeline(teacher)
     return opened, opened.encode(opened.load_encoder(), ["a red fox", "two birds"])

@@ -10,18 +10,19 @@ from stand_ins import STAND_INS, save_stand_in
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser, device_of, freeze
-from diffdistill.families import open_pipeline
-from diffdistill.memory import plan_memory
-from diffdistill.method import Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, device_of, freeze
+from diffdistill.diffusion.path import EDM
+from diffdistill.distillation.method import Setting
 from diffdistill.methods.pretrain import Pretrain
+from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks import DiTConfig, UNetConfig
 from diffdistill.networks.recompute import set_recompute
-from diffdistill.offload import offload
-from diffdistill.path import EDM
-from diffdistill.schema import UserError
-from diffdistill.setup import prepare_once
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.memory.memory import plan_memory
+from diffdistill.training.memory.offload import offload
+from diffdistill.training.setup import prepare_once
+from diffdistill.training.trainer import Trainer
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 NETWORKS = {"unet": UNetConfig(channels=(8, 16)), "dit": DiTConfig(width=16, depth=2, heads=2)}
@@ -117,7 +118,7 @@ def test_the_gradient_through_an_offloaded_network_is_the_same(
     expected, x.grad = x.grad, None
     offload(teacher, CPU)
     # As if every weight were elsewhere: the layer has another parameter for its call.
-    monkeypatch.setattr("diffdistill.offload._is_elsewhere", lambda *_: True)
+    monkeypatch.setattr("diffdistill.training.memory.offload._is_elsewhere", lambda *_: True)
     if recomputed:
         set_recompute(teacher)
     call(teacher, x).square().sum().backward()

@@ -8,11 +8,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from exact import PATHS, STABLE_DIFFUSION, on_every_path
 from torch import Tensor
 
-from diffdistill.draws import Draws
-from diffdistill.losses import DenoisingWeight, denoising_weight
-from diffdistill.path import EDM, Flow, Path, Prediction, VPCosine, VPDiscrete, VPLinear, karras_ratios
-from diffdistill.schema import UserError
-from diffdistill.timesteps import Karras, KarrasIndex
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM, Flow, Path, Prediction, VPCosine, VPDiscrete, VPLinear, karras_ratios
+from diffdistill.diffusion.timesteps import Karras, KarrasIndex
+from diffdistill.distillation.losses import DenoisingWeight, denoising_weight
+from diffdistill.settings.schema import UserError
 
 ROUND_OFF = 1e-12  # a handful of float64 operations on numbers of order one
 

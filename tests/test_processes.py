@@ -20,19 +20,20 @@ from equal import WAYS, apart, measure
 from fleet import run_together
 from torch import Tensor, nn
 
-from diffdistill.checkpoint import list_checkpoints, load_checkpoint
-from diffdistill.config import RunConfig, dump_yaml
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Update
+from diffdistill.distributed.processes import Processes, find_processes, others
+from diffdistill.distributed.stopping import StopRequested, TrainingError
 from diffdistill.eval.records import read_records
 from diffdistill.eval.workers import find_workers
-from diffdistill.log import Log, Silence
-from diffdistill.method import Batch, Draw, Loss, Players, Update
 from diffdistill.methods.pretrain import Pretrain
-from diffdistill.objective import Objective, Replicas
-from diffdistill.processes import Processes, find_processes, others
-from diffdistill.schema import UserError
-from diffdistill.setup import check_batch
-from diffdistill.stopping import StopRequested, TrainingError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump_yaml
+from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
+from diffdistill.training.config import RunConfig
+from diffdistill.training.objective import Objective, Replicas
+from diffdistill.training.reports.log import Log, Silence
+from diffdistill.training.setup import check_batch
+from diffdistill.training.trainer import Trainer
 
 ROUNDING = 1e-5  # of the largest weight, after some steps of Adam in float32
 
@@ -252,7 +253,7 @@ def begin_apart(config: RunConfig) -> str:
     """Go on where the second process sees an older list of files than the first."""
     with pytest.MonkeyPatch.context() as patched:
         if os.environ["RANK"] == "1":
-            patched.setattr("diffdistill.setup.list_checkpoints", lambda folder: list_checkpoints(folder)[:1])
+            patched.setattr("diffdistill.training.setup.list_checkpoints", lambda folder: list_checkpoints(folder)[:1])
         with pytest.raises(UserError) as raised:
             Trainer(config, resume=True, quiet=True)
     return str(raised.value)
@@ -271,7 +272,9 @@ def failed_first(config: RunConfig) -> tuple[str, str]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr("diffdistill.trainer.save_checkpoint", full)  # in this process, which ends with the test
+    monkeypatch.setattr(
+        "diffdistill.training.trainer.save_checkpoint", full
+    )  # in this process, which ends with the test
     trainer = Trainer(config, quiet=True)
     with pytest.raises((OSError, TrainingError)) as raised:
         trainer.run()

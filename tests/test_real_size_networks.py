@@ -8,14 +8,15 @@ from conftest import MakeConfig
 from exact import random
 from torch import Tensor, nn
 
-from diffdistill.augmentation import NUM_LABELS, augment, draw_motion
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
+from diffdistill.diffusion.augmentation import NUM_LABELS, augment, draw_motion
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM
 from diffdistill.networks.dit import DiT, DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP, EDMUNet
-from diffdistill.path import EDM
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.trainer import Trainer
 
 SHAPE = (2, 8, 8)
 CLASSES = 3

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from stand_ins import save_stand_in
 
-from diffdistill.config import RunConfig, dump, find_config, load_config
-from diffdistill.families.hub import is_hub_name
 from diffdistill.methods.agd import AGD
 from diffdistill.methods.hyper_sd import HyperSD
-from diffdistill.trainer import Trainer
+from diffdistill.models.teachers.hub import is_hub_name
+from diffdistill.settings.values import dump
+from diffdistill.training.config import RunConfig, find_config, load_config
+from diffdistill.training.trainer import Trainer
 
 FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "dit256": "dit"}
 """The stand-in's family by the recipe's teacher."""

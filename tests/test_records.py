@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from diffdistill.config import dump
 from diffdistill.eval.records import (
     Environment,
     Images,
@@ -23,7 +22,8 @@ from diffdistill.eval.records import (
     protocol_id,
     read_records,
 )
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
 
 MEASURED = Record(
     kind="measured",

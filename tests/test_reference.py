@@ -13,8 +13,7 @@ from pictures import encode, pictures, write_folder
 from torch import Tensor
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.config import dump, dump_yaml
+from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
 from diffdistill.eval import digits
 from diffdistill.eval.distances import frechet_from_features, frechet_from_summaries
@@ -39,7 +38,8 @@ from diffdistill.eval.reference import RealFeatures, compute_reference, open_ref
 from diffdistill.eval.resize import levels
 from diffdistill.eval.scoring import MissingFeaturesError
 from diffdistill.eval.statistics import Summary
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump, dump_yaml
 
 PLAIN = Preparation()
 D = 4
@@ -402,7 +402,7 @@ def test_unknown_protocols_and_faults_in_a_file_are_told_with_the_choices(tmp_pa
 
 
 def test_references_are_written_for_every_kind_of_features(folder: Path, own_folder: Path) -> None:
-    from diffdistill.terminal import Console
+    from diffdistill.settings.terminal import Console
 
     both = (Frechet(features=register(EXTRACTOR)), Frechet(features=Pixels()))
     yaml = folder.parent / "both.yaml"

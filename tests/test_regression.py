@@ -9,15 +9,15 @@ from exact import one_gaussian
 from safetensors.torch import load_file
 from scenes import CLASSES, PATH, SHAPE, small_teacher
 
-from diffdistill.checkpoint import select_group
-from diffdistill.config import RunConfig
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import FewSteps, Heun
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods.regression import Regression
-from diffdistill.model import find_checkpoint
-from diffdistill.sampling import FewSteps, Heun
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.models.model import find_checkpoint
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import select_group
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 QUICK = ("method.pairs=12", "method.pair_sampler.num_steps=3", "train.steps=4")

@@ -11,8 +11,7 @@ from boards import HOSTILE, draw_grid, measured, written
 from test_leaderboard import Page
 from typer.testing import CliRunner
 
-from diffdistill.cli import app
-from diffdistill.curves import Series
+from diffdistill.commands.cli import app
 from diffdistill.eval.panels import BOTTOM, TOP, Panel, draw_panel
 from diffdistill.eval.records import ModelRecord
 from diffdistill.eval.report import (
@@ -27,8 +26,9 @@ from diffdistill.eval.report import (
     tiles,
     write_report,
 )
-from diffdistill.log import RunLog
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.training.reports.curves import Series
+from diffdistill.training.reports.log import RunLog
 
 CONFIG = """
 run: runs/x

@@ -8,13 +8,13 @@ import torch
 from ring import INIT_RATIO, TIME_LAW, train_ring
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
-from diffdistill.losses import denoising_loss
-from diffdistill.method import Batch, Draw, Loss, Players
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.losses import denoising_loss
+from diffdistill.distillation.method import Batch, Draw, Loss, Players
+from diffdistill.distillation.score_distillation import condition, generate
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import schema
-from diffdistill.score_distillation import condition, generate
+from diffdistill.settings.schema import schema
 
 
 def right() -> DMD2:

@@ -12,18 +12,18 @@ from PIL import Image, ImageDraw
 from stand_ins import save_stand_in
 from typer.testing import CliRunner
 
-from diffdistill import sample
-from diffdistill.cli import app
-from diffdistill.export.command import ExportOptions, export
+from diffdistill.commands.cli import app
+from diffdistill.commands.export_command import ExportOptions, export
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
+from diffdistill.diffusion.steps import with_steps
 from diffdistill.export.record import guidance_of
-from diffdistill.imagers import CodeImager, open_imager
-from diffdistill.model import load_model
-from diffdistill.model_imager import Asked, ModelImager
-from diffdistill.path import EDM
-from diffdistill.sample import SampleOptions, run_sample, teacher_of
-from diffdistill.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
-from diffdistill.schema import UserError
-from diffdistill.steps import with_steps
+from diffdistill.exported import sample
+from diffdistill.exported.imagers import CodeImager, open_imager
+from diffdistill.exported.sample import SampleOptions, run_sample, teacher_of
+from diffdistill.inference.model_imager import Asked, ModelImager
+from diffdistill.models.model import load_model
+from diffdistill.settings.schema import UserError
 
 FOXES = ("a red fox", "two blue birds")
 

@@ -10,11 +10,12 @@ from diffusers import DDIMScheduler, UNet2DModel
 from exact import STABLE_DIFFUSION, on_every_path, random
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser, freeze
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.path import EDM, Flow, Path, VPCosine, VPDiscrete
+from diffdistill.diffusion.sampling import DDIM, FewSteps, Heun, Sampler, ddim, transfer
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow, mixture_denoiser
 from diffdistill.networks.diffusers_unet import DiffusersUNet
-from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete
-from diffdistill.sampling import DDIM, FewSteps, Heun, Sampler, ddim, transfer
 
 MEAN = torch.tensor([0.7, -0.3, 0.1], dtype=torch.float64)
 VARIANCES = torch.tensor([0.04, 0.25, 1.5], dtype=torch.float64)

@@ -8,13 +8,14 @@ from exact import on_every_path, random
 from scenes import BATCH, scene
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM, Path, expand
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods.scm import SCM, angle, consistency
 from diffdistill.networks.analytic import gaussian_denoiser
-from diffdistill.path import EDM, Path, expand
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 MEAN = random(3, seed=4) / 2
 ROOT = random(3, 3, seed=5) / 2

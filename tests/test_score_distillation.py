@@ -10,16 +10,22 @@ from exact import on_every_path, random
 from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, scene
 from torch import Tensor
 
-from diffdistill.denoiser import Cond
-from diffdistill.draws import Draws
-from diffdistill.method import Method, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import Path as NoisePath
+from diffdistill.diffusion.path import expand
+from diffdistill.distillation.method import Method, Setting
+from diffdistill.distillation.score_distillation import (
+    fake_sample,
+    judged_sample,
+    matching_field,
+    mean_of_finite,
+    shielded,
+)
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
-from diffdistill.path import Path as NoisePath
-from diffdistill.path import expand
-from diffdistill.score_distillation import fake_sample, judged_sample, matching_field, mean_of_finite, shielded
-from diffdistill.trainer import Trainer
+from diffdistill.training.trainer import Trainer
 
 METHODS = {"sid": SiD(steps=MULTI_STEP), "sim": SIM(steps=MULTI_STEP), "f_distill": FDistill(steps=MULTI_STEP)}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

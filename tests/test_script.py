@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from diffdistill.config import RunConfig, dump, load_config
+from diffdistill.settings.values import dump
+from diffdistill.training.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("train_*.py"))

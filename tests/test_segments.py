@@ -6,10 +6,10 @@ import pytest
 import torch
 from exact import on_every_path
 
-from diffdistill.draws import Draws
-from diffdistill.path import EDM, Path, VPDiscrete
-from diffdistill.sampling import DDIM
-from diffdistill.segments import Stage, draw_jump, pick, segment_edges, segment_of, stage_at, stage_starts
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import EDM, Path, VPDiscrete
+from diffdistill.diffusion.sampling import DDIM
+from diffdistill.distillation.segments import Stage, draw_jump, pick, segment_edges, segment_of, stage_at, stage_starts
 
 BATCH = torch.arange(2000)
 ALL = Stage(segments=1)

@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from typer.testing import CliRunner
 
-from diffdistill import shard_files
-from diffdistill.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from diffdistill.cli import app
-from diffdistill.conditions import Conditions
-from diffdistill.config import RunConfig
-from diffdistill.denoiser import Denoiser, freeze
-from diffdistill.ema import follow
+from diffdistill.commands.cli import app
+from diffdistill.diffusion.conditions import Conditions
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.path import EDM
+from diffdistill.distillation.averages import follow
+from diffdistill.distributed.parts import has_parts, whole
+from diffdistill.distributed.processes import find_processes
+from diffdistill.distributed.stopping import TrainingError
 from diffdistill.eval.records import read_records
-from diffdistill.families import open_pipeline
-from diffdistill.model import load_model
+from diffdistill.models.model import load_model
+from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.parts import has_parts, whole
-from diffdistill.path import EDM
-from diffdistill.processes import find_processes
-from diffdistill.schema import UserError
-from diffdistill.shard_files import read_shards
-from diffdistill.sharding import filled, outline, shard
-from diffdistill.stopping import TrainingError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.storage import shard_files
+from diffdistill.storage.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from diffdistill.storage.shard_files import read_shards
+from diffdistill.training.config import RunConfig
+from diffdistill.training.sharding import filled, outline, shard
+from diffdistill.training.trainer import Trainer
 
 ROUNDING = 1e-6  # of the largest weight, where the order of a sum changes
 SGD = "optimizers={default: {name: sgd, lr: 0.1, betas: [0.9, 0.999]}}"
@@ -352,7 +352,7 @@ def test_what_could_not_be_gathered_can_be_gathered_again(
 
     command = ["gather", in_parts.run, "--out", str(tmp_path / "whole")]
     with monkeypatch.context() as patched:
-        patched.setattr("diffdistill.checkpoint.write_tensors", full)
+        patched.setattr("diffdistill.storage.checkpoint.write_tensors", full)
         assert "the disk is full" in CliRunner().invoke(app, command).output
     assert CliRunner().invoke(app, command).exit_code == 0
 
@@ -483,7 +483,7 @@ def end_early(config: RunConfig, moment: str) -> str:
 
     with pytest.MonkeyPatch.context() as patched:
         if os.environ["RANK"] == "1":
-            patched.setattr(f"diffdistill.trainer.{moment}", gone)
+            patched.setattr(f"diffdistill.training.trainer.{moment}", gone)
         with pytest.raises((TrainingError, ZeroDivisionError)) as raised:
             Trainer(config, quiet=True).run()
     return str(raised.value)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffdistill.checkpoint import is_disk_full
 from diffdistill.data.shards import MakeRows, Shard, _mapped, build_table, files_key
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import is_disk_full
 
 COUNT, SHARD = 10, 3
 

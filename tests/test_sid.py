@@ -9,14 +9,15 @@ from ring import INIT_RATIO, TIME_LAW, train_ring
 from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, watch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import Flow, Path
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.distillation.score_distillation import TIME_POWERS, sample_weight
 from diffdistill.methods.sid import SiD, score_identity
-from diffdistill.path import Flow, Path
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import UserError
-from diffdistill.score_distillation import TIME_POWERS, sample_weight
+from diffdistill.settings.schema import UserError
 
 PLAIN = SiD(steps=FewSteps(init_noise="unit"), weight="one", loss_scale=1.0)
 SIX_DIGITS = 2e-6  # values that are known to six decimals
@@ -167,7 +168,7 @@ def test_no_gradient_is_taken_of_the_normaliser(monkeypatch: pytest.MonkeyPatch)
     def attached(x: Tensor, estimate: Tensor, minimum: float) -> Tensor:
         return (x - estimate).abs().mean((1, 2, 3), keepdim=True).clamp_min(minimum)
 
-    monkeypatch.setattr("diffdistill.score_distillation.sample_normaliser", attached)
+    monkeypatch.setattr("diffdistill.distillation.score_distillation.sample_normaliser", attached)
     loss = method.generator_loss(players, draw, batch).total
     assert (gradients(players, loss) - whole).norm() > 0.05 * whole.norm()
 

@@ -6,13 +6,14 @@ from exact import Affine, LearnedGaussian, averaged_by, normal_nodes, numbers, p
 from scenes import BATCH, CLASSES, PATH, SHAPE, scene, small_teacher
 from torch import Tensor
 
-from diffdistill.denoiser import NO_COND, Cond, Denoiser
-from diffdistill.losses import denoising_loss
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.distillation.losses import denoising_loss
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods.sid import SiD
 from diffdistill.networks.analytic import Mixture, mixture_denoiser
-from diffdistill.sampling import FewSteps
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 UNIT = FewSteps(init_noise="unit")
 GUIDED = dict.fromkeys(("guidance", "fake_training_guidance", "fake_guidance", "residual_guidance"), 2.0)

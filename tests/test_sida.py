@@ -10,12 +10,12 @@ from scenes import BATCH, CLASSES, PATH, SHAPE, due, learned, scene, small_teach
 from test_trainer import ACCUMULATION, trained, weights
 from torch import Tensor
 
-from diffdistill.denoiser import Cond
-from diffdistill.draws import Draws
-from diffdistill.method import Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.draws import Draws
+from diffdistill.distillation.method import Setting
 from diffdistill.methods import sid
 from diffdistill.methods.sid import SiD, bottleneck_logits
-from diffdistill.trainer import Trainer
+from diffdistill.training.trainer import Trainer
 
 METHOD = SiD(gan_weight=0.01)
 PIXELS = 16

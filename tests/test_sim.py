@@ -9,10 +9,10 @@ from ring import INIT_RATIO, TIME_LAW, RingResult, train_ring
 from scenes import due, learned, scene
 from torch import Tensor
 
-from diffdistill.denoiser import Cond
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.methods.sid import SiD, score_identity
 from diffdistill.methods.sim import SIM, Distance, implicit_matching
-from diffdistill.sampling import FewSteps
 
 UNIT = FewSteps(init_noise="unit")
 PLAIN = SIM(steps=UNIT)

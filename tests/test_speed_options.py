@@ -15,22 +15,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from diffdistill.config import OptimizerConfig, RunConfig, dump
-from diffdistill.counting import SavedTensors
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.ema import EMA, EMAConfig
-from diffdistill.model import load_model
-from diffdistill.model_imager import Asked
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM
+from diffdistill.exported.sample import SampleOptions, run_sample
+from diffdistill.inference.model_imager import Asked
+from diffdistill.models.model import load_model
 from diffdistill.networks import ADM, DDPMPP, DiffusersUNetConfig, DiTConfig, MLPConfig, UNetConfig
 from diffdistill.networks.analytic import Mixture
 from diffdistill.networks.recompute import set_recompute
-from diffdistill.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
-from diffdistill.path import EDM
-from diffdistill.sample import SampleOptions, run_sample
-from diffdistill.schema import UserError
-from diffdistill.speed import SpeedConfig, apply_speed, store_in_bf16
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
+from diffdistill.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from diffdistill.training.config import OptimizerConfig, RunConfig
+from diffdistill.training.ema import EMA, EMAConfig
+from diffdistill.training.memory.counting import SavedTensors
+from diffdistill.training.memory.speed import SpeedConfig, apply_speed, store_in_bf16
+from diffdistill.training.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffdistill.checkpoint import list_checkpoints, load_checkpoint
-from diffdistill.config import RunConfig, dump_yaml
-from diffdistill.log import RunLog
-from diffdistill.method import Batch, Draw, Loss, Players
+from diffdistill.distillation.method import Batch, Draw, Loss, Players
+from diffdistill.distributed.stopping import StopRequested
 from diffdistill.methods.pretrain import Pretrain
-from diffdistill.stopping import StopRequested
-from diffdistill.trainer import Trainer
+from diffdistill.settings.values import dump_yaml
+from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
+from diffdistill.training.config import RunConfig
+from diffdistill.training.reports.log import RunLog
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -41,7 +42,8 @@ DMD2 = (
 SLOWLY = """
 import sys, time
 import torch
-from diffdistill import cli, trainer
+from diffdistill.commands import cli
+from diffdistill.training import trainer
 
 torch.set_num_threads(1)
 step = trainer.Trainer.train_step
@@ -176,7 +178,7 @@ def test_what_is_said_to_be_saved_is_saved_whenever_the_signal_arrives(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config("pretrain")
-    monkeypatch.setattr("diffdistill.trainer.stop_signals", lambda: nullcontext(SignalBetweenTwoLooks()))
+    monkeypatch.setattr("diffdistill.training.trainer.stop_signals", lambda: nullcontext(SignalBetweenTwoLooks()))
     with pytest.raises(StopRequested, match="saved") as stopped:
         Trainer(config, quiet=True).run()
     found = list_checkpoints(Path(config.run) / "checkpoints")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from diffdistill.config import json_schema, load_config
-from diffdistill.method import REGISTRY
+from diffdistill.distillation.method import REGISTRY
+from diffdistill.training.config import json_schema, load_config
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL_ROOMS = ("methods", "eval", "configs")
@@ -22,7 +22,11 @@ def linked(file: Path) -> bool:
 
 
 COMMAND_FILES = ("image_commands", "checkpoint_commands", "eval_commands")
-LIGHT = ("diffdistill.terminal", "diffdistill.faults", *(f"diffdistill.{name}" for name in COMMAND_FILES))
+LIGHT = (
+    "diffdistill.settings.terminal",
+    "diffdistill.commands.faults",
+    *(f"diffdistill.{name}" for name in COMMAND_FILES),
+)
 CORE = sorted((ROOT / "diffdistill").glob("*.py"))
 ROOMS = sorted(p for p in (ROOT / "diffdistill").glob("*/**/*.py") if not linked(p))
 METHODS = sorted((ROOT / "methods").glob("*.py"))
@@ -64,7 +68,9 @@ def test_a_method_imports_neither_another_nor_the_trainer_nor_the_config(file: P
 
 @pytest.mark.parametrize("file", EVAL, ids=relative)
 def test_evaluation_imports_neither_methods_nor_the_trainer(file: Path) -> None:
-    assert reaches(file, "diffdistill.methods", "diffdistill.method", "diffdistill.trainer") == set()
+    assert (
+        reaches(file, "diffdistill.methods", "diffdistill.distillation.method", "diffdistill.training.trainer") == set()
+    )
 
 
 @pytest.mark.parametrize("file", CORE + ROOMS, ids=relative)
@@ -75,18 +81,26 @@ def test_the_core_reaches_methods_through_the_registry_only(file: Path) -> None:
 
 
 def test_paths_know_no_networks() -> None:
-    known = ("diffdistill.networks", "diffdistill.denoiser", "diffdistill.method", "torch.nn")
-    assert reaches(ROOT / "diffdistill" / "path.py", *known) == set()
+    known = ("diffdistill.networks", "diffdistill.diffusion.denoiser", "diffdistill.distillation.method", "torch.nn")
+    assert reaches(ROOT / "diffdistill" / "diffusion" / "path.py", *known) == set()
 
 
 @pytest.mark.parametrize("file", [p for p in ROOMS if p.parent.name in ("data", "networks")], ids=relative)
 def test_data_and_networks_know_no_methods(file: Path) -> None:
-    assert reaches(file, "diffdistill.method", "diffdistill.trainer", "diffdistill.config") == set()
+    assert (
+        reaches(file, "diffdistill.distillation.method", "diffdistill.training.trainer", "diffdistill.training.config")
+        == set()
+    )
 
 
 @pytest.mark.parametrize("file", [p for p in ROOMS if p.parent.name == "export"], ids=relative)
 def test_export_knows_nothing_of_what_samples_exported_folders(file: Path) -> None:
-    assert reaches(file, "diffdistill.imagers", "diffdistill.sample", "diffdistill.image_commands") == set()
+    assert (
+        reaches(
+            file, "diffdistill.exported.imagers", "diffdistill.exported.sample", "diffdistill.commands.image_commands"
+        )
+        == set()
+    )
 
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:

@@ -13,18 +13,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffdistill import log, sweep, sweep_picture
-from diffdistill.cli import app
-from diffdistill.config import RunConfig, load_config
+from diffdistill.commands import sweep, sweep_picture
+from diffdistill.commands.cli import app
+from diffdistill.commands.sweep import Axis, file_name, parse_axes, run_sweep
+from diffdistill.commands.sweep_picture import spread
+from diffdistill.distributed.stopping import TrainingError
 from diffdistill.eval import digits
 from diffdistill.eval.protocols import DIGITS_PIXELS
-from diffdistill.inference import sample_images
-from diffdistill.log import RunLog
-from diffdistill.model import load_model
-from diffdistill.stopping import TrainingError
-from diffdistill.sweep import Axis, file_name, parse_axes, run_sweep
-from diffdistill.sweep_picture import spread
-from diffdistill.trainer import Trainer
+from diffdistill.inference.draw import sample_images
+from diffdistill.models.model import load_model
+from diffdistill.training.config import RunConfig, load_config
+from diffdistill.training.reports import log
+from diffdistill.training.reports.log import RunLog
+from diffdistill.training.trainer import Trainer
 
 WriteConfig = Callable[..., Path]
 

@@ -10,7 +10,7 @@ from diffdistill.eval.protocols import find_protocol
 from diffdistill.eval.records import Record, Values
 from diffdistill.eval.run import Evaluation
 from diffdistill.eval.table import rows_of, show_differences, show_evaluations
-from diffdistill.terminal import Console
+from diffdistill.settings.terminal import Console
 
 METRICS = {
     "fd-resnet20-cifar": Values.of([2.5, 2.25, 3.0]),

@@ -6,10 +6,10 @@ from diffusers import DDIMScheduler, TCDScheduler
 from exact import PATHS, STABLE_DIFFUSION, numbers, on_every_path, random
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
+from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, OneCall, transfer
 from diffdistill.networks.analytic import gaussian_denoiser
-from diffdistill.path import EDM, Flow, Path, VPCosine, VPDiscrete, VPLinear
-from diffdistill.sampling import DDIM, TCD, FewSteps, OneCall, transfer
 
 MEAN = numbers(0.7, -0.3, 0.1)
 VARIANCES = numbers(0.04, 0.25, 1.5)

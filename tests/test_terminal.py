@@ -13,18 +13,18 @@ from boards import measured
 from conftest import WriteConfig
 from typer.testing import CliRunner
 
-from diffdistill import doctor
-from diffdistill.cli import app
-from diffdistill.config import parse_config
+from diffdistill.commands import doctor
+from diffdistill.commands.cli import app
 from diffdistill.data import cache
 from diffdistill.eval.compare import Difference
 from diffdistill.eval.environment import describe_environment
 from diffdistill.eval.protocols import find_protocol
 from diffdistill.eval.run import Evaluation
 from diffdistill.eval.table import show_differences, show_evaluations
-from diffdistill.log import RunLog
-from diffdistill.schema import UserError
-from diffdistill.terminal import OBEYED, Console, hide_secrets, printable
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import OBEYED, Console, hide_secrets, printable
+from diffdistill.training.config import parse_config
+from diffdistill.training.reports.log import RunLog
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "[red]a[/b] [link=https://x.org]:smile: {step} \x1b[2J\x1b]0;title\x9c \u202etxt.exe\u202c \x9b31m"

@@ -16,13 +16,13 @@ from PIL import Image
 from stand_ins import save_sentence_encoder, save_stand_in
 from torch import Tensor, nn
 
-from diffdistill import inputs, setup
-from diffdistill.config import RunConfig
 from diffdistill.data.source import LatentImages, NoImages
-from diffdistill.families import Pipeline, open_pipeline
-from diffdistill.model import load_model
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.models.model import load_model
+from diffdistill.models.teachers import Pipeline, open_pipeline
+from diffdistill.settings.schema import UserError
+from diffdistill.training import inputs, setup
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 PROMPTS = ["a red fox", "two blue birds", "three dogs"]
 TINY = ("train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=null", "health.every=1")
@@ -156,7 +156,7 @@ def test_encoders_have_left_memory_before_the_networks_come(
     load_teacher = setup.load_teacher
     monkeypatch.setattr(Pipeline, "load_encoder", watched(Pipeline.load_encoder))
     monkeypatch.setattr(Pipeline, "load_vae", watched(Pipeline.load_vae))
-    monkeypatch.setattr("diffdistill.trainer.load_teacher", checked)
+    monkeypatch.setattr("diffdistill.training.trainer.load_teacher", checked)
     Trainer(config("dmd2", shared, tmp_path / "run", "captioned_images", FLAT), quiet=True)
 
 

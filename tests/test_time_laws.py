@@ -7,11 +7,11 @@ import pytest
 import torch
 from exact import STABLE_DIFFUSION, numbers, on_every_path
 
-from diffdistill.config import find_config, load_config
-from diffdistill.method import Method
-from diffdistill.path import EDM, Flow, Path, VPDiscrete
-from diffdistill.sampling import FewSteps
-from diffdistill.timesteps import LogitNormal, LogNormal, Uniform, UniformInteger
+from diffdistill.diffusion.path import EDM, Flow, Path, VPDiscrete
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.timesteps import LogitNormal, LogNormal, Uniform, UniformInteger
+from diffdistill.distillation.method import Method
+from diffdistill.training.config import find_config, load_config
 
 SHARES = (0.1, 0.5, 0.8)
 QUANTILES = [NormalDist().inv_cdf(share) for share in SHARES]

@@ -14,14 +14,15 @@ from accelerate import tracking
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffdistill import curves, log, trackers
-from diffdistill.config import RunConfig, dump_yaml, json_schema, load_config
-from diffdistill.curves import draw_curves, read_metrics, sections
-from diffdistill.health import BANDS
-from diffdistill.schema import UserError
-from diffdistill.terminal import hide_secrets
-from diffdistill.trackers import Trackers, flat_settings
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import hide_secrets
+from diffdistill.settings.values import dump_yaml
+from diffdistill.training.config import RunConfig, json_schema, load_config
+from diffdistill.training.reports import curves, log, trackers
+from diffdistill.training.reports.curves import draw_curves, read_metrics, sections
+from diffdistill.training.reports.health import BANDS
+from diffdistill.training.reports.trackers import Trackers, flat_settings
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -228,7 +229,7 @@ def test_what_a_run_and_a_tracker_both_import_is_loaded_before_the_threads_start
     code = """
 import sys
 from pathlib import Path
-from diffdistill import trackers
+from diffdistill.training.reports import trackers
 seen = []
 trackers.BackgroundTracker = lambda *_: seen.append([name for name in trackers.SHARED_MODULES if name in sys.modules])
 trackers.Trackers([], Path("."), start_step=0, settings={}, say=print)

@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffdistill.config import OptimizerConfig, RunConfig
-from diffdistill.denoiser import Denoiser
-from diffdistill.log import RunLog
-from diffdistill.method import Batch, Draw, Loss, Players
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.distillation.method import Batch, Draw, Loss, Players
+from diffdistill.distributed.stopping import TrainingError
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.pretrain import Pretrain
 from diffdistill.networks.discriminator import Head
-from diffdistill.optimizers import learning_rate
-from diffdistill.preview import CAPTION_HEIGHT, GAP
-from diffdistill.stopping import TrainingError
-from diffdistill.trainer import Trainer
+from diffdistill.training.config import OptimizerConfig, RunConfig
+from diffdistill.training.optimizers import learning_rate
+from diffdistill.training.reports.log import RunLog
+from diffdistill.training.reports.preview import CAPTION_HEIGHT, GAP
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 

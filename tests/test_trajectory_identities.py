@@ -7,14 +7,14 @@ from scenes import scene
 from test_boot import COVARIANCE, MEAN, draw_at, exact_signal, gaussian, inner_times
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NO_COND, Cond
-from diffdistill.method import Players
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.path import Flow
+from diffdistill.diffusion.sampling import DDIM, TCD
+from diffdistill.distillation.method import Players
+from diffdistill.distillation.segments import Stage
 from diffdistill.methods.boot import Boot
 from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.networks.analytic import gaussian_flow
-from diffdistill.path import Flow
-from diffdistill.sampling import DDIM, TCD
-from diffdistill.segments import Stage
 
 FLOW = Flow(t_start=1e-6, t_end=1 - 1e-9)
 

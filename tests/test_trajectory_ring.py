@@ -23,13 +23,14 @@ from ring import (
 )
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.draws import Draws
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.sampling import DDIM, TCD, OneCall, Sampler
+from diffdistill.diffusion.timesteps import Karras
+from diffdistill.distillation.segments import Stage
 from diffdistill.methods.boot import Boot
 from diffdistill.methods.hyper_sd import HyperSD
-from diffdistill.sampling import DDIM, TCD, OneCall, Sampler
-from diffdistill.segments import Stage
-from diffdistill.timesteps import Karras
 
 SOLVER = DDIM(num_steps=16, spacing="karras")
 

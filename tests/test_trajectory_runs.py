@@ -7,13 +7,13 @@ import torch
 from conftest import MakeConfig
 from exact import random
 
-from diffdistill.denoiser import NO_COND
-from diffdistill.inference import sample_images
-from diffdistill.model import load_model, load_players
-from diffdistill.rewards import Feedback, contrast, find_reward, register, sharpness
-from diffdistill.sampling import TCD, OneCall
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.diffusion.cond import NO_COND
+from diffdistill.diffusion.sampling import TCD, OneCall
+from diffdistill.distillation.rewards import Feedback, contrast, find_reward, register, sharpness
+from diffdistill.inference.draw import sample_images
+from diffdistill.models.model import load_model, load_players
+from diffdistill.settings.schema import UserError
+from diffdistill.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("method", ["hyper_sd", "boot"])

@@ -11,16 +11,17 @@ from safetensors.torch import load_file
 from scenes import CLASSES, PATH, SHAPE, small_teacher
 from torch import Tensor
 
-from diffdistill.config import RunConfig
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.draws import Draws
-from diffdistill.method import Batch, Players, Setting
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.distillation.method import Batch, Players, Setting
 from diffdistill.methods.msd import MSD
 from diffdistill.methods.tsm import TSM
-from diffdistill.model import find_checkpoint
+from diffdistill.models.model import find_checkpoint
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import MakeConfig
 
-from diffdistill.checkpoint import load_checkpoint
 from diffdistill.eval import watch
 from diffdistill.eval.records import Values, read_records
 from diffdistill.eval.run import Evaluation, evaluate
-from diffdistill.model import load_model
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
+from diffdistill.models.model import load_model
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import load_checkpoint
+from diffdistill.training.trainer import Trainer
 
 EVAL = "eval={protocol: digits-pixels, every: 2, num_images: 100}"
 MANY = ("train.checkpoint_every=1", "train.keep_checkpoints=1")

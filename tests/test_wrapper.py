@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffdistill.config import RunConfig, parse_config
-from diffdistill.method import Method, registered
+from diffdistill.distillation.method import Method, registered
+from diffdistill.distillation.wrapper import Wrapper
 from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD
-from diffdistill.schema import UserError
-from diffdistill.trainer import Trainer
-from diffdistill.wrapper import Wrapper
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 HOOKS = {name for name, value in vars(Method).items() if not name.startswith("_") and name != "name"}

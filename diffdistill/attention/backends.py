@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffdistill.attention import kernels, ops, reference
 from diffdistill.attention.build import BuildError, find_compiler
 from diffdistill.attention.launch import architecture_of
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 Backend = Literal["auto", "cuda", "cudnn", "flash", "efficient", "math", "xformers", "reference"]
 """auto: `choose`. cuda: ours. cudnn, flash, efficient, math: torch's. reference: ours, in plain torch, by chunks."""

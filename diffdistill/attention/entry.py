@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffdistill.attention import kernels, ops
 from diffdistill.attention.backends import Backend, Options, check_backend, no_kernels, run, say_once, unfit
 from diffdistill.attention.context import current_backend, inside, is_dual
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def attention(

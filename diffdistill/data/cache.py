@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from typing import Any
 
-from diffdistill.faults import this_rank
-from diffdistill.schema import UserError
-from diffdistill.terminal import Console, hide_secrets
+from diffdistill.settings.launcher import this_rank
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import Console, hide_secrets
 
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 SOURCES = "sources"

@@ -18,7 +18,7 @@ from diffdistill.data.captions import (
 from diffdistill.data.decode import Sizing
 from diffdistill.data.files import Listing, list_images, without_common_folders
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 FILE_COLUMNS = ("file", "file_name")
 

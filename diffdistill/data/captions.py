@@ -1,7 +1,7 @@
 """Captions: prompts, with the image of each where there are some. Text is UTF-8 and nothing else.
 
 What captions are, and the reading and checking of them that all data sets share: `prompts`, `captioned_images`,
-`web_dataset`, `huggingface`. Encoders meet them in `diffdistill.inputs`; a protocol's are `diffdistill.eval.captions`.
+`web_dataset`, `huggingface`. Encoders meet them in `diffdistill.training.inputs`; a protocol's are `diffdistill.eval.captions`.
 """
 
 import csv
@@ -18,7 +18,7 @@ from diffdistill.data.collection import Classes, Collection, Item, UnreadableIma
 from diffdistill.data.decode import Sizing
 from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 COLUMNS = ("caption", "text", "prompt")
 """What a column of captions is called, where none is named."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 MAX_FILE_BYTES = 256 * 2**20
 """The most that one encoded image may hold, on disk or unpacked."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.source import TensorImages
-from diffdistill.schema import schema
+from diffdistill.settings.schema import schema
 
 SPLIT_SEED = 0
 NUM_TRAIN = 1437

@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 
 from diffdistill.data.collection import Item, UnreadableImage, checked_size, listed
 from diffdistill.data.decode import SUFFIXES
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 MAX_UNPACKING = 100
 """An archive may unpack to this many times its size, or to the next constant. Images hardly shrink at all."""

@@ -18,7 +18,7 @@ from diffdistill.data.collection import (
 from diffdistill.data.decode import Sizing
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 
 @schema

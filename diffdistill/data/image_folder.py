@@ -11,7 +11,7 @@ from diffdistill.data.decode import Sizing
 from diffdistill.data.files import Listing, list_images, without_common_folders
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 CSV_COLUMNS = ("file", "label")
 

@@ -13,7 +13,7 @@ from diffdistill.data.decode import Sizing
 from diffdistill.data.files import check_unpacked_size
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 
 @schema

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.source import ImageSource
-from diffdistill.draws import Draws
-from diffdistill.schema import UserError
+from diffdistill.diffusion.draws import Draws
+from diffdistill.settings.schema import UserError
 
 KEPT_EPOCHS = 4  # permutations held at a time: this step's, and the next one's when an epoch ends between them
 

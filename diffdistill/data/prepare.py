@@ -27,8 +27,8 @@ from diffdistill.data import cache as kept
 from diffdistill.data.collection import Collection, Item, UnreadableImage, is_minority, shown
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import UserError
-from diffdistill.terminal import Console
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import Console
 
 VERSION = 1  # of the decoding; another one makes another key
 MAX_UNREADABLE = 0.01

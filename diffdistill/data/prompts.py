@@ -15,7 +15,7 @@ from diffdistill.data.captions import (
 )
 from diffdistill.data.decode import Sizing
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import UserError, schema
+from diffdistill.settings.schema import UserError, schema
 
 
 @schema

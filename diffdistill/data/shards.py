@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffdistill.data import cache as kept
 from diffdistill.data.collection import shown
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 HASH_LENGTH = 16
 LIMIT_HEADER_BYTES = 2**20

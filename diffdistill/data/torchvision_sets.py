@@ -12,7 +12,7 @@ from diffdistill.data.decode import Sizing
 from diffdistill.data.npz import array_items
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import UserError, schema
+from diffdistill.settings.schema import UserError, schema
 
 CIFAR10_FILES = tuple(
     f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")

@@ -15,7 +15,7 @@ from diffdistill.data.captions import COLUMNS, Captions, checked_caption, paired
 from diffdistill.data.collection import Item, UnreadableImage, checked_size, is_minority, shown
 from diffdistill.data.decode import Sizing
 from diffdistill.data.source import MappedImages
-from diffdistill.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 MAX_SHARDS = 1_000_000

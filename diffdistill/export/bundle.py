@@ -15,8 +15,8 @@ from typing import NamedTuple
 PACKAGE = "diffdistill"
 SUBSTITUTES = f"{PACKAGE}.export.substitutes"
 REPLACED = {
-    (f"{PACKAGE}.schema", "schema"): (SUBSTITUTES, "schema"),
-    (f"{PACKAGE}.schema", "field"): (SUBSTITUTES, "field"),
+    (f"{PACKAGE}.settings.schema", "schema"): (SUBSTITUTES, "schema"),
+    (f"{PACKAGE}.settings.schema", "field"): (SUBSTITUTES, "field"),
     (f"{PACKAGE}.attention", "attention"): (SUBSTITUTES, "attention"),
     (f"{PACKAGE}.attention", "reaching"): (SUBSTITUTES, "reaching"),
 }

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 import yaml
 
-from diffdistill.checkpoint import STATE, write_text_atomically
-from diffdistill.config import parse_yaml
 from diffdistill.export.expected import PROMPTS
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.record import ExportRecord, without_home
-from diffdistill.families import is_pipeline, open_pipeline, pipeline_of
-from diffdistill.families.hub import is_hub_name
-from diffdistill.families.pipeline import read_json
-from diffdistill.inputs import encoder_of
-from diffdistill.model import TrainedModel, find_checkpoint, first_student
-from diffdistill.model_imager import Asked, ModelImager
-from diffdistill.preview import save_grid
-from diffdistill.schema import UserError
+from diffdistill.inference.model_imager import Asked, ModelImager
+from diffdistill.models.model import TrainedModel, find_checkpoint, first_student
+from diffdistill.models.teachers import is_pipeline, open_pipeline, pipeline_of
+from diffdistill.models.teachers.hub import is_hub_name
+from diffdistill.models.teachers.pipeline import read_json
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import parse_yaml
+from diffdistill.storage.checkpoint import STATE, write_text_atomically
+from diffdistill.training.inputs import encoder_of
+from diffdistill.training.reports.preview import save_grid
 
 PICTURE = "samples.png"
 PICTURED = {False: 20, True: 4}

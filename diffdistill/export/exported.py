@@ -10,14 +10,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffdistill.conditions import Conditions
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.families.family import Family
-from diffdistill.path import Path
-from diffdistill.router import RoutedDenoiser
-from diffdistill.sampling import FreshNoise, Sampler
-from diffdistill.steps import with_steps
-from diffdistill.text import embed
+from diffdistill.data.text import embed
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.conditions import Conditions
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import Path
+from diffdistill.diffusion.router import RoutedDenoiser
+from diffdistill.diffusion.sampling import FreshNoise, Sampler
+from diffdistill.diffusion.steps import with_steps
+from diffdistill.models.teachers.family import Family
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, tensor
 
-from diffdistill.checkpoint import STATE
 from diffdistill.export.stock import StockFolder, describe, fit_pipeline
-from diffdistill.families import Pipeline, is_pipeline
-from diffdistill.families.pipeline import read_json
-from diffdistill.model import TrainedModel, merge_model
+from diffdistill.models.model import TrainedModel, merge_model
+from diffdistill.models.teachers import Pipeline, is_pipeline
+from diffdistill.models.teachers.pipeline import read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import LoRA
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import STATE
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"

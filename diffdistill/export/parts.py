@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path as FilePath
 
-from diffdistill.families import Pipeline
-from diffdistill.schema import UserError
+from diffdistill.models.teachers import Pipeline
+from diffdistill.settings.schema import UserError
 
 COPIED = (".json", ".txt", ".model", ".safetensors")
 """Endings of files that a pipeline's parts are made of. Pickles are left behind."""

@@ -6,8 +6,8 @@ kept or shown here.
 
 from pathlib import Path as FilePath
 
-from diffdistill.families.hub import NAME
-from diffdistill.schema import UserError
+from diffdistill.models.teachers.hub import NAME
+from diffdistill.settings.schema import UserError
 
 
 def check_push(repo: str) -> None:

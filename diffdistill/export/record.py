@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from diffdistill.checkpoint import write_text_atomically
-from diffdistill.config import dump, validate
-from diffdistill.sampling import AnySampler
-from diffdistill.schema import UserError, schema
+from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.settings.schema import UserError, schema
+from diffdistill.settings.values import dump, validate
+from diffdistill.storage.checkpoint import write_text_atomically
 
 RECORD = "diffdistill.json"
 Kind = Literal["stock", "self-contained", "lora", "kohya"]

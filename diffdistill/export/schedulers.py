@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from diffdistill.denoiser import Denoiser
-from diffdistill.families.family import PREDICTIONS, StepsArgument
-from diffdistill.path import Flow, VPDiscrete
-from diffdistill.sampling import DDIM, TCD, AnySampler, FewSteps
-from diffdistill.schema import UserError
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import Flow, VPDiscrete
+from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps
+from diffdistill.models.teachers.family import PREDICTIONS, StepsArgument
+from diffdistill.settings.schema import UserError
 
 NEVER_SKIP = 1e4  # LCM's timestep_scaling: its mix of x_t into x0 is then below float32 at any step but 0
 TCD_ETA = 0.3  # diffusers' default

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill import __version__
-from diffdistill.checkpoint import write_text_atomically
+from diffdistill.data.text import SentenceEncoder
+from diffdistill.diffusion.router import RoutedDenoiser
 from diffdistill.export.bundle import BundleError, bundle
 from diffdistill.export.parts import copy_parts
-from diffdistill.families import Pipeline, find_family, pipeline_of
-from diffdistill.model import ModelSpec, TrainedModel
+from diffdistill.models.model import ModelSpec, TrainedModel
+from diffdistill.models.teachers import Pipeline, find_family, pipeline_of
 from diffdistill.networks.diffusers_model import DiffusersConfig
-from diffdistill.router import RoutedDenoiser
-from diffdistill.schema import UserError
-from diffdistill.text import SentenceEncoder
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import write_text_atomically
 
 COMPONENT = "model"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -29,7 +29,7 @@ It imports torch and diffusers only. Licence of the code: Apache-2.0.
 """
 
 '''
-USED = """from diffdistill.denoiser import Denoiser
+USED = """from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.export.exported import ExportedModel
 from diffdistill.export.exported import Sentences
 from diffdistill.export.exported import Source

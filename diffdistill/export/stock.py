@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+from diffdistill.diffusion.router import RoutedDenoiser
 from diffdistill.export.parts import copy_parts, other_parts
 from diffdistill.export.schedulers import StockSteps, stock_steps
 from diffdistill.export.self_contained import write_json
-from diffdistill.families import Pipeline, open_pipeline
-from diffdistill.families.pipeline import INDEX, read_json
-from diffdistill.model import TrainedModel
+from diffdistill.models.model import TrainedModel
+from diffdistill.models.teachers import Pipeline, open_pipeline
+from diffdistill.models.teachers.pipeline import INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
-from diffdistill.router import RoutedDenoiser
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 class NotStock(UserError):  # noqa: N818

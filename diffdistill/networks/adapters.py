@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffdistill.checkpoint import load_strictly
-from diffdistill.denoiser import Cond, Denoiser, Network, device_of, freeze
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, Network, device_of, freeze
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.guided import (
     Around,
@@ -30,7 +30,8 @@ from diffdistill.networks.guided import (
 from diffdistill.networks.hooked import HookedBlock, hooked_blocks
 from diffdistill.networks.plain import PlainNetwork
 from diffdistill.networks.recompute import Recomputable
-from diffdistill.schema import Fraction, PositiveInt, UserError, field, schema
+from diffdistill.settings.schema import Fraction, PositiveInt, UserError, field, schema
+from diffdistill.storage.checkpoint import load_strictly
 
 BASE = "base."
 CONFIG = "adapter"

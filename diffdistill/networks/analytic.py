@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser, Network
-from diffdistill.path import Path, expand
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, Network
+from diffdistill.diffusion.path import Path, expand
 
 
 class Mixture(Network):

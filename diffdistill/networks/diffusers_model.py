@@ -8,8 +8,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffdistill.attention import reaching
-from diffdistill.denoiser import Cond, Network
-from diffdistill.schema import Fraction, schema
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Network
+from diffdistill.settings.registry import load
+from diffdistill.settings.schema import Fraction, schema
 
 FamilyName = Literal["ddpm", "dit", "sd", "sdxl", "pixart", "sd3", "flux", "sana"]
 
@@ -24,9 +26,9 @@ class DiffusersConfig:
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "DiffusersNetwork":
         """A new network for latents, or images, [C, H, W]. Raises UserError on options that its class refuses."""
-        from diffdistill.families import find_family
-
-        return find_family(self.family).build(self.options, image_shape, num_classes, class_dropout)
+        return load("diffdistill.models.teachers:find_family")(self.family).build(
+            self.options, image_shape, num_classes, class_dropout
+        )
 
 
 class DiffusersNetwork(Network):

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.diffusion.cond import Cond
 from diffdistill.networks.diffusers_model import DiffusersUNetBlocks
-from diffdistill.schema import Fraction, UserError, schema
+from diffdistill.settings.schema import Fraction, UserError, schema
 
 
 @schema

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Denoiser, device_of
-from diffdistill.schema import UserError
+from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.settings.schema import UserError
 
 
 class Head(nn.Module):

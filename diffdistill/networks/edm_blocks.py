@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.attention import attention
-from diffdistill.denoiser import Cond
+from diffdistill.diffusion.cond import Cond
 from diffdistill.networks.recompute import Recomputable
 
 Resample = Literal["up", "down"] | None

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Network
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Network
 from diffdistill.networks.edm_blocks import (
     ADMEmbedding,
     Block,
@@ -24,7 +25,7 @@ from diffdistill.networks.edm_blocks import (
     Variant,
     group_norm,
 )
-from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
 
 Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser, Network
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, Network
 from diffdistill.networks.hooked import HookedBlock
 from diffdistill.networks.lora import BaseNetwork, LoRA
 from diffdistill.networks.recompute import Recomputable, recomputable_blocks
-from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
 
 Around = Callable[..., Tensor]
 

@@ -17,9 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Denoiser, Network
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, Network
 from diffdistill.networks.plain import PlainNetwork
-from diffdistill.schema import Fraction, Positive, PositiveInt, UserError, schema
+from diffdistill.settings.schema import Fraction, Positive, PositiveInt, UserError, schema
 
 ADAPTER = "default"  # peft's name for the only one
 FACTORS = ("lora_A", "lora_B")

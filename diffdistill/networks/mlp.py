@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond, Network
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Network
 from diffdistill.networks.recompute import Recomputable
-from diffdistill.schema import Fraction, PositiveInt, schema
+from diffdistill.settings.schema import Fraction, PositiveInt, schema
 
 
 @schema

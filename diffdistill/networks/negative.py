@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffdistill.attention import attention_difference
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.networks.recompute import parts_of
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 JOINED = ("text", "text_mask")
 

@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser, Network
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, Network
 from diffdistill.networks.guided import GuidedBase, GuidedConfig
 from diffdistill.networks.lora import BaseNetwork, LoRA
-from diffdistill.schema import Fraction, Positive, UserError, schema
+from diffdistill.settings.schema import Fraction, Positive, UserError, schema
 
 SignalBase = Annotated[BaseNetwork | GuidedConfig, Field(discriminator="name")]
 

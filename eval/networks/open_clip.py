@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill.eval.features import Extractor, OpenClip
 from diffdistill.eval.resize import network_input
 from diffdistill.eval.weights import WeightsFile, find_weights, load_state, load_strictly
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def load(features: OpenClip, weights: FilePath | None, device: torch.device) -> Extractor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffdistill.eval.features import Extractor, Pixels
 from diffdistill.eval.resize import signed
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def load(features: Pixels, weights: FilePath | None, device: torch.device) -> Extractor:

@@ -9,7 +9,7 @@ from diffdistill.eval.features import Extractor, Timm
 from diffdistill.eval.networks import ready
 from diffdistill.eval.resize import network_input
 from diffdistill.eval.weights import WeightsFile, find_weights, load_state, load_strictly
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def load(features: Timm, weights: FilePath | None, device: torch.device) -> Extractor:

@@ -9,7 +9,7 @@ from diffdistill.eval.features import Extractor, TorchScript
 from diffdistill.eval.networks import ready
 from diffdistill.eval.resize import network_input
 from diffdistill.eval.weights import WeightsFile, find_weights
-from diffdistill.schema import UserError
+from diffdistill.settings.schema import UserError
 
 
 def load(features: TorchScript, weights: FilePath | None, device: torch.device) -> Extractor:

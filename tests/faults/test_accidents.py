@@ -10,10 +10,10 @@ from accidents import KINDS, Scene, befall, undisturbed
 from conftest import MakeConfig
 from torch import Tensor
 
-from diffdistill.lock import LOCK, locked
-from diffdistill.schema import UserError
-from diffdistill.stopping import TrainingError
-from diffdistill.within_memory import run_within_memory, with_half
+from diffdistill.distributed.stopping import TrainingError
+from diffdistill.settings.lock import LOCK, locked
+from diffdistill.settings.schema import UserError
+from diffdistill.training.memory.within_memory import run_within_memory, with_half
 
 Whole = dict[int, Mapping[str, Tensor]]
 every_kind = pytest.mark.parametrize("kind", [kind for kind, _ in KINDS], ids=[kind.__name__ for kind, _ in KINDS])
@@ -94,7 +94,7 @@ def test_a_run_that_never_fits_stops_when_there_is_nothing_left_to_halve(
     def too_much(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr("diffdistill.trainer.Trainer.train_step", too_much)
+    monkeypatch.setattr("diffdistill.training.trainer.Trainer.train_step", too_much)
     config = make_config("pretrain", "train.on_out_of_memory=halve")
     with pytest.raises(TrainingError, match="out of memory at step 0"):
         run_within_memory(config, quiet=True)

@@ -10,14 +10,15 @@ import torch
 from accidents import end_of
 from conftest import MakeConfig
 
-from diffdistill.checkpoint import list_checkpoints
-from diffdistill.config import dump_yaml
+from diffdistill.settings.values import dump_yaml
+from diffdistill.storage.checkpoint import list_checkpoints
 
 DYING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from diffdistill import cli, trainer
+from diffdistill.commands import cli
+from diffdistill.training import trainer
 
 torch.set_num_threads(1)
 step = trainer.Trainer.train_step

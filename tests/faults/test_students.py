@@ -13,13 +13,13 @@ import torch
 from accidents import config_at
 from conftest import MakeConfig
 
-from diffdistill import students
-from diffdistill.checkpoint import list_checkpoints, load_checkpoint
-from diffdistill.config import dump_yaml
-from diffdistill.schema import UserError
-from diffdistill.stopping import TrainingError
-from diffdistill.students import Group, command_of, plan_groups, train_students
-from diffdistill.trainer import Trainer
+from diffdistill.distributed.stopping import TrainingError
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump_yaml
+from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
+from diffdistill.training import students
+from diffdistill.training.students import Group, command_of, plan_groups, train_students
+from diffdistill.training.trainer import Trainer
 
 Write = Callable[..., Path]
 

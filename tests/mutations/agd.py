@@ -5,7 +5,7 @@ from mutate import Fault
 FAULTS = (
     Fault(
         "guidance goes the wrong way",
-        "diffdistill/denoiser.py",
+        "diffdistill/diffusion/denoiser.py",
         "return without + scale * (with_cond - without)",
         "return without - scale * (with_cond - without)",
         "test_agd.py::test_a_target_is_the_guided_estimate_in_every_form",
@@ -47,7 +47,7 @@ FAULTS = (
     ),
     Fault(
         "the optimiser takes frozen weights",
-        "diffdistill/optimizers.py",
+        "diffdistill/training/optimizers.py",
         "[parameter for parameter in module.parameters() if parameter.requires_grad]",
         "list(module.parameters())",
         "test_agd.py::test_a_run_changes_the_adapters_and_no_bit_of_the_base",

@@ -54,7 +54,7 @@ FAULTS = (
     ),
     Fault(
         "a resumed run forgets where it was",
-        "diffdistill/run_state.py",
+        "diffdistill/training/run_state.py",
         "for name, module in self.players.items():\n            load_strictly(",
         "for name, module in self.players.items():\n            name == 'target' or load_strictly(",
         "test_disback.py::test_a_run_resumed_between_two_targets_equals_one_that_was_not_stopped",

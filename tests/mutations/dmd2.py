@@ -2,7 +2,11 @@
 
 from mutate import Fault
 
-METHOD, SHARED, LOSSES = "methods/dmd2.py", "diffdistill/score_distillation.py", "diffdistill/losses.py"
+METHOD, SHARED, LOSSES = (
+    "methods/dmd2.py",
+    "diffdistill/distillation/score_distillation.py",
+    "diffdistill/distillation/losses.py",
+)
 
 FAULTS = (
     Fault(

@@ -2,7 +2,7 @@
 
 from mutate import Fault
 
-METHOD, DIVERGENCES = "methods/f_distill.py", "diffdistill/divergences.py"
+METHOD, DIVERGENCES = "methods/f_distill.py", "diffdistill/distillation/divergences.py"
 GRADIENT = "test_f_distill.py::test_the_gradient_is_that_of_the_divergence"
 
 FAULTS = (
@@ -60,7 +60,7 @@ FAULTS = (
     ),
     Fault(
         "the ratios of the whole batch have other dropout than the loss",
-        "diffdistill/trainer.py",
+        "diffdistill/training/trainer.py",
         "        self._let_learn(update)  # for the dropout of the loss\n",
         "",
         "test_trainer.py::test_only_the_players_of_an_update_have_dropout_when_its_statistics_and_its_loss_are_asked_for",

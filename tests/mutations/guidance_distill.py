@@ -47,7 +47,7 @@ FAULTS = (
     ),
     Fault(
         "truncated SNR is cut from above",
-        "diffdistill/losses.py",
+        "diffdistill/distillation/losses.py",
         "return (1 / squared).clamp_min(1)",
         "return (1 / squared).clamp_max(1)",
         "test_guidance_distill.py::test_truncated_snr_is_the_signal_to_noise_ratio_but_at_least_1",

@@ -5,7 +5,7 @@ from mutate import Fault
 FAULTS = (
     Fault(
         "an edge is its own segment's lower end, as in the paper's formula",
-        "diffdistill/segments.py",
+        "diffdistill/distillation/segments.py",
         "torch.searchsorted(edges, index.contiguous())",
         "torch.searchsorted(edges, index.contiguous(), right=True).clamp_max(len(edges) - 1)",
         "test_segments.py::test_the_lower_edge_is_strictly_smaller_for_all_grids_and_segments",
@@ -68,14 +68,14 @@ FAULTS = (
     ),
     Fault(
         "feedback goes on beyond its threshold",
-        "diffdistill/rewards.py",
+        "diffdistill/distillation/rewards.py",
         "F.relu(self.threshold",
         "(self.threshold",
         "test_trajectory_runs.py::test_feedback_ends_at_the_threshold_and_has_the_reward_s_gradient_below_it",
     ),
     Fault(
         "TCD jumps to the next time whatever eta",
-        "diffdistill/sampling.py",
+        "diffdistill/diffusion/sampling.py",
         "target = (1 - self.eta) * following",
         "target = following",
         "test_tcd.py::test_eta_one_is_multistep_consistency_sampling",

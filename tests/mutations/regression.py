@@ -5,7 +5,7 @@ from mutate import Fault
 FAULTS = (
     Fault(
         "the images belong to other noises",
-        "diffdistill/pairs.py",
+        "diffdistill/distillation/pairs.py",
         '"image": torch.cat(parts)',
         '"image": torch.cat(parts).roll(1, 0)',
         "test_regression.py::test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it",
@@ -40,7 +40,7 @@ FAULTS = (
     ),
     Fault(
         "a later run's fake score starts as the one-step student",
-        "diffdistill/method.py",
+        "diffdistill/distillation/method.py",
         "if len(self.initial) == 1 and (lone is None",
         "if len(self.initial) == 1 or (lone is None",
         "test_regression.py::test_a_later_run_s_generator_starts_as_the_student_and_its_fake_score_as_the_teacher",

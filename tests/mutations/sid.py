@@ -2,7 +2,7 @@
 
 from mutate import Fault
 
-METHOD, SHARED = "methods/sid.py", "diffdistill/score_distillation.py"
+METHOD, SHARED = "methods/sid.py", "diffdistill/distillation/score_distillation.py"
 CLOSED_FORM = "test_sid.py::test_the_gradient_between_gaussians_is_the_closed_form"
 BY_HAND = "test_sid.py::test_value_and_gradient_of_a_step_are_those_by_hand"
 

@@ -33,7 +33,7 @@ FAULTS = (
     ),
     Fault(
         "the fake score starts as the larger teacher",
-        "diffdistill/method.py",
+        "diffdistill/distillation/method.py",
         "[other] = self.initial.values()",
         "pass",
         "test_tsm.py::test_generator_and_fake_score_of_a_later_run_start_as_the_smaller_network",

@@ -1,0 +1,63 @@
+"""The commands that make checkpoints of others: `join`, `gather` and `import-edm`."""
+
+from pathlib import Path as FilePath
+from typing import Annotated
+
+import typer
+
+from diffdistill.commands.faults import guarded
+from diffdistill.settings.terminal import Console
+
+console = Console()
+
+
+@guarded
+def join(
+    runs: Annotated[list[str], typer.Argument(help="The students' runs or checkpoints, by their numbers.")],
+    out: Annotated[str, typer.Option(help="The folder that stands for all of them.")],
+) -> None:
+    """Make one model of students that share the classes: OUT will hold router.json, which names them.
+
+    Example: diffdistill join runs/msd/student_index=0 runs/msd/student_index=1 --out runs/msd
+    """
+    from diffdistill.models.model import join_students
+
+    made = join_students(out, runs)
+    console.print(f"{made}: {len(runs)} student{'s' * (len(runs) > 1)}", highlight=False, soft_wrap=True)
+
+
+@guarded
+def gather(
+    run: Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[str, typer.Option(help="The folder to write it to, under checkpoints/.")],
+) -> None:
+    """Make one file of what several processes have written in parts (speed.shard).
+
+    Example: diffdistill gather runs/dmd2 --out runs/dmd2-whole
+    """
+    from diffdistill.models.model import find_checkpoint
+    from diffdistill.settings.schema import UserError
+    from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+
+    source, folder = find_checkpoint(FilePath(run)), FilePath(out) / "checkpoints"
+    if list_checkpoints(folder):
+        raise UserError(f"--out {out}: holds checkpoints already; name another folder")
+    made = save_checkpoint(folder, load_checkpoint(source), keep=1)
+    console.print(f"{made}: {len(list(made.glob('*.safetensors')))} files", highlight=False, soft_wrap=True)
+
+
+@guarded
+def import_edm(
+    file: Annotated[str, typer.Argument(help="EDM's .pkl: CIFAR-10, FFHQ, AFHQv2 or ImageNet-64.")],
+    out: Annotated[str, typer.Option(help="The run's folder to write, a teacher for `train`.")],
+) -> None:
+    """Convert a checkpoint of EDM into safetensors. The pickle is read as data: nothing in it is run.
+
+    Example: diffdistill import-edm edm-cifar10-32x32-cond-vp.pkl --out runs/teacher
+    """
+    from diffdistill.models.teachers.edm_checkpoint import import_edm as convert
+
+    made = convert(FilePath(file), FilePath(out))
+    network, shape = made.spec.model.network.name, " x ".join(map(str, made.spec.image_shape))
+    classes = f"{made.spec.num_classes} classes" if made.spec.num_classes else "no classes"
+    console.print(f"{made.source}: {network}, {shape}, {classes}", highlight=False, soft_wrap=True)

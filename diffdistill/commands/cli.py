@@ -1,0 +1,234 @@
+"""The command line."""
+
+import os
+import sys
+from pathlib import Path as FilePath
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from diffdistill import __version__
+from diffdistill.commands.checkpoint_commands import gather, import_edm, join
+from diffdistill.commands.eval_commands import evaluate, leaderboard, reference, report
+from diffdistill.commands.faults import guarded
+from diffdistill.commands.image_commands import export, sample
+from diffdistill.settings.launcher import this_rank
+from diffdistill.settings.terminal import Console
+
+app = typer.Typer(
+    help="One-step image generators, distilled from diffusion models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged one, as in dmd2/digits.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as often as you like.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run's folder.")]
+FromCheckpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="With --resume: this checkpoint, as in step-00000500.")
+]
+AllowChanges = Annotated[
+    bool, typer.Option("--allow-changes", help="With --resume: although settings have changed, which are shown.")
+]
+Sweeps = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", help="key=value,value,...: train every combination and compare them; may be given again."),
+]
+
+
+@app.command()
+@guarded
+def demo(
+    run: Annotated[str | None, typer.Option(help="Where to write; default runs/demo, or runs/demo-fast.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of training.", min=0)] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="A few steps only: does everything work here?")] = False,
+) -> None:
+    """Train a digits teacher, distil it to one step with DMD2, print the table and write the pictures.
+
+    Example: diffdistill demo
+    """
+    from diffdistill.commands.demo import run_demo
+
+    run_demo(FilePath(run or ("runs/demo-fast" if fast else "runs/demo")), seed=seed, is_fast=fast, console=console)
+
+
+@app.command()
+@guarded
+def pretrain(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    checkpoint: FromCheckpoint = None,
+    allow_changes: AllowChanges = False,
+) -> None:
+    """Train a diffusion model, to be the teacher.
+
+    Example: diffdistill pretrain pretrain/digits run=runs/teacher train.steps=500
+    """
+    _train(config, overrides, _Start(resume, checkpoint, allow_changes), only="pretrain")
+
+
+@app.command()
+@guarded
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    checkpoint: FromCheckpoint = None,
+    allow_changes: AllowChanges = False,
+    sweep: Sweeps = None,
+) -> None:
+    """Distil a teacher by the method that the config names.
+
+    Example: diffdistill train dmd2/digits teacher=runs/teacher method.guidance=1.5
+
+    Example: diffdistill train dmd2/digits run=runs/gan --sweep gan_weight=0.01,0.03,0.1
+    """
+    if sweep:
+        _sweep(config, overrides, sweep, resume=resume, checkpoint=checkpoint)
+        return
+    _train(config, overrides, _Start(resume, checkpoint, allow_changes), only=None)
+
+
+class _Start(NamedTuple):
+    """The options that say where a run begins."""
+
+    resume: bool
+    checkpoint: str | None
+    allow_changes: bool
+
+
+def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str | None) -> None:
+    from diffdistill.settings.schema import UserError
+    from diffdistill.training.config import find_config, load_config
+    from diffdistill.training.memory.within_memory import run_within_memory
+
+    parsed = load_config(find_config(config), overrides or ())
+    if only and parsed.method.name != only:
+        raise UserError(f"{config}: method.name = {parsed.method.name!r}; use `diffdistill train` for it")
+    for option in ("checkpoint", "allow_changes"):
+        if getattr(start, option) and not start.resume:
+            raise UserError(f"--{option.replace('_', '-')}: goes with --resume")
+    done = run_within_memory(parsed, resume=start.checkpoint or start.resume, may_differ=start.allow_changes)
+    if this_rank() == 0:
+        console.print(f"done: {done}", highlight=False, soft_wrap=True)
+
+
+def _sweep(config: str, overrides: list[str] | None, sweep: list[str], *, resume: bool, checkpoint: str | None) -> None:
+    from diffdistill.commands.sweep import run_sweep
+    from diffdistill.settings.schema import UserError
+    from diffdistill.training.config import find_config
+
+    if checkpoint:
+        raise UserError("--checkpoint: names a step of one run; a sweep goes on with --resume alone")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--sweep: trains one run after the other in one process; start it without a launcher")
+    run_sweep(find_config(config), overrides or (), sweep, resume=resume, console=console)
+
+
+app.command()(sample)
+app.command()(export)
+
+
+@app.command()
+@guarded
+def students(
+    config: Config,
+    overrides: Overrides = None,
+    processes_each: Annotated[int, typer.Option(help="Processes that train one student together.", min=1)] = 1,
+    max_restarts: Annotated[int, typer.Option(help="Starts of a student after its first.", min=0)] = 3,
+    resume: Resume = False,
+) -> None:
+    """Train all students of an MSD config at the same time, each in processes of its own; one's failure is its own.
+
+    Example: diffdistill students msd/digits teacher=runs/teacher run=runs/msd --processes-each 2
+    """
+    from diffdistill.training.config import find_config
+    from diffdistill.training.students import train_students
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    runs = train_students(
+        find_config(config),
+        overrides or (),
+        processes_each=processes_each,
+        max_restarts=max_restarts,
+        resume=resume,
+        say=say,
+    )
+    say(f"now: diffdistill join {' '.join(map(str, runs))} --out {runs[0].parent}")
+
+
+app.command()(join)
+app.command()(gather)
+app.command(name="import-edm")(import_edm)
+app.command(name="eval")(evaluate)
+app.command()(reference)
+app.command()(leaderboard)
+app.command()(report)
+
+
+@app.command()
+@guarded
+def methods() -> None:
+    """List the methods, who steps when, and what each needs.
+
+    Example: diffdistill methods
+    """
+    from rich.table import Table
+
+    from diffdistill.distillation.method import registered
+
+    table = Table("method", "what it is", "updates (every n iterations)", "real images")
+    for name, kind in registered().items():
+        method: Any = kind()
+        updates = ", ".join(f"{'+'.join(u.players)} ({u.every})" for u in method.updates)
+        title = (sys.modules[kind.__module__].__doc__ or "").strip().split("\n")[0]
+        table.add_row(name, title, updates, "yes" if method.needs_images else "no")
+    console.print(table)
+
+
+@app.command()
+@guarded
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(help="A config to be tried out; default: look at the machine.")
+    ] = None,
+    overrides: Overrides = None,
+    folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs",
+    memory: Annotated[float | None, typer.Option(help="GiB to fit into; default: what there is.", min=0)] = None,
+) -> None:
+    """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.
+
+    With a config: predict its memory, say what to turn on where it does not fit, and take two steps. Writes nothing.
+
+    Example: diffdistill doctor
+
+    Example: diffdistill doctor pretrain/digits train.global_batch_size=512 --memory 24
+    """
+    from diffdistill.commands.doctor import examine, examine_config, show
+
+    if config is None:
+        findings = examine(FilePath(folder))
+    else:
+        from diffdistill.training.config import find_config, load_config
+
+        findings = list(examine_config(load_config(find_config(config), overrides or ()), memory))
+    if not show(findings, console):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(f"diffdistill {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console command."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    app()

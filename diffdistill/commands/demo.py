@@ -1,0 +1,82 @@
+"""The demo: digits from teacher to one-step student, the table, the pictures."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.eval.digits import Row, bootstrap_floor, evaluate, print_table
+from diffdistill.inference.draw import sample_images
+from diffdistill.models.model import load_model
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import Console
+from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.reports.preview import save_grid
+from diffdistill.training.trainer import Trainer
+
+FAST = ("train.steps=40", "train.checkpoint_every=20", "train.preview_every=40", "train.log_every=10")
+
+
+def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) -> list[Row]:
+    """Teacher, student, table. Goes on where an earlier demo in the same folder was stopped.
+
+    folder: gets `teacher`, `student`, table.json, teacher.png and student.png.  Returns the table's rows.
+    """
+    began = time.perf_counter()
+    common = [f"train.seed={seed}", *(FAST if is_fast else ())]
+    teacher, student = folder / "teacher", folder / "student"
+    console.print(f"1/3 a teacher for 8 x 8 digits: {teacher}", highlight=False)
+    Trainer(load_config(find_config("pretrain/digits"), [f"run={teacher}", *common]), resume=True).run()
+    console.print(f"2/3 DMD2, one step: {student}", highlight=False)
+    settings = [f"run={student}", f"teacher={teacher}", *common]
+    Trainer(load_config(find_config("dmd2/digits"), settings), resume=True).run()
+    console.print("3/3 measuring: 1,800 samples each, against the training split", highlight=False)
+    init_ratio = _few_steps(str(student)).init_ratio
+    rows = [
+        bootstrap_floor(seed=0),
+        evaluate_run(str(teacher), name="teacher"),
+        evaluate_run(str(teacher), name="teacher, one step", sampler=FewSteps(init_ratio=init_ratio)),
+        evaluate_run(str(student), name="DMD2 student, one step"),
+    ]
+    show_table(rows, console, folder / "table.json")
+    for name in ("teacher", "student"):
+        save_grid(folder / f"{name}.png", sample_images(load_model(folder / name), count=100), columns=10)
+    console.print(
+        f"{folder}/table.json, teacher.png and student.png are written; {time.perf_counter() - began:.0f} s in all",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return rows
+
+
+def evaluate_run(
+    place: str, *, name: str | None = None, sampler: FewSteps | None = None, seed: int = 0, guidance: float = 1.0
+) -> Row:
+    """A row of the table for what is on disk.  sampler: default the run's own.  Raises UserError if it is no digits
+    model, or on guidance that it does not know."""
+    model = load_model(place)
+    if model.spec.image_shape != (1, 8, 8) or model.spec.num_classes != 10:
+        raise UserError(f"{place}: the protocol digits-pixels is for 1 x 8 x 8 images of 10 classes")
+    if guidance != 1 and not model.denoiser.net.knows_unconditional:
+        raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
+    return evaluate(model.denoiser, sampler or model.spec.sampler, name=name or place, guidance=guidance, seed=seed)
+
+
+def show_table(rows: Sequence[Row], console: Console, file: FilePath | None) -> None:
+    """Print the rows, and write them as a JSON list where `file` says. Raises UserError if it cannot be written."""
+    print_table(rows, console)
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(file, json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def _few_steps(place: str) -> FewSteps:
+    sampler = load_model(place).spec.sampler
+    assert isinstance(sampler, FewSteps)
+    return sampler

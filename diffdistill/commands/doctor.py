@@ -1,0 +1,232 @@
+"""Is this machine ready? Versions, GPU, folders, disk. And will a config fit into its memory?"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from diffdistill.settings.terminal import Console
+
+if TYPE_CHECKING:
+    from diffdistill.training.config import RunConfig
+    from diffdistill.training.memory.memory import MemoryPlan, Rehearsal
+    from diffdistill.training.trainer import Trainer
+
+# torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
+TORCHVISION_OFFSET = 15
+REQUIRED_GIB = 1.0
+CORE = (
+    *("torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic", "typer"),
+    *("scikit-learn", "tensorboard", "matplotlib"),
+)
+EXTRAS = {
+    "torchvision": "eval",
+    "clean-fid": "eval",
+    "open-clip-torch": "eval",
+    "timm": "eval",
+    "transformers": "hf",
+    "peft": "hf",
+    "datasets": "hf",
+    "xformers": "xformers",
+    "bitsandbytes": "8bit",
+}
+ATTENTION_SHAPES = {
+    "SD 1.5 at 64 x 64": (4096, 4096, 40),
+    "SDXL's text at 64 x 64": (4096, 77, 64),
+    "DiT-XL/2 at 512": (1024, 1024, 72),
+}
+"""Queries, keys and head size."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. is_fault: something has to be done."""
+
+    topic: str
+    text: str
+    is_fault: bool = False
+
+
+def examine(folder: FilePath) -> list[Finding]:
+    """Everything that `diffdistill doctor` reports. folder: where runs would be written."""
+    return [*_packages(), _torchvision(), _gpu(), *_attention(), _writable(folder), _disk(folder)]
+
+
+def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iterator[Finding]:
+    """Predict a run's memory, say whether it fits, then take two real steps and count. Nothing is written.
+
+    memory_gib: of the device to fit into; default: this GPU's, or this machine's.  Raises UserError as a run would.
+    """
+    from torch import OutOfMemoryError
+
+    from diffdistill.training.memory.memory import plan_memory, rehearse, show_bytes
+    from diffdistill.training.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as nowhere:  # the run's own folder may hold a run already
+        trainer = Trainer(replace(config, run=nowhere), quiet=True)
+        plan = plan_memory(trainer)
+        available = _device_memory(trainer)
+        yield _fit(trainer, plan, available if memory_gib is None else int(memory_gib * 2**30))
+        if plan.total > available:
+            yield Finding("two steps", f"not taken: this machine has {show_bytes(available)}")
+            return
+        try:
+            counted = rehearse(trainer)
+        except OutOfMemoryError as error:
+            yield Finding("two steps", f"out of memory, though predicted to fit: {error}", is_fault=True)
+        else:
+            yield from _compare(plan, counted)
+
+
+def show(findings: Sequence[Finding], console: Console) -> bool:
+    """Print the findings. Returns whether there is no fault."""
+    for finding in findings:
+        mark = ("FAULT", "red") if finding.is_fault else ("ok   ", "green")
+        console.print(Text.assemble(mark, f" {finding.topic}: {finding.text}"), soft_wrap=True)
+    return not any(finding.is_fault for finding in findings)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def torchvision_fits(torch_version: str, torchvision_version: str) -> bool:
+    """Whether the two were built for each other."""
+    torch_minor, vision_minor = (int(v.split(".")[1]) for v in (torch_version, torchvision_version))
+    return vision_minor == torch_minor + TORCHVISION_OFFSET
+
+
+def _packages() -> list[Finding]:
+    core = {name: version_of(name) for name in CORE}
+    missing = [name for name, version in core.items() if version is None]
+    present = ", ".join(f"{name} {version}" for name, version in core.items() if version)
+    absent = [f"{name} (extra: {extra})" for name, extra in EXTRAS.items() if version_of(name) is None]
+    return [
+        Finding("core packages", present + (f"; missing: {', '.join(missing)}" if missing else ""), bool(missing)),
+        Finding("optional packages", f"not installed: {', '.join(absent)}" if absent else "all installed"),
+    ]
+
+
+def _torchvision() -> Finding:
+    torch_version, vision = version_of("torch"), version_of("torchvision")
+    if torch_version is None or vision is None:
+        return Finding("torch and torchvision", "torchvision is not installed, and only evaluation needs it")
+    fits = torchvision_fits(torch_version, vision)
+    wanted = f"0.{int(torch_version.split('.')[1]) + TORCHVISION_OFFSET}"
+    return Finding(
+        "torch and torchvision",
+        f"{torch_version} with {vision}" + ("" if fits else f": install torchvision {wanted}"),
+        not fits,
+    )
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", f"none that torch {torch.__version__} can use: the CPU is taken")
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Finding("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
+
+
+def _attention() -> Iterator[Finding]:
+    """What `auto` would choose, for a few shapes of well-known networks, and whether our kernels can be built."""
+    import torch
+
+    from diffdistill.attention.backends import Options, choose, no_kernels
+    from diffdistill.attention.build import BuildError, find_compiler
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for what, (queries, keys, size) in ATTENTION_SHAPES.items():
+        q, k = (torch.empty(1, 1, n, size, device=device, dtype=torch.bfloat16) for n in (queries, keys))
+        name, why = choose(q, k, k, Options(size**-0.5))
+        yield Finding(f"attention, {what}", f"{name}: {why}")
+    missing = no_kernels(device)
+    tangents = f"the chunked reference; our kernel {missing}" if missing else "our kernel, in bfloat16 and float16"
+    yield Finding("attention, tangents", tangents)
+    try:
+        yield Finding("CUDA compiler", find_compiler().version.strip().splitlines()[-1])
+    except BuildError as error:
+        yield Finding("CUDA compiler", str(error))
+
+
+def _writable(folder: FilePath) -> Finding:
+    place = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return Finding("folder", f"{folder} can be written")
+    except OSError as error:
+        return Finding("folder", f"{folder} cannot be written: {error.strerror}", is_fault=True)
+
+
+def _disk(folder: FilePath) -> Finding:
+    free = shutil.disk_usage(_existing(folder)).free / 2**30
+    return Finding("disk", f"{free:.1f} GiB free", free < REQUIRED_GIB)
+
+
+def _device_memory(trainer: "Trainer") -> int:
+    """Bytes of the GPU, or of the machine where it trains on the CPU."""
+    import torch
+
+    if trainer.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(trainer.device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int) -> Finding:
+    from diffdistill.training.memory.memory import show_bytes
+    from diffdistill.training.memory.memory_advice import advise
+
+    kept = f"{show_bytes(plan.peak_activations)} of activations for {plan.micro_batch_size} samples"
+    text = f"{show_bytes(plan.total)} of {show_bytes(memory)}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
+    if plan.total <= memory:
+        return Finding("memory, predicted", text)
+    advice = "".join(f"\n      {line}" for line in advise(trainer, plan, memory))
+    return Finding("memory, predicted", f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)
+
+
+def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:
+    """Predicted against counted, and the speed."""
+    for name, expected in plan.players.items():
+        found = counted.players[name]
+        parts = {
+            "weights": (expected.weights, found.weights),
+            "gradients": (expected.gradients, found.gradients),
+            "optimiser": (expected.optimizer, found.optimizer),
+        }
+        yield Finding(name, ", ".join(f"{part} {_both(*pair)}" for part, pair in parts.items() if any(pair)))
+    if counted.averages:
+        place = "" if plan.has_averages_on_device else ", on the CPU"
+        yield Finding("averages", f"{_both(plan.averages, counted.averages)}{place}")
+    yield Finding("activations", _both(plan.peak_activations, counted.activations))
+    if counted.device_peak is not None:
+        yield Finding("GPU's peak", _both(plan.total, counted.device_peak))
+    first, *rest = counted.seconds
+    later = ", ".join(f"{seconds:.2f}" for seconds in rest)
+    yield Finding("seconds a step", f"{first:.2f} with warming up, then {later}; counting takes a part of it")
+
+
+def _both(predicted: int, counted: int) -> str:
+    from diffdistill.training.memory.memory import show_bytes
+
+    if predicted == counted:
+        return f"{show_bytes(predicted)} as predicted"
+    return f"{show_bytes(counted)}, {show_bytes(predicted)} predicted ({predicted / max(counted, 1) - 1:+.1%})"
+
+
+def _existing(folder: FilePath) -> FilePath:
+    """The folder, or the nearest one above it that is there."""
+    place = folder.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place

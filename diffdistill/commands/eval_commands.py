@@ -1,0 +1,151 @@
+"""The commands that judge models and runs: `eval`, `reference`, `leaderboard` and `report`."""
+
+from pathlib import Path as FilePath
+from typing import Annotated
+
+import typer
+
+from diffdistill.commands.faults import guarded
+from diffdistill.settings.terminal import Console
+
+console = Console()
+
+Judged = Annotated[
+    list[str],
+    typer.Argument(
+        help="Runs, checkpoints, diffusers folders, folders or zips of images, .npz files; or: compare A B."
+    ),
+]
+ProtocolName = Annotated[
+    str | None, typer.Option(help="A name, or a YAML file; default: digits-pixels, for what makes digits.")
+]
+GuidancePolicy = Annotated[
+    str, typer.Option(help="w of D_u + w (D_c - D_u), 1 is none; or a policy, as {name: adaptive, scale: 2}.")
+]
+
+
+@guarded
+def evaluate(
+    places: Judged,
+    protocol: ProtocolName = None,
+    repeats: Annotated[int | None, typer.Option(help="Ranges of image seeds; default: the protocol's.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="The first range of image seeds.", min=0)] = 0,
+    guidance: GuidancePolicy = "1",
+    sampler: Annotated[str | None, typer.Option(help='Default: the model\'s own. As in "{name: ddim}".')] = None,
+    ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="What a record is called; one for each place.")] = None,
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1, max=256)] = 256,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    weights: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: an extractor's weights.")] = None,
+    reference: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: the real images' statistics.")] = None,
+    captions: Annotated[str | None, typer.Option(help="The protocol's captions, one a line.")] = None,
+    features: Annotated[str | None, typer.Option(help="Keep the features in this folder.")] = None,
+    records: Annotated[str | None, typer.Option(help="Add a line for each place to this JSONL file.")] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="With --records: a PNG of 100 images beside it.")] = False,
+    save_images: Annotated[str | None, typer.Option(help="Write every image as a PNG into this folder.")] = None,
+    efficiency: Annotated[bool, typer.Option("--efficiency", help="Time each model: latency, memory, ...")] = False,
+    out: Annotated[str | None, typer.Option(help="Also write the table's rows to this JSON file.")] = None,
+    replicates: Annotated[int, typer.Option(help="Of compare's bootstrap.", min=2)] = 200,
+    confidence: Annotated[float, typer.Option(help="Of compare's intervals.")] = 0.95,
+) -> None:
+    """Measure models or images by a protocol; or compare two on the same noise, with intervals.
+
+    A broken-off evaluation goes on when it is called again. `torchrun -m diffdistill eval` shares the work.
+
+    Example: diffdistill eval runs/demo/teacher runs/demo/student --out table.json
+
+    Example: diffdistill eval compare runs/demo/teacher runs/demo/student --replicates 50
+    """
+    from diffdistill.eval.command import EvalOptions, run_compare, run_eval
+    from diffdistill.settings.schema import UserError
+
+    options = EvalOptions(
+        protocol=protocol,
+        repeats=repeats,
+        seed=seed,
+        guidance=guidance,
+        sampler=sampler,
+        ema=ema,
+        names=name or (),
+        batch_size=batch,
+        device=device,
+        weights=weights or (),
+        references=reference or (),
+        captions=captions,
+        features=features,
+        records=records,
+        grid=grid,
+        save_images=save_images,
+        efficiency=efficiency,
+        out=out,
+    )
+    if places[0] != "compare":
+        run_eval(places, options, console)
+        return
+    if len(places) != 3:
+        raise UserError(f"eval compare: takes two places, not {len(places) - 1}")
+    run_compare((places[1], places[2]), options, console, num_replicates=replicates, confidence=confidence)
+
+
+@guarded
+def reference(
+    images: Annotated[
+        str, typer.Argument(help='Real images: a folder, a zip, a .npz, or "{name: cifar10, root: data}".')
+    ],
+    protocol: Annotated[str, typer.Option(help="The protocol that will compare with them: a name, or a YAML file.")],
+    weights: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: an extractor's weights.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder to write into; default: where `eval` looks.")] = None,
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
+) -> None:
+    """Compute the statistics of real images that a protocol compares with, one file for each kind of features.
+
+    Example: diffdistill reference "{name: cifar10, root: data}" --protocol cifar10-efficientnet-lite0
+    """
+    from diffdistill.eval.real import write_references
+
+    for file in write_references(
+        images,
+        protocol,
+        weights=weights or (),
+        folder=FilePath(out) if out else None,
+        batch_size=batch,
+        console=console,
+    ):
+        console.print(str(file), highlight=False, soft_wrap=True, markup=False)
+
+
+@guarded
+def leaderboard(
+    records: Annotated[list[str], typer.Argument(help="JSONL files of records, as `diffdistill eval` writes them.")],
+    out: Annotated[str, typer.Option(help="The folder to write into.")],
+    title: Annotated[str, typer.Option(help="What the page is called.")] = "Leaderboard",
+    published: Annotated[bool, typer.Option(help="Show the published numbers that come along.")] = True,
+) -> None:
+    """Rank what was measured alike: one HTML page, Markdown, CSV, and metadata for model cards.
+
+    Example: diffdistill leaderboard runs/records.jsonl --out runs/leaderboard
+    """
+    from rich.text import Text
+
+    from diffdistill.eval.board_files import write_leaderboard
+
+    def say(message: str) -> None:
+        Console(stderr=True).print(Text.assemble(("warning:", "yellow"), f" {message}"), soft_wrap=True)
+
+    page, *others = write_leaderboard(records, FilePath(out), title=title, with_reported=published, say=say)
+    console.print(f"{page}, and {len(others)} more files beside it", highlight=False, soft_wrap=True, markup=False)
+
+
+@guarded
+def report(
+    run: Annotated[str, typer.Argument(help="A run's folder.")],
+    out: Annotated[str | None, typer.Option(help="The HTML file to write; default: report.html in the folder.")] = None,
+) -> None:
+    """Show one run on one HTML page: settings, curves, health, previews over time, scores.
+
+    Example: diffdistill report runs/demo/student
+    """
+    from diffdistill.eval.report import write_report
+
+    file = write_report(FilePath(run), FilePath(out) if out else None)
+    console.print(str(file), highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,63 @@
+"""How a command ends. Exit codes: 0 done; 1 failed; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM."""
+
+import functools
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich.text import Text
+
+from diffdistill.settings.launcher import this_rank
+from diffdistill.settings.terminal import Console, hide_secrets
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong, plainly, and leave. Of several processes each says which one it is, but for the first."""
+    who = f" process {this_rank()}:" if this_rank() else ""
+    said = Text.assemble(("error:", "bold red"), f"{who} {hide_secrets(message)}")
+    Console(stderr=True).print(said, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """A command whose expected faults end in one message and the right exit code, never in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from diffdistill.settings.schema import UserError
+
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            fail(str(error), 2)
+        except KeyboardInterrupt:
+            fail("stopped; nothing of this step was saved", 130)
+        except Exception as error:
+            message, code = _expected(error)
+            if code is None:
+                raise
+            fail(message, code)
+
+    return run
+
+
+def _expected(error: Exception) -> tuple[str, int | None]:
+    """The message and exit code of a fault that is not a bug, or (.., None)."""
+    from pydantic import ValidationError
+
+    from diffdistill.distributed.stopping import StopRequested, TrainingError
+    from diffdistill.export.verify import ExportError
+    from diffdistill.storage.checkpoint import is_disk_full
+
+    if isinstance(error, StopRequested):
+        return str(error), error.exit_code
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()), 2
+    if is_disk_full(error):
+        return f"the disk is full: {error}. The last good checkpoint is intact; make room and go on with --resume", 1
+    if isinstance(error, (TrainingError, ExportError, OSError)):
+        return str(error), 1
+    return "", None

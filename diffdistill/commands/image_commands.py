@@ -1,0 +1,136 @@
+"""The commands that bring images and models out of a run: `sample` and `export`."""
+
+from pathlib import Path as FilePath
+from typing import Annotated
+
+import typer
+
+from diffdistill.commands.faults import guarded
+from diffdistill.settings.terminal import Console
+
+console = Console()
+
+Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What cross-attention to the prompt steers away from; default: the run's own.")
+]
+NegativeScale = Annotated[
+    float | None, typer.Option(help="How much of it is taken away; default: the run's own, or 0.3.", min=0)
+]
+
+
+@guarded
+def sample(
+    run: Annotated[str, typer.Argument(help="A run, a checkpoint, an exported folder, or a diffusers pipeline.")],
+    out: Annotated[str, typer.Option(help="The PNG to write.")] = "samples.png",
+    count: Annotated[
+        int | None, typer.Option(help="Number of images; default 100, or each prompt once.", min=1, max=10_000)
+    ] = None,
+    label: Annotated[list[int] | None, typer.Option(help="A class; several in turn. Default: all in turn.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; several in turn.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A UTF-8 file with a prompt a line.")] = None,
+    seed: Seed = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Calls of the network for an image; default: the model's own.", min=1)
+    ] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="As in eval; default 1, or what an exported folder says.")
+    ] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="The teacher's images beside, of the same noise.")] = False,
+    teacher_steps: Annotated[int | None, typer.Option(help="Default: the teacher's own.", min=1)] = None,
+    teacher_guidance: Annotated[str | None, typer.Option(help="Default: what the student was distilled with.")] = None,
+    ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
+    negative_prompt: NegativePrompt = None,
+    negative_scale: NegativeScale = None,
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
+    columns: Annotated[int | None, typer.Option(help="Of the grid.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the code of an exported folder.")] = False,
+) -> None:
+    """Sample from a teacher or a student and write a grid. A time is that of one image, from noise to pixels.
+
+    Example: diffdistill sample runs/demo/student --count 100 --teacher --out digits.png
+
+    Example: diffdistill sample exported/sd15 --prompt "a red fox" --prompt "two blue birds" --steps 2
+    """
+    import torch
+
+    from diffdistill.data.prompts import read_prompts
+    from diffdistill.exported.sample import SampleOptions, run_sample
+    from diffdistill.inference.model_imager import Asked
+    from diffdistill.training.config import parse_guidance
+
+    asked = Asked(
+        prompts=(*(prompt or ()), *(read_prompts(prompts, setting="--prompts") if prompts else ())),
+        labels=tuple(label or ()),
+        seed=seed,
+        guidance=None if guidance is None else parse_guidance(guidance),
+        num_steps=steps,
+        ema=ema,
+        negative_prompt=negative_prompt,
+        negative_scale=negative_scale,
+        device=torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu"),
+        trusts_code=trust_code,
+    )
+    options = SampleOptions(
+        asked=asked,
+        out=FilePath(out),
+        count=count,
+        batch=batch,
+        columns=columns,
+        has_teacher=teacher,
+        teacher_guidance=None if teacher_guidance is None else parse_guidance(teacher_guidance),
+        teacher_steps=teacher_steps,
+    )
+    made = run_sample(run, options)
+    shown = "; ".join(f"{one.caption} an image" for one in made)
+    console.print(f"{out}: {len(made[0].images)} images; {shown}", highlight=False, soft_wrap=True, markup=False)
+
+
+@guarded
+def export(
+    run: Annotated[str, typer.Argument(help="A run, a checkpoint, or a folder of joined students.")],
+    out: Annotated[str, typer.Option(help="The folder to write. An exported model that is there is replaced.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="stock: diffusers' classes only; self-contained: with code of its own; lora: the factors, in "
+            "diffusers' keys; kohya: in kohya's, for ComfyUI. auto: stock where that can be, else self-contained."
+        ),
+    ] = "auto",
+    ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="The scale of calls that name none, for a student that is told it.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="The teacher's, where its own card does not say.")] = None,
+    records: Annotated[str | None, typer.Option(help="JSONL of `diffdistill eval`: scores for the card.")] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Load the folder in a process without diffdistill, and compare its images.")
+    ] = True,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Upload as this Hugging Face repository, with your own token (HF_TOKEN, or a login)."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: not a private repository.")] = False,
+) -> None:
+    """Write a folder that others load, without diffdistill: a diffusers pipeline, or LoRA's file, with a model card.
+
+    Example: diffdistill export runs/demo/student --out exported/digits
+
+    Example: diffdistill export runs/sd15 --out exported/sd15-lora --kind lora --push me/sd15-one-step
+    """
+    from diffdistill.commands.export_command import ExportOptions, check_kind
+    from diffdistill.commands.export_command import export as run_export
+
+    options = ExportOptions(
+        kind=check_kind(kind),
+        ema=ema,
+        guidance_scale=guidance,
+        is_verified=verify,
+        licence=licence,
+        records=FilePath(records) if records else None,
+        push=push,
+        is_public=public,
+    )
+    made = run_export(run, FilePath(out), options)
+    console.print(made.summary, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,92 @@
+"""Text encoders for networks of our own: a sentence as one vector, by a BERT of transformers' layout in a folder.
+
+Reimers & Gurevych 2019, arXiv:1908.10084: the mean of the last hidden states over the tokens, of unit length.
+Only `BertModel` is loaded, from safetensors.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import freeze
+from diffdistill.settings.schema import UserError
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """place: a folder with config.json, model.safetensors and a tokenizer, as all-MiniLM-L6-v2's."""
+
+    place: str
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json. Raises UserError if there is none, or it is of another model."""
+        file = FilePath(self.place).expanduser() / "config.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"text_encoder = {self.place!r}: {file} cannot be read: {error}") from None
+        kind = found.get("model_type") if isinstance(found, dict) else None
+        if kind != "bert":
+            raise UserError(f"text_encoder = {self.place!r}: model_type = {kind!r}; only bert is read")
+        return found
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def files(self) -> list[FilePath]:
+        """All that an embedding depends on."""
+        found = [FilePath(self.place).expanduser() / name for name in FILES]
+        return [file for file in found if file.is_file()]
+
+    def load(self, device: torch.device | str = "cpu") -> tuple[Any, Any]:
+        """Tokenizer and frozen model. Raises UserError."""
+        self.config  # noqa: B018  (refuses other models)
+        try:
+            from transformers import AutoTokenizer, BertModel
+        except ImportError as error:
+            raise UserError(f"text_encoder: needs `pip install diffdistill[hf]`: {error}") from None
+        folder = str(FilePath(self.place).expanduser())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = BertModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False, dtype=torch.float32
+            )
+        except Exception as error:  # transformers and tokenizers have no class for all of theirs
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"text_encoder = {self.place!r}: cannot be read: {type(error).__name__}: {reason}"
+            ) from None
+        return tokenizer, freeze(model).to(device)
+
+    def encode(self, loaded: tuple[Any, Any], prompts: Sequence[str]) -> Cond:
+        """Prompts [N] as pooled_text [N, width].  loaded: of `load`."""
+        return Cond(pooled_text=embed(*loaded, prompts))
+
+    def encode_empty(self, loaded: tuple[Any, Any]) -> Cond:
+        """The empty prompt: [1, width]."""
+        return self.encode(loaded, [""])
+
+
+@torch.no_grad()
+def embed(tokenizer: Any, model: Any, prompts: Sequence[str]) -> Tensor:
+    """Prompts [N] as [N, width], of unit length."""
+    asked = tokenizer(list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    asked = asked.to(model.device)
+    hidden: Tensor = model(**asked).last_hidden_state
+    mask = asked["attention_mask"][..., None].to(hidden.dtype)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)

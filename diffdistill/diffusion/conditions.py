@@ -1,0 +1,70 @@
+"""Conditions by number: encoded prompts in a table, so that a method draws them as it draws classes.
+
+A label in 0 .. N - 1 stands for a prompt, and N for "no condition", the empty prompt.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diffdistill.diffusion.cond import Cond
+
+
+class Conditions:
+    """N conditions and the empty one. Copies of a denoiser share it, and it is no part of their weights."""
+
+    def __init__(self, shards: Sequence[Cond], empty: Cond, *, key: str | None = None) -> None:
+        """shards: parts of [n_i, ...], one after the other, N = sum of n_i; in memory or memory-mapped.
+        empty: the same parts, [1, ...].  key: tells one table from another; default the hash of all numbers.
+        Raises ValueError if they differ in their parts or in a part's shape.
+        """
+        self.shards, self.empty = tuple(shards), empty
+        shapes = {name: part.shape[1:] for name, part in empty.parts().items()}
+        for shard in self.shards:
+            other = {name: part.shape[1:] for name, part in shard.parts().items()}
+            if other != shapes or len({len(part) for part in shard.parts().values()}) != 1:
+                raise ValueError(f"conditions: a shard has {other}, the empty condition {shapes}")
+        sizes = torch.tensor([0, *(len(next(iter(shard.parts().values()))) for shard in self.shards)])
+        self._bounds = sizes.cumsum(0)
+        self._key = key
+
+    def __len__(self) -> int:
+        """N: the empty condition is not counted."""
+        return int(self._bounds[-1])
+
+    def __deepcopy__(self, memo: object) -> "Conditions":
+        return self
+
+    @cached_property
+    def key(self) -> str:
+        """The same conditions in the same order have the same key."""
+        if self._key is not None:
+            return self._key
+        digest = hashlib.sha256()
+        for table in (*self.shards, self.empty):
+            for name, part in table.parts().items():
+                digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def rows(self, index: Tensor) -> Cond:
+        """The conditions with these numbers, on the numbers' device.
+
+        index: [B] int64 in 0 .. N.  Raises ValueError on a number outside.
+        """
+        number = index.cpu()
+        if bool(((number < 0) | (number > len(self))).any()):
+            raise ValueError(
+                f"conditions: numbers go from 0 to {len(self)}, which is the empty one; got {number.tolist()}"
+            )
+        which = torch.searchsorted(self._bounds, number, right=True) - 1
+        parts = {name: part.new_empty(len(number), *part.shape[1:]) for name, part in self.empty.parts().items()}
+        for shard in which.unique().tolist():
+            is_here = which == shard
+            table = self.empty if shard == len(self.shards) else self.shards[shard]
+            for name, part in table.parts().items():
+                parts[name][is_here] = part[number[is_here] - self._bounds[shard]]
+        return Cond(**{name: part.to(index.device) for name, part in parts.items()})

@@ -1,0 +1,215 @@
+"""The one picture of every network: D(x_t, t, c) = E[x_0 | x_t, c].
+
+Teacher, generator and fake score are all `Denoiser`s. A network is a `Network`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.path import Path, Prediction, expand
+from diffdistill.settings.schema import UserError
+
+if TYPE_CHECKING:
+    from diffdistill.diffusion.conditions import Conditions
+
+
+class Network(nn.Module, ABC):
+    """What a Denoiser, or a network around another, asks of the module inside it.
+
+    Ours inherit it, which tells type checkers. Nothing asks for the class: any module with these attributes and methods
+    will do.
+    """
+
+    accepts: frozenset[str]
+    """The names of the parts of Cond that it takes."""
+    num_classes: int
+    """0 for a network without labels. Label `num_classes` then means "no class"."""
+    knows_unconditional: bool
+    """Whether it was trained with the condition dropped, so that guidance has a meaning."""
+    resolution_multiple: int
+    """Image sides must be multiples of this."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """x: [B, ...]; time_input: [B], the path's.  Returns [B, ...]: what the Denoiser `predicts`."""
+
+    @abstractmethod
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        """The bottleneck alone, [B, C, h, w]; what comes after it does not run."""
+
+    @abstractmethod
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Output and bottleneck from one pass."""
+
+
+Want = Literal["x0", "features", "both"]
+
+
+class CondChange(Protocol):
+    """What changes a condition just before the network sees it."""
+
+    def behind(self, cond: Cond) -> Cond: ...
+
+
+class Denoiser(nn.Module):
+    """A network seen as D(x_t, t, c), whatever it predicts.
+
+    net: a `Network`; path: where its noise levels live; predicts: what its output means;
+    sigma_data: the data's standard deviation, used by predicts="edm" only.
+    conditions: what a label stands for, for a network that takes text; set by whoever has encoded the prompts.
+    Raises UserError where path and prediction do not fit.
+    """
+
+    def __init__(self, net: Network, path: Path, predicts: Prediction, *, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        if predicts not in path.predictions:
+            choices = ", ".join(path.predictions)
+            raise UserError(f"predicts: {predicts!r} does not fit the path; choose from {choices}")
+        self.net = net
+        self.path = path
+        self.predicts: Prediction = predicts
+        self.sigma_data = sigma_data
+        self.conditions: Conditions | None = None
+        self.negative: CondChange | None = None  # what its attention steers away from; by `steer_away`
+        self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
+        self.offload_device: torch.device | None = None  # where it computes with weights elsewhere; by `offload`
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether another scale than 1 means something: it knows "no class", or takes the scale as its input."""
+        return self.net.knows_unconditional or "guidance_input" in self.net.accepts
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float | Tensor = 1.0,
+        uncond: Cond | None = None,
+        want: Want = "x0",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Denoise x_t, or tap the bottleneck.
+
+        x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
+        guidance: w of D_u + w (D_c - D_u), a number or [B]; 1 calls the network on `cond` alone and 0 on `uncond`
+        alone; any other value puts both into one batched call. A network that takes the scale as its input is given
+        w instead, whatever it is, in one call, unless cond says one. uncond: default `unconditional(cond)`.
+        want: "x0" -> [B, ...]; "features" -> the bottleneck [B, C, h, w], stopping there; "both" -> a pair
+        (features at w = 1 or 0 only).  Returns float32 or wider.
+        Raises ValueError on a condition that the network does not take, and where it knows no "no class".
+        Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
+        """
+        if "guidance_input" in self.net.accepts and cond.guidance_input is None:
+            given = torch.as_tensor(guidance, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
+            cond, guidance = replace(cond, guidance_input=given.expand(len(x_t))), 1.0
+        unknown = set(cond.parts()).difference(self._accepts)
+        if unknown:
+            raise ValueError(f"this network takes {sorted(self._accepts)}, not {sorted(unknown)}")
+        if isinstance(guidance, (int, float)) and guidance == 1:
+            return self._evaluate(x_t, t, cond, want)
+        null = self.unconditional(cond) if uncond is None else uncond
+        if isinstance(guidance, (int, float)) and guidance == 0:
+            return self._evaluate(x_t, t, null, want)
+        if want != "x0":
+            raise ValueError("features are of one condition: use guidance 0 or 1")
+        both = self._evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond), "x0")
+        assert isinstance(both, Tensor)
+        without, with_cond = both.chunk(2)
+        scale = expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
+        return without + scale * (with_cond - without)
+
+    @property
+    def num_classes(self) -> int:
+        """How many conditions a label may stand for: classes or encoded prompts; 0 if there are none."""
+        return self.net.num_classes if self.conditions is None else len(self.conditions)
+
+    @property
+    def _accepts(self) -> frozenset[str]:
+        return self.net.accepts if self.conditions is None else self.net.accepts | {"label"}
+
+    def class_cond(self, label: Tensor) -> Cond:
+        """The condition for classes, or prompts by number, [B]; empty if the network takes none."""
+        return Cond(label=label) if self.num_classes else NO_COND
+
+    def unconditional(self, cond: Cond) -> Cond:
+        """`cond` with the class, or the prompt, taken away. Raises ValueError if the network was never trained so."""
+        if self.net.knows_unconditional and cond.label is not None:
+            return replace(cond, label=torch.full_like(cond.label, self.num_classes))
+        if not self.net.knows_unconditional or self.conditions is None or cond.text is None:
+            raise ValueError("guidance: this network was trained without dropping its condition; use guidance 1")
+        null = torch.full((len(cond.text),), self.num_classes, device=cond.text.device)
+        return replace(cond, **self._rows(null).parts())
+
+    def drop_condition(self, cond: Cond, is_dropped: Tensor) -> Cond:
+        """`unconditional` for some samples only.  is_dropped: [B] bool.  Raises ValueError as it does."""
+        null = self.unconditional(cond).parts()
+        chosen = {name: is_dropped.reshape(-1, *[1] * (part.ndim - 1)) for name, part in null.items()}
+        return Cond(**{name: torch.where(chosen[name], null[name], part) for name, part in cond.parts().items()})
+
+    def convert(self, x0: Tensor, kind: Literal["score", "eps", "v", "flow"], x_t: Tensor, t: Tensor) -> Tensor:
+        """D at (x_t, t) as score, eps, v or flow."""
+        return self.path.from_x0(x0, kind, x_t, t)
+
+    def resolve(self, cond: Cond) -> Cond:
+        """What the network is given for `cond`: the encoded prompts in the place of their numbers."""
+        if self.conditions is None or cond.label is None:
+            return cond
+        return replace(self._rows(cond.label), **replace(cond, label=None).parts())
+
+    def _rows(self, label: Tensor) -> Cond:
+        """Encoded prompts, in the network's type of numbers."""
+        assert self.conditions is not None
+        dtype = next((p.dtype for p in self.net.parameters()), torch.float32)
+        return self.conditions.rows(label).map(lambda part: part.to(dtype) if part.is_floating_point() else part)
+
+    def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
+        cond = self.resolve(cond)
+        if self.negative is not None:
+            cond = self.negative.behind(cond)
+        if self.autocast is not None:
+            with torch.autocast(x_t.device.type, self.autocast):
+                return self._call(x_t, t, cond, want)
+        return self._call(x_t, t, cond, want)
+
+    def _call(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
+        scaled = expand(self._input_scale(t), x_t) * x_t
+        time_input = self.path.time_input(t).to(scaled.dtype)
+        if want == "features":
+            return self.net.features(scaled, time_input, cond)
+        if want == "both":
+            output, features = self.net.forward_with_features(scaled, time_input, cond)
+            return self._read(output, x_t, t), features
+        return self._read(self.net(scaled, time_input, cond), x_t, t)
+
+    def _input_scale(self, t: Tensor) -> Tensor:
+        if self.predicts != "edm":
+            return torch.ones_like(t, dtype=torch.float64)
+        return (self.sigma_data**2 + t.double() ** 2).rsqrt()
+
+    def _read(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's output as x0, in float32 or wider: autocast ends here."""
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        if self.predicts != "edm":
+            return self.path.to_x0(output, self.predicts, x_t, t)
+        total = t.double() ** 2 + self.sigma_data**2  # Karras et al. 2022, table 1
+        skip, scale = self.sigma_data**2 / total, t.double() * self.sigma_data / total.sqrt()
+        return expand(skip, x_t) * x_t + expand(scale, x_t) * output
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its numbers are; the CPU if it has none."""
+    offloaded: torch.device | None = getattr(module, "offload_device", None)
+    return offloaded or next(
+        (tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu")
+    )
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode and no parameter gradients. Gradients still flow through to the inputs."""
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,253 @@
+"""What a method is: pure losses on players, and who steps when.
+
+A method is a frozen dataclass, which is also its config. It never steps an optimiser, logs, or asks for a device.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.data.source import ImageSource
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.draws import Draws, integer_of
+from diffdistill.diffusion.path import Path, Prediction
+from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
+from diffdistill.settings.schema import UserError
+
+REGISTRY = {
+    "pretrain": "diffdistill.methods.pretrain:Pretrain",
+    "dmd2": "diffdistill.methods.dmd2:DMD2",
+    "sid": "diffdistill.methods.sid:SiD",
+    "sim": "diffdistill.methods.sim:SIM",
+    "f_distill": "diffdistill.methods.f_distill:FDistill",
+    "hyper_sd": "diffdistill.methods.hyper_sd:HyperSD",
+    "boot": "diffdistill.methods.boot:Boot",
+    "agd": "diffdistill.methods.agd:AGD",
+    "guidance_distill": "diffdistill.methods.guidance_distill:GuidanceDistill",
+    "tsm": "diffdistill.methods.tsm:TSM",
+    "regression": "diffdistill.methods.regression:Regression",
+    "scm": "diffdistill.methods.scm:SCM",
+    "mean_flow": "diffdistill.methods.mean_flow:MeanFlow",
+    "disback": "diffdistill.methods.disback:DisBack",
+    "msd": "diffdistill.methods.msd:MSD",
+}
+"""Every method's name and where its class is. A method that holds another can hold those above it."""
+
+Draw = Mapping[str, Tensor]
+"""Every random number of one step, by name, and what earlier updates of the step carried over."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step: the players that it changes, the method's loss, and every how many iterations.
+
+    start, start_images: the run's iterations and images that pass before the update is first due.
+    statistics: a method `(players, draw, batch) -> dict of [B, ...]` for losses that look at the whole batch. Where the
+    batch comes in pieces it is asked for each of them first, without gradient, and every piece's draw then holds the
+    values of all samples, in order, as "all <name>".
+    """
+
+    players: tuple[str, ...]
+    loss: str
+    every: int = 1
+    start_images: int = 0
+    statistics: str | None = None
+    start: int = 0
+
+    def is_due(self, step: int, images_seen: int) -> bool:
+        """Whether the update is taken in the iteration `step`, before which `images_seen` images passed."""
+        return step % self.every == 0 and step >= self.start and images_seen >= self.start_images
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total: scalar with graph.  logs: detached scalars.  carry: detached tensors for the step's later updates."""
+
+    total: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: [B, ...] real data, empty for data-free methods; cond: its condition; stored: from `prepare`."""
+
+    images: Tensor
+    cond: Cond = NO_COND
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known before training starts.
+
+    image_shape: [C, H, W].  num_classes: 0 without labels.  teacher: frozen, or None.
+    network: a new, untrained student, where the method trains one that is not a copy of its teacher; else None.
+    initial: the players of an earlier run that this one starts from, frozen, by name.
+    classes: the classes that this run is about; empty for all.  num_steps, batch_size: of the run, in iterations and
+    images.  lora: the players that are trained as factors over the network that they start from; null: in full.
+    """
+
+    image_shape: tuple[int, ...]
+    num_classes: int
+    path: Path
+    teacher: Denoiser | None = None
+    network: Denoiser | None = None
+    initial: Mapping[str, Denoiser] = field(default_factory=dict)
+    classes: tuple[int, ...] = ()
+    num_steps: int = 0
+    batch_size: int = 0
+    lora: Mapping[str, LoRASettings | None] = field(default_factory=dict)
+
+    def label_of(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers [B] in (0, 1) as classes of this run, int64 [B]."""
+        if not self.classes:
+            return integer_of(uniform, max(self.num_classes, 1))
+        return torch.tensor(self.classes, device=uniform.device)[integer_of(uniform, len(self.classes))]
+
+    def copies(self, *names: str) -> dict[str, nn.Module]:
+        """Trainable copies for players that start as their namesakes in `initial`, or as the teacher.
+
+        If `initial` holds a single player, a diffusion model, then all of them start as it. A generator is none: the
+        others start as the teacher beside it, unless its network is another.
+        Raises UserError if there is no teacher.
+        """
+        if self.teacher is None:
+            raise UserError("teacher: this method distils one; name a pretrained run")
+        other, lone = self.teacher, self.initial.get("generator")
+        if len(self.initial) == 1 and (lone is None or not (lora_of(lone) or shapes_of(lone) == shapes_of(other))):
+            [other] = self.initial.values()
+        return {name: self._copy(name, self.initial.get(name, other)) for name in names}
+
+    def _copy(self, name: str, origin: Denoiser) -> nn.Module:
+        settings = settings_for(name, self.lora)
+        if settings is None or lora_of(origin):
+            copy = deepcopy(origin).to(device_of(origin)).requires_grad_(True)
+            copy.offload_device = None
+            return copy
+        return with_lora(origin, settings)
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """Of its weights, by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+class Players(Mapping[str, nn.Module]):
+    """The networks of a run by name, also as attributes: players.generator, players.teacher."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        self._modules = modules
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self._modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_modules"][name]
+        except KeyError:
+            raise AttributeError(f"no player {name!r}; there are {sorted(self.__dict__['_modules'])}") from None
+
+
+class Method(ABC):
+    """The interface between a paper and the trainer. Each loss named in `updates` is a method
+    `(players, draw, batch) -> Loss`. What stands here with a body is what most methods leave as it is.
+    """
+
+    name: str
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether the losses ask the teacher. If not it leaves memory after `prepare`."""
+        return True
+
+    @property
+    def trains_network(self) -> bool:
+        """Whether the student is the config's `model`, new and untrained, although there is a teacher."""
+        return False
+
+    @property
+    def differentiates_forward(self) -> bool:
+        """Whether a loss takes a network's derivative by its inputs in the forward pass (a jvp)."""
+        return False
+
+    @property
+    @abstractmethod
+    def updates(self) -> tuple[Update, ...]:
+        """Who steps, in which order, how often."""
+
+    @property
+    @abstractmethod
+    def student(self) -> str:
+        """The player that samples are taken from; it gets the EMA."""
+
+    @property
+    @abstractmethod
+    def needs_images(self) -> bool:
+        """Whether the losses look at real data."""
+
+    @abstractmethod
+    def sampler(self, setting: Setting) -> AnySampler:
+        """How the student makes images."""
+
+    @abstractmethod
+    def players(self, setting: Setting) -> dict[str, nn.Module]:
+        """The players at their start. Those that no update names are saved with the run, but not trained.
+
+        Raises UserError if the method and the setting do not fit.
+        """
+
+    @abstractmethod
+    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+        """Every random number of one step."""
+
+    def student_model(self, network: Any, predicts: Prediction, setting: Setting) -> tuple[Any, Prediction]:
+        """The student's network config and prediction, from the teacher's. A changed one comes as setting.network."""
+        return network, predicts
+
+    def classes(self, setting: Setting, source: ImageSource) -> tuple[int, ...]:
+        """The classes that this run is about; empty for all. Real images and drawn labels are of these alone."""
+        return ()
+
+    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+        """What is made once before training and kept with the run, as `batch.stored`."""
+        return {}
+
+    def begin(self, players: Players, stored: Mapping[str, Tensor]) -> None:
+        """Change players before the first step of a new run, by what was prepared."""
+
+    def remember(self, players: Players, carried: Mapping[str, Tensor]) -> None:
+        """Keep what a loss carried in players that no update names; called when its optimiser step was taken."""
+
+    def after_step(self, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
+        """Move the players that no update names (averages, earlier stages).  step: iterations done; no gradient."""
+
+    def call(self, function: str, players: Players, draw: Draw, batch: Batch) -> Any:
+        """A loss or statistics that `updates` names."""
+        return getattr(self, function)(players, draw, batch)
+
+
+@cache
+def registered(*, above: str | None = None) -> dict[str, type]:
+    """Every method class by name, imported.  above: only those that stand above this name in the registry."""
+    found = {}
+    for name, place in takewhile(lambda entry: entry[0] != above, REGISTRY.items()):
+        module, attribute = place.split(":")
+        found[name] = getattr(import_module(module), attribute)
+    return found

@@ -1,0 +1,67 @@
+"""Rewards: differentiable judges of images, by name, for methods that learn from feedback.
+
+A reward is a function (images [B, C, H, W] in [-1, 1], cond) -> [B], the higher the better, with a gradient to the
+images. `register` adds one in Python; an installed package adds one to every command by an entry point of the group
+`diffdistill.distillation.rewards`. The models of the papers (LAION's aesthetic score, ImageReward) are not part of this package.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.settings.schema import NonNegative, UserError, schema
+
+Reward = Callable[[Tensor, Cond], Tensor]
+
+
+def contrast(images: Tensor, cond: Cond) -> Tensor:
+    """Standard deviation over all values of an image."""
+    return images.flatten(1).std(1)
+
+
+def sharpness(images: Tensor, cond: Cond) -> Tensor:
+    """Mean absolute difference between neighbours, to the right and below."""
+    right, below = images.diff(dim=-1).abs(), images.diff(dim=-2).abs()
+    return (right.flatten(1).mean(1) + below.flatten(1).mean(1)) / 2
+
+
+_REWARDS: dict[str, Reward] = {"contrast": contrast, "sharpness": sharpness}
+
+
+def register(name: str, reward: Reward) -> None:
+    """Make a reward known to this process. Raises ValueError if another has the name."""
+    if _REWARDS.setdefault(name, reward) is not reward:
+        raise ValueError(f"a reward {name!r} is registered already")
+
+
+def find_reward(name: str) -> Reward:
+    """A reward by name: registered, or an entry point. Raises UserError naming those that are known."""
+    if name in _REWARDS:
+        return _REWARDS[name]
+    plugins = {point.name: point for point in entry_points(group="diffdistill.rewards")}
+    if name not in plugins:
+        raise UserError(f"reward: {name!r} is unknown; choose from {', '.join(sorted({*_REWARDS, *plugins}))}")
+    register(name, plugins[name].load())
+    return _REWARDS[name]
+
+
+@schema
+class Feedback:
+    """A reward as a loss: weight E[relu(threshold - r(x, c))].
+
+    threshold: the reward beyond which an image is good enough.  Xu et al. 2023, arXiv:2304.05977 (ReFL); Ren et al.
+    2024, arXiv:2404.13686, section 3.2.
+    """
+
+    reward: str
+    threshold: float
+    weight: NonNegative = 1.0
+
+    def loss(self, images: Tensor, cond: Cond) -> Tensor:
+        """Scalar, with the graph of images [B, ...]. Raises UserError for an unknown reward."""
+        reward = find_reward(self.reward)(images, cond)
+        return self.weight * F.relu(self.threshold - reward.to(torch.promote_types(reward.dtype, torch.float32))).mean()

@@ -1,0 +1,229 @@
+"""What score-distillation methods share: the numbers of a step, the roll-out, fields, weights, the fake score's loss.
+
+Two kinds of generator loss are built of this. A field (`matching_field`) is computed without gradient and pushed
+through the generator. A loss through the networks keeps the graph from x to x_t and through both frozen score networks.
+
+A draw holds, by name: for each noising "<call>t" and "<call>eps"; for each generated sample "<sample>z",
+"<sample>label" and "<sample>fresh i"; and one "step". A call or a sample's name is "" or ends in a space.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.diffusion.augmentation import augment
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.path import Path
+from diffdistill.diffusion.sampling import StepSampler
+from diffdistill.diffusion.timesteps import TimeLaw
+from diffdistill.distillation.losses import (
+    DenoisingWeight,
+    denoising_loss,
+    gan_discriminator_loss,
+    sample_normaliser,
+    zero_nonfinite,
+)
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Setting
+from diffdistill.settings.schema import UserError
+
+Features = Literal["fake", "teacher"]
+"""Whose bottleneck a discriminator's head reads."""
+
+SampleWeight = Literal["nu", "one", "alpha", "alpha^2", "alpha/sigma", "snr", "1/sigma", "1/sigma^2"]
+"""The weight of one sample in a loss through the networks: 1/nu, or a function of its time (snr: alpha^2/sigma^2)."""
+
+TIME_POWERS = {
+    "one": (0, 0),
+    "alpha": (1, 0),
+    "alpha^2": (2, 0),
+    "alpha/sigma": (1, -1),
+    "snr": (2, -2),
+    "1/sigma": (0, -1),
+    "1/sigma^2": (0, -2),
+}
+"""The powers of alpha_t and sigma_t in each weight of time."""
+
+
+def start_players(setting: Setting, **guidances: float) -> dict[str, nn.Module]:
+    """Generator and fake score, which start as the teacher or as in an earlier run.
+
+    guidances: the scales that will be asked of these networks, by the setting's name.
+    Raises UserError without a teacher, and for a scale other than 1 where it never saw "no class" and is told no scale.
+    """
+    copies = setting.copies("generator", "fake")
+    assert setting.teacher is not None
+    for name, guidance in guidances.items():
+        if guidance != 1 and not setting.teacher.takes_guidance:
+            raise UserError(f"method.{name}: {guidance} needs a teacher trained with class_dropout > 0; use 1")
+    return copies
+
+
+def tapped(setting: Setting, players: Mapping[str, nn.Module], features: Features) -> Denoiser:
+    """The network whose bottleneck the head reads; the fake score may be smaller than its teacher."""
+    network = setting.teacher if features == "teacher" else players["fake"]
+    assert isinstance(network, Denoiser)
+    return network
+
+
+def draw_step(
+    rng: Draws, setting: Setting, steps: StepSampler, laws: Mapping[str, TimeLaw], *, samples: Sequence[str] = ("",)
+) -> dict[str, Tensor]:
+    """The random numbers of one step: one noising for each entry of `laws`, and the start of each sample.
+
+    The index of the generator's step is one for the whole batch; the simulated steps before it have noise of their own.
+    """
+    labels = [f"{sample}label" for sample in samples]
+    uniforms = rng.uniforms([*(f"{call}t" for call in laws), *labels])
+    noises = [f"{sample}{noise}" for sample in samples for noise in ("z", *_fresh_names(steps))]
+    return {
+        **{f"{call}t": law(uniforms[f"{call}t"], setting.path) for call, law in laws.items()},
+        **rng.normals([*noises, *(f"{call}eps" for call in laws)], setting.image_shape),
+        **{label: setting.label_of(uniforms[label]) for label in labels},
+        "step": torch.tensor(rng.shared_integer("step", steps.num_evaluations)),
+    }
+
+
+def _fresh_names(steps: StepSampler) -> list[str]:
+    return [f"fresh {i}" for i in range(steps.num_evaluations - 1)]
+
+
+def condition(players: Players, draw: Draw, sample: str = "") -> Cond:
+    """The drawn classes as a condition; empty if the teacher takes none."""
+    cond: Cond = players.teacher.class_cond(draw[f"{sample}label"])
+    return cond
+
+
+def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "") -> Tensor:
+    """The generator's image of the drawn step, [B, ...], its input simulated without gradient as at inference.
+
+    Yin et al. 2024, arXiv:2405.14867, section 4.4.
+    """
+    cond, step = condition(players, draw, sample), int(draw["step"])
+    with torch.no_grad():
+        start = steps.roll_out(
+            players.generator,
+            draw[f"{sample}z"],
+            cond,
+            step=step,
+            fresh_noise=lambda i: draw[f"{sample}fresh {i}"],
+        )
+    x: Tensor = players.generator(start.x, start.t, cond)
+    return x
+
+
+def sample_at_hand(players: Players, draw: Draw, steps: StepSampler) -> Tensor:
+    """The step's sample as data: what the generator's loss carried over, or where it did not step, made now."""
+    if "x" in draw:
+        return draw["x"]
+    with torch.no_grad():
+        return generate(players, draw, steps)
+
+
+def fake_sample(players: Players, draw: Draw, steps: StepSampler) -> tuple[Tensor, Cond]:
+    """A sample of its own for the fake score's loss, without gradient, and its condition.
+
+    It is moved by EDM's augmentation where the draw holds "fake motion": on this side only, never the generator's.
+    """
+    with torch.no_grad():
+        x = generate(players, draw, steps, "fake ")
+    cond = condition(players, draw, "fake ")
+    if "fake motion" in draw:
+        x, labels = augment(x, draw["fake motion"])
+        cond = replace(cond, augmentation=labels)
+    return x, cond
+
+
+def sample_weight(weight: SampleWeight, path: Path, x: Tensor, t: Tensor, teacher: Tensor, *, minimum: float) -> Tensor:
+    """The factor of each sample's loss, [B], of which no gradient is taken.
+
+    x: samples [B, ...]; t: [B]; teacher: its estimate at x noised to t; minimum: of nu, see `sample_normaliser`.
+    """
+    if weight == "nu":
+        return 1 / sample_normaliser(x, teacher, minimum).flatten()
+    alpha_power, sigma_power = TIME_POWERS[weight]
+    return (path.alpha(t) ** alpha_power * path.sigma(t) ** sigma_power).to(x.device)
+
+
+def shielded(x: Tensor) -> Tensor:
+    """x as it is; a sample whose gradient is not finite in every pixel will push nothing, as in `zero_nonfinite`."""
+    if x.requires_grad:
+        x.register_hook(zero_nonfinite)
+    return x
+
+
+def mean_of_finite(values: Tensor) -> Tensor:
+    """The mean over the batch of one loss a sample [B], those that are not finite counted as zero.
+
+    If none is finite the mean is not either, for the trainer's guard to name.
+    """
+    return zero_nonfinite(values[:, None]).mean()
+
+
+def judged_sample(
+    players: Players, draw: Draw, steps: StepSampler, *, guidance: float, weight: SampleWeight, minimum: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where a loss through the networks begins: x, x_t and D_teacher [B, ...] with graph, and the sample's weight [B].
+
+    A sample for which the gradient turns out not to be finite will push nothing.
+    """
+    x, t, path = shielded(generate(players, draw, steps)), draw["t"], players.teacher.path
+    x_t = path.diffuse(x, draw["eps"], t)
+    teacher = players.teacher(x_t, t, condition(players, draw), guidance=guidance)
+    return x, x_t, teacher, sample_weight(weight, path, x, t, teacher, minimum=minimum)
+
+
+def matching_field(x: Tensor, fake: Tensor, teacher: Tensor, *, minimum: float) -> Tensor:
+    """(D_fake - D_teacher) / nu: down it, the samples' law moves to the teacher's (reverse KL).
+
+    x: samples [B, ...]; fake, teacher: both estimates at the same noised x; minimum: of nu, see `sample_normaliser`.
+    Yin et al. 2024, arXiv:2311.18828, eq. 7 and 8.
+    """
+    return (fake - teacher) / sample_normaliser(x, teacher, minimum)
+
+
+def head_logits(
+    players: Players, draw: Draw, features: Features, images: Tensor, calls: Sequence[str], cond: Cond
+) -> Tensor:
+    """The discriminator's head on a bottleneck, each call at noise of its own, in one pass.
+
+    images: [len(calls) B, ...], call by call; cond: theirs.  Returns logits, one a sample.
+    """
+    t = torch.cat([draw[f"{call}t"] for call in calls])
+    eps = torch.cat([draw[f"{call}eps"] for call in calls])
+    noised = players.teacher.path.diffuse(images, eps, t)
+    tapped = players[features](noised, t, cond, want="features")
+    logits: Tensor = players.discriminator(tapped)
+    return logits
+
+
+def critics_loss(
+    players: Players,
+    draw: Draw,
+    batch: Batch,
+    x: Tensor,
+    *,
+    weight: DenoisingWeight,
+    gan_weight: float | None,
+    features: Features,
+) -> Loss:
+    """Denoising on the generator's samples x (as data), plus the discriminator's share on real and generated images.
+
+    x: [B, ...] of the draw's labels.  gan_weight None: there is no discriminator.
+    Yin et al. 2024, arXiv:2405.14867, equation 2 and section 4.2.
+    """
+    cond = condition(players, draw)
+    denoising = denoising_loss(players.fake, x, draw["fake eps"], draw["fake t"], cond, weight=weight)
+    if gan_weight is None:
+        return Loss(denoising, {"denoising": denoising.detach()})
+    images, both = torch.cat([batch.images, x.detach()]), Cond.cat(batch.cond, cond)
+    logits = head_logits(players, draw, features, images, ("gan real ", "gan fake "), both)
+    real, fake = logits.chunk(2)
+    discrimination = gan_discriminator_loss(real, fake)
+    accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    logs = {"denoising": denoising.detach(), "gan": discrimination.detach(), "accuracy": accuracy}
+    return Loss(denoising + gan_weight * discrimination, logs)

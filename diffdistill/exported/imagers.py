@@ -1,0 +1,115 @@
+"""What makes images: a run, a checkpoint, students behind a router, a pipeline of diffusers, or a folder that was
+exported, with code of its own too, or as a LoRA file.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.diffusion.denoiser import freeze
+from diffdistill.diffusion.draws import Draws
+from diffdistill.export.lora_files import DIFFUSERS_FILE
+from diffdistill.export.record import ExportRecord, read_record
+from diffdistill.inference.draw import check_labels
+from diffdistill.inference.model_imager import Asked, Imager, ModelImager
+from diffdistill.models.model import TrainedModel, load_model
+from diffdistill.models.negative import with_negative_prompt
+from diffdistill.models.teachers import open_pipeline
+from diffdistill.settings.schema import UserError
+
+
+def open_imager(place: str, asked: Asked) -> Imager:
+    """What makes the images of a place. Raises UserError on what it does not know."""
+    record = read_record(FilePath(place))
+    if record is not None and record.kind == "self-contained":
+        return CodeImager(place, asked)
+    return ModelImager(_load(place, record, asked), asked)
+
+
+def timed_images(imager: Imager, count: int, batch: int) -> tuple[Tensor, float]:
+    """[count, C, H, W], and the seconds of one image: noise to pixels, after an image that is not counted."""
+    imager(torch.arange(1))
+    begin = time.perf_counter()
+    made = torch.cat([imager(index) for index in torch.arange(count).split(batch)])
+    return made, (time.perf_counter() - begin) / count
+
+
+class CodeImager:
+    """By a folder's own pipeline, whose code runs."""
+
+    def __init__(self, place: str, asked: Asked) -> None:
+        """Raises UserError unless the code may run, and on what the pipeline does not know."""
+        if not asked.trusts_code:
+            raise UserError(f"{place}: holds code of its own, {place}/pipeline.py; look at it, and add --trust-code")
+        if asked.ema or asked.negative_prompt is not None or not isinstance(asked.guidance, float | int | None):
+            raise UserError(
+                f"{place}: an exported folder takes a number for --guidance, no --ema, no --negative-prompt"
+            )
+        from diffusers import DiffusionPipeline
+
+        loaded = DiffusionPipeline.from_pretrained(
+            place, trust_remote_code=True, local_files_only=True, use_safetensors=True
+        )
+        self.pipeline: Any = loaded.to(asked.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.asked, model = asked, self.pipeline.model
+        self._check(place, model)
+        self.argument = "prompt" if model.takes_text else "class_labels"
+        self.told: Sequence[Any] = asked.prompts or asked.labels or range(model.num_classes)
+        try:
+            self.num_evaluations = int(model.sampler_for(asked.num_steps).num_evaluations)
+        except ValueError as error:  # of the folder's own code
+            raise UserError(f"--steps: {place}: {error}") from None
+
+    def __call__(self, index: Tensor) -> Tensor:
+        asked, shape = self.asked, self.pipeline.model.image_shape
+        chosen = [self.told[int(i) % len(self.told)] for i in index] if self.told else []
+        noise = Draws(asked.seed, 0, index).normal("noise", shape)
+        made = self.pipeline(
+            **{self.argument: chosen} if chosen else {},
+            latents=noise,
+            num_inference_steps=asked.num_steps,
+            guidance_scale=asked.guidance,
+            generator=torch.Generator().manual_seed(asked.seed),
+            output_type="pt",
+        ).images
+        return made.float().cpu() * 2 - 1
+
+    def _check(self, place: str, model: Any) -> None:
+        if model.takes_text != bool(self.asked.prompts):
+            raise UserError(f"--prompt: {place} {'needs one' if model.takes_text else 'takes none'}")
+        classes = () if model.takes_text else tuple(range(model.num_classes))
+        check_labels(self.asked.labels, classes, model.num_classes)
+
+
+def _load(place: str, record: ExportRecord | None, asked: Asked) -> TrainedModel:
+    """A model; an exported one with the sampler that it was exported with."""
+    if record is None:
+        found = load_model(place, ema=asked.ema)
+    elif record.kind == "kohya":
+        raise UserError(f"{place}: a LoRA file in kohya's keys, for ComfyUI and its like; sample the run itself")
+    else:
+        base = place if record.base is None else record.base
+        found = load_model(base)
+        if record.base is not None:
+            found = _with_lora_file(found, FilePath(place))
+        found = replace(found, spec=replace(found.spec, sampler=record.sampler), source=FilePath(place))
+    return with_negative_prompt(found, asked.negative_prompt, asked.negative_scale)
+
+
+def _with_lora_file(model: TrainedModel, folder: FilePath) -> TrainedModel:
+    """A pipeline's network with the factors of a file, read by diffusers."""
+    assert model.spec.pipeline is not None
+    part = open_pipeline(model.spec.pipeline).family.network
+    net: Any = model.denoiser.net
+    try:
+        net.model.load_lora_adapter(str(folder), prefix=part, weight_name=DIFFUSERS_FILE, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder / DIFFUSERS_FILE}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    freeze(net)
+    return model

@@ -1,0 +1,106 @@
+"""`diffdistill sample`: a grid of images, the teacher's beside them on request."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+
+from torch import Tensor
+
+from diffdistill.diffusion.guidance import Guidance
+from diffdistill.export.record import guidance_of, read_record
+from diffdistill.exported.imagers import open_imager, timed_images
+from diffdistill.inference.model_imager import Asked, Imager
+from diffdistill.models.model import find_checkpoint, first_student
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import STATE, is_disk_full
+from diffdistill.training.reports.preview import save_grid, save_panels
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """count: of images; default all prompts once, or 100.  batch: images at a time.  columns: of the grid.
+    teacher_guidance, teacher_steps: default what the student was distilled with, and the teacher's own."""
+
+    asked: Asked
+    out: FilePath
+    count: int | None = None
+    batch: int = 16
+    columns: int | None = None
+    has_teacher: bool = False
+    teacher_guidance: Guidance | None = None
+    teacher_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """name: student, teacher, or nothing.  seconds: of one image, noise to pixels.  guidance: None: the model's own."""
+
+    name: str
+    num_evaluations: int
+    seconds: float
+    images: Tensor
+    guidance: Guidance | None = None
+
+    @property
+    def caption(self) -> str:
+        scale = "" if self.guidance in (None, 1) else f", w = {self.guidance}"
+        calls = f"{self.num_evaluations} call{'s' * (self.num_evaluations > 1)}"
+        return f"{self.name}{': ' * bool(self.name)}{calls}{scale}, {1000 * self.seconds:.1f} ms"
+
+
+def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
+    """Sample, and write the picture. Raises UserError on what the place does not know."""
+    asked = options.asked
+    student = open_imager(place, asked)
+    count = options.count or (len(asked.prompts) if asked.prompts else 100)
+    if not options.has_teacher:
+        made = [_draw("", student, count, options.batch, asked.guidance)]
+    else:
+        origin, own = teacher_of(place)
+        guidance = own if options.teacher_guidance is None else options.teacher_guidance
+        other = replace(asked, guidance=guidance, num_steps=options.teacher_steps, ema=None, negative_prompt=None)
+        teacher = open_imager(origin, replace(other, negative_scale=None))
+        made = [
+            _draw("teacher", teacher, count, options.batch, guidance),
+            _draw("student", student, count, options.batch, asked.guidance),
+        ]
+    _save(made, options, count)
+    return made
+
+
+def teacher_of(place: str) -> tuple[str, float]:
+    """The place of what a student was distilled from, and the guidance scale of its method, 1 where it is no number.
+
+    Raises UserError if there is none.
+    """
+    record = read_record(FilePath(place))
+    if record is not None:
+        if record.teacher is None:
+            raise UserError(f"--teacher: {place} does not say what it was distilled from")
+        return record.teacher, record.teacher_guidance
+    folder = first_student(FilePath(place))
+    if not folder.is_dir():
+        raise UserError(f"--teacher: {place} is a pipeline, not a student")
+    state = json.loads((find_checkpoint(folder) / STATE).read_text(encoding="utf-8"))
+    if not state.get("teacher"):
+        raise UserError(f"--teacher: {place} has none; it was trained from images")
+    return state["teacher"], guidance_of(state["config"]["method"])
+
+
+def _draw(name: str, imager: Imager, count: int, batch: int, guidance: Guidance | None) -> Sampled:
+    images, seconds = timed_images(imager, count, batch)
+    return Sampled(name, imager.num_evaluations, seconds, images, guidance)
+
+
+def _save(made: list[Sampled], options: SampleOptions, count: int) -> None:
+    prompts = len(options.asked.prompts)
+    columns = options.columns or min(prompts if 1 < prompts < 10 else 10, count)
+    try:
+        if len(made) == 1:
+            save_grid(options.out, made[0].images, columns=columns)
+        else:
+            save_panels(options.out, {one.caption: one.images for one in made}, columns=columns)
+    except (OSError, ValueError) as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"--out {options.out}: cannot be written: {error}") from None

@@ -1,0 +1,106 @@
+"""What makes images of a model: our own samplers, with its text encoder before them and its VAE behind."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffdistill.diffusion.conditions import Conditions
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.guidance import Guidance
+from diffdistill.diffusion.steps import with_steps
+from diffdistill.inference.draw import check_labels, sample_rows
+from diffdistill.models.model import TrainedModel
+from diffdistill.models.teachers import Pipeline, pipeline_of
+from diffdistill.settings.schema import UserError
+from diffdistill.training.inputs import encoder_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to draw. Image i is of noise (seed, i), and of the prompt or class i modulo their number.
+
+    labels: none for all classes in turn.  guidance, num_steps: None for the model's own.
+    trusts_code: whether the code of a folder may run.
+    """
+
+    prompts: Sequence[str] = ()
+    labels: Sequence[int] = ()
+    seed: int = 0
+    guidance: Guidance | None = None
+    num_steps: int | None = None
+    ema: str | None = None
+    negative_prompt: str | None = None
+    negative_scale: float | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    trusts_code: bool = False
+
+
+class Imager(Protocol):
+    """num_evaluations: calls of the network for one image."""
+
+    num_evaluations: int
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """The images with these numbers [B], as [B, C, H, W] in [-1, 1] on the CPU."""
+        ...
+
+
+class ModelImager:
+    """By our own samplers; latents go through the pipeline's VAE."""
+
+    def __init__(self, model: TrainedModel, asked: Asked) -> None:
+        """Raises UserError on prompts, classes, steps and guidance that do not go with the model."""
+        sampler = model.spec.sampler
+        if asked.num_steps is not None:
+            sampler = with_steps(sampler, model.denoiser.path, asked.num_steps)  # type: ignore[assignment]
+        self.model = replace(model, spec=replace(model.spec, sampler=sampler))
+        self.asked, self.num_evaluations = asked, sampler.num_evaluations
+        pipeline = pipeline_of(model.spec)
+        self.labels = self._settle_labels()
+        self.model.denoiser.to(asked.device)
+        self.guidance = 1.0 if asked.guidance is None else asked.guidance
+        self.decode = _decoder(pipeline, asked.device)
+
+    def __call__(self, index: Tensor) -> Tensor:
+        labels = self.labels[index % len(self.labels)].to(self.asked.device)
+        index = index.to(self.asked.device)
+        made = sample_rows(self.model, Draws(self.asked.seed, 0, index), labels, guidance=self.guidance)
+        return self.decode(made).float().cpu()
+
+    def _settle_labels(self) -> Tensor:
+        """The classes, or the prompts' numbers, that images take in turn; prompts are encoded."""
+        encoder, spec = encoder_of(self.model.spec), self.model.spec
+        if encoder is None:
+            if self.asked.prompts:
+                raise UserError(f"--prompt: {self.model.source} takes no prompts")
+            classes = spec.classes or tuple(range(spec.num_classes))
+            check_labels(self.asked.labels, classes, spec.num_classes)
+            return torch.tensor(tuple(self.asked.labels) or classes or (0,))
+        if self.asked.labels:
+            raise UserError(f"--label: {self.model.source} knows no classes; give it a --prompt")
+        if not self.asked.prompts:
+            raise UserError(f"--prompt: {self.model.source} draws what a prompt says; give one, or a file of --prompts")
+        loaded = encoder.load(self.asked.device)
+        prompts = list(self.asked.prompts)
+        conditions = Conditions([encoder.encode(loaded, prompts)], encoder.encode_empty(loaded))
+        for part in self.model.denoiser.modules():  # students behind a router are denoisers too
+            if isinstance(part, Denoiser):
+                part.conditions = conditions
+        return torch.arange(len(prompts))
+
+
+def _decoder(pipeline: Pipeline | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From what the network makes to pixels."""
+    if pipeline is None or not pipeline.has_vae:
+        return lambda images: images
+    family, vae = pipeline.family, pipeline.load_vae().to(device)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        return family.to_images(vae, latents)
+
+    return decode

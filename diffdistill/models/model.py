@@ -1,0 +1,314 @@
+"""Denoisers on disk: what a checkpoint says about its network, and how a run's weights become a Denoiser."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
+from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.models.config import ModelConfig
+from diffdistill.networks.lora import (
+    LoRASettings,
+    fingerprint,
+    lora_of,
+    merge_lora,
+    settings_for,
+    with_lora,
+    without_lora,
+)
+from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.values import dump, validate
+from diffdistill.storage.checkpoint import (
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    list_checkpoints,
+    list_groups,
+    load_checkpoint,
+    load_strictly,
+    read_state,
+    select_group,
+    write_text_atomically,
+)
+
+ROUTER = "router.json"
+
+
+@schema
+class ModelSpec:
+    """Enough to build a network again: its config, the images it was made for, and how to sample from it."""
+
+    model: ModelConfig
+    image_shape: tuple[PositiveInt, ...]
+    num_classes: int
+    class_dropout: Fraction
+    sampler: AnySampler
+    classes: tuple[int, ...] = ()  # that it was trained on; empty for all
+    pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
+    base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
+    negative_prompt: str | None = None  # that its attention steers away from
+    negative_scale: float = 0.0
+    text_encoder: str | None = None  # the folder of what encodes prompts, where that is no pipeline's
+
+    def build_empty(self) -> Denoiser:
+        """The same without weights, for others to be put in: a network is then in memory only once."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            return self.build()
+
+    def build(self) -> Denoiser:
+        """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
+        net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
+        return Denoiser(net, self.model.path, self.model.predicts, sigma_data=self.model.sigma_data)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """denoiser: frozen.  spec: what it is.  source: the checkpoint it came from."""
+
+    denoiser: Denoiser
+    spec: ModelSpec
+    source: FilePath
+
+
+def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
+    """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder; of a diffusers
+    pipeline's folder, or its name on the Hugging Face hub; or, from a folder that `join_students` wrote, all of its
+    students as one.
+
+    use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
+    Raises UserError if there is none or it is damaged.
+    """
+    from diffdistill.models.negative import steer
+    from diffdistill.models.teachers import is_pipeline, load_pipeline
+
+    if is_pipeline(place):
+        return load_pipeline(place)
+    if is_routed(FilePath(place)):
+        return _load_students(FilePath(place), use_ema=use_ema, ema=ema)
+    target = find_checkpoint(FilePath(place))
+    named = f"ema-{ema}" if ema else "ema"
+    checkpoint = load_checkpoint(target, groups=("players", named))
+    if ema and named not in checkpoint.tensors:
+        names = sorted(group.removeprefix("ema-") for group in list_groups(target) if group.startswith("ema-"))
+        known = ", ".join(names) or "none"
+        raise UserError(f"{target}: no average {ema!r} beside `ema`; there are: {known}")
+    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
+    if "student" not in checkpoint.state:
+        raise UserError(f"{target}/state.json: names no student")
+    student = f"{checkpoint.state['student']}."
+    group = named if (use_ema or ema) and named in checkpoint.tensors else "players"
+    weights = {k.removeprefix(student): v for k, v in checkpoint.tensors[group].items() if k.startswith(student)}
+    denoiser = spec.build_empty()
+    found = lora_of(denoiser)
+    if found:
+        found.mount(_read_base(spec, checkpoint.state, origin=target).net)
+    load_strictly(denoiser, weights, origin=str(target), takes_tensors=True)
+    freeze(denoiser)
+    steer(denoiser, spec)
+    return TrainedModel(denoiser, spec, target)
+
+
+def describe_model(place: str | FilePath) -> ModelSpec:
+    """What `load_model` would load, from text files alone. Raises UserError if there is nothing."""
+    from diffdistill.models.teachers import is_pipeline, open_pipeline
+
+    if is_pipeline(place):
+        return open_pipeline(place).spec
+    if is_routed(FilePath(place)):
+        return _load_students(FilePath(place), use_ema=True, ema=None).spec
+    target = find_checkpoint(FilePath(place))
+    return validate(ModelSpec, read_state(target).get("model"), origin=f"{target}/state.json")
+
+
+def merge_model(model: TrainedModel) -> TrainedModel:
+    """The same model without LoRA's factors, which become part of weights of its own."""
+    network = without_lora(model.spec.model.network)
+    spec = replace(model.spec, base=None, model=replace(model.spec.model, network=network))
+    merged = merge_lora(model.denoiser)
+    freeze(merged)
+    return replace(model, denoiser=merged, spec=spec)
+
+
+def _read_base(
+    spec: ModelSpec, state: Mapping[str, Any], *, origin: FilePath, base: Denoiser | None = None
+) -> Denoiser:
+    """What LoRA's factors of a checkpoint stand over: `base`, or the teacher that the checkpoint names.
+
+    Raises UserError if that is not there any more, or has other weights than it had.
+    """
+    try:
+        base = base or merge_model(load_model(state["teacher"])).denoiser
+    except UserError as error:
+        raise UserError(f"{origin}: holds LoRA's factors alone, and their base cannot be read: {error}") from None
+    if fingerprint(base.net) != spec.base:
+        raise UserError(f"{origin}: holds LoRA's factors alone, and their base, {state['teacher']}, has changed")
+    return base
+
+
+@schema
+class Students:
+    """router.json. students: places of runs or checkpoints, from the file's folder, by number."""
+
+    format: Literal[1] = 1
+    router: AnyRouter
+    students: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def is_routed(place: FilePath) -> bool:
+    """Whether a folder holds several students behind a router."""
+    return (place / ROUTER).is_file()
+
+
+def join_students(
+    folder: str | FilePath, places: Sequence[str | FilePath], router: AnyRouter | None = None
+) -> FilePath:
+    """Write folder/router.json, so that `load_model(folder)` is all of these students as one model.
+
+    router: default by class, as the students' own classes say.  Returns the file.
+    Raises UserError unless the students are alike and, by class, every class has exactly one of them; and where the
+    folder is a run's, which it would hide.
+    """
+    folder = FilePath(folder)
+    if (folder / STATE).exists() or list_checkpoints(folder / "checkpoints"):
+        raise UserError(f"{folder}: holds a run, which a router would hide; name another folder")
+    models = [_load_student(place) for place in places]
+    _check_alike(models)
+    router = router or _class_router(models)
+    folder.mkdir(parents=True, exist_ok=True)
+    students = Students(router=router, students=tuple(os.path.relpath(place, folder) for place in places))
+    write_text_atomically(folder / ROUTER, json.dumps(dump(students), indent=1) + "\n")
+    return folder / ROUTER
+
+
+def first_student(place: FilePath) -> FilePath:
+    """Of several students behind a router the first's run; any other place is its own. Raises UserError."""
+    return place / _read_students(place).students[0] if is_routed(place) else place
+
+
+def _read_students(folder: FilePath) -> Students:
+    try:
+        data = json.loads((folder / ROUTER).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / ROUTER}: not valid JSON: {error}") from None
+    return validate(Students, data, origin=str(folder / ROUTER))
+
+
+def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> TrainedModel:
+    students = _read_students(folder)
+    models = [_load_student(folder / place, use_ema=use_ema, ema=ema) for place in students.students]
+    _check_alike(models)
+    unknown = set(getattr(students.router, "table", range(4))) - set(range(len(models)))
+    if unknown:
+        raise UserError(f"{folder / ROUTER}: the router names student {min(unknown)}, of {len(models)} students")
+    denoiser = RoutedDenoiser([model.denoiser for model in models], students.router)
+    freeze(denoiser)
+    return TrainedModel(denoiser, replace(models[0].spec, classes=()), folder)
+
+
+def _load_student(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
+    """A model that is no router itself: one that leads to itself would have no end."""
+    if is_routed(FilePath(place)):
+        raise UserError(f"{place}: is a router itself; name its students")
+    return load_model(place, use_ema=use_ema, ema=ema)
+
+
+def _check_alike(models: Sequence[TrainedModel]) -> None:
+    """Raise UserError unless the models differ in weights and classes alone."""
+    first, *others = models
+    for other in others:
+        if replace(other.spec, classes=()) != replace(first.spec, classes=()):
+            raise UserError(f"{other.source}: another network, image shape or sampler than {first.source}")
+
+
+def _class_router(models: Sequence[TrainedModel]) -> ClassRouter:
+    owner: dict[int, int] = {}
+    for number, model in enumerate(models):
+        for label in model.spec.classes or range(model.spec.num_classes):
+            if label in owner:
+                raise UserError(f"class {label} is of {models[owner[label]].source} and of {model.source}; give one")
+            owner[label] = number
+    missing = sorted(set(range(models[0].spec.num_classes)) - owner.keys())
+    if missing or not owner:
+        raise UserError(f"no student knows the classes {missing}" if owner else "these models know no classes")
+    return ClassRouter(table=tuple(owner[label] for label in sorted(owner)))
+
+
+@dataclass(frozen=True)
+class TrainedPlayers:
+    """denoisers: a run's players by name, frozen, the student's averaged weights where there are some.  spec: what
+    they are."""
+
+    denoisers: dict[str, Denoiser]
+    spec: ModelSpec
+
+
+def load_players(place: str | FilePath, *, base: Denoiser | None = None) -> TrainedPlayers:
+    """The players of a run's newest checkpoint (or of one checkpoint's folder) that are built as its student is.
+
+    base: what LoRA's factors stand over, if it is in memory already.
+    Raises UserError if there is none or it is damaged.
+    """
+    target = find_checkpoint(FilePath(place))
+    checkpoint = load_checkpoint(target, groups=("players", "ema"))
+    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
+    found = {}
+    for name in sorted({key.split(".")[0] for key in checkpoint.tensors["players"]}):
+        is_averaged = name == checkpoint.state["student"] and "ema" in checkpoint.tensors
+        weights = select_group(checkpoint.tensors["ema" if is_averaged else "players"], name)
+        denoiser = _start(name, spec, checkpoint.state, weights, origin=target, base=base)
+        if denoiser.state_dict().keys() == weights.keys():
+            load_strictly(denoiser, weights, origin=f"{target} ({name})", takes_tensors=True)
+            freeze(denoiser)
+            found[name] = denoiser
+    return TrainedPlayers(found, spec)
+
+
+def _start(
+    name: str,
+    spec: ModelSpec,
+    state: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    origin: FilePath,
+    base: Denoiser | None,
+) -> Denoiser:
+    """A player before its weights: as the student; of a run with LoRA, over its base or a copy of that."""
+    denoiser = spec.build_empty()
+    if spec.base is None:
+        return denoiser
+    base = _read_base(spec, state, origin=origin, base=base)
+    if denoiser.state_dict().keys() == weights.keys():
+        found = lora_of(denoiser)
+        if found:
+            found.mount(base.net)
+        return denoiser
+    settings = settings_for(
+        name, validate(dict[str, LoRASettings | None], state["config"].get("lora", {}), origin="config")
+    )
+    return with_lora(base, settings) if settings else deepcopy(base)
+
+
+def find_checkpoint(place: FilePath) -> FilePath:
+    """The newest checkpoint of a run's folder, or `place` itself if it is one. Raises CheckpointError."""
+    if place.suffix == ".pkl" and place.is_file():
+        raise CheckpointError(
+            f"{place}: a pickle, which is not loaded; convert it: diffdistill import-edm {place} --out runs/teacher"
+        )
+    if not place.is_dir():
+        raise CheckpointError(f"{place}: no such folder; give a run's folder or one of its checkpoints")
+    if (place / STATE).exists() or (place / MANIFEST).exists():
+        return place
+    found = list_checkpoints(place / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{place}: holds no checkpoint (looked for {place}/checkpoints/step-*)")
+    return found[-1]

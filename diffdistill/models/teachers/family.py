@@ -1,0 +1,162 @@
+"""What one family of diffusers pipelines is: how its network, its noise, its prompts and its latents are read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.path import AnyPath, Prediction, VPDiscrete
+from diffdistill.diffusion.sampling import DDIM, AnySampler
+from diffdistill.networks.diffusers_model import DiffusersNetwork
+from diffdistill.settings.schema import UserError
+
+PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+"""diffusers' names of what a network predicts on a schedule of betas, and ours."""
+
+ImageShape = tuple[int, int, int]
+
+StepsArgument = Literal["timesteps", "sigmas", "num_inference_steps"]
+"""The argument by which a pipeline is told its steps."""
+
+
+class Family(ABC):
+    """One adapter. It reads only the classes that it names, and none of a pipeline's other parts is loaded."""
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    """The classes of diffusers in model_index.json that are of this family."""
+    network: ClassVar[str] = "unet"
+    """The part of a pipeline that is the network."""
+    network_classes: ClassVar[tuple[str, ...]]
+    """The classes of diffusers that the network may be."""
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The other parts that are loaded, and the classes of diffusers or transformers that each may be: "vae", and
+    those that encode prompts. A pipeline may lack them."""
+    class_dropout: ClassVar[float] = 0.0
+    """The share of its training samples that had no condition; 0 if it was never trained so."""
+    stock_pipeline: ClassVar[str | None] = None
+    """The class of diffusers that an exported student is loaded by; None for the teacher's own."""
+    steps_argument: ClassVar[StepsArgument] = "timesteps"
+    plain_call: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
+    """The pipeline's arguments that turn off what a student does without: guidance, and changes to size or prompt."""
+    names_size: ClassVar[bool] = False
+    """Whether the pipeline must be told `height` and `width`, for it does not take them from its network."""
+
+    hands_on_generator: ClassVar[bool] = True
+    """Whether the noise between a pipeline's steps is of the generator that it is given, not of torch's own."""
+
+    def call(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        """The pipeline's arguments for an exported student.  image_size: height and width in pixels."""
+        size = {"height": image_size[0], "width": image_size[1]} if self.names_size else {}
+        return {**self.plain_call, **size}
+
+    def has_stock_pipeline(self, options: Mapping[str, Any]) -> bool:
+        """Whether the pipeline gives a network with these options all that it takes."""
+        return True
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the network is conditioned on encoded prompts."""
+        return any(part.startswith("text_encoder") for part in self.parts)
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """The parts that encode prompts."""
+        return tuple(part for part in self.parts if part.startswith(("text_encoder", "tokenizer")))
+
+    @property
+    def sampler(self) -> AnySampler:
+        """How the teacher samples unless told otherwise."""
+        return DDIM()
+
+    @abstractmethod
+    def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> DiffusersNetwork:
+        """The model of diffusers as a `Network`."""
+
+    def model_class(self, options: Mapping[str, Any]) -> str:
+        """The class of a network with these options, where there are several."""
+        return self.network_classes[0]
+
+    def build(
+        self, options: Mapping[str, Any], image_shape: tuple[int, ...], num_classes: int, class_dropout: float
+    ) -> DiffusersNetwork:
+        """A new network from its config.json. Raises UserError on what diffusers refuses, and on another shape."""
+        import diffusers
+
+        kind = getattr(diffusers, self.model_class(options))
+        try:
+            model = kind.from_config(dict(options))
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+            raise UserError(f"network.options: {kind.__name__}: {' '.join(str(error).split())[:200]}") from error
+        net = self.wrap(model, num_classes, class_dropout)
+        channels = net.channels
+        if image_shape[0] != channels or any(side % net.resolution_multiple for side in image_shape[1:]):
+            wanted = f"{channels} channels and sides that are multiples of {net.resolution_multiple}"
+            raise UserError(f"network.options: this network is for {wanted}, not for images {list(image_shape)}")
+        return net
+
+    def image_shape(self, options: Mapping[str, Any]) -> ImageShape:
+        """[C, H, W] of what the network denoises, from its config.json. Raises UserError."""
+        side = options.get("sample_size")
+        height, width = side if isinstance(side, (list, tuple)) and len(side) == 2 else (side, side)
+        channels = options.get("in_channels")
+        if not all(isinstance(n, int) and n > 0 for n in (channels, height, width)):
+            raise UserError(f"network: in_channels = {channels!r}, sample_size = {side!r}: must be whole numbers")
+        return channels, height, width  # type: ignore[return-value]
+
+    def num_classes(self, options: Mapping[str, Any]) -> int:
+        """How many classes the network knows; 0 for one that takes none, or text."""
+        return 0
+
+    def noise(self, scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[AnyPath, Prediction]:
+        """The path and the prediction, from the scheduler's config and the network's.
+
+        Raises UserError if the scheduler is of another kind.
+        """
+        if not {"beta_schedule", "trained_betas"} & scheduler.keys():
+            raise UserError(f"scheduler: {scheduler.get('_class_name')}: has no schedule of betas")
+        kind = scheduler.get("prediction_type", "epsilon")
+        if kind not in PREDICTIONS:
+            raise UserError(f"scheduler: prediction_type = {kind!r}: choose from {', '.join(PREDICTIONS)}")
+        return VPDiscrete.from_scheduler(scheduler), PREDICTIONS[kind]
+
+    def vae_factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels for one of the latents, on each side, from the VAE's config.json."""
+        return 2 ** (len(vae.get("block_out_channels", ())) - 1)
+
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
+    ) -> Cond:
+        """Prompts as what the network is given, [N, ...] each part.
+
+        pipeline: diffusers' own, with `text_parts` alone, on one device.  image_size: height and width in pixels.
+        options: the network's, from its config.json.
+        """
+        raise NotImplementedError(f"{self.name} takes no text")
+
+    def encode_empty(self, pipeline: Any, image_size: tuple[int, int], options: Mapping[str, Any]) -> Cond:
+        """What the pipeline guides away from, [1, ...] each part."""
+        return self.encode(pipeline, [""], image_size, options)
+
+    def to_latents(self, vae: nn.Module, images: Tensor, eps: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] as what the network denoises, [B, C, h, w].
+
+        eps: unit noise for the sample of the VAE's posterior, of the result's shape; zero for its mean.
+        """
+        mean, std = self.vae_statistics(vae, images)
+        found = vae.encode(images).latent_dist  # type: ignore[operator]
+        return (found.mean + found.std * eps - mean) / std
+
+    def to_images(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """The inverse: [B, 3, H, W], about in [-1, 1]."""
+        mean, std = self.vae_statistics(vae, latents)
+        images: Tensor = vae.decode(latents * std + mean, return_dict=False)[0]  # type: ignore[operator]
+        return images
+
+    def vae_statistics(self, vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation that the network's latents are normalised by, of the VAE's own; [1, C or 1, 1, 1] each."""
+        config: Any = vae.config
+        mean = like.new_full((1, 1, 1, 1), float(getattr(config, "shift_factor", None) or 0.0))
+        return mean, like.new_full((1, 1, 1, 1), 1 / float(config.scaling_factor))

@@ -1,0 +1,260 @@
+"""A diffusers pipeline on disk as a teacher. Only the classes that its family names are loaded, and no pickles."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.conditions import Conditions
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.models.config import ModelConfig
+from diffdistill.models.model import ModelSpec, TrainedModel
+from diffdistill.models.teachers.family import Family
+from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
+from diffdistill.models.teachers.registry import detect_family
+from diffdistill.networks.diffusers_model import DiffusersConfig
+from diffdistill.settings.schema import UserError
+
+INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers")
+WEIGHTS = ("diffusion_pytorch_model", "model")
+
+
+def is_pipeline(place: str | FilePath) -> bool:
+    """Whether a place is a diffusers pipeline's folder, or may be its name on the Hugging Face hub."""
+    return (FilePath(place) / INDEX).is_file() or (not FilePath(place).exists() and is_hub_name(str(place)))
+
+
+def open_pipeline(place: str | FilePath) -> "Pipeline":
+    """A pipeline's folder, or its name on the Hugging Face hub. Nothing but JSON is read yet.
+
+    Raises UserError if there is none, its family is not known, or a part that its family loads is of another class.
+    """
+    folder = FilePath(place) if FilePath(place).is_dir() else fetch_pipeline(str(place))
+    index = read_json(folder / INDEX)
+    family = detect_family(index.get("_class_name"), origin=str(folder / INDEX))
+    made = Pipeline(place=str(place), folder=folder, index=index, family=family)
+    for part, classes in {family.network: family.network_classes, **family.parts}.items():
+        _check_part(made, part, classes)
+    if made.class_of(family.network) is None:
+        raise UserError(f"{folder / INDEX}: names no {family.network}, which is the network")
+    return made
+
+
+def pipeline_of(spec: ModelSpec) -> "Pipeline | None":
+    """The pipeline that a model came from, or None. Raises UserError as `open_pipeline`."""
+    return open_pipeline(spec.pipeline) if spec.pipeline else None
+
+
+def load_pipeline(place: str | FilePath) -> TrainedModel:
+    """The network of a pipeline as a frozen teacher. Raises UserError as `open_pipeline`, and on damaged weights."""
+    pipeline = open_pipeline(place)
+    return TrainedModel(pipeline.load_denoiser(), pipeline.spec, FilePath(place))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """place: as it was named.  folder: where it lies.  index: its model_index.json."""
+
+    place: str
+    folder: FilePath
+    index: Mapping[str, Any]
+    family: Family
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The network's own arguments, from its config.json. Raises UserError."""
+        file = self.folder / self.family.network / "config.json"
+        config = read_json(file)
+        if config.get("_class_name") not in self.family.network_classes:
+            raise UserError(
+                f"{file}: _class_name = {config.get('_class_name')!r}, not {self.family.network_classes[0]}"
+            )
+        if config.get("quantization_config"):
+            raise UserError(f"{file}: quantised weights are not read; give the pipeline's unquantised ones")
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """What the network is. Raises UserError."""
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        try:
+            path, predicts = self.family.noise(read_json(file), self.options)
+        except READING as error:
+            raise UserError(f"{file}: {error}") from None
+        network = DiffusersConfig(family=self.family.name, options=self.options)  # type: ignore[arg-type]
+        return ModelSpec(
+            model=ModelConfig(network=network, path=path, predicts=predicts),
+            image_shape=self.family.image_shape(self.options),
+            num_classes=self.family.num_classes(self.options),
+            class_dropout=self.family.class_dropout,
+            sampler=self.family.sampler,
+            pipeline=self.place,
+        )
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether its network makes latents."""
+        return self.class_of("vae") is not None
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels of an image for one of the latents, on each side; 1 without a VAE."""
+        return self.family.vae_factor(read_json(self.folder / "vae" / "config.json")) if self.has_vae else 1
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        _, height, width = self.spec.image_shape
+        return height * self.vae_factor, width * self.vae_factor
+
+    def class_of(self, part: str) -> str | None:
+        """The class that model_index.json names for a part, or None if the pipeline lacks it."""
+        library, name = self.index.get(part) or (None, None)
+        return name if library else None
+
+    def load_denoiser(self) -> Denoiser:
+        """The frozen network with its weights, in float32, on the CPU. Raises UserError."""
+        spec, folder = self.spec, self.folder / self.family.network
+        model = load_model_of(self.family.model_class(self.options), folder)
+        net = self.family.wrap(model, spec.num_classes, spec.class_dropout)
+        denoiser = Denoiser(net, spec.model.path, spec.model.predicts)
+        freeze(denoiser)
+        return denoiser
+
+    def load_vae(self) -> nn.Module:
+        """The frozen VAE. Raises UserError if there is none."""
+        name = self.class_of("vae")
+        if name is None or "vae" not in self.family.parts:
+            raise UserError(f"{self.place}: has no VAE; its network makes pixels")
+        return freeze(load_model_of(name, self.folder / "vae"))
+
+    def load_encoder(self, device: torch.device | str = "cpu") -> Any:
+        """diffusers' own pipeline with the parts alone that encode prompts. Raises UserError."""
+        import diffusers
+
+        if not self.family.takes_text:
+            raise UserError(f"{self.place}: {self.index.get('_class_name')} takes no prompts")
+        kind = getattr(diffusers, str(self.index["_class_name"]))
+        given = list(filter(self.class_of, self.family.text_parts))
+        for part in given:
+            if part.startswith("tokenizer"):
+                _check_tokenizer(self.folder / part)
+        parts = {name for name, value in self.index.items() if _is_part(value)} | self.family.parts.keys()
+        absent = dict.fromkeys(parts - {"scheduler", *given})
+        try:
+            encoders = {
+                part: load_model_of(str(self.class_of(part)), self.folder / part, library="transformers")
+                for part in given
+                if part.startswith("text_encoder")
+            }
+            made = kind.from_pretrained(str(self.folder), **absent, **encoders, local_files_only=True)
+        except ImportError as error:
+            raise UserError(f"{self.place}: encoding prompts needs `pip install diffdistill[hf]`: {error}") from None
+        except READING as error:
+            raise UserError(f"{self.folder}: tokenizers: cannot be read: {_short(error)}") from None
+        return made.to(device)
+
+    @torch.no_grad()
+    def encode(self, encoder: Any, prompts: Sequence[str]) -> Cond:
+        """Prompts as what the network is given, [N, ...] each part. encoder: of `load_encoder`."""
+        return self.family.encode(encoder, prompts, self.image_size, self.options)
+
+    @torch.no_grad()
+    def encode_empty(self, encoder: Any) -> Cond:
+        """The empty prompt, as what the pipeline guides away from: [1, ...] each part."""
+        return self.family.encode_empty(encoder, self.image_size, self.options)
+
+    def conditions(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Conditions:
+        """These prompts by number, encoded at once and kept in memory; the encoders are let go."""
+        encoder = self.load_encoder(device)
+        return Conditions([self.encode(encoder, prompts)], self.encode_empty(encoder))
+
+
+READING = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError)
+"""What diffusers and transformers raise on files that they cannot read."""
+
+
+def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") -> nn.Module:
+    """A model of a class of diffusers or transformers, in float32, from safetensors whose names and shapes are all its
+    own.
+
+    Raises UserError on a header that lies, on weights that are missing, and on a folder of pickles only.
+    """
+    from safetensors import SafetensorError
+
+    variant = _variant(folder)
+    try:
+        model, about = getattr(import_module(library), name).from_pretrained(
+            str(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            variant=variant,
+        )
+    except (*READING, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be read: {_short(error)}") from None
+    missing = [*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])]
+    if missing:
+        raise UserError(f"{folder}: the weights are of another architecture: {missing[0]} ({len(missing)} in all)")
+    return model.float()
+
+
+def read_json(file: FilePath) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: must be a JSON object")
+    return found
+
+
+def _check_part(pipeline: Pipeline, part: str, classes: tuple[str, ...]) -> None:
+    """Raise UserError if a part is of a class that its family does not load."""
+    value, file = pipeline.index.get(part), pipeline.folder / INDEX
+    if value is None or value == [None, None]:
+        return
+    if not _is_part(value):
+        raise UserError(f"{file}: {part} = {value!r}: must be a library and a class")
+    library, name = value
+    if library not in LIBRARIES or name not in classes:
+        raise UserError(
+            f"{file}: {part}: names {library}.{name}, which is not loaded; choose from {', '.join(classes)}"
+        )
+
+
+def _check_tokenizer(folder: FilePath) -> None:
+    """Raise UserError unless there is a vocabulary that can be read: without one transformers knows no word."""
+    names = {file.name for file in folder.glob("*")}
+    if names & {"tokenizer.json", "vocab.json"}:
+        return
+    if not any(name.endswith(".model") for name in names):
+        raise UserError(f"{folder}: holds no vocabulary: tokenizer.json, vocab.json or a sentencepiece model")
+    if find_spec("sentencepiece") is None:
+        raise UserError(f"{folder}: reading a sentencepiece model needs `pip install diffdistill[hf]`")
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
+
+
+def _variant(folder: FilePath) -> str | None:
+    """The variant of the weights, where there are none without one ("fp16")."""
+    names = [file.name for kind in WEIGHTS for file in folder.glob(f"{kind}*.safetensors")]
+    found = {re.sub(r"-\d+-of-\d+", "", name).removesuffix(".safetensors").partition(".")[2] for name in names}
+    return None if not found or "" in found else min(found)
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

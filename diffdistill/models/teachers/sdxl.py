@@ -1,0 +1,71 @@
+"""Stable Diffusion XL: two text encoders, a pooled text, and sizes.  Podell et al. 2023, arXiv:2307.01952."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.models.teachers.family import Family
+from diffdistill.models.teachers.sd import StableDiffusionUNet
+
+
+class StableDiffusionXL(Family):
+    """size: original height and width, top and left crop, target height and width; none are cropped."""
+
+    name = "sdxl"
+    pipelines = ("StableDiffusionXLPipeline",)
+    network_classes = ("UNet2DConditionModel",)
+    parts: ClassVar = {
+        "vae": ("AutoencoderKL",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "text_encoder": ("CLIPTextModel",),
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+    }
+    class_dropout = 0.1
+
+    def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionXLUNet":
+        return StableDiffusionXLUNet(model, accepts=frozenset({"text", "pooled_text", "size"}))
+
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
+    ) -> Cond:
+        text, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts), device=pipeline.device, do_classifier_free_guidance=False
+        )
+        return Cond(text=text, pooled_text=pooled, size=_sizes(len(prompts), image_size, text))
+
+    def encode_empty(self, pipeline: Any, image_size: tuple[int, int], options: Mapping[str, Any]) -> Cond:
+        """Zeros where the pipeline's `force_zeros_for_empty_prompt` says so, and else the encoded empty prompt."""
+        _, text, _, pooled = pipeline.encode_prompt("", device=pipeline.device, do_classifier_free_guidance=True)
+        return Cond(text=text, pooled_text=pooled, size=_sizes(1, image_size, text))
+
+    def vae_statistics(self, vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Some VAEs of this family name them by channel."""
+        mean, std = super().vae_statistics(vae, like)
+        config: Any = vae.config
+        if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
+            return mean, std
+        return like.new_tensor(config.latents_mean).reshape(1, -1, 1, 1), std * like.new_tensor(
+            config.latents_std
+        ).reshape(1, -1, 1, 1)
+
+
+class StableDiffusionXLUNet(StableDiffusionUNet):
+    """`UNet2DConditionModel` with the pooled text and the sizes added to its embedding of time."""
+
+    @property
+    def embedders(self) -> list[nn.Module]:
+        return [self.model.time_embedding, self.model.add_embedding]  # type: ignore[list-item]
+
+    def added(self, cond: Cond) -> dict[str, Tensor]:
+        assert cond.pooled_text is not None
+        assert cond.size is not None
+        return {"text_embeds": cond.pooled_text, "time_ids": cond.size.to(cond.pooled_text.dtype)}
+
+
+def _sizes(count: int, image_size: tuple[int, int], like: Tensor) -> Tensor:
+    """[count, 6] int64."""
+    return torch.tensor([[*image_size, 0, 0, *image_size]], device=like.device).expand(count, 6)

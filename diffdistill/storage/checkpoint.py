@@ -1,0 +1,337 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, hashed, renamed into place, never pickled.
+
+A checkpoint is a folder `step-00000500` with some `<group>.safetensors`, `state.json` and `manifest.json` (the
+SHA-256 of each of the others, and of itself). Where processes share out the weights, a group is a folder of such files.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffdistill.distributed.parts import has_parts, shared_as
+from diffdistill.settings.schema import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+PREFIX = "step-"
+WRITING = ".writing-"
+SUFFIX = ".safetensors"
+BEST = "best"
+STATE_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    **{"student": str, "teacher": (str, type(None)), "data": str},
+    **{"model": dict, "config": dict, "skips": dict},
+}
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """step: iterations done.  tensors: by group, then by name.  state: counters, configs."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None = None) -> FilePath:
+    """Write into a temporary folder, fsync, rename; then drop all but the newest `keep`, and any later step's: a run
+    that went back to an earlier checkpoint has left those behind.
+
+    best: the name of a checkpoint, this one or an earlier one, that stays as well; the link `best` leads to it.
+    Returns the checkpoint's folder. Raises OSError (the disk is full, say) with nothing half written left behind
+    and all earlier checkpoints intact.
+    """
+    with being_written(folder, checkpoint.step) as temporary:
+        for group, tensors in checkpoint.tensors.items():
+            write_tensors(temporary / f"{group}{SUFFIX}", tensors)
+        return seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best)
+
+
+@contextmanager
+def being_written(folder: FilePath, step: int) -> Iterator[FilePath]:
+    """A temporary place for a checkpoint's groups, which `seal_checkpoint` makes a checkpoint; gone if that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = writing_place(folder, step)
+    clear_temporary(folder)
+    try:
+        temporary.mkdir()
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def writing_place(folder: FilePath, step: int) -> FilePath:
+    """Where the checkpoint of a step is written."""
+    return folder / f"{WRITING}{PREFIX}{step:08d}"
+
+
+def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int, best: str | None) -> FilePath:
+    """Give what lies in the temporary place its state and its hashes, and rename it; then drop older ones, and later
+    ones, as `save_checkpoint` says. Returns the checkpoint's folder."""
+    folder, target = temporary.parent, temporary.with_name(temporary.name.removeprefix(WRITING))
+    step = int(target.name.removeprefix(PREFIX))
+    _write_synced(temporary / STATE, json.dumps({**state, "step": step}, indent=1))
+    files = sorted(file for file in temporary.rglob("*") if file.is_file())
+    hashes = {file.relative_to(temporary).as_posix(): _hash(file) for file in files}
+    _write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
+    for place in {file.parent for file in files}:
+        _sync_folder(place)
+    if target.exists():  # the same step, written again after a resume from an earlier one
+        _remove(target)
+    temporary.rename(target)
+    _sync_folder(folder)
+    found = list_checkpoints(folder)
+    end = found.index(target) + 1
+    for other in found[: max(0, end - keep)] + found[end:]:
+        if other.name != best:
+            _remove(other)
+    _link_best(folder, best)
+    return target
+
+
+def list_checkpoints(folder: FilePath) -> list[FilePath]:
+    """The checkpoints in a folder, oldest first, damaged ones included."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.is_dir()) if folder.is_dir() else []
+
+
+def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, device: str = "cpu") -> Checkpoint:
+    """Read a checkpoint after checking every hash. groups: only these tensors (default: all).
+
+    Raises CheckpointError naming the damaged file and the newest whole checkpoint before it.
+    """
+    check_checkpoint(target)
+    state = read_state(target)
+    wanted = [group for group in list_groups(target) if groups is None or group in groups]
+    return Checkpoint(
+        step=state["step"], tensors={group: read_group(target, group, device=device) for group in wanted}, state=state
+    )
+
+
+def list_groups(target: FilePath) -> list[str]:
+    """The groups of tensors that a whole checkpoint has."""
+    names = [name for name in _read_json(target / MANIFEST)["files"] if name != STATE]
+    return list(dict.fromkeys(name.partition("/")[0].removesuffix(SUFFIX) for name in names))
+
+
+def check_checkpoint(target: FilePath) -> None:
+    """Raise CheckpointError naming what is damaged and the newest whole checkpoint before it."""
+    fault = find_damage(target)
+    if fault:
+        whole = [c for c in list_checkpoints(target.parent) if c.name < target.name and not find_damage(c)]
+        offer = f"; the newest whole one before it is {whole[-1]}" if whole else "; there is no whole one before it"
+        raise CheckpointError(f"{target}: damaged: {fault}{offer}")
+
+
+def read_group(
+    target: FilePath, group: str, like: Callable[[str], Tensor | None] = lambda _: None, *, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """The tensors of a group by name, without a look at hashes.
+
+    like: by name a tensor whose parts the processes hold, if there is one: of a group in parts, each then reads its own
+    alone, and all call this together.  Raises CheckpointError if the files make no sense.
+    """
+    file = target / f"{group}{SUFFIX}"
+    if file.exists():
+        return read_tensors(file, device)
+    from diffdistill.storage.shard_files import read_shards
+
+    try:
+        parts = read_shards(target / group, like)
+        return {name: tensor if has_parts(tensor) else tensor.to(device) for name, tensor in parts.items()}
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def flatten(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Nested tensors by dotted name: {"fake": {"weight": w}} as {"fake.weight": w}."""
+    return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def select_group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The part of `flatten`'s result that one group gave."""
+    return {name.removeprefix(f"{group}."): t for name, t in tensors.items() if name.startswith(f"{group}.")}
+
+
+def load_strictly(
+    module: nn.Module, weights: Mapping[str, Tensor], *, origin: str, takes_tensors: bool = False
+) -> None:
+    """load_state_dict with one readable message.
+
+    takes_tensors: put the tensors themselves in the place of the module's, which may be on the meta device.
+    Raises UserError if names or shapes differ.
+    """
+    own = module.state_dict()
+    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if faults:
+        listed = "; ".join(sorted(faults)[:3])
+        raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
+    ready = {name: shared_as(weights[name].to(tensor.dtype), tensor) for name, tensor in own.items()}
+    module.load_state_dict(ready, assign=takes_tensors)
+
+
+def find_damage(target: FilePath) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of the manifest is there, of the right hash."""
+    try:
+        manifest = _read_json(target / MANIFEST)
+        hashes = manifest["files"]
+        if manifest["self"] != _hash_text(json.dumps(hashes)):
+            return f"{MANIFEST} does not match its own hash"
+        for name, expected in hashes.items():
+            if not 1 <= len(FilePath(name).parts) <= 2 or {"..", "/"} & set(FilePath(name).parts):
+                return f"{MANIFEST} names {name!r}, which is not in the folder"
+            if not (target / name).is_file():
+                return f"{name} is missing"
+            if _hash(target / name) != expected:
+                return f"{name} does not match its hash (truncated or changed)"
+        for folder in {FilePath(name).parent for name in hashes} - {FilePath()}:  # of which all files are read
+            for file in (target / folder).iterdir():
+                if f"{folder}/{file.name}" not in hashes:
+                    return f"{folder}/{file.name} is not in the {MANIFEST}"
+    except FileNotFoundError as error:
+        return f"{FilePath(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def clear_temporary(folder: FilePath) -> None:
+    """Remove what a killed writer left behind."""
+    for leftover in [*folder.glob(f"{WRITING}*"), *folder.glob(".removing-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return (isinstance(error, OSError) and error.errno in full) or "No space left" in str(error)
+
+
+def write_text_atomically(file: FilePath, text: str) -> None:
+    """The old text or the new one, never a part."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        _write_synced(temporary, text)
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """The old file or the new one, never a part."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        write_tensors(temporary, tensors)
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def read_state(target: FilePath) -> dict[str, Any]:
+    """state.json, of which the hash fits: its author may still mean harm. Raises CheckpointError."""
+    try:
+        state = _read_json(target / STATE)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{target / STATE}: cannot be read: {error}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{target / STATE}: must be an object, not {type(state).__name__}")
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+        raise CheckpointError(f"{target / STATE}: step = {str(step)[:40]}: must be a number of iterations")
+    for name, kind in STATE_TYPES.items():
+        if name in state and not isinstance(state[name], kind):
+            raise CheckpointError(f"{target / STATE}: {name} = {str(state[name])[:40]!r}: is of another type")
+    return state
+
+
+def _read_json(file: FilePath) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_tensors(file: FilePath, device: str) -> dict[str, Tensor]:
+    """Tensors of a file. Raises CheckpointError if its header makes no sense."""
+    try:
+        return load_file(file, device=device)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+
+
+def _remove(checkpoint: FilePath) -> None:
+    """Out of sight in one step, then off the disk."""
+    doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _link_best(folder: FilePath, best: str | None) -> None:
+    """Let the link lead to the best checkpoint; one that leads nowhere goes."""
+    link = folder / BEST
+    if best and (folder / best).is_dir():
+        new = folder / f"{WRITING}{BEST}-link"
+        new.unlink(missing_ok=True)
+        new.symlink_to(best)
+        new.replace(link)
+    elif link.is_symlink() and not link.exists():
+        link.unlink()
+
+
+def write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """Write and fsync. Raises OSError."""
+    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(ready, file)
+    except SafetensorError as error:  # it wraps the operating system's error
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(told[1]) if told else errno.EIO
+        raise OSError(code, str(error), str(file)) from error
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _write_synced(file: FilePath, text: str) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(folder: FilePath) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(file: FilePath) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

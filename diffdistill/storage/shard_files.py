@@ -1,0 +1,126 @@
+"""A checkpoint's group in parts: a folder of safetensors, each process's own, by torch.distributed.checkpoint's
+Hugging Face storage. Where a part belongs stands in its file's header."""
+
+import errno
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path as FilePath
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from diffdistill.distributed.parts import has_parts
+from diffdistill.distributed.processes import Processes, others
+from diffdistill.distributed.stopping import TrainingError
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import (
+    SUFFIX,
+    Checkpoint,
+    being_written,
+    seal_checkpoint,
+    write_tensors,
+    writing_place,
+)
+
+UNREADABLE = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError)
+
+
+def save_sharded(
+    processes: Processes, folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None
+) -> None:
+    """As `save_checkpoint`, but each process writes its own parts of the tensors; all call it.
+
+    Raises OSError, or TrainingError, in all where one cannot.
+    """
+    temporary = writing_place(folder, checkpoint.step)
+    with ExitStack() as opened:
+        processes.first(lambda: opened.enter_context(being_written(folder, checkpoint.step)))
+        for group, tensors in checkpoint.tensors.items():
+            if tensors:
+                write_shards(temporary / group, tensors)
+                processes.first(partial(_check_whole, temporary / group, tensors))
+            else:
+                processes.first(partial(write_tensors, temporary / f"{group}{SUFFIX}", tensors))
+        processes.first(lambda: seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best))
+
+
+def write_shards(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """Write the parts of all processes, each its own; all call it. What all have alike is written by one.
+
+    Raises OSError in all where one cannot.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        with others():
+            save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+    except CheckpointException as error:
+        rank, (fault, _) = next(iter(error.failures.items()))
+        code = fault.errno if isinstance(fault, OSError) else None
+        raise OSError(code or errno.EIO, f"{fault} (process {rank})", str(folder)) from error
+
+
+def _check_whole(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError unless these tensors lie in the folder, as far as headers say.
+
+    A process whose folder is another machine's of the same name has written, and nobody has seen it fail.
+    """
+    try:
+        stored = {name: tuple(one.size) for name, one in _stored(HuggingFaceStorageReader(str(folder))).items()}
+    except ValueError:
+        stored = {}
+    if stored != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise TrainingError(f"{folder}: lacks what other processes wrote; `run` must be a folder that all of them see")
+
+
+def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    """The tensors of a folder: whole, but where `like` gives one of the same shape whose parts the processes hold, this
+    one's parts alone; then all call it. The writers may have been more or fewer.
+
+    Raises UserError where the parts do not make tensors.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        found = {name: _empty(stored, like(name)) for name, stored in _stored(reader).items()}
+        is_shared = any(has_parts(tensor) for tensor in found.values())
+        with others(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
+            load(found, storage_reader=reader, no_dist=not is_shared)
+    except TrainingError:
+        raise
+    except (*UNREADABLE, RuntimeError, OSError) as error:
+        raise UserError(f"{folder}: cannot be read: {error}") from None
+    except CheckpointException as error:
+        reasons = "; ".join(f"{fault}" for fault, _ in error.failures.values())
+        raise UserError(f"{folder}: cannot be read: {reasons}") from None
+    return found
+
+
+def _stored(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    """What the files say that they hold. Raises ValueError, before anything is allocated, where parts are missing or
+    overlap: a tensor is parted along its first dimension."""
+    found = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
+        end = 0
+        for chunk in sorted(stored.chunks, key=lambda chunk: tuple(chunk.offsets)):
+            if tuple(chunk.offsets) != (end, *[0] * (len(stored.size) - 1))[: len(stored.size)]:
+                raise ValueError(f"{name}: its parts do not make a whole")
+            if tuple(chunk.sizes[1:]) != tuple(stored.size[1:]):
+                raise ValueError(f"{name}: its parts do not make a whole")
+            end += chunk.sizes[0] if chunk.sizes else 0
+        found[name] = stored
+    return found
+
+
+def _empty(stored: TensorStorageMetadata, like: Tensor | None) -> Tensor:
+    if like is not None and has_parts(like) and like.shape == stored.size:
+        return torch.empty_like(like, dtype=stored.properties.dtype, requires_grad=False)
+    return torch.empty(stored.size, dtype=stored.properties.dtype)

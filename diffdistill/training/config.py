@@ -1,0 +1,169 @@
+"""A run as one file: YAML plus `key.sub=value` overrides, checked by the schema, every fault shown at once."""
+
+import json
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from diffdistill.data import AnyData, Digits
+from diffdistill.diffusion.guidance import AnyPolicy
+from diffdistill.distillation.method import Method, registered
+from diffdistill.models.config import ModelConfig
+from diffdistill.networks.lora import LoRASettings
+from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, any_of, field, schema
+from diffdistill.settings.terminal import holds_secret
+from diffdistill.settings.values import apply_overrides, did_you_mean, parse_yaml, read_yaml, texts, validate
+from diffdistill.training.ema import EMAConfig
+from diffdistill.training.memory.speed import SpeedConfig
+from diffdistill.training.reports.health import HealthConfig
+from diffdistill.training.reports.trackers import TrackerNames
+from diffdistill.training.reports.watch import EvalConfig
+
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:
+    AnyMethod = any_of(registered().values())
+
+
+@schema
+class OptimizerConfig:
+    """One player's optimiser. clip_norm and clip_value bound its gradient; rates are per iteration of the run.
+
+    decay: after `decay_start` of the run the rate falls to zero, linearly or as a cosine.
+    implementation: torch's; auto is fused for Adam and torch's own choice for SGD.
+    adam8bit, adamw8bit: bitsandbytes' on a CUDA GPU, a quarter of the moments' bytes.
+    """
+
+    name: Literal["adam", "adamw", "sgd", "adam8bit", "adamw8bit"] = "adam"
+    implementation: Literal["auto", "fused", "foreach", "loop"] = "auto"
+    lr: Positive
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = None
+    clip_value: Positive | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay_start: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    def __post_init__(self) -> None:
+        if self.name.endswith("8bit") and self.implementation != "auto":
+            raise ValueError(f"implementation = {self.implementation!r}: {self.name} has only its own; use auto")
+
+
+@schema
+class TrainConfig:
+    """The loop. One step is one iteration of the method: every update that is due."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None  # per process; smaller ones accumulate to the same result
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
+    num_threads: PositiveInt | None = None  # on a CPU; a very small network is fastest, and surest, on one
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    max_skips: PositiveInt = 20  # this many skipped updates in a row stop the run
+    on_out_of_memory: Literal["stop", "halve"] = "stop"
+    log_every: PositiveInt = 50
+    preview_every: Annotated[int, Field(ge=0)] = 500  # 0: none
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 3
+
+
+@schema
+class RunConfig:
+    """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
+
+    text_encoder: the folder of a sentence encoder, for a `model` that takes text.
+    negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
+    init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
+    lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
+    ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
+    eval: a small evaluation while training; null for none.
+    """
+
+    run: str
+    method: AnyMethod
+    data: AnyData = field(default_factory=Digits)
+    model: ModelConfig | None = None
+    teacher: str | None = None
+    text_encoder: str | None = None
+    negative_prompt: str | None = None
+    negative_scale: NonNegative = 0.3
+    init: str | None = None
+    optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
+    lora: dict[str, LoRASettings | None] = field(default_factory=dict)
+    ema: EMAConfig | None = field(default_factory=EMAConfig)
+    more_emas: dict[Annotated[str, Field(pattern="^[a-z0-9_]+$")], EMAConfig] = field(default_factory=dict)
+    health: HealthConfig | None = field(default_factory=HealthConfig)
+    eval: EvalConfig | None = None
+    trackers: TrackerNames = ("tensorboard",)
+    train: TrainConfig
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+    def __post_init__(self) -> None:
+        if self.more_emas and self.ema is None:
+            raise ValueError("more_emas: they stand beside `ema`, which is null; give it one")
+        if self.speed.channels_last and any(options.name.endswith("8bit") for options in self.optimizers.values()):
+            # bitsandbytes makes weights contiguous at each step, and keeps its moments in the memory's order.
+            raise ValueError("speed.channels_last: does not go with 8-bit optimisers; use false, or another optimiser")
+
+    @property
+    def emas(self) -> dict[str, EMAConfig]:
+        """Every average by its group in a checkpoint: "ema", and "ema-<name>" for the others."""
+        first = {} if self.ema is None else {"ema": self.ema}
+        return first | {f"ema-{name}": config for name, config in self.more_emas.items()}
+
+    def optimizer(self, player: str) -> OptimizerConfig:
+        """The settings of a player's optimiser: its own, or those under `default`."""
+        found = self.optimizers.get(player) or self.optimizers.get("default")
+        if found is None:
+            raise UserError(f"optimizers: none for the player {player!r}; give it one, or one under `default`")
+        return found
+
+
+def load_config(file: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides, and check everything.
+
+    Raises UserError naming every fault: its dotted place, the value, and the choices.
+    """
+    return parse_config(apply_overrides(read_yaml(file), overrides), origin=str(file))
+
+
+def find_config(name: str) -> FilePath:
+    """A file, or a packaged config by its name ("dmd2/digits"). Raises UserError naming the packaged ones."""
+    if FilePath(name).exists():
+        return FilePath(name)
+    home = FilePath(str(resources.files("diffdistill.configs")))
+    packaged = {str(file.relative_to(home).with_suffix("")): file for file in sorted(home.glob("*/*.yaml"))}
+    if name in packaged:
+        return packaged[name]
+    raise UserError(f"{name}: no such file, nor a packaged config{did_you_mean(name, list(packaged))}")
+
+
+def parse_config(data: object, *, origin: str = "config") -> RunConfig:
+    """A nested dict as a RunConfig. Raises UserError, also on a password or token: it would be saved with the run."""
+    for place, text in texts(data):
+        if holds_secret(text):
+            raise UserError(f"{origin}: {place}: holds a password or token; give it by the environment, as HF_TOKEN")
+    return validate(RunConfig, data, origin=origin)
+
+
+def parse_guidance(text: str) -> float | AnyPolicy:
+    """A scale, or a policy as in `{name: interval, scale: 2, ratio_low: 0.2, ratio_high: 5}`. Raises UserError."""
+    value = parse_yaml(text, origin="--guidance")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if not isinstance(value, dict):
+        raise UserError(f"--guidance {text}: give a number, or a policy as {{name: adaptive, scale: 2}}")
+    return validate(AnyPolicy, value, origin="--guidance")  # type: ignore[arg-type]
+
+
+def json_schema() -> str:
+    """The schema of a run's YAML, for editors."""
+    return json.dumps(TypeAdapter(RunConfig).json_schema(), indent=1) + "\n"

@@ -1,0 +1,50 @@
+"""Exponential moving averages of weights, with a half-life in images and a ramp-up."""
+
+from copy import deepcopy
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from diffdistill.diffusion.denoiser import freeze
+from diffdistill.distillation.averages import follow
+from diffdistill.settings.schema import NonNegative, schema
+
+
+@schema
+class EMAConfig:
+    """halflife_images: images after which a weight has half forgotten.  ramp: the half-life is at most this share
+    of the images seen, so that the start is forgotten; 0 switches the ramp off."""
+
+    halflife_images: Annotated[float, Field(gt=0)] = 500_000
+    ramp: NonNegative = 0.05
+
+
+class EMA:
+    """A frozen copy of a module that follows it.  device: where it lives; None: where the module is."""
+
+    def __init__(self, module: nn.Module, config: EMAConfig, device: str | torch.device | None = None) -> None:
+        self.module = freeze(deepcopy(module)).to(device)
+        self.config = config
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The average on a device: itself where it lives there, else a copy."""
+        has_to_move = any(p.device.type != device.type for p in self.module.parameters())
+        return deepcopy(self.module).to(device) if has_to_move else self.module
+
+    def copy_from(self, module: nn.Module) -> None:
+        """Begin anew from these weights."""
+        self.module.load_state_dict(module.state_dict())
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, *, images_seen: int, batch_images: int) -> None:
+        """average <- beta average + (1 - beta) weights, beta = 0.5^(batch / half-life).  At 0 images seen: a copy.
+
+        Karras et al. 2022, training loop: the half-life is ramped up to its full value with the images seen.
+        """
+        halflife = self.config.halflife_images
+        if self.config.ramp:
+            halflife = min(halflife, self.config.ramp * images_seen)
+        beta = 0.5 ** (batch_images / max(halflife, 1e-8))
+        follow(self.module, module, 1 - beta)

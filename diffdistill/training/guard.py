@@ -1,0 +1,55 @@
+"""Losses and gradients that are not finite: their update is skipped and named, or the run stops."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from diffdistill.distillation.method import Loss, Update
+from diffdistill.distributed.processes import Processes
+from diffdistill.distributed.stopping import TrainingError
+
+
+class Guard:
+    """Counts skipped updates, by loss: one player's success does not hide another's failure.
+
+    on_nonfinite: what to do at the first one.  max_skips: so many of one loss in a row stop the run.
+    """
+
+    def __init__(self, on_nonfinite: Literal["skip", "stop"], max_skips: int) -> None:
+        self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
+        self.skips: dict[str, int] = {}
+
+    def passed(self, update: Update) -> None:
+        """All was finite."""
+        self.skips[update.loss] = 0
+
+    def refuse(
+        self,
+        step: int,
+        update: Update,
+        losses: Sequence[Loss],
+        norms: Mapping[str, Tensor],
+        processes: Processes,
+        faulty: Sequence[int],
+    ) -> str:
+        """What to say of an update that was not finite, and was not taken; all processes call it.
+
+        losses: of the micro-batches here.  norms: of the summed gradients.  faulty: the ranks whose losses are not.
+        Raises TrainingError when told to, or when it goes on.
+        """
+        skips = self.skips[update.loss] = self.skips.get(update.loss, 0) + 1
+        sums: dict[str, float] = {}
+        for loss in losses:
+            for name, value in ({"total": loss.total} | dict(loss.logs)).items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        means = processes.means(sums)
+        bad = [f"{update.loss} ({name} = {value})" for name, value in means.items() if not math.isfinite(value)]
+        bad += [f"the gradient of {name}" for name, norm in norms.items() if not math.isfinite(float(norm))]
+        where = f" in process {', '.join(map(str, faulty))}" if 0 < len(faulty) < processes.count else ""
+        message = f"step {step}, player {update.players[0]}: {', '.join(bad)} is not finite{where}"
+        if self.on_nonfinite == "stop" or skips >= self.max_skips:
+            more = f", {skips} updates in a row" if skips > 1 else ""
+            raise TrainingError(f"{message}{more}. The last checkpoint is intact; try a lower learning rate")
+        return f"{message}; this update is skipped"

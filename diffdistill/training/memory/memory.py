@@ -1,0 +1,280 @@
+"""What a run needs: weights, gradients, optimiser states and averages to the byte, activations by measuring small.
+
+Activations are what autograd keeps for the backward pass. They grow by the same bytes with every sample, so losses on
+micro-batches of 2 and 3, without a backward pass, tell those of any size. (Not of 1: with one sample some operations
+take other ways through memory, and keep more.)
+Not predicted: what an operation needs while it runs, and what the allocator rounds up.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.distillation.method import Update
+from diffdistill.networks.lora import lora_of
+from diffdistill.networks.recompute import recomputable_blocks
+from diffdistill.training.config import OptimizerConfig
+from diffdistill.training.memory.counting import SavedTensors, storage_bytes
+from diffdistill.training.memory.offload import is_offloaded
+from diffdistill.training.setup import prepare
+from diffdistill.training.trainer import MicroBatch, Trainer
+
+EIGHT_BIT_MINIMUM = 4096  # bitsandbytes keeps smaller parameters' moments in 32 bits
+EIGHT_BIT_BLOCK = 256  # numbers that share a 4-byte scale
+EIGHT_BIT_TABLES = 2 * 256 * 4  # the codes of both moments, once an optimiser
+
+
+@dataclass(frozen=True)
+class PlayerBytes:
+    """One player. gradients: while one of its updates runs."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes for n samples: fixed + each n."""
+
+    fixed: int = 0
+    each: int = 0
+
+    def at(self, size: int) -> int:
+        return self.fixed + self.each * size
+
+    @staticmethod
+    def through(two: int, three: int) -> "Growth":
+        """From the bytes for two samples and for three."""
+        return Growth(3 * two - 2 * three, three - two)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes.
+
+    averages: all of them, and whether they are on the device.  activations, recomputed: by loss, for one micro-batch;
+    recomputed is the largest block's inside, which activation checkpointing brings back one block at a time.
+    batch: images and random numbers of all the step's samples.
+    """
+
+    players: Mapping[str, PlayerBytes]
+    averages: int
+    has_averages_on_device: bool
+    updates: tuple[Update, ...]
+    activations: Mapping[str, Growth]
+    recomputed: Mapping[str, Growth]
+    batch: Growth
+    batch_size: int
+    micro_batch_size: int
+
+    @property
+    def fixed(self) -> int:
+        """What is there all the time."""
+        stays = sum(player.weights + player.optimizer for player in self.players.values())
+        return stays + self.averages * self.has_averages_on_device + self.batch.at(self.batch_size)
+
+    @property
+    def peak_activations(self) -> int:
+        """Of the loss that keeps most."""
+        return max(growth.at(self.micro_batch_size) for growth in self.activations.values())
+
+    @property
+    def total(self) -> int:
+        """The device's bytes while the most demanding update runs."""
+        return self.fixed + max(self._transient(update) for update in self.updates)
+
+    def _transient(self, update: Update) -> int:
+        kept = self.activations[update.loss].at(self.micro_batch_size)
+        again = self.recomputed[update.loss].at(self.micro_batch_size)
+        return kept + again + sum(self.players[name].gradients for name in update.players)
+
+
+def plan_memory(trainer: Trainer) -> MemoryPlan:
+    """Predict a run's memory from its trainer, before any step. Nothing is written."""
+    train = trainer.config.train
+    made = prepare(trainer.method, trainer.setting, train.seed, trainer.device)
+    trainer.stored = {name: value.to(trainer.device) for name, value in made.items()}
+    share = train.global_batch_size // trainer.processes.count
+    twos, threes = (_micro_batch(trainer, size) for size in (2, 3))
+    return MemoryPlan(
+        players={name: _player_bytes(trainer, name, module) for name, module in trainer.players.items()},
+        averages=sum(module_bytes(ema.module) for ema in trainer.emas.values()),
+        has_averages_on_device=trainer.config.speed.ema_device == "same",
+        updates=trainer.method.updates,
+        activations=saved_growth(trainer),
+        recomputed=block_growth(trainer),
+        batch=Growth.through(_batch_bytes(twos), _batch_bytes(threes)),
+        batch_size=share,
+        micro_batch_size=min(train.micro_batch_size or share, share),
+    )
+
+
+def optimizer_bytes(parameters: Sequence[Tensor], options: OptimizerConfig) -> int:
+    """Bytes of the optimiser's state after its first step."""
+    if options.name == "sgd":
+        return sum(p.nbytes for p in parameters) if options.betas[0] else 0
+    if options.name.endswith("8bit"):
+        return EIGHT_BIT_TABLES + sum(_moments_in_8bit(p.numel()) for p in parameters)
+    return sum(2 * p.nbytes + 4 for p in parameters)  # two moments and a counter
+
+
+def _moments_in_8bit(numbers: int) -> int:
+    if numbers < EIGHT_BIT_MINIMUM:
+        return 2 * 4 * numbers
+    return 2 * (numbers + 4 * math.ceil(numbers / EIGHT_BIT_BLOCK))
+
+
+def saved_growth(trainer: Trainer) -> dict[str, Growth]:
+    """What autograd keeps of each loss."""
+    return _growth(trainer, _saved_bytes)
+
+
+def block_growth(trainer: Trainer) -> dict[str, Growth]:
+    """What the largest recomputed block of each loss brings back; nothing where none is recomputed."""
+    return _growth(trainer, _block_bytes)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Weights and buffers."""
+    return sum(tensor.nbytes for tensor in _tensors(module))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Counted in two real steps. seconds: of each; counting takes a part of them.  device_peak: the GPU allocator's."""
+
+    players: Mapping[str, PlayerBytes]
+    averages: int
+    activations: int
+    seconds: tuple[float, ...]
+    device_peak: int | None
+
+
+def rehearse(trainer: Trainer, steps: int = 2) -> Rehearsal:
+    """Take real steps after `plan_memory` and count. Nothing is written."""
+    gradients: dict[str, int] = {}
+
+    def note(name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients[name] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+
+    for name, optimizer in trainer.optimizers.items():
+        optimizer.register_step_pre_hook(partial(note, name))
+    is_on_gpu = trainer.device.type == "cuda"
+    if is_on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    seconds = []
+    with SavedTensors(_all_tensors(trainer)) as saved:
+        for _ in range(steps):
+            began = time.perf_counter()
+            trainer.train_step()
+            if is_on_gpu:
+                torch.cuda.synchronize(trainer.device)
+            seconds.append(time.perf_counter() - began)
+    return Rehearsal(
+        players={
+            name: PlayerBytes(
+                _resident_bytes(module), gradients.get(name, 0), _state_bytes(trainer.optimizers.get(name))
+            )
+            for name, module in trainer.players.items()
+        },
+        averages=sum(module_bytes(ema.module) for ema in trainer.emas.values()),
+        activations=saved.peak,
+        seconds=tuple(seconds),
+        device_peak=torch.cuda.max_memory_allocated(trainer.device) if is_on_gpu else None,
+    )
+
+
+def show_bytes(count: int) -> str:
+    """In MiB, or from 1024 of them on in GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _resident_bytes(module: nn.Module) -> int:
+    """Those that stay on the device."""
+    return sum(b.nbytes for b in module.buffers()) if is_offloaded(module) else module_bytes(module)
+
+
+def _all_tensors(trainer: Trainer) -> list[Tensor]:
+    """The players' own, and the base of those that stand over one."""
+    bases = [found for found in map(lora_of, trainer.players.values()) if found]
+    own = [tensor for player in trainer.players.values() for tensor in _tensors(player)]
+    return own + [tensor for base in bases for tensor in base.base_tensors()]
+
+
+def _player_bytes(trainer: Trainer, name: str, module: nn.Module) -> PlayerBytes:
+    if name not in trainer.trained:
+        return PlayerBytes(_resident_bytes(module))
+    parameters = trainer.parameters[name]
+    gradients = sum(p.nbytes for p in parameters)
+    return PlayerBytes(module_bytes(module), gradients, optimizer_bytes(parameters, trainer.config.optimizer(name)))
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    if optimizer is None:
+        return 0
+    return storage_bytes(v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
+
+
+def _micro_batch(trainer: Trainer, size: int) -> MicroBatch:
+    images, cond = trainer.real(0, size)
+    return trainer.micro_batch(0, images, cond, size)
+
+
+def _batch_bytes(micro: MicroBatch) -> int:
+    batch = micro.batch
+    return storage_bytes([batch.images, *batch.cond.parts().values(), *batch.stored.values(), *micro.draw.values()])
+
+
+def _growth(trainer: Trainer, measure: Callable[[Trainer, Update, MicroBatch], tuple[int, Any]]) -> dict[str, Growth]:
+    """By loss, from micro-batches of two and three samples."""
+    found: list[dict[str, int]] = []
+    for size in (2, 3):
+        micro = _micro_batch(trainer, size)
+        found.append({})
+        for update in trainer.method.updates:
+            found[-1][update.loss], carry = measure(trainer, update, micro)
+            micro.draw |= carry
+    twos, threes = found
+    return {name: Growth.through(twos[name], threes[name]) for name in twos}
+
+
+def _saved_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
+    """What autograd keeps of a loss, and what the loss carries over."""
+    with SavedTensors(_all_tensors(trainer)) as saved:
+        carry = trainer.loss(update, micro).carry
+    return saved.peak, carry
+
+
+def _block_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
+    """What the largest of the recomputed blocks would keep if it were not, and what the loss carries over."""
+    found = [block for player in trainer.players.values() for block in recomputable_blocks(player)]
+    blocks = [block for block in found if block.is_recomputed]
+    before: list[int] = []
+    inside = [0]
+    with SavedTensors(_all_tensors(trainer)) as saved:
+        handles = [block.register_forward_pre_hook(lambda *_: before.append(saved.live)) for block in blocks]
+        handles += [
+            block.register_forward_hook(lambda *_: inside.append(saved.live - before.pop())) for block in blocks
+        ]
+        try:
+            for block in blocks:
+                block.is_recomputed = False
+            carry = trainer.loss(update, micro).carry
+        finally:
+            for block in blocks:
+                block.is_recomputed = True
+            for handle in handles:
+                handle.remove()
+    return max(inside), carry

@@ -1,0 +1,117 @@
+"""Memory against time: recomputed activations, compiled players, layouts, a half-precision teacher. Off by default.
+
+docs/memory.md has what each saves and costs; `diffdistill doctor CONFIG` says what a config needs.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.networks.diffusers_model import DiffusersNetwork
+from diffdistill.networks.lora import lora_of
+from diffdistill.networks.recompute import parts_of, set_recompute
+from diffdistill.settings.schema import UserError, schema
+from diffdistill.training.memory.offload import offload
+
+RECOMPILES = 64  # graphs kept for one function: each player has one for each want, mode and set of live gradients
+
+
+@schema
+class SpeedConfig:
+    """What trades time for memory, all off by default. Each but teacher_dtype may change when a run is resumed.
+
+    activation_checkpointing: each block keeps only its inputs and is computed again in the backward pass; the
+    gradients are the same, bit for bit.  compile: torch.compile of the players, by its backend.  channels_last: the
+    layout of convolutions; on many GPUs faster in bf16.  ema_device: cpu keeps the averages off the GPU and costs a
+    copy of the weights at each update.  teacher_device: cpu keeps the teacher's weights off the GPU, to which each
+    layer comes when it is called.  teacher_dtype: bf16 stores the teacher's convolutions and linear layers in it and
+    computes them as autocast would; its D, and so the score difference, stays in float32.  shard: the processes share
+    out weights, gradients, moments and averages, those of one machine or all, each block gathered for its own length.
+    """
+
+    activation_checkpointing: bool = False
+    compile: Literal["inductor", "aot_eager", "eager"] | None = None
+    channels_last: bool = False
+    ema_device: Literal["same", "cpu"] = "same"
+    teacher_device: Literal["same", "cpu"] = "same"
+    teacher_dtype: Literal["fp32", "bf16"] = "fp32"
+    shard: Literal["none", "machine", "all"] = "none"
+
+
+def apply_speed(
+    speed: SpeedConfig,
+    trained: Mapping[str, nn.Module],
+    teacher: Denoiser | None,
+    followers: Mapping[str, nn.Module] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Change the players in place, before their optimisers are made.
+
+    followers: players that are not trained; they change only where they stand over the teacher's weights.
+    device: where a teacher computes whose weights are elsewhere; default: where it is.
+    Raises UserError where a setting would do nothing: no teacher, no blocks, no convolutions.
+    """
+    players = ({} if teacher is None else {"teacher": teacher}) | dict(trained)
+    denoisers = {name: module for name, module in players.items() if isinstance(module, Denoiser)}
+    _check(speed, denoisers, has_teacher=teacher is not None)
+    if speed.teacher_dtype == "bf16" and teacher is not None:
+        store_in_bf16(teacher)
+        for player in (*trained.values(), *(followers or {}).values()):
+            if isinstance(player, Denoiser) and lora_of(player):
+                player.autocast = torch.bfloat16
+    if speed.channels_last:
+        for module in players.values():
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if speed.teacher_device == "cpu" and teacher is not None:
+        offload(teacher, device or device_of(teacher))
+    if speed.compile:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
+        for denoiser in denoisers.values():
+            for part in _compiled_parts(denoiser):
+                part.compile(backend=speed.compile)
+
+
+def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: bool) -> None:
+    """Raise UserError for what cannot be; blocks that can be recomputed are told to be."""
+    if speed.teacher_dtype == "bf16" and not has_teacher:
+        raise UserError("speed.teacher_dtype = 'bf16': this method has no teacher; use fp32")
+    for name, denoiser in players.items():
+        network = type(denoiser.net).__name__
+        if speed.activation_checkpointing and not set_recompute(denoiser.net):
+            raise UserError(
+                f"speed.activation_checkpointing: {name}'s network {network} has no blocks to recompute; use false"
+            )
+        if speed.channels_last and not _has_convolutions(denoiser):
+            raise UserError(f"speed.channels_last: {name}'s network {network} has no convolutions; use false")
+        if speed.teacher_device == "cpu" and lora_of(denoiser):
+            raise UserError(f"speed.teacher_device = 'cpu': {name} stands over the teacher's weights; use same")
+    if speed.teacher_device == "cpu" and (speed.compile or not has_teacher):
+        why = "does not go with speed.compile" if speed.compile else "this method has no teacher"
+        raise UserError(f"speed.teacher_device = 'cpu': {why}; use same")
+
+
+def store_in_bf16(denoiser: Denoiser) -> None:
+    """The weights that autocast would round at every call, rounded once: the same D, in float32, from half the bytes.
+
+    Norms, embeddings of time and the arithmetic around the network stay as they are.
+    """
+    for module in denoiser.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            module.to(torch.bfloat16)
+    denoiser.autocast = torch.bfloat16
+
+
+def _has_convolutions(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in parts_of(module))
+
+
+def _compiled_parts(denoiser: Denoiser) -> list[nn.Module]:
+    """The denoiser as a whole; of diffusers' networks all blocks but the middle one, whose output a hook taps:
+    compiled code does not see hooks that come and go."""
+    net = next((part for part in parts_of(denoiser) if isinstance(part, DiffusersNetwork)), None)
+    if net is None:
+        return [denoiser]
+    return [block for block in net.blocks if block is not net.middle]

@@ -1,0 +1,85 @@
+"""A look at the student while it trains: a small evaluation every so many steps, and the best checkpoint by it."""
+
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+from pydantic import Field
+from torch import nn
+
+from diffdistill.settings.registry import load
+from diffdistill.settings.schema import PositiveInt, field, schema
+
+if TYPE_CHECKING:
+    from diffdistill.distributed.processes import Processes
+    from diffdistill.models.model import ModelSpec
+    from diffdistill.training.reports.log import Log
+
+
+@schema
+class EvalConfig:
+    """An evaluation while training, of the averaged student where there is an average, and always of the last step.
+
+    protocol: a name, or a YAML file; one repeat of it.  every: steps between two.  num_images: fewer than the
+    protocol's, which makes it another protocol.  best_by: the metric that decides which checkpoint is kept as the
+    best; null takes the protocol's first.  guidance: w of D_u + w (D_c - D_u).  weights, references: files by the
+    features' label, where they do not lie in their folders.  captions: the file of a protocol's captions.
+    """
+
+    protocol: str = "digits-pixels"
+    every: PositiveInt = 500
+    num_images: PositiveInt | None = None
+    best_by: str | None = None
+    guidance: float = 1.0
+    batch_size: Annotated[int, Field(ge=1, le=256)] = 256
+    weights: dict[str, str] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    captions: str | None = None
+
+
+class Watched(Protocol):
+    """What a watch asks of the trainer."""
+
+    step: int
+
+    @property
+    def student(self) -> nn.Module:
+        """The player that samples are taken from."""
+        ...
+
+    @property
+    def images_seen(self) -> int: ...
+
+
+class Watch(Protocol):
+    """What the trainer asks."""
+
+    def examine(self, run: Watched, *, is_last: bool, log: "Log") -> bool:
+        """Evaluate the student if it is due. Returns whether it is the best so far, and so has to be saved."""
+        ...
+
+    def best(self, step: int) -> str | None:
+        """The name of the best checkpoint until `step`, which has to stay."""
+        ...
+
+
+class NoWatch:
+    """Never looks."""
+
+    def examine(self, run: Watched, *, is_last: bool, log: "Log") -> bool:
+        return False
+
+    def best(self, step: int) -> str | None:
+        return None
+
+
+def make_watch(
+    config: EvalConfig | None, folder: FilePath, student: nn.Module, spec: "ModelSpec", processes: "Processes"
+) -> Watch:
+    """The watch that a run's config asks for.  folder: the run's.  processes: they share the work.
+
+    Raises UserError, before training, for a protocol that does not fit the student, and for missing files.
+    """
+    if config is None:
+        return NoWatch()
+    made: Watch = load("diffdistill.eval.watch:StudentWatch").of(config, folder, student, spec, processes)
+    return made

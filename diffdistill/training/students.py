@@ -1,0 +1,162 @@
+"""MSD's students side by side, each in a group of processes of its own: what befalls one befalls no other."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from diffdistill.distributed.stopping import TrainingError, stop_signals
+from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import list_checkpoints
+from diffdistill.training.config import load_config
+
+LOOK_SECONDS = 0.2
+BAD_INPUT = 2  # the exit code after which another try would be no better
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Group:
+    """One student's processes.  run: its folder; what they say goes to the file beside it.  starts: so far."""
+
+    index: int
+    run: FilePath
+    starts: int = 0
+    slot: int = 0
+    process: "subprocess.Popen[bytes] | None" = None
+    is_done: bool = False
+    code: int | None = None
+
+    @property
+    def log(self) -> FilePath:
+        return self.run.with_name(self.run.name + ".log")
+
+    @property
+    def last_words(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
+        return next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "")
+
+
+def train_students(
+    config: FilePath,
+    overrides: Sequence[str],
+    *,
+    processes_each: int = 1,
+    max_restarts: int = 3,
+    resume: bool = False,
+    say: Say = print,
+) -> list[FilePath]:
+    """Train all students of an MSD config, `<run>/student_index=<i>`, as many at once as there are GPUs for (all of
+    them on CPUs). A student whose processes fail starts again from its newest checkpoint, up to `max_restarts` times.
+
+    Returns the runs. Raises UserError before anything starts, and TrainingError at the end naming the students that
+    did not get there. SIGINT and SIGTERM are handed on, and raise KeyboardInterrupt or SystemExit(143).
+    """
+    groups = plan_groups(config, overrides, resume=resume)
+    gpus = visible_gpus()
+    if gpus and len(gpus) < processes_each:
+        raise UserError(f"--processes-each {processes_each}: there are {len(gpus)} GPUs")
+    at_once = min(len(gpus) // processes_each if gpus else len(groups), len(groups))
+
+    def start(group: Group, slot: int) -> None:
+        own = gpus[slot * processes_each : (slot + 1) * processes_each]
+        again = resume or group.starts > 0
+        command = command_of(config, overrides, group, processes_each, resume=again)
+        _start(group, command, own, slot)
+
+    with stop_signals() as stopping:
+        _supervise(groups, start, at_once=at_once, max_restarts=max_restarts, stopping=stopping, say=say)
+        if stopping:
+            number = stopping[0]
+            say(f"stopped by {signal.Signals(number).name}; saved: go on with --resume")
+            raise SystemExit(128 + number)
+    failed = [group for group in groups if not group.is_done]
+    if failed:
+        listed = "".join(f"\n  student {group.index}: {group.last_words} ({group.log})" for group in failed)
+        raise TrainingError(f"{len(failed)} of {len(groups)} students failed:{listed}\ngo on with --resume")
+    return [group.run for group in groups]
+
+
+def plan_groups(config: FilePath, overrides: Sequence[str], *, resume: bool) -> list[Group]:
+    """A group for each student. Raises UserError for another method, and for runs that are there already."""
+    parsed = load_config(config, overrides)
+    count = getattr(parsed.method, "num_students", None)
+    if count is None:
+        raise UserError(f"method.name = {parsed.method.name!r}: has no students; use `diffdistill train`")
+    groups = [Group(index, FilePath(parsed.run) / f"student_index={index}") for index in range(count)]
+    for group in groups:
+        if not resume and list_checkpoints(group.run / "checkpoints"):
+            raise UserError(f"{group.run}: holds a run already; add --resume to go on, or name another `run`")
+    return groups
+
+
+def command_of(
+    config: FilePath, overrides: Sequence[str], group: Group, processes_each: int, *, resume: bool
+) -> list[str]:
+    """The command line of one student; under torchrun if it has several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes_each}"]
+    own = [f"run={group.run}", f"method.student_index={group.index}", *(["--resume"] if resume else [])]
+    start = launcher if processes_each > 1 else []
+    return [sys.executable, *start, "-m", "diffdistill", "train", str(config), *overrides, *own]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def _start(group: Group, command: Sequence[str], gpus: Sequence[str], slot: int) -> None:
+    group.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+    with group.log.open("ab") as log:
+        # A session of its own: Ctrl-C in the terminal reaches this process alone, which hands it on once.
+        group.process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+    group.slot, group.starts = slot, group.starts + 1
+
+
+def _supervise(
+    groups: Sequence[Group],
+    start: Callable[[Group, int], None],
+    *,
+    at_once: int,
+    max_restarts: int,
+    stopping: Sequence[int],
+    say: Say,
+) -> None:
+    """Keep the slots busy until every group is done or has failed, or a signal has come and all have ended."""
+    waiting, free, running = list(groups), list(range(at_once)), list[Group]()
+    has_told = False
+    while running or (waiting and not stopping):
+        while waiting and free and not stopping:
+            group = waiting.pop(0)
+            start(group, free.pop(0))
+            running.append(group)
+        if stopping and not has_told:
+            has_told = True
+            for group in running:
+                if group.process:
+                    group.process.terminate()
+        time.sleep(LOOK_SECONDS)
+        for group in [one for one in running if one.process and one.process.poll() is not None]:
+            assert group.process is not None
+            group.code = group.process.returncode
+            running.remove(group)
+            free.append(group.slot)
+            group.is_done = group.code == 0
+            can_go_on = not group.is_done and group.code != BAD_INPUT and group.starts <= max_restarts
+            if can_go_on and not stopping:
+                say(f"student {group.index} ended with {group.code}; start {group.starts + 1}: {group.last_words}")
+                waiting.insert(0, group)
+            elif group.is_done:
+                say(f"student {group.index}: done")
