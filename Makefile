@@ -29,16 +29,18 @@ browser:  ## Debian's Chromium, which the tests of the HTML pages drive; without
 demo: $(INSTALLED)  ## Train a digits teacher, distil it to one step, print the table, write the pictures.
 	@$(BIN)/diffdistill demo --run $(RUN)
 
-test: $(INSTALLED)  ## ruff, mypy and the tests that CI runs.
+test: $(INSTALLED)  ## ruff, mypy, import-linter and the tests that CI runs.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/pytest -rs $(PARALLEL) -m "not full and not gpu" $(TESTS)
 
 test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes long. Writes docs/test-full.txt.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 	@{ date -u '+%Y-%m-%d, make test-full TESTS="$(TESTS)":'; $(BIN)/python scripts/describe_machine.py; } > docs/test-full.txt
 	@test "$(TESTS)" != tests || $(MAKE) --no-print-directory equality >> docs/test-full.txt
 	@$(BIN)/pytest $(PARALLEL) -m "not gpu" --durations=10 $(TESTS) > docs/test-full.out; status=$$?; \

@@ -27,7 +27,7 @@ GROUPS = {
     "diffdistill.data.": "Data",
     "diffdistill.networks.": "Networks",
     "diffdistill.diffusion.path": "Paths",
-    "diffdistill.diffusion.timesteps": "Laws of t",
+    "diffdistill.diffusion.time_distributions": "Laws of t",
     "diffdistill.diffusion.sampling": "Samplers",
     "diffdistill.": "The run",
 }

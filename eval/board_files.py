@@ -18,7 +18,7 @@ from diffdistill.eval.leaderboard import Board, Entry, Group, read_board
 from diffdistill.eval.records import metric_label
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
-from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
 
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
@@ -271,3 +271,17 @@ def _dataset(group: Group) -> dict[str, str]:
     name = str(reference.get("dataset") or reference.get("name"))
     split = reference.get("split")
     return {"name": name, "type": HUB_DATASETS.get(name, name), **({"split": str(split)} if split else {})}
+
+
+def model_index_of(records: FilePath, place: str) -> list[dict[str, Any]]:
+    """The `model-index` of what the records say of a place, for its model card. Raises UserError if nothing was."""
+    board = read_board([records])
+    found = [
+        (group, entry)
+        for group in board.measured
+        for entry in group.entries
+        if any(found.record.model and found.record.model.source == place for found in entry.sources)
+    ]
+    if not found:
+        raise UserError(f"--records {records}: has no record of {place}")
+    return [model_index(found[0][1].name, found)]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.cache import cache_folder
+from diffdistill.data.pictures import save_grid
+from diffdistill.diffusion.guidance.policies import parse_guidance
 from diffdistill.eval.bench import make_bench
 from diffdistill.eval.captions import read_captions
 from diffdistill.eval.compare import Difference, paired_differences
@@ -31,12 +33,10 @@ from diffdistill.eval.resize import signed
 from diffdistill.eval.run import Evaluation, evaluate, own_images, progress_bar
 from diffdistill.eval.table import rows_of, show_differences, show_evaluations
 from diffdistill.eval.workers import find_workers
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
-from diffdistill.storage.checkpoint import write_text_atomically
-from diffdistill.training.config import parse_guidance
-from diffdistill.training.reports.preview import save_grid
+from diffdistill.storage.atomic import write_text_atomically
 
 GRID = 100
 """Images of a grid, spread evenly over the first repeat: the same noise and labels for every model."""

@@ -5,7 +5,7 @@ from pathlib import Path as FilePath
 import torch
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.eval.around import open_around
+from diffdistill.eval.encoder_and_vae import open_around
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.hashes import hash_weights
 from diffdistill.eval.places import SamplingOptions, count_parameters, licence_of

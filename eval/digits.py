@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffdistill.data.digits import Digits
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import FewSteps, Sampler
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.distances import frechet_from_features
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.metrics import PrecisionRecall
@@ -104,7 +104,7 @@ def bootstrap_floor(seed: int = 0) -> Row:
     """What 1,800 draws with replacement from the training split score, 180 a class: a perfect model's noise floor."""
     images, labels = _reference()
     num_classes = DIGITS_PIXELS.labels.num_classes
-    rng = Draws(seed, 0, torch.arange(DIGITS_PIXELS.num_images // num_classes))
+    rng = StepRandom(seed, 0, torch.arange(DIGITS_PIXELS.num_images // num_classes))
     drawn = []
     for label in range(num_classes):
         members = images[labels == label]

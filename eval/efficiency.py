@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of
-from diffdistill.diffusion.draws import Draws
-from diffdistill.diffusion.guidance import Guidance
+from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.sampling import Sampler
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.environment import device_name
 from diffdistill.eval.records import Efficiency
 from diffdistill.settings.schema import UserError
@@ -94,7 +94,7 @@ def _sampling(
 ) -> Callable[[], Tensor]:
     """What is timed: `size` images from noise that is there already."""
     index = torch.arange(size)
-    rng = Draws(0, 0, index)
+    rng = StepRandom(0, 0, index)
     noise, fresh = rng.normal("noise", image_shape).to(device), rng.fresh_noise(image_shape)
     later = cache(lambda i: fresh(i).to(device))  # drawn in the warm-up, as far as it is asked for
     cond = denoiser.class_cond((index % max(denoiser.num_classes, 1)).to(device))
@@ -145,7 +145,7 @@ def _evaluations(
     def count(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.append(len(inputs[0]))
 
-    rng = Draws(0, 0, torch.zeros(1, dtype=torch.int64))
+    rng = StepRandom(0, 0, torch.zeros(1, dtype=torch.int64))
     cond = denoiser.class_cond(torch.zeros(1, dtype=torch.int64, device=device))
     fresh = rng.fresh_noise(image_shape)
     handle = denoiser.net.register_forward_pre_hook(count)

@@ -10,7 +10,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval import metrics as named
 from diffdistill.eval.feature_store import FeatureStore
 from diffdistill.eval.features import AnyFeatures, Extracted, Extractor
@@ -198,7 +198,7 @@ class StoredFeatures:
     def conditions(self) -> Tensor:
         """Raises UserError where the protocol names no classes."""
         protocol, index = self.protocol, torch.arange(self.store.num_samples)
-        rng = Draws(0, protocol.noise.step, protocol.seed_ranges[self.repeat][0] + index)
+        rng = StepRandom(0, protocol.noise.step, protocol.seed_ranges[self.repeat][0] + index)
         labels = labels_of(protocol.labels, index, protocol.num_images, rng)
         if labels is None:
             raise UserError(f"diversity: {protocol.name} names no classes")

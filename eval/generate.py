@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
-from diffdistill.diffusion.draws import Draws
-from diffdistill.diffusion.guidance import AnyPolicy
+from diffdistill.diffusion.guidance.policies import AnyPolicy
 from diffdistill.diffusion.sampling import Sampler
-from diffdistill.eval.around import Around, WholeSampler
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.eval.encoder_and_vae import EncoderAndVAE, WholeSampler
 from diffdistill.eval.protocol import Labels, Protocol
 from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
 from diffdistill.inference.draw import check_guidance
@@ -35,7 +35,7 @@ class SampledImages:
     protocol: Protocol
     image_shape: tuple[int, ...]
     model: ModelRecord
-    around: Around | None = None
+    around: EncoderAndVAE | None = None
     guidance: float | AnyPolicy = 1.0
     method: str | None = None
     seed: int | None = None
@@ -84,7 +84,7 @@ class SampledImages:
         repeat: which range of seeds; index: [B], the images' numbers in it.
         """
         protocol, device = self.protocol, device_of(self.denoiser)
-        rng = Draws(0, protocol.noise.step, protocol.seed_ranges[repeat][0] + index)
+        rng = StepRandom(0, protocol.noise.step, protocol.seed_ranges[repeat][0] + index)
 
         def normal(name: str) -> Tensor:
             return rng.normal(name, self.image_shape).to(device)
@@ -99,14 +99,14 @@ class SampledImages:
             )
         return self.around.images(made) if self.around else made
 
-    def _cond(self, rng: Draws, index: Tensor) -> Cond:
+    def _cond(self, rng: StepRandom, index: Tensor) -> Cond:
         if self.around and self.around.encode:
             return self.around.encode(index)
         labels = labels_of(self.protocol.labels, index, self.protocol.num_images, rng)
         return NO_COND if labels is None else self.denoiser.class_cond(labels.to(device_of(self.denoiser)))
 
 
-def labels_of(labels: Labels, index: Tensor, num_images: int, rng: Draws) -> Tensor | None:
+def labels_of(labels: Labels, index: Tensor, num_images: int, rng: StepRandom) -> Tensor | None:
     """The classes [B] of the images `index` of a repeat, or None where there are none.  rng: their own draws."""
     classes = labels.num_classes
     if labels.policy == "class_major":

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.guidance import AnyPolicy
+from diffdistill.diffusion.guidance.policies import AnyPolicy
 from diffdistill.diffusion.sampling import AnySampler
-from diffdistill.eval.around import open_around
+from diffdistill.eval.encoder_and_vae import open_around
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.hashes import hash_weights
 from diffdistill.eval.protocol import Protocol
 from diffdistill.eval.records import Cost, ModelRecord
-from diffdistill.models.model import ROUTER, TrainedModel, load_model
+from diffdistill.models.load import ROUTER, load_model
+from diffdistill.models.spec import TrainedModel
 from diffdistill.settings.schema import schema
 from diffdistill.settings.values import parse_yaml, validate
 from diffdistill.storage.checkpoint import MANIFEST, STATE

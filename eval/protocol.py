@@ -19,8 +19,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 
 @schema
 class Noise:
-    """Image seeds[i] starts from Draws(0, step, seeds[i]) under `latent`; a stochastic sampler's step j adds that of
-    f"{fresh} {j}". One generator an image: neither batch size nor device nor rank changes it."""
+    """Image seeds[i] starts from StepRandom(0, step, seeds[i]) under `latent`; a stochastic sampler's step j adds that
+    of f"{fresh} {j}". One generator an image: neither batch size nor device nor rank changes it."""
 
     generator: Literal["philox-per-image"] = "philox-per-image"
     step: NonNegativeInt = 0

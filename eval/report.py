@@ -19,7 +19,8 @@ from diffdistill.settings.lock import refuse_links
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import hide_secrets
 from diffdistill.settings.values import read_yaml
-from diffdistill.storage.checkpoint import list_checkpoints, write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
+from diffdistill.storage.checkpoint import list_checkpoints
 from diffdistill.training.reports.curves import CLOCKS, read_metrics, read_reports, sections
 
 CONFIG, METRICS, WARNINGS, PREVIEWS, TABLE, PAGE = (

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of
-from diffdistill.diffusion.draws import Draws
-from diffdistill.diffusion.guidance import Recorder
+from diffdistill.diffusion.guidance.policies import Recorder
 from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.sampling import AnySampler, Heun
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.losses import DenoisingWeight, denoising_error, widen
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.lora import BaseNetwork, LoRAConfig
@@ -52,42 +52,42 @@ class AGD(Method):
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
 
-    def sampler(self, setting: Setting) -> AnySampler:
+    def sampler(self, problem: Problem) -> AnySampler:
         return self.steps
 
     def student_model(
-        self, network: BaseNetwork, predicts: Prediction, setting: Setting
+        self, network: BaseNetwork, predicts: Prediction, problem: Problem
     ) -> tuple[AdaptedConfig, Prediction]:
         if isinstance(network, LoRAConfig):
             raise UserError("lora: agd's adapters are all that it trains, over a frozen base; leave lora out")
         return AdaptedConfig(base=network, adapter=self.adapter), predicts
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The teacher's weights under new adapters. Raises UserError if w has no meaning to the teacher."""
-        teacher, student = setting.teacher, setting.network
+        teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
-        if not teacher.net.knows_unconditional:
+        if not teacher.net.has_null_condition:
             raise UserError("teacher: agd needs one trained with class_dropout > 0, for guidance to have a meaning")
-        take_weights(student, setting.initial.get("adapted", teacher))
+        take_weights(student, problem.initial.get("adapted", teacher))
         return {"adapted": student}
 
-    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+    def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         """Guided trajectories: x and target [N, calls, ...], t [N, calls], scale and label [N]."""
-        teacher = setting.teacher
+        teacher = problem.teacher
         assert teacher is not None
         device = device_of(teacher)
         chunks = torch.arange(self.trajectories, device=device).split(CHUNK)
-        parts = [self._trajectories(teacher, Draws(seed, 0, index), setting) for index in chunks]
+        parts = [self._trajectories(teacher, StepRandom(seed, 0, index), problem) for index in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
-    def _trajectories(self, teacher: Denoiser, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def _trajectories(self, teacher: Denoiser, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         low, high = self.guidance
-        uniforms, shape = rng.uniforms(["trajectory label", "trajectory scale"]), setting.image_shape
-        label, scale = setting.label_of(uniforms["trajectory label"]), low + (high - low) * uniforms["trajectory scale"]
+        uniforms, shape = rng.uniforms(["trajectory label", "trajectory scale"]), problem.image_shape
+        label, scale = problem.label_of(uniforms["trajectory label"]), low + (high - low) * uniforms["trajectory scale"]
         seen = Recorder(scale.float())
-        fresh = Draws(rng.seed, 1, rng.index).fresh_noise(shape)
+        fresh = StepRandom(rng.seed, 1, rng.index).fresh_noise(shape)
         self.steps(teacher, rng.normal("noise", shape), teacher.class_cond(label), guidance=seen, fresh_noise=fresh)
         dtype = torch.float16 if self.storage == "fp16" else torch.float32
         return {
@@ -98,7 +98,7 @@ class AGD(Method):
             "label": label,
         }
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         """Calls at random, over trajectories and steps alike."""
         return {
             "trajectory": rng.integers("trajectory", self.trajectories),

@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import OneCall
-from diffdistill.diffusion.timesteps import AnyTimeLaw, Uniform
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Uniform
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.signal import SignalBase, SignalConfig, signal_config, start_from
 from diffdistill.settings.schema import NonNegative, UserError, field, schema
@@ -32,7 +32,7 @@ class Boot(Method):
     of the law.  guidance: least and greatest w of the targets; takes_guidance: the student is told w."""
 
     name: Literal["boot"] = "boot"
-    time_law: AnyTimeLaw = field(default_factory=Uniform)
+    time_law: AnyTimeDistribution = field(default_factory=Uniform)
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.05
     target: Target = "exponential"
     bootstrap_weight: NonNegative = 1.0
@@ -48,48 +48,48 @@ class Boot(Method):
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
 
-    def sampler(self, setting: Setting) -> OneCall:
+    def sampler(self, problem: Problem) -> OneCall:
         return OneCall()
 
     def student_model(
-        self, network: SignalBase, predicts: Prediction, setting: Setting
+        self, network: SignalBase, predicts: Prediction, problem: Problem
     ) -> tuple[SignalConfig, Prediction]:
         """The teacher's raw network F, read as at t_max whatever the time: y = skip eps + scale F(scale' eps, t)."""
-        assert setting.teacher is not None
+        assert problem.teacher is not None
         if self.takes_guidance and not isinstance(network, GuidedConfig):
             network = GuidedConfig(base=network)
-        return signal_config(setting.teacher, network), "x0"
+        return signal_config(problem.teacher, network), "x0"
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         """Raises UserError where the law leaves out an end of the path, or w has no meaning to the teacher."""
-        teacher, student = setting.teacher, setting.network
+        teacher, student = problem.teacher, problem.network
         if teacher is None:
-            return setting.copies("generator")  # which says what is missing
-        path = setting.path
+            return problem.copies("generator")  # which says what is missing
+        path = problem.path
         ends = self.time_law(torch.tensor([0.0, 1.0], dtype=torch.float64), path).tolist()
         if not all(map(math.isclose, ends, (path.t_min, path.t_max))):
             raise UserError(
                 f"method.time_law: must go from {path.t_min:g} to {path.t_max:g}, not {ends[0]:g} to {ends[1]:g}"
             )
-        if self.guidance != (1, 1) and not teacher.net.knows_unconditional:
+        if self.guidance != (1, 1) and not teacher.net.has_null_condition:
             raise UserError(
                 f"method.guidance: {list(self.guidance)} needs a teacher trained with class_dropout > 0; use [1, 1]"
             )
-        if "generator" in setting.initial:
-            return setting.copies("generator")
+        if "generator" in problem.initial:
+            return problem.copies("generator")
         assert student is not None
         start_from(student, teacher)
         return {"generator": student}
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         """The times are a step of the law apart. Near t_max the step is shorter, so that no time goes untrained."""
         uniforms, (low, high) = rng.uniforms(["s", "label", "w"]), self.guidance
         share = uniforms["s"]
         return {
-            "s": self.time_law(share, setting.path),
-            "t": self.time_law((share + self.delta).clamp_max(1), setting.path),
-            "eps": rng.normal("eps", setting.image_shape),
-            "label": setting.label_of(uniforms["label"]),
+            "s": self.time_law(share, problem.path),
+            "t": self.time_law((share + self.delta).clamp_max(1), problem.path),
+            "eps": rng.normal("eps", problem.image_shape),
+            "label": problem.label_of(uniforms["label"]),
             "w": low + uniforms["w"] * (high - low),
         }
 

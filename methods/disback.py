@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of, freeze
-from diffdistill.diffusion.draws import Draws
-from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
-from diffdistill.distillation.method import Batch, Draw, Method, Players, Setting, Update, shapes_of
+from diffdistill.distillation.method import Batch, Draw, Method, Players, Problem, Update, shapes_of
 from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
 from diffdistill.networks.lora import lora_of
 from diffdistill.settings.schema import Positive, PositiveInt, UserError, field, schema
@@ -46,36 +46,36 @@ class DisBack(Wrapper):
     path_length: Annotated[int, Field(ge=0)] = 5
     recording_interval: PositiveInt = 100  # the released script for SDXL
     recording_lr: Positive = 1e-4
-    recording_time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    recording_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     recording_weight: DenoisingWeight = "edm"
     backtracking_interval: PositiveInt = 1000  # the released script for SDXL
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The base's, and where the path has inner points `target`, which holds the one that it distils from."""
-        made = self.base.players(setting)
+        made = self.base.players(problem)
         if self.path_length and "fake" not in made:
             raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, which would start on the path")
         if self.path_length and self._of_student.start_images:
             raise UserError("method.base.generator_start_images: the way back would begin without the generator; use 0")
-        return made | ({"target": _score(setting)} if self.path_length > 1 else {})
+        return made | ({"target": _score(problem)} if self.path_length > 1 else {})
 
-    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+    def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         """What the base prepares, and the path: phi_i as "path i.<weight>"."""
-        stored = self.base.prepare(setting, seed)
-        for i, score in enumerate(self._degrade(setting, seed), start=1):
+        stored = self.base.prepare(problem, seed)
+        for i, score in enumerate(self._degrade(problem, seed), start=1):
             stored |= flatten({f"path {i}": score.state_dict()})
         return stored
 
-    def begin(self, players: Players, stored: Mapping[str, Tensor]) -> None:
+    def initialise(self, players: Players, stored: Mapping[str, Tensor]) -> None:
         """The fake score starts at the end of the path, the target one before it.  Algorithm 2."""
-        self.base.begin(players, _of_base(stored))
+        self.base.initialise(players, _of_base(stored))
         if self.path_length:
             _load(players.fake, stored, self.path_length)
         if self.position(0):
             _load(players.target, stored, self.position(0))
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
-        return self.base.draw(rng, setting) | {"position": torch.tensor(self.position(rng.step))}
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
+        return self.base.draw(rng, problem) | {"position": torch.tensor(self.position(rng.step))}
 
     def call(self, function: str, players: Players, draw: Draw, batch: Batch) -> Any:
         """The base's loss, which takes the target for its teacher."""
@@ -97,23 +97,23 @@ class DisBack(Wrapper):
     def _of_student(self) -> Update:
         return next(update for update in self.base.updates if self.base.student in update.players)
 
-    def _degrade(self, setting: Setting, seed: int) -> Iterator[Denoiser]:
+    def _degrade(self, problem: Problem, seed: int) -> Iterator[Denoiser]:
         """phi_1, ..., phi_N: the teacher on its way to the initial generator's images.  Algorithm 1."""
         if not self.path_length:
             return
-        generator: Any = freeze(setting.copies(self.student)[self.student])
-        score = _score(setting).eval()  # without dropout, so without random state
+        generator: Any = freeze(problem.copies(self.student)[self.student])
+        score = _score(problem).eval()  # without dropout, so without random state
         if score.autocast is not None and not lora_of(score):  # stored in bfloat16, which is too coarse to be trained
             score.float().autocast = None
         optimizer = torch.optim.Adam(score.parameters(), lr=self.recording_lr, betas=(0.0, 0.999))
         device = device_of(score)
-        sampler, shape = self.base.sampler(setting), setting.image_shape
+        sampler, shape = self.base.sampler(problem), problem.image_shape
         for step in range(1, self.path_length * self.recording_interval + 1):
-            rng = Draws(seed, step, torch.arange(setting.batch_size, device=device))
-            cond = score.class_cond(setting.label_of(rng.uniform("recording label")))
+            rng = StepRandom(seed, step, torch.arange(problem.batch_size, device=device))
+            cond = score.class_cond(problem.label_of(rng.uniform("recording label")))
             with torch.no_grad():
                 x = sampler(generator, rng.normal("recording z", shape), cond, fresh_noise=rng.fresh_noise(shape))
-            t = self.recording_time_law(rng.uniform("recording t"), setting.path)
+            t = self.recording_time_law(rng.uniform("recording t"), problem.path)
             loss = denoising_loss(score, x, rng.normal("recording eps", shape), t, cond, weight=self.recording_weight)
             optimizer.zero_grad()
             loss.backward()
@@ -122,13 +122,13 @@ class DisBack(Wrapper):
                 yield deepcopy(score).cpu()
 
 
-def _score(setting: Setting) -> Denoiser:
+def _score(problem: Problem) -> Denoiser:
     """A trainable copy of the teacher, or of the smaller network that this run starts from, as the fake score is."""
-    assert setting.teacher is not None
-    fake = setting.initial.get("fake")
-    is_other = fake is not None and not lora_of(fake) and shapes_of(fake) != shapes_of(setting.teacher)
-    initial = setting.initial if is_other or len(setting.initial) == 1 else {}
-    score = replace(setting, initial=initial).copies("fake")["fake"]
+    assert problem.teacher is not None
+    fake = problem.initial.get("fake")
+    is_other = fake is not None and not lora_of(fake) and shapes_of(fake) != shapes_of(problem.teacher)
+    initial = problem.initial if is_other or len(problem.initial) == 1 else {}
+    score = replace(problem, initial=initial).copies("fake")["fake"]
     assert isinstance(score, Denoiser)
     return score
 

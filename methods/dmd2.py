@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.diffusion.draws import Draws, integer_of
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
-from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.diffusion.step_random import StepRandom, integer_of
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import teacher_pairs
 from diffdistill.distillation.score_distillation import (
     Features,
@@ -43,9 +43,9 @@ class DMD2(Method):
     steps: FewSteps = field(default_factory=FewSteps)
     guidance: float = 1.0  # w of D_u + w (D_c - D_u), on the teacher alone
     fake_updates: PositiveInt = 5  # exactly this many to one generator update
-    generator_time_law: AnyTimeLaw = field(default_factory=Karras)
-    fake_time_law: AnyTimeLaw = field(default_factory=LogNormal)
-    gan_time_law: AnyTimeLaw = field(default_factory=Karras)
+    generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
+    fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
+    gan_time_law: AnyTimeDistribution = field(default_factory=Karras)
     fake_weight: DenoisingWeight = "edm"
     alpha_power: Literal[0, 1] = 0  # 1: the paper's equation; 0: every released code
     normaliser_minimum: Positive = 1e-5
@@ -67,27 +67,27 @@ class DMD2(Method):
         critics = ("fake", "discriminator") if self.gan_weight else ("fake",)
         return (Update(("generator",), "generator_loss", self.fake_updates), Update(critics, "fake_loss"))
 
-    def sampler(self, setting: Setting) -> FewSteps:
+    def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        players = start_players(setting, guidance=self.guidance)
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        players = start_players(problem, guidance=self.guidance)
         if self.gan_weight:
-            players["discriminator"] = make_head(tapped(setting, players, self.gan_features), setting.image_shape)
+            players["discriminator"] = make_head(tapped(problem, players, self.gan_features), problem.image_shape)
         return players
 
-    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+    def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         """Teacher pairs for the regression: noise, image, label."""
         if not self.regression_weight:
             return {}
         sampler, count = self.regression_sampler, self.regression_pairs
-        return teacher_pairs(setting, seed, count, sampler, guidance=self.guidance)
+        return teacher_pairs(problem, seed, count, sampler, guidance=self.guidance)
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         laws = {"": self.generator_time_law, "fake ": self.fake_time_law}
         if self.gan_weight:
             laws |= dict.fromkeys(("gan ", "gan real ", "gan fake "), self.gan_time_law)
-        numbers = draw_step(rng, setting, self.steps, laws)
+        numbers = draw_step(rng, problem, self.steps, laws)
         if self.regression_weight:
             numbers["pair"] = integer_of(rng.uniform("pair"), self.regression_pairs)
         return numbers

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.diffusion.draws import Draws, integer_of
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.diffusion.step_random import StepRandom, integer_of
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.divergences import WEIGHTS, Divergence, RatioMeans, density_ratio, mean_by_bin
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.score_distillation import (
     Features,
     condition,
@@ -44,9 +44,9 @@ class FDistill(Method):
     steps: FewSteps = field(default_factory=FewSteps)
     guidance: float = 1.0  # w of D_u + w (D_c - D_u), on the teacher alone
     fake_updates: PositiveInt = 5  # exactly this many to one generator update
-    generator_time_law: AnyTimeLaw = field(default_factory=Karras)
-    fake_time_law: AnyTimeLaw = field(default_factory=LogNormal)
-    gan_time_law: AnyTimeLaw = field(default_factory=Karras)  # of the discriminator's own loss
+    generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
+    fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
+    gan_time_law: AnyTimeDistribution = field(default_factory=Karras)  # of the discriminator's own loss
     fake_weight: DenoisingWeight = "edm"
     alpha_power: Literal[0, 1] = 0  # 1: the paper's equation; 0: the released code
     normaliser_minimum: Positive = 1e-5
@@ -81,22 +81,22 @@ class FDistill(Method):
         generator = Update(("generator",), "generator_loss", self.fake_updates, statistics=of_all)
         return (generator, Update(critics, "fake_loss"))
 
-    def sampler(self, setting: Setting) -> FewSteps:
+    def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        players = start_players(setting, guidance=self.guidance)
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        players = start_players(problem, guidance=self.guidance)
         if self.has_discriminator:
-            players["discriminator"] = make_head(tapped(setting, players, self.gan_features), setting.image_shape)
+            players["discriminator"] = make_head(tapped(problem, players, self.gan_features), problem.image_shape)
         return players | ({"ratio_means": RatioMeans(self.ratio_bins)} if self.ratio_memory else {})
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         laws = {"": self.generator_time_law, "fake ": self.fake_time_law}
         if self.has_discriminator:
             laws |= dict.fromkeys(("gan real ", "gan fake "), self.gan_time_law)
         # A law is a quantile function, so that even shares of its uniform number are bins of equal probability.
         bins = {"bin": integer_of(rng.uniform("t"), self.ratio_bins)} if self.ratio_bins else {}
-        return draw_step(rng, setting, self.steps, laws) | bins
+        return draw_step(rng, problem, self.steps, laws) | bins
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Distribution matching weighted by h(r), plus the GAN's share at the same noised image."""
@@ -139,7 +139,7 @@ class FDistill(Method):
         _, logits = self._look(players, draw, generate(players, draw, self.steps))
         return {"ratio": self._ratio(logits)} | ({"bin": draw["bin"]} if self.ratio_bins else {})
 
-    def remember(self, players: Players, carried: Mapping[str, Tensor]) -> None:
+    def after_update(self, players: Players, carried: Mapping[str, Tensor]) -> None:
         if self.ratio_memory and "ratio means" in carried:
             players.ratio_means.values.copy_(carried["ratio means"])
 

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import Prediction
 from diffdistill.diffusion.sampling import AnySampler, Heun
-from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_error
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import GuidedConfig, take_weights
 from diffdistill.networks.lora import BaseNetwork
 from diffdistill.settings.schema import PositiveInt, UserError, field, schema
@@ -31,7 +31,7 @@ class GuidanceDistill(Method):
     steps: AnySampler = field(default_factory=Heun)
     guidance: tuple[float, float] = (1.0, 5.0)
     width: PositiveInt = 64
-    time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     weight: DenoisingWeight = "truncated_snr"
 
     student = "student"
@@ -42,30 +42,30 @@ class GuidanceDistill(Method):
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
 
-    def sampler(self, setting: Setting) -> AnySampler:
+    def sampler(self, problem: Problem) -> AnySampler:
         return self.steps
 
     def student_model(
-        self, network: BaseNetwork, predicts: Prediction, setting: Setting
+        self, network: BaseNetwork, predicts: Prediction, problem: Problem
     ) -> tuple[GuidedConfig, Prediction]:
         return GuidedConfig(base=network, width=self.width), predicts
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The teacher's weights and a new input. Raises UserError if w has no meaning to the teacher."""
-        teacher, student = setting.teacher, setting.network
+        teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
-        if not teacher.net.knows_unconditional:
+        if not teacher.net.has_null_condition:
             raise UserError("teacher: needs to be trained with class_dropout > 0, for guidance to have a meaning")
-        take_weights(student, setting.initial.get("student", teacher))
+        take_weights(student, problem.initial.get("student", teacher))
         return {"student": student}
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         uniforms, (low, high) = rng.uniforms(["t", "w"]), self.guidance
         return {
-            "t": self.time_law(uniforms["t"], setting.path),
+            "t": self.time_law(uniforms["t"], problem.path),
             "w": (low + uniforms["w"] * (high - low)).float(),
-            "eps": rng.normal("eps", setting.image_shape),
+            "eps": rng.normal("eps", problem.image_shape),
         }
 
     def student_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:

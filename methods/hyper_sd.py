@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import DDIM, TCD, transfer
-from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.averages import follow
 from diffdistill.distillation.losses import (
     DenoisingWeight,
@@ -27,7 +27,7 @@ from diffdistill.distillation.losses import (
     gan_generator_loss,
     zero_nonfinite,
 )
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.rewards import Feedback, find_reward
 from diffdistill.distillation.score_distillation import (
     condition,
@@ -64,8 +64,8 @@ class HyperSD(Method):
     huber_width: Positive = 1e-3
     guidance: tuple[float, float] = (1.0, 1.0)
     target_decay: Fraction = 0.95
-    score_time_law: AnyTimeLaw = field(default_factory=Karras)
-    fake_time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    score_time_law: AnyTimeDistribution = field(default_factory=Karras)
+    fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     fake_weight: DenoisingWeight = "edm"
     normaliser_minimum: Positive = 1e-5
     feedback: tuple[Feedback, ...] = ()
@@ -87,19 +87,19 @@ class HyperSD(Method):
             *(Update((n,), f"{n}_loss", start=first) for n, first in critics.items() if first is not None),
         )
 
-    def sampler(self, setting: Setting) -> TCD:
+    def sampler(self, problem: Problem) -> TCD:
         return self.steps
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        players = start_players(setting, guidance=next((w for w in self.guidance if w != 1), 1.0))
-        teacher = setting.teacher
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        players = start_players(problem, guidance=next((w for w in self.guidance if w != 1), 1.0))
+        teacher = problem.teacher
         assert teacher is not None
         for feedback in self.feedback:
             find_reward(feedback.reward)
         if self._start("score_weight") is None:
             del players["fake"]
         if self._start("adversarial_weight") is not None:
-            players["discriminator"] = make_head(teacher, setting.image_shape)
+            players["discriminator"] = make_head(teacher, problem.image_shape)
         copies = ("target", "solver") if self.stage_teacher == "previous" else ("target",)
         return players | {name: deepcopy(players["generator"]) for name in copies}
 
@@ -109,15 +109,15 @@ class HyperSD(Method):
         if "solver" in players and step in stage_starts(self.stages):
             players.solver.load_state_dict(players.target.state_dict())
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         index, (low, high) = stage_at(rng.step, self.stages), self.guidance
         return {
             "stage": torch.tensor(index),
-            "asks student": torch.tensor(index > 0 or "generator" in setting.initial),
-            **draw_jump(rng, setting.path, self.stages[index], self.steps.grid, self.ends),
+            "asks student": torch.tensor(index > 0 or "generator" in problem.initial),
+            **draw_jump(rng, problem.path, self.stages[index], self.steps.grid, self.ends),
             **({"w": low + rng.uniform("w") * (high - low)} if self.guidance != (1, 1) else {}),
-            **rng.normals(["data eps", "gan eps", "gan real eps"], setting.image_shape),
-            **draw_step(rng, setting, self.steps, {"": self.score_time_law, "fake ": self.fake_time_law}),
+            **rng.normals(["data eps", "gan eps", "gan real eps"], problem.image_shape),
+            **draw_step(rng, problem, self.steps, {"": self.score_time_law, "fake ": self.fake_time_law}),
         }
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:

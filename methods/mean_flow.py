@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.lora import BaseNetwork
 from diffdistill.networks.two_times import TwoTimesConfig
@@ -40,7 +40,7 @@ class MeanFlow(Method):
     kappa: Annotated[float, Field(ge=0, lt=1)] = 0.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     class_dropout: Fraction = 0.1
-    time_law: AnyTimeLaw = field(default_factory=lambda: LogNormal(mean=-0.4, std=1.0))
+    time_law: AnyTimeDistribution = field(default_factory=lambda: LogNormal(mean=-0.4, std=1.0))
     share_equal: Fraction = 0.75
     power: NonNegative = 1.0
     constant: Positive = 0.01
@@ -60,33 +60,33 @@ class MeanFlow(Method):
         """Whether the target holds the student's own estimates."""
         return self.velocity == "data" and (self.guidance, self.kappa) != (1, 0)
 
-    def sampler(self, setting: Setting) -> FewSteps:
+    def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
     def student_model(
-        self, network: BaseNetwork, predicts: Prediction, setting: Setting
+        self, network: BaseNetwork, predicts: Prediction, problem: Problem
     ) -> tuple[TwoTimesConfig, Prediction]:
         return TwoTimesConfig(base=network, width=self.width), predicts
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The teacher's weights and a new input. Raises UserError where guidance has no meaning to the teacher."""
-        teacher, student = setting.teacher, setting.network
+        teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method starts from one; name a pretrained run")
-        if (self.guidance, self.kappa) != (1, 0) and not teacher.net.knows_unconditional:
+        if (self.guidance, self.kappa) != (1, 0) and not teacher.net.has_null_condition:
             raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
-        take_weights(student, setting.initial.get("generator", teacher))
+        take_weights(student, problem.initial.get("generator", teacher))
         return {"generator": student}
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         """t and r by the same law, the greater is t."""
-        uniforms, path = rng.uniforms(["s", "t", "equal"]), setting.path
+        uniforms, path = rng.uniforms(["s", "t", "equal"]), problem.path
         times = torch.stack([line_time(path.ratio(self.time_law(uniforms[name], path))) for name in ("s", "t")])
         last = times.amax(0)
         return {
             "t": last,
             "r": torch.where(uniforms["equal"] < self.share_equal, last, times.amin(0)),
-            "eps": rng.normal("eps", setting.image_shape),
+            "eps": rng.normal("eps", problem.image_shape),
             **({"is_dropped": rng.uniform("class dropout") < self.class_dropout} if self.mixes else {}),
         }
 
@@ -131,7 +131,7 @@ class MeanFlow(Method):
     def mean_velocity(self, players: Players, z: Tensor, r: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """u(z, r, t, c), the velocity's mean from r to t.  z: [B, ...]; r, t: [B]."""
         x, time = on_path(players.generator, z, t)
-        return (z - players.generator(x, time, replace(cond, second_time=r))) / expand(t, z)
+        return (z - players.generator(x, time, replace(cond, end_time=r))) / expand(t, z)
 
 
 def line_time(ratio: Tensor) -> Tensor:

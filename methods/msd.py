@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from diffdistill.data.source import ImageSource
-from diffdistill.distillation.method import Method, Setting
+from diffdistill.distillation.method import Method, Problem
 from diffdistill.distillation.partition import AnyPartition, LabelRanges
 from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
 from diffdistill.settings.schema import PositiveInt, UserError, field, schema
@@ -43,11 +43,11 @@ class MSD(Wrapper):
         if self.student_index >= self.num_students:
             raise ValueError(f"student_index = {self.student_index}: must be below num_students = {self.num_students}")
 
-    def classes(self, setting: Setting, source: ImageSource) -> tuple[int, ...]:
+    def classes(self, problem: Problem, source: ImageSource) -> tuple[int, ...]:
         """Those of this student's cell. Raises UserError if there are fewer classes than students."""
         if self.num_students == 1:
-            return self.base.classes(setting, source)
-        if setting.num_classes < self.num_students:
-            raise UserError(f"method.num_students = {self.num_students}: too many for {setting.num_classes} classes")
-        cells = self.partition(setting.num_classes, self.num_students, source)
+            return self.base.classes(problem, source)
+        if problem.num_classes < self.num_students:
+            raise UserError(f"method.num_students = {self.num_students}: too many for {problem.num_classes} classes")
+        cells = self.partition(problem.num_classes, self.num_students, source)
         return tuple((cells == self.student_index).nonzero()[:, 0].tolist())

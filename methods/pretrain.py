@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.augmentation import augment, check_augmentation, draw_motion
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import AnySampler, Heun
-from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.settings.schema import Fraction, UserError, field, schema
 
 
@@ -29,7 +29,7 @@ class Pretrain(Method):
     """
 
     name: Literal["pretrain"] = "pretrain"
-    time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     weight: DenoisingWeight = "edm"
     class_dropout: Fraction = 0.1
     augment: Fraction = 0.0
@@ -42,19 +42,19 @@ class Pretrain(Method):
     def updates(self) -> tuple[Update, ...]:
         return (Update(("teacher",), "teacher_loss"),)
 
-    def sampler(self, setting: Setting) -> AnySampler:
+    def sampler(self, problem: Problem) -> AnySampler:
         return self.teacher_sampler
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        if setting.network is None:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        if problem.network is None:
             raise UserError("network: pretrain needs one")
-        check_augmentation(setting.network, "augment", self.augment)
-        return {"teacher": setting.network}
+        check_augmentation(problem.network, "augment", self.augment)
+        return {"teacher": problem.network}
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         numbers = {
-            "t": self.time_law(rng.uniform("t"), setting.path),
-            "eps": rng.normal("eps", setting.image_shape),
+            "t": self.time_law(rng.uniform("t"), problem.path),
+            "eps": rng.normal("eps", problem.image_shape),
             "is_dropped": rng.uniform("class dropout") < self.class_dropout,
         }
         return numbers | ({"motion": draw_motion(rng, self.augment)} if self.augment else {})
@@ -66,7 +66,7 @@ class Pretrain(Method):
         if self.augment:
             images, labels = augment(images, draw["motion"])
             cond = replace(cond, augmentation=labels)
-        if cond.label is not None and teacher.net.knows_unconditional:
+        if cond.label is not None and teacher.net.has_null_condition:
             cond = teacher.drop_condition(cond, draw["is_dropped"])
         loss = denoising_loss(teacher, images, draw["eps"], draw["t"], cond, weight=self.weight)
         return Loss(loss, {"denoising": loss.detach()})

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from diffdistill.diffusion.draws import Draws, integer_of
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.step_random import StepRandom, integer_of
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import teacher_pairs
 from diffdistill.settings.schema import PositiveInt, UserError, field, schema
 
@@ -37,18 +37,18 @@ class Regression(Method):
         if self.steps.num_evaluations > 1:
             raise ValueError("steps: a pair is of one step; use a single one")
 
-    def sampler(self, setting: Setting) -> FewSteps:
+    def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        if self.guidance != 1 and setting.teacher is not None and not setting.teacher.net.knows_unconditional:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        if self.guidance != 1 and problem.teacher is not None and not problem.teacher.net.has_null_condition:
             raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
-        return setting.copies("generator")
+        return problem.copies("generator")
 
-    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
-        return teacher_pairs(setting, seed, self.pairs, self.pair_sampler, guidance=self.guidance)
+    def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
+        return teacher_pairs(problem, seed, self.pairs, self.pair_sampler, guidance=self.guidance)
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         return {"pair": integer_of(rng.uniform("pair"), self.pairs)}
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.time_weight import TimeWeight
 from diffdistill.settings.schema import NonNegative, Positive, UserError, field, schema
 
@@ -32,7 +32,7 @@ class SCM(Method):
     steps: FewSteps = field(default_factory=lambda: FewSteps(init_ratio=80.0))
     velocity: Literal["teacher", "data"] = "teacher"
     guidance: float = 1.0
-    time_law: AnyTimeLaw = field(default_factory=lambda: LogNormal(mean=-1.7, std=1.4))
+    time_law: AnyTimeDistribution = field(default_factory=lambda: LogNormal(mean=-1.7, std=1.4))
     tangent: Literal["normalise", "clip"] = "normalise"
     tangent_constant: Positive = 0.1
     warmup: NonNegative = 10_000
@@ -50,21 +50,21 @@ class SCM(Method):
     def updates(self) -> tuple[Update, ...]:
         return (Update(("generator", *(("weight",) if self.adaptive_weight else ())), "generator_loss"),)
 
-    def sampler(self, setting: Setting) -> FewSteps:
+    def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         """Raises UserError where guidance has no meaning to the teacher."""
-        players = setting.copies("generator")
-        assert setting.teacher is not None
-        if self.guidance != 1 and not (self.keeps_teacher and setting.teacher.net.knows_unconditional):
+        players = problem.copies("generator")
+        assert problem.teacher is not None
+        if self.guidance != 1 and not (self.keeps_teacher and problem.teacher.net.has_null_condition):
             raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
         return players | ({"weight": TimeWeight()} if self.adaptive_weight else {})
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         return {
-            "t": self.time_law(rng.uniform("t"), setting.path),
-            "eps": rng.normal("eps", setting.image_shape),
+            "t": self.time_law(rng.uniform("t"), problem.path),
+            "eps": rng.normal("eps", problem.image_shape),
             "ramp": torch.tensor(min(1.0, rng.step / self.warmup) if self.warmup else 1.0),
         }
 

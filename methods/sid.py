@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.augmentation import augment, check_augmentation, draw_motion
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.losses import (
     DenoisingWeight,
     denoising_error,
@@ -26,7 +26,7 @@ from diffdistill.distillation.losses import (
     gan_generator_loss,
     widen,
 )
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.score_distillation import (
     SampleWeight,
     condition,
@@ -55,8 +55,8 @@ class SiD(Method):
     alpha: float = 1.2  # 0.5 to 1 point the right way from any start; more needs a start near the teacher
     weight: SampleWeight = "nu"
     normaliser_minimum: Positive = 1e-5
-    time_law: AnyTimeLaw = field(default_factory=lambda: Karras(ratio_max=24.41))
-    fake_time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    time_law: AnyTimeDistribution = field(default_factory=lambda: Karras(ratio_max=24.41))
+    fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     fake_weight: DenoisingWeight = "edm"
     fake_updates: PositiveInt = 1  # exactly this many to one generator update
     fake_augment: Fraction = 0.0
@@ -91,23 +91,23 @@ class SiD(Method):
             Update(("generator",), "generator_loss", self.fake_updates, self.generator_start_images, of_all[1]),
         )
 
-    def sampler(self, setting: Setting) -> FewSteps:
+    def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         scales = ("guidance", "fake_training_guidance", "fake_guidance", "residual_guidance")
-        players = start_players(setting, **{name: getattr(self, name) for name in scales})
-        assert setting.teacher is not None
-        check_augmentation(setting.teacher, "fake_augment", self.fake_augment)
+        players = start_players(problem, **{name: getattr(self, name) for name in scales})
+        assert problem.teacher is not None
+        check_augmentation(problem.teacher, "fake_augment", self.fake_augment)
         if self.gan_weight:
-            features_shape(setting.teacher, setting.image_shape)  # raises where there is no bottleneck
+            features_shape(problem.teacher, problem.image_shape)  # raises where there is no bottleneck
         return players
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         laws = {"": self.time_law, "fake ": self.fake_time_law}
-        numbers = draw_step(rng, setting, self.steps, laws, samples=("", "fake "))
+        numbers = draw_step(rng, problem, self.steps, laws, samples=("", "fake "))
         numbers["fake is_dropped"] = rng.uniform("fake class dropout") < self.fake_class_dropout
-        numbers["is_gan_on"] = torch.tensor(rng.step * setting.batch_size >= self.gan_start_images)
+        numbers["is_gan_on"] = torch.tensor(rng.step * problem.batch_size >= self.gan_start_images)
         return numbers | ({"fake motion": draw_motion(rng, self.fake_augment)} if self.fake_augment else {})
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:

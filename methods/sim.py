@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.augmentation import check_augmentation, draw_motion
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import AnyTimeLaw, Karras, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.score_distillation import (
     SampleWeight,
     condition,
@@ -42,8 +42,8 @@ class SIM(Method):
     weight: SampleWeight = "one"
     normaliser_minimum: Positive = 1e-5  # of weight: nu
     guidance: float = 1.0  # w of D_u + w (D_c - D_u), on the teacher alone
-    time_law: AnyTimeLaw = field(default_factory=lambda: Karras(ratio_max=24.41))
-    fake_time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    time_law: AnyTimeDistribution = field(default_factory=lambda: Karras(ratio_max=24.41))
+    fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     fake_weight: DenoisingWeight = "edm"
     fake_updates: PositiveInt = 1  # exactly this many to one generator update
     fake_augment: Fraction = 0.0
@@ -55,18 +55,18 @@ class SIM(Method):
     def updates(self) -> tuple[Update, ...]:
         return (Update(("fake",), "fake_loss"), Update(("generator",), "generator_loss", self.fake_updates))
 
-    def sampler(self, setting: Setting) -> FewSteps:
+    def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        players = start_players(setting, guidance=self.guidance)
-        assert setting.teacher is not None
-        check_augmentation(setting.teacher, "fake_augment", self.fake_augment)
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        players = start_players(problem, guidance=self.guidance)
+        assert problem.teacher is not None
+        check_augmentation(problem.teacher, "fake_augment", self.fake_augment)
         return players
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         laws = {"": self.time_law, "fake ": self.fake_time_law}
-        numbers = draw_step(rng, setting, self.steps, laws, samples=("", "fake "))
+        numbers = draw_step(rng, problem, self.steps, laws, samples=("", "fake "))
         return numbers | ({"fake motion": draw_motion(rng, self.fake_augment)} if self.fake_augment else {})
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:

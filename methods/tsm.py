@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler, Heun
-from diffdistill.diffusion.timesteps import AnyTimeLaw, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_weight
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.settings.schema import Fraction, UserError, field, schema
 
 
@@ -28,7 +28,7 @@ class TSM(Method):
     """
 
     name: Literal["tsm"] = "tsm"
-    time_law: AnyTimeLaw = field(default_factory=LogNormal)
+    time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     weight: DenoisingWeight = "edm"
     class_dropout: Fraction = 0.1
     student_sampler: AnySampler = field(default_factory=Heun)
@@ -38,25 +38,25 @@ class TSM(Method):
     trains_network = True
     updates = (Update(("student",), "student_loss"),)
 
-    def sampler(self, setting: Setting) -> AnySampler:
+    def sampler(self, problem: Problem) -> AnySampler:
         return self.student_sampler
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        if setting.network is None:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        if problem.network is None:
             raise UserError("model: tsm needs the student's network")
-        return {"student": setting.network}
+        return {"student": problem.network}
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         return {
-            "t": self.time_law(rng.uniform("t"), setting.path),
-            "eps": rng.normal("eps", setting.image_shape),
+            "t": self.time_law(rng.uniform("t"), problem.path),
+            "eps": rng.normal("eps", problem.image_shape),
             "is_dropped": rng.uniform("class dropout") < self.class_dropout,
         }
 
     def student_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """lambda_t ||D(x_t, t, c) - D_teacher(x_t, t, c)||^2, x_t from noised real images."""
         student, teacher, t, cond = players.student, players.teacher, draw["t"], batch.cond
-        if cond.label is not None and teacher.net.knows_unconditional:
+        if cond.label is not None and teacher.net.has_null_condition:
             cond = teacher.drop_condition(cond, draw["is_dropped"])
         x_t = teacher.path.diffuse(batch.images, draw["eps"], t)
         with torch.no_grad():

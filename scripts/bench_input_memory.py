@@ -43,8 +43,8 @@ def read(name: str) -> float:
 
 def run(folder: Path) -> None:
     """Encode what is missing, and say what is in memory."""
+    from diffdistill.models.encoders import PipelineEncoder, encode_prompts
     from diffdistill.models.teachers import open_pipeline
-    from diffdistill.training.inputs import PipelineEncoder, encode_prompts
 
     pipeline = open_pipeline(folder / "sd")
     import diffusers  # what loading needs in any case is part of the baseline

@@ -24,7 +24,7 @@ import torch
 
 from diffdistill.training.config import find_config, load_config
 from diffdistill.training.memory.counting import LiveTensors
-from diffdistill.training.memory.memory import module_bytes, plan_memory, rehearse, show_bytes
+from diffdistill.training.memory.prediction import module_bytes, plan_memory, rehearse, show_bytes
 from diffdistill.training.trainer import Trainer
 
 NETWORK = "model.network={name: unet, channels: [32, 64], attention: [false, true], blocks: 2, dropout: 0.1}"

@@ -19,7 +19,7 @@ WARM_UP, STEPS = 3, 10
 def main() -> None:
     config = load_config(find_config(sys.argv[1]), sys.argv[2:])
     trainer = Trainer(config, quiet=True)
-    trainer.processes.first(lambda: trainer.folder.mkdir(parents=True))
+    trainer.processes.on_main_first(lambda: trainer.folder.mkdir(parents=True))
     trainer._prepare()
     seconds, processor = [], []
     for step in range(WARM_UP + STEPS):

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from diffdistill.distillation import method
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.lora import with_lora
 from diffdistill.settings.values import dump
 from diffdistill.storage.checkpoint import Checkpoint, flatten, save_checkpoint
 from diffdistill.training.config import find_config, load_config
-from diffdistill.training.memory.memory import show_bytes
+from diffdistill.training.memory.prediction import show_bytes
 from diffdistill.training.trainer import Trainer
 
 ARRANGEMENTS = ("shared", "copies")

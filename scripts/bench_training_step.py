@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.draws import integer_of
+from diffdistill.diffusion.step_random import integer_of
 from diffdistill.distillation.method import Batch
 from diffdistill.training.config import find_config, load_config
 from diffdistill.training.trainer import Trainer
@@ -49,7 +49,7 @@ class BareLoop:
             for name, module in trainer.trained.items()
         }
         self.average = [p.detach().clone() for p in trainer.players.generator.parameters()]
-        self.setting, self.batch, self.step = trainer.setting, trainer.config.train.global_batch_size, 0
+        self.problem, self.batch, self.step = trainer.problem, trainer.config.train.global_batch_size, 0
 
     def train_step(self) -> None:
         """One iteration of DMD2."""
@@ -73,12 +73,12 @@ class BareLoop:
 
     def draw(self) -> dict[str, torch.Tensor]:
         """The method's random numbers from torch's own generator."""
-        method, path, batch = self.method, self.setting.path, self.batch
+        method, path, batch = self.method, self.problem.path, self.batch
         laws = {"": method.generator_time_law, "fake ": method.fake_time_law}
         laws |= dict.fromkeys(("gan ", "gan real ", "gan fake "), method.gan_time_law)
         times = {f"{call}t": law(torch.rand(batch, dtype=torch.float64), path) for call, law in laws.items()}
-        noise = {name: torch.randn(batch, *self.setting.image_shape) for name in ("z", *(f"{c}eps" for c in laws))}
-        label = integer_of(torch.rand(batch, dtype=torch.float64), self.setting.num_classes)
+        noise = {name: torch.randn(batch, *self.problem.image_shape) for name in ("z", *(f"{c}eps" for c in laws))}
+        label = integer_of(torch.rand(batch, dtype=torch.float64), self.problem.num_classes)
         return {**times, **noise, "label": label, "step": torch.tensor(0)}
 
 

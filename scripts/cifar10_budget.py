@@ -28,7 +28,7 @@ from diffdistill.eval.metrics import Frechet
 from diffdistill.eval.protocols import PROTOCOLS
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump, read_yaml
-from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.training.config import find_config
 
 TEACHER, PROBE, BEAT = "pretrain", 30, 5  # phases' name, steps that are timed, seconds

@@ -26,14 +26,15 @@ from PIL import Image
 from torch import Tensor
 
 from diffdistill.data.cache import cache_folder
-from diffdistill.data.text import SentenceEncoder
-from diffdistill.diffusion.draws import Draws
+from diffdistill.data.pictures import save_panels
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distributed.stopping import StopRequested
 from diffdistill.inference.draw import sample_rows
-from diffdistill.models.model import TrainedModel, load_model
+from diffdistill.models.encoders import encode_prompts
+from diffdistill.models.load import load_model
+from diffdistill.models.sentence_encoder import SentenceEncoder
+from diffdistill.models.spec import TrainedModel
 from diffdistill.training.config import RunConfig, parse_config
-from diffdistill.training.inputs import encode_prompts
-from diffdistill.training.reports.preview import save_panels
 from diffdistill.training.trainer import Trainer
 
 SIDE = 32
@@ -190,7 +191,7 @@ def sample(model: TrainedModel, prompts: list[str], *, guidance: float) -> tuple
     model.denoiser.conditions = encode_prompts(encoder, prompts, root=cache_folder(None))
     began = time.process_time()
     for index in torch.arange(len(prompts)).split(128):
-        made.append(sample_rows(model, Draws(0, 0, index), index, guidance=guidance))
+        made.append(sample_rows(model, StepRandom(0, 0, index), index, guidance=guidance))
     return torch.cat(made).clamp(-1, 1), (time.process_time() - began) * 1000 / len(prompts)
 
 

@@ -23,13 +23,13 @@ import torch
 import typer
 from PIL import Image
 
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.command import EvalOptions, run_eval
 from diffdistill.eval.endpoints import endpoint_error
 from diffdistill.eval.places import seconds_until
 from diffdistill.eval.records import Cost, Record, append_record, read_records
 from diffdistill.inference.draw import sample_images
-from diffdistill.models.model import find_checkpoint, join_students, load_model
+from diffdistill.models.load import find_checkpoint, join_students, load_model
 from diffdistill.settings.terminal import Console
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def _sum(runs: Sequence[Path]) -> Cost:
 
 def _end_points(place: Path, teacher: Path, scale: float) -> float:
     student, origin = load_model(place), load_model(teacher).denoiser
-    rng = Draws(77, 0, torch.arange(500))
+    rng = StepRandom(77, 0, torch.arange(500))
     noise, cond = rng.normal("noise", student.spec.image_shape), origin.class_cond(rng.index % 10)
     return endpoint_error(student.denoiser, origin, student.spec.sampler, noise, cond, scale=scale)
 

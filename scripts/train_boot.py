@@ -3,7 +3,7 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.diffusion.timesteps import Karras
+from diffdistill.diffusion.time_distributions import Karras
 from diffdistill.methods.boot import Boot
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.ema import EMAConfig

@@ -4,7 +4,7 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
 from diffdistill.diffusion.sampling import Heun
-from diffdistill.diffusion.timesteps import LogNormal
+from diffdistill.diffusion.time_distributions import LogNormal
 from diffdistill.methods.guidance_distill import GuidanceDistill
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.trainer import Trainer

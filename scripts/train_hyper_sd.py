@@ -4,7 +4,7 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
 from diffdistill.diffusion.sampling import DDIM, TCD
-from diffdistill.diffusion.timesteps import Karras, LogNormal
+from diffdistill.diffusion.time_distributions import Karras, LogNormal
 from diffdistill.distillation.segments import Stage
 from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig

@@ -4,7 +4,7 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import LogNormal
+from diffdistill.diffusion.time_distributions import LogNormal
 from diffdistill.methods.mean_flow import MeanFlow
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.ema import EMAConfig

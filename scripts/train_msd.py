@@ -6,11 +6,11 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 from dataclasses import replace
 
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import Karras, LogNormal
+from diffdistill.diffusion.time_distributions import Karras, LogNormal
 from diffdistill.distillation.partition import KMeans
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD
-from diffdistill.models.model import join_students
+from diffdistill.models.load import join_students
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.ema import EMAConfig
 from diffdistill.training.trainer import Trainer

@@ -4,7 +4,7 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import Karras, LogNormal
+from diffdistill.diffusion.time_distributions import Karras, LogNormal
 from diffdistill.methods.sid import SiD
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.ema import EMAConfig

@@ -5,9 +5,9 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import Heun
-from diffdistill.diffusion.timesteps import LogNormal
+from diffdistill.diffusion.time_distributions import LogNormal
 from diffdistill.methods.tsm import TSM
-from diffdistill.models.config import ModelConfig
+from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.unet import UNetConfig
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.ema import EMAConfig

@@ -9,7 +9,7 @@ from conftest import SMALL_TRAIN
 from PIL import Image
 from stand_ins import save_stand_in
 
-from diffdistill.models.model import describe_model, join_students
+from diffdistill.models.load import describe_model, join_students
 from diffdistill.models.teachers import Pipeline, open_pipeline
 from diffdistill.settings.values import apply_overrides, parse_yaml
 from diffdistill.training.config import RunConfig, parse_config

@@ -21,7 +21,7 @@ from fleet import run_together
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distributed.parts import whole
 from diffdistill.training import trainer as trainer_module
 from diffdistill.training.config import RunConfig
@@ -109,14 +109,14 @@ def widen(trainer: Trainer) -> None:
         trainer.averaging = Replicas(trainer.processes, trainer.method.updates, trainer.trained)
     wide: Callable[[Tensor], Tensor] = lambda value: value.double() if value.is_floating_point() else value  # noqa: E731
     trainer.stored = {name: wide(value) for name, value in trainer.stored.items()}
-    narrow_real, narrow_normals = trainer.real, Draws.normals
+    narrow_real, narrow_normals = trainer.real, StepRandom.normals
 
     def real(first: int, count: int) -> Any:
         images, cond = narrow_real(first, count)
         return wide(images), cond
 
     trainer.real = real  # type: ignore[method-assign]
-    Draws.normals = lambda self, names, shape, dtype=None: narrow_normals(self, names, shape, torch.float64)  # type: ignore[method-assign]
+    StepRandom.normals = lambda self, names, shape, dtype=None: narrow_normals(self, names, shape, torch.float64)  # type: ignore[method-assign]
 
 
 def ways_of(name: str) -> dict[str, Way]:

@@ -72,7 +72,7 @@ class Affine(nn.Module):
         self.gain = nn.Parameter(torch.tensor(gain, dtype=torch.float64))
         self.weights = weights
         self.num_classes = len(offset) if len(offset) > 1 else 0
-        self.knows_unconditional = False
+        self.has_null_condition = False
         self.accepts = frozenset({"label"} if self.num_classes else ())
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
@@ -86,7 +86,7 @@ class Affine(nn.Module):
 class LearnedGaussian(nn.Module):
     """The exact denoiser of N(mean_c, variance) on EDM's path, with parameters; the last mean is that of "no class"."""
 
-    knows_unconditional = True
+    has_null_condition = True
     resolution_multiple = 1
     accepts = frozenset({"label"})
 

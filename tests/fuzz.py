@@ -29,7 +29,7 @@ from safetensors.torch import save
 
 from diffdistill.data import ImageFolder, Npz, WebDataset
 from diffdistill.eval.records import read_records
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.models.teachers.edm_checkpoint import read_edm
 from diffdistill.networks.edm_unet import DDPMPP
 from diffdistill.settings.schema import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.extract import Bench
 from diffdistill.eval.features import Extractor, Registered, register
 from diffdistill.eval.metrics import AnyMetric, Diversity, Frechet, InceptionScore, KernelDistance, PrecisionRecall
@@ -44,7 +44,7 @@ class NoiseImages:
             raise KeyboardInterrupt
         self.calls.append((repeat, index.tolist()))
         first = self.protocol.seed_ranges[repeat][0]
-        return self.scale * Draws(0, 0, first + index).normal("noise", SHAPE)
+        return self.scale * StepRandom(0, 0, first + index).normal("noise", SHAPE)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def toy_protocol(num_images: int = 300, **changes: Any) -> Protocol:
 
 
 def toy_bench(protocol: Protocol, *, batch_size: int = 100, workers: Workers | None = None) -> Bench:
-    real = 0.6 * Draws(7, 0, torch.arange(200)).normal("real", (16,))
+    real = 0.6 * StepRandom(7, 0, torch.arange(200)).normal("real", (16,))
     return Bench(
         protocol=protocol,
         extractors={"toy": EXTRACTOR},

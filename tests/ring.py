@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from diffdistill.data.source import TensorImages
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
-from diffdistill.diffusion.timesteps import Karras
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import Karras
 from diffdistill.distillation.losses import denoising_loss
-from diffdistill.distillation.method import Batch, Method, Players, Setting
+from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.networks.analytic import Mixture, mixture_denoiser
 
 NUM_MODES, NUM_CLASSES, STD = 8, 4, 0.12
@@ -58,7 +58,7 @@ class RingScore(nn.Module):
 
     accepts = frozenset({"label"})
     num_classes = NUM_CLASSES
-    knows_unconditional = True
+    has_null_condition = True
     resolution_multiple = 1
 
     def __init__(self) -> None:
@@ -102,15 +102,15 @@ def train_ring(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float
 
 
 def trained_generator(
-    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, setting: Setting | None = None
+    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, problem: Problem | None = None
 ) -> nn.Module:
-    """The average of the generator's weights after `num_steps` of its updates.  setting: by default `ring_setting`."""
+    """The average of the generator's weights after `num_steps` of its updates.  problem: by default `ring_problem`."""
     torch.manual_seed(seed)
-    setting = setting or ring_setting(method)
-    players = Players(teacher=setting.teacher, **method.players(setting))  # type: ignore[arg-type]
-    stored = method.prepare(setting, seed)
+    problem = problem or ring_problem(method)
+    players = Players(teacher=problem.teacher, **method.players(problem))  # type: ignore[arg-type]
+    stored = method.prepare(problem, seed)
     with torch.no_grad():
-        method.begin(players, stored)
+        method.initialise(players, stored)
     trained = {name for update in method.updates for name in update.players}
     optimizers = {name: torch.optim.Adam(players[name].parameters(), lr=lr, betas=(0.0, 0.999)) for name in trained}
     average = [p.detach().clone() for p in players.generator.parameters()]
@@ -118,8 +118,8 @@ def trained_generator(
     for step in range(total):
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / total))
-        rng = Draws(seed, step, torch.arange(step * BATCH, (step + 1) * BATCH))
-        draw = method.draw(rng, setting)
+        rng = StepRandom(seed, step, torch.arange(step * BATCH, (step + 1) * BATCH))
+        draw = method.draw(rng, problem)
         batch = replace(_real_batch(rng, players.teacher), stored=stored)
         for update in method.updates:
             if not update.is_due(step, step * BATCH):
@@ -141,21 +141,21 @@ def trained_generator(
     return players.generator
 
 
-def ring_setting(method: Method) -> Setting:
+def ring_problem(method: Method) -> Problem:
     """The exact teacher, and players that can be trained where a run has copies of its teacher."""
     teacher, generator, score = ring_teacher(), RingGenerator(), Denoiser(RingScore(), PATH, "edm")
     _fit_to_teacher(score, teacher)
     initial: dict[str, Any] = {"generator": generator, "fake": score}
-    setting = Setting((2,), NUM_CLASSES, PATH, teacher=teacher, initial=initial, batch_size=BATCH)
+    problem = Problem((2,), NUM_CLASSES, PATH, teacher=teacher, initial=initial, batch_size=BATCH)
     labels = torch.arange(NUM_CLASSES)
     source = TensorImages(ring_means()[:: NUM_MODES // NUM_CLASSES].float(), labels)
-    return replace(setting, classes=method.classes(setting, source))
+    return replace(problem, classes=method.classes(problem, source))
 
 
 @torch.no_grad()
 def measure_ring(generator: nn.Module, count: int = 4000) -> RingResult:
     """Compare the generator's samples with the truth's."""
-    rng = Draws(99, 0, torch.arange(count))
+    rng = StepRandom(99, 0, torch.arange(count))
     label = torch.arange(count) % NUM_CLASSES
     cond = Cond(label=label)
     t = torch.full((count,), INIT_RATIO, dtype=torch.float64)
@@ -191,7 +191,7 @@ def _fit_to_teacher(score: Denoiser, teacher: Denoiser, num_steps: int = 200) ->
     """Start the fake score where distillation starts it: at the teacher."""
     optimizer = torch.optim.Adam(score.parameters(), lr=2e-3)
     for step in range(num_steps):
-        rng = Draws(7, step, torch.arange(BATCH))
+        rng = StepRandom(7, step, torch.arange(BATCH))
         batch = _real_batch(rng, teacher)
         t, eps = TIME_LAW(rng.uniform("t"), PATH), rng.normal("eps", (2,))
         optimizer.zero_grad()
@@ -199,7 +199,7 @@ def _fit_to_teacher(score: Denoiser, teacher: Denoiser, num_steps: int = 200) ->
         optimizer.step()
 
 
-def _real_batch(rng: Draws, teacher: Denoiser) -> Batch:
+def _real_batch(rng: StepRandom, teacher: Denoiser) -> Batch:
     cond = Cond(label=rng.integers("real label", NUM_CLASSES))
     mixture = teacher.net
     assert isinstance(mixture, Mixture)

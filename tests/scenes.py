@@ -9,10 +9,10 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.distillation.method import Batch, Method, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.mlp import MLPConfig
 
@@ -36,19 +36,19 @@ def small_teacher(num_classes: int = CLASSES) -> Denoiser:
 def scene(method: Method, step: int = 0, seed: int = 0) -> tuple[Players, dict[str, Tensor], Batch]:
     """Players, one step's numbers and real images, all float64; the players differ from one another."""
     teacher = small_teacher()
-    setting = Setting(SHAPE, CLASSES, PATH, teacher=deepcopy(teacher).float())  # heads are built in float32
-    made = {name: module.double() for name, module in method.players(setting).items()}
+    problem = Problem(SHAPE, CLASSES, PATH, teacher=deepcopy(teacher).float())  # heads are built in float32
+    made = {name: module.double() for name, module in method.players(problem).items()}
     generator = torch.Generator().manual_seed(1)
     for module in made.values():
         for parameter in module.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     players = Players(teacher=teacher, **made)
-    rng = Draws(seed, step, torch.arange(BATCH))
+    rng = StepRandom(seed, step, torch.arange(BATCH))
     draw = {
         name: value.double() if value.is_floating_point() else value
-        for name, value in method.draw(rng, setting).items()
+        for name, value in method.draw(rng, problem).items()
     }
-    stored = method.prepare(setting, seed=0)
+    stored = method.prepare(problem, seed=0)
     stored = {name: value.double() if value.is_floating_point() else value for name, value in stored.items()}
     return players, draw, Batch(random(BATCH, *SHAPE, seed=9), Cond(label=torch.tensor([0, 1, 2, 0, 1, 2])), stored)
 

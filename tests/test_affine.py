@@ -5,11 +5,11 @@ import torch
 from exact import Affine, LearnedGaussian
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import LogNormal
-from diffdistill.distillation.method import Batch, Method, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import LogNormal
+from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
@@ -32,9 +32,9 @@ def arrival(method: Method, *, num_steps: int = 400) -> tuple[float, float]:
     players = Players(teacher=teacher, generator=generator, fake=fake)
     rates = {"generator": 0.02, "fake": 0.05}
     optimisers = {name: torch.optim.Adam(players[name].parameters(), betas=(0.0, 0.999)) for name in rates}
-    setting, total = Setting((SIZE,), 0, PATH, teacher=teacher), num_steps * max(u.every for u in method.updates) // 2
+    problem, total = Problem((SIZE,), 0, PATH, teacher=teacher), num_steps * max(u.every for u in method.updates) // 2
     for step in range(total):
-        draw = method.draw(Draws(0, step, torch.arange(32)), setting)
+        draw = method.draw(StepRandom(0, step, torch.arange(32)), problem)
         for update in method.updates:
             if not update.is_due(step, 0):
                 continue

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import DDIM, Heun, transfer
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.eval.endpoints import endpoint_error
 from diffdistill.inference.draw import sample_images
 from diffdistill.methods.agd import AGD
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.networks.adapters import Adapted, AdapterConfig, without_adapters
 from diffdistill.networks.analytic import Mixture, gaussian_flow
 from diffdistill.networks.recompute import Recomputable
@@ -60,7 +60,7 @@ class GaussianNet(nn.Module):
         self.exact = Mixture(PATH, torch.ones(2), MEANS, covariances, torch.tensor([0, 1]))
         self.block = Answer()
         self.accepts, self.num_classes = frozenset({"label"}), 2
-        self.knows_unconditional, self.resolution_multiple = True, 1
+        self.has_null_condition, self.resolution_multiple = True, 1
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         u, is_second = time_input.float(), (cond.label == 1).float()
@@ -82,19 +82,19 @@ class GaussianTeacher(Denoiser):
         return replace(cond, label=torch.zeros_like(cond.label))
 
 
-def gaussian_setting(method: AGD = METHOD) -> Setting:
+def gaussian_setting(method: AGD = METHOD) -> Problem:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = Denoiser(Adapted(method.adapter, GaussianNet()), PATH, "x0")
-    return Setting((3,), 2, PATH, teacher=GaussianTeacher(), network=student)
+    return Problem((3,), 2, PATH, teacher=GaussianTeacher(), network=student)
 
 
-def draw_of(method: AGD, setting: Setting, step: int = 0, count: int = 256) -> dict[str, Tensor]:
-    return method.draw(Draws(0, step, torch.arange(step * count, (step + 1) * count)), setting)
+def draw_of(method: AGD, problem: Problem, step: int = 0, count: int = 256) -> dict[str, Tensor]:
+    return method.draw(StepRandom(0, step, torch.arange(step * count, (step + 1) * count)), problem)
 
 
-def batch_of(method: AGD, setting: Setting) -> Batch:
-    return Batch(torch.empty(0), NO_COND, method.prepare(setting, seed=0))
+def batch_of(method: AGD, problem: Problem) -> Batch:
+    return Batch(torch.empty(0), NO_COND, method.prepare(problem, seed=0))
 
 
 # What is stored
@@ -102,8 +102,8 @@ def batch_of(method: AGD, setting: Setting) -> Batch:
 
 def test_a_target_is_the_guided_estimate_in_every_form():
     """In x0, eps and v: guiding one of them guides all."""
-    setting = gaussian_setting()
-    stored, teacher = METHOD.prepare(setting, seed=0), setting.teacher
+    problem = gaussian_setting()
+    stored, teacher = METHOD.prepare(problem, seed=0), problem.teacher
     for call in (0, 5, 22):
         x, target, t = stored["x"][:, call], stored["target"][:, call], stored["t"][:, call]
         cond, w = Cond(label=stored["label"]), stored["scale"][:, None]
@@ -118,9 +118,9 @@ def test_a_target_is_the_guided_estimate_in_every_form():
 
 def test_at_scale_1_the_target_is_the_conditional_estimate():
     method = replace(METHOD, guidance=(1.0, 1.0))
-    setting = gaussian_setting(method)
-    stored = method.prepare(setting, seed=0)
-    expected = setting.teacher(stored["x"][:, 3], stored["t"][:, 3], Cond(label=stored["label"]))
+    problem = gaussian_setting(method)
+    stored = method.prepare(problem, seed=0)
+    expected = problem.teacher(stored["x"][:, 3], stored["t"][:, 3], Cond(label=stored["label"]))
     torch.testing.assert_close(stored["target"][:, 3], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -160,8 +160,8 @@ def test_half_precision_is_what_is_stored_by_default():
 
 def test_what_a_perfect_adapter_adds_to_a_gaussian_does_not_depend_on_x():
     """(w - 1) (I - alpha g) (mu_c - mu_u), g being the gain alpha l / (alpha^2 l + sigma^2)."""
-    setting = gaussian_setting()
-    stored, teacher = METHOD.prepare(setting, seed=0), setting.teacher
+    problem = gaussian_setting()
+    stored, teacher = METHOD.prepare(problem, seed=0), problem.teacher
     for call in (0, 9, 22):
         t = stored["t"][:, call]
         added = stored["target"][:, call] - teacher(stored["x"][:, call], t, Cond(label=stored["label"]))
@@ -172,15 +172,15 @@ def test_what_a_perfect_adapter_adds_to_a_gaussian_does_not_depend_on_x():
         torch.testing.assert_close(added.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def train(method: AGD, setting: Setting, num_steps: int) -> Denoiser:
+def train(method: AGD, problem: Problem, num_steps: int) -> Denoiser:
     """By the method's own draws and loss."""
-    adapted = method.players(setting)["adapted"]
-    players, batch = Players(adapted=adapted), batch_of(method, setting)
+    adapted = method.players(problem)["adapted"]
+    players, batch = Players(adapted=adapted), batch_of(method, problem)
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / num_steps)
         optimizer.zero_grad()
-        method.adapter_loss(players, draw_of(method, setting, step), batch).total.backward()
+        method.adapter_loss(players, draw_of(method, problem, step), batch).total.backward()
         optimizer.step()
     return adapted
 
@@ -202,8 +202,8 @@ def errors(adapted: Denoiser) -> list[float]:
 
 
 def test_offset_adapters_reach_the_guided_gaussian_and_new_ones_do_not():
-    setting = gaussian_setting()
-    assert min(errors(METHOD.players(setting)["adapted"])) > 0.9
+    problem = gaussian_setting()
+    assert min(errors(METHOD.players(problem)["adapted"])) > 0.9
     method = replace(METHOD, trajectories=400)
     assert max(errors(train(method, gaussian_setting(method), num_steps=600))) < 0.1
 
@@ -212,9 +212,9 @@ def test_offset_adapters_reach_the_guided_gaussian_and_new_ones_do_not():
 
 
 def test_gradients_reach_the_adapters_alone():
-    setting = gaussian_setting()
-    adapted = METHOD.players(setting)["adapted"]
-    METHOD.adapter_loss(Players(adapted=adapted), draw_of(METHOD, setting), batch_of(METHOD, setting)).total.backward()
+    problem = gaussian_setting()
+    adapted = METHOD.players(problem)["adapted"]
+    METHOD.adapter_loss(Players(adapted=adapted), draw_of(METHOD, problem), batch_of(METHOD, problem)).total.backward()
     reached = {name.split(".")[1] for name, p in adapted.named_parameters() if p.grad is not None}
     assert reached == {"adapters", "encode", "project"}
     assert all(not p.requires_grad for p in adapted.net.base.parameters())
@@ -222,20 +222,20 @@ def test_gradients_reach_the_adapters_alone():
 
 def test_the_loss_is_zero_where_the_adapters_have_nothing_to_add():
     method = replace(METHOD, guidance=(1.0, 1.0))
-    setting = gaussian_setting(method)
-    adapted = method.players(setting)["adapted"]
-    loss = method.adapter_loss(Players(adapted=adapted), draw_of(method, setting), batch_of(method, setting))
+    problem = gaussian_setting(method)
+    adapted = method.players(problem)["adapted"]
+    loss = method.adapter_loss(Players(adapted=adapted), draw_of(method, problem), batch_of(method, problem))
     assert float(loss.total.detach()) < 1e-8
 
 
 @pytest.mark.parametrize("weight", ["eps", "x0", "end_points"])
 def test_the_loss_is_the_weighted_mean_square_of_what_is_missing(weight):
     method = replace(METHOD, weight=weight)
-    setting = gaussian_setting(method)
-    adapted, draw, batch = method.players(setting)["adapted"], draw_of(method, setting), batch_of(method, setting)
+    problem = gaussian_setting(method)
+    adapted, draw, batch = method.players(problem)["adapted"], draw_of(method, problem), batch_of(method, problem)
     x, target, t = (batch.stored[name][draw["trajectory"], draw["call"]] for name in ("x", "target", "t"))
     cond = Cond(label=batch.stored["label"][draw["trajectory"]])
-    missing = setting.teacher(x, t, cond).double() - target.double()
+    missing = problem.teacher(x, t, cond).double() - target.double()
     if weight == "eps":
         missing = missing / t[:, None]
     if weight == "end_points":
@@ -246,10 +246,10 @@ def test_the_loss_is_the_weighted_mean_square_of_what_is_missing(weight):
 
 
 def test_a_teacher_that_knows_no_unconditional_is_refused():
-    setting = gaussian_setting()
-    setting.teacher.net.knows_unconditional = False
+    problem = gaussian_setting()
+    problem.teacher.net.has_null_condition = False
     with pytest.raises(UserError, match="agd needs one trained with class_dropout > 0"):
-        METHOD.players(setting)
+        METHOD.players(problem)
 
 
 def test_a_range_of_scales_that_falls_is_refused():
@@ -270,7 +270,7 @@ def test_a_run_trains_without_its_teacher_from_a_file_that_is_mapped_into_memory
     trainer = trained(make_config("agd"))
     assert trainer.teacher is None
     assert "teacher" not in trainer.players
-    assert trainer.setting.teacher is None
+    assert trainer.problem.teacher is None
     file = trainer.folder / "prepared.safetensors"
     assert set(trainer.stored) == {"x", "target", "t", "scale", "label"}
     maps = FilePath("/proc/self/maps")
@@ -336,7 +336,7 @@ def end_points(folder: FilePath, teacher: list[str], config: str) -> dict[float,
     places = [run, f"teacher={folder / 'teacher'}"]
     Trainer(load_config(home / f"agd/{config}.yaml", [*places, *short]), quiet=True).run()
     origin, student = load_model(folder / "teacher"), load_model(folder / "student")
-    rng = Draws(77, 0, torch.arange(500))
+    rng = StepRandom(77, 0, torch.arange(500))
     noise, cond = rng.normal("noise", (1, 8, 8)), origin.denoiser.class_cond(torch.arange(500) % 10)
     return {
         scale: endpoint_error(student.denoiser, origin.denoiser, student.spec.sampler, noise, cond, scale=scale)

@@ -32,7 +32,7 @@ from diffdistill.attention import (
     use_attention,
 )
 from diffdistill.attention.backends import Options, measured_ratio
-from diffdistill.attention.context import current_backend
+from diffdistill.attention.state import current_backend
 from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.unet import UNetConfig

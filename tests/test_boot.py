@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM, Flow, Path, VPCosine, expand
 from diffdistill.diffusion.sampling import OneCall, transfer
-from diffdistill.diffusion.timesteps import Karras, LogNormal, Uniform
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import Karras, LogNormal, Uniform
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.boot import Boot
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow
 from diffdistill.networks.mlp import MLPConfig
@@ -149,7 +149,7 @@ def test_the_exact_signal_ends_at_the_exact_sample_and_starts_at_the_mean(path):
 @on_every_path
 def test_bootstrapping_to_a_constant_estimate_forgets_the_start_by_the_product_of_the_ratios(path):
     class Constant(nn.Module):
-        accepts, num_classes, knows_unconditional = frozenset[str](), 0, False
+        accepts, num_classes, has_null_condition = frozenset[str](), 0, False
 
         def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
             return MEAN.expand_as(x)
@@ -215,11 +215,11 @@ def test_training_reaches_the_gaussian_s_closed_form_student():
     times = law(torch.linspace(0, 1, 17, dtype=torch.float64), path)
     student = Chain(times)
     method = Boot(time_law=law, delta=1 / 16)
-    players, setting = Players(teacher=gaussian(path), generator=student), Setting((3,), 0, path)
+    players, problem = Players(teacher=gaussian(path), generator=student), Problem((3,), 0, path)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-2, betas=(0.0, 0.99))
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 3e-2 * min(1.0, 2 * (1 - step / 500))
-        draw = method.draw(Draws(0, step, torch.arange(64)), setting)
+        draw = method.draw(StepRandom(0, step, torch.arange(64)), problem)
         i = (draw["t"][:, None] - times).abs().argmin(1).clamp_min(1)  # the table knows these times alone
         draw |= {"t": times[i], "s": times[i - 1], "eps": draw["eps"].double()}
         method.generator_loss(players, draw, NO_BATCH).total.backward()
@@ -242,36 +242,36 @@ EDM_LAW = Karras()
 FIRST_CLASS = Cond(label=torch.zeros(4, dtype=torch.int64))
 
 
-def untrained(method: Boot, teacher: Denoiser) -> tuple[Denoiser, Setting]:
+def untrained(method: Boot, teacher: Denoiser) -> tuple[Denoiser, Problem]:
     """The student at its start, float64."""
-    setting = Setting(SHAPE, CLASSES, teacher.path, teacher=teacher)
-    network, predicts = method.student_model(BASE, teacher.predicts, setting)
+    problem = Problem(SHAPE, CLASSES, teacher.path, teacher=teacher)
+    network, predicts = method.student_model(BASE, teacher.predicts, problem)
     student = Denoiser(network.build(SHAPE, CLASSES, 0.1), teacher.path, predicts).double()
-    setting = replace(setting, network=student)
-    made = method.players(setting)["generator"]
+    problem = replace(problem, network=student)
+    made = method.players(problem)["generator"]
     assert isinstance(made, Denoiser)
-    return made, setting
+    return made, problem
 
 
-def players_of(method: Boot, teacher: Denoiser) -> tuple[Players, Setting]:
+def players_of(method: Boot, teacher: Denoiser) -> tuple[Players, Problem]:
     """The same, changed by a little."""
-    student, setting = untrained(method, teacher)
+    student, problem = untrained(method, teacher)
     generator = torch.Generator().manual_seed(1)
     for parameter in student.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return Players(teacher=teacher, generator=student), setting
+    return Players(teacher=teacher, generator=student), problem
 
 
-def drawn(method: Boot, setting: Setting, step: int = 0) -> dict[str, Tensor]:
-    draw = method.draw(Draws(0, step, torch.arange(6)), setting)
+def drawn(method: Boot, problem: Problem, step: int = 0) -> dict[str, Tensor]:
+    draw = method.draw(StepRandom(0, step, torch.arange(6)), problem)
     return {name: value.double() if value.is_floating_point() else value for name, value in draw.items()}
 
 
 def test_the_loss_is_bootstrap_and_boundary_by_their_weights():
     teacher = small_teacher()
     method = Boot(time_law=EDM_LAW, bootstrap_weight=3.0, boundary_weight=0.5)
-    players, setting = players_of(method, teacher)
-    draw = drawn(method, setting)
+    players, problem = players_of(method, teacher)
+    draw = drawn(method, problem)
     cond = Cond(label=draw["label"])
     last = torch.full_like(draw["s"], 80.0)
     bootstrap = ((players.generator(draw["eps"], draw["s"], cond) - method.bootstrap(players, draw)) ** 2).mean()
@@ -283,8 +283,8 @@ def test_the_loss_is_bootstrap_and_boundary_by_their_weights():
 def test_the_gradient_is_that_of_the_calls_at_s_and_t_max_alone():
     teacher = small_teacher()
     method = Boot(time_law=EDM_LAW, boundary_weight=0.0)
-    players, setting = players_of(method, teacher)
-    draw = drawn(method, setting)
+    players, problem = players_of(method, teacher)
+    draw = drawn(method, problem)
     fixed = method.bootstrap(players, draw)
     assert not fixed.requires_grad
     parameters = [*players.generator.parameters()]
@@ -297,16 +297,16 @@ def test_the_gradient_is_that_of_the_calls_at_s_and_t_max_alone():
 def test_the_loss_reaches_the_generator_alone():
     teacher = small_teacher()
     method = Boot(time_law=EDM_LAW)
-    players, setting = players_of(method, teacher)
+    players, problem = players_of(method, teacher)
     freeze(teacher)
-    method.generator_loss(players, drawn(method, setting), NO_BATCH).total.backward()
+    method.generator_loss(players, drawn(method, problem), NO_BATCH).total.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert any(bool(p.grad.any()) for p in players.generator.parameters())
 
 
 def test_times_are_a_step_of_the_law_apart_and_cover_the_whole_path():
     method = Boot(delta=0.25)
-    draw = method.draw(Draws(0, 0, torch.arange(4000)), Setting((1,), 0, Flow(t_start=0.01, t_end=0.99)))
+    draw = method.draw(StepRandom(0, 0, torch.arange(4000)), Problem((1,), 0, Flow(t_start=0.01, t_end=0.99)))
     apart = draw["t"] - draw["s"]
     inner = draw["t"] < 0.99
     torch.testing.assert_close(apart[inner], torch.full_like(apart[inner], 0.25 * 0.98))
@@ -321,8 +321,8 @@ def test_times_are_a_step_of_the_law_apart_and_cover_the_whole_path():
 def test_targets_are_guided_and_the_student_is_not_told_by_default():
     teacher = small_teacher()
     method = Boot(time_law=EDM_LAW, guidance=(2.0, 4.0))
-    players, setting = players_of(method, teacher)
-    draw = drawn(method, setting)
+    players, problem = players_of(method, teacher)
+    draw = drawn(method, problem)
     assert bool(((draw["w"] >= 2) & (draw["w"] <= 4)).all())
     y = players.generator(draw["eps"], draw["t"], Cond(label=draw["label"]))
     x, cond = y + expand(draw["t"], y) * draw["eps"], Cond(label=draw["label"])
@@ -335,14 +335,14 @@ def test_targets_are_guided_and_the_student_is_not_told_by_default():
 def test_a_student_that_takes_w_starts_as_one_that_does_not_and_is_told_w_in_training_and_sampling():
     teacher = small_teacher()
     method = Boot(time_law=EDM_LAW, guidance=(2.0, 4.0), takes_guidance=True)
-    players, setting = players_of(method, teacher)
+    players, problem = players_of(method, teacher)
     eps, t, cond = random(4, *SHAPE), torch.full((4,), 2.0, dtype=torch.float64), FIRST_CLASS
     low, high = (players.generator(eps, t, cond, guidance=w) for w in (2.0, 4.0))
     assert not torch.equal(low, high)
     made = OneCall()(players.generator, eps, cond, guidance=3.0)
     told = Cond(label=cond.label, guidance_input=torch.full((4,), 3.0, dtype=torch.float64))
     assert torch.equal(made, players.generator(eps, torch.full((4,), 0.002, dtype=torch.float64), told))
-    draw = drawn(method, setting)
+    draw = drawn(method, problem)
     seen = Cond(label=draw["label"])
     y = players.generator(draw["eps"], draw["t"], seen, guidance=draw["w"])
     f = teacher(y + expand(draw["t"], y) * draw["eps"], draw["t"], seen, guidance=draw["w"])
@@ -400,7 +400,7 @@ def test_a_law_with_infinite_tails_reaches_both_ends():
 
 def test_guidance_needs_a_teacher_that_knows_no_class():
     teacher = small_teacher()
-    teacher.net.knows_unconditional = False
+    teacher.net.has_null_condition = False
     with pytest.raises(UserError, match="class_dropout"):
         players_of(Boot(time_law=EDM_LAW, guidance=(1.0, 2.0)), teacher)
 

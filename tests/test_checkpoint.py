@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.models.model import find_checkpoint, load_model
+from diffdistill.models.load import find_checkpoint, load_model
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
 from diffdistill.storage import checkpoint as module

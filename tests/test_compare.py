@@ -8,7 +8,7 @@ import torch
 from judged import METRICS, TOY, TensorFeatures
 from torch import Tensor
 
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.compare import paired_differences
 from diffdistill.eval.metrics import Frechet, KernelDistance
 from diffdistill.settings.schema import UserError
@@ -34,7 +34,7 @@ class Side(TensorFeatures):
 
 
 def normal(name: str, count: int = COUNT, d: int = 16) -> Tensor:
-    return Draws(3, 0, torch.arange(count)).normal(name, (d,))
+    return StepRandom(3, 0, torch.arange(count)).normal(name, (d,))
 
 
 REAL = {"toy": TensorFeatures(normal("real"))}

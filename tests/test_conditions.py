@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.conditions import Conditions
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.router import ClassRouter, RoutedDenoiser
 
 LENGTH, WIDTH = 3, 4
@@ -29,7 +29,7 @@ class TextNetwork(nn.Module):
 
     accepts = frozenset({"text", "text_mask"})
     num_classes = 0
-    knows_unconditional = True
+    has_null_condition = True
     resolution_multiple = 1
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class TextNetwork(nn.Module):
         return self.scale * weighted.mean((1, 2))[:, None] + 0 * x
 
 
-def denoiser(conditions: Conditions | None = None) -> Denoiser:
+def denoiser(conditions: PromptTable | None = None) -> Denoiser:
     made = Denoiser(TextNetwork(), EDM(), "x0")
     made.conditions = conditions
     return made
@@ -53,14 +53,14 @@ X, T = torch.zeros(4, 2), torch.ones(4, dtype=torch.float64)
 
 
 def test_rows_come_from_their_shards_in_the_order_asked_for() -> None:
-    rows = Conditions(SHARDS, EMPTY).rows(torch.tensor([4, 0, 2, 1, 5]))
+    rows = PromptTable(SHARDS, EMPTY).rows(torch.tensor([4, 0, 2, 1, 5]))
     expected = [SHARDS[1][2:], SHARDS[0][:1], SHARDS[1][:1], SHARDS[0][1:], EMPTY]
     assert torch.equal(rows.text, torch.cat([cond.text for cond in expected]))
     assert torch.equal(rows.text_mask, torch.cat([cond.text_mask for cond in expected]))
 
 
 def test_the_number_after_the_last_is_the_empty_condition() -> None:
-    conditions = Conditions(SHARDS, EMPTY)
+    conditions = PromptTable(SHARDS, EMPTY)
     assert len(conditions) == 5
     assert torch.equal(conditions.rows(torch.tensor([5])).text, EMPTY.text)
 
@@ -68,34 +68,34 @@ def test_the_number_after_the_last_is_the_empty_condition() -> None:
 @pytest.mark.parametrize("number", [-1, 6])
 def test_a_number_outside_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="from 0 to 5"):
-        Conditions(SHARDS, EMPTY).rows(torch.tensor([number]))
+        PromptTable(SHARDS, EMPTY).rows(torch.tensor([number]))
 
 
 def test_shards_with_other_parts_or_shapes_are_refused() -> None:
     for other in (Cond(text=SHARDS[0].text), Cond(text=torch.zeros(2, 9, WIDTH), text_mask=torch.zeros(2, 9))):
         with pytest.raises(ValueError, match="shard"):
-            Conditions((SHARDS[0], other), EMPTY)
+            PromptTable((SHARDS[0], other), EMPTY)
 
 
 def test_the_key_is_of_the_numbers() -> None:
-    key = Conditions(SHARDS, EMPTY).key
-    assert Conditions(tuple(shard.map(torch.clone) for shard in SHARDS), EMPTY).key == key
-    assert Conditions(SHARDS[::-1], EMPTY).key != key
-    assert Conditions(SHARDS, table(1, 7)).key != key
+    key = PromptTable(SHARDS, EMPTY).key
+    assert PromptTable(tuple(shard.map(torch.clone) for shard in SHARDS), EMPTY).key == key
+    assert PromptTable(SHARDS[::-1], EMPTY).key != key
+    assert PromptTable(SHARDS, table(1, 7)).key != key
 
 
 def test_a_label_is_the_prompt_of_that_number() -> None:
-    made = denoiser(Conditions(SHARDS, EMPTY))
+    made = denoiser(PromptTable(SHARDS, EMPTY))
     number = torch.tensor([0, 3, 5, 1])
     by_number = made(X, T, made.class_cond(number))
     torch.testing.assert_close(
-        by_number, made(X, T, Conditions(SHARDS, EMPTY).rows(number).map(as_double)), rtol=0, atol=0
+        by_number, made(X, T, PromptTable(SHARDS, EMPTY).rows(number).map(as_double)), rtol=0, atol=0
     )
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
 def test_guidance_goes_from_the_empty_prompt_by_number_or_by_text(w: float) -> None:
-    conditions = Conditions(SHARDS, EMPTY)
+    conditions = PromptTable(SHARDS, EMPTY)
     made, number = denoiser(conditions), torch.tensor([0, 3, 2, 1])
     with_prompt, without = made(X, T, Cond(label=number)), made(X, T, Cond(label=torch.full((4,), 5)))
     expected = without + w * (with_prompt - without)
@@ -105,13 +105,13 @@ def test_guidance_goes_from_the_empty_prompt_by_number_or_by_text(w: float) -> N
 
 
 def test_copies_share_the_table_and_weights_do_not_hold_it() -> None:
-    made = denoiser(Conditions(SHARDS, EMPTY))
+    made = denoiser(PromptTable(SHARDS, EMPTY))
     assert copy.deepcopy(made).conditions is made.conditions
     assert made.state_dict().keys() == {"net.scale"}
 
 
 def test_some_samples_lose_their_prompt() -> None:
-    made = denoiser(Conditions(SHARDS, EMPTY))
+    made = denoiser(PromptTable(SHARDS, EMPTY))
     is_dropped = torch.tensor([True, False, True, False])
     dropped = made.drop_condition(Cond(label=torch.tensor([0, 1, 2, 3])), is_dropped)
     assert dropped.label.tolist() == [5, 1, 5, 3]
@@ -125,7 +125,7 @@ def test_without_a_table_a_label_is_refused() -> None:
 
 
 def test_routed_students_know_prompts_by_number() -> None:
-    conditions = Conditions(SHARDS, EMPTY)
+    conditions = PromptTable(SHARDS, EMPTY)
     students = [denoiser(conditions), denoiser(conditions)]
     with torch.no_grad():
         students[1].net.scale.fill_(3)

@@ -36,7 +36,7 @@ def make_network(name: str, *, class_dropout: float = 0.1, num_classes: int = CL
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             num_class_embeds=num_classes + 1 if num_classes else None,
         )
-        net: nn.Module = DiffusersUNet(model, num_classes, knows_unconditional=class_dropout > 0)
+        net: nn.Module = DiffusersUNet(model, num_classes, has_null_condition=class_dropout > 0)
     elif name == "unet":
         net = UNetConfig(channels=(8, 16)).build(SHAPE, num_classes, class_dropout)
     else:
@@ -72,7 +72,7 @@ class Recorder(nn.Module):
 
     accepts = frozenset[str]()
     num_classes = 0
-    knows_unconditional = False
+    has_null_condition = False
     resolution_multiple = 1
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:

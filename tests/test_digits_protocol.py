@@ -11,9 +11,9 @@ from torch import Tensor
 from diffdistill.data.digits import Digits
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FreshNoise, Heun
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.digits import (
     ONE_STEP,
     Row,
@@ -73,7 +73,7 @@ def test_the_batch_size_changes_no_bit_of_the_noise(model: Denoiser, batch_size:
 
 
 def test_noise_is_the_draws_of_each_images_number(model: Denoiser) -> None:
-    rng = Draws(0, 0, 5 * 1800 + torch.arange(1800))
+    rng = StepRandom(0, 0, 5 * 1800 + torch.arange(1800))
     assert torch.equal(generate(model, Recorder(), seed=5), rng.normal("noise", (1, 8, 8)))
     fresh = generate(model, Recorder(uses_fresh_noise=True), seed=5)
     assert torch.equal(fresh, rng.normal("fresh 1", (1, 8, 8)))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM, expand
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import Karras, LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import Karras, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods import disback
 from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd2 import DMD2
@@ -40,7 +40,7 @@ class Gaussian(nn.Module):
 
     accepts: frozenset[str] = frozenset()
     num_classes = 0
-    knows_unconditional = False
+    has_null_condition = False
     resolution_multiple = 1
 
     def __init__(self, mean: float, std: float) -> None:
@@ -58,10 +58,10 @@ def gaussian(mean: float, std: float) -> Denoiser:
     return Denoiser(Gaussian(mean, std), PATH, "x0")
 
 
-def setting(initial: Denoiser | None = None) -> Setting:
+def problem(initial: Denoiser | None = None) -> Problem:
     """A teacher N(0.7, 0.5^2) in eight dimensions; its one step at sigma 2.5 makes far narrower samples."""
     start = {} if initial is None else {"generator": initial, "fake": initial}
-    return Setting((8,), 0, PATH, teacher=gaussian(0.7, 0.5).requires_grad_(False), initial=start, batch_size=256)
+    return Problem((8,), 0, PATH, teacher=gaussian(0.7, 0.5).requires_grad_(False), initial=start, batch_size=256)
 
 
 def laws(stored: dict[str, Tensor], length: int) -> list[tuple[float, float]]:
@@ -77,7 +77,7 @@ def divergence(law: tuple[float, float], teacher: tuple[float, float]) -> float:
 
 
 def test_the_path_leaves_the_teacher_s_law_step_by_step():
-    stored = METHOD.prepare(setting(gaussian(-0.4, 0.9)), seed=0)
+    stored = METHOD.prepare(problem(gaussian(-0.4, 0.9)), seed=0)
     away = [divergence(law, (0.7, 0.5)) for law in laws(stored, 4)]
     assert all(near < far for near, far in pairwise(away))
     assert away[0] == 0
@@ -89,15 +89,15 @@ def test_the_path_ends_at_the_law_of_the_initial_generator():
     mean, std, sigma = -0.4, 0.9, 2.5
     gain = std**2 / (std**2 + sigma**2)
     method = replace(METHOD, recording_interval=200, recording_time_law=LogNormal(mean=-1.2, std=0.6))
-    [*_, last] = laws(method.prepare(setting(gaussian(mean, std)), seed=0), 4)
+    [*_, last] = laws(method.prepare(problem(gaussian(mean, std)), seed=0), 4)
     # 256 samples of 8 numbers a step: their noise, at a constant rate of 0.02, is a few hundredths.
     assert last == pytest.approx((mean * (1 - gain), gain * sigma), abs=0.05)
 
 
 def test_a_score_is_kept_after_every_interval_and_the_initial_generator_is_left_alone():
     initial = gaussian(-0.4, 0.9)
-    short = METHOD.prepare(setting(initial), seed=0)
-    long = replace(METHOD, path_length=2, recording_interval=60).prepare(setting(initial), seed=0)
+    short = METHOD.prepare(problem(initial), seed=0)
+    long = replace(METHOD, path_length=2, recording_interval=60).prepare(problem(initial), seed=0)
     for i in (1, 2):
         kept = select_group(short, f"path {2 * i}")
         assert all(torch.equal(value, kept[name]) for name, value in select_group(long, f"path {i}").items())
@@ -105,7 +105,7 @@ def test_a_score_is_kept_after_every_interval_and_the_initial_generator_is_left_
 
 
 def test_the_path_leaves_from_the_teacher_even_if_the_generator_comes_from_an_earlier_run():
-    here = replace(setting(), initial={"generator": gaussian(-0.4, 0.9)})
+    here = replace(problem(), initial={"generator": gaussian(-0.4, 0.9)})
     still = replace(METHOD, path_length=1, recording_interval=1, recording_lr=1e-12)
     [_, first] = laws(still.prepare(here, seed=0), 1)
     assert first == pytest.approx((0.7, 0.5))
@@ -123,38 +123,38 @@ def test_the_path_is_recorded_by_its_own_law_of_times_and_weight(monkeypatch: py
     monkeypatch.setattr(disback, "denoising_loss", noted)
     law = Karras(ratio_min=0.5, ratio_max=0.6)
     method = replace(METHOD, path_length=1, recording_interval=3, recording_time_law=law, recording_weight="x0")
-    method.prepare(setting(), seed=0)
+    method.prepare(problem(), seed=0)
     assert [weight for _, weight in seen] == 3 * ["x0"]
     assert all(bool(((t >= 0.5) & (t <= 0.6)).all()) for t, _ in seen)
 
 
 def test_a_path_of_one_score_has_the_teacher_for_its_only_target():
-    method, here = replace(METHOD, path_length=1), setting()
+    method, here = replace(METHOD, path_length=1), problem()
     players = Players(teacher=here.teacher, **method.players(here))
     assert set(players) == {"teacher", "generator", "fake"}
     stored = method.prepare(here, seed=0)
-    method.begin(players, stored)
+    method.initialise(players, stored)
     first = select_group(stored, "path 1")
     assert all(torch.equal(value, first[name]) for name, value in players.fake.state_dict().items())
-    draw, batch = method.draw(Draws(0, 0, torch.arange(16)), here), Batch(torch.empty(0, 8), stored=stored)
+    draw, batch = method.draw(StepRandom(0, 0, torch.arange(16)), here), Batch(torch.empty(0, 8), stored=stored)
     found, expected = (each.call("generator_loss", players, draw, batch).total for each in (method, BASE))
     assert torch.equal(found, expected)
 
 
 def test_the_fake_score_starts_at_the_end_of_the_path_and_the_target_one_before():
-    here = setting()
+    here = problem()
     stored = METHOD.prepare(here, seed=0)
     players = Players(teacher=here.teacher, **METHOD.players(here))
-    METHOD.begin(players, stored)
+    METHOD.initialise(players, stored)
     for player, i in (("fake", 4), ("target", 3)):
         weights = select_group(stored, f"path {i}")
         assert all(torch.equal(value, weights[name]) for name, value in players[player].state_dict().items())
 
 
 def test_the_target_is_not_the_teacher():
-    here = setting()
+    here = problem()
     players = Players(teacher=here.teacher, **METHOD.players(here))
-    METHOD.begin(players, METHOD.prepare(here, seed=0))
+    METHOD.initialise(players, METHOD.prepare(here, seed=0))
     x, t = random(5, 8), torch.full((5,), 0.5, dtype=torch.float64)
     gap = (players.target(x, t) - players.teacher(x, t)).abs().min()
     assert gap > 0.01
@@ -173,22 +173,22 @@ class Shifted(Gaussian):
 
 def test_the_path_is_of_the_network_that_the_fake_score_starts_as():
     smaller = {name: Denoiser(Shifted(0.7, 0.5), PATH, "x0") for name in ("generator", "fake")}
-    here = replace(setting(), initial=smaller)
+    here = replace(problem(), initial=smaller)
     players = Players(teacher=here.teacher, **METHOD.players(here))
-    METHOD.begin(players, METHOD.prepare(here, seed=0))
+    METHOD.initialise(players, METHOD.prepare(here, seed=0))
     assert all("net.shift" in players[name].state_dict() for name in ("fake", "target"))
 
 
 def test_weights_under_other_names_are_refused():
     # What the released code does: the state of a module around the score, read without strictness.
-    here = setting()
+    here = problem()
     stored = METHOD.prepare(here, seed=0)
     foreign = flatten(
         {f"path {i}": {f"fake_unet.{k}": v for k, v in select_group(stored, f"path {i}").items()} for i in range(1, 5)}
     )
     players = Players(teacher=here.teacher, **METHOD.players(here))
     with pytest.raises(UserError, match=r"path 4.*fake_unet.net.log_std is unknown"):
-        METHOD.begin(players, foreign)
+        METHOD.initialise(players, foreign)
 
 
 def test_the_targets_go_back_to_the_teacher_and_stay_there():
@@ -197,12 +197,12 @@ def test_the_targets_go_back_to_the_teacher_and_stay_there():
 
 
 def test_each_loss_takes_the_target_of_its_step_for_the_teacher():
-    here = setting()
+    here = problem()
     stored = METHOD.prepare(here, seed=0)
     players = Players(teacher=here.teacher, **METHOD.players(here))
-    METHOD.begin(players, stored)
+    METHOD.initialise(players, stored)
     for step in range(24):
-        draw = METHOD.draw(Draws(0, step, torch.arange(16)), here)
+        draw = METHOD.draw(StepRandom(0, step, torch.arange(16)), here)
         teacher = gaussian(*laws(stored, 4)[METHOD.position(step)])
         expected = BASE.generator_loss(Players(**{**players, "teacher": teacher}), draw, Batch(torch.empty(0, 8)))
         found = METHOD.call("generator_loss", players, draw, Batch(torch.empty(0, 8), stored=stored))
@@ -212,11 +212,11 @@ def test_each_loss_takes_the_target_of_its_step_for_the_teacher():
 
 @pytest.mark.parametrize("function", ["generator_loss", "fake_loss"])
 def test_no_gradient_reaches_teacher_or_target(function: str):
-    here = setting()
+    here = problem()
     players = Players(teacher=here.teacher, **METHOD.players(here))
     stored = METHOD.prepare(here, seed=0)
-    METHOD.begin(players, stored)
-    draw = METHOD.draw(Draws(0, 0, torch.arange(16)), here)
+    METHOD.initialise(players, stored)
+    draw = METHOD.draw(StepRandom(0, 0, torch.arange(16)), here)
     METHOD.call(function, players, draw, Batch(torch.empty(0, 8), stored=stored)).total.backward()
     reached = {name for name, player in players.items() if any(p.grad is not None for p in player.parameters())}
     assert reached == {function.removesuffix("_loss")}
@@ -224,12 +224,12 @@ def test_no_gradient_reaches_teacher_or_target(function: str):
 
 def test_the_base_s_pairs_are_not_mixed_up_with_the_path():
     method = replace(METHOD, base=replace(BASE, regression_weight=1.0, regression_pairs=7))
-    here = setting()
+    here = problem()
     stored = method.prepare(here, seed=0)
     players = Players(teacher=here.teacher, **method.players(here))
-    method.begin(players, stored)
+    method.initialise(players, stored)
     pairs = {name: stored[name] for name in method.base.prepare(here, seed=0)}
-    draw = method.draw(Draws(0, 23, torch.arange(16)), here)
+    draw = method.draw(StepRandom(0, 23, torch.arange(16)), here)
     found, expected = (
         each.call("generator_loss", players, draw, Batch(torch.empty(0, 8), stored=held)).logs["regression"]
         for each, held in ((method, stored), (method.base, pairs))
@@ -238,16 +238,16 @@ def test_the_base_s_pairs_are_not_mixed_up_with_the_path():
 
 
 def test_a_base_without_a_fake_score_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(DMD2, "players", lambda self, setting: setting.copies("generator"))
+    monkeypatch.setattr(DMD2, "players", lambda self, problem: problem.copies("generator"))
     with pytest.raises(UserError, match=r"method.base.name = 'dmd2': has no fake score"):
-        METHOD.players(setting())
+        METHOD.players(problem())
 
 
 def test_a_generator_that_waits_while_the_path_is_walked_is_refused():
     waiting = SiD(generator_start_images=1000)
     with pytest.raises(UserError, match=r"method.base.generator_start_images: .* use 0"):
-        replace(METHOD, base=waiting).players(setting())
-    assert "fake" in replace(METHOD, base=waiting, path_length=0).players(setting())
+        replace(METHOD, base=waiting).players(problem())
+    assert "fake" in replace(METHOD, base=waiting, path_length=0).players(problem())
 
 
 # Whole runs

@@ -15,7 +15,7 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import VPCosine
 from diffdistill.diffusion.sampling import FewSteps, Heun
 from diffdistill.distillation.losses import denoising_loss, gan_discriminator_loss, gan_generator_loss
-from diffdistill.distillation.method import Players, Setting
+from diffdistill.distillation.method import Players, Problem
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.analytic import mixture_denoiser
 from diffdistill.settings.schema import UserError
@@ -59,7 +59,7 @@ class Constant(nn.Module):
 
     accepts = frozenset[str]()
     num_classes = 0
-    knows_unconditional = False
+    has_null_condition = False
     resolution_multiple = 1
 
     def __init__(self, value: Tensor) -> None:
@@ -260,19 +260,19 @@ def test_the_guided_teacher_is_called_once_with_both_conditions():
 
 def test_guidance_is_refused_with_a_teacher_that_always_saw_its_class():
     teacher = small_teacher()
-    teacher.net.knows_unconditional = False
+    teacher.net.has_null_condition = False
     with pytest.raises(UserError, match=r"method.guidance: 2.0 needs a teacher trained with class_dropout > 0"):
-        DMD2(guidance=2.0, gan_weight=0.0).players(Setting(SHAPE, CLASSES, PATH, teacher=teacher))
+        DMD2(guidance=2.0, gan_weight=0.0).players(Problem(SHAPE, CLASSES, PATH, teacher=teacher))
 
 
 def test_a_gan_is_refused_with_a_teacher_that_has_no_features():
     with pytest.raises(UserError, match="gan: an analytic denoiser has no features"):
-        DMD2().players(Setting((1,), 0, PATH, teacher=one_gaussian(0.7, 0.5)))
+        DMD2().players(Problem((1,), 0, PATH, teacher=one_gaussian(0.7, 0.5)))
 
 
 def test_generator_and_fake_score_start_as_the_teacher_and_own_their_weights():
     teacher = small_teacher()
-    made = DMD2(gan_weight=0.0).players(Setting(SHAPE, CLASSES, PATH, teacher=teacher))
+    made = DMD2(gan_weight=0.0).players(Problem(SHAPE, CLASSES, PATH, teacher=teacher))
     for module in made.values():
         for parameter, source in zip(module.parameters(), teacher.parameters(), strict=True):
             assert torch.equal(parameter, source)
@@ -288,7 +288,7 @@ def test_the_regression_s_pairs_are_the_teacher_s_samples_of_their_noise():
     method = DMD2(gan_weight=0.0, guidance=2.0, regression_weight=0.25, regression_pairs=300)
     classes = torch.arange(CLASSES)
     teacher = mixture_denoiser(PATH, torch.ones(CLASSES), random(CLASSES, 16), 0.1 + classes.double(), classes)
-    stored = method.prepare(Setting(SHAPE, CLASSES, PATH, teacher=teacher), seed=3)
+    stored = method.prepare(Problem(SHAPE, CLASSES, PATH, teacher=teacher), seed=3)
     assert {name: len(value) for name, value in stored.items()} == {"noise": 300, "image": 300, "label": 300}
     with torch.no_grad():
         expected = Heun()(teacher, stored["noise"], Cond(label=stored["label"]), guidance=2.0)
@@ -309,4 +309,4 @@ def test_the_regression_is_zero_for_a_generator_that_makes_the_teacher_s_samples
 
 
 def test_without_regression_nothing_is_prepared():
-    assert DMD2().prepare(Setting(SHAPE, CLASSES, PATH, teacher=small_teacher()), seed=0) == {}
+    assert DMD2().prepare(Problem(SHAPE, CLASSES, PATH, teacher=small_teacher()), seed=0) == {}

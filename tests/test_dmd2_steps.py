@@ -8,9 +8,9 @@ from scenes import BATCH, CLASSES, EVERYTHING, MULTI_STEP, PATH, SHAPE, scene
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.dmd2 import DMD2
 
 
@@ -61,17 +61,17 @@ def test_training_on_the_last_step_makes_the_image_of_sampling():
     players, draw, batch = scene(method)
     draw["step"] = torch.tensor(2)
     trained_on = method.generator_loss(players, draw, batch).carry["x"]
-    sampled = method.sampler(Setting(SHAPE, CLASSES, PATH))(
+    sampled = method.sampler(Problem(SHAPE, CLASSES, PATH))(
         players.generator, draw["z"], Cond(label=draw["label"]), fresh_noise=lambda i: draw[f"fresh {i}"]
     )
     torch.testing.assert_close(trained_on, sampled.detach(), rtol=0, atol=0)
 
 
 def test_all_parts_of_a_batch_share_the_step_and_all_steps_occur():
-    method, setting = DMD2(steps=MULTI_STEP, gan_weight=0.0), Setting(SHAPE, CLASSES, PATH)
+    method, problem = DMD2(steps=MULTI_STEP, gan_weight=0.0), Problem(SHAPE, CLASSES, PATH)
     seen = []
     for step in range(30):
-        parts = [method.draw(Draws(0, step, index), setting)["step"] for index in torch.arange(BATCH).split(2)]
+        parts = [method.draw(StepRandom(0, step, index), problem)["step"] for index in torch.arange(BATCH).split(2)]
         assert len({part.item() for part in parts}) == 1
         seen.append(parts[0].item())
     assert set(seen) == {0, 1, 2}  # of 30 fair draws one value is missing once in 60,000
@@ -88,17 +88,17 @@ def test_backward_simulation_with_one_step_is_the_one_step_method():
 
 
 def test_a_sample_s_numbers_do_not_depend_on_its_batch():
-    setting = Setting(SHAPE, CLASSES, PATH)
+    problem = Problem(SHAPE, CLASSES, PATH)
     method = replace(EVERYTHING, steps=MULTI_STEP)
-    whole = method.draw(Draws(0, 4, torch.arange(BATCH)), setting)
-    parts = [method.draw(Draws(0, 4, index), setting) for index in torch.arange(BATCH).split(2)]
+    whole = method.draw(StepRandom(0, 4, torch.arange(BATCH)), problem)
+    parts = [method.draw(StepRandom(0, 4, index), problem) for index in torch.arange(BATCH).split(2)]
     for name, value in whole.items():
         joined = parts[0][name] if value.ndim == 0 else torch.cat([part[name] for part in parts])
         assert torch.equal(value, joined), name
 
 
 def test_the_numbers_of_a_step_are_all_different():
-    draw = EVERYTHING.draw(Draws(0, 0, torch.arange(BATCH)), Setting(SHAPE, CLASSES, PATH))
+    draw = EVERYTHING.draw(StepRandom(0, 0, torch.arange(BATCH)), Problem(SHAPE, CLASSES, PATH))
     drawn = [value.double().numpy().tobytes() for value in draw.values() if value.is_floating_point()]
     assert len(set(drawn)) == len(drawn)
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.diffusion.cond import Cond
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.models.teachers.edm_checkpoint import import_edm, read_edm
 from diffdistill.models.teachers.pickle_reader import Refused
 from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP

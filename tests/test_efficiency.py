@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps, FreshNoise, Heun
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval import efficiency
 from diffdistill.eval.efficiency import measure_efficiency
 from diffdistill.networks.mlp import MLPConfig
@@ -87,7 +87,7 @@ def test_parameters_device_and_dtype_are_named(denoiser: Denoiser) -> None:
 class Spread(nn.Module):
     """A network that makes a tensor of `size` numbers beside its output."""
 
-    accepts, num_classes, knows_unconditional, resolution_multiple = frozenset[str](), 0, False, 1
+    accepts, num_classes, has_null_condition, resolution_multiple = frozenset[str](), 0, False, 1
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ def test_peak_memory_is_the_weights_and_what_is_alive_at_the_worst_moment() -> N
 def test_drawing_noise_is_not_timed(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
 
-    class SlowDraws(Draws):
+    class SlowDraws(StepRandom):
         def normal(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
             clock.now += 1000
             return super().normal(name, shape, dtype)
 
     monkeypatch.setattr(efficiency, "time", clock)
-    monkeypatch.setattr(efficiency, "Draws", SlowDraws)
+    monkeypatch.setattr(efficiency, "StepRandom", SlowDraws)
     assert measure_efficiency(denoiser, clock, SHAPE, batch=2, warm_up=1, repeats=2).latency_ms == 1000
     assert clock.now > 4000  # the first and a later step's noise, for either batch
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from stand_ins import LENGTH, save_stand_in
 
+from diffdistill.models.encoders import PipelineEncoder, encode_prompts
 from diffdistill.models.teachers import open_pipeline
-from diffdistill.training.inputs import PipelineEncoder, encode_prompts
 
 PROMPTS = ["a red fox", "two blue birds"]
 

@@ -25,7 +25,7 @@ from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.places import SamplingOptions, seconds_until
 from diffdistill.eval.protocols import find_protocol
 from diffdistill.eval.records import Record, read_records
-from diffdistill.models.model import find_checkpoint, load_model
+from diffdistill.models.load import find_checkpoint, load_model
 from diffdistill.networks.diffusers_unet import DiffusersUNet
 from diffdistill.storage.checkpoint import MANIFEST
 

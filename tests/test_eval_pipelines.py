@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import DDIM
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.diffusers_folder import open_diffusers
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.places import SamplingOptions
@@ -70,7 +70,7 @@ def test_image_i_is_caption_i_through_the_pipelines_own_parts(place: Path, guida
     pipeline = open_pipeline(place)
     denoiser = pipeline.load_denoiser()
     denoiser.conditions = pipeline.conditions(CAPTIONS)
-    noise = Draws(0, 0, index).normal("noise", pipeline.spec.image_shape)
+    noise = StepRandom(0, 0, index).normal("noise", pipeline.spec.image_shape)
     latents = STEPS(denoiser, noise, Cond(label=index), guidance=guidance)
     expected = pipeline.family.to_images(pipeline.load_vae(), latents)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)

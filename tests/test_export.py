@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ from safetensors.torch import load_file, save_file
 from stand_ins import save_sentence_encoder, save_stand_in
 from typer.testing import CliRunner
 
-from diffdistill.commands import export_command as command
 from diffdistill.commands.cli import app
-from diffdistill.commands.export_command import ExportOptions, export, write
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
+from diffdistill.eval.board_files import model_index_of
+from diffdistill.export import run as command
 from diffdistill.export.expected import check_self_contained, check_stock
 from diffdistill.export.record import RECORD, read_record
+from diffdistill.export.run import ExportOptions, export, write
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import write_stock
 from diffdistill.export.verify import TOLERANCE, Check, ExportError, compare, verify
-from diffdistill.models.config import ModelConfig
-from diffdistill.models.model import ModelSpec, TrainedModel, load_model
+from diffdistill.models.load import load_model
+from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.networks.unet import UNetConfig
 from diffdistill.settings.schema import UserError
 
@@ -306,13 +308,13 @@ def test_scores_of_this_model_stand_in_the_card_and_others_are_refused(run: Path
     records, options = tmp_path / "records.jsonl", ["--repeats", "1", "--records"]
     done = CliRunner().invoke(app, ["eval", str(run), *options, str(records)])
     assert done.exit_code == 0, done.output
-    front = unverified(run, tmp_path / "out", records=records)
+    front = unverified(run, tmp_path / "out", scores=partial(model_index_of, records))
     (model,) = front["model-index"]
     metrics = {metric["type"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
     assert all(isinstance(value, float) for value in metrics.values())
     assert metrics
     with pytest.raises(UserError, match=r"records.jsonl: has no record of .*teacher"):
-        unverified(run.parent / "teacher", tmp_path / "other", records=records)
+        unverified(run.parent / "teacher", tmp_path / "other", scores=partial(model_index_of, records))
     assert not (tmp_path / "other").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from cells import METHODS, origin, train
 from stand_ins import STAND_INS
 
-from diffdistill.commands.export_command import AnyKind, ExportOptions, write
+from diffdistill.export.run import AnyKind, ExportOptions, write
 from diffdistill.export.verify import TOLERANCE, Check, compare
 from diffdistill.settings.schema import UserError
 

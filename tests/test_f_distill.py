@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import VPCosine
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import Karras
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import Karras
 from diffdistill.distillation.divergences import WEIGHTS, density_ratio, mean_by_bin
 from diffdistill.distillation.losses import gan_generator_loss
-from diffdistill.distillation.method import Method, Players, Setting
+from diffdistill.distillation.method import Method, Players, Problem
 from diffdistill.distillation.score_distillation import start_players
 from diffdistill.methods import dmd2, f_distill
 from diffdistill.methods.dmd2 import DMD2
@@ -214,7 +214,7 @@ def test_the_field_is_the_weighted_gap_over_nu_times_a_power_of_alpha(power: Lit
 
 def test_bins_hold_equal_shares_of_the_time_law() -> None:
     method = FDistill(generator_time_law=Karras(), ratio_bins=4)
-    draw = method.draw(Draws(0, 0, torch.arange(4000)), Setting(SHAPE, CLASSES, PATH))
+    draw = method.draw(StepRandom(0, 0, torch.arange(4000)), Problem(SHAPE, CLASSES, PATH))
     assert torch.bincount(draw["bin"]).tolist() == pytest.approx(4 * [1000], abs=120)  # four standard deviations
     edges = Karras()(numbers(0.25, 0.5, 0.75), PATH)
     assert torch.equal(torch.bucketize(draw["t"], edges), draw["bin"])
@@ -232,7 +232,7 @@ def test_what_a_step_carried_is_what_the_next_one_starts_from() -> None:
     players, draw, batch = scene(method)
     carried = method.generator_loss(players, draw, batch).carry
     assert not torch.equal(carried["ratio means"], torch.ones(2).double())
-    method.remember(players, carried)
+    method.after_update(players, carried)
     assert torch.equal(players.ratio_means.values, carried["ratio means"])
     assert "ratio_means" not in {name for update in method.updates for name in update.players}
 
@@ -338,9 +338,9 @@ def test_two_micro_batches_of_8_train_as_one_batch_of_16(make_config: MakeConfig
 class OnTheRing(FDistill):
     """With a discriminator that fits the ring's networks."""
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         head = nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0))
-        return start_players(setting) | {"discriminator": head}
+        return start_players(problem) | {"discriminator": head}
 
 
 def ring_method(divergence: str) -> OnTheRing:

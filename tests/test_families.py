@@ -20,9 +20,10 @@ from stand_ins import LENGTH, STAND_INS, save_stand_in
 from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
-from diffdistill.diffusion.conditions import Conditions
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.models.model import ModelSpec, load_model
+from diffdistill.diffusion.prompt_table import PromptTable
+from diffdistill.models.load import load_model
+from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, find_family, open_pipeline
 from diffdistill.models.teachers import pipeline as pipeline_module
 from diffdistill.networks.discriminator import make_head
@@ -44,7 +45,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @cache
-def numbered(place: Path) -> Conditions | None:
+def numbered(place: Path) -> PromptTable | None:
     """Two prompts by number, for a family that takes text."""
     opened = open_pipeline(place)
     return opened.conditions(PROMPTS) if opened.family.takes_text else None

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FreshNoise
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.features import Pixels
 from diffdistill.eval.generate import SampledImages, labels_of
 from diffdistill.eval.metrics import Frechet
@@ -69,7 +69,7 @@ def unconditional() -> Denoiser:
 def test_an_image_is_made_from_its_own_seed_and_names() -> None:
     known = protocol(Labels(policy="none"), noise=Noise(step=3, latent="z", fresh="later"))
     made = source(known, unconditional(), Echo()).take(1, torch.tensor([7, 2]))
-    rng = Draws(0, 3, torch.tensor([5 + 20 + 7, 5 + 20 + 2]))
+    rng = StepRandom(0, 3, torch.tensor([5 + 20 + 7, 5 + 20 + 2]))
     assert torch.equal(made, rng.normal("z", SHAPE) + 10 * rng.normal("later 2", SHAPE))
 
 
@@ -77,7 +77,7 @@ def test_random_labels_are_of_the_seed_alone_and_even() -> None:
     labels = Labels(policy="random", num_classes=4)
 
     def drawn(seeds: Tensor) -> Tensor:
-        found = labels_of(labels, seeds, 10**6, Draws(0, 0, seeds))
+        found = labels_of(labels, seeds, 10**6, StepRandom(0, 0, seeds))
         assert found is not None
         return found
 
@@ -91,7 +91,7 @@ def test_random_labels_are_of_the_seed_alone_and_even() -> None:
 )
 def test_labels_follow_the_policy(policy: str, expected: list[int] | None) -> None:
     labels = Labels(policy=policy, num_classes=0 if expected is None else 4)  # type: ignore[arg-type]
-    found = labels_of(labels, torch.arange(5), 20, Draws(0, 0, torch.arange(5)))
+    found = labels_of(labels, torch.arange(5), 20, StepRandom(0, 0, torch.arange(5)))
     assert (None if found is None else found.tolist()) == expected
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.guidance import (
+from diffdistill.diffusion.guidance.policies import (
     CFG,
     AdaptiveGuidance,
     CFGPlusPlus,
@@ -19,7 +19,7 @@ from diffdistill.diffusion.guidance import (
     alignment,
     evaluate_pair,
 )
-from diffdistill.diffusion.linear_guidance import LinearAG, fit_linear_ag, least_squares
+from diffdistill.diffusion.linear_ag import LinearAG, fit_linear_ag, least_squares
 from diffdistill.diffusion.path import EDM, Path, VPCosine
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
 from diffdistill.networks.analytic import gaussian_flow, mixture_denoiser

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
-from diffdistill.diffusion.timesteps import LogNormal
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import LogNormal
 from diffdistill.distillation.losses import denoising_weight
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.inference.draw import sample_images
 from diffdistill.methods.guidance_distill import GuidanceDistill
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.networks.analytic import Mixture
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.mlp import MLPConfig
@@ -38,9 +38,9 @@ def scene(method: GuidanceDistill = METHOD) -> tuple[Players, dict[str, Tensor],
         parameter.data += 0.2 * torch.randn(parameter.shape)
     teacher = freeze(Denoiser(net, EDM(), "edm"))
     student = Denoiser(GuidedConfig(base=BASE, width=8).build(SHAPE, CLASSES, 0.1), EDM(), "edm")
-    setting = Setting(SHAPE, CLASSES, EDM(), teacher=teacher, network=student)
-    players = Players(teacher=teacher, **method.players(setting))
-    draw = method.draw(Draws(0, 0, torch.arange(BATCH)), setting)
+    problem = Problem(SHAPE, CLASSES, EDM(), teacher=teacher, network=student)
+    players = Players(teacher=teacher, **method.players(problem))
+    draw = method.draw(StepRandom(0, 0, torch.arange(BATCH)), problem)
     return players, draw, Batch(random(BATCH, *SHAPE).float(), Cond(label=torch.arange(BATCH) % CLASSES))
 
 
@@ -80,7 +80,7 @@ class GuidedGaussian(Denoiser):
 @pytest.mark.parametrize("weight", ["truncated_snr", "eps", "x0"])
 def test_between_gaussians_the_exact_guided_student_has_no_loss_at_any_scale(weight):
     method, teacher = replace(METHOD, weight=weight), TwoGaussians(EDM())
-    draw = method.draw(Draws(0, 0, torch.arange(64)), Setting((3,), 2, EDM(), teacher=teacher))
+    draw = method.draw(StepRandom(0, 0, torch.arange(64)), Problem((3,), 2, EDM(), teacher=teacher))
     draw = {name: value.double() for name, value in draw.items()}
     batch = Batch(random(64, 3), Cond(label=torch.ones(64, dtype=torch.int64)))
     exact, off = (
@@ -107,13 +107,13 @@ def test_gradients_reach_every_weight_of_the_student_and_none_of_the_teacher():
 
 def test_scales_cover_the_range_and_the_student_is_told_them():
     players, _, batch = scene()
-    setting = Setting(SHAPE, CLASSES, EDM(), teacher=players.teacher)
-    scales = METHOD.draw(Draws(0, 0, torch.arange(2000)), setting)["w"]
+    problem = Problem(SHAPE, CLASSES, EDM(), teacher=players.teacher)
+    scales = METHOD.draw(StepRandom(0, 0, torch.arange(2000)), problem)["w"]
     assert 1 <= float(scales.min()) < 1.01
     assert 4.99 < float(scales.max()) <= 5
     told: list[Tensor] = []
     players.student.net.register_forward_hook(lambda _, arguments, __: told.append(arguments[2].guidance_input))
-    draw = METHOD.draw(Draws(0, 0, torch.arange(BATCH)), setting)
+    draw = METHOD.draw(StepRandom(0, 0, torch.arange(BATCH)), problem)
     METHOD.student_loss(players, draw, batch)
     assert torch.equal(told[0], draw["w"])
 
@@ -121,7 +121,7 @@ def test_scales_cover_the_range_and_the_student_is_told_them():
 def test_a_teacher_that_knows_no_unconditional_is_refused():
     teacher = Denoiser(BASE.build(SHAPE, CLASSES, 0.0), EDM(), "edm")
     with pytest.raises(UserError, match="class_dropout > 0"):
-        METHOD.players(Setting(SHAPE, CLASSES, EDM(), teacher=teacher, network=teacher))
+        METHOD.players(Problem(SHAPE, CLASSES, EDM(), teacher=teacher, network=teacher))
 
 
 def test_a_range_of_scales_that_falls_is_refused():
@@ -129,8 +129,8 @@ def test_a_range_of_scales_that_falls_is_refused():
         GuidanceDistill(guidance=(3.0, 1.0))
 
 
-def ring_batch(step: int, count: int) -> tuple[Draws, Batch]:
-    rng, mixture = Draws(3, step, torch.arange(step * count, (step + 1) * count)), ring_teacher().net
+def ring_batch(step: int, count: int) -> tuple[StepRandom, Batch]:
+    rng, mixture = StepRandom(3, step, torch.arange(step * count, (step + 1) * count)), ring_teacher().net
     assert isinstance(mixture, Mixture)
     cond = Cond(label=rng.integers("real label", NUM_CLASSES))
     return rng, Batch(mixture.sample(rng.uniform("real"), rng.normal("real normal", (2,)), cond).float(), cond)
@@ -142,13 +142,13 @@ def test_on_the_ring_the_student_reaches_the_exact_guided_denoiser_at_every_scal
     torch.manual_seed(0)
     config = GuidedConfig(base=MLPConfig(width=96, blocks=2), width=32)
     student = Denoiser(config.build((2,), NUM_CLASSES, 0.1), PATH, "edm")
-    players, setting = Players(teacher=teacher, student=student), Setting((2,), NUM_CLASSES, PATH, teacher=teacher)
+    players, problem = Players(teacher=teacher, student=student), Problem((2,), NUM_CLASSES, PATH, teacher=teacher)
     optimizer = torch.optim.Adam(student.parameters(), lr=1.0)
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, 2 - step / 200)
         rng, batch = ring_batch(step, 256)
         optimizer.zero_grad()
-        method.student_loss(players, method.draw(rng, setting), batch).total.backward()
+        method.student_loss(players, method.draw(rng, problem), batch).total.backward()
         optimizer.step()
     rng, batch = ring_batch(10_000, 4000)
     t = method.time_law(rng.uniform("t"), PATH)

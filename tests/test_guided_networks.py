@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffdistill.attention import attention
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.guidance import AdaptiveGuidance, Interval
+from diffdistill.diffusion.guidance.policies import AdaptiveGuidance, Interval
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.networks.adapters import (

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.distillation.method import Draw, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Draw, Players, Problem
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.analytic import gaussian_denoiser
@@ -35,7 +35,7 @@ def gaussian(mean: float, std: float) -> Denoiser:
 
 
 def signals(teacher: Denoiser, fake: Denoiser, x: Tensor) -> dict[str, float]:
-    return compare_scores(teacher, fake, x, Draws(0, 0, torch.arange(len(x))), NO_COND)
+    return compare_scores(teacher, fake, x, StepRandom(0, 0, torch.arange(len(x))), NO_COND)
 
 
 def test_two_samples_of_one_gaussian_are_sqrt_2_standard_deviations_apart() -> None:
@@ -77,7 +77,7 @@ def test_drift_and_contrast_are_measured_in_standard_deviations_of_the_data() ->
         Players(generator=student),
         "generator",
         lambda *_, **__: images(0.7, 0.25, 512),  # type: ignore[arg-type]
-        Setting(SHAPE, 0, EDM()),
+        Problem(SHAPE, 0, EDM()),
         step=0,
         seed=0,
     )
@@ -89,7 +89,7 @@ def test_drift_and_contrast_are_measured_in_standard_deviations_of_the_data() ->
 def test_an_examination_leaves_the_generator_in_training_mode() -> None:
     student = Denoiser(MLPConfig(width=8, blocks=1).build(SHAPE, 0, 0.0), EDM(), "edm").train()
     health = Health(HealthConfig(samples=8), NO_REFERENCE)
-    health.examine(Players(generator=student), "generator", FewSteps(), Setting(SHAPE, 0, EDM()), step=0, seed=0)
+    health.examine(Players(generator=student), "generator", FewSteps(), Problem(SHAPE, 0, EDM()), step=0, seed=0)
     assert student.training
 
 
@@ -103,8 +103,8 @@ def test_a_run_about_some_classes_is_examined_on_these_alone() -> None:
 
     student = Denoiser(MLPConfig(width=8, blocks=1).build(SHAPE, 5, 0.0), EDM(), "edm")
     players = Players(generator=student, teacher=student)
-    setting = Setting(SHAPE, 5, EDM(), teacher=student, classes=(4, 1))
-    Health(HealthConfig(samples=32), NO_REFERENCE).examine(players, "generator", sampler, setting, step=0, seed=0)  # type: ignore[arg-type]
+    problem = Problem(SHAPE, 5, EDM(), teacher=student, classes=(4, 1))
+    Health(HealthConfig(samples=32), NO_REFERENCE).examine(players, "generator", sampler, problem, step=0, seed=0)  # type: ignore[arg-type]
     assert seen[0].tolist() == 16 * [4, 1]
 
 

@@ -8,7 +8,7 @@ from stand_ins import save_stand_in
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks.adapters import Adapted, AdapterConfig
 from diffdistill.networks.diffusers_model import DiffusersNetwork

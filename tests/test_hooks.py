@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import TensorImages
 from diffdistill.diffusion.path import EDM
-from diffdistill.distillation.method import Batch, Draw, Loss, Players, Setting, Update
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem, Update
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint, select_group
@@ -26,8 +26,8 @@ def _follower(monkeypatch: pytest.MonkeyPatch) -> None:
     """DMD2 with a player that no update names: the generator as it was two steps before."""
     original = DMD2.players
 
-    def players(self: DMD2, setting: Setting) -> dict[str, nn.Module]:
-        made = original(self, setting)
+    def players(self: DMD2, problem: Problem) -> dict[str, nn.Module]:
+        made = original(self, problem)
         return made | {"earlier": deepcopy(made["generator"])}
 
     def after_step(self: DMD2, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
@@ -79,13 +79,13 @@ def test_a_class_without_images_is_refused() -> None:
 
 def test_labels_are_drawn_from_the_classes_of_the_run_evenly() -> None:
     uniform = (torch.arange(9, dtype=torch.float64) + 0.5) / 9
-    setting = Setting((1,), 10, EDM(), classes=(8, 2, 5))
-    assert setting.label_of(uniform).tolist() == [8, 8, 8, 2, 2, 2, 5, 5, 5]
+    problem = Problem((1,), 10, EDM(), classes=(8, 2, 5))
+    assert problem.label_of(uniform).tolist() == [8, 8, 8, 2, 2, 2, 5, 5, 5]
 
 
 def test_all_classes_in_order_draw_as_no_choice_does() -> None:
     uniform = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    chosen, free = Setting((1,), 10, EDM(), classes=tuple(range(10))), Setting((1,), 10, EDM())
+    chosen, free = Problem((1,), 10, EDM(), classes=tuple(range(10))), Problem((1,), 10, EDM())
     assert torch.equal(chosen.label_of(uniform), free.label_of(uniform))
 
 
@@ -137,12 +137,12 @@ def test_a_run_can_start_from_the_players_of_another(make_config: MakeConfig) ->
 
 
 def test_a_new_run_begins_with_what_was_prepared(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin(self: DMD2, players: Players, stored: Mapping[str, Tensor]) -> None:
+    def initialise(self: DMD2, players: Players, stored: Mapping[str, Tensor]) -> None:
         for parameter in players.generator.parameters():
             parameter.fill_(float(stored["value"]))
 
-    monkeypatch.setattr(DMD2, "prepare", lambda self, setting, seed: {"value": torch.tensor(0.25)})
-    monkeypatch.setattr(DMD2, "begin", begin)
+    monkeypatch.setattr(DMD2, "prepare", lambda self, problem, seed: {"value": torch.tensor(0.25)})
+    monkeypatch.setattr(DMD2, "initialise", initialise)
     trainer = Trainer(make_config("dmd2", "train.steps=1", "optimizers={default: {lr: 1e-30}}"), quiet=True)
     trainer.run()
     assert trainer.ema is not None
@@ -163,7 +163,7 @@ def test_a_teacher_that_is_not_kept_is_gone_after_preparation(
     monkeypatch.setattr(DMD2, "generator_loss", loss)
     monkeypatch.setattr(DMD2, "updates", (Update(("generator",), "generator_loss"),))
     monkeypatch.setattr(
-        DMD2, "prepare", lambda self, setting, seed: {"seen": torch.tensor(setting.teacher is not None)}
+        DMD2, "prepare", lambda self, problem, seed: {"seen": torch.tensor(problem.teacher is not None)}
     )
     config = make_config("dmd2", "train.steps=1", "optimizers={default: {lr: 1e-3}}", "train.preview_every=1")
     trainer = Trainer(config, quiet=True)

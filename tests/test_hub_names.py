@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.utils import RepositoryNotFoundError, filter_repo_objects
 from stand_ins import save_stand_in
 
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.models.teachers import is_pipeline, open_pipeline
 from diffdistill.models.teachers.hub import fetch_pipeline
 from diffdistill.settings.schema import UserError

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM, Path, expand
 from diffdistill.diffusion.sampling import DDIM, TCD, transfer
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.losses import gan_discriminator_loss, gan_generator_loss
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.distillation.rewards import Feedback, contrast
 from diffdistill.distillation.segments import Stage, segment_of
 from diffdistill.methods.dmd2 import DMD2
@@ -56,7 +56,7 @@ class FixedPoint(nn.Module):
 
     accepts = frozenset[str]()
     num_classes = 0
-    knows_unconditional = False
+    has_null_condition = False
     resolution_multiple = 1
 
     def __init__(self, path: Path, num_segments: int) -> None:
@@ -86,8 +86,8 @@ def gaussian(path: Path) -> Denoiser:
 def on_gaussian(method: HyperSD, path: Path, student: Denoiser) -> tuple[Players, dict[str, Tensor], Batch]:
     """Players on a Gaussian teacher and the numbers of 500 jumps, float64."""
     players = Players(teacher=gaussian(path), generator=student, target=deepcopy(student), solver=gaussian(path))
-    setting = Setting((3,), 0, path, teacher=players.teacher)
-    draw = method.draw(Draws(0, 0, torch.arange(500)), setting)
+    problem = Problem((3,), 0, path, teacher=players.teacher)
+    draw = method.draw(StepRandom(0, 0, torch.arange(500)), problem)
     draw = {name: value.double() if value.is_floating_point() else value for name, value in draw.items()}
     return players, draw, Batch(random(500, 3, seed=2))
 
@@ -127,10 +127,10 @@ def train_on_gaussian(stage_teacher: str, grid_steps: tuple[int, ...]) -> float:
     method = HyperSD(stages=stages, steps=steps, ends="fixed", target_decay=0.5, stage_teacher=stage_teacher)  # type: ignore[arg-type]
     player = fixed_point(path, N)  # the teacher's own gains
     players = Players(teacher=gaussian(path), generator=player, target=deepcopy(player), solver=deepcopy(player))
-    setting = Setting((3,), 0, path, teacher=players.teacher)
+    problem = Problem((3,), 0, path, teacher=players.teacher)
     optimizer = torch.optim.Adam(players.generator.parameters(), lr=4e-2, betas=(0.5, 0.9))
     for step in range(450):
-        draw = method.draw(Draws(0, step, torch.arange(32 * step, 32 * (step + 1))), setting)
+        draw = method.draw(StepRandom(0, step, torch.arange(32 * step, 32 * (step + 1))), problem)
         optimizer.param_groups[0]["lr"] = 4e-2 * (1 - step % 150 / 150)
         method.generator_loss(players, draw, Batch(images)).total.backward()
         optimizer.step()
@@ -290,11 +290,11 @@ def test_what_is_carried_over_has_no_graph():
 
 
 def test_players_and_updates_are_those_that_the_weights_ask_for():
-    setting = Setting(SHAPE, CLASSES, PATH, teacher=small_teacher().float())
+    problem = Problem(SHAPE, CLASSES, PATH, teacher=small_teacher().float())
     plain = one_stage(2, stage_teacher="base")
-    assert set(plain.players(setting)) == {"generator", "target"}
+    assert set(plain.players(problem)) == {"generator", "target"}
     assert [update.players for update in plain.updates] == [("generator",)]
-    assert set(EVERYTHING.players(setting)) == {"generator", "target", "solver", "discriminator", "fake"}
+    assert set(EVERYTHING.players(problem)) == {"generator", "target", "solver", "discriminator", "fake"}
     assert [update.players for update in EVERYTHING.updates] == [("generator",), ("discriminator",), ("fake",)]
 
 
@@ -386,13 +386,13 @@ def test_feedback_adds_what_is_missing_to_the_threshold_of_the_student_s_own_ima
 def test_an_unknown_reward_is_refused_before_training():
     method = replace(one_stage(1), feedback=(Feedback(reward="beauty", threshold=0.5),))
     with pytest.raises(UserError, match=r"'beauty' is unknown; choose from .*contrast, .*sharpness"):
-        method.players(Setting(SHAPE, CLASSES, PATH, teacher=small_teacher()))
+        method.players(Problem(SHAPE, CLASSES, PATH, teacher=small_teacher()))
 
 
 # Stages
 
 
-def stages_scene() -> tuple[HyperSD, Players, Setting]:
+def stages_scene() -> tuple[HyperSD, Players, Problem]:
     method = HyperSD(
         stages=(Stage(segments=4, num_steps=2), Stage(segments=1)),
         steps=TCD(num_steps=1, grid=GRID),
@@ -400,7 +400,7 @@ def stages_scene() -> tuple[HyperSD, Players, Setting]:
         target_decay=0.75,
     )
     players, _, _ = scene(method)
-    return method, players, Setting(SHAPE, CLASSES, PATH, teacher=players.teacher)
+    return method, players, Problem(SHAPE, CLASSES, PATH, teacher=players.teacher)
 
 
 def test_the_target_follows_the_student_by_the_decay():
@@ -425,9 +425,9 @@ def test_a_new_stage_s_solver_is_what_the_stage_before_has_learned():
     assert all(torch.equal(value, learnt[name]) for name, value in players.solver.state_dict().items())
 
 
-def solver_of(method: HyperSD, players: Players, setting: Setting, step: int) -> tuple[str, float]:
+def solver_of(method: HyperSD, players: Players, problem: Problem, step: int) -> tuple[str, float]:
     """Whose step the target begins with, and its guidance."""
-    draw = method.draw(Draws(0, step, torch.arange(BATCH)), setting)
+    draw = method.draw(StepRandom(0, step, torch.arange(BATCH)), problem)
     asked = []
 
     def recorded(name: str) -> Denoiser:
@@ -449,31 +449,31 @@ def solver_of(method: HyperSD, players: Players, setting: Setting, step: int) ->
 
 
 def test_the_first_stage_asks_the_guided_teacher_and_the_next_the_student_of_the_stage_before():
-    method, players, setting = stages_scene()
-    assert solver_of(method, players, setting, 0) == ("teacher", 3.0)
-    assert solver_of(method, players, setting, 1) == ("teacher", 3.0)
-    assert solver_of(method, players, setting, 2) == ("solver", 1.0)
+    method, players, problem = stages_scene()
+    assert solver_of(method, players, problem, 0) == ("teacher", 3.0)
+    assert solver_of(method, players, problem, 1) == ("teacher", 3.0)
+    assert solver_of(method, players, problem, 2) == ("solver", 1.0)
 
 
 def test_the_base_can_stay_the_solver_of_every_stage():
-    method, players, setting = stages_scene()
+    method, players, problem = stages_scene()
     base = replace(method, stage_teacher="base")
-    assert [solver_of(base, players, setting, step) for step in (0, 2)] == [("teacher", 3.0)] * 2
+    assert [solver_of(base, players, problem, step) for step in (0, 2)] == [("teacher", 3.0)] * 2
 
 
 def test_a_run_that_starts_from_an_earlier_one_has_its_student_for_a_solver():
-    method, players, setting = stages_scene()
+    method, players, problem = stages_scene()
     earlier = deepcopy(players.generator)
-    setting = replace(setting, initial={"generator": earlier})
-    made = method.players(setting)
+    problem = replace(problem, initial={"generator": earlier})
+    made = method.players(problem)
     for name in ("generator", "target", "solver"):
         assert all(torch.equal(value, earlier.state_dict()[key]) for key, value in made[name].state_dict().items())
-    assert solver_of(method, players, setting, 0) == ("solver", 1.0)
+    assert solver_of(method, players, problem, 0) == ("solver", 1.0)
 
 
 def test_a_stage_may_have_a_grid_of_its_own():
     method = HyperSD(stages=(Stage(segments=1, grid_steps=2),), steps=TCD(num_steps=1, grid=GRID))
-    draw = method.draw(Draws(0, 0, torch.arange(200)), Setting(SHAPE, CLASSES, PATH, teacher=small_teacher()))
+    draw = method.draw(StepRandom(0, 0, torch.arange(200)), Problem(SHAPE, CLASSES, PATH, teacher=small_teacher()))
     assert sorted(set(draw["start"].tolist())) == ALL.times(PATH, GRID)[[4, 8]].tolist()
 
 
@@ -486,9 +486,9 @@ def test_a_stage_with_more_segments_than_steps_and_a_falling_range_are_refused()
 
 def test_guidance_needs_a_teacher_that_knows_no_class():
     teacher = small_teacher()
-    teacher.net.knows_unconditional = False
+    teacher.net.has_null_condition = False
     with pytest.raises(UserError, match="class_dropout"):
-        one_stage(1, guidance=(1.0, 2.0)).players(Setting(SHAPE, CLASSES, PATH, teacher=teacher))
+        one_stage(1, guidance=(1.0, 2.0)).players(Problem(SHAPE, CLASSES, PATH, teacher=teacher))
 
 
 def test_transfer_to_time_zero_of_an_estimate_is_the_estimate():

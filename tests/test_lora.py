@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
-from diffdistill.distillation.method import Batch, Method, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.sid import SiD
 from diffdistill.networks import ADM, AnyNetwork, DiTConfig, GuidedConfig, MLPConfig, SignalConfig, UNetConfig
@@ -200,8 +200,8 @@ def whole_copy(player: Denoiser) -> Denoiser:
 
 def gradients(method: Method, players: Players, who: str) -> dict[str, Tensor]:
     """Of one of the method's losses, by peft's names."""
-    setting = Setting(SHAPE, CLASSES, EDM(), teacher=players.teacher, batch_size=4)
-    draw = method.draw(Draws(0, 0, torch.arange(4)), setting)
+    problem = Problem(SHAPE, CLASSES, EDM(), teacher=players.teacher, batch_size=4)
+    draw = method.draw(StepRandom(0, 0, torch.arange(4)), problem)
     for name in LOSSES:
         for parameter_name, parameter in players[name].named_parameters():
             parameter.requires_grad_(name == who and "lora_" in parameter_name)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.export.lora_files import diffusers_keys, factors_of, kohya_keys
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.networks.lora import LoRA, LoRASettings, lora_of, merge_lora, with_lora
 
 PIPELINES = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.models.model import load_model, load_players
+from diffdistill.models.load import load_model, load_players
 from diffdistill.networks.lora import lora_of
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import find_damage
 from diffdistill.training.config import RunConfig
-from diffdistill.training.memory.memory import plan_memory
+from diffdistill.training.memory.prediction import plan_memory
 from diffdistill.training.trainer import Trainer
 
 LORA = "lora.default={rank: 2}"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM, Flow, Path
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.mean_flow import MeanFlow, line, on_path
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow
 from diffdistill.networks.two_times import TwoTimesConfig
@@ -37,7 +37,7 @@ class Exact(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         ratio = self.path.ratio(time)
-        t, r = ratio / (1 + ratio), cond.second_time
+        t, r = ratio / (1 + ratio), cond.end_time
         z = x * ((1 - t) / self.path.alpha(time))[:, None]
         apart = torch.where(t > r + 1e-9, t - r, 1.0)[:, None]
         jump = z - t[:, None] * (z - gaussian_flow(LINE, MEAN, COVARIANCE, z, t, r)) / apart
@@ -60,11 +60,11 @@ def scene(method: MeanFlow, *, differs: bool = True) -> tuple[Players, dict[str,
     for parameter in teacher.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     student = Denoiser(TwoTimesConfig(base=base, width=8).build(SHAPE, CLASSES, 0.1), EDM(), "edm")
-    setting = Setting(SHAPE, CLASSES, EDM(), teacher=teacher, network=student)
-    generator = method.players(setting)["generator"].double()
+    problem = Problem(SHAPE, CLASSES, EDM(), teacher=teacher, network=student)
+    generator = method.players(problem)["generator"].double()
     for parameter in generator.parameters():
         parameter.data += 0.05 * differs * torch.randn(parameter.shape, dtype=torch.float64)
-    draw = method.draw(Draws(0, 0, torch.arange(6)), setting)
+    draw = method.draw(StepRandom(0, 0, torch.arange(6)), problem)
     draw = {name: value.double() if value.is_floating_point() else value for name, value in draw.items()}
     players = Players(teacher=deepcopy(teacher).double(), generator=generator)
     return players, draw, Batch(random(6, *SHAPE, seed=9), Cond(label=torch.tensor([0, 1, 2, 0, 1, 2])))
@@ -182,14 +182,14 @@ def test_the_student_starts_as_its_teacher_wherever_it_is_to_go():
 def test_a_trained_student_is_told_r_and_samples_to_0_by_any_sampler():
     players, draw, batch = scene(MeanFlow())
     student, t = players.generator, draw["t"]
-    near, far = (student(batch.images, t, replace(batch.cond, second_time=r)) for r in (0.9 * t, 0 * t))
+    near, far = (student(batch.images, t, replace(batch.cond, end_time=r)) for r in (0.9 * t, 0 * t))
     assert not torch.allclose(near, far)
     assert torch.equal(student(batch.images, t, batch.cond), far)
     sampler = FewSteps(init_ratio=20.0)
     noise = draw["eps"]
     made = sampler(student, noise, batch.cond)
     start = torch.full((6,), 20.0, dtype=torch.float64)
-    torch.testing.assert_close(made, student(20 * noise, start, replace(batch.cond, second_time=0 * t)))
+    torch.testing.assert_close(made, student(20 * noise, start, replace(batch.cond, end_time=0 * t)))
 
 
 def test_the_loss_reaches_the_generator_alone():
@@ -201,8 +201,8 @@ def test_the_loss_reaches_the_generator_alone():
 
 
 def test_three_quarters_have_r_at_t_and_the_others_below():
-    setting = Setting((1, 1, 1), 0, EDM())
-    draw = MeanFlow().draw(Draws(0, 0, torch.arange(20_000)), setting)
+    problem = Problem((1, 1, 1), 0, EDM())
+    draw = MeanFlow().draw(StepRandom(0, 0, torch.arange(20_000)), problem)
     equal = draw["r"] == draw["t"]
     assert equal.double().mean() == pytest.approx(0.75, abs=0.01)
     assert bool((draw["r"][~equal] < draw["t"][~equal]).all())
@@ -211,6 +211,6 @@ def test_three_quarters_have_r_at_t_and_the_others_below():
 
 def test_guidance_without_a_meaning_is_refused():
     teacher = small_teacher(0)
-    setting = Setting(SHAPE, 0, EDM(), teacher=teacher, network=teacher)
+    problem = Problem(SHAPE, 0, EDM(), teacher=teacher, network=teacher)
     with pytest.raises(UserError, match=r"method\.guidance: 2\.0 needs a teacher"):
-        MeanFlow(guidance=2.0).players(setting)
+        MeanFlow(guidance=2.0).players(problem)

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.training.config import OptimizerConfig, RunConfig
+from diffdistill.training.memory.advice import advise
 from diffdistill.training.memory.counting import LiveTensors, SavedTensors
-from diffdistill.training.memory.memory import Growth, MemoryPlan, optimizer_bytes, plan_memory, rehearse
-from diffdistill.training.memory.memory_advice import advise
+from diffdistill.training.memory.prediction import Growth, MemoryPlan, optimizer_bytes, plan_memory, rehearse
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.trainer import Trainer
 

@@ -17,17 +17,17 @@ from typer.testing import CliRunner
 from diffdistill.commands.cli import app
 from diffdistill.data.source import TensorImages
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.router import ClassRouter, QuadrantRouter, RoutedDenoiser, by_student, fit_quadrants
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.distillation.method import Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Problem
 from diffdistill.distillation.partition import AnyPartition, KMeans, LabelRanges, Quadrants, class_means, equal_kmeans
 from diffdistill.eval.command import EvalOptions, set_up
 from diffdistill.inference.draw import sample_images
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD
-from diffdistill.models.model import ROUTER, find_checkpoint, join_students, load_model
+from diffdistill.models.load import ROUTER, find_checkpoint, join_students, load_model
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig
 from diffdistill.training.trainer import Trainer
@@ -49,8 +49,8 @@ def looks(num_classes: int, seed: int = 0, each: int = 3) -> TensorImages:
     return TensorImages(means.repeat(each, 1, 1, 1), torch.arange(num_classes).repeat(each))
 
 
-def setting(num_classes: int, classes: tuple[int, ...] = ()) -> Setting:
-    return Setting((1, 2, 2), num_classes, EDM(), classes=classes)
+def problem(num_classes: int, classes: tuple[int, ...] = ()) -> Problem:
+    return Problem((1, 2, 2), num_classes, EDM(), classes=classes)
 
 
 # Partitions
@@ -61,7 +61,7 @@ def setting(num_classes: int, classes: tuple[int, ...] = ()) -> Setting:
 def test_every_class_has_one_student_and_their_numbers_of_classes_differ_by_at_most_one(rule, cells, num_classes):
     source = looks(num_classes)
     given = [
-        MSD(num_students=cells, student_index=k, partition=rule).classes(setting(num_classes), source)
+        MSD(num_students=cells, student_index=k, partition=rule).classes(problem(num_classes), source)
         for k in range(cells)
     ]
     assert sorted(label for part in given for label in part) == list(range(num_classes))
@@ -124,9 +124,9 @@ def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match="student_index = 2: must be below num_students = 2"):
         MSD(num_students=2, student_index=2)
     with pytest.raises(UserError, match="num_students = 3: too many for 2 classes"):
-        MSD(num_students=3).classes(setting(2), looks(2))
+        MSD(num_students=3).classes(problem(2), looks(2))
     with pytest.raises(UserError, match="quadrants are four"):
-        MSD(num_students=2, partition=Quadrants()).classes(setting(10), looks(10))
+        MSD(num_students=2, partition=Quadrants()).classes(problem(10), looks(10))
 
 
 # One student
@@ -137,8 +137,8 @@ def test_a_student_draws_its_own_classes_evenly_and_together_they_draw_all():
     drawn = []
     for k in range(3):
         student = MSD(base=method, num_students=3, student_index=k)
-        here = setting(10, student.classes(setting(10), looks(10)))
-        label = student.draw(Draws(0, 0, torch.arange(4000)), here)["label"]
+        here = problem(10, student.classes(problem(10), looks(10)))
+        label = student.draw(StepRandom(0, 0, torch.arange(4000)), here)["label"]
         share = torch.bincount(label, minlength=10) / 4000
         assert set(label.unique().tolist()) == set(here.classes)
         drawn.append(share * len(here.classes) / 10)
@@ -149,12 +149,12 @@ def test_a_student_draws_its_own_classes_evenly_and_together_they_draw_all():
 def test_every_student_has_the_pairs_of_all_classes():
     base = DMD2(gan_weight=0.0, regression_weight=0.25, regression_pairs=40)
     teacher = small_teacher().float()
-    own = Setting(SHAPE, CLASSES, teacher.path, teacher=teacher, classes=(1,))
+    own = Problem(SHAPE, CLASSES, teacher.path, teacher=teacher, classes=(1,))
     student = MSD(base=base, num_students=3, student_index=1)
     full, kept = base.prepare(replace(own, classes=()), seed=0), student.prepare(own, seed=0)
     assert all(torch.equal(full[name], kept[name]) for name in full)
     assert set(kept["label"].tolist()) == set(range(CLASSES))
-    assert set(student.draw(Draws(0, 0, torch.arange(400)), own)["pair"].tolist()) == set(range(40))
+    assert set(student.draw(StepRandom(0, 0, torch.arange(400)), own)["pair"].tolist()) == set(range(40))
 
 
 def players(config: RunConfig) -> dict[str, Tensor]:

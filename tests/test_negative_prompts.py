@@ -19,10 +19,10 @@ from diffdistill.commands.cli import app
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import VPDiscrete
-from diffdistill.models.model import load_model
-from diffdistill.models.negative import with_negative_prompt
+from diffdistill.models.load import load_model
+from diffdistill.models.negative_prompts import with_negative_prompt
 from diffdistill.models.teachers.sd import StableDiffusionUNet
-from diffdistill.networks.negative import NegativePrompt, steer_away, text_attention
+from diffdistill.networks.negative_prompts import NegativePrompt, steer_away, text_attention
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import find_config, load_config
 from diffdistill.training.ema import EMA, EMAConfig

@@ -13,15 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of, freeze
 from diffdistill.diffusion.path import EDM
-from diffdistill.distillation.method import Setting
+from diffdistill.distillation.method import Problem
 from diffdistill.methods.pretrain import Pretrain
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks import DiTConfig, UNetConfig
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.settings.schema import UserError
-from diffdistill.training.memory.memory import plan_memory
-from diffdistill.training.memory.offload import offload
+from diffdistill.training.memory.prediction import plan_memory
 from diffdistill.training.setup import prepare_once
+from diffdistill.training.speed.offload import offload
 from diffdistill.training.trainer import Trainer
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -118,7 +118,7 @@ def test_the_gradient_through_an_offloaded_network_is_the_same(
     expected, x.grad = x.grad, None
     offload(teacher, CPU)
     # As if every weight were elsewhere: the layer has another parameter for its call.
-    monkeypatch.setattr("diffdistill.training.memory.offload._is_elsewhere", lambda *_: True)
+    monkeypatch.setattr("diffdistill.training.speed.offload._is_elsewhere", lambda *_: True)
     if recomputed:
         set_recompute(teacher)
     call(teacher, x).square().sum().backward()
@@ -167,12 +167,12 @@ def test_a_method_prepares_with_all_networks_on_the_gpu(monkeypatch: pytest.Monk
     places: dict[Denoiser, torch.device] = {}
 
     class Looks(Pretrain):
-        def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+        def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
             assert places == {teacher: GPU, generator: GPU}
             return {}
 
     monkeypatch.setattr(Denoiser, "to", lambda net, device: places.update({net: torch.device(device)}))
     teacher, generator = make_teacher("unet"), make_teacher("unet")
-    setting = Setting((1, 8, 8), 3, EDM(), teacher=teacher, initial={"generator": generator})
-    prepare_once(tmp_path / "prepared", Looks(), setting, 0, is_kept=False, device=GPU)
+    problem = Problem((1, 8, 8), 3, EDM(), teacher=teacher, initial={"generator": generator})
+    prepare_once(tmp_path / "prepared", Looks(), problem, 0, is_kept=False, device=GPU)
     assert places == {teacher: GPU, generator: CPU}

@@ -8,9 +8,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from exact import PATHS, STABLE_DIFFUSION, on_every_path
 from torch import Tensor
 
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM, Flow, Path, Prediction, VPCosine, VPDiscrete, VPLinear, karras_ratios
-from diffdistill.diffusion.timesteps import Karras, KarrasIndex
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import Karras, KarrasIndex
 from diffdistill.distillation.losses import DenoisingWeight, denoising_weight
 from diffdistill.settings.schema import UserError
 
@@ -24,7 +24,7 @@ def inner_times(path: Path, count: int = 7) -> Tensor:
 
 def noised(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x0, eps, t and x_t for seven small images."""
-    rng = Draws(0, 0, torch.arange(7))
+    rng = StepRandom(0, 0, torch.arange(7))
     x0, eps = (rng.normal(name, (2, 3), torch.float64) for name in ("x0", "eps"))
     t = inner_times(path)
     return x0, eps, t, path.diffuse(x0, eps, t)
@@ -210,7 +210,7 @@ def test_predictions_of_the_true_x0_are_the_true_eps_v_flow_and_conditional_scor
 @pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
 def test_denoising_weights_turn_the_x0_error_into_the_error_of_each_prediction(path: Path, kind: DenoisingWeight):
     x0, _, t, x_t = noised(path)
-    estimate = x0 + Draws(1, 0, torch.arange(7)).normal("error", (2, 3), torch.float64)
+    estimate = x0 + StepRandom(1, 0, torch.arange(7)).normal("error", (2, 3), torch.float64)
     error = path.from_x0(estimate, kind, x_t, t) - path.from_x0(x0, kind, x_t, t)
     weighted = denoising_weight(kind, path, t, 0.5)[:, None, None] * (estimate - x0) ** 2
     torch.testing.assert_close(weighted, error**2, rtol=1e-8, atol=0)

@@ -164,7 +164,7 @@ def poisoned(config: RunConfig, rank: int, factor: float) -> tuple[bool, dict[st
     before = [p.detach().clone() for p in trainer.trained["teacher"].parameters()]
     trainer.train_step(log)
     after = trainer.trained["teacher"].parameters()
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), trainer.guard.skips, log.lines
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), trainer.nonfinite.skips, log.lines
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
@@ -313,9 +313,9 @@ def test_one_process_alone_tells_nobody_anything(monkeypatch: pytest.MonkeyPatch
     alone.begin_equal([nn.Linear(1, 1)])
     alone.wait()
     done: list[int] = []
-    alone.first(partial(done.append, 1))
+    alone.on_main_first(partial(done.append, 1))
     assert done == [1]
-    assert (alone.gather(values) is values, alone.largest(3), alone.those(True), alone.those(False)) == (
+    assert (alone.gather(values) is values, alone.largest(3), alone.ranks_where(True), alone.ranks_where(False)) == (
         True,
         3,
         [0],

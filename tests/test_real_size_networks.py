@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from diffdistill.diffusion.augmentation import NUM_LABELS, augment, draw_motion
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.networks.dit import DiT, DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP, EDMUNet
 from diffdistill.settings.schema import UserError
@@ -212,7 +212,7 @@ def test_a_network_accepts_what_it_was_made_for(name):
     assert tiny(name).accepts == parts | {"label"}
     net = tiny(name, num_classes=0)
     assert net.accepts == parts
-    assert not net.knows_unconditional
+    assert not net.has_null_condition
     assert net(*inputs(net)).shape == (BATCH, *SHAPE)
 
 
@@ -291,8 +291,8 @@ def test_what_does_not_fit_is_refused(config, shape, message):
 # Augmentation
 
 
-def draws(count: int, first: int = 0) -> Draws:
-    return Draws(7, 3, torch.arange(first, first + count))
+def draws(count: int, first: int = 0) -> StepRandom:
+    return StepRandom(7, 3, torch.arange(first, first + count))
 
 
 def test_without_probability_augmentation_is_the_identity_bit_for_bit():

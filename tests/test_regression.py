@@ -9,11 +9,11 @@ from exact import one_gaussian
 from safetensors.torch import load_file
 from scenes import CLASSES, PATH, SHAPE, small_teacher
 
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import FewSteps, Heun
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.regression import Regression
-from diffdistill.models.model import find_checkpoint
+from diffdistill.models.load import find_checkpoint
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import select_group
 from diffdistill.training.config import RunConfig
@@ -23,8 +23,8 @@ MakeConfig = Callable[..., RunConfig]
 QUICK = ("method.pairs=12", "method.pair_sampler.num_steps=3", "train.steps=4")
 
 
-def setting_of(teacher=None) -> Setting:
-    return Setting(SHAPE, CLASSES, PATH, teacher=teacher or small_teacher().float())
+def setting_of(teacher=None) -> Problem:
+    return Problem(SHAPE, CLASSES, PATH, teacher=teacher or small_teacher().float())
 
 
 def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it():
@@ -39,8 +39,8 @@ def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it():
 def test_the_pairs_of_a_gaussian_are_its_closed_form():
     # The probability-flow ODE of N(m, s^2) in EDM's path: x = m + (x_T - m) s / sqrt(s^2 + sigma_max^2).
     teacher = one_gaussian(0.7, 0.5)
-    setting = Setting((1,), 0, teacher.path, teacher=teacher)
-    pairs = Regression(pairs=64, pair_sampler=Heun(num_steps=200)).prepare(setting, seed=0)
+    problem = Problem((1,), 0, teacher.path, teacher=teacher)
+    pairs = Regression(pairs=64, pair_sampler=Heun(num_steps=200)).prepare(problem, seed=0)
     top = float(teacher.path.sigma(torch.tensor([teacher.path.t_max], dtype=torch.float64)))
     expected = 0.7 + (pairs["noise"] * top - 0.7) * 0.5 / (0.25 + top**2) ** 0.5
     torch.testing.assert_close(pairs["image"].double(), expected.double(), atol=2e-3, rtol=2e-3)
@@ -49,7 +49,7 @@ def test_the_pairs_of_a_gaussian_are_its_closed_form():
 def test_the_loss_is_the_squared_distance_of_the_drawn_pairs():
     method, teacher = Regression(pairs=20, steps=FewSteps(init_ratio=4)), small_teacher().float()
     stored = method.prepare(setting_of(teacher), seed=0)
-    draw = method.draw(Draws(0, 0, torch.arange(6)), setting_of())
+    draw = method.draw(StepRandom(0, 0, torch.arange(6)), setting_of())
     loss = method.generator_loss(Players(generator=teacher), draw, Batch(torch.empty(0), stored=stored))
     picked = {name: value[draw["pair"]] for name, value in stored.items()}
     made = method.steps(teacher, picked["noise"], teacher.class_cond(picked["label"]))
@@ -69,7 +69,7 @@ def test_a_student_that_gives_the_stored_images_has_no_gradient():
 
 
 def test_every_pair_is_drawn():
-    draw = Regression(pairs=7).draw(Draws(0, 0, torch.arange(200)), setting_of())
+    draw = Regression(pairs=7).draw(StepRandom(0, 0, torch.arange(200)), setting_of())
     assert set(draw["pair"].tolist()) == set(range(7))
 
 
@@ -127,7 +127,7 @@ def test_several_steps_are_refused():
 
 def test_guidance_needs_a_teacher_that_knows_no_class():
     teacher = small_teacher()
-    teacher.net.knows_unconditional = False
+    teacher.net.has_null_condition = False
     with pytest.raises(UserError, match=r"method\.guidance: 2"):
         Regression(guidance=2.0).players(setting_of(teacher))
 

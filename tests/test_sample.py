@@ -13,16 +13,16 @@ from stand_ins import save_stand_in
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.commands.export_command import ExportOptions, export
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
 from diffdistill.diffusion.steps import with_steps
 from diffdistill.export.record import guidance_of
+from diffdistill.export.run import ExportOptions, export
 from diffdistill.exported import sample
-from diffdistill.exported.imagers import CodeImager, open_imager
+from diffdistill.exported.image_generators import CodeImageGenerator, open_image_generator
 from diffdistill.exported.sample import SampleOptions, run_sample, teacher_of
-from diffdistill.inference.model_imager import Asked, ModelImager
-from diffdistill.models.model import load_model
+from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
+from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 
 FOXES = ("a red fox", "two blue birds")
@@ -53,7 +53,7 @@ def exported(run: Path, kind: Any) -> Path:
 
 
 def images(place: Path, count: int = 4, **asked: Any) -> torch.Tensor:
-    return open_imager(str(place), Asked(**asked))(torch.arange(count))
+    return open_image_generator(str(place), SampleRequest(**asked))(torch.arange(count))
 
 
 def sampled(*arguments: object) -> Any:
@@ -68,7 +68,7 @@ def test_an_exported_folder_makes_the_runs_images(text_run: Path, kind: str) -> 
 
 
 def test_an_image_is_of_its_number_alone_and_prompts_take_turns(text_run: Path) -> None:
-    imager = open_imager(str(text_run), Asked(prompts=FOXES))
+    imager = open_image_generator(str(text_run), SampleRequest(prompts=FOXES))
     whole = imager(torch.arange(5))
     torch.testing.assert_close(imager(torch.tensor([3, 4])), whole[3:], atol=1e-5, rtol=0)
     other = images(text_run, 5, prompts=(FOXES[0], "a hat"))
@@ -81,15 +81,15 @@ def test_a_class_conditional_folder_makes_the_runs_images(class_run: Path) -> No
     for labels in ((), (3, 7)):
         made, own = (images(place, 12, seed=2, labels=labels, trusts_code=True) for place in (folder, class_run))
         torch.testing.assert_close(made, own.clamp(-1, 1), atol=1e-5, rtol=0)
-    imager = open_imager(str(folder), Asked(num_steps=3, trusts_code=True))
-    assert isinstance(imager, CodeImager)
+    imager = open_image_generator(str(folder), SampleRequest(num_steps=3, trusts_code=True))
+    assert isinstance(imager, CodeImageGenerator)
     assert imager.num_evaluations == 3
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 8])
 def test_the_number_of_calls_is_the_one_asked_for(class_run: Path, num_steps: int) -> None:
-    imager = open_imager(str(class_run), Asked(num_steps=num_steps))
-    assert isinstance(imager, ModelImager)
+    imager = open_image_generator(str(class_run), SampleRequest(num_steps=num_steps))
+    assert isinstance(imager, ModelImageGenerator)
     calls = []
     imager.model.denoiser.net.register_forward_hook(lambda *_: calls.append(1))
     imager(torch.arange(2))
@@ -122,7 +122,7 @@ def test_few_steps_keep_their_start_and_go_down_evenly() -> None:
 
 
 def test_the_teachers_images_are_of_the_same_noise(class_run: Path, tmp_path: Path) -> None:
-    options = SampleOptions(Asked(seed=5), tmp_path / "both.png", count=6, has_teacher=True, teacher_steps=5)
+    options = SampleOptions(SampleRequest(seed=5), tmp_path / "both.png", count=6, has_teacher=True, teacher_steps=5)
     teacher, student = run_sample(str(class_run), options)
     assert (teacher.name, student.name) == ("teacher", "student")
     assert torch.equal(teacher.images, images(class_run.with_name("mlp"), 6, seed=5, num_steps=5))
@@ -134,7 +134,7 @@ def test_the_teachers_images_are_of_the_same_noise(class_run: Path, tmp_path: Pa
 
 
 def test_a_caption_is_never_cut(class_run: Path, tmp_path: Path) -> None:
-    options = SampleOptions(Asked(), tmp_path / "both.png", count=1, has_teacher=True, teacher_steps=5)
+    options = SampleOptions(SampleRequest(), tmp_path / "both.png", count=1, has_teacher=True, teacher_steps=5)
     made = run_sample(str(class_run), options)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     needed = sum(pen.textlength(one.caption) for one in made)
@@ -194,7 +194,7 @@ def test_the_code_of_a_folder_does_not_run_unless_it_is_trusted(class_run: Path,
     folder = shutil.copytree(exported(class_run, "self-contained"), tmp_path / "planted")
     (folder / "pipeline.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="look at it, and add --trust-code"):
-        open_imager(str(folder), Asked())
+        open_image_generator(str(folder), SampleRequest())
     assert not (tmp_path / "ran").exists()
 
 
@@ -203,7 +203,7 @@ def test_a_damaged_record_is_named(class_run: Path, tmp_path: Path) -> None:
     for text, said in (("{", "cannot be read"), ('{"kind": "stock"}', "version: is required")):
         (folder / "diffdistill.json").write_text(text)
         with pytest.raises(UserError, match=said):
-            open_imager(str(folder), Asked(trusts_code=True))
+            open_image_generator(str(folder), SampleRequest(trusts_code=True))
 
 
 def test_a_pipeline_of_diffusers_is_sampled_as_it_is(tmp_path: Path) -> None:
@@ -211,6 +211,6 @@ def test_a_pipeline_of_diffusers_is_sampled_as_it_is(tmp_path: Path) -> None:
     made = images(place, 2, labels=(5,), num_steps=2)
     model = load_model(place)
     expected = replace(model, spec=replace(model.spec, sampler=DDIM(num_steps=2)))
-    assert torch.equal(made, ModelImager(expected, Asked(labels=(5,)))(torch.arange(2)))
+    assert torch.equal(made, ModelImageGenerator(expected, SampleRequest(labels=(5,)))(torch.arange(2)))
     assert made.shape == (2, 3, 16, 16)
     assert sample.read_record(place) is None

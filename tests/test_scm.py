@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM, Path, expand
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.scm import SCM, angle, consistency
 from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.settings.schema import UserError
@@ -187,8 +187,8 @@ def test_the_teacher_is_guided_and_the_student_s_class_reaches_both():
 
 @pytest.mark.parametrize(("step", "ramp"), [(0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0)])
 def test_the_ramp_rises_over_the_warm_up(step, ramp):
-    setting = Setting((1, 2, 2), 0, EDM())
-    assert SCM(warmup=10).draw(Draws(0, step, torch.arange(BATCH)), setting)["ramp"] == ramp
+    problem = Problem((1, 2, 2), 0, EDM())
+    assert SCM(warmup=10).draw(StepRandom(0, step, torch.arange(BATCH)), problem)["ramp"] == ramp
 
 
 def test_guidance_without_a_meaning_is_refused():

@@ -11,10 +11,10 @@ from scenes import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, scene
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import Path as NoisePath
 from diffdistill.diffusion.path import expand
-from diffdistill.distillation.method import Method, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Method, Problem
 from diffdistill.distillation.score_distillation import (
     fake_sample,
     judged_sample,
@@ -33,9 +33,9 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 @every_method
 def test_a_sample_s_numbers_do_not_depend_on_its_batch(method: Method) -> None:
-    setting = Setting(SHAPE, CLASSES, PATH)
-    whole = method.draw(Draws(0, 4, torch.arange(BATCH)), setting)
-    parts = [method.draw(Draws(0, 4, index), setting) for index in torch.arange(BATCH).split(2)]
+    problem = Problem(SHAPE, CLASSES, PATH)
+    whole = method.draw(StepRandom(0, 4, torch.arange(BATCH)), problem)
+    parts = [method.draw(StepRandom(0, 4, index), problem) for index in torch.arange(BATCH).split(2)]
     for name, value in whole.items():
         joined = parts[0][name] if value.ndim == 0 else torch.cat([part[name] for part in parts])
         assert torch.equal(value, joined), name
@@ -43,7 +43,7 @@ def test_a_sample_s_numbers_do_not_depend_on_its_batch(method: Method) -> None:
 
 @every_method
 def test_the_numbers_of_a_step_are_all_different(method: Method) -> None:
-    draw = method.draw(Draws(0, 0, torch.arange(BATCH)), Setting(SHAPE, CLASSES, PATH))
+    draw = method.draw(StepRandom(0, 0, torch.arange(BATCH)), Problem(SHAPE, CLASSES, PATH))
     drawn = [value.double().numpy().tobytes() for value in draw.values() if value.is_floating_point()]
     assert len(set(drawn)) == len(drawn)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from exact import on_every_path
 
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import EDM, Path, VPDiscrete
 from diffdistill.diffusion.sampling import DDIM
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.segments import Stage, draw_jump, pick, segment_edges, segment_of, stage_at, stage_starts
 
 BATCH = torch.arange(2000)
@@ -16,7 +16,7 @@ ALL = Stage(segments=1)
 
 
 def jumps(path: Path, stage: Stage, ends: str, num_steps: int = 8) -> dict[str, torch.Tensor]:
-    return draw_jump(Draws(0, 0, BATCH), path, stage, DDIM(num_steps=num_steps), ends)  # type: ignore[arg-type]
+    return draw_jump(StepRandom(0, 0, BATCH), path, stage, DDIM(num_steps=num_steps), ends)  # type: ignore[arg-type]
 
 
 def test_the_lower_edge_is_strictly_smaller_for_all_grids_and_segments():

@@ -20,15 +20,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.diffusion.conditions import Conditions
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.distillation.averages import follow
 from diffdistill.distributed.parts import has_parts, whole
 from diffdistill.distributed.processes import find_processes
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.eval.records import read_records
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
@@ -132,8 +132,8 @@ def bytes_held(config: RunConfig) -> dict[str, int]:
     trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer._prepare()
     trainer.train_step()
-    assert trainer.setting.teacher is not None
-    modules = {"teacher": trainer.setting.teacher, "ema": trainer.emas["ema"].module, **trainer.trained}
+    assert trainer.problem.teacher is not None
+    modules = {"teacher": trainer.problem.teacher, "ema": trainer.emas["ema"].module, **trainer.trained}
     states = {name: module.state_dict() for name, module in modules.items()}
     states["optimizers"] = trainer._state.tensors()["optimizers"]
     return {name: sum(map(local_bytes, state.values())) for name, state in states.items()}
@@ -160,7 +160,7 @@ def families() -> list[Any]:
     ]
 
 
-def asked_for(denoiser: Denoiser, conditions: Conditions | None) -> list[Tensor]:
+def asked_for(denoiser: Denoiser, conditions: PromptTable | None) -> list[Tensor]:
     """D, the tap, both at once and the gradient by all, for some noise."""
     denoiser.conditions = conditions
     side = 32 if "Sana" in type(denoiser.net).__name__ else 8
@@ -352,7 +352,7 @@ def test_what_could_not_be_gathered_can_be_gathered_again(
 
     command = ["gather", in_parts.run, "--out", str(tmp_path / "whole")]
     with monkeypatch.context() as patched:
-        patched.setattr("diffdistill.storage.checkpoint.write_tensors", full)
+        patched.setattr("diffdistill.storage.atomic.write_tensors", full)
         assert "the disk is full" in CliRunner().invoke(app, command).output
     assert CliRunner().invoke(app, command).exit_code == 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffdistill.data.shards import MakeRows, Shard, _mapped, build_table, files_key
 from diffdistill.settings.schema import UserError
-from diffdistill.storage.checkpoint import is_disk_full
+from diffdistill.storage.atomic import is_disk_full
 
 COUNT, SHARD = 10, 3
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import Flow, Path
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.distillation.score_distillation import TIME_POWERS, sample_weight
 from diffdistill.methods.sid import SiD, score_identity
 from diffdistill.settings.schema import UserError
@@ -284,7 +284,7 @@ class Told(nn.Module):
     """A network that is told of augmentation, and keeps what it was told."""
 
     accepts = frozenset({"label", "augmentation"})
-    num_classes, knows_unconditional, resolution_multiple = CLASSES, True, 1
+    num_classes, has_null_condition, resolution_multiple = CLASSES, True, 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,9 +298,9 @@ class Told(nn.Module):
 
 def test_the_fake_score_alone_is_told_of_augmentation_and_in_its_own_loss_alone() -> None:
     method = SiD(fake_augment=1.0)
-    setting = Setting(SHAPE, CLASSES, PATH, teacher=Denoiser(Told(), PATH, "edm"))
-    players = Players(teacher=setting.teacher, **method.players(setting))
-    draw = method.draw(Draws(0, 0, torch.arange(BATCH)), setting)
+    problem = Problem(SHAPE, CLASSES, PATH, teacher=Denoiser(Told(), PATH, "edm"))
+    players = Players(teacher=problem.teacher, **method.players(problem))
+    draw = method.draw(StepRandom(0, 0, torch.arange(BATCH)), problem)
     method.fake_loss(players, draw, Batch(torch.empty(0)))
     method.generator_loss(players, draw, Batch(torch.empty(0)))
     first, second = players.fake.net.told

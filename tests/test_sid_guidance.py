@@ -10,7 +10,7 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.distillation.losses import denoising_loss
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.sid import SiD
 from diffdistill.networks.analytic import Mixture, mixture_denoiser
 from diffdistill.settings.schema import UserError
@@ -146,6 +146,6 @@ def test_a_sample_keeps_its_class_in_the_image_that_the_fake_score_sees_without(
 @pytest.mark.parametrize("name", sorted(GUIDED))
 def test_a_scale_is_refused_by_name_with_a_teacher_that_always_saw_its_class(name: str) -> None:
     teacher = small_teacher()
-    teacher.net.knows_unconditional = False
+    teacher.net.has_null_condition = False
     with pytest.raises(UserError, match=rf"method.{name}: 2.0 needs a teacher trained with class_dropout > 0"):
-        SiD(**{name: 2.0}).players(Setting(SHAPE, CLASSES, PATH, teacher=teacher))
+        SiD(**{name: 2.0}).players(Problem(SHAPE, CLASSES, PATH, teacher=teacher))

@@ -11,8 +11,8 @@ from test_trainer import ACCUMULATION, trained, weights
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.draws import Draws
-from diffdistill.distillation.method import Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Problem
 from diffdistill.methods import sid
 from diffdistill.methods.sid import SiD, bottleneck_logits
 from diffdistill.training.trainer import Trainer
@@ -84,8 +84,8 @@ def test_without_a_gan_no_real_image_and_no_bottleneck_is_asked_for() -> None:
 @pytest.mark.parametrize(("step", "is_on"), [(24, False), (25, True)])
 def test_the_adversarial_share_begins_after_so_many_images(step: int, is_on: bool) -> None:
     method = replace(METHOD, gan_start_images=200)
-    setting = Setting(SHAPE, CLASSES, PATH, teacher=small_teacher(), batch_size=8)
-    draw = method.draw(Draws(0, step, torch.arange(step * 8, step * 8 + BATCH)), setting)
+    problem = Problem(SHAPE, CLASSES, PATH, teacher=small_teacher(), batch_size=8)
+    draw = method.draw(StepRandom(0, step, torch.arange(step * 8, step * 8 + BATCH)), problem)
     assert bool(draw["is_gan_on"]) == is_on
     players, numbers, batch = scene(method)
     assert ("gan" in method.generator_loss(players, numbers | {"is_gan_on": draw["is_gan_on"]}, batch).logs) == is_on

@@ -19,8 +19,8 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM
 from diffdistill.exported.sample import SampleOptions, run_sample
-from diffdistill.inference.model_imager import Asked
-from diffdistill.models.model import load_model
+from diffdistill.inference.image_generator import SampleRequest
+from diffdistill.models.load import load_model
 from diffdistill.networks import ADM, DDPMPP, DiffusersUNetConfig, DiTConfig, MLPConfig, UNetConfig
 from diffdistill.networks.analytic import Mixture
 from diffdistill.networks.recompute import set_recompute
@@ -30,8 +30,8 @@ from diffdistill.storage.checkpoint import Checkpoint, load_checkpoint, save_che
 from diffdistill.training.config import OptimizerConfig, RunConfig
 from diffdistill.training.ema import EMA, EMAConfig
 from diffdistill.training.memory.counting import SavedTensors
-from diffdistill.training.memory.speed import SpeedConfig, apply_speed, store_in_bf16
 from diffdistill.training.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from diffdistill.training.speed.options import SpeedConfig, apply_speed, store_in_bf16
 from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -337,7 +337,7 @@ def test_the_first_average_samples_and_the_others_load_by_name(make_config: Make
         state = {f"{group}.{name}": value for name, value in found.denoiser.state_dict().items()}
         assert_same(state, {name: value for name, value in expected.items() if name.startswith(f"{group}.")})
     picture = Path(trainer.folder) / "long.png"
-    run_sample(str(folder), SampleOptions(Asked(ema="long"), picture, count=1))
+    run_sample(str(folder), SampleOptions(SampleRequest(ema="long"), picture, count=1))
     assert picture.exists()
     with pytest.raises(UserError, match=r"no average 'short' beside `ema`; there are: long"):
         load_model(folder, ema="short")

@@ -24,7 +24,7 @@ def linked(file: Path) -> bool:
 COMMAND_FILES = ("image_commands", "checkpoint_commands", "eval_commands")
 LIGHT = (
     "diffdistill.settings.terminal",
-    "diffdistill.commands.faults",
+    "diffdistill.commands.exit_codes",
     *(f"diffdistill.{name}" for name in COMMAND_FILES),
 )
 CORE = sorted((ROOT / "diffdistill").glob("*.py"))
@@ -97,7 +97,7 @@ def test_data_and_networks_know_no_methods(file: Path) -> None:
 def test_export_knows_nothing_of_what_samples_exported_folders(file: Path) -> None:
     assert (
         reaches(
-            file, "diffdistill.exported.imagers", "diffdistill.exported.sample", "diffdistill.commands.image_commands"
+            file, "diffdistill.exported.image_generators", "diffdistill.exported.sample", "diffdistill.commands.images"
         )
         == set()
     )

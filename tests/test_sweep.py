@@ -21,7 +21,7 @@ from diffdistill.distributed.stopping import TrainingError
 from diffdistill.eval import digits
 from diffdistill.eval.protocols import DIGITS_PIXELS
 from diffdistill.inference.draw import sample_images
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.training.config import RunConfig, load_config
 from diffdistill.training.reports import log
 from diffdistill.training.reports.log import RunLog

@@ -17,7 +17,7 @@ from stand_ins import save_sentence_encoder, save_stand_in
 from torch import Tensor, nn
 
 from diffdistill.data.source import LatentImages, NoImages
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.models.teachers import Pipeline, open_pipeline
 from diffdistill.settings.schema import UserError
 from diffdistill.training import inputs, setup
@@ -75,7 +75,7 @@ def test_prompts_alone_train_a_method_that_needs_no_images(shared: Path, tmp_pat
     before = weights(trainer)
     trainer.run()
     assert isinstance(trainer.source, NoImages)
-    assert trainer.setting.num_classes == 3
+    assert trainer.problem.num_classes == 3
     after = weights(trainer)
     # The generator moves from its third iteration on: the fake score begins as the teacher.
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("fake"))
@@ -115,7 +115,7 @@ def test_captioned_images_become_latents_of_the_teacher_s_vae(shared: Path, tmp_
         mean, more = (pipeline.family.to_latents(vae, images, torch.full((3, 4, 8, 8), eps)) for eps in (0.0, 1.0))
     # One sample of the posterior: so many deviations from its mean, the noise of the image's number.
     eps = (trainer.source.rows(torch.arange(3)) - mean) / (more - mean)
-    expected = inputs.Draws(inputs.LATENT_SEED, 0, torch.arange(3)).normal("latents", (4, 8, 8))
+    expected = inputs.StepRandom(inputs.LATENT_SEED, 0, torch.arange(3)).normal("latents", (4, 8, 8))
     torch.testing.assert_close(eps, expected, rtol=0, atol=1e-2)
     trainer.run()
 
@@ -214,7 +214,7 @@ def test_a_network_of_our_own_learns_from_sentences_and_is_distilled(shared: Pat
     Trainer(own, quiet=True).run()
     teacher = load_model(tmp_path / "teacher")
     assert (teacher.spec.text_encoder, teacher.spec.num_classes) == (str(encoder), 0)
-    assert teacher.denoiser.net.knows_unconditional
+    assert teacher.denoiser.net.has_null_condition
     prompts = f"data={json.dumps({'name': 'prompts', 'path': str(shared / 'prompts.txt')})}"
     student = small_config(
         "dmd2", tmp_path / "run", prompts, *TINY, *DATA_FREE, "method.guidance=2", teacher=tmp_path / "teacher"

@@ -9,7 +9,7 @@ from exact import STABLE_DIFFUSION, numbers, on_every_path
 
 from diffdistill.diffusion.path import EDM, Flow, Path, VPDiscrete
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.timesteps import LogitNormal, LogNormal, Uniform, UniformInteger
+from diffdistill.diffusion.time_distributions import LogitNormal, LogNormal, Uniform, UniformInteger
 from diffdistill.distillation.method import Method
 from diffdistill.training.config import find_config, load_config
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffdistill.data.pictures import CAPTION_HEIGHT, GAP
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.distillation.method import Batch, Draw, Loss, Players
 from diffdistill.distributed.stopping import TrainingError
@@ -22,7 +23,6 @@ from diffdistill.networks.discriminator import Head
 from diffdistill.training.config import OptimizerConfig, RunConfig
 from diffdistill.training.optimizers import learning_rate
 from diffdistill.training.reports.log import RunLog
-from diffdistill.training.reports.preview import CAPTION_HEIGHT, GAP
 from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]

@@ -17,7 +17,7 @@ from ring import (
     _mlp,
     _one_hot,
     measure_ring,
-    ring_setting,
+    ring_problem,
     ring_teacher,
     trained_generator,
 )
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import DDIM, TCD, OneCall, Sampler
-from diffdistill.diffusion.timesteps import Karras
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import Karras
 from diffdistill.distillation.segments import Stage
 from diffdistill.methods.boot import Boot
 from diffdistill.methods.hyper_sd import HyperSD
@@ -52,7 +52,7 @@ class RingSignal(nn.Module):
 
     accepts = frozenset({"label"})
     num_classes = NUM_CLASSES
-    knows_unconditional = True
+    has_null_condition = True
     resolution_multiple = 1
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Sampled(nn.Module):
 @torch.no_grad()
 def arrival(student: nn.Module, sampler: Sampler) -> Arrival:
     """Where the student's one call arrives."""
-    rng, label = Draws(5, 0, torch.arange(2000)), torch.arange(2000) % NUM_CLASSES
+    rng, label = StepRandom(5, 0, torch.arange(2000)), torch.arange(2000) % NUM_CLASSES
     noise, cond = rng.normal("z", (2,)), Cond(label=label)
     made = sampler(student, noise, cond).double()  # type: ignore[arg-type]
     wanted = SOLVER(ring_teacher(), noise.double(), cond)
@@ -90,7 +90,7 @@ def test_hyper_sd_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
     steps = TCD(num_steps=1, eta=0, grid=SOLVER)
     stages = tuple(Stage(segments=k, num_steps=150) for k in (4, 2, 1))
     method = HyperSD(stages=stages, steps=steps, stage_teacher="base", ends="fixed", target_decay=0.9)
-    setting = ring_setting(method)
+    setting = ring_problem(method)
     start = setting.initial["fake"]  # fitted to the teacher
     assert not arrival(start, steps).passes
     setting = replace(setting, initial={"generator": start})
@@ -100,7 +100,7 @@ def test_hyper_sd_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
 
 def test_boot_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
     method = Boot(time_law=Karras(ratio_min=PATH.sigma_min, ratio_max=PATH.sigma_max), delta=0.1)
-    setting = ring_setting(method)
+    setting = ring_problem(method)
     torch.manual_seed(0)
     student = Denoiser(RingSignal(), PATH, "x0")
     assert not arrival(student, OneCall()).passes

@@ -11,7 +11,7 @@ from diffdistill.diffusion.cond import NO_COND
 from diffdistill.diffusion.sampling import TCD, OneCall
 from diffdistill.distillation.rewards import Feedback, contrast, find_reward, register, sharpness
 from diffdistill.inference.draw import sample_images
-from diffdistill.models.model import load_model, load_players
+from diffdistill.models.load import load_model, load_players
 from diffdistill.settings.schema import UserError
 from diffdistill.training.trainer import Trainer
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
-from diffdistill.distillation.method import Batch, Players, Setting
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.msd import MSD
 from diffdistill.methods.tsm import TSM
-from diffdistill.models.model import find_checkpoint
+from diffdistill.models.load import find_checkpoint
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig
@@ -27,7 +27,7 @@ MakeConfig = Callable[..., RunConfig]
 
 
 def scene(student: Denoiser, method: TSM) -> tuple[Players, dict[str, Tensor], Batch]:
-    draw = method.draw(Draws(0, 0, torch.arange(12)), Setting(SHAPE, CLASSES, PATH))
+    draw = method.draw(StepRandom(0, 0, torch.arange(12)), Problem(SHAPE, CLASSES, PATH))
     batch = Batch(random(12, *SHAPE), Cond(label=torch.arange(12) % CLASSES))
     return Players(teacher=small_teacher(), student=student), draw | {"eps": draw["eps"].double()}, batch
 
@@ -113,7 +113,7 @@ def test_a_student_of_several_can_be_score_matched_on_its_classes(make_config: M
     single = make_config("tsm")
     method = MSD(base=single.method, num_students=2, student_index=1)
     trainer = Trainer(replace(single, method=method), quiet=True)
-    assert trainer.setting.classes == (5, 6, 7, 8, 9)
+    assert trainer.problem.classes == (5, 6, 7, 8, 9)
     trainer.run()
 
 

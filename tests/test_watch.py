@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import MakeConfig
 
-from diffdistill.eval import watch
+from diffdistill.eval import evaluator as watch
 from diffdistill.eval.records import Values, read_records
 from diffdistill.eval.run import Evaluation, evaluate
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import load_checkpoint
 from diffdistill.training.trainer import Trainer
@@ -99,9 +99,9 @@ def test_of_a_share_more_is_better(make_config: MakeConfig, scores: dict[int, fl
     config = make_config("dmd2", "train.steps=4", EVAL, *MANY)
     trainer = Trainer(config, quiet=True)
     trainer.run()
-    assert trainer.watch.best(4) == "step-00000002"
+    assert trainer.evaluator.best(4) == "step-00000002"
     (first, second) = read_records(Path(config.run) / "eval.jsonl")
-    by_recall = replace(trainer.watch, best_by="recall")  # type: ignore[type-var]
+    by_recall = replace(trainer.evaluator, best_by="recall")  # type: ignore[type-var]
     first = replace(first, metrics=first.metrics | {"recall": Values.of([0.1])})
     second = replace(second, metrics=second.metrics | {"recall": Values.of([0.3])})
     assert by_recall._best_step([first, second]) == 4

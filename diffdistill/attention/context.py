@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,27 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from diffdistill.attention.backends import Backend, check_backend, was_measured
-
-
-@dataclass
-class _State:
-    """backend: of the innermost `use_attention`.  inside: whether a call of torch's attention is our own."""
-
-    backend: Backend = "auto"
-    inside: bool = False
-
-
-_state = _State()
-
-
-def current_backend() -> Backend:
-    """The backend of the innermost `use_attention`; auto outside of all."""
-    return _state.backend
-
-
-def is_dual(x: Tensor) -> bool:
-    """Whether a tensor has a tangent."""
-    return forward_ad.unpack_dual(x).tangent is not None
+from diffdistill.attention.state import _state, current_backend, is_dual
 
 
 def reaching(*inputs: Tensor) -> AbstractContextManager[Any]:
@@ -43,16 +22,6 @@ def reaching(*inputs: Tensor) -> AbstractContextManager[Any]:
     """
     may_differ = was_measured(inputs[0].device) or any(map(is_dual, inputs))
     return use_attention(current_backend()) if may_differ else nullcontext()
-
-
-@contextmanager
-def inside() -> Iterator[None]:
-    """Calls of torch's attention from here are our own, and stay torch's."""
-    before, _state.inside = _state.inside, True
-    try:
-        yield
-    finally:
-        _state.inside = before
 
 
 class use_attention(TorchFunctionMode):  # noqa: N801 - a context, as torch's own are named

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.attention import kernels, ops
 from diffdistill.attention.backends import Backend, Options, check_backend, no_kernels, run, say_once, unfit
-from diffdistill.attention.context import current_backend, inside, is_dual
+from diffdistill.attention.state import current_backend, inside, is_dual
 from diffdistill.settings.schema import UserError
 
 

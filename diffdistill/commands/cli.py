@@ -8,10 +8,10 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from diffdistill import __version__
-from diffdistill.commands.checkpoint_commands import gather, import_edm, join
-from diffdistill.commands.eval_commands import evaluate, leaderboard, reference, report
-from diffdistill.commands.faults import guarded
-from diffdistill.commands.image_commands import export, sample
+from diffdistill.commands.checkpoints import gather, import_edm, join
+from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
+from diffdistill.commands.exit_codes import guarded
+from diffdistill.commands.images import export, sample
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.terminal import Console
 
@@ -103,7 +103,7 @@ class _Start(NamedTuple):
 def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str | None) -> None:
     from diffdistill.settings.schema import UserError
     from diffdistill.training.config import find_config, load_config
-    from diffdistill.training.memory.within_memory import run_within_memory
+    from diffdistill.training.memory.oom_retry import run_with_oom_retry
 
     parsed = load_config(find_config(config), overrides or ())
     if only and parsed.method.name != only:
@@ -111,7 +111,7 @@ def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str
     for option in ("checkpoint", "allow_changes"):
         if getattr(start, option) and not start.resume:
             raise UserError(f"--{option.replace('_', '-')}: goes with --resume")
-    done = run_within_memory(parsed, resume=start.checkpoint or start.resume, may_differ=start.allow_changes)
+    done = run_with_oom_retry(parsed, resume=start.checkpoint or start.resume, allow_changes=start.allow_changes)
     if this_rank() == 0:
         console.print(f"done: {done}", highlight=False, soft_wrap=True)
 

@@ -5,15 +5,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
+from diffdistill.data.pictures import save_grid
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.eval.digits import Row, bootstrap_floor, evaluate, print_table
 from diffdistill.inference.draw import sample_images
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
-from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.training.config import find_config, load_config
-from diffdistill.training.reports.preview import save_grid
 from diffdistill.training.trainer import Trainer
 
 FAST = ("train.steps=40", "train.checkpoint_every=20", "train.preview_every=40", "train.log_every=10")
@@ -59,7 +59,7 @@ def evaluate_run(
     model = load_model(place)
     if model.spec.image_shape != (1, 8, 8) or model.spec.num_classes != 10:
         raise UserError(f"{place}: the protocol digits-pixels is for 1 x 8 x 8 images of 10 classes")
-    if guidance != 1 and not model.denoiser.net.knows_unconditional:
+    if guidance != 1 and not model.denoiser.net.has_null_condition:
         raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
     return evaluate(model.denoiser, sampler or model.spec.sampler, name=name or place, guidance=guidance, seed=seed)
 

@@ -15,7 +15,7 @@ from diffdistill.settings.terminal import Console
 
 if TYPE_CHECKING:
     from diffdistill.training.config import RunConfig
-    from diffdistill.training.memory.memory import MemoryPlan, Rehearsal
+    from diffdistill.training.memory.prediction import MemoryPlan, Rehearsal
     from diffdistill.training.trainer import Trainer
 
 # torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
@@ -65,7 +65,7 @@ def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iter
     """
     from torch import OutOfMemoryError
 
-    from diffdistill.training.memory.memory import plan_memory, rehearse, show_bytes
+    from diffdistill.training.memory.prediction import plan_memory, rehearse, show_bytes
     from diffdistill.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as nowhere:  # the run's own folder may hold a run already
@@ -184,8 +184,8 @@ def _device_memory(trainer: "Trainer") -> int:
 
 
 def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int) -> Finding:
-    from diffdistill.training.memory.memory import show_bytes
-    from diffdistill.training.memory.memory_advice import advise
+    from diffdistill.training.memory.advice import advise
+    from diffdistill.training.memory.prediction import show_bytes
 
     kept = f"{show_bytes(plan.peak_activations)} of activations for {plan.micro_batch_size} samples"
     text = f"{show_bytes(plan.total)} of {show_bytes(memory)}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
@@ -217,7 +217,7 @@ def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:
 
 
 def _both(predicted: int, counted: int) -> str:
-    from diffdistill.training.memory.memory import show_bytes
+    from diffdistill.training.memory.prediction import show_bytes
 
     if predicted == counted:
         return f"{show_bytes(predicted)} as predicted"

@@ -27,7 +27,8 @@ from diffdistill.distributed.stopping import StopRequested, TrainingError
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console, hide_secrets
 from diffdistill.settings.values import apply_overrides, dump, parse_yaml, read_yaml
-from diffdistill.storage.checkpoint import list_checkpoints, write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
+from diffdistill.storage.checkpoint import list_checkpoints
 from diffdistill.training.config import RunConfig, parse_config
 from diffdistill.training.reports.curves import band_of, read_metrics
 from diffdistill.training.reports.log import METRICS, WARNINGS

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from diffdistill.data.pictures import GAP, tile
 from diffdistill.inference.draw import sample_images
-from diffdistill.models.model import load_model
+from diffdistill.models.load import load_model
 from diffdistill.training.reports.curves import FAINT, HEALTHY, INK, OUTSIDE, band_of, save_figure, tidy
 from diffdistill.training.reports.health import Band
-from diffdistill.training.reports.preview import GAP, tile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

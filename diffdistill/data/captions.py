@@ -1,7 +1,8 @@
 """Captions: prompts, with the image of each where there are some. Text is UTF-8 and nothing else.
 
 What captions are, and the reading and checking of them that all data sets share: `prompts`, `captioned_images`,
-`web_dataset`, `huggingface`. Encoders meet them in `diffdistill.training.inputs`; a protocol's are `diffdistill.eval.captions`.
+`web_dataset`, `huggingface`. Encoders meet them in `diffdistill.models.encoders`; a protocol's are in
+`diffdistill.eval.captions`.
 """
 
 import csv

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.source import ImageSource
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.settings.schema import UserError
 
 KEPT_EPOCHS = 4  # permutations held at a time: this step's, and the next one's when an epoch ends between them
@@ -48,7 +48,7 @@ class DataOrder:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
-            seed = Draws(self.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed("data order")
+            seed = StepRandom(self.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed("data order")
             order = self.members[torch.randperm(len(self.members), generator=torch.Generator().manual_seed(seed))]
             kept = list(self._permutations.items())[1 - KEPT_EPOCHS :]
             self._permutations = dict([*kept, (epoch, order)])

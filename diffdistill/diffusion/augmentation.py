@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.settings.schema import UserError
 
 NUM_LABELS = 9
@@ -29,7 +29,7 @@ def check_augmentation(denoiser: Denoiser, name: str, probability: float) -> Non
         )
 
 
-def draw_motion(rng: Draws, probability: float) -> Tensor:
+def draw_motion(rng: StepRandom, probability: float) -> Tensor:
     """What happens to each image, [B, 8] float64: x-flip and y-flip (0 or 1), scale, angle, the angle of the stretch,
     stretch, x- and y-translation. Zero is "nothing".
 

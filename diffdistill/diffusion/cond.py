@@ -15,7 +15,7 @@ class Cond:
     text: [B, L, C] token embeddings.  text_mask: [B, L], bool or int64, which of them count.  pooled_text: [B, C].
     size: in pixels: [B, 6], SDXL's added sizes, or [B, 2], PixArt's height and width.
     guidance_input: [B], a guidance scale that the network takes as input.
-    second_time: [B], an end time (trajectory students).  augmentation: [B, A], EDM's augmentation labels.
+    end_time: [B], an end time (trajectory students).  augmentation: [B, A], EDM's augmentation labels.
     """
 
     label: Tensor | None = None
@@ -24,7 +24,7 @@ class Cond:
     pooled_text: Tensor | None = None
     size: Tensor | None = None
     guidance_input: Tensor | None = None
-    second_time: Tensor | None = None
+    end_time: Tensor | None = None
     augmentation: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.settings.schema import UserError
 
 if TYPE_CHECKING:
-    from diffdistill.diffusion.conditions import Conditions
+    from diffdistill.diffusion.prompt_table import PromptTable
 
 
 class Network(nn.Module, ABC):
@@ -29,7 +29,7 @@ class Network(nn.Module, ABC):
     """The names of the parts of Cond that it takes."""
     num_classes: int
     """0 for a network without labels. Label `num_classes` then means "no class"."""
-    knows_unconditional: bool
+    has_null_condition: bool
     """Whether it was trained with the condition dropped, so that guidance has a meaning."""
     resolution_multiple: int
     """Image sides must be multiples of this."""
@@ -74,7 +74,7 @@ class Denoiser(nn.Module):
         self.path = path
         self.predicts: Prediction = predicts
         self.sigma_data = sigma_data
-        self.conditions: Conditions | None = None
+        self.conditions: PromptTable | None = None
         self.negative: CondChange | None = None  # what its attention steers away from; by `steer_away`
         self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
         self.offload_device: torch.device | None = None  # where it computes with weights elsewhere; by `offload`
@@ -82,7 +82,7 @@ class Denoiser(nn.Module):
     @property
     def takes_guidance(self) -> bool:
         """Whether another scale than 1 means something: it knows "no class", or takes the scale as its input."""
-        return self.net.knows_unconditional or "guidance_input" in self.net.accepts
+        return self.net.has_null_condition or "guidance_input" in self.net.accepts
 
     def forward(
         self,
@@ -139,9 +139,9 @@ class Denoiser(nn.Module):
 
     def unconditional(self, cond: Cond) -> Cond:
         """`cond` with the class, or the prompt, taken away. Raises ValueError if the network was never trained so."""
-        if self.net.knows_unconditional and cond.label is not None:
+        if self.net.has_null_condition and cond.label is not None:
             return replace(cond, label=torch.full_like(cond.label, self.num_classes))
-        if not self.net.knows_unconditional or self.conditions is None or cond.text is None:
+        if not self.net.has_null_condition or self.conditions is None or cond.text is None:
             raise ValueError("guidance: this network was trained without dropping its condition; use guidance 1")
         null = torch.full((len(cond.text),), self.num_classes, device=cond.text.device)
         return replace(cond, **self._rows(null).parts())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.guidance import Guidance, Guided, begin
+from diffdistill.diffusion.guidance.policies import Guidance, Guided, begin
 from diffdistill.diffusion.path import Path, VPDiscrete, expand
 from diffdistill.settings.schema import Fraction, Positive, PositiveInt, Rates, field, schema
 

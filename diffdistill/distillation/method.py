@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
-from diffdistill.diffusion.draws import Draws, integer_of
 from diffdistill.diffusion.path import Path, Prediction
 from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
 from diffdistill.settings.schema import UserError
 
@@ -88,7 +88,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Problem:
     """What is known before training starts.
 
     image_shape: [C, H, W].  num_classes: 0 without labels.  teacher: frozen, or None.
@@ -203,36 +203,36 @@ class Method(ABC):
         """Whether the losses look at real data."""
 
     @abstractmethod
-    def sampler(self, setting: Setting) -> AnySampler:
+    def sampler(self, problem: Problem) -> AnySampler:
         """How the student makes images."""
 
     @abstractmethod
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The players at their start. Those that no update names are saved with the run, but not trained.
 
         Raises UserError if the method and the setting do not fit.
         """
 
     @abstractmethod
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         """Every random number of one step."""
 
-    def student_model(self, network: Any, predicts: Prediction, setting: Setting) -> tuple[Any, Prediction]:
-        """The student's network config and prediction, from the teacher's. A changed one comes as setting.network."""
+    def student_model(self, network: Any, predicts: Prediction, problem: Problem) -> tuple[Any, Prediction]:
+        """The student's network config and prediction, from the teacher's. A changed one comes as problem.network."""
         return network, predicts
 
-    def classes(self, setting: Setting, source: ImageSource) -> tuple[int, ...]:
+    def classes(self, problem: Problem, source: ImageSource) -> tuple[int, ...]:
         """The classes that this run is about; empty for all. Real images and drawn labels are of these alone."""
         return ()
 
-    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
+    def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         """What is made once before training and kept with the run, as `batch.stored`."""
         return {}
 
-    def begin(self, players: Players, stored: Mapping[str, Tensor]) -> None:
+    def initialise(self, players: Players, stored: Mapping[str, Tensor]) -> None:
         """Change players before the first step of a new run, by what was prepared."""
 
-    def remember(self, players: Players, carried: Mapping[str, Tensor]) -> None:
+    def after_update(self, players: Players, carried: Mapping[str, Tensor]) -> None:
         """Keep what a loss carried in players that no update names; called when its optimiser step was taken."""
 
     def after_step(self, players: Players, stored: Mapping[str, Tensor], step: int) -> None:

@@ -2,7 +2,7 @@
 
 A reward is a function (images [B, C, H, W] in [-1, 1], cond) -> [B], the higher the better, with a gradient to the
 images. `register` adds one in Python; an installed package adds one to every command by an entry point of the group
-`diffdistill.distillation.rewards`. The models of the papers (LAION's aesthetic score, ImageReward) are not part of this package.
+`diffdistill.rewards`. The models of the papers (LAION's aesthetic score, ImageReward) are not part of this package.
 """
 
 from collections.abc import Callable

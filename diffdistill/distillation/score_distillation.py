@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from diffdistill.diffusion.augmentation import augment
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import StepSampler
-from diffdistill.diffusion.timesteps import TimeLaw
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import TimeDistribution
 from diffdistill.distillation.losses import (
     DenoisingWeight,
     denoising_loss,
@@ -28,7 +28,7 @@ from diffdistill.distillation.losses import (
     sample_normaliser,
     zero_nonfinite,
 )
-from diffdistill.distillation.method import Batch, Draw, Loss, Players, Setting
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
 from diffdistill.settings.schema import UserError
 
 Features = Literal["fake", "teacher"]
@@ -49,29 +49,34 @@ TIME_POWERS = {
 """The powers of alpha_t and sigma_t in each weight of time."""
 
 
-def start_players(setting: Setting, **guidances: float) -> dict[str, nn.Module]:
+def start_players(problem: Problem, **guidances: float) -> dict[str, nn.Module]:
     """Generator and fake score, which start as the teacher or as in an earlier run.
 
     guidances: the scales that will be asked of these networks, by the setting's name.
     Raises UserError without a teacher, and for a scale other than 1 where it never saw "no class" and is told no scale.
     """
-    copies = setting.copies("generator", "fake")
-    assert setting.teacher is not None
+    copies = problem.copies("generator", "fake")
+    assert problem.teacher is not None
     for name, guidance in guidances.items():
-        if guidance != 1 and not setting.teacher.takes_guidance:
+        if guidance != 1 and not problem.teacher.takes_guidance:
             raise UserError(f"method.{name}: {guidance} needs a teacher trained with class_dropout > 0; use 1")
     return copies
 
 
-def tapped(setting: Setting, players: Mapping[str, nn.Module], features: Features) -> Denoiser:
+def tapped(problem: Problem, players: Mapping[str, nn.Module], features: Features) -> Denoiser:
     """The network whose bottleneck the head reads; the fake score may be smaller than its teacher."""
-    network = setting.teacher if features == "teacher" else players["fake"]
+    network = problem.teacher if features == "teacher" else players["fake"]
     assert isinstance(network, Denoiser)
     return network
 
 
 def draw_step(
-    rng: Draws, setting: Setting, steps: StepSampler, laws: Mapping[str, TimeLaw], *, samples: Sequence[str] = ("",)
+    rng: StepRandom,
+    problem: Problem,
+    steps: StepSampler,
+    laws: Mapping[str, TimeDistribution],
+    *,
+    samples: Sequence[str] = ("",),
 ) -> dict[str, Tensor]:
     """The random numbers of one step: one noising for each entry of `laws`, and the start of each sample.
 
@@ -81,9 +86,9 @@ def draw_step(
     uniforms = rng.uniforms([*(f"{call}t" for call in laws), *labels])
     noises = [f"{sample}{noise}" for sample in samples for noise in ("z", *_fresh_names(steps))]
     return {
-        **{f"{call}t": law(uniforms[f"{call}t"], setting.path) for call, law in laws.items()},
-        **rng.normals([*noises, *(f"{call}eps" for call in laws)], setting.image_shape),
-        **{label: setting.label_of(uniforms[label]) for label in labels},
+        **{f"{call}t": law(uniforms[f"{call}t"], problem.path) for call, law in laws.items()},
+        **rng.normals([*noises, *(f"{call}eps" for call in laws)], problem.image_shape),
+        **{label: problem.label_of(uniforms[label]) for label in labels},
         "step": torch.tensor(rng.shared_integer("step", steps.num_evaluations)),
     }
 

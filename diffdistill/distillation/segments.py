@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.draws import Draws, integer_of
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import DDIM
+from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.settings.schema import NonNegative, PositiveInt, schema
 
 Ends = Literal["random", "fixed"]
@@ -84,7 +84,7 @@ def segment_of(index: Tensor, num_steps: int, num_segments: int) -> Segment:
     return Segment(edges[above - 1], edges[above])
 
 
-def draw_jump(rng: Draws, path: Path, stage: Stage, grid: DDIM, ends: Ends) -> dict[str, Tensor]:
+def draw_jump(rng: StepRandom, path: Path, stage: Stage, grid: DDIM, ends: Ends) -> dict[str, Tensor]:
     """The times of one jump for each sample, [B] float64.
 
     start: any but time 0.  next: one grid step below.  end: of the jump, within the segment, at most `next`.

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffdistill.data.source import ImageSource
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import Prediction
 from diffdistill.diffusion.sampling import AnySampler
-from diffdistill.distillation.method import Batch, Draw, Method, Players, Setting, Update, registered
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Batch, Draw, Method, Players, Problem, Update, registered
 from diffdistill.settings.schema import any_of
 
 
@@ -53,29 +53,29 @@ class Wrapper(Method):
     def differentiates_forward(self) -> bool:
         return self.base.differentiates_forward
 
-    def sampler(self, setting: Setting) -> AnySampler:
-        return self.base.sampler(setting)
+    def sampler(self, problem: Problem) -> AnySampler:
+        return self.base.sampler(problem)
 
-    def players(self, setting: Setting) -> dict[str, nn.Module]:
-        return self.base.players(setting)
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        return self.base.players(problem)
 
-    def draw(self, rng: Draws, setting: Setting) -> dict[str, Tensor]:
-        return self.base.draw(rng, setting)
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
+        return self.base.draw(rng, problem)
 
-    def student_model(self, network: Any, predicts: Prediction, setting: Setting) -> tuple[Any, Prediction]:
-        return self.base.student_model(network, predicts, setting)
+    def student_model(self, network: Any, predicts: Prediction, problem: Problem) -> tuple[Any, Prediction]:
+        return self.base.student_model(network, predicts, problem)
 
-    def classes(self, setting: Setting, source: ImageSource) -> tuple[int, ...]:
-        return self.base.classes(setting, source)
+    def classes(self, problem: Problem, source: ImageSource) -> tuple[int, ...]:
+        return self.base.classes(problem, source)
 
-    def prepare(self, setting: Setting, seed: int) -> dict[str, Tensor]:
-        return self.base.prepare(setting, seed)
+    def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
+        return self.base.prepare(problem, seed)
 
-    def begin(self, players: Players, stored: Mapping[str, Tensor]) -> None:
-        self.base.begin(players, stored)
+    def initialise(self, players: Players, stored: Mapping[str, Tensor]) -> None:
+        self.base.initialise(players, stored)
 
-    def remember(self, players: Players, carried: Mapping[str, Tensor]) -> None:
-        self.base.remember(players, carried)
+    def after_update(self, players: Players, carried: Mapping[str, Tensor]) -> None:
+        self.base.after_update(players, carried)
 
     def after_step(self, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
         self.base.after_step(players, stored, step)

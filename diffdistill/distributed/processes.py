@@ -48,7 +48,7 @@ class Processes:
         wrapped: nn.Module = self.accelerator.prepare_model(module, device_placement=False)
         return wrapped
 
-    def apart(self, replica: nn.Module) -> AbstractContextManager[None]:
+    def no_sync(self, replica: nn.Module) -> AbstractContextManager[None]:
         """While open, the gradients of a `replicate`d module stay each process's own, and add up there."""
         assert self.accelerator is not None
         return self.accelerator.no_sync(replica)
@@ -80,7 +80,7 @@ class Processes:
         """Whether it is the same number in all."""
         return self.largest(number) == -self.largest(-number)
 
-    def those(self, is_true: bool) -> list[int]:
+    def ranks_where(self, is_true: bool) -> list[int]:
         """The ranks of the processes that say so."""
         if self.count == 1:
             return [self.rank] if is_true else []
@@ -98,7 +98,7 @@ class Processes:
                     dist.broadcast(sent, 0)
                     tensor.copy_(sent)
 
-    def first(self, work: Callable[[], object]) -> None:
+    def on_main_first(self, work: Callable[[], object]) -> None:
         """Let the first process do something, and wait for it.
 
         Raises what it raised there, and TrainingError in the others.

@@ -12,13 +12,17 @@ from functools import cache
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
+from diffdistill import attention
+from diffdistill.export import substitutes
+from diffdistill.settings import schema
+
 PACKAGE = "diffdistill"
-SUBSTITUTES = f"{PACKAGE}.export.substitutes"
+SUBSTITUTES = substitutes.__name__
 REPLACED = {
-    (f"{PACKAGE}.settings.schema", "schema"): (SUBSTITUTES, "schema"),
-    (f"{PACKAGE}.settings.schema", "field"): (SUBSTITUTES, "field"),
-    (f"{PACKAGE}.attention", "attention"): (SUBSTITUTES, "attention"),
-    (f"{PACKAGE}.attention", "reaching"): (SUBSTITUTES, "reaching"),
+    (schema.__name__, "schema"): (SUBSTITUTES, "schema"),
+    (schema.__name__, "field"): (SUBSTITUTES, "field"),
+    (attention.__name__, "attention"): (SUBSTITUTES, "attention"),
+    (attention.__name__, "reaching"): (SUBSTITUTES, "reaching"),
 }
 ALLOWED = sys.stdlib_module_names | {"torch", "diffusers"}
 

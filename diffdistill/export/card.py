@@ -1,6 +1,6 @@
 """The README.md of an exported folder: how to call it, how it was made, what it scores, under whose licence."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -8,43 +8,47 @@ from typing import Any
 import torch
 import yaml
 
+from diffdistill.data.pictures import save_grid
 from diffdistill.export.expected import PROMPTS
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.record import ExportRecord, without_home
-from diffdistill.inference.model_imager import Asked, ModelImager
-from diffdistill.models.model import TrainedModel, find_checkpoint, first_student
+from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
+from diffdistill.models.encoders import encoder_of
+from diffdistill.models.load import find_checkpoint, first_student
+from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import is_pipeline, open_pipeline, pipeline_of
 from diffdistill.models.teachers.hub import is_hub_name
 from diffdistill.models.teachers.pipeline import read_json
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import parse_yaml
-from diffdistill.storage.checkpoint import STATE, write_text_atomically
-from diffdistill.training.inputs import encoder_of
-from diffdistill.training.reports.preview import save_grid
+from diffdistill.storage.atomic import write_text_atomically
+from diffdistill.storage.checkpoint import STATE
 
 PICTURE = "samples.png"
 PICTURED = {False: 20, True: 4}
 """Images of the picture, without a VAE and with one."""
+Scores = Callable[[str], list[dict[str, Any]]]
+"""The `model-index` of what was measured of a place. Raises UserError if nothing was."""
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
 class CardFacts:
     """place: what was exported.  config: of its run.  licence: the teacher's, default what its card says.
-    records: a JSONL file of `diffdistill eval`, for the scores."""
+    scores: gives the `model-index` of what was measured of a place."""
 
     place: str
     model: TrainedModel
     record: ExportRecord
     config: Mapping[str, Any]
     licence: str | None = None
-    records: FilePath | None = None
+    scores: Scores | None = None
 
 
 def write_card(folder: FilePath, facts: CardFacts, *, name: str, difference: float | None) -> None:
     """Write README.md and, where there are images, a picture of samples.
 
-    difference: what `verify` found.  Raises UserError if the records have nothing of this model.
+    difference: what `verify` found.  Raises UserError if nothing was measured of this model.
     """
     licence = {"license": facts.licence} if facts.licence else teacher_licence(facts.model.spec.pipeline)
     front = yaml.safe_dump(_metadata(facts, licence), sort_keys=False)
@@ -82,23 +86,6 @@ def teacher_licence(pipeline: str | None) -> dict[str, str]:
     return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
 
 
-def model_index_of(place: str, records: FilePath) -> list[dict[str, Any]]:
-    """The `model-index` of what was measured of this place. Raises UserError if nothing was."""
-    from diffdistill.eval.board_files import model_index
-    from diffdistill.eval.leaderboard import read_board
-
-    board = read_board([records])
-    found = [
-        (group, entry)
-        for group in board.measured
-        for entry in group.entries
-        if any(found.record.model and found.record.model.source == place for found in entry.sources)
-    ]
-    if not found:
-        raise UserError(f"--records {records}: has no record of {place}")
-    return [model_index(found[0][1].name, found)]
-
-
 def draw_samples(model: TrainedModel, file: FilePath) -> bool:
     """Whether samples were drawn: points are no pictures."""
     source = pipeline_of(model.spec)
@@ -106,7 +93,7 @@ def draw_samples(model: TrainedModel, file: FilePath) -> bool:
     shape = model.spec.image_shape
     if not has_vae and (len(shape) != 3 or shape[0] not in (1, 3)):
         return False
-    imager = ModelImager(model, Asked(prompts=PROMPTS if encoder_of(model.spec) else ()))
+    imager = ModelImageGenerator(model, SampleRequest(prompts=PROMPTS if encoder_of(model.spec) else ()))
     images = torch.cat([imager(index) for index in torch.arange(PICTURED[has_vae]).split(4)])
     save_grid(file, images, columns=min(10, len(images)))
     return True
@@ -126,7 +113,7 @@ def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
         "pipeline_tag": "text-to-image" if _takes_text(facts) else "unconditional-image-generation",
         "tags": ["diffusion", "distillation", *([method] if method else []), *(["lora"] if facts.record.base else [])],
         "base_model": base if base and is_hub_name(base) else None,
-        "model-index": model_index_of(facts.place, facts.records) if facts.records else None,
+        "model-index": facts.scores(facts.place) if facts.scores else None,
     }
     return {name: value for name, value in about.items() if value is not None}
 

@@ -10,9 +10,9 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
 from diffdistill.export.stock import StockFolder
 from diffdistill.export.verify import Check
-from diffdistill.models.model import TrainedModel
+from diffdistill.models.encoders import encoder_of
+from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, pipeline_of
-from diffdistill.training.inputs import encoder_of
 
 PROMPTS = ("a red square", "two dogs")
 COUNT = 2

@@ -10,14 +10,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffdistill.data.text import embed
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.conditions import Conditions
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import Path
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.router import RoutedDenoiser
 from diffdistill.diffusion.sampling import FreshNoise, Sampler
 from diffdistill.diffusion.steps import with_steps
+from diffdistill.models.sentence_encoder import embed
 from diffdistill.models.teachers.family import Family
 
 
@@ -40,7 +40,7 @@ class Source:
         return self.family.takes_text
 
     @torch.no_grad()
-    def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+    def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> PromptTable:
         """Prompts by number.  parts: text encoders, tokenizers and the scheduler, by name."""
         import diffusers
 
@@ -50,7 +50,7 @@ class Source:
         missing = {name: None for name, given in taken.items() if given.default is given.empty and name not in known}
         encoder = kind(**known, **missing)
         encoded = self.family.encode(encoder, prompts, self.image_size, self.options)
-        return Conditions([encoded], self.family.encode_empty(encoder, self.image_size, self.options))
+        return PromptTable([encoded], self.family.encode_empty(encoder, self.image_size, self.options))
 
     @torch.no_grad()
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
@@ -63,12 +63,12 @@ class Sentences:
 
     takes_text = True
 
-    def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+    def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> PromptTable:
         """Prompts by number.  parts: `tokenizer` and `text_encoder`."""
         shards = [
             Cond(pooled_text=embed(parts["tokenizer"], parts["text_encoder"], asked)) for asked in (prompts, [""])
         ]
-        return Conditions(shards[:1], shards[1])
+        return PromptTable(shards[:1], shards[1])
 
 
 class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -108,7 +108,7 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         noise: Tensor,
         class_labels: Tensor | None = None,
         *,
-        conditions: Conditions | None = None,
+        conditions: PromptTable | None = None,
         guidance_scale: float | None = None,
         num_steps: int | None = None,
         fresh_noise: FreshNoise | None = None,
@@ -124,7 +124,7 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         cond = denoiser.resolve(denoiser.class_cond(class_labels))  # type: ignore[arg-type]
         return sampler(denoiser, noise, cond, guidance=scale, fresh_noise=fresh_noise)
 
-    def _denoiser(self, conditions: Conditions | None) -> Denoiser:
+    def _denoiser(self, conditions: PromptTable | None) -> Denoiser:
         """All students as one."""
         half = None if self.dtype == torch.float32 else self.dtype
         for student in self.students:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, tensor
 
 from diffdistill.export.stock import StockFolder, describe, fit_pipeline
-from diffdistill.models.model import TrainedModel, merge_model
+from diffdistill.models.load import merge_model
+from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, is_pipeline
 from diffdistill.models.teachers.pipeline import read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork

@@ -10,7 +10,7 @@ from pydantic import Field
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.values import dump, validate
-from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
 
 RECORD = "diffdistill.json"
 Kind = Literal["stock", "self-contained", "lora", "kohya"]

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill import __version__
-from diffdistill.data.text import SentenceEncoder
 from diffdistill.diffusion.router import RoutedDenoiser
 from diffdistill.export.bundle import BundleError, bundle
 from diffdistill.export.parts import copy_parts
-from diffdistill.models.model import ModelSpec, TrainedModel
+from diffdistill.models.sentence_encoder import SentenceEncoder
+from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.models.teachers import Pipeline, find_family, pipeline_of
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.settings.schema import UserError
-from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
 
 COMPONENT = "model"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

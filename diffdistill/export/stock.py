@@ -9,7 +9,7 @@ from diffdistill.diffusion.router import RoutedDenoiser
 from diffdistill.export.parts import copy_parts, other_parts
 from diffdistill.export.schedulers import StockSteps, stock_steps
 from diffdistill.export.self_contained import write_json
-from diffdistill.models.model import TrainedModel
+from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, open_pipeline
 from diffdistill.models.teachers.pipeline import INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork

@@ -6,14 +6,15 @@ from pathlib import Path as FilePath
 
 from torch import Tensor
 
-from diffdistill.diffusion.guidance import Guidance
+from diffdistill.data.pictures import save_grid, save_panels
+from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.record import guidance_of, read_record
-from diffdistill.exported.imagers import open_imager, timed_images
-from diffdistill.inference.model_imager import Asked, Imager
-from diffdistill.models.model import find_checkpoint, first_student
+from diffdistill.exported.image_generators import open_image_generator, timed_images
+from diffdistill.inference.image_generator import ImageGenerator, SampleRequest
+from diffdistill.models.load import find_checkpoint, first_student
 from diffdistill.settings.schema import UserError
-from diffdistill.storage.checkpoint import STATE, is_disk_full
-from diffdistill.training.reports.preview import save_grid, save_panels
+from diffdistill.storage.atomic import is_disk_full
+from diffdistill.storage.checkpoint import STATE
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SampleOptions:
     """count: of images; default all prompts once, or 100.  batch: images at a time.  columns: of the grid.
     teacher_guidance, teacher_steps: default what the student was distilled with, and the teacher's own."""
 
-    asked: Asked
+    asked: SampleRequest
     out: FilePath
     count: int | None = None
     batch: int = 16
@@ -51,7 +52,7 @@ class Sampled:
 def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
     """Sample, and write the picture. Raises UserError on what the place does not know."""
     asked = options.asked
-    student = open_imager(place, asked)
+    student = open_image_generator(place, asked)
     count = options.count or (len(asked.prompts) if asked.prompts else 100)
     if not options.has_teacher:
         made = [_draw("", student, count, options.batch, asked.guidance)]
@@ -59,7 +60,7 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
         origin, own = teacher_of(place)
         guidance = own if options.teacher_guidance is None else options.teacher_guidance
         other = replace(asked, guidance=guidance, num_steps=options.teacher_steps, ema=None, negative_prompt=None)
-        teacher = open_imager(origin, replace(other, negative_scale=None))
+        teacher = open_image_generator(origin, replace(other, negative_scale=None))
         made = [
             _draw("teacher", teacher, count, options.batch, guidance),
             _draw("student", student, count, options.batch, asked.guidance),
@@ -87,7 +88,7 @@ def teacher_of(place: str) -> tuple[str, float]:
     return state["teacher"], guidance_of(state["config"]["method"])
 
 
-def _draw(name: str, imager: Imager, count: int, batch: int, guidance: Guidance | None) -> Sampled:
+def _draw(name: str, imager: ImageGenerator, count: int, batch: int, guidance: Guidance | None) -> Sampled:
     images, seconds = timed_images(imager, count, batch)
     return Sampled(name, imager.num_evaluations, seconds, images, guidance)
 

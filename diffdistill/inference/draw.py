@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
-from diffdistill.diffusion.guidance import Guidance
-from diffdistill.models.model import TrainedModel
+from diffdistill.diffusion.guidance.policies import Guidance
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.models.spec import TrainedModel
 from diffdistill.settings.schema import UserError
 
 NO_CLASS = "none: it is unconditional"
@@ -33,12 +33,12 @@ def sample_images(
     for first in range(0, count, batch):
         index = torch.arange(first, min(first + batch, count))
         chosen = known[index % len(known)] if label is None else torch.full_like(index, label)
-        made.append(sample_rows(model, Draws(seed, 0, index), chosen, guidance=guidance))
+        made.append(sample_rows(model, StepRandom(seed, 0, index), chosen, guidance=guidance))
     return torch.cat(made)
 
 
 @torch.no_grad()
-def sample_rows(model: TrainedModel, rng: Draws, labels: Tensor, *, guidance: Guidance) -> Tensor:
+def sample_rows(model: TrainedModel, rng: StepRandom, labels: Tensor, *, guidance: Guidance) -> Tensor:
     """One image for each of the numbers of `rng`, [B, C, H, W].
 
     labels: classes, or numbers of encoded prompts, [B].  Raises UserError on guidance that the model does not know.

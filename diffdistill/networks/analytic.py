@@ -42,7 +42,7 @@ class Mixture(Network):
         self.register_buffer("classes", classes)
         self.accepts = frozenset({"label"} if classes is not None else ())
         self.num_classes = int(classes.max()) + 1 if classes is not None else 0
-        self.knows_unconditional = classes is not None
+        self.has_null_condition = classes is not None
         self.resolution_multiple = 1
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:

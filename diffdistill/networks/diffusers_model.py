@@ -40,14 +40,14 @@ class DiffusersNetwork(Network):
         *,
         accepts: frozenset[str],
         num_classes: int = 0,
-        knows_unconditional: bool,
+        has_null_condition: bool,
         resolution_multiple: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.accepts = accepts
         self.num_classes = num_classes
-        self.knows_unconditional = knows_unconditional
+        self.has_null_condition = has_null_condition
         self.resolution_multiple = resolution_multiple
 
     def __call__(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:

@@ -30,18 +30,18 @@ class DiffusersUNetConfig:
         multiple = 2 ** (len(model.config.down_block_types) - 1)
         if any(side % multiple for side in image_shape[1:]):
             raise UserError(f"network.options: image sides must be multiples of {multiple}, not {image_shape[1:]}")
-        return DiffusersUNet(model, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        return DiffusersUNet(model, num_classes, has_null_condition=num_classes > 0 and class_dropout > 0)
 
 
 class DiffusersUNet(DiffusersUNetBlocks):
     """A `UNet2DModel`. Label `num_classes` ("no class") is its last embedding; the tap is its mid-block's output."""
 
-    def __init__(self, model: nn.Module, num_classes: int = 0, *, knows_unconditional: bool = False) -> None:
+    def __init__(self, model: nn.Module, num_classes: int = 0, *, has_null_condition: bool = False) -> None:
         super().__init__(
             model,
             accepts=frozenset({"label"} if num_classes else ()),
             num_classes=num_classes,
-            knows_unconditional=knows_unconditional,
+            has_null_condition=has_null_condition,
             resolution_multiple=2 ** (len(model.config.down_block_types) - 1),  # type: ignore[union-attr, arg-type]
         )
 

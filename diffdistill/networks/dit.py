@@ -63,7 +63,7 @@ class DiTConfig:
         """The network for images [C, H, W]. Raises UserError if patches do not tile them."""
         if any(side % self.patch for side in image_shape[1:]):
             raise UserError(f"network.patch = {self.patch}: must divide the image sides {image_shape[1:]}")
-        return DiT(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        return DiT(self, image_shape, num_classes, has_null_condition=num_classes > 0 and class_dropout > 0)
 
 
 class DiT(Network):
@@ -72,12 +72,12 @@ class DiT(Network):
     positions: Tensor
 
     def __init__(
-        self, config: DiTConfig, image_shape: tuple[int, int, int], num_classes: int, *, knows_unconditional: bool
+        self, config: DiTConfig, image_shape: tuple[int, int, int], num_classes: int, *, has_null_condition: bool
     ) -> None:
         super().__init__()
         self.accepts = frozenset({"label"} if num_classes else ())
         self.num_classes = num_classes
-        self.knows_unconditional = knows_unconditional
+        self.has_null_condition = has_null_condition
         self.resolution_multiple = self.patch = config.patch
         self.image_channels, height, width = image_shape
         self.grid = (height // config.patch, width // config.patch)

@@ -88,7 +88,7 @@ class DDPMPP:
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "EDMUNet":
         """The network for images [C, H, W]. Raises UserError if sides or attention do not fit."""
-        return EDMUNet(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        return EDMUNet(self, image_shape, num_classes, has_null_condition=num_classes > 0 and class_dropout > 0)
 
 
 @schema
@@ -113,7 +113,7 @@ class NCSNPP:
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "EDMUNet":
         """The network for images [C, H, W]. Raises UserError if sides or attention do not fit."""
-        return EDMUNet(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        return EDMUNet(self, image_shape, num_classes, has_null_condition=num_classes > 0 and class_dropout > 0)
 
 
 @schema
@@ -150,7 +150,7 @@ class ADM:
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "EDMUNet":
         """The network for images [C, H, W]. Raises UserError if sides, heads or attention do not fit."""
-        return EDMUNet(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        return EDMUNet(self, image_shape, num_classes, has_null_condition=num_classes > 0 and class_dropout > 0)
 
     def _heads(self, channels: int) -> int:
         if channels % self.head_channels:
@@ -165,13 +165,13 @@ class EDMUNet(Network):
     """DDPM++, NCSN++ or ADM on [B, C, H, W] with a tap at the encoder's last output."""
 
     def __init__(
-        self, config: EDMConfig, image_shape: tuple[int, int, int], num_classes: int, *, knows_unconditional: bool
+        self, config: EDMConfig, image_shape: tuple[int, int, int], num_classes: int, *, has_null_condition: bool
     ) -> None:
         super().__init__()
         given = {"label": num_classes > 0, "augmentation": config.augment_dim > 0}
         self.accepts = frozenset(part for part, is_taken in given.items() if is_taken)
         self.num_classes = num_classes
-        self.knows_unconditional = knows_unconditional
+        self.has_null_condition = has_null_condition
         self.resolution_multiple = 2 ** (len(config.multipliers) - 1)
         _check_sides(config, image_shape)
         variant, width = config.variant, 4 * config.channels

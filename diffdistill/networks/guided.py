@@ -34,7 +34,7 @@ class GuidedBase(Network):
         self.base = base
         self.accepts = base.accepts | {self.part}
         self.num_classes = base.num_classes
-        self.knows_unconditional = base.knows_unconditional
+        self.has_null_condition = base.has_null_condition
         self.resolution_multiple = base.resolution_multiple
 
     @abstractmethod

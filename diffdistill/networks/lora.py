@@ -78,7 +78,7 @@ class LoRA(Network):
         self.settings = settings
         self.accepts = base.accepts
         self.num_classes = base.num_classes
-        self.knows_unconditional = base.knows_unconditional
+        self.has_null_condition = base.has_null_condition
         self.resolution_multiple = base.resolution_multiple
         self.mount(base)
 

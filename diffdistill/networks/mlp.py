@@ -23,17 +23,17 @@ class MLPConfig:
 
     def build(self, image_shape: tuple[int, ...], num_classes: int, class_dropout: Fraction) -> "MLP":
         """The network for data [*image_shape]."""
-        return MLP(self, image_shape, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        return MLP(self, image_shape, num_classes, has_null_condition=num_classes > 0 and class_dropout > 0)
 
 
 class MLP(Network):
     """Residual MLP over the flattened image; the tap is the state after half of the blocks."""
 
-    def __init__(self, config: MLPConfig, image_shape: tuple[int, ...], num_classes: int, *, knows_unconditional: bool):
+    def __init__(self, config: MLPConfig, image_shape: tuple[int, ...], num_classes: int, *, has_null_condition: bool):
         super().__init__()
         self.accepts = frozenset({"label"} if num_classes else ())
         self.num_classes = num_classes
-        self.knows_unconditional = knows_unconditional
+        self.has_null_condition = has_null_condition
         self.resolution_multiple = 1
         self.frequencies = 32
         size = math.prod(image_shape)

@@ -42,7 +42,7 @@ class Signal(Network):
         self.base = base
         self.accepts = base.accepts
         self.num_classes = base.num_classes
-        self.knows_unconditional = base.knows_unconditional
+        self.has_null_condition = base.has_null_condition
         self.resolution_multiple = base.resolution_multiple
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:

@@ -26,14 +26,14 @@ class TwoTimesConfig:
 
 
 class TwoTimes(Guided):
-    """r in [0, 1], `Cond.second_time`, added to the embedding of every block. Starts as the base, whatever r.
+    """r in [0, 1], `Cond.end_time`, added to the embedding of every block. Starts as the base, whatever r.
 
     Where no r is given it is 0, the image: so every sampler can call it.
     """
 
-    part = "second_time"
+    part = "end_time"
 
     def told(self, cond: Cond, like: Tensor) -> Cond:
-        if cond.second_time is not None:
+        if cond.end_time is not None:
             return cond
-        return replace(cond, second_time=torch.zeros(len(like), device=like.device))
+        return replace(cond, end_time=torch.zeros(len(like), device=like.device))

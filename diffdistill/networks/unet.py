@@ -55,18 +55,18 @@ class UNetConfig:
                 f"{multiple}; the images are {image_shape[1]} x {image_shape[2]}"
             )
         is_conditional = num_classes > 0 or self.text_width > 0
-        return UNet(self, image_shape[0], num_classes, knows_unconditional=is_conditional and class_dropout > 0)
+        return UNet(self, image_shape[0], num_classes, has_null_condition=is_conditional and class_dropout > 0)
 
 
 class UNet(Network):
     """A U-Net on [B, C, H, W] with a tap at the encoder's last output."""
 
-    def __init__(self, config: UNetConfig, image_channels: int, num_classes: int, *, knows_unconditional: bool):
+    def __init__(self, config: UNetConfig, image_channels: int, num_classes: int, *, has_null_condition: bool):
         super().__init__()
         given = {"label": num_classes > 0, "pooled_text": config.text_width > 0}
         self.accepts = frozenset(part for part, is_taken in given.items() if is_taken)
         self.num_classes = num_classes
-        self.knows_unconditional = knows_unconditional
+        self.has_null_condition = has_null_condition
         self.resolution_multiple = 2 ** (len(config.channels) - 1)
         width = 4 * config.channels[0]
         self.frequencies = config.channels[0]

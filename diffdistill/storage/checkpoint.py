@@ -4,24 +4,25 @@ A checkpoint is a folder `step-00000500` with some `<group>.safetensors`, `state
 SHA-256 of each of the others, and of itself). Where processes share out the weights, a group is a folder of such files.
 """
 
-import errno
 import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffdistill.distributed.parts import has_parts, shared_as
+from diffdistill.distributed.processes import Processes
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.atomic import sync_folder, write_synced, write_tensors
+from diffdistill.storage.shard_files import check_whole, read_shards, write_shards
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -86,16 +87,16 @@ def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int,
     ones, as `save_checkpoint` says. Returns the checkpoint's folder."""
     folder, target = temporary.parent, temporary.with_name(temporary.name.removeprefix(WRITING))
     step = int(target.name.removeprefix(PREFIX))
-    _write_synced(temporary / STATE, json.dumps({**state, "step": step}, indent=1))
+    write_synced(temporary / STATE, json.dumps({**state, "step": step}, indent=1))
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     hashes = {file.relative_to(temporary).as_posix(): _hash(file) for file in files}
-    _write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
+    write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
     for place in {file.parent for file in files}:
-        _sync_folder(place)
+        sync_folder(place)
     if target.exists():  # the same step, written again after a resume from an earlier one
         _remove(target)
     temporary.rename(target)
-    _sync_folder(folder)
+    sync_folder(folder)
     found = list_checkpoints(folder)
     end = found.index(target) + 1
     for other in found[: max(0, end - keep)] + found[end:]:
@@ -149,8 +150,6 @@ def read_group(
     file = target / f"{group}{SUFFIX}"
     if file.exists():
         return read_tensors(file, device)
-    from diffdistill.storage.shard_files import read_shards
-
     try:
         parts = read_shards(target / group, like)
         return {name: tensor if has_parts(tensor) else tensor.to(device) for name, tensor in parts.items()}
@@ -222,36 +221,6 @@ def clear_temporary(folder: FilePath) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room left."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return (isinstance(error, OSError) and error.errno in full) or "No space left" in str(error)
-
-
-def write_text_atomically(file: FilePath, text: str) -> None:
-    """The old text or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}.writing")
-    try:
-        _write_synced(temporary, text)
-        temporary.replace(file)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
-    """The old file or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}.writing")
-    try:
-        write_tensors(temporary, tensors)
-        temporary.replace(file)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def read_state(target: FilePath) -> dict[str, Any]:
     """state.json, of which the hash fits: its author may still mean harm. Raises CheckpointError."""
     try:
@@ -300,34 +269,6 @@ def _link_best(folder: FilePath, best: str | None) -> None:
         link.unlink()
 
 
-def write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
-    """Write and fsync. Raises OSError."""
-    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(ready, file)
-    except SafetensorError as error:  # it wraps the operating system's error
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(told[1]) if told else errno.EIO
-        raise OSError(code, str(error), str(file)) from error
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _write_synced(file: FilePath, text: str) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: FilePath) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _hash(file: FilePath) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -335,3 +276,22 @@ def _hash(file: FilePath) -> str:
 
 def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_sharded(
+    processes: Processes, folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None
+) -> None:
+    """As `save_checkpoint`, but each process writes its own parts of the tensors; all call it.
+
+    Raises OSError, or TrainingError, in all where one cannot.
+    """
+    temporary = writing_place(folder, checkpoint.step)
+    with ExitStack() as opened:
+        processes.on_main_first(lambda: opened.enter_context(being_written(folder, checkpoint.step)))
+        for group, tensors in checkpoint.tensors.items():
+            if tensors:
+                write_shards(temporary / group, tensors)
+                processes.on_main_first(partial(check_whole, temporary / group, tensors))
+            else:
+                processes.on_main_first(partial(write_tensors, temporary / f"{group}{SUFFIX}", tensors))
+        processes.on_main_first(lambda: seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best))

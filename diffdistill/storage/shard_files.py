@@ -4,8 +4,6 @@ Hugging Face storage. Where a part belongs stands in its file's header."""
 import errno
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path as FilePath
 
 import torch
@@ -18,38 +16,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from diffdistill.distributed.parts import has_parts
-from diffdistill.distributed.processes import Processes, others
+from diffdistill.distributed.processes import others
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.settings.schema import UserError
-from diffdistill.storage.checkpoint import (
-    SUFFIX,
-    Checkpoint,
-    being_written,
-    seal_checkpoint,
-    write_tensors,
-    writing_place,
-)
 
 UNREADABLE = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError)
-
-
-def save_sharded(
-    processes: Processes, folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None
-) -> None:
-    """As `save_checkpoint`, but each process writes its own parts of the tensors; all call it.
-
-    Raises OSError, or TrainingError, in all where one cannot.
-    """
-    temporary = writing_place(folder, checkpoint.step)
-    with ExitStack() as opened:
-        processes.first(lambda: opened.enter_context(being_written(folder, checkpoint.step)))
-        for group, tensors in checkpoint.tensors.items():
-            if tensors:
-                write_shards(temporary / group, tensors)
-                processes.first(partial(_check_whole, temporary / group, tensors))
-            else:
-                processes.first(partial(write_tensors, temporary / f"{group}{SUFFIX}", tensors))
-        processes.first(lambda: seal_checkpoint(temporary, checkpoint.state, keep=keep, best=best))
 
 
 def write_shards(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
@@ -67,7 +38,7 @@ def write_shards(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(code or errno.EIO, f"{fault} (process {rank})", str(folder)) from error
 
 
-def _check_whole(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
+def check_whole(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
     """Raise TrainingError unless these tensors lie in the folder, as far as headers say.
 
     A process whose folder is another machine's of the same name has written, and nobody has seen it fail.

@@ -1,7 +1,6 @@
 """A run as one file: YAML plus `key.sub=value` overrides, checked by the schema, every fault shown at once."""
 
 import json
-import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path as FilePath
@@ -10,18 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from diffdistill.data import AnyData, Digits
-from diffdistill.diffusion.guidance import AnyPolicy
 from diffdistill.distillation.method import Method, registered
-from diffdistill.models.config import ModelConfig
+from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.lora import LoRASettings
 from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, any_of, field, schema
 from diffdistill.settings.terminal import holds_secret
-from diffdistill.settings.values import apply_overrides, did_you_mean, parse_yaml, read_yaml, texts, validate
+from diffdistill.settings.values import apply_overrides, did_you_mean, read_yaml, texts, validate
 from diffdistill.training.ema import EMAConfig
-from diffdistill.training.memory.speed import SpeedConfig
+from diffdistill.training.reports.evaluator import EvalConfig
 from diffdistill.training.reports.health import HealthConfig
 from diffdistill.training.reports.trackers import TrackerNames
-from diffdistill.training.reports.watch import EvalConfig
+from diffdistill.training.speed.options import SpeedConfig
 
 if TYPE_CHECKING:
     AnyMethod = Method
@@ -152,16 +150,6 @@ def parse_config(data: object, *, origin: str = "config") -> RunConfig:
         if holds_secret(text):
             raise UserError(f"{origin}: {place}: holds a password or token; give it by the environment, as HF_TOKEN")
     return validate(RunConfig, data, origin=origin)
-
-
-def parse_guidance(text: str) -> float | AnyPolicy:
-    """A scale, or a policy as in `{name: interval, scale: 2, ratio_low: 0.2, ratio_high: 5}`. Raises UserError."""
-    value = parse_yaml(text, origin="--guidance")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if not isinstance(value, dict):
-        raise UserError(f"--guidance {text}: give a number, or a policy as {{name: adaptive, scale: 2}}")
-    return validate(AnyPolicy, value, origin="--guidance")  # type: ignore[arg-type]
 
 
 def json_schema() -> str:

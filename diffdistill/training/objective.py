@@ -55,5 +55,5 @@ class Replicas:
             yield lambda loss: loss()
             return
         objective = self._wrapped[update]
-        with nullcontext() if is_last else self._processes.apart(objective):
+        with nullcontext() if is_last else self._processes.no_sync(objective):
             yield objective

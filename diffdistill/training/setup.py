@@ -12,35 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.data.source import ImageSource
-from diffdistill.distillation.method import Method, Setting
+from diffdistill.distillation.method import Method, Problem
 from diffdistill.distributed.processes import Processes
-from diffdistill.models.model import (
-    ModelSpec,
-    TrainedModel,
-    TrainedPlayers,
-    describe_model,
-    is_routed,
-    load_model,
-    load_players,
-    merge_model,
-)
-from diffdistill.models.negative import steer
+from diffdistill.models.load import TrainedPlayers, describe_model, is_routed, load_model, load_players, merge_model
+from diffdistill.models.negative_prompts import steer
+from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
 from diffdistill.settings.lock import locked
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import differences, dump, dump_yaml
-from diffdistill.storage.checkpoint import (
-    check_checkpoint,
-    clear_temporary,
-    list_checkpoints,
-    read_state,
-    write_tensors_atomically,
-    write_text_atomically,
-)
+from diffdistill.storage.atomic import write_tensors_atomically, write_text_atomically
+from diffdistill.storage.checkpoint import check_checkpoint, clear_temporary, list_checkpoints, read_state
 from diffdistill.training.config import RunConfig, TrainConfig, parse_config
 from diffdistill.training.inputs import Inputs, open_inputs
-from diffdistill.training.memory.offload import is_offloaded
-from diffdistill.training.memory.speed import SpeedConfig
+from diffdistill.training.speed.offload import is_offloaded
+from diffdistill.training.speed.options import SpeedConfig
 
 PIECES = ("micro_batch_size", "on_out_of_memory")
 LOGGING = ("log_every", "preview_every", "checkpoint_every", "keep_checkpoints")
@@ -90,7 +76,7 @@ def read_start(start: FilePath | None, processes: Processes) -> dict[str, Any] |
         raise UserError(f"--resume: not all processes see the same checkpoint; this one sees {seen} as the newest")
     if start is None:
         return None
-    processes.first(lambda: check_checkpoint(start))
+    processes.on_main_first(lambda: check_checkpoint(start))
     return read_state(start)
 
 
@@ -135,8 +121,8 @@ def read_inputs(config: RunConfig, device: torch.device, state: Mapping[str, Any
     return open_inputs(config, describe_model(place) if place else None, device)
 
 
-def settle(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> tuple[ModelSpec, Setting]:
-    """The student's description and the method's setting, from the teacher or from `model`."""
+def settle(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> tuple[ModelSpec, Problem]:
+    """The student's description and the method's problem, from the teacher or from `model`."""
     source, method, shape = inputs.source, config.method, inputs.source.image_shape
     check_models(config, teacher)
     if teacher:
@@ -147,7 +133,7 @@ def settle(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> t
     check_lora(config, teacher, initial)
     for denoiser in initial.denoisers.values() if initial and teacher else ():
         denoiser.conditions = teacher.denoiser.conditions  # type: ignore[union-attr]
-    setting = Setting(
+    problem = Problem(
         shape,
         teacher.denoiser.num_classes if teacher else len(inputs.conditions or ()) or source.num_classes,
         teacher.spec.model.path if teacher else config.model.path,  # type: ignore[union-attr]
@@ -157,17 +143,17 @@ def settle(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> t
         batch_size=config.train.global_batch_size,
         lora=config.lora,
     )
-    spec = describe_student(config, setting, teacher.spec if teacher else None, initial.spec if initial else None)
-    if spec.model.path != setting.path:
+    spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
+    if spec.model.path != problem.path:
         raise UserError("model.path: must be the teacher's")
-    setting = replace(setting, classes=method.classes(setting, source))
-    spec = replace(spec, classes=setting.classes)
+    problem = replace(problem, classes=method.classes(problem, source))
+    spec = replace(spec, classes=problem.classes)
     if config.negative_prompt is not None:
         spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=config.negative_scale)
     if teacher and any(config.lora.values()):
         spec = replace(spec, base=fingerprint(teacher.denoiser.net))
     if config.model is None and teacher and spec.model == teacher.spec.model:
-        return spec, setting
+        return spec, problem
     with seeded(config.train.seed):
         network = spec.build()
         network.conditions = inputs.conditions
@@ -175,20 +161,20 @@ def settle(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> t
         if factors:
             assert teacher is not None
             factors.mount(teacher.denoiser.net)
-        return spec, replace(setting, network=network)
+        return spec, replace(problem, network=network)
 
 
 def describe_student(
-    config: RunConfig, setting: Setting, teacher: ModelSpec | None, initial: ModelSpec | None
+    config: RunConfig, problem: Problem, teacher: ModelSpec | None, initial: ModelSpec | None
 ) -> ModelSpec:
     """The student's network and sampler: the config's `model`, or what the method makes of its origin's."""
-    method, sampler = config.method, config.method.sampler(setting)
+    method, sampler = config.method, config.method.sampler(problem)
     if config.model is not None:
         class_dropout = teacher.class_dropout if teacher else getattr(method, "class_dropout", 0.0)
         return ModelSpec(
             model=config.model,
-            image_shape=setting.image_shape,
-            num_classes=teacher.num_classes if teacher else 0 if config.text_encoder else setting.num_classes,
+            image_shape=problem.image_shape,
+            num_classes=teacher.num_classes if teacher else 0 if config.text_encoder else problem.num_classes,
             class_dropout=class_dropout,
             sampler=sampler,
             text_encoder=teacher.text_encoder if teacher else config.text_encoder,
@@ -200,7 +186,7 @@ def describe_student(
     lora = settings_for(method.student, config.lora)
     if lora:
         origin = LoRAConfig(base=origin, lora=lora)
-    network, predicts = method.student_model(origin, teacher.model.predicts, setting)
+    network, predicts = method.student_model(origin, teacher.model.predicts, problem)
     return replace(teacher, sampler=sampler, model=replace(teacher.model, network=network, predicts=predicts))
 
 
@@ -227,27 +213,27 @@ def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: Trained
 
 
 def prepare_once(
-    file: FilePath, method: Method, setting: Setting, seed: int, *, is_kept: bool, device: torch.device
+    file: FilePath, method: Method, problem: Problem, seed: int, *, is_kept: bool, device: torch.device
 ) -> None:
     """Write what the method makes before training, if it makes something.  is_kept: what is there already stays."""
     if is_kept and file.exists():
         return
     file.unlink(missing_ok=True)
-    made = prepare(method, setting, seed, device)
+    made = prepare(method, problem, seed, device)
     if made:
         write_tensors_atomically(file, made)
 
 
-def prepare(method: Method, setting: Setting, seed: int, device: torch.device) -> dict[str, Tensor]:
+def prepare(method: Method, problem: Problem, seed: int, device: torch.device) -> dict[str, Tensor]:
     """What the method makes before training, on a device: the teacher, if it is not there yet, is brought there for
     that, and an earlier run's players for that time."""
-    if setting.teacher and not is_offloaded(setting.teacher):
-        setting.teacher.to(device)
-    for player in setting.initial.values():
+    if problem.teacher and not is_offloaded(problem.teacher):
+        problem.teacher.to(device)
+    for player in problem.initial.values():
         player.to(device)
     with seeded(seed):  # for weights that it makes; numbers are drawn by step and index
-        made = method.prepare(setting, seed)
-    for player in setting.initial.values():
+        made = method.prepare(problem, seed)
+    for player in problem.initial.values():
         player.to("cpu")
     return made
 
@@ -274,11 +260,11 @@ def check_batch(train: TrainConfig, num_processes: int) -> None:
 
 
 def check_unchanged(
-    config: RunConfig, source: ImageSource, state: Mapping[str, Any], *, origin: FilePath | None, may_differ: bool
+    config: RunConfig, source: ImageSource, state: Mapping[str, Any], *, origin: FilePath | None, allow_changes: bool
 ) -> None:
     """Raise UserError, with the differences, if a resumed run is not the one that the checkpoint is of.
 
-    may_differ: settings may have changed, which is said; images and labels may not.
+    allow_changes: settings may have changed, which is said; images and labels may not.
     """
     before = parse_config(state["config"], origin=str(origin))  # with defaults for newer settings
     changed = [
@@ -288,16 +274,16 @@ def check_unchanged(
     ]
     if changed:
         said = f"{origin}: the config has changed since:\n  " + "\n  ".join(changed)
-        if not may_differ:
+        if not allow_changes:
             raise UserError(f"{said}\nchange it back, or go on with --allow-changes")
         print(said, file=sys.stderr, flush=True)
     if state.get("data", source.key) != source.key:
         raise UserError(f"{origin}: the images or labels under `data` are not those that the run began with")
 
 
-def check_labels(method: Method, setting: Setting, source: ImageSource) -> None:
+def check_labels(method: Method, problem: Problem, source: ImageSource) -> None:
     """Raise UserError if the data's labels are not the teacher's classes."""
-    known, labels = setting.num_classes, source.labels
+    known, labels = problem.num_classes, source.labels
     if not known or not method.needs_images:
         return
     if labels is None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffdistill.data.order import DataOrder
+from diffdistill.data.pictures import save_panels
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import freeze
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Batch, Loss, Players, Update
 from diffdistill.distributed.processes import find_processes, others
 from diffdistill.distributed.stopping import StopRequested, stop_signals
@@ -32,19 +33,17 @@ from diffdistill.storage.checkpoint import (
     list_checkpoints,
     read_tensors,
     save_checkpoint,
+    save_sharded,
 )
-from diffdistill.storage.shard_files import save_sharded
 from diffdistill.training.config import RunConfig
 from diffdistill.training.ema import EMA
-from diffdistill.training.guard import Guard
-from diffdistill.training.memory.offload import is_offloaded
-from diffdistill.training.memory.speed import apply_speed
+from diffdistill.training.nonfinite import NonfiniteGuard
 from diffdistill.training.objective import Averaging, Replicas
 from diffdistill.training.optimizers import clip, learning_rate, make_optimizer, trainable
+from diffdistill.training.reports.evaluator import make_evaluator
 from diffdistill.training.reports.health import Health, Reference
 from diffdistill.training.reports.log import Log, Meter, RunLog, Silence
-from diffdistill.training.reports.preview import preview_panels, save_panels
-from diffdistill.training.reports.watch import make_watch
+from diffdistill.training.reports.preview import preview_panels
 from diffdistill.training.run_state import RunState
 from diffdistill.training.setup import (
     check_batch,
@@ -61,13 +60,15 @@ from diffdistill.training.setup import (
     settle,
 )
 from diffdistill.training.sharding import Shards, filled, make_mesh, outline, shard
+from diffdistill.training.speed.offload import is_offloaded
+from diffdistill.training.speed.options import apply_speed
 
 
 @dataclass
 class MicroBatch:
     """A part of the global batch on this process; `draw` gathers what the step's updates carry over."""
 
-    rng: Draws
+    rng: StepRandom
     batch: Batch
     draw: dict[str, Tensor] = field(default_factory=dict)
 
@@ -79,11 +80,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, *, resume: bool | str = False, quiet: bool = False, may_differ: bool = False
+        self, config: RunConfig, *, resume: bool | str = False, quiet: bool = False, allow_changes: bool = False
     ) -> None:
         """resume: False starts anew (an existing run's folder is refused), True goes on from the newest
-        checkpoint, a name ("step-00000500") from that one.  may_differ: from it, whatever has been changed since."""
-        self.config, self.method, self.quiet, self.may_differ = config, config.method, quiet, may_differ
+        checkpoint, a name ("step-00000500") from that one.  allow_changes: from it, whatever has been changed since."""
+        self.config, self.method, self.quiet, self.allow_changes = config, config.method, quiet, allow_changes
         self._cpu_began = time.process_time()
         train = config.train
         self.folder = FilePath(config.run)
@@ -100,34 +101,34 @@ class Trainer:
         self.teacher = load_teacher(config.teacher, home, state)
         self.teacher_source = str(self.teacher.source) if self.teacher else None
         check_batch(train, self.processes.count)
-        self.spec, self.setting = settle(config, inputs, self.teacher)
-        check_labels(self.method, self.setting, self.source)
-        self.order = DataOrder(self.source, train.seed, classes=self.setting.classes)
+        self.spec, self.problem = settle(config, inputs, self.teacher)
+        check_labels(self.method, self.problem, self.source)
+        self.order = DataOrder(self.source, train.seed, classes=self.problem.classes)
         with seeded(train.seed):
-            modules = self.method.players(self.setting)
+            modules = self.method.players(self.problem)
         teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
         trained = {name for update in self.method.updates for name in update.players}
         ready_players(config, self.spec, {name: module for name, module in modules.items() if name in trained})
         self.trained = {name: module.to(home).train() for name, module in modules.items() if name in trained}
         self.followers = {name: freeze(m.to(home)) for name, m in modules.items() if name not in trained}
-        apply_speed(config.speed, self.trained, self.setting.teacher, self.followers, self.device)
+        apply_speed(config.speed, self.trained, self.problem.teacher, self.followers, self.device)
         self.players = Players(**teachers, **self.trained, **self.followers)
         ema_device = home if config.speed.ema_device == "same" else torch.device("cpu")
         student = self.trained[self.method.student]
         self.emas = {group: EMA(student, settings, ema_device) for group, settings in config.emas.items()}
-        self.watch = make_watch(config.eval, self.folder, student, self.spec, self.processes)
+        self.evaluator = make_evaluator(config.eval, self.folder, student, self.spec, self.processes)
         self._make_optimizers()
         self.averaging: Averaging = Replicas(self.processes, () if self.mesh else self.method.updates, self.trained)
         self.step = 0
-        self.guard = Guard(train.on_nonfinite, train.max_skips)
+        self.nonfinite = NonfiniteGuard(train.on_nonfinite, train.max_skips)
         self.stored: dict[str, Tensor] = {}
         self._outline: nn.Module | None = None  # of the student, where the processes hold parts of it
         self._meter = Meter()
         health = config.health if self.teacher and self.method.keeps_teacher else None
         self.health = Health(health, Reference.of_source(self.source, self.order.members)) if health else None
         if state:
-            check_unchanged(config, self.source, state, origin=self.start, may_differ=may_differ)
-            self.step, self.guard.skips = int(state["step"]), dict(state["skips"])
+            check_unchanged(config, self.source, state, origin=self.start, allow_changes=allow_changes)
+            self.step, self.nonfinite.skips = int(state["step"]), dict(state["skips"])
         if self.start and not self.mesh:
             self._state.restore(self.start)
 
@@ -159,7 +160,7 @@ class Trainer:
         """
         train, processes = self.config.train, self.processes
         with others(), ExitStack() as held:
-            processes.first(lambda: held.enter_context(own_folder(self.folder, self.config)))
+            processes.on_main_first(lambda: held.enter_context(own_folder(self.folder, self.config)))
             self._prepare()
             log, stopping = held.enter_context(self._open_log()), held.enter_context(stop_signals())
             for note in self.data_notes:
@@ -173,7 +174,7 @@ class Trainer:
                     self.report(log)
                 if train.preview_every and (self.step % train.preview_every == 0 or last):
                     log.preview(self.step, self.save_preview())
-                is_best = self.watch.examine(self, is_last=last, log=log)
+                is_best = self.evaluator.examine(self, is_last=last, log=log)
                 if self.step % train.checkpoint_every == 0 or last or signal or is_best:
                     self.save()
                 if signal:
@@ -200,8 +201,8 @@ class Trainer:
         """Log the means since the last report, and the health signals when they are due, with their warnings."""
         values, health = self.processes.means(self._meter.means()), self.health
         if health and health.is_due(self.step, self.config.train.log_every):
-            sampler, student, seed = self.method.sampler(self.setting), self.method.student, self.config.train.seed
-            signals = health.examine(self.players, student, sampler, self.setting, step=self.step, seed=seed)
+            sampler, student, seed = self.method.sampler(self.problem), self.method.student, self.config.train.seed
+            signals = health.examine(self.players, student, sampler, self.problem, step=self.step, seed=seed)
             for warning in health.judge(self.step, signals, values):
                 log.warn(warning)
             values |= {f"health/{name}": value for name, value in signals.items()}
@@ -210,11 +211,11 @@ class Trainer:
     def save(self) -> FilePath:
         """Write a checkpoint of everything that a resumed run needs, on as many processes as it likes."""
         folder, keep = self.folder / "checkpoints", self.config.train.keep_checkpoints
-        best, checkpoint = self.watch.best(self.step), Checkpoint(self.step, self._state.tensors(), self._settings)
+        best, checkpoint = self.evaluator.best(self.step), Checkpoint(self.step, self._state.tensors(), self._settings)
         if self.mesh:
             save_sharded(self.processes, folder, checkpoint, keep=keep, best=best)
         else:
-            self.processes.first(lambda: save_checkpoint(folder, checkpoint, keep=keep, best=best))
+            self.processes.on_main_first(lambda: save_checkpoint(folder, checkpoint, keep=keep, best=best))
         return folder / f"{PREFIX}{self.step:08d}"
 
     @property
@@ -226,7 +227,7 @@ class Trainer:
         """What a checkpoint says beside tensors."""
         return {
             "format": 1,
-            "skips": self.guard.skips,
+            "skips": self.nonfinite.skips,
             "student": self.method.student,
             "model": dump(self.spec),
             "config": dump(self.config),
@@ -238,12 +239,12 @@ class Trainer:
         """previews/step-*.png: the student's samples, and the other players' view of them. All processes make them, as
         they may hold parts of the players, and the first writes."""
         file = self.folder / "previews" / f"step-{self.step:08d}.png"
-        student, sampler = self.method.student, self.method.sampler(self.setting)
+        student, sampler = self.method.student, self.method.sampler(self.problem)
         views = preview_panels(
-            self.players, student, self.student, sampler, self.setting, seed=self.config.train.seed, device=self.device
+            self.players, student, self.student, sampler, self.problem, seed=self.config.train.seed, device=self.device
         )
-        columns = 10 if self.setting.num_classes == 10 else 8
-        self.processes.first(lambda: save_panels(file, views, columns=columns))
+        columns = 10 if self.problem.num_classes == 10 else 8
+        self.processes.on_main_first(lambda: save_panels(file, views, columns=columns))
         return file
 
     def loss(self, update: Update, micro: MicroBatch) -> Loss:
@@ -279,8 +280,8 @@ class Trainer:
 
     def micro_batch(self, first: int, images: Tensor, cond: Cond, size: int) -> MicroBatch:
         """The samples from number `first` on, with this step's random numbers.  images: [size, ...], or empty."""
-        rng = Draws(self.config.train.seed, self.step, torch.arange(first, first + size, device=self.device))
-        return MicroBatch(rng, Batch(images, cond, self.stored), self.method.draw(rng, self.setting))
+        rng = StepRandom(self.config.train.seed, self.step, torch.arange(first, first + size, device=self.device))
+        return MicroBatch(rng, Batch(images, cond, self.stored), self.method.draw(rng, self.problem))
 
     def real(self, first: int, count: int) -> tuple[Tensor, Cond]:
         """Real images and their condition for the samples from `first` on; none where the method needs none."""
@@ -302,22 +303,22 @@ class Trainer:
             losses.append(loss)
         norms = {name: clip(self.parameters[name], self.config.optimizer(name)) for name in update.players}
         numbers = torch.stack([*norms.values(), *(loss.total.detach() for loss in losses)]).isfinite().tolist()
-        faulty = self.processes.those(not all(numbers[len(norms) :]))  # the gradients are the same in all
+        faulty = self.processes.ranks_where(not all(numbers[len(norms) :]))  # the gradients are the same in all
         is_finite = all(numbers) and not faulty
         if is_finite:
             for name in update.players:
                 for group in self.optimizers[name].param_groups:
                     group["lr"] = learning_rate(self.config.optimizer(name), self.step, self.config.train.steps)
                 self.optimizers[name].step()
-            self.guard.passed(update)
+            self.nonfinite.passed(update)
             with torch.no_grad():
-                self.method.remember(self.players, losses[-1].carry)
+                self.method.after_update(self.players, losses[-1].carry)
         for name in update.players:
             self.optimizers[name].zero_grad(set_to_none=True)
         if is_finite:
             self._note(update, losses, norms)
         else:
-            said = self.guard.refuse(self.step, update, losses, norms, self.processes, faulty)
+            said = self.nonfinite.refuse(self.step, update, losses, norms, self.processes, faulty)
             if log:
                 log.say(said)
         return is_finite
@@ -341,7 +342,7 @@ class Trainer:
             yield self.micro_batch(first, images[part], cond[part], size)
 
     def _class_cond(self, label: Tensor) -> Cond:
-        return Cond(label=label) if self.setting.num_classes else NO_COND
+        return Cond(label=label) if self.problem.num_classes else NO_COND
 
     def _make_optimizers(self) -> None:
         self.parameters = {name: trainable(module) for name, module in self.trained.items()}
@@ -349,7 +350,7 @@ class Trainer:
 
     def _share_out(self, mesh: DeviceMesh) -> None:
         """Keep this process's part of each player alone, with optimisers of its own; go on where the run stopped."""
-        teacher = [self.setting.teacher] if self.setting.teacher and not is_offloaded(self.setting.teacher) else []
+        teacher = [self.problem.teacher] if self.problem.teacher and not is_offloaded(self.problem.teacher) else []
         averages = [ema.module for ema in self.emas.values()]
         self._outline = outline(self.ema.module if self.ema else self.trained[self.method.student])
         for module in (*teacher, *self.trained.values(), *self.followers.values(), *averages):
@@ -378,23 +379,23 @@ class Trainer:
         """What the method makes once; kept with the run, so that a resumed run and all processes use the same."""
         file = self.folder / "prepared.safetensors"
         seed, is_kept = self.config.train.seed, self.start is not None
-        self.processes.first(
-            lambda: prepare_once(file, self.method, self.setting, seed, is_kept=is_kept, device=self.device)
+        self.processes.on_main_first(
+            lambda: prepare_once(file, self.method, self.problem, seed, is_kept=is_kept, device=self.device)
         )
-        if 0 < len(self.processes.those(file.exists())) < self.processes.count:
+        if 0 < len(self.processes.ranks_where(file.exists())) < self.processes.count:
             raise UserError(
                 f"run = {str(self.folder)!r}: is not the same folder for all processes; put it where all see it"
             )
         self.stored = read_tensors(file, str(self.device)) if file.exists() else {}
         if self.start is None:
             with torch.no_grad():
-                self.method.begin(self.players, self.stored)
+                self.method.initialise(self.players, self.stored)
                 self.processes.begin_equal([*self.trained.values(), *self.followers.values()])
                 for ema in self.emas.values():
                     ema.copy_from(self.trained[self.method.student])
         if not self.method.keeps_teacher:
             self.players = Players(**self.trained, **self.followers)
-            self.setting = replace(self.setting, teacher=None)
+            self.problem = replace(self.problem, teacher=None)
             self.teacher = None
         if self.mesh:
             self._share_out(self.mesh)

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.settings.lock import LOCK, locked
 from diffdistill.settings.schema import UserError
-from diffdistill.training.memory.within_memory import run_within_memory, with_half
+from diffdistill.training.memory.oom_retry import run_with_oom_retry, with_half
 
 Whole = dict[int, Mapping[str, Tensor]]
 every_kind = pytest.mark.parametrize("kind", [kind for kind, _ in KINDS], ids=[kind.__name__ for kind, _ in KINDS])
@@ -97,6 +97,6 @@ def test_a_run_that_never_fits_stops_when_there_is_nothing_left_to_halve(
     monkeypatch.setattr("diffdistill.training.trainer.Trainer.train_step", too_much)
     config = make_config("pretrain", "train.on_out_of_memory=halve")
     with pytest.raises(TrainingError, match="out of memory at step 0"):
-        run_within_memory(config, quiet=True)
+        run_with_oom_retry(config, quiet=True)
     said = [line.rpartition("=")[2] for line in capsys.readouterr().err.splitlines() if "goes on" in line]
     assert said == ["4", "2", "1"]

@@ -13,14 +13,14 @@ FAULTS = (
     Fault(
         "the pairs are of the student's classes",
         "diffdistill/distillation/pairs.py",
-        'label = rng.integers("pair label", max(setting.num_classes, 1))',
-        'label = setting.label_of(rng.uniform("pair label"))',
+        'label = rng.integers("pair label", max(problem.num_classes, 1))',
+        'label = problem.label_of(rng.uniform("pair label"))',
         "test_msd.py::test_every_student_has_the_pairs_of_all_classes",
     ),
     Fault(
         "real images are of all classes",
         "diffdistill/training/trainer.py",
-        "DataOrder(self.source, train.seed, classes=self.setting.classes)",
+        "DataOrder(self.source, train.seed, classes=self.problem.classes)",
         "DataOrder(self.source, train.seed)",
         "test_msd.py::test_a_student_s_real_images_are_of_its_classes",
     ),

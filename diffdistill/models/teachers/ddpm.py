@@ -23,7 +23,7 @@ class DDPM(Family):
         return not self.num_classes(options)
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> DiffusersUNet:
-        return DiffusersUNet(model, num_classes, knows_unconditional=num_classes > 0 and class_dropout > 0)
+        return DiffusersUNet(model, num_classes, has_null_condition=num_classes > 0 and class_dropout > 0)
 
     def num_classes(self, options: Mapping[str, Any]) -> int:
         return int(options.get("num_class_embeds") or 0)

@@ -37,7 +37,7 @@ class DiTNetwork(DiffusersTransformer):
             model,
             accepts=frozenset({"label"}),
             num_classes=num_classes,
-            knows_unconditional=True,
+            has_null_condition=True,
             resolution_multiple=int(model.config.patch_size),  # type: ignore[union-attr, arg-type]
         )
         for part in model.modules():  # in training mode each block would drop labels of its own, at random

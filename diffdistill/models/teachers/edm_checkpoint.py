@@ -18,8 +18,7 @@ from torch import Tensor
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import Heun
-from diffdistill.models.config import ModelConfig
-from diffdistill.models.model import ModelSpec, TrainedModel
+from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers.pickle_reader import (
     PLAIN_CALLS,
     Build,

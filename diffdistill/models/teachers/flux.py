@@ -65,7 +65,7 @@ class FluxNetwork(DiffusersTransformer):
         super().__init__(
             model,
             accepts=frozenset({"text", "pooled_text"} | ({"guidance_input"} if is_told else set())),
-            knows_unconditional=False,
+            has_null_condition=False,
             resolution_multiple=PATCH,
         )
 

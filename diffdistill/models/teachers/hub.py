@@ -32,7 +32,7 @@ def is_hub_name(place: str) -> bool:
 def fetch_pipeline(place: str) -> FilePath:
     """The folder of a pipeline in the hub's cache, downloaded first where it is not there.
 
-    Asked once a process, so that all parts are of one revision, whatever becomes of `main` meanwhile.
+    SampleRequest once a process, so that all parts are of one revision, whatever becomes of `main` meanwhile.
     Raises UserError if there is none of this name, or it cannot be reached.
     """
     if not is_hub_name(place):

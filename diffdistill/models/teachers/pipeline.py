@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.conditions import Conditions
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.models.config import ModelConfig
-from diffdistill.models.model import ModelSpec, TrainedModel
+from diffdistill.diffusion.prompt_table import PromptTable
+from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers.family import Family
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
 from diffdistill.models.teachers.registry import detect_family
@@ -174,10 +173,10 @@ class Pipeline:
         """The empty prompt, as what the pipeline guides away from: [1, ...] each part."""
         return self.family.encode_empty(encoder, self.image_size, self.options)
 
-    def conditions(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Conditions:
+    def conditions(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> PromptTable:
         """These prompts by number, encoded at once and kept in memory; the encoders are let go."""
         encoder = self.load_encoder(device)
-        return Conditions([self.encode(encoder, prompts)], self.encode_empty(encoder))
+        return PromptTable([self.encode(encoder, prompts)], self.encode_empty(encoder))
 
 
 READING = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError)

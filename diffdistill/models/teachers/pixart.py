@@ -48,7 +48,7 @@ class PixArtNetwork(DiffusersTransformer):
         super().__init__(
             model,
             accepts=frozenset({"text", "text_mask"} | ({"size"} if model.use_additional_conditions else set())),
-            knows_unconditional=True,
+            has_null_condition=True,
             resolution_multiple=int(model.config.patch_size),  # type: ignore[union-attr, arg-type]
         )
 

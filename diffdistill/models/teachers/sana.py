@@ -66,7 +66,7 @@ class SanaNetwork(DiffusersTransformer):
         super().__init__(
             model,
             accepts=frozenset({"text", "text_mask"}),
-            knows_unconditional=True,
+            has_null_condition=True,
             resolution_multiple=int(model.config.patch_size),  # type: ignore[union-attr, arg-type]
         )
 

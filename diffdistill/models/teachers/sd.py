@@ -40,7 +40,7 @@ class StableDiffusionUNet(DiffusersUNetBlocks):
         super().__init__(
             model,
             accepts=accepts,
-            knows_unconditional=True,
+            has_null_condition=True,
             resolution_multiple=2 ** (len(model.config.down_block_types) - 1),  # type: ignore[union-attr, arg-type]
         )
 

@@ -64,7 +64,7 @@ class StableDiffusion3Network(DiffusersTransformer):
         super().__init__(
             model,
             accepts=frozenset({"text", "pooled_text"}),
-            knows_unconditional=True,
+            has_null_condition=True,
             resolution_multiple=int(model.config.patch_size),  # type: ignore[union-attr, arg-type]
         )
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.losses import denoising_weight
-from diffdistill.distillation.method import Players, Setting
+from diffdistill.distillation.method import Players, Problem
 from diffdistill.settings.schema import PositiveInt, schema
 
 RATIOS = (0.2, 0.6, 2.0)  # the noise-to-signal ratios that are looked at
@@ -156,7 +156,7 @@ class Health:
         players: Players,
         student: str,
         sampler: AnySampler,
-        setting: Setting,
+        problem: Problem,
         *,
         step: int,
         seed: int,
@@ -167,14 +167,14 @@ class Health:
         """
         generator = players[student]
         device = device_of(generator)
-        rng = Draws(seed, step, torch.arange(self.config.samples, device=device))
+        rng = StepRandom(seed, step, torch.arange(self.config.samples, device=device))
         num_classes = int(players.teacher.num_classes) if "teacher" in players else 0
-        known = torch.tensor(setting.classes or range(max(num_classes, 1)), device=device)
+        known = torch.tensor(problem.classes or range(max(num_classes, 1)), device=device)
         label = known[torch.arange(self.config.samples, device=device) % min(len(known), self.config.samples // 8)]
         cond = Cond(label=label) if num_classes else Cond()
         was_training = generator.training
         generator.eval()
-        shape = setting.image_shape
+        shape = problem.image_shape
         x = sampler(generator, rng.normal("health", shape), cond, fresh_noise=rng.fresh_noise(shape))  # type: ignore[arg-type]
         generator.train(was_training)
         signals: dict[str, float] = {}
@@ -219,7 +219,7 @@ class Health:
         return jumps
 
 
-def compare_scores(teacher: Denoiser, fake: Denoiser, x: Tensor, rng: Draws, cond: Cond) -> dict[str, float]:
+def compare_scores(teacher: Denoiser, fake: Denoiser, x: Tensor, rng: StepRandom, cond: Cond) -> dict[str, float]:
     """fake_lag: the fake score's denoising loss on x over the teacher's, EDM's weight.  cosine: of (x - D_teacher)
     and (x - D_fake) at the same x_t, mean over samples and noise levels.
 

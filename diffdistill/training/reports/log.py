@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from diffdistill.settings.terminal import Console, hide_secrets
-from diffdistill.storage.checkpoint import write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.training.reports.curves import draw_curves
 from diffdistill.training.reports.trackers import Trackers
 

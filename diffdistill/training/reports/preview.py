@@ -1,41 +1,12 @@
 """Pictures: grids of images, and the three views that tell a healthy distillation from a sick one."""
 
-from collections.abc import Mapping
-from pathlib import Path as FilePath
-
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
-from diffdistill.diffusion.draws import Draws
 from diffdistill.diffusion.sampling import AnySampler
-from diffdistill.distillation.method import Players, Setting
-
-CAPTION_HEIGHT = 14
-GAP = 2
-
-
-def save_grid(file: FilePath, images: Tensor, *, columns: int, min_side: int = 32) -> None:
-    """One PNG of [N, C, H, W] images in [-1, 1], row by row; small ones are enlarged to `min_side` pixels."""
-    tile(images, columns, min_side).save(_ready(file))
-
-
-def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, min_side: int = 32) -> None:
-    """One PNG with a captioned grid per entry, side by side."""
-    grids = {caption: tile(images, columns, min_side) for caption, images in panels.items()}
-    gap, ruler = 8, ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    widths = {caption: max(grid.width, int(ruler.textlength(caption)) + 2) for caption, grid in grids.items()}
-    size = (sum(widths.values()) + gap * (len(grids) - 1), CAPTION_HEIGHT + max(grid.height for grid in grids.values()))
-    sheet = Image.new("RGB", size, "white")
-    pen, left = ImageDraw.Draw(sheet), 0
-    for caption, grid in grids.items():
-        pen.text((left + 1, 1), caption, fill="black")
-        sheet.paste(grid, (left, CAPTION_HEIGHT))
-        left += widths[caption] + gap
-    sheet.save(_ready(file))
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Players, Problem
 
 
 @torch.no_grad()
@@ -44,7 +15,7 @@ def preview_panels(
     name: str,
     student: nn.Module,
     sampler: AnySampler,
-    setting: Setting,
+    problem: Problem,
     *,
     seed: int,
     device: torch.device,
@@ -56,43 +27,19 @@ def preview_panels(
     name: the student's among the players; student: its weights to look at.  Returns [count, C, H, W] by caption.
     """
     index = torch.arange(count, device=device)
-    rng = Draws(seed, 0, index)
-    classes = torch.tensor(setting.classes or range(max(setting.num_classes, 1)), device=device)
-    cond = Cond(label=classes[index % len(classes)]) if setting.num_classes else NO_COND
+    rng = StepRandom(seed, 0, index)
+    classes = torch.tensor(problem.classes or range(max(problem.num_classes, 1)), device=device)
+    cond = Cond(label=classes[index % len(classes)]) if problem.num_classes else NO_COND
     x = sampler(
         student,  # type: ignore[arg-type]
-        rng.normal("preview", setting.image_shape),
+        rng.normal("preview", problem.image_shape),
         cond,
-        fresh_noise=rng.fresh_noise(setting.image_shape),
+        fresh_noise=rng.fresh_noise(problem.image_shape),
     )
     panels = {f"{name} ({sampler.num_evaluations} ev.)": x}
-    t = setting.path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=device))
-    x_t = setting.path.diffuse(x, rng.normal("preview eps", setting.image_shape), t)
+    t = problem.path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=device))
+    x_t = problem.path.diffuse(x, rng.normal("preview eps", problem.image_shape), t)
     for other in ("teacher", "fake"):
         if other in players and other != name:
             panels[f"{other}'s D(x_t), ratio 1"] = players[other](x_t, t, cond)
     return panels
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to 0 .. 255, rounded to nearest: [N, C, H, W] uint8 on the CPU."""
-    return (images.detach().float().nan_to_num(0.0) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def tile(images: Tensor, columns: int, min_side: int) -> Image.Image:
-    """[N, C, H, W] images in [-1, 1] row by row, each enlarged by a whole number to `min_side` pixels at least."""
-    pixels = to_uint8(images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1))
-    enlarge = max(1, -(-min_side // pixels.shape[-1]))
-    pixels = pixels.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
-    pixels = F.pad(pixels, (0, GAP, 0, GAP), value=255)
-    rows = -(-len(pixels) // columns)
-    missing = rows * columns - len(pixels)
-    pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 255)])
-    _, channels, height, width = pixels.shape
-    tiled = pixels.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    return Image.fromarray(np.ascontiguousarray(tiled.reshape(rows * height, columns * width, channels)))
-
-
-def _ready(file: FilePath) -> FilePath:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file

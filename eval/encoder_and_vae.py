@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from diffdistill.data.cache import cache_folder
 from diffdistill.data.shards import files_key
 from diffdistill.diffusion.cond import NO_COND, Cond
-from diffdistill.diffusion.conditions import Conditions
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.guidance import Guidance
+from diffdistill.diffusion.guidance.policies import Guidance
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.sampling import FreshNoise, Sampler
 from diffdistill.eval.hashes import hash_weights
-from diffdistill.models.model import ModelSpec
+from diffdistill.models.encoders import PromptEncoder, encode_prompts, encoder_of
+from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, pipeline_of
 from diffdistill.settings.schema import UserError
-from diffdistill.training.inputs import PromptEncoder, encode_prompts, encoder_of
 
 
 @dataclass(frozen=True)
-class Around:
+class EncoderAndVAE:
     """captions: how many; 0 where there are none.  encode: some of them by number [B].  pipeline: whose VAE is `vae`;
     None where the network makes pixels.  modules: all of it, by part.  sha256: of each part's weights or files."""
 
@@ -47,7 +47,7 @@ class WholeSampler:
     """A sampler with all that a user waits for: its captions are encoded first, and it ends in images."""
 
     sampler: Sampler
-    around: Around
+    around: EncoderAndVAE
 
     @property
     def num_evaluations(self) -> int:
@@ -76,7 +76,7 @@ def open_around(
     *,
     origin: str,
     keeps_encoder: bool = True,
-) -> Around | None:
+) -> EncoderAndVAE | None:
     """What a model needs beside its network; None if that makes pixels, without text.
 
     denoiser: is told what "no caption" is, for guidance.  captions: None where the protocol has none.
@@ -94,16 +94,16 @@ def open_around(
     modules = {"vae": vae} if vae is not None else {}
     hashes = {name: hash_weights(module) for name, module in modules.items()}
     if encoder is None or captions is None:
-        return Around(0, None, pipeline, vae, modules, hashes)
+        return EncoderAndVAE(0, None, pipeline, vae, modules, hashes)
     hashes["text_encoder"] = files_key(encoder.files, root=cache_folder(None))
     if not keeps_encoder:
         table = encode_prompts(encoder, captions, root=cache_folder(None), device=device)
         denoiser.conditions = denoiser.conditions or table
-        return Around(len(captions), lambda index: table.rows(index.to(device)), pipeline, vae, modules, hashes)
+        return EncoderAndVAE(len(captions), lambda index: table.rows(index.to(device)), pipeline, vae, modules, hashes)
     loaded = encoder.load(device)
-    denoiser.conditions = denoiser.conditions or Conditions([], encoder.encode_empty(loaded))
+    denoiser.conditions = denoiser.conditions or PromptTable([], encoder.encode_empty(loaded))
     modules |= {f"text_encoder{number or ''}": part for number, part in enumerate(_networks(loaded))}
-    return Around(len(captions), _live(encoder, loaded, captions), pipeline, vae, modules, hashes)
+    return EncoderAndVAE(len(captions), _live(encoder, loaded, captions), pipeline, vae, modules, hashes)
 
 
 def _live(encoder: PromptEncoder, loaded: Any, captions: Sequence[str]) -> Callable[[Tensor], Cond]:

@@ -44,7 +44,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, int]) -> tup
 
 
 @dataclass(frozen=True)
-class Draws:
+class StepRandom:
     """The random numbers of the samples `index` in one step.
 
     seed, step: non-negative.  index: [B] int64, global sample numbers (over micro-batches and processes).

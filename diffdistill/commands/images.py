@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffdistill.commands.faults import guarded
+from diffdistill.commands.exit_codes import guarded
 from diffdistill.settings.terminal import Console
 
 console = Console()
@@ -56,11 +56,11 @@ def sample(
     import torch
 
     from diffdistill.data.prompts import read_prompts
+    from diffdistill.diffusion.guidance.policies import parse_guidance
     from diffdistill.exported.sample import SampleOptions, run_sample
-    from diffdistill.inference.model_imager import Asked
-    from diffdistill.training.config import parse_guidance
+    from diffdistill.inference.image_generator import SampleRequest
 
-    asked = Asked(
+    asked = SampleRequest(
         prompts=(*(prompt or ()), *(read_prompts(prompts, setting="--prompts") if prompts else ())),
         labels=tuple(label or ()),
         seed=seed,
@@ -119,8 +119,11 @@ def export(
 
     Example: diffdistill export runs/sd15 --out exported/sd15-lora --kind lora --push me/sd15-one-step
     """
-    from diffdistill.commands.export_command import ExportOptions, check_kind
-    from diffdistill.commands.export_command import export as run_export
+    from functools import partial
+
+    from diffdistill.eval.board_files import model_index_of
+    from diffdistill.export.run import ExportOptions, check_kind
+    from diffdistill.export.run import export as run_export
 
     options = ExportOptions(
         kind=check_kind(kind),
@@ -128,7 +131,7 @@ def export(
         guidance_scale=guidance,
         is_verified=verify,
         licence=licence,
-        records=FilePath(records) if records else None,
+        scores=partial(model_index_of, FilePath(records)) if records else None,
         push=push,
         is_public=public,
     )

@@ -2,9 +2,11 @@
 
 Every sampler takes as `guidance` a number w (classifier-free guidance, D_u + w (D_c - D_u); a tensor [B] gives each
 sample its own) or a policy. Here are limited intervals, CFG++ and Adaptive Guidance; LinearAG is in
-`diffdistill.diffusion.linear_guidance`. An evaluation is one sample through the network: plain guidance takes two a call.
+`diffdistill.diffusion.linear_ag`. An evaluation is one sample through the network: plain guidance takes two a
+call.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Protocol
@@ -17,6 +19,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, UserError, schema
+from diffdistill.settings.values import parse_yaml, validate
 
 Metric = Literal["eps", "x0"]
 """In which of its forms the two estimates are compared."""
@@ -232,3 +235,13 @@ def unconditional(denoiser: Denoiser, cond: Cond) -> Cond:
 
 AnyPolicy = Annotated[CFG | Interval | CFGPlusPlus | AdaptiveGuidance, Field(discriminator="name")]
 """The policies that a command may name."""
+
+
+def parse_guidance(text: str) -> float | AnyPolicy:
+    """A scale, or a policy as in `{name: interval, scale: 2, ratio_low: 0.2, ratio_high: 5}`. Raises UserError."""
+    value = parse_yaml(text, origin="--guidance")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if not isinstance(value, dict):
+        raise UserError(f"--guidance {text}: give a number, or a policy as {{name: adaptive, scale: 2}}")
+    return validate(AnyPolicy, value, origin="--guidance")  # type: ignore[arg-type]

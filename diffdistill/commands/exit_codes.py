@@ -50,7 +50,7 @@ def _expected(error: Exception) -> tuple[str, int | None]:
 
     from diffdistill.distributed.stopping import StopRequested, TrainingError
     from diffdistill.export.verify import ExportError
-    from diffdistill.storage.checkpoint import is_disk_full
+    from diffdistill.storage.atomic import is_disk_full
 
     if isinstance(error, StopRequested):
         return str(error), error.exit_code

@@ -7,20 +7,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.conditions import Conditions
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.draws import Draws
-from diffdistill.diffusion.guidance import Guidance
+from diffdistill.diffusion.guidance.policies import Guidance
+from diffdistill.diffusion.prompt_table import PromptTable
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.steps import with_steps
 from diffdistill.inference.draw import check_labels, sample_rows
-from diffdistill.models.model import TrainedModel
+from diffdistill.models.encoders import encoder_of
+from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, pipeline_of
 from diffdistill.settings.schema import UserError
-from diffdistill.training.inputs import encoder_of
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleRequest:
     """What to draw. Image i is of noise (seed, i), and of the prompt or class i modulo their number.
 
     labels: none for all classes in turn.  guidance, num_steps: None for the model's own.
@@ -39,7 +39,7 @@ class Asked:
     trusts_code: bool = False
 
 
-class Imager(Protocol):
+class ImageGenerator(Protocol):
     """num_evaluations: calls of the network for one image."""
 
     num_evaluations: int
@@ -49,10 +49,10 @@ class Imager(Protocol):
         ...
 
 
-class ModelImager:
+class ModelImageGenerator:
     """By our own samplers; latents go through the pipeline's VAE."""
 
-    def __init__(self, model: TrainedModel, asked: Asked) -> None:
+    def __init__(self, model: TrainedModel, asked: SampleRequest) -> None:
         """Raises UserError on prompts, classes, steps and guidance that do not go with the model."""
         sampler = model.spec.sampler
         if asked.num_steps is not None:
@@ -68,7 +68,7 @@ class ModelImager:
     def __call__(self, index: Tensor) -> Tensor:
         labels = self.labels[index % len(self.labels)].to(self.asked.device)
         index = index.to(self.asked.device)
-        made = sample_rows(self.model, Draws(self.asked.seed, 0, index), labels, guidance=self.guidance)
+        made = sample_rows(self.model, StepRandom(self.asked.seed, 0, index), labels, guidance=self.guidance)
         return self.decode(made).float().cpu()
 
     def _settle_labels(self) -> Tensor:
@@ -86,7 +86,7 @@ class ModelImager:
             raise UserError(f"--prompt: {self.model.source} draws what a prompt says; give one, or a file of --prompts")
         loaded = encoder.load(self.asked.device)
         prompts = list(self.asked.prompts)
-        conditions = Conditions([encoder.encode(loaded, prompts)], encoder.encode_empty(loaded))
+        conditions = PromptTable([encoder.encode(loaded, prompts)], encoder.encode_empty(loaded))
         for part in self.model.denoiser.modules():  # students behind a router are denoisers too
             if isinstance(part, Denoiser):
                 part.conditions = conditions

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
-from diffdistill.diffusion.sampling import AnySampler
-from diffdistill.models.config import ModelConfig
+from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.lora import (
     LoRASettings,
     fingerprint,
@@ -24,8 +23,9 @@ from diffdistill.networks.lora import (
     with_lora,
     without_lora,
 )
-from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.values import dump, validate
+from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.storage.checkpoint import (
     MANIFEST,
     STATE,
@@ -36,48 +36,9 @@ from diffdistill.storage.checkpoint import (
     load_strictly,
     read_state,
     select_group,
-    write_text_atomically,
 )
 
 ROUTER = "router.json"
-
-
-@schema
-class ModelSpec:
-    """Enough to build a network again: its config, the images it was made for, and how to sample from it."""
-
-    model: ModelConfig
-    image_shape: tuple[PositiveInt, ...]
-    num_classes: int
-    class_dropout: Fraction
-    sampler: AnySampler
-    classes: tuple[int, ...] = ()  # that it was trained on; empty for all
-    pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
-    base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
-    negative_prompt: str | None = None  # that its attention steers away from
-    negative_scale: float = 0.0
-    text_encoder: str | None = None  # the folder of what encodes prompts, where that is no pipeline's
-
-    def build_empty(self) -> Denoiser:
-        """The same without weights, for others to be put in: a network is then in memory only once."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():
-            return self.build()
-
-    def build(self) -> Denoiser:
-        """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
-        net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
-        return Denoiser(net, self.model.path, self.model.predicts, sigma_data=self.model.sigma_data)
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """denoiser: frozen.  spec: what it is.  source: the checkpoint it came from."""
-
-    denoiser: Denoiser
-    spec: ModelSpec
-    source: FilePath
 
 
 def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
@@ -88,7 +49,7 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
     Raises UserError if there is none or it is damaged.
     """
-    from diffdistill.models.negative import steer
+    from diffdistill.models.negative_prompts import steer
     from diffdistill.models.teachers import is_pipeline, load_pipeline
 
     if is_pipeline(place):

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, get_args
 
 from diffdistill import __version__
-from diffdistill.export.card import CardFacts, how_near, read_state, write_card
+from diffdistill.export.card import CardFacts, Scores, how_near, read_state, write_card
 from diffdistill.export.expected import check_lora, check_self_contained, check_stock
 from diffdistill.export.lora_files import write_lora
 from diffdistill.export.push import check_push, push
@@ -16,7 +16,8 @@ from diffdistill.export.record import RECORD, ExportRecord, Kind, guidance_of
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import NotStock, StockFolder, write_stock
 from diffdistill.export.verify import Check, verify
-from diffdistill.models.model import TrainedModel, load_model, merge_model
+from diffdistill.models.load import load_model, merge_model
+from diffdistill.models.spec import TrainedModel
 from diffdistill.networks.adapters import AdaptedConfig
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.settings.schema import UserError
@@ -29,7 +30,7 @@ class ExportOptions:
     """kind: auto is stock where diffusers' classes can do what the student does, else self-contained.
     ema: one of the run's `more_emas`.  guidance_scale: of calls that name none, for a student that takes it as input;
     default the middle of what it was trained on.  licence: of the teacher, where its own card does not say.
-    records: what was measured.  push: a repository on the hub.
+    scores: gives what was measured of a place.  push: a repository on the hub.
     """
 
     kind: AnyKind = "auto"
@@ -37,7 +38,7 @@ class ExportOptions:
     guidance_scale: float | None = None
     is_verified: bool = True
     licence: str | None = None
-    records: FilePath | None = None
+    scores: Scores | None = None
     push: str | None = None
     is_public: bool = False
 
@@ -160,7 +161,7 @@ def _written(
         check = check_stock(model, folder, stock)
     else:
         check = check_lora(model, folder, stock, is_kohya=kind == "kohya")
-    facts = CardFacts(place, model, record, config, options.licence, options.records)
+    facts = CardFacts(place, model, record, config, options.licence, options.scores)
     return Written(kind, check, facts, note)
 
 

@@ -14,7 +14,7 @@ from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import lora_of
 from diffdistill.networks.recompute import parts_of, set_recompute
 from diffdistill.settings.schema import UserError, schema
-from diffdistill.training.memory.offload import offload
+from diffdistill.training.speed.offload import offload
 
 RECOMPILES = 64  # graphs kept for one function: each player has one for each want, mode and set of live gradients
 

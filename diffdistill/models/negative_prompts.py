@@ -5,8 +5,8 @@ from dataclasses import replace
 from torch import nn
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.models.model import ModelSpec, TrainedModel
-from diffdistill.networks.negative import NegativePrompt, steer_away, text_attention
+from diffdistill.models.spec import ModelSpec, TrainedModel
+from diffdistill.networks.negative_prompts import NegativePrompt, steer_away, text_attention
 from diffdistill.settings.schema import UserError
 
 DEFAULT_SCALE = 0.3

@@ -11,7 +11,7 @@ from diffdistill.distributed.processes import Processes
 from diffdistill.distributed.stopping import TrainingError
 
 
-class Guard:
+class NonfiniteGuard:
     """Counts skipped updates, by loss: one player's success does not hide another's failure.
 
     on_nonfinite: what to do at the first one.  max_skips: so many of one loss in a row stop the run.

@@ -10,9 +10,9 @@ from torch import nn
 
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.distributed.processes import Processes
-from diffdistill.eval.around import Around, open_around
 from diffdistill.eval.bench import make_bench
 from diffdistill.eval.captions import read_captions
+from diffdistill.eval.encoder_and_vae import EncoderAndVAE, open_around
 from diffdistill.eval.extract import Bench
 from diffdistill.eval.generate import SampledImages
 from diffdistill.eval.hashes import hash_weights
@@ -22,19 +22,22 @@ from diffdistill.eval.records import Cost, ModelRecord, Record, append_record, i
 from diffdistill.eval.run import evaluate
 from diffdistill.eval.table import number
 from diffdistill.eval.workers import Workers
-from diffdistill.models.model import ModelSpec
+from diffdistill.models.spec import ModelSpec
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
-from diffdistill.storage.checkpoint import PREFIX, write_text_atomically
+from diffdistill.storage.atomic import write_text_atomically
+from diffdistill.storage.checkpoint import PREFIX
+from diffdistill.training.reports.evaluator import EvalConfig, EvaluatedRun
 from diffdistill.training.reports.log import Log
-from diffdistill.training.reports.watch import EvalConfig, Watched
 
 RECORDS = "eval.jsonl"
 
 
 @dataclass(frozen=True)
-class StudentWatch:
-    """See diffdistill/training/reports/watch.py, whose `Watch` this is.  folder: the run's.  best_by: a metric of the protocol."""
+class StudentEvaluator:
+    """An `Evaluator` of diffdistill/training/reports/evaluator.py.
+
+    folder: the run's.  best_by: a metric of the protocol."""
 
     config: EvalConfig
     folder: FilePath
@@ -42,12 +45,12 @@ class StudentWatch:
     bench: Bench
     best_by: str
     processes: Processes
-    around: Around | None = None
+    around: EncoderAndVAE | None = None
 
     @staticmethod
     def of(
         config: EvalConfig, folder: FilePath, student: nn.Module, spec: ModelSpec, processes: Processes
-    ) -> "StudentWatch":
+    ) -> "StudentEvaluator":
         """Raises UserError where the protocol does not fit the student, or its files are missing."""
         protocol = replace(find_protocol(config.protocol), repeats=1)
         if config.num_images:
@@ -69,19 +72,19 @@ class StudentWatch:
             raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")
         some = captions[: protocol.num_images] if captions is not None else None
         around = open_around(spec, student, some, processes.device, origin="eval", keeps_encoder=False)
-        watch = StudentWatch(config, folder, spec, bench, best_by, processes, around)
+        watch = StudentEvaluator(config, folder, spec, bench, best_by, processes, around)
         watch._source(student, step=0)
         return watch
 
-    def examine(self, run: Watched, *, is_last: bool, log: Log) -> bool:
+    def examine(self, run: EvaluatedRun, *, is_last: bool, log: Log) -> bool:
         if run.step % self.config.every and not is_last:
             return False
         return bool(self.processes.largest(self._judge(run, log)))
 
-    def _judge(self, run: Watched, log: Log) -> bool:
+    def _judge(self, run: EvaluatedRun, log: Log) -> bool:
         """Evaluate the student. Returns whether it is the best so far; only the first process knows."""
         step, images = run.step, run.images_seen
-        self.processes.first(lambda: self._forget_from(step))
+        self.processes.on_main_first(lambda: self._forget_from(step))
         done = evaluate(
             self._source(run.student, step=step),
             self.bench,

@@ -1,4 +1,4 @@
-"""Conditions by number: encoded prompts in a table, so that a method draws them as it draws classes.
+"""PromptTable by number: encoded prompts in a table, so that a method draws them as it draws classes.
 
 A label in 0 .. N - 1 stands for a prompt, and N for "no condition", the empty prompt.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 
 
-class Conditions:
+class PromptTable:
     """N conditions and the empty one. Copies of a denoiser share it, and it is no part of their weights."""
 
     def __init__(self, shards: Sequence[Cond], empty: Cond, *, key: str | None = None) -> None:
@@ -35,7 +35,7 @@ class Conditions:
         """N: the empty condition is not counted."""
         return int(self._bounds[-1])
 
-    def __deepcopy__(self, memo: object) -> "Conditions":
+    def __deepcopy__(self, memo: object) -> "PromptTable":
         return self
 
     @cached_property

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.guidance import AdaptiveGuidance, AdaptiveRun, Guided, Pair
+from diffdistill.diffusion.guidance.policies import AdaptiveGuidance, AdaptiveRun, Guided, Pair
 from diffdistill.diffusion.sampling import FreshNoise, Sampler
 
 

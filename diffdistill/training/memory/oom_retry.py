@@ -11,8 +11,8 @@ from diffdistill.training.config import RunConfig
 from diffdistill.training.trainer import Trainer
 
 
-def run_within_memory(
-    config: RunConfig, *, resume: bool | str = False, may_differ: bool = False, quiet: bool = False
+def run_with_oom_retry(
+    config: RunConfig, *, resume: bool | str = False, allow_changes: bool = False, quiet: bool = False
 ) -> FilePath:
     """A `Trainer`'s run. Out of memory, and if the config says so, it goes on from its last checkpoint with half the
     micro-batch: the batch stays, and so does the result, but for rounding.
@@ -21,7 +21,7 @@ def run_within_memory(
     cannot go on: they all stop.
     """
     while True:
-        trainer = Trainer(config, resume=resume, may_differ=may_differ, quiet=quiet)
+        trainer = Trainer(config, resume=resume, allow_changes=allow_changes, quiet=quiet)
         try:
             return trainer.run()
         except torch.OutOfMemoryError as error:
@@ -63,7 +63,7 @@ def half_named(config: RunConfig) -> str:
 
 def _plan(trainer: Trainer) -> str:
     """The run's needs by its plan, if there is memory left to make one."""
-    from diffdistill.training.memory.memory import plan_memory, show_bytes
+    from diffdistill.training.memory.prediction import plan_memory, show_bytes
 
     try:
         plan = plan_memory(trainer)

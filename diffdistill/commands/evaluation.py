@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffdistill.commands.faults import guarded
+from diffdistill.commands.exit_codes import guarded
 from diffdistill.settings.terminal import Console
 
 console = Console()

@@ -10,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.diffusion.draws import integer_of
 from diffdistill.diffusion.path import Path, karras_ratios
+from diffdistill.diffusion.step_random import integer_of
 from diffdistill.settings.schema import Positive, schema
 
 
-class TimeLaw(Protocol):
+class TimeDistribution(Protocol):
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
         """uniform: [B] in (0, 1), float64.  Returns t [B], float64, in the path's time."""
         ...
@@ -115,7 +115,7 @@ class LogitNormal:
         return path.t_min + fraction * (path.t_max - path.t_min)
 
 
-AnyTimeLaw = Annotated[
+AnyTimeDistribution = Annotated[
     LogNormal | Karras | KarrasIndex | Uniform | UniformInteger | LogitNormal, Field(discriminator="name")
 ]
 """The laws that a config may name."""

@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import freeze
-from diffdistill.diffusion.draws import Draws
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.export.lora_files import DIFFUSERS_FILE
 from diffdistill.export.record import ExportRecord, read_record
 from diffdistill.inference.draw import check_labels
-from diffdistill.inference.model_imager import Asked, Imager, ModelImager
-from diffdistill.models.model import TrainedModel, load_model
-from diffdistill.models.negative import with_negative_prompt
+from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
+from diffdistill.models.load import load_model
+from diffdistill.models.negative_prompts import with_negative_prompt
+from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.settings.schema import UserError
 
 
-def open_imager(place: str, asked: Asked) -> Imager:
+def open_image_generator(place: str, asked: SampleRequest) -> ImageGenerator:
     """What makes the images of a place. Raises UserError on what it does not know."""
     record = read_record(FilePath(place))
     if record is not None and record.kind == "self-contained":
-        return CodeImager(place, asked)
-    return ModelImager(_load(place, record, asked), asked)
+        return CodeImageGenerator(place, asked)
+    return ModelImageGenerator(_load(place, record, asked), asked)
 
 
-def timed_images(imager: Imager, count: int, batch: int) -> tuple[Tensor, float]:
+def timed_images(imager: ImageGenerator, count: int, batch: int) -> tuple[Tensor, float]:
     """[count, C, H, W], and the seconds of one image: noise to pixels, after an image that is not counted."""
     imager(torch.arange(1))
     begin = time.perf_counter()
@@ -39,10 +40,10 @@ def timed_images(imager: Imager, count: int, batch: int) -> tuple[Tensor, float]
     return made, (time.perf_counter() - begin) / count
 
 
-class CodeImager:
+class CodeImageGenerator:
     """By a folder's own pipeline, whose code runs."""
 
-    def __init__(self, place: str, asked: Asked) -> None:
+    def __init__(self, place: str, asked: SampleRequest) -> None:
         """Raises UserError unless the code may run, and on what the pipeline does not know."""
         if not asked.trusts_code:
             raise UserError(f"{place}: holds code of its own, {place}/pipeline.py; look at it, and add --trust-code")
@@ -69,7 +70,7 @@ class CodeImager:
     def __call__(self, index: Tensor) -> Tensor:
         asked, shape = self.asked, self.pipeline.model.image_shape
         chosen = [self.told[int(i) % len(self.told)] for i in index] if self.told else []
-        noise = Draws(asked.seed, 0, index).normal("noise", shape)
+        noise = StepRandom(asked.seed, 0, index).normal("noise", shape)
         made = self.pipeline(
             **{self.argument: chosen} if chosen else {},
             latents=noise,
@@ -87,7 +88,7 @@ class CodeImager:
         check_labels(self.asked.labels, classes, model.num_classes)
 
 
-def _load(place: str, record: ExportRecord | None, asked: Asked) -> TrainedModel:
+def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> TrainedModel:
     """A model; an exported one with the sampler that it was exported with."""
     if record is None:
         found = load_model(place, ema=asked.ema)

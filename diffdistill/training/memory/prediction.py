@@ -21,8 +21,8 @@ from diffdistill.networks.lora import lora_of
 from diffdistill.networks.recompute import recomputable_blocks
 from diffdistill.training.config import OptimizerConfig
 from diffdistill.training.memory.counting import SavedTensors, storage_bytes
-from diffdistill.training.memory.offload import is_offloaded
 from diffdistill.training.setup import prepare
+from diffdistill.training.speed.offload import is_offloaded
 from diffdistill.training.trainer import MicroBatch, Trainer
 
 EIGHT_BIT_MINIMUM = 4096  # bitsandbytes keeps smaller parameters' moments in 32 bits
@@ -99,7 +99,7 @@ class MemoryPlan:
 def plan_memory(trainer: Trainer) -> MemoryPlan:
     """Predict a run's memory from its trainer, before any step. Nothing is written."""
     train = trainer.config.train
-    made = prepare(trainer.method, trainer.setting, train.seed, trainer.device)
+    made = prepare(trainer.method, trainer.problem, train.seed, trainer.device)
     trainer.stored = {name: value.to(trainer.device) for name, value in made.items()}
     share = train.global_batch_size // trainer.processes.count
     twos, threes = (_micro_batch(trainer, size) for size in (2, 3))

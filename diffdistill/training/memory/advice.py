@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffdistill.networks.recompute import set_recompute
-from diffdistill.training.memory.memory import (
+from diffdistill.training.memory.prediction import (
     MemoryPlan,
     PlayerBytes,
     block_growth,
@@ -15,7 +15,7 @@ from diffdistill.training.memory.memory import (
     saved_growth,
     show_bytes,
 )
-from diffdistill.training.memory.offload import is_offloaded
+from diffdistill.training.speed.offload import is_offloaded
 from diffdistill.training.trainer import Trainer
 
 
@@ -65,7 +65,7 @@ def _halve_precision(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
 
 
 def _halve_teacher(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    teacher = trainer.setting.teacher
+    teacher = trainer.problem.teacher
     if teacher is None or is_offloaded(teacher):
         return None
     layers = [part for part in teacher.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]

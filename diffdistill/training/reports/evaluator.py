@@ -11,7 +11,7 @@ from diffdistill.settings.schema import PositiveInt, field, schema
 
 if TYPE_CHECKING:
     from diffdistill.distributed.processes import Processes
-    from diffdistill.models.model import ModelSpec
+    from diffdistill.models.spec import ModelSpec
     from diffdistill.training.reports.log import Log
 
 
@@ -36,7 +36,7 @@ class EvalConfig:
     captions: str | None = None
 
 
-class Watched(Protocol):
+class EvaluatedRun(Protocol):
     """What a watch asks of the trainer."""
 
     step: int
@@ -50,10 +50,10 @@ class Watched(Protocol):
     def images_seen(self) -> int: ...
 
 
-class Watch(Protocol):
+class Evaluator(Protocol):
     """What the trainer asks."""
 
-    def examine(self, run: Watched, *, is_last: bool, log: "Log") -> bool:
+    def examine(self, run: EvaluatedRun, *, is_last: bool, log: "Log") -> bool:
         """Evaluate the student if it is due. Returns whether it is the best so far, and so has to be saved."""
         ...
 
@@ -62,24 +62,24 @@ class Watch(Protocol):
         ...
 
 
-class NoWatch:
+class NoEvaluator:
     """Never looks."""
 
-    def examine(self, run: Watched, *, is_last: bool, log: "Log") -> bool:
+    def examine(self, run: EvaluatedRun, *, is_last: bool, log: "Log") -> bool:
         return False
 
     def best(self, step: int) -> str | None:
         return None
 
 
-def make_watch(
+def make_evaluator(
     config: EvalConfig | None, folder: FilePath, student: nn.Module, spec: "ModelSpec", processes: "Processes"
-) -> Watch:
+) -> Evaluator:
     """The watch that a run's config asks for.  folder: the run's.  processes: they share the work.
 
     Raises UserError, before training, for a protocol that does not fit the student, and for missing files.
     """
     if config is None:
-        return NoWatch()
-    made: Watch = load("diffdistill.eval.watch:StudentWatch").of(config, folder, student, spec, processes)
+        return NoEvaluator()
+    made: Evaluator = load("diffdistill.eval.evaluator:StudentEvaluator").of(config, folder, student, spec, processes)
     return made

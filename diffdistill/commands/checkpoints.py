@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffdistill.commands.faults import guarded
+from diffdistill.commands.exit_codes import guarded
 from diffdistill.settings.terminal import Console
 
 console = Console()
@@ -20,7 +20,7 @@ def join(
 
     Example: diffdistill join runs/msd/student_index=0 runs/msd/student_index=1 --out runs/msd
     """
-    from diffdistill.models.model import join_students
+    from diffdistill.models.load import join_students
 
     made = join_students(out, runs)
     console.print(f"{made}: {len(runs)} student{'s' * (len(runs) > 1)}", highlight=False, soft_wrap=True)
@@ -35,7 +35,7 @@ def gather(
 
     Example: diffdistill gather runs/dmd2 --out runs/dmd2-whole
     """
-    from diffdistill.models.model import find_checkpoint
+    from diffdistill.models.load import find_checkpoint
     from diffdistill.settings.schema import UserError
     from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 

@@ -1,0 +1,59 @@
+"""Pictures of tensors: grids of images, with captions."""
+
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+CAPTION_HEIGHT = 14
+
+
+GAP = 2
+
+
+def save_grid(file: FilePath, images: Tensor, *, columns: int, min_side: int = 32) -> None:
+    """One PNG of [N, C, H, W] images in [-1, 1], row by row; small ones are enlarged to `min_side` pixels."""
+    tile(images, columns, min_side).save(_ready(file))
+
+
+def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, min_side: int = 32) -> None:
+    """One PNG with a captioned grid per entry, side by side."""
+    grids = {caption: tile(images, columns, min_side) for caption, images in panels.items()}
+    gap, ruler = 8, ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = {caption: max(grid.width, int(ruler.textlength(caption)) + 2) for caption, grid in grids.items()}
+    size = (sum(widths.values()) + gap * (len(grids) - 1), CAPTION_HEIGHT + max(grid.height for grid in grids.values()))
+    sheet = Image.new("RGB", size, "white")
+    pen, left = ImageDraw.Draw(sheet), 0
+    for caption, grid in grids.items():
+        pen.text((left + 1, 1), caption, fill="black")
+        sheet.paste(grid, (left, CAPTION_HEIGHT))
+        left += widths[caption] + gap
+    sheet.save(_ready(file))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to 0 .. 255, rounded to nearest: [N, C, H, W] uint8 on the CPU."""
+    return (images.detach().float().nan_to_num(0.0) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def tile(images: Tensor, columns: int, min_side: int) -> Image.Image:
+    """[N, C, H, W] images in [-1, 1] row by row, each enlarged by a whole number to `min_side` pixels at least."""
+    pixels = to_uint8(images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1))
+    enlarge = max(1, -(-min_side // pixels.shape[-1]))
+    pixels = pixels.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    pixels = F.pad(pixels, (0, GAP, 0, GAP), value=255)
+    rows = -(-len(pixels) // columns)
+    missing = rows * columns - len(pixels)
+    pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 255)])
+    _, channels, height, width = pixels.shape
+    tiled = pixels.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    return Image.fromarray(np.ascontiguousarray(tiled.reshape(rows * height, columns * width, channels)))
+
+
+def _ready(file: FilePath) -> FilePath:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -1,0 +1,58 @@
+"""A model in a run's config: its network, its noise levels, and what it predicts."""
+
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM, AnyPath, Prediction
+from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.networks import AnyNetwork
+from diffdistill.settings.schema import Fraction, Positive, PositiveInt, field, schema
+
+
+@schema
+class ModelConfig:
+    """A new model. sigma_data: the data's standard deviation, for predicts: edm."""
+
+    network: AnyNetwork
+    path: AnyPath = field(default_factory=EDM)
+    predicts: Prediction = "edm"
+    sigma_data: Positive = 0.5
+
+
+@schema
+class ModelSpec:
+    """Enough to build a network again: its config, the images it was made for, and how to sample from it."""
+
+    model: ModelConfig
+    image_shape: tuple[PositiveInt, ...]
+    num_classes: int
+    class_dropout: Fraction
+    sampler: AnySampler
+    classes: tuple[int, ...] = ()  # that it was trained on; empty for all
+    pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
+    base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
+    negative_prompt: str | None = None  # that its attention steers away from
+    negative_scale: float = 0.0
+    text_encoder: str | None = None  # the folder of what encodes prompts, where that is no pipeline's
+
+    def build_empty(self) -> Denoiser:
+        """The same without weights, for others to be put in: a network is then in memory only once."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            return self.build()
+
+    def build(self) -> Denoiser:
+        """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
+        net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
+        return Denoiser(net, self.model.path, self.model.predicts, sigma_data=self.model.sigma_data)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """denoiser: frozen.  spec: what it is.  source: the checkpoint it came from."""
+
+    denoiser: Denoiser
+    spec: ModelSpec
+    source: FilePath
