@@ -12,11 +12,11 @@ import torch
 from describe_machine import describe
 from torch import Tensor
 
-from diffdistill.eval.distances import frechet_from_features
-from diffdistill.eval.features import CifarResNet, EfficientNetLite0, Extractor, load_extractor
-from diffdistill.eval.images import open_images
-from diffdistill.eval.protocol import Preparation
-from diffdistill.eval.workers import exact_matmul, find_workers
+from diffdistill.eval.evaluation.workers import exact_matmul, find_workers
+from diffdistill.eval.features.extractors import CifarResNet, EfficientNetLite0, Extractor, load_extractor
+from diffdistill.eval.images.files import open_images
+from diffdistill.eval.metrics.distances import frechet_from_features
+from diffdistill.eval.protocols.protocol import Preparation
 
 BATCHES = (256, 64, 7, 1)
 KINDS = {"efficientnet_lite0": EfficientNetLite0(), "resnet20": CifarResNet(depth=20)}

@@ -29,19 +29,19 @@ from describe_machine import describe
 from PIL import Image
 from torch import Tensor, nn
 
-from diffdistill.eval.bench import make_bench
-from diffdistill.eval.distances import frechet_from_few
-from diffdistill.eval.features import Extractor, register
-from diffdistill.eval.images import open_images
-from diffdistill.eval.judged_files import FileImages
-from diffdistill.eval.metrics import Frechet
-from diffdistill.eval.networks import ready
-from diffdistill.eval.protocol import Protocol, Reference
-from diffdistill.eval.reference import About, RealFeatures, open_reference, save_reference
-from diffdistill.eval.resize import network_input
-from diffdistill.eval.run import evaluate
-from diffdistill.eval.statistics import Summary
-from diffdistill.eval.workers import Workers
+from diffdistill.eval.evaluation.bench import make_bench
+from diffdistill.eval.evaluation.reference import About, RealFeatures, open_reference, save_reference
+from diffdistill.eval.evaluation.run import evaluate
+from diffdistill.eval.evaluation.workers import Workers
+from diffdistill.eval.features.extractors import Extractor, register
+from diffdistill.eval.features.networks import ready
+from diffdistill.eval.features.resize import network_input
+from diffdistill.eval.images.files import open_images
+from diffdistill.eval.images.judged_files import FileImages
+from diffdistill.eval.metrics.distances import frechet_from_few
+from diffdistill.eval.metrics.moments import Summary
+from diffdistill.eval.metrics.settings import Frechet
+from diffdistill.eval.protocols.protocol import Protocol, Reference
 
 MEMORY_COUNTS = (1_000, 4_000, 8_000)
 HALF = (128 / 255,) * 3

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from diffdistill.eval.distances import frechet_from_features
-from diffdistill.eval.features import AnyFeatures, CifarResNet, EfficientNetLite0, Extractor, load_extractor
-from diffdistill.eval.kernels import kid
-from diffdistill.eval.neighbours import prdc
+from diffdistill.eval.features.extractors import AnyFeatures, CifarResNet, EfficientNetLite0, Extractor, load_extractor
+from diffdistill.eval.metrics.distances import frechet_from_features
+from diffdistill.eval.metrics.kernels import kid
+from diffdistill.eval.metrics.neighbours import prdc
 
 Pixels = NDArray[np.uint8]
 Judged = tuple[Tensor, Tensor]  # features [N, d] and labels [N]

@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from diffdistill.eval.metrics import Frechet
-from diffdistill.eval.protocols import PROTOCOLS
+from diffdistill.eval.metrics.settings import Frechet
+from diffdistill.eval.protocols.packaged import PROTOCOLS
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump, read_yaml
 from diffdistill.storage.atomic import write_text_atomically

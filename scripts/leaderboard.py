@@ -24,10 +24,10 @@ import typer
 from PIL import Image
 
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.eval.command import EvalOptions, run_eval
-from diffdistill.eval.endpoints import endpoint_error
-from diffdistill.eval.places import seconds_until
-from diffdistill.eval.records import Cost, Record, append_record, read_records
+from diffdistill.eval.evaluation.command import EvalOptions, run_eval
+from diffdistill.eval.images.places import seconds_until
+from diffdistill.eval.metrics.endpoints import endpoint_error
+from diffdistill.eval.records.record import Cost, Record, append_record, read_records
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import find_checkpoint, join_students, load_model
 from diffdistill.settings.terminal import Console

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffdistill.eval.leaderboard import Located
-from diffdistill.eval.records import (
+from diffdistill.eval.board.leaderboard import Located
+from diffdistill.eval.records.record import (
     Cost,
     Efficiency,
     Environment,

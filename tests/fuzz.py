@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from diffdistill.data import ImageFolder, Npz, WebDataset
-from diffdistill.eval.records import read_records
+from diffdistill.eval.records.record import read_records
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers.edm_checkpoint import read_edm
 from diffdistill.networks.edm_unet import DDPMPP

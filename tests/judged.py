@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.eval.extract import Bench
-from diffdistill.eval.features import Extractor, Registered, register
-from diffdistill.eval.metrics import AnyMetric, Diversity, Frechet, InceptionScore, KernelDistance, PrecisionRecall
-from diffdistill.eval.protocol import Labels, Preparation, Protocol
-from diffdistill.eval.records import Cost, ModelRecord, SamplerRecord
-from diffdistill.eval.statistics import Summary
-from diffdistill.eval.workers import Workers
+from diffdistill.eval.evaluation.extract import Bench
+from diffdistill.eval.evaluation.workers import Workers
+from diffdistill.eval.features.extractors import Extractor, Registered, register
+from diffdistill.eval.metrics.moments import Summary
+from diffdistill.eval.metrics.settings import (
+    AnyMetric,
+    Diversity,
+    Frechet,
+    InceptionScore,
+    KernelDistance,
+    PrecisionRecall,
+)
+from diffdistill.eval.protocols.protocol import Labels, Preparation, Protocol
+from diffdistill.eval.records.record import Cost, ModelRecord, SamplerRecord
 
 SHAPE = (1, 4, 4)
 

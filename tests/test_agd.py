@@ -15,7 +15,7 @@ from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import DDIM, Heun, transfer
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Batch, Players, Problem
-from diffdistill.eval.endpoints import endpoint_error
+from diffdistill.eval.metrics.endpoints import endpoint_error
 from diffdistill.inference.draw import sample_images
 from diffdistill.methods.agd import AGD
 from diffdistill.models.load import load_model

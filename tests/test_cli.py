@@ -20,8 +20,8 @@ from diffdistill.commands import demo as demo_module
 from diffdistill.commands import doctor
 from diffdistill.commands.cli import app
 from diffdistill.distillation.method import REGISTRY
-from diffdistill.eval import digits
-from diffdistill.eval.protocols import DIGITS_PIXELS
+from diffdistill.eval.evaluation import digits
+from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.exported import sample
 from diffdistill.training.config import RunConfig
 from diffdistill.training.trainer import Trainer
@@ -41,7 +41,7 @@ import torch
 torch.set_num_threads(1)
 from diffdistill.commands import cli
 from diffdistill.commands import demo
-from diffdistill.eval import digits
+from diffdistill.eval.evaluation import digits
 demo.FAST = {TINY}
 load = demo.load_config
 demo.load_config = lambda file, settings: load(file, [*settings, *({TINY_TEACHER} if "pretrain" in str(file) else ())])

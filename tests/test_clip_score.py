@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.eval.records import read_records
+from diffdistill.eval.records.record import read_records
 
 CAPTIONS = ["a dog on a beach", "two cats", "the same again", "a red bus"]
 

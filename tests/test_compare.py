@@ -9,8 +9,8 @@ from judged import METRICS, TOY, TensorFeatures
 from torch import Tensor
 
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.eval.compare import paired_differences
-from diffdistill.eval.metrics import Frechet, KernelDistance
+from diffdistill.eval.metrics.compare import paired_differences
+from diffdistill.eval.metrics.settings import Frechet, KernelDistance
 from diffdistill.settings.schema import UserError
 
 COUNT = 600

@@ -14,7 +14,7 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FreshNoise, Heun
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.eval.digits import (
+from diffdistill.eval.evaluation.digits import (
     ONE_STEP,
     Row,
     bootstrap_floor,

@@ -7,13 +7,13 @@ import pytest
 import torch
 from features import covariance, linear_pair, normal
 
-from diffdistill.eval.distances import (
+from diffdistill.eval.metrics.distances import (
     frechet_distance,
     frechet_from_features,
     frechet_from_few,
     frechet_from_summaries,
 )
-from diffdistill.eval.statistics import Summary
+from diffdistill.eval.metrics.moments import Summary
 
 
 def test_commuting_covariances_give_the_sum_of_squared_gaps_of_deviations() -> None:

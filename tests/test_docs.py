@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffdistill.commands.cli import app
 from diffdistill.distillation.method import REGISTRY
-from diffdistill.eval.protocols import find_protocol
+from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.training.config import RunConfig, find_config, load_config
 from diffdistill.training.reports.health import BANDS
 from diffdistill.training.trainer import Trainer

@@ -9,8 +9,8 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps, FreshNoise, Heun
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.eval import efficiency
-from diffdistill.eval.efficiency import measure_efficiency
+from diffdistill.eval.evaluation import efficiency
+from diffdistill.eval.evaluation.efficiency import measure_efficiency
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
 

@@ -20,11 +20,11 @@ from diffdistill.data.digits import Digits
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import DDIM
-from diffdistill.eval.diffusers_folder import open_diffusers
-from diffdistill.eval.generate import SampledImages
-from diffdistill.eval.places import SamplingOptions, seconds_until
-from diffdistill.eval.protocols import find_protocol
-from diffdistill.eval.records import Record, read_records
+from diffdistill.eval.images.diffusers_folder import open_diffusers
+from diffdistill.eval.images.generate import SampledImages
+from diffdistill.eval.images.places import SamplingOptions, seconds_until
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.eval.records.record import Record, read_records
 from diffdistill.models.load import find_checkpoint, load_model
 from diffdistill.networks.diffusers_unet import DiffusersUNet
 from diffdistill.storage.checkpoint import MANIFEST

@@ -21,9 +21,9 @@ from PIL import Image
 
 from diffdistill.data import Digits
 from diffdistill.data.source import MappedImages
-from diffdistill.eval.images import DataImages, is_lossy, open_images
-from diffdistill.eval.preparation import prepare
-from diffdistill.eval.protocol import Preparation
+from diffdistill.eval.images.files import DataImages, is_lossy, open_images
+from diffdistill.eval.images.preparation import prepare
+from diffdistill.eval.protocols.protocol import Preparation
 from diffdistill.settings.schema import UserError
 
 PLAIN = Preparation()

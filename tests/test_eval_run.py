@@ -14,15 +14,15 @@ from accelerate import PartialState
 from judged import EXTRACTOR, METRICS, SHAPE, TOY, NoiseImages, TensorFeatures, files_under, toy_bench, toy_protocol
 from torch import Tensor
 
-from diffdistill.eval.feature_store import BLOCK
-from diffdistill.eval.features import Extractor
-from diffdistill.eval.kernels import kid
-from diffdistill.eval.metrics import Frechet, InceptionScore
-from diffdistill.eval.records import Record
-from diffdistill.eval.run import Evaluation, evaluate, progress_bar
-from diffdistill.eval.scores import inception_score
-from diffdistill.eval.scoring import OnDevice, score
-from diffdistill.eval.workers import find_workers
+from diffdistill.eval.evaluation.run import Evaluation, evaluate, progress_bar
+from diffdistill.eval.evaluation.workers import find_workers
+from diffdistill.eval.features.extractors import Extractor
+from diffdistill.eval.features.store import BLOCK
+from diffdistill.eval.metrics.kernels import kid
+from diffdistill.eval.metrics.scores import inception_score
+from diffdistill.eval.metrics.scoring import OnDevice, score
+from diffdistill.eval.metrics.settings import Frechet, InceptionScore
+from diffdistill.eval.records.record import Record
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 from diffdistill.settings.values import dump

@@ -24,7 +24,7 @@ from diffdistill.commands.cli import app
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
-from diffdistill.eval.board_files import model_index_of
+from diffdistill.eval.board.files import model_index_of
 from diffdistill.export import run as command
 from diffdistill.export.expected import check_self_contained, check_stock
 from diffdistill.export.record import RECORD, read_record

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffdistill.eval.feature_store import BLOCK, FeatureStore, hash_features, locked
+from diffdistill.eval.features.store import BLOCK, FeatureStore, hash_features, locked
 from diffdistill.settings.schema import UserError
 
 FEATURES = torch.randn(BLOCK + 44, 3, generator=torch.Generator().manual_seed(0))

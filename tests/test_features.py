@@ -15,7 +15,7 @@ from pictures import pictures
 from PIL import Image
 from torch import Tensor, nn
 
-from diffdistill.eval.features import (
+from diffdistill.eval.features.extractors import (
     AnyFeatures,
     CifarResNet,
     DinoV2,
@@ -31,8 +31,8 @@ from diffdistill.eval.features import (
     load_extractor,
     register,
 )
-from diffdistill.eval.networks import cifar_resnet, dinov2, inception
-from diffdistill.eval.resize import clean_resize, interpolated, levels, network_input, signed
+from diffdistill.eval.features.networks import cifar_resnet, dinov2, inception
+from diffdistill.eval.features.resize import clean_resize, interpolated, levels, network_input, signed
 from diffdistill.settings.schema import UserError
 
 ROUNDING = 1e-5

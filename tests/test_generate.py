@@ -9,11 +9,11 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FreshNoise
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.eval.features import Pixels
-from diffdistill.eval.generate import SampledImages, labels_of
-from diffdistill.eval.metrics import Frechet
-from diffdistill.eval.protocol import Labels, Noise, Protocol
-from diffdistill.eval.records import ModelRecord
+from diffdistill.eval.features.extractors import Pixels
+from diffdistill.eval.images.generate import SampledImages, labels_of
+from diffdistill.eval.metrics.settings import Frechet
+from diffdistill.eval.protocols.protocol import Labels, Noise, Protocol
+from diffdistill.eval.records.record import ModelRecord
 from diffdistill.networks.analytic import mixture_denoiser
 from diffdistill.networks.mlp import MLPConfig
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from features import normal
 
-from diffdistill.eval.kernels import cmmd, kid
+from diffdistill.eval.metrics.kernels import cmmd, kid
 
 
 def test_kid_of_whole_sets_equals_brute_force() -> None:

@@ -18,12 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.eval.board_costs import cost_columns
-from diffdistill.eval.board_files import file_names, to_cards, to_csv, to_markdown, write_leaderboard
-from diffdistill.eval.board_page import board_page
-from diffdistill.eval.figures import Given, Scale, compact, decimals_of, frontier, place_labels
-from diffdistill.eval.leaderboard import REPORTED, Score, locate, make_board, make_group, read_board
-from diffdistill.eval.records import Values
+from diffdistill.eval.board.costs import cost_columns
+from diffdistill.eval.board.figures import Given, Scale, compact, decimals_of, frontier, place_labels
+from diffdistill.eval.board.files import file_names, to_cards, to_csv, to_markdown, write_leaderboard
+from diffdistill.eval.board.leaderboard import REPORTED, Score, locate, make_board, make_group, read_board
+from diffdistill.eval.board.page import board_page
+from diffdistill.eval.records.record import Values
 from diffdistill.settings.schema import UserError
 
 THREE_SEEDS = [measured("student", distance, seed=seed) for seed, distance in enumerate((0.2, 0.3, 0.7))]
@@ -349,4 +349,4 @@ def test_templates_and_published_numbers_are_installed_with_the_package() -> Non
     root = Path(__file__).parents[1]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     installed = {file for pattern in patterns["diffdistill.eval"] for file in (root / "eval").glob(pattern)}
-    assert installed >= {root / "eval" / "reported.jsonl", *(root / "eval" / "html").iterdir()}
+    assert installed >= {root / "eval" / "reported.jsonl", *(root / "eval" / "board" / "html").iterdir()}

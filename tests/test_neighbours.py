@@ -6,7 +6,7 @@ import torch
 from features import normal
 from torch import Tensor
 
-from diffdistill.eval.neighbours import Prdc, density_coverage, prdc, precision_recall
+from diffdistill.eval.metrics.neighbours import Prdc, density_coverage, prdc, precision_recall
 
 
 def neighbours(x: np.ndarray, y: np.ndarray) -> np.ndarray:

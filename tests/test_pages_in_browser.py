@@ -13,8 +13,8 @@ import pytest
 from boards import EFFICIENCY, HOSTILE, draw_grid, measured, reported, written
 from test_report import CONFIG, line
 
-from diffdistill.eval.board_files import write_leaderboard
-from diffdistill.eval.report import write_report
+from diffdistill.eval.board.files import write_leaderboard
+from diffdistill.eval.board.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

@@ -17,11 +17,11 @@ import torchmetrics.image.kid
 from features import covariance, normal
 from torch import Tensor, nn
 
-from diffdistill.eval.distances import frechet_distance, frechet_from_features
-from diffdistill.eval.kernels import kid
-from diffdistill.eval.neighbours import precision_recall
-from diffdistill.eval.scores import clip_score, inception_score
-from diffdistill.eval.statistics import Moments, Summary
+from diffdistill.eval.metrics.distances import frechet_distance, frechet_from_features
+from diffdistill.eval.metrics.kernels import kid
+from diffdistill.eval.metrics.moments import Moments, Summary
+from diffdistill.eval.metrics.neighbours import precision_recall
+from diffdistill.eval.metrics.scores import clip_score, inception_score
 
 REL = 1e-9
 """Where the definitions agree."""

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdistill.eval.preparation import centre_square, prepare
-from diffdistill.eval.protocol import Preparation
+from diffdistill.eval.images.preparation import centre_square, prepare
+from diffdistill.eval.protocols.protocol import Preparation
 
 LEVELS = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
 

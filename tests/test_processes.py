@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from diffdistill.distillation.method import Batch, Draw, Loss, Players, Update
 from diffdistill.distributed.processes import Processes, find_processes, others
 from diffdistill.distributed.stopping import StopRequested, TrainingError
-from diffdistill.eval.records import read_records
-from diffdistill.eval.workers import find_workers
+from diffdistill.eval.evaluation.workers import find_workers
+from diffdistill.eval.records.record import read_records
 from diffdistill.methods.pretrain import Pretrain
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump_yaml

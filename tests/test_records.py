@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffdistill.eval.records import (
+from diffdistill.eval.records.record import (
     Environment,
     Images,
     ModelRecord,

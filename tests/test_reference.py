@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
-from diffdistill.eval import digits
-from diffdistill.eval.distances import frechet_from_features, frechet_from_summaries
-from diffdistill.eval.features import (
+from diffdistill.eval.evaluation import digits
+from diffdistill.eval.evaluation.real import find_reference, open_real_images, parse_weights, write_references
+from diffdistill.eval.evaluation.reference import RealFeatures, compute_reference, open_reference, save_reference
+from diffdistill.eval.features.extractors import (
     CifarResNet,
     DinoV2,
     Extractor,
@@ -27,17 +28,16 @@ from diffdistill.eval.features import (
     load_extractor,
     register,
 )
-from diffdistill.eval.images import open_images
-from diffdistill.eval.metrics import Cmmd, Frechet, InceptionScore, KernelDistance, PrecisionRecall
-from diffdistill.eval.neighbours import precision_recall
-from diffdistill.eval.protocol import Captions, Labels, Preparation, Protocol, Reference
-from diffdistill.eval.protocols import DIGITS_PIXELS, PROTOCOLS, find_protocol
-from diffdistill.eval.real import find_reference, open_real_images, parse_weights, write_references
-from diffdistill.eval.records import protocol_id
-from diffdistill.eval.reference import RealFeatures, compute_reference, open_reference, save_reference
-from diffdistill.eval.resize import levels
-from diffdistill.eval.scoring import MissingFeaturesError
-from diffdistill.eval.statistics import Summary
+from diffdistill.eval.features.resize import levels
+from diffdistill.eval.images.files import open_images
+from diffdistill.eval.metrics.distances import frechet_from_features, frechet_from_summaries
+from diffdistill.eval.metrics.moments import Summary
+from diffdistill.eval.metrics.neighbours import precision_recall
+from diffdistill.eval.metrics.scoring import MissingFeaturesError
+from diffdistill.eval.metrics.settings import Cmmd, Frechet, InceptionScore, KernelDistance, PrecisionRecall
+from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_protocol
+from diffdistill.eval.protocols.protocol import Captions, Labels, Preparation, Protocol, Reference
+from diffdistill.eval.records.record import protocol_id
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump, dump_yaml
 

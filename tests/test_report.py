@@ -12,9 +12,8 @@ from test_leaderboard import Page
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.eval.panels import BOTTOM, TOP, Panel, draw_panel
-from diffdistill.eval.records import ModelRecord
-from diffdistill.eval.report import (
+from diffdistill.eval.board.panels import BOTTOM, TOP, Panel, draw_panel
+from diffdistill.eval.board.report import (
     MOST_PREVIEWS,
     duration,
     read_clock,
@@ -26,6 +25,7 @@ from diffdistill.eval.report import (
     tiles,
     write_report,
 )
+from diffdistill.eval.records.record import ModelRecord
 from diffdistill.settings.schema import UserError
 from diffdistill.training.reports.curves import Series
 from diffdistill.training.reports.log import RunLog

@@ -9,7 +9,7 @@ import torch
 from features import normal
 from torch import Tensor
 
-from diffdistill.eval.scores import clip_score, diversity, diversity_by_condition, inception_score
+from diffdistill.eval.metrics.scores import clip_score, diversity, diversity_by_condition, inception_score
 
 
 def certain(classes: Tensor, num_classes: int, logit: float = 1e4) -> Tensor:

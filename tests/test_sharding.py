@@ -27,7 +27,7 @@ from diffdistill.distillation.averages import follow
 from diffdistill.distributed.parts import has_parts, whole
 from diffdistill.distributed.processes import find_processes
 from diffdistill.distributed.stopping import TrainingError
-from diffdistill.eval.records import read_records
+from diffdistill.eval.records.record import read_records
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks.mlp import MLPConfig

@@ -12,7 +12,7 @@ import torch
 from features import normal
 from safetensors.torch import load_file, save_file
 
-from diffdistill.eval.statistics import Moments, Summary
+from diffdistill.eval.metrics.moments import Moments, Summary
 
 
 def same_bits(a: Summary, b: Summary) -> bool:
@@ -75,7 +75,7 @@ def test_three_real_processes_and_two_threads_change_no_bit(tmp_path: Path, whol
 import json, sys, torch
 from features import normal
 from safetensors.torch import save_file
-from diffdistill.eval.statistics import Moments
+from diffdistill.eval.metrics.moments import Moments
 process, out = json.loads(sys.argv[1])
 index = torch.arange(process, 1000, 3)
 moments = Moments(12, block_size=64)

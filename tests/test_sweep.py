@@ -18,8 +18,8 @@ from diffdistill.commands.cli import app
 from diffdistill.commands.sweep import Axis, file_name, parse_axes, run_sweep
 from diffdistill.commands.sweep_picture import spread
 from diffdistill.distributed.stopping import TrainingError
-from diffdistill.eval import digits
-from diffdistill.eval.protocols import DIGITS_PIXELS
+from diffdistill.eval.evaluation import digits
+from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import load_model
 from diffdistill.training.config import RunConfig, load_config

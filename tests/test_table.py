@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from boards import measured
 
-from diffdistill.eval.compare import Difference
-from diffdistill.eval.protocols import find_protocol
-from diffdistill.eval.records import Record, Values
-from diffdistill.eval.run import Evaluation
-from diffdistill.eval.table import rows_of, show_differences, show_evaluations
+from diffdistill.eval.evaluation.run import Evaluation
+from diffdistill.eval.evaluation.table import rows_of, show_differences, show_evaluations
+from diffdistill.eval.metrics.compare import Difference
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.eval.records.record import Record, Values
 from diffdistill.settings.terminal import Console
 
 METRICS = {

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from diffdistill.commands import doctor
 from diffdistill.commands.cli import app
 from diffdistill.data import cache
-from diffdistill.eval.compare import Difference
-from diffdistill.eval.environment import describe_environment
-from diffdistill.eval.protocols import find_protocol
-from diffdistill.eval.run import Evaluation
-from diffdistill.eval.table import show_differences, show_evaluations
+from diffdistill.eval.evaluation.run import Evaluation
+from diffdistill.eval.evaluation.table import show_differences, show_evaluations
+from diffdistill.eval.metrics.compare import Difference
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.eval.records.environment import describe_environment
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import OBEYED, Console, hide_secrets, printable
 from diffdistill.training.config import parse_config

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import MakeConfig
 
-from diffdistill.eval import evaluator as watch
-from diffdistill.eval.records import Values, read_records
-from diffdistill.eval.run import Evaluation, evaluate
+from diffdistill.eval.evaluation import evaluator as watch
+from diffdistill.eval.evaluation.run import Evaluation, evaluate
+from diffdistill.eval.records.record import Values, read_records
 from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import load_checkpoint

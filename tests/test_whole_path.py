@@ -11,12 +11,12 @@ import torch
 from pictures import encode, pictures, write_folder
 from torch import Tensor, nn
 
-from diffdistill.eval.distances import frechet_from_features
-from diffdistill.eval.features import Extractor
-from diffdistill.eval.images import open_images
-from diffdistill.eval.protocol import Preparation
-from diffdistill.eval.reference import compute_reference
-from diffdistill.eval.resize import levels, network_input
+from diffdistill.eval.evaluation.reference import compute_reference
+from diffdistill.eval.features.extractors import Extractor
+from diffdistill.eval.features.resize import levels, network_input
+from diffdistill.eval.images.files import open_images
+from diffdistill.eval.metrics.distances import frechet_from_features
+from diffdistill.eval.protocols.protocol import Preparation
 
 HALF = (128 / 255,) * 3
 FLOAT32 = 2e-5

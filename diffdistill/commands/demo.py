@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 
 from diffdistill.data.pictures import save_grid
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.eval.digits import Row, bootstrap_floor, evaluate, print_table
+from diffdistill.eval.evaluation.digits import Row, bootstrap_floor, evaluate, print_table
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError

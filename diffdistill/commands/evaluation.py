@@ -56,7 +56,7 @@ def evaluate(
 
     Example: diffdistill eval compare runs/demo/teacher runs/demo/student --replicates 50
     """
-    from diffdistill.eval.command import EvalOptions, run_compare, run_eval
+    from diffdistill.eval.evaluation.command import EvalOptions, run_compare, run_eval
     from diffdistill.settings.schema import UserError
 
     options = EvalOptions(
@@ -101,7 +101,7 @@ def reference(
 
     Example: diffdistill reference "{name: cifar10, root: data}" --protocol cifar10-efficientnet-lite0
     """
-    from diffdistill.eval.real import write_references
+    from diffdistill.eval.evaluation.real import write_references
 
     for file in write_references(
         images,
@@ -127,7 +127,7 @@ def leaderboard(
     """
     from rich.text import Text
 
-    from diffdistill.eval.board_files import write_leaderboard
+    from diffdistill.eval.board.files import write_leaderboard
 
     def say(message: str) -> None:
         Console(stderr=True).print(Text.assemble(("warning:", "yellow"), f" {message}"), soft_wrap=True)
@@ -145,7 +145,7 @@ def report(
 
     Example: diffdistill report runs/demo/student
     """
-    from diffdistill.eval.report import write_report
+    from diffdistill.eval.board.report import write_report
 
     file = write_report(FilePath(run), FilePath(out) if out else None)
     console.print(str(file), highlight=False, soft_wrap=True, markup=False)

@@ -121,7 +121,7 @@ def export(
     """
     from functools import partial
 
-    from diffdistill.eval.board_files import model_index_of
+    from diffdistill.eval.board.files import model_index_of
     from diffdistill.export.run import ExportOptions, check_kind
     from diffdistill.export.run import export as run_export
 

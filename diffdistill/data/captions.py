@@ -2,7 +2,7 @@
 
 What captions are, and the reading and checking of them that all data sets share: `prompts`, `captioned_images`,
 `web_dataset`, `huggingface`. Encoders meet them in `diffdistill.models.encoders`; a protocol's are in
-`diffdistill.eval.captions`.
+`diffdistill.eval.protocols.captions`.
 """
 
 import csv

@@ -81,5 +81,7 @@ def make_evaluator(
     """
     if config is None:
         return NoEvaluator()
-    made: Evaluator = load("diffdistill.eval.evaluator:StudentEvaluator").of(config, folder, student, spec, processes)
+    made: Evaluator = load("diffdistill.eval.evaluation.evaluator:StudentEvaluator").of(
+        config, folder, student, spec, processes
+    )
     return made

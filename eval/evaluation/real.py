@@ -1,0 +1,170 @@
+"""The real side of a protocol: where its reference is found, and the one command that computes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from torch import Tensor
+
+from diffdistill.data import AnyData, Digits
+from diffdistill.eval.evaluation.extract import specifications
+from diffdistill.eval.evaluation.reference import (
+    RealFeatures,
+    check_reference,
+    compute_reference,
+    open_reference,
+    references_folder,
+    save_reference,
+)
+from diffdistill.eval.evaluation.run import Advance, progress_bar
+from diffdistill.eval.evaluation.workers import exact_matmul, find_workers
+from diffdistill.eval.features.extractors import Extractor, load_extractor
+from diffdistill.eval.images.files import DataImages, Images, open_images
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.eval.protocols.protocol import Protocol, Reference
+from diffdistill.settings.schema import UserError, schema
+from diffdistill.settings.terminal import Console
+from diffdistill.settings.values import parse_yaml, validate
+
+
+@dataclass(frozen=True)
+class FirstImages:
+    """The first `count` of more images."""
+
+    images: Images
+    count: int
+
+    @property
+    def origin(self) -> str:
+        return self.images.origin
+
+    @property
+    def notes(self) -> str:
+        more = f"the first {self.count:,} of {len(self.images):,} images" if self.count < len(self.images) else ""
+        return "; ".join(filter(None, [more, self.images.notes]))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.images.rows(index)
+
+
+def find_reference(protocol: Protocol, extractor: Extractor, *, place: str | FilePath | None = None) -> RealFeatures:
+    """The real features that a protocol compares `extractor`'s with.
+
+    place: a file of statistics; without it the references' folder is looked into, under this package's name for it and
+    under the published file's. The digits need no file.
+    Raises UserError if there is none, saying how to get it, or it does not fit the protocol or the extractor.
+    """
+    reference = _reference_of(protocol)
+    found = _found(protocol, reference, extractor, None if place is None else FilePath(place))
+    check_reference(found, extractor, protocol.preparation)
+    if reference.num_images not in (None, found.summary.count):
+        raise UserError(
+            f"the reference {found.about.origin} is of {found.summary.count:,} images; {protocol.name} compares with "
+            f"{reference.num_images:,}"
+        )
+    return found
+
+
+def reference_file(protocol: Protocol, label: str, *, folder: FilePath | None = None) -> FilePath:
+    """Where `diffdistill reference` writes, and `find_reference` looks first."""
+    return (folder or references_folder()) / f"{_reference_of(protocol).name}-{label}.npz"
+
+
+def write_references(
+    place: str,
+    protocol: str,
+    *,
+    console: Console,
+    weights: Sequence[str] = (),
+    folder: FilePath | None = None,
+    batch_size: int = 64,
+) -> list[FilePath]:
+    """Compute and write the reference of each of a protocol's features from real images. Returns the files.
+
+    place: as `open_real_images`.  weights: LABEL=FILE.  Raises UserError.
+    """
+    known = find_protocol(protocol)
+    files = parse_weights(weights, list(specifications(known)))
+    images = open_real_images(place, known)
+    device = find_workers().device
+    with exact_matmul():
+        written = []
+        for label, features in specifications(known).items():
+            extractor = load_extractor(features, weights=files.get(label), device=device)
+            with progress_bar(label, len(images), console) as advance:
+                made = make_reference(known, images, extractor, batch_size=batch_size, advance=advance)
+            written.append(reference_file(known, label, folder=folder))
+            save_reference(made, written[-1])
+    if images.notes:
+        console.print(images.notes, highlight=False, soft_wrap=True, markup=False)
+    return written
+
+
+def make_reference(
+    protocol: Protocol,
+    images: Images,
+    extractor: Extractor,
+    *,
+    batch_size: int = 64,
+    advance: Advance = lambda count: None,
+) -> RealFeatures:
+    """The features of the first images, as many as the protocol names. Raises UserError if there are fewer."""
+    wanted = _reference_of(protocol).num_images or len(images)
+    if len(images) < wanted:
+        raise UserError(f"{images.origin}: holds {len(images):,} images; {protocol.name} compares with {wanted:,}")
+    chosen = FirstImages(images, wanted)
+    return compute_reference(chosen, extractor, protocol.preparation, batch_size=batch_size, advance=advance)
+
+
+def open_real_images(place: str, protocol: Protocol) -> Images:
+    """Real images as the protocol prepares them: a folder, a zip, a .npz, or a data set as YAML.
+
+    place: a path, or as in "{name: cifar10, root: data}".  Raises UserError.
+    """
+    channels = protocol.image_shape[0] if protocol.image_shape else 3
+    if place.lstrip().startswith("{"):
+        holder = validate(_DataHolder, {"data": parse_yaml(place, origin=place)}, origin=place)
+        return DataImages(place, holder.data.load(), protocol.preparation)
+    return open_images(place, protocol.preparation, channels=channels, is_judged=False)
+
+
+def parse_weights(options: Sequence[str], labels: Sequence[str], *, setting: str = "--weights") -> dict[str, str]:
+    """Files by the features' label, from LABEL=FILE. Raises UserError for another form or label."""
+    found = {}
+    for option in options:
+        label, equals, file = option.partition("=")
+        if not equals or not file:
+            raise UserError(f"{setting} {option}: write LABEL=FILE, as in {labels[0]}=FILE")
+        if label not in labels:
+            raise UserError(f"{setting} {option}: {label} is none of the protocol's features ({', '.join(labels)})")
+        found[label] = file
+    return found
+
+
+@schema
+class _DataHolder:
+    data: AnyData
+
+
+def _reference_of(protocol: Protocol) -> Reference:
+    if protocol.reference is None:
+        raise UserError(f"protocol {protocol.name}: compares with no real images")
+    return protocol.reference
+
+
+def _found(protocol: Protocol, reference: Reference, extractor: Extractor, place: FilePath | None) -> RealFeatures:
+    ours, published = reference_file(protocol, extractor.label), references_folder() / (reference.file or "")
+    for file in (place,) if place else (ours, published):
+        if place or file.is_file():
+            return open_reference(file, label=extractor.label, num_images=reference.num_images)
+    if reference.dataset == "digits":
+        images = DataImages("digits", Digits(split="train").load(), protocol.preparation)
+        return compute_reference(images, extractor, protocol.preparation, batch_size=256)
+    told = f", or put {reference.source} at {published}" if reference.source else ""
+    raise UserError(
+        f"protocol {protocol.name}: there is no {ours}; compute it: diffdistill reference IMAGES --protocol "
+        f"{protocol.name}, IMAGES being {reference.dataset}'s {reference.split} split ({reference.preparation}){told}"
+    )

@@ -1,0 +1,271 @@
+"""Features of images: what a protocol may name under `features`, and `load_extractor`, which makes them.
+
+A specification says all that changes the numbers (network, resize, weights' hash) and nothing of this machine. A
+distance over features that are not FID's Inception is never called FID: its name carries `label`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path as FilePath
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffdistill.settings.schema import PositiveInt, UserError, schema
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Label = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]*$", max_length=64)]
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """features: [B, d] float32 or float64, on the extractor's device.  logits: [B, K], of networks that have them."""
+
+    features: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extractor:
+    """Images to features: `extractor(images)`.
+
+    label: what the features are called.  prepare: images to the network's input.  network: that input to features
+    [B, num_features], or to a pair of features and logits [B, num_logits].  num_features: None where the images decide
+    (pixels).  sha256: of the weights' file; None where there are no weights.  encode_text: captions to
+    [B, num_features], for networks that know text.
+    """
+
+    label: str
+    network: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+    prepare: Callable[[Tensor], Tensor]
+    num_features: int | None
+    num_logits: int = 0
+    sha256: str | None = None
+    encode_text: Callable[[Sequence[str]], Tensor] | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Extracted:
+        """images: [B, C, H, W] with C = 1 or 3, uint8 grey levels or float in [-1, 1], on any device.
+
+        Raises UserError for other images, and where features are NaN or infinite.
+        """
+        checked_images(images)
+        found = self.network(self.prepare(images.to(self.device)))
+        features, logits = found if isinstance(found, tuple) else (found, None)
+        wanted = (len(images), features.shape[-1] if self.num_features is None else self.num_features)
+        if features.shape != wanted:
+            raise UserError(f"{self.label}: gives features {list(features.shape)}, not {list(wanted)}")
+        broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise UserError(f"{self.label}: NaN or infinite features of {len(broken)} images of {len(images)}")
+        return Extracted(features, logits)
+
+
+def checked_images(images: Tensor) -> None:
+    """Raises UserError unless images are [B, 1 or 3, H, W], uint8 or float."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
+        raise UserError(f"images must be [B, 1 or 3, H, W], not {list(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise UserError(f"images must be uint8 (0 .. 255) or float in [-1, 1], not {images.dtype}")
+
+
+@schema
+class Pixels:
+    """The pixels themselves, in [-1, 1], flattened."""
+
+    name: Literal["pixels"] = "pixels"
+
+    @property
+    def label(self) -> str:
+        return "pixels"
+
+
+@schema
+class Inception:
+    """FID's Inception-v3 of 2015-12-05, pool3, through clean-fid's network.  Heusel et al. 2017, arXiv:1706.08500.
+
+    mode: clean (Pillow's bicubic to 299 on floats), legacy_tensorflow (the network's own resize), legacy_pytorch
+    (bilinear, pytorch-fid's weights).  Parmar et al. 2022, arXiv:2104.11222.
+    """
+
+    name: Literal["inception"] = "inception"
+    mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] = "clean"
+    sha256: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        return f"inception-{self.mode.replace('_', '-')}"
+
+
+@schema
+class EfficientNetLite0:
+    """EfficientNet-Lite0 on ImageNet, 1280 pooled features: real weights in a package, so it runs without a network."""
+
+    name: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    size: PositiveInt = 224
+    resize: Literal["clean"] = "clean"
+
+    @property
+    def label(self) -> str:
+        return "efficientnet-lite0" if self.size == 224 else f"efficientnet-lite0-{self.size}"
+
+
+@schema
+class CifarResNet:
+    """ResNet for CIFAR-10, 64 pooled features and 10 logits, at 32 x 32.  He et al. 2016, arXiv:1512.03385."""
+
+    name: Literal["cifar_resnet"] = "cifar_resnet"
+    depth: Literal[20, 32, 44, 56] = 20
+    resize: Literal["clean"] = "clean"
+
+    @property
+    def label(self) -> str:
+        return f"resnet{self.depth}-cifar"
+
+
+@schema
+class Torchvision:
+    """A torchvision classification model; features at `node` of its graph, flattened.  model: "resnet50" and so on."""
+
+    name: Literal["torchvision"] = "torchvision"
+    model: str
+    node: str = "flatten"
+    size: PositiveInt = 224
+    resize: Literal["clean"] = "clean"
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+    sha256: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        return f"torchvision-{self.model}".lower().replace("_", "-")
+
+
+@schema
+class Timm:
+    """A timm model's pooled features before its classifier.  model: "vit_small_patch16_224" and so on."""
+
+    name: Literal["timm"] = "timm"
+    model: str
+    size: PositiveInt = 224
+    resize: Literal["clean"] = "clean"
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+    sha256: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        return f"timm-{self.model}".lower().replace("_", "-")
+
+
+@schema
+class DinoV2:
+    """DINOv2's class token at 224 x 224, without registers.  Oquab et al. 2023, arXiv:2304.07193.
+
+    vitl14 is the one of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675); no two sizes compare.
+    """
+
+    name: Literal["dinov2"] = "dinov2"
+    model: Literal["vits14", "vitb14", "vitl14", "vitg14"] = "vitl14"
+    size: PositiveInt = 224
+    resize: Literal["clean"] = "clean"
+    sha256: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        return f"dinov2-{self.model}"
+
+
+@schema
+class OpenClip:
+    """An open_clip model's image embedding, and its text's.  pretrained: the name of the weights, for the record.
+
+    normalise: unit length, as cosines need.
+    """
+
+    name: Literal["open_clip"] = "open_clip"
+    model: str
+    pretrained: str
+    size: PositiveInt = 224
+    resize: Literal["clean"] = "clean"
+    normalise: Literal["unit", "none"] = "unit"
+    sha256: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        return f"clip-{self.model}".lower().replace("_", "-")
+
+
+@schema
+class TorchScript:
+    """Anyone's network as a TorchScript file: float [B, 3, size, size], (x / 255 - mean) / std, to [B, d]."""
+
+    name: Literal["torchscript"] = "torchscript"
+    label: Label
+    size: PositiveInt
+    resize: Literal["clean"] = "clean"
+    mean: Triple = (0.0, 0.0, 0.0)
+    std: Triple = (1.0, 1.0, 1.0)
+    sha256: Sha256
+
+
+@schema
+class Registered:
+    """An extractor that a Python program gave to `register` under this label."""
+
+    name: Literal["registered"] = "registered"
+    label: Label
+
+
+AnyFeatures = Annotated[
+    Pixels
+    | Inception
+    | EfficientNetLite0
+    | CifarResNet
+    | Torchvision
+    | Timm
+    | DinoV2
+    | OpenClip
+    | TorchScript
+    | Registered,
+    Field(discriminator="name"),
+]
+"""What a protocol may name under `features`."""
+
+NETWORKS = "diffdistill.eval.features.networks"
+_REGISTERED: dict[str, Extractor] = {}
+
+
+def load_extractor(
+    features: AnyFeatures, *, weights: str | FilePath | None = None, device: torch.device | str = "cpu"
+) -> Extractor:
+    """The extractor that a specification describes.
+
+    weights: their file; without it the cache is looked into, and where there is an address, it is downloaded there.
+    Raises UserError if a package or the weights are missing, saying where they belong, or are not those of the hash.
+    """
+    device = torch.device(device)
+    if isinstance(features, Registered):
+        return _registered(features.label)
+    home = import_module(f"{NETWORKS}.{features.name}")
+    made: Extractor = home.load(features, None if weights is None else FilePath(weights), device)
+    return made
+
+
+def register(extractor: Extractor) -> Registered:
+    """Make a program's own extractor known, and give the specification that names it."""
+    _REGISTERED[extractor.label] = extractor
+    return Registered(label=extractor.label)
+
+
+def _registered(label: str) -> Extractor:
+    if label not in _REGISTERED:
+        raise UserError(
+            f"features {label!r}: none of that label was given to `register` (choices: {list(_REGISTERED)})"
+        )
+    return _REGISTERED[label]

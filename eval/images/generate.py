@@ -1,0 +1,133 @@
+"""A protocol's images from a model: noise and labels by each image's own seed, whatever the batches and processes."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.guidance.policies import AnyPolicy
+from diffdistill.diffusion.sampling import Sampler
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.eval.images.encoder_and_vae import EncoderAndVAE, WholeSampler
+from diffdistill.eval.protocols.protocol import Labels, Protocol
+from diffdistill.eval.records.record import Cost, ModelRecord, SamplerRecord
+from diffdistill.inference.draw import check_guidance
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledImages:
+    """The images that `denoiser` makes by `protocol`. `take` gives them by number.
+
+    image_shape: [C, H, W] of what the network makes.  around: what stands between that and images, and before it.
+    model: what a record says of it; its sha256 is of the weights.  method, seed, cost: of the training.
+    Raises UserError if the protocol asks for what the model is not: other images, other classes, captions, guidance.
+    """
+
+    denoiser: Denoiser
+    sampler: Sampler
+    protocol: Protocol
+    image_shape: tuple[int, ...]
+    model: ModelRecord
+    around: EncoderAndVAE | None = None
+    guidance: float | AnyPolicy = 1.0
+    method: str | None = None
+    seed: int | None = None
+    cost: Cost | None = None
+    notes: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        where, protocol, net = self.model.source, self.protocol, self.denoiser.net
+        if protocol.labels.policy == "captions" and (self.around is None or self.around.encode is None):
+            raise UserError(f"{where}: {protocol.name} asks for captions, which this model does not take")
+        made = self.around.image_shape(self.image_shape) if self.around else self.image_shape
+        if protocol.image_shape not in (None, made):
+            raise UserError(f"{where}: makes {show(made)} images; {protocol.name} is for {show(protocol.image_shape)}")
+        classes = protocol.labels.num_classes
+        if classes and net.num_classes not in (0, classes):
+            raise UserError(f"{where}: knows {net.num_classes} classes; {protocol.name} is for {classes}")
+        if not classes and net.num_classes:
+            raise UserError(f"{where}: knows {net.num_classes} classes, but {protocol.name} names no labels")
+        check_guidance(self.denoiser, self.guidance)
+
+    @property
+    def sampler_record(self) -> SamplerRecord:
+        """What a record says of the sampler."""
+        settings = dump(self.sampler)
+        name = settings.pop("name")
+        scale = self.guidance if isinstance(self.guidance, (int, float)) else None
+        if scale is None:
+            settings["guidance_policy"] = dump(self.guidance)
+        return SamplerRecord(name=name, num_evaluations=self.sampler.num_evaluations, guidance=scale, settings=settings)
+
+    @property
+    def whole_sampler(self) -> Sampler:
+        """The sampler with what stands around the network: what its user waits for."""
+        return WholeSampler(self.sampler, self.around) if self.around else self.sampler
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """All that decides the images, beside the protocol."""
+        around = self.model.around_sha256
+        return {"weights": self.model.sha256, **around, "sampler": dump(self.sampler_record), "dtype": "float32"}
+
+    @torch.inference_mode()
+    def take(self, repeat: int, index: Tensor) -> Tensor:
+        """Images in [-1, 1], [B, C, H, W], on the network's device.
+
+        repeat: which range of seeds; index: [B], the images' numbers in it.
+        """
+        protocol, device = self.protocol, device_of(self.denoiser)
+        rng = StepRandom(0, protocol.noise.step, protocol.seed_ranges[repeat][0] + index)
+
+        def normal(name: str) -> Tensor:
+            return rng.normal(name, self.image_shape).to(device)
+
+        with eval_mode(self.denoiser):
+            made = self.sampler(
+                self.denoiser,
+                normal(protocol.noise.latent),
+                self._cond(rng, index),
+                guidance=self.guidance,
+                fresh_noise=lambda step: normal(f"{protocol.noise.fresh} {step}"),
+            )
+        return self.around.images(made) if self.around else made
+
+    def _cond(self, rng: StepRandom, index: Tensor) -> Cond:
+        if self.around and self.around.encode:
+            return self.around.encode(index)
+        labels = labels_of(self.protocol.labels, index, self.protocol.num_images, rng)
+        return NO_COND if labels is None else self.denoiser.class_cond(labels.to(device_of(self.denoiser)))
+
+
+def labels_of(labels: Labels, index: Tensor, num_images: int, rng: StepRandom) -> Tensor | None:
+    """The classes [B] of the images `index` of a repeat, or None where there are none.  rng: their own draws."""
+    classes = labels.num_classes
+    if labels.policy == "class_major":
+        return index // (num_images // classes)
+    if labels.policy == "cyclic":
+        return index % classes
+    return rng.integers("label", classes) if labels.policy == "random" else None
+
+
+def show(shape: tuple[int, ...]) -> str:
+    """As in 3 x 32 x 32."""
+    return " x ".join(map(str, shape))
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout, and afterwards every part in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

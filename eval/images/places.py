@@ -1,0 +1,125 @@
+"""Models on disk that can be judged: runs and checkpoints. Diffusers' folders are in diffusers_folder.py."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance.policies import AnyPolicy
+from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.eval.images.encoder_and_vae import open_around
+from diffdistill.eval.images.generate import SampledImages
+from diffdistill.eval.protocols.protocol import Protocol
+from diffdistill.eval.records.hashes import hash_weights
+from diffdistill.eval.records.record import Cost, ModelRecord
+from diffdistill.models.load import ROUTER, load_model
+from diffdistill.models.spec import TrainedModel
+from diffdistill.settings.schema import schema
+from diffdistill.settings.values import parse_yaml, validate
+from diffdistill.storage.checkpoint import MANIFEST, STATE
+from diffdistill.training.reports.curves import read_reports
+from diffdistill.training.reports.log import METRICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a model is sampled.  sampler: instead of its own.  ema: one of the run's `more_emas` by its name.
+    captions: one an image, where the protocol has some."""
+
+    guidance: float | AnyPolicy = 1.0
+    sampler: AnySampler | None = None
+    ema: str | None = None
+    captions: Sequence[str] | None = None
+
+
+@schema
+class _SamplerHolder:
+    sampler: AnySampler
+
+
+def parse_sampler(text: str) -> AnySampler:
+    """A sampler as YAML, as in "{name: ddim, num_steps: 10}". Raises UserError."""
+    return validate(_SamplerHolder, {"sampler": parse_yaml(text, origin="--sampler")}, origin="--sampler").sampler
+
+
+def is_run(place: FilePath) -> bool:
+    """Whether a folder is a run's, a checkpoint's, or that of several students."""
+    return (place / "checkpoints").is_dir() or any((place / name).exists() for name in (STATE, MANIFEST, ROUTER))
+
+
+def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, device: torch.device) -> SampledImages:
+    """The images of a run's newest checkpoint, of one checkpoint, or of several students. Raises UserError."""
+    model = load_model(place, ema=options.ema)
+    file = model.source / STATE
+    state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None  # several students have none
+    if state and not state["config"]:
+        state = None  # imported, not trained here
+    denoiser = model.denoiser.to(device)
+    around = open_around(model.spec, denoiser, options.captions, device, origin=str(place))
+    return SampledImages(
+        denoiser=denoiser,
+        around=around,
+        sampler=options.sampler or model.spec.sampler,
+        protocol=protocol,
+        image_shape=model.spec.image_shape,
+        guidance=options.guidance,
+        model=ModelRecord(
+            source=str(place),
+            sha256=weights_sha256(model.source, options.ema) if state else hash_weights(model.denoiser),
+            parameters=count_parameters(model.denoiser),
+            around_sha256=dict(around.sha256) if around else {},
+            teacher=state.get("teacher") if state else None,
+            licence=licence_of(model.spec.pipeline),
+        ),
+        method=state["config"]["method"]["name"] if state else None,
+        seed=state["config"]["train"]["seed"] if state else None,
+        cost=_cost(model, state) if state else None,
+    )
+
+
+def weights_sha256(checkpoint: FilePath, ema: str | None = None) -> str:
+    """Of the file of weights that is sampled from, which the checkpoint's manifest vouches for."""
+    files: Mapping[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    wanted = f"ema-{ema}.safetensors" if ema else "ema.safetensors"
+    return files.get(wanted) or files["players.safetensors"]
+
+
+def licence_of(pipeline: str | None) -> str | None:
+    """What the card of a diffusers pipeline names as its licence; None where it names none."""
+    from diffdistill.export.card import teacher_licence
+
+    return teacher_licence(pipeline).get("license")
+
+
+def count_parameters(denoiser: Denoiser) -> int:
+    """Of what runs when it samples."""
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
+def _cost(model: TrainedModel, state: Mapping[str, Any]) -> Cost:
+    """Steps and images of the checkpoint, and the seconds from the run's reports: the clock's and the CPU's."""
+    step, run = int(state["step"]), model.source.resolve().parent.parent
+    return Cost(
+        train_steps=step,
+        train_images=step * int(state["config"]["train"]["global_batch_size"]),
+        train_seconds=seconds_until(run, step),
+        train_cpu_seconds=seconds_until(run, step, clock="cpu_seconds"),
+    )
+
+
+def seconds_until(run: FilePath, step: int, *, clock: str = "seconds") -> float | None:
+    """From a run's reports until `step`, evaluations while training included; None if they do not say.
+
+    clock: seconds, or cpu_seconds, of all threads of the process and with what was prepared before the first step.
+    Both start anew when a run is resumed.
+    """
+    total = last = 0.0
+    for report in read_reports(run / METRICS):
+        if report["step"] <= step and clock in report:
+            total += report[clock] - (last if report[clock] >= last else 0)
+            last = report[clock]
+    return round(total, 3) or None

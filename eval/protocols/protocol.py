@@ -1,0 +1,148 @@
+"""A protocol: every choice behind a number, frozen and named. A different choice is a different protocol.
+
+The same model gets different distances from another resize, quantiser, reference, seed or noise. So nothing here has
+a value that the machine or the batch size decides, and two results compare only if their protocols are equal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from diffdistill.eval.features.extractors import Sha256
+from diffdistill.eval.metrics.settings import AnyMetric
+from diffdistill.settings.schema import PositiveInt, field, schema
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+@schema
+class Noise:
+    """Image seeds[i] starts from StepRandom(0, step, seeds[i]) under `latent`; a stochastic sampler's step j adds that
+    of f"{fresh} {j}". One generator an image: neither batch size nor device nor rank changes it."""
+
+    generator: Literal["philox-per-image"] = "philox-per-image"
+    step: NonNegativeInt = 0
+    latent: str = "noise"
+    fresh: str = "fresh"
+
+
+@schema
+class Labels:
+    """What image i of a repeat (0 .. N - 1) is conditioned on.
+
+    none: nothing.  class_major: i // (N / classes), labels ascend.  cyclic: i mod classes (DMD2).
+    random: drawn from the image's own seed (EDM).  captions: caption i.
+    """
+
+    policy: Literal["none", "class_major", "cyclic", "random", "captions"]
+    num_classes: NonNegativeInt = 0
+
+
+@schema
+class Captions:
+    """The prompts, one a line, in the file's order: caption i for image i of every repeat.  sha256: of the file that
+    was used, if the protocol does not say it before.  md5: where the source publishes no better."""
+
+    name: str
+    count: PositiveInt
+    source: str = ""
+    sha256: Sha256 | None = None
+    md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+
+
+@schema
+class Preparation:
+    """From the network's output in [-1, 1] to the image that is judged; the crop and resize hold for real ones too.
+
+    quantiser: round to uint8, x * 127.5 + 128 cut (EDM); floor, (x + 1) * 127.5 cut (DMD2); none keeps floats.
+    crop: the largest square in the middle.  side, filter: then to this many pixels by Pillow's filter on uint8.
+    encoding: PNG, or never a file; a folder of JPEGs is another protocol.
+    """
+
+    quantiser: Literal["round", "floor", "none"] = "round"
+    crop: Literal["none", "centre_square"] = "none"
+    side: PositiveInt | None = None
+    filter: Literal["none", "lanczos", "bicubic", "box"] = "none"
+    encoding: Literal["lossless", "jpeg"] = "lossless"
+
+    def __post_init__(self) -> None:
+        if (self.side is None) != (self.filter == "none"):
+            raise ValueError(f"filter = {self.filter!r}: goes with `side`, and only with it")
+
+
+@schema
+class Reference:
+    """What is compared with.  dataset, split, num_images: which real images, and how many.  preparation: what was
+    done to them.  file, source: where statistics are published, if they are not computed from the images."""
+
+    name: str
+    dataset: str
+    split: str
+    num_images: PositiveInt | None = None
+    preparation: str = "as they are"
+    file: str | None = None
+    source: str | None = None
+
+
+@schema
+class Numerics:
+    """The extractor's arithmetic, and the statistics'."""
+
+    features: Literal["float32", "float64"] = "float32"
+    tf32: Literal[False] = False
+    statistics: Literal["float64"] = "float64"
+
+
+@schema
+class Protocol:
+    """Every choice behind a record.
+
+    num_images: N of one repeat.  repeats: repeat r has the image seeds first_seed + r N .. first_seed + (r + 1) N - 1.
+    headline: which of the repeats' min and mean is shown first; both are kept.  image_shape: [C, H, W] as generated,
+    None where the model decides.  weights_sha256, reference_sha256: by the features' label, of the extractors and
+    references that were used; empty until they are known.  A reference's is that of its images, or of an imported
+    file's mean and covariance: what another machine finds again.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)]
+    version: PositiveInt = 1
+    num_images: PositiveInt
+    first_seed: NonNegativeInt = 0
+    repeats: PositiveInt = 1
+    headline: Literal["min", "mean"] = "mean"
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    noise: Noise = field(default_factory=Noise)
+    labels: Labels = field(default_factory=lambda: Labels(policy="none"))
+    captions: Captions | None = None
+    preparation: Preparation = field(default_factory=Preparation)
+    reference: Reference | None = None
+    metrics: Annotated[tuple[AnyMetric, ...], Field(min_length=1)]
+    numerics: Numerics = field(default_factory=Numerics)
+    weights_sha256: dict[str, Sha256] = field(default_factory=dict)
+    reference_sha256: dict[str, Sha256] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keys = [key for metric in self.metrics for key in metric.keys]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"metrics: {twice[0]} is named twice; one protocol has one of each name")
+        if (self.labels.policy == "captions") != (self.captions is not None):
+            raise ValueError("captions: go with labels.policy: captions, and only with it")
+        if self.captions and self.captions.count < self.num_images:
+            raise ValueError(f"captions.count = {self.captions.count}: {self.num_images} images need one each")
+        if self.labels.policy == "class_major" and self.num_images % max(self.labels.num_classes, 1):
+            raise ValueError(f"num_images = {self.num_images}: is no multiple of {self.labels.num_classes} classes")
+
+    @property
+    def seed_ranges(self) -> tuple[tuple[int, int], ...]:
+        """[first, end) of every repeat's image seeds."""
+        firsts = (self.first_seed + repeat * self.num_images for repeat in range(self.repeats))
+        return tuple((first, first + self.num_images) for first in firsts)
+
+    def resolved(self, *, weights: Mapping[str, str], references: Mapping[str, str]) -> "Protocol":
+        """The same with the SHA-256s of what was really used, by the features' label."""
+        return replace(
+            self, weights_sha256=dict(sorted(weights.items())), reference_sha256=dict(sorted(references.items()))
+        )

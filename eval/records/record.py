@@ -1,0 +1,318 @@
+"""What an evaluation leaves behind: one line of JSON that says how every number came about.
+
+Records are read strictly: an unknown key, a lying type, NaN or a half line is a fault that names file and line. Only
+records whose protocols are equal, field by field, may be ranked together: `Record.protocol_id` tells them apart.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from statistics import fmean, stdev
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import Field, JsonValue
+
+from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, field, schema
+from diffdistill.settings.values import dump, validate
+
+Count = Annotated[int, Field(ge=0)]
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sentence = Annotated[str, Field(max_length=20_000)]
+
+LOWER_IS_BETTER = ("fid", "fd", "kid", "cmmd", "mmd")
+"""The metrics, by the first word of their name, of which less is better."""
+
+
+CAPITALS = {word: word.upper() for word in (*LOWER_IS_BETTER, "is", "clip")} | {
+    "vbench": "VBench",
+    "geneval": "GenEval",
+}
+"""How the first word of a metric's name is spoken, where that is not as it is written."""
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name as a heading: FD resnet20-cifar for fd-resnet20-cifar."""
+    first, dash, rest = metric.partition("-")
+    return f"{CAPITALS.get(first, first)}{' ' if dash else ''}{rest}"
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a metric is a distance.  metric: its name in a record, as in fd-pixels or recall."""
+    return metric.partition("-")[0] in LOWER_IS_BETTER
+
+
+@schema
+class Values:
+    """One metric: a value for each repeat, and their min, mean and sample standard deviation (null for one repeat).
+
+    within: of each repeat, the standard deviation inside it: over KID's subsets, over the Inception Score's splits.
+    Raises ValidationError if these do not follow from the values.
+    """
+
+    values: Annotated[tuple[float, ...], Field(min_length=1)]
+    min: float
+    mean: float
+    std: NonNegative | None
+    within: tuple[NonNegative, ...] | None = None
+
+    @staticmethod
+    def of(values: Sequence[float], *, within: Sequence[float] | None = None) -> "Values":
+        """values: at least one, finite.  within: as many, or None."""
+        return Values(values=tuple(values), **_summary(values), within=tuple(within) if within else None)
+
+    def __post_init__(self) -> None:
+        if self.within is not None and len(self.within) != len(self.values):
+            raise ValueError(f"within = {list(self.within)}: one for each of {list(self.values)}")
+        for name, known in _summary(self.values).items():
+            told = getattr(self, name)
+            both = told is not None and known is not None
+            if not (math.isclose(told, known, rel_tol=1e-9, abs_tol=1e-12) if both else told is known):
+                raise ValueError(f"{name} = {told}: of {list(self.values)} it is {known}")
+
+
+@schema
+class ModelRecord:
+    """source: where the images come from, a run, a checkpoint, a folder.  sha256: of the weights or of the images.
+    parameters: of the network.  around_sha256: of the weights or files of what stands around it, by part, as in vae.
+    licence: an SPDX name."""
+
+    source: str
+    sha256: Sha256 | None = None
+    parameters: Count | None = None
+    around_sha256: dict[str, Sha256] = field(default_factory=dict)
+    teacher: str | None = None
+    licence: str | None = None
+
+
+@schema
+class SamplerRecord:
+    """num_evaluations: of the network for one image, a guided one counted once.  settings: the sampler's other ones."""
+
+    name: str
+    num_evaluations: PositiveInt | None = None
+    guidance: float | None = None
+    settings: dict[str, JsonValue] = field(default_factory=dict)
+
+
+@schema
+class Cost:
+    """What training took, as far as it is known.  seconds: of the clock."""
+
+    train_steps: Count | None = None
+    train_images: Count | None = None
+    train_seconds: NonNegative | None = None
+    train_cpu_seconds: NonNegative | None = None
+    gpu_hours: NonNegative | None = None
+
+
+@schema
+class Efficiency:
+    """What sampling takes, as eval/evaluation/efficiency.py measures it: medians after a warm-up.
+
+    num_evaluations: of the network for one image, a guided one counted twice.  latency_ms: one image at batch 1.
+    throughput: images a second at throughput_batch.  peak_memory_bytes: the device's, at that batch.  includes: what
+    ran beside the network (text encoder, VAE).  repeats: timed ones; warm_up: those before them.
+    """
+
+    num_evaluations: PositiveInt
+    parameters: Count
+    latency_ms: NonNegative
+    throughput: NonNegative
+    throughput_batch: PositiveInt
+    peak_memory_bytes: Count | None
+    device: str
+    dtype: str
+    compile: bool
+    includes: tuple[str, ...]
+    warm_up: Count
+    repeats: PositiveInt
+    threads: PositiveInt | None = None
+
+
+@schema
+class Images:
+    """count: images of one repeat.  seeds: [first, end) of each repeat, end excluded.  grid: a PNG, relative to the
+    record's file.  features_sha256: by features, of all repeats' rows in order."""
+
+    count: Count
+    seeds: tuple[tuple[int, int], ...] = ()
+    grid: str | None = None
+    features_sha256: dict[str, Sha256] = field(default_factory=dict)
+
+
+@schema
+class Environment:
+    """Where and how it was measured.  date: ISO 8601, UTC.  commit: of this package's source, if it is a checkout."""
+
+    date: str
+    versions: dict[str, str]
+    commit: str | None
+    command: str
+    device: str
+    dtype: str
+    tf32: bool
+    wall_seconds: NonNegative
+    num_processes: PositiveInt = 1
+    batch_size: PositiveInt | None = None
+
+
+@schema
+class Source:
+    """Where a reported number was read.  place: as in "Table 2"."""
+
+    title: str
+    url: str
+    place: str
+
+
+@schema
+class Record:
+    """One line: `measured` here, or `reported` by someone else.
+
+    protocol: every field of the protocol, with its name; of a reported one, what is known.  metrics: by name.
+    Raises ValidationError if a measured record lacks its environment, or a reported one its source.
+    """
+
+    schema: Literal[1] = 1
+    kind: Literal["measured", "reported"]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    method: str | None = None
+    seed: int | None = None
+    protocol: dict[str, JsonValue]
+    metrics: Annotated[dict[MetricName, Values], Field(min_length=1)]
+    model: ModelRecord | None = None
+    sampler: SamplerRecord | None = None
+    cost: Cost | None = None
+    efficiency: Efficiency | None = None
+    images: Images | None = None
+    environment: Environment | None = None
+    source: Source | None = None
+    notes: Sentence = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.protocol.get("name"), str):
+            raise ValueError("protocol.name: is required, and is a text")
+        needed = ("model", "images", "environment") if self.kind == "measured" else ("source",)
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: a {self.kind} record needs it")
+
+    @property
+    def protocol_id(self) -> str:
+        """Equal for two records if and only if they may be ranked together."""
+        return protocol_id(self.protocol)
+
+    def headline(self, metric: str) -> float:
+        """What is shown first: the mean over the repeats, or of a distance their minimum where the protocol says so."""
+        values = self.metrics[metric]
+        return values.min if takes_minimum(self.protocol, metric) else values.mean
+
+
+def takes_minimum(protocol: Mapping[str, Any], metric: str) -> bool:
+    """Whether of a metric's repeats the minimum counts: only of what is better when lower."""
+    return protocol.get("headline") == "min" and is_lower_better(metric)
+
+
+def protocol_id(protocol: dict[str, Any]) -> str:
+    """SHA-256 of a protocol's canonical JSON: keys sorted, no blanks, 1.0 written as 1.
+
+    protocol: plain JSON types.  Raises ValueError for NaN and infinity.
+    """
+    return hash_json(protocol)
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as `protocol_id`."""
+    text = json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_records(file: str | FilePath) -> list[Record]:
+    """All records of a JSONL file, in order; blank lines are passed over.
+
+    Raises UserError naming the file and the line of the first that is no record.
+    """
+    try:
+        text = FilePath(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_record(line, origin=f"{file}, line {number}") for number, line in lines if line.strip()]
+
+
+def parse_record(text: str, *, origin: str) -> Record:
+    """One line as a record.  origin: where it stands, for errors.  Raises UserError naming every fault."""
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: no record: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{origin}: no record: must be an object, not {type(data).__name__}")
+    if data.get("schema") != 1:
+        raise UserError(f"{origin}: schema = {data.get('schema')!r}: this version reads schema 1")
+    return validate(Record, data, origin=origin)
+
+
+def append_record(file: str | FilePath, record: Record) -> None:
+    """Add one line, whole or not at all, whoever else is writing.
+
+    The file is locked, written once, and synced; what a failed write has left is cut off again.
+    Raises UserError if the file cannot be opened or ends in half a line, OSError if there is no room.
+    """
+    line = json.dumps(dump(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    file = FilePath(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        end = os.fstat(descriptor).st_size
+        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+            raise UserError(f"{file}: its last line is cut short; end it with a line break, or remove it")
+        _write_whole(descriptor, line, end)
+    finally:
+        os.close(descriptor)
+
+
+def _write_whole(descriptor: int, line: bytes, end: int) -> None:
+    """`line` at the end of the file, on the disk; or the file as it was."""
+    try:
+        written = 0
+        while written < len(line):
+            written += os.write(descriptor, line[written:])
+        os.fsync(descriptor)
+    except BaseException:
+        os.ftruncate(descriptor, end)
+        raise
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    return {"min": min(values), "mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"repeated key {next(key for key, count in counts.items() if count > 1)!r}")
+    return found
