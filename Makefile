@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 RUN := runs/demo
-# TESTS narrows `make test` down, as in: make test TESTS=tests/test_path.py
+# TESTS narrows `make test` down, as in: make test TESTS=tests/diffusion/test_path.py
 TESTS ?= tests
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 

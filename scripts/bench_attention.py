@@ -370,7 +370,7 @@ def _sanitize() -> None:
     if program is None:
         console.print("compute-sanitizer: not here")
         return
-    tests = str(Path(__file__).parents[1] / "tests" / "test_attention_gpu.py")
+    tests = str(Path(__file__).parents[1] / "tests" / "attention" / "test_attention_gpu.py")
     for tool in ("memcheck", "racecheck", "synccheck"):
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
         done = subprocess.run([*command, "-k", "ragged", tests], capture_output=True, text=True, check=False)

@@ -4,7 +4,7 @@ python scripts/bench_shared_base.py [--method sid] [--width 768] [--depth 12] [-
 
 Each arrangement is a process of its own: it trains a tiny run first, notes its resident memory (the baseline), then
 loads a DiT teacher from disk and trains. Peaks are the kernel's (VmHWM), so whatever loading needs for a moment counts.
-On a GPU they are the allocator's, of the device. The gradients' equality is in tests/test_lora.py.
+On a GPU they are the allocator's, of the device. The gradients' equality is in tests/networks/test_lora.py.
 """
 
 import argparse

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import SETTINGS, small_config
-from fleet import run_together
 from numpy.typing import NDArray
+from support.fleet import run_together
 from torch import Tensor
 
 from diffdistill.diffusion.step_random import StepRandom

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from conftest import small_config
-from edm_pickles import ARGUMENTS, SHAPE, network_of, waves, write_checkpoint
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from pictures import encode
 from PIL import Image
 from safetensors.torch import save
+from support.edm_pickles import ARGUMENTS, SHAPE, network_of, waves, write_checkpoint
+from support.pictures import encode
 
 from diffdistill.data import ImageFolder, Npz, WebDataset
 from diffdistill.eval.records.record import read_records

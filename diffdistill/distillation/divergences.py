@@ -25,7 +25,7 @@ WEIGHTS: Mapping[Divergence, Callable[[Tensor], Tensor]] = {
     "neyman": lambda r: 2 / r,
     "pearson": lambda r: 2 * r**2,
 }
-"""h(r) of each; `tests/test_f_distill.py` derives them from f."""
+"""h(r) of each; `tests/methods/test_f_distill.py` derives them from f."""
 
 MAX_LOGIT = 10.0
 

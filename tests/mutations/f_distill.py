@@ -3,7 +3,7 @@
 from mutate import Fault
 
 METHOD, DIVERGENCES = "methods/f_distill.py", "diffdistill/distillation/divergences.py"
-GRADIENT = "test_f_distill.py::test_the_gradient_is_that_of_the_divergence"
+GRADIENT = "methods/test_f_distill.py::test_the_gradient_is_that_of_the_divergence"
 
 FAULTS = (
     Fault(
@@ -28,41 +28,41 @@ FAULTS = (
         DIVERGENCES,
         "@torch.no_grad()\ndef density_ratio(",
         "def density_ratio(",
-        "test_f_distill.py::test_a_ratio_has_no_gradient",
+        "methods/test_f_distill.py::test_a_ratio_has_no_gradient",
     ),
     Fault(
         "the weight is not normalised",
         METHOD,
         "return h(ratio) / h(everyone).mean(), carry",
         "return h(ratio), carry",
-        "test_f_distill.py::test_without_bins_the_weight_is_h_of_the_clamped_ratio_over_its_mean",
+        "methods/test_f_distill.py::test_without_bins_the_weight_is_h_of_the_clamped_ratio_over_its_mean",
     ),
     Fault(
         "a piece of a batch is normalised by itself",
         METHOD,
         'everyone = draw.get("all ratio", ratio)',
         "everyone = ratio",
-        "test_f_distill.py::test_a_piece_of_a_batch_is_normalised_by_the_means_of_the_whole",
+        "methods/test_f_distill.py::test_a_piece_of_a_batch_is_normalised_by_the_means_of_the_whole",
     ),
     Fault(
         "the discriminator is never trained",
         METHOD,
         'critics = ("fake", "discriminator") if self.has_discriminator else ("fake",)',
         'critics = ("fake",)',
-        "test_f_distill.py::test_a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained",
+        "methods/test_f_distill.py::test_a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained",
     ),
     Fault(
         "the discriminator looks at noise of its own",
         METHOD,
         'x_t = players.teacher.path.diffuse(x, draw["eps"], t)',
         'x_t = players.teacher.path.diffuse(x, draw["fake eps"], t)',
-        "test_f_distill.py::test_the_discriminator_sees_the_sample_of_the_matching_at_its_noise",
+        "methods/test_f_distill.py::test_the_discriminator_sees_the_sample_of_the_matching_at_its_noise",
     ),
     Fault(
         "the ratios of the whole batch have other dropout than the loss",
         "diffdistill/training/trainer.py",
         "        self._let_learn(update)  # for the dropout of the loss\n",
         "",
-        "test_trainer.py::test_only_the_players_of_an_update_have_dropout_when_its_statistics_and_its_loss_are_asked_for",
+        "training/test_trainer.py::test_only_the_players_of_an_update_have_dropout_when_its_statistics_and_its_loss_are_asked_for",
     ),
 )

@@ -3,8 +3,8 @@
 from mutate import Fault
 
 METHOD, SHARED = "methods/sid.py", "diffdistill/distillation/score_distillation.py"
-CLOSED_FORM = "test_sid.py::test_the_gradient_between_gaussians_is_the_closed_form"
-BY_HAND = "test_sid.py::test_value_and_gradient_of_a_step_are_those_by_hand"
+CLOSED_FORM = "methods/test_sid.py::test_the_gradient_between_gaussians_is_the_closed_form"
+BY_HAND = "methods/test_sid.py::test_value_and_gradient_of_a_step_are_those_by_hand"
 
 FAULTS = (
     Fault(
@@ -20,7 +20,7 @@ FAULTS = (
         SHARED,
         "return x, x_t, teacher, sample_weight(",
         "return x, x_t, teacher.detach(), sample_weight(",
-        "test_sid.py::test_the_gradient_between_gaussians_is_the_closed_form",
+        "methods/test_sid.py::test_the_gradient_between_gaussians_is_the_closed_form",
     ),
     Fault(
         "the networks see a detached image",
@@ -41,41 +41,41 @@ FAULTS = (
         METHOD,
         '            Update(("fake",), "fake_loss", statistics=of_all[0]),\n',
         "",
-        "test_sid.py::test_the_fake_score_steps_first_and_k_times_to_one_of_the_generator",
+        "methods/test_sid.py::test_the_fake_score_steps_first_and_k_times_to_one_of_the_generator",
     ),
     Fault(
         "the fake score's loss reaches the generator",
         SHARED,
         '    with torch.no_grad():\n        x = generate(players, draw, steps, "fake ")',
         '    x = generate(players, draw, steps, "fake ")',
-        "test_sida.py::test_the_fake_score_s_loss_reaches_the_fake_score_alone",
+        "methods/test_sida.py::test_the_fake_score_s_loss_reaches_the_fake_score_alone",
     ),
     Fault(
         "the fake score's scale is the teacher's",
         METHOD,
         "guidance=self.fake_guidance, want=",
         "guidance=self.guidance, want=",
-        "test_sid_guidance.py::test_the_teacher_is_guided_by_kappa_4_and_the_fake_score_by_kappa_2_and_3",
+        "methods/test_sid_guidance.py::test_the_teacher_is_guided_by_kappa_4_and_the_fake_score_by_kappa_2_and_3",
     ),
     Fault(
         "real images have noise of their own in SiDA",
         METHOD,
         "tapped = players.fake(path.diffuse(images, eps, t)",
         'tapped = players.fake(path.diffuse(images, draw["eps"], t)',
-        "test_sida.py::test_real_and_generated_images_are_compared_at_one_time_noise_and_class",
+        "methods/test_sida.py::test_real_and_generated_images_are_compared_at_one_time_noise_and_class",
     ),
     Fault(
         "SiDA's logits are not clamped",
         METHOD,
         ".clamp(-MAX_LOGIT, MAX_LOGIT)",
         "",
-        "test_sida.py::test_the_adversarial_share_is_that_by_hand",
+        "methods/test_sida.py::test_the_adversarial_share_is_that_by_hand",
     ),
     Fault(
         "the generator's loss leaves out classes as the fake score's does",
         METHOD,
         't, cond = draw["t"], condition(players, draw)\n',
         't, cond = draw["t"], players.fake.drop_condition(condition(players, draw), draw["fake is_dropped"])\n',
-        "test_sid_guidance.py::test_the_generator_s_loss_leaves_out_no_class",
+        "methods/test_sid_guidance.py::test_the_generator_s_loss_leaves_out_no_class",
     ),
 )

@@ -1,0 +1,119 @@
+"""Every family's student and every method's, out of a run of three steps, loaded without this package: the table."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from support.method_matrix import METHODS, origin, train
+from support.stand_ins import STAND_INS
+
+from diffdistill.export.run import AnyKind, ExportOptions, write
+from diffdistill.export.verify import TOLERANCE, Check, compare
+from diffdistill.settings.schema import UserError
+
+PAGE = Path(__file__).parents[2] / "docs" / "export-matrix.md"
+LORA = "lora.default={rank: 2, alpha: 4}"
+ON_EVERY_FAMILY = ("dmd2", "hyper_sd", "agd")
+ALL_METHODS_ON = ("dit", "unet")
+NO_GUIDANCE = {"ddpm": "has no class that stands for none", "flux": "has it in its network already, as an input"}
+"""Families whose teachers AGD has nothing to learn from."""
+
+
+@dataclass
+class Cell:
+    """found: the greatest difference of its images, or why there are none.  kind: of the folder."""
+
+    family: str
+    method: str
+    asked: AnyKind = "auto"
+    kind: str = ""
+    found: float | str = ""
+
+
+def cells() -> Iterator[Cell]:
+    for family in STAND_INS:
+        yield from (Cell(family, method) for method in ON_EVERY_FAMILY)
+        yield from (Cell(family, "dmd2", kind) for kind in ("lora", "kohya"))
+    for family in ALL_METHODS_ON:
+        yield from (Cell(family, name) for name in METHODS if family == "unet" or name not in ON_EVERY_FAMILY)
+
+
+def fill(every: Sequence[Cell], folder: Path) -> None:
+    """Train, write, and compare all folders in one clean process."""
+    checks: list[tuple[Cell, Check]] = []
+    for cell in every:
+        name = f"{cell.family}-{cell.method}-{'lora' if cell.asked in ('lora', 'kohya') else 'full'}".replace(" ", "-")
+        try:
+            if not (folder / name).exists():
+                teacher = origin(cell.family, cell.method, folder / f"{name}-teacher")
+                train(cell.method, teacher, folder / name, *([LORA] if name.endswith("lora") else []))
+            options = ExportOptions(kind=cell.asked)
+            written = write(str(folder / name), folder / f"{name}-{cell.asked}", options)
+        except UserError as error:
+            cell.found = why_not(cell, str(error))
+            continue
+        cell.kind = written.kind
+        checks.append((cell, written.check))
+    for (cell, _), found in zip(checks, compare([check for _, check in checks]), strict=True):
+        cell.found = found
+
+
+def why_not(cell: Cell, message: str) -> str:
+    """A refusal as the page says it."""
+    if cell.method == "agd" and cell.family in NO_GUIDANCE:
+        return f"AGD distils guidance, and `{cell.family}` {NO_GUIDANCE[cell.family]}"
+    return re.sub(r"^--kind \w+: ", "", message).partition("; use --kind")[0]
+
+
+def table(every: Sequence[Cell]) -> str:
+    """The page: each family by each of some methods, then all methods, and the reasons."""
+    reasons: list[str] = []
+
+    def shown(cell: Cell) -> str:
+        if not isinstance(cell.found, str):
+            return f"{cell.kind}, {cell.found:.1g}"
+        if cell.found not in reasons:
+            reasons.append(cell.found)
+        return f"({reasons.index(cell.found) + 1})"
+
+    by_key = {(cell.family, cell.method, cell.asked): cell for cell in every}
+    lines = ["| family | DMD2 | Hyper-SD | AGD | LoRA of DMD2 | the same, kohya's keys |", "|---|---|---|---|---|---|"]
+    for family in STAND_INS:
+        row = [by_key[family, method, "auto"] for method in ON_EVERY_FAMILY]
+        row += [by_key[family, "dmd2", kind] for kind in ("lora", "kohya")]
+        lines.append(f"| `{family}` | " + " | ".join(map(shown, row)) + " |")
+    lines += ["", "| method | `dit`, a pipeline | `unet`, our own network |", "|---|---|---|"]
+    for method in METHODS:
+        row = [by_key[family, method, "auto"] for family in ALL_METHODS_ON]
+        lines.append(f"| `{method}` | " + " | ".join(map(shown, row)) + " |")
+    listed = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", "Why not:", "", *listed])
+
+
+HEAD = """# What can be exported
+
+Written by `make test-full` (tests/export/test_export_matrix.py) on {date}. The teacher is each family's smallest
+architecture with random weights, or one of our own networks after three steps of training. Then come three steps of
+the method, the export, and all folders are loaded in one process where diffdistill cannot be imported. A number is the
+greatest difference of any value of two images from the run's own, in float32; {tolerance:g} is allowed. BOOT starts
+from a teacher that predicts v.
+
+"""
+
+
+@pytest.mark.full
+def test_every_student_is_exported_or_it_is_said_why_not(tmp_path: Path) -> None:
+    every = list(cells())
+    fill(every, tmp_path)
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    PAGE.write_text(HEAD.format(date=date, tolerance=TOLERANCE) + table(every) + "\n", encoding="utf-8")
+    for cell in every:
+        where = f"{cell.family} {cell.method} {cell.asked}: {cell.found}"
+        if cell.asked == "auto" and cell.method in ON_EVERY_FAMILY:
+            assert isinstance(cell.found, str) == (cell.method == "agd" and cell.family in NO_GUIDANCE), where
+        if cell.family == "unet" or isinstance(cell.found, float):
+            assert isinstance(cell.found, float), where
+            assert cell.found <= TOLERANCE, where

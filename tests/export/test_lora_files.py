@@ -1,0 +1,83 @@
+"""LoRA's factors in the keys of diffusers and of kohya."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from support.stand_ins import save_stand_in
+from torch import Tensor
+
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.export.lora_files import diffusers_keys, factors_of, kohya_keys
+from diffdistill.models.load import load_model
+from diffdistill.networks.lora import LoRA, LoRASettings, lora_of, merge_lora, with_lora
+
+PIPELINES = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Denoiser, LoRA]:
+    """A family, a denoiser with factors on all of its layers that change them, and those."""
+    plain = load_model(save_stand_in(request.param, tmp_path_factory.mktemp(request.param))).denoiser
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = with_lora(plain, LoRASettings(rank=2, alpha=3))
+        found = lora_of(denoiser)
+        assert found is not None
+        for parameter in found.adapters.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return request.param, denoiser, found
+
+
+def change_of(down: Tensor, up: Tensor) -> Tensor:
+    """What two factors add to a layer's weight."""
+    if down.ndim == 2:
+        return up @ down
+    return torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
+
+
+def test_the_factors_add_up_to_what_merging_adds(scene: tuple[str, Denoiser, LoRA]) -> None:
+    _, denoiser, found = scene
+    model = found.shared_tree.model
+    merged = merge_lora(denoiser).net.model
+    factors = factors_of(found)
+    assert len(factors) > 40
+    for name, (down, up) in factors.items():
+        base = model.get_submodule(name).get_base_layer().weight
+        torch.testing.assert_close(
+            merged.get_submodule(name).weight - base, change_of(down, up), atol=1e-6, rtol=0, msg=name
+        )
+
+
+def test_diffusers_own_converter_reads_kohyas_keys_as_the_same_factors(scene: tuple[str, Denoiser, LoRA]) -> None:
+    family, _, found = scene
+    written = kohya_keys(factors_of(found))
+    assert {key.rpartition(".lora_")[0] or key.removesuffix(".alpha") for key in written} == {
+        key.partition(".")[0] for key in written
+    }
+    state, alphas = PIPELINES[family].lora_state_dict(dict(written), unet_config=found.shared_tree.model.config)
+    read = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in state.items()})
+    expected = {key.removeprefix("unet."): value for key, value in diffusers_keys(factors_of(found), "unet").items()}
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[key], value) for key, value in expected.items())
+    assert set(alphas.values()) == {2.0}  # the rank: a factor of 1
+    assert len(alphas) == len(expected) // 2
+
+
+def test_a_file_in_diffusers_keys_is_what_its_own_pipeline_writes(
+    scene: tuple[str, Denoiser, LoRA], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    family, _, found = scene
+    plain = {f"{name}.{end}": f for name, pair in factors_of(found).items() for end, f in zip(ENDS, pair, strict=True)}
+    PIPELINES[family].save_lora_weights(tmp_path, unet_lora_layers=plain)
+    theirs = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    ours = diffusers_keys(factors_of(found), "unet")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], value) for key, value in ours.items())
+
+
+ENDS = ("lora_A.weight", "lora_B.weight")

@@ -1,0 +1,106 @@
+"""Recipes for real teachers: each loads, fits its teacher's stand-in, and trains."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from support.stand_ins import save_stand_in
+
+from diffdistill.methods.agd import AGD
+from diffdistill.methods.hyper_sd import HyperSD
+from diffdistill.models.teachers.hub import is_hub_name
+from diffdistill.settings.values import dump
+from diffdistill.training.config import RunConfig, find_config, load_config
+from diffdistill.training.trainer import Trainer
+
+FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "dit256": "dit"}
+"""The stand-in's family by the recipe's teacher."""
+METHODS = ("dmd2", "sid", "sim", "f_distill", "hyper_sd", "agd")
+RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, FAMILIES)]
+QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256")
+"""Of three methods, on three teachers, the ones that the quick tests train."""
+
+PROMPTS = ("a red fox", "two blue birds", "a hat")
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every stand-in by its family."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for family in FAMILIES.values():
+        save_stand_in(family, folder / family)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """prompts.txt; captioned/: six images with their captions; classes/: six in three folders. All of 16 x 16."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    rng = torch.Generator().manual_seed(0)
+    for number in range(6):
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=rng).numpy()
+        for place in (folder / "captioned", folder / "classes" / f"{number % 3}"):
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{number}.png")
+        (folder / "captioned" / f"{number}.txt").write_text(PROMPTS[number % 3])
+    return folder
+
+
+def small(recipe: str, teachers: Path, data: Path, run: Path) -> RunConfig:
+    """The recipe with a small teacher, batch and data, few trajectories and short stages; nothing else is changed."""
+    config, teacher = load_config(find_config(recipe)), recipe.partition("/")[2]
+    overrides, num_steps = [], 3
+    if isinstance(config.method, AGD):
+        overrides = ["method.trajectories=6", "method.steps.num_steps=3"]
+    if isinstance(config.method, HyperSD):  # a step of each stage
+        stages = [dump(replace(stage, num_steps=1)) for stage in config.method.stages]
+        overrides, num_steps = [f"method.stages={json.dumps(stages)}"], len(stages)
+    places = {
+        "prompts": f"{{name: prompts, path: {data}/prompts.txt}}",
+        "webdataset": f"{{name: captioned_images, path: {data}/captioned, resolution: 16}}",
+        "image_folder": f"{{name: image_folder, path: {data}/classes, labels: folders, resolution: 16}}",
+    }
+    if config.data.name in places:
+        overrides.append(f"data={places[config.data.name]}")
+    train = f"steps={num_steps} global_batch_size=4 micro_batch_size=2 device=cpu preview_every=0 log_every=1".split()
+    overrides += [f"run={run}", f"teacher={teachers}/{FAMILIES[teacher]}", *(f"train.{setting}" for setting in train)]
+    overrides.append("train.on_nonfinite=stop")
+    return load_config(find_config(recipe), overrides)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_names_its_teacher_on_the_hub_and_says_that_it_was_not_run(recipe: str) -> None:
+    config, text = load_config(find_config(recipe)), find_config(recipe).read_text()
+    assert config.teacher is not None
+    assert is_hub_name(config.teacher)
+    header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# "))
+    assert "arXiv:" in header
+    assert "Not run here." in header
+    assert len(text.splitlines()) <= 40
+
+
+def cases() -> Sequence[object]:
+    return [recipe if recipe in QUICK else pytest.param(recipe, marks=pytest.mark.full) for recipe in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", cases())
+def test_a_recipe_trains_three_steps_of_its_teachers_stand_in(
+    recipe: str, teachers: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+    config = small(recipe, teachers, data, tmp_path / "run")
+    trainer = Trainer(config, quiet=True)
+    student = trainer.trained[config.method.student]
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    trainer.run()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows if "step" in row} >= {1, 2, 3}
+    after = student.state_dict()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in after.values())
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
