@@ -15,7 +15,7 @@ from diffdistill.eval.board.costs import cost_columns, evaluations
 from diffdistill.eval.board.figures import compact, decimals_of
 from diffdistill.eval.board.leaderboard import Board, Entry, Group, read_board
 from diffdistill.eval.board.page import board_page
-from diffdistill.eval.records.record import metric_label
+from diffdistill.eval.metrics.settings import metric_label
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
 from diffdistill.storage.atomic import write_text_atomically

@@ -10,15 +10,13 @@ from pathlib import Path as FilePath
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from diffdistill.eval.records.record import Record, is_lower_better, read_records, takes_minimum
+from diffdistill.eval.metrics.settings import better, primary_metric
+from diffdistill.eval.records.record import Record, read_records, takes_minimum
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import differences, dump
 
 REPORTED = FilePath(__file__).with_name("reported.jsonl")
 """Published numbers and where they were read."""
-
-PREFERRED = ("fid", "fd", "cmmd", "mmd", "kid")
-"""What a ranking goes by, if the records have it: the first word of a metric's name."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +183,11 @@ def gather(found: Sequence[Located]) -> list[Entry]:
 
 
 def rank(entries: Sequence[Entry], metric: str) -> list[Entry]:
-    """Best headline first; those without the metric last and without rank."""
-    sign = 1 if is_lower_better(metric) else -1
+    """Best headline first; those without the metric last and without rank, as are all by a metric of which nobody
+    knows what is better."""
+    if better(metric) == "unknown":
+        return list(entries)
+    sign = 1 if better(metric) == "lower" else -1
     scored = [entry for entry in entries if metric in entry.scores]
     scored.sort(key=lambda entry: sign * entry.scores[metric].headline)
     ranked: list[Entry] = []
@@ -194,15 +195,6 @@ def rank(entries: Sequence[Entry], metric: str) -> list[Entry]:
         ties = ranked and ranked[-1].scores[metric].headline == entry.scores[metric].headline
         ranked.append(Entry(entry.sources, entry.scores, ranked[-1].rank if ties else number))
     return [*ranked, *(entry for entry in entries if metric not in entry.scores)]
-
-
-def primary_metric(metrics: Sequence[str]) -> str:
-    """What a table is sorted by."""
-    for word in PREFERRED:
-        for metric in metrics:
-            if metric.partition("-")[0] == word:
-                return metric
-    return metrics[0]
 
 
 def _entry(sources: Sequence[Located]) -> Entry:

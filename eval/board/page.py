@@ -9,7 +9,7 @@ from diffdistill.eval.board.costs import Cost, cost_columns, evaluations
 from diffdistill.eval.board.figures import Given, Plot, Scale, compact, decimals_of, scatter, shorten
 from diffdistill.eval.board.leaderboard import Board, Entry, Group, Located, Score
 from diffdistill.eval.board.pages import Embedded, embed_picture, plain, render
-from diffdistill.eval.records.record import is_lower_better, metric_label
+from diffdistill.eval.metrics.settings import better, metric_label
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
 
@@ -208,14 +208,15 @@ def _metric_cell(group: Group, entry: Entry, name: str, digits: int) -> Cell:
     if score is None:
         return Cell("–", None)
     others = [other.scores[name] for other in group.entries if name in other.scores]
-    choose = min if is_lower_better(name) else max
+    choose = min if better(name) == "lower" else max
     is_measured = group.kind == "measured"
+    is_compared = is_measured and len(others) > 1 and better(name) != "unknown"
     return Cell(
         f"{score.headline:.{digits}f}" if is_measured else f"{score.headline:.6g}",
         score.headline,
         spread=f"{score.std:.{digits}f}" if score.std is not None else "",
         title=_each(score),
-        is_best=is_measured and len(others) > 1 and score.headline == choose(other.headline for other in others),
+        is_best=is_compared and score.headline == choose(other.headline for other in others),
         is_primary=name == group.primary,
         strip=_strip(score, others) if is_measured and name == group.primary else None,
     )
@@ -231,14 +232,16 @@ def _strip(score: Score, others: Sequence[Score]) -> Strip:
 
 
 def _metric_column(name: str) -> Column:
-    better = "lower" if is_lower_better(name) else "higher"
-    return Column(metric_label(name), f"{metric_label(name)}: {better} is better", better)
+    side, label = better(name), metric_label(name)
+    if side == "unknown":
+        return Column(label, f"{label}: which is better is unknown")
+    return Column(label, f"{label}: {side} is better", side)
 
 
 def _plots(rows: Sequence[Row], costs: Sequence[Cost], metric: str) -> list[Plot]:
     """Distance against every cost that at least two models know."""
     plots = []
-    for cost in costs if is_lower_better(metric) else ():
+    for cost in costs if better(metric) == "lower" else ():
         given = []
         for row in rows:
             value, score = cost.value(row.entry.first), row.entry.scores.get(metric)

@@ -18,10 +18,11 @@ from diffdistill.eval.evaluation.workers import Workers
 from diffdistill.eval.images.encoder_and_vae import EncoderAndVAE, open_around
 from diffdistill.eval.images.generate import SampledImages
 from diffdistill.eval.images.places import count_parameters, seconds_until
+from diffdistill.eval.metrics.settings import better
 from diffdistill.eval.protocols.captions import read_captions
 from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.eval.records.hashes import hash_weights
-from diffdistill.eval.records.record import Cost, ModelRecord, Record, append_record, is_lower_better, read_records
+from diffdistill.eval.records.record import Cost, ModelRecord, Record, append_record, read_records
 from diffdistill.models.spec import ModelSpec
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
@@ -130,7 +131,7 @@ class StudentEvaluator:
 
     def _best_step(self, records: Sequence[Record]) -> int:
         """The step of the best record; of equal ones the first."""
-        sign = 1 if is_lower_better(self.best_by) else -1
+        sign = 1 if better(self.best_by) == "lower" else -1
         ranked = [(sign * record.headline(self.best_by), _step(record)) for record in records]
         return min(ranked)[1]
 

@@ -16,7 +16,6 @@ from diffdistill.eval.features.extractors import AnyFeatures, Extracted, Extract
 from diffdistill.eval.features.store import FeatureStore
 from diffdistill.eval.images.generate import labels_of
 from diffdistill.eval.images.preparation import prepare
-from diffdistill.eval.metrics import settings as named
 from diffdistill.eval.metrics.moments import Moments, Summary
 from diffdistill.eval.protocols.protocol import Protocol
 from diffdistill.eval.records.record import Cost, ModelRecord, SamplerRecord
@@ -86,18 +85,18 @@ class Bench:
 
     @cached_property
     def with_logits(self) -> frozenset[str]:
-        asking = (m for m in self.protocol.metrics if isinstance(m, named.InceptionScore))
+        asking = (m for m in self.protocol.metrics if "logits" in m.needs)
         return frozenset(metric.features.label for metric in asking)
 
     @cached_property
     def with_texts(self) -> frozenset[str]:
-        asking = (m for m in self.protocol.metrics if isinstance(m, named.ClipScore))
+        asking = (m for m in self.protocol.metrics if "texts" in m.needs)
         return frozenset(metric.features.label for metric in asking)
 
     def _texts(self, extractor: Extractor, captions: Sequence[str]) -> Tensor:
         if extractor.encode_text is None:
             raise UserError(f"clip-score: {extractor.label} knows no text")
-        prefix = next(m.prefix for m in self.protocol.metrics if isinstance(m, named.ClipScore))
+        prefix = next(m.text_prefix for m in self.protocol.metrics if "texts" in m.needs)
         return extractor.encode_text([prefix + caption for caption in captions])
 
 

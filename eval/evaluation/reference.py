@@ -24,7 +24,7 @@ from diffdistill.eval.features.extractors import Extractor, Label, Sha256
 from diffdistill.eval.images.files import Images
 from diffdistill.eval.metrics.checks import check_finite
 from diffdistill.eval.metrics.moments import Moments, Summary
-from diffdistill.eval.metrics.scoring import MissingFeaturesError
+from diffdistill.eval.metrics.sides import MissingFeaturesError
 from diffdistill.eval.protocols.protocol import Preparation
 from diffdistill.settings.schema import PositiveInt, UserError, schema
 from diffdistill.settings.values import dump, validate

@@ -17,7 +17,8 @@ from torch import Tensor
 from diffdistill.eval.evaluation.extract import Bench, Source, Stopwatch, StoredFeatures, extract
 from diffdistill.eval.evaluation.workers import exact_matmul
 from diffdistill.eval.features.store import BLOCK, FeatureStore, discard, hash_features, locked
-from diffdistill.eval.metrics.scoring import OnDevice, score
+from diffdistill.eval.metrics.scoring import score
+from diffdistill.eval.metrics.sides import OnDevice
 from diffdistill.eval.records.environment import describe_environment
 from diffdistill.eval.records.record import Efficiency, Images, Record, Values, hash_json
 from diffdistill.settings.terminal import Console

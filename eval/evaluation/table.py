@@ -8,8 +8,9 @@ from rich.text import Text
 
 from diffdistill.eval.evaluation.run import Evaluation
 from diffdistill.eval.metrics.compare import Difference
+from diffdistill.eval.metrics.settings import better, fact_of, metric_label
 from diffdistill.eval.protocols.protocol import Protocol
-from diffdistill.eval.records.record import Record, is_lower_better, metric_label
+from diffdistill.eval.records.record import Record
 from diffdistill.settings.terminal import Console
 
 
@@ -51,15 +52,23 @@ def show_differences(
     rows = [["metric", "A", "B", "A - B", f"{confidence:.0%} interval", "better"]]
     for name, one in found.items():
         values = (number(name, value) for value in (one.a, one.b, one.difference))
-        better = ("A" if (one.difference < 0) == is_lower_better(name) else "B") if one.is_clear else "not clear"
-        rows.append([metric_label(name), *values, f"{number(name, one.low)} .. {number(name, one.high)}", better])
+        rows.append(
+            [metric_label(name), *values, f"{number(name, one.low)} .. {number(name, one.high)}", _winner(name, one)]
+        )
     title = f"{protocol.name}: A = {names[0]}, B = {names[1]}, on the same noise and labels"
     console.print(_table(title, rows))
 
 
 def number(metric: str, value: float) -> str:
     """As many digits as mean something."""
-    return f"{value:.5f}" if metric.startswith(("kid", "mmd")) else f"{value:.3f}"
+    fact = fact_of(metric)
+    return f"{value:.{fact.decimals if fact else 3}f}"
+
+
+def _winner(metric: str, one: Difference) -> str:
+    if not one.is_clear or better(metric) == "unknown":
+        return "not clear" if not one.is_clear else "unknown"
+    return "A" if (one.difference < 0) == (better(metric) == "lower") else "B"
 
 
 def _table(title: str, rows: Iterable[Sequence[str]]) -> Table:

@@ -8,15 +8,16 @@ side by another amount; so only the spread is taken from the replicates, around 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from diffdistill.eval.metrics.moments import Summary
-from diffdistill.eval.metrics.scoring import Features, JudgedFeatures, score
-from diffdistill.eval.metrics.settings import AnyMetric, KernelDistance
+from diffdistill.eval.metrics.scoring import score
+from diffdistill.eval.metrics.settings import AnyMetric
+from diffdistill.eval.metrics.sides import Features, JudgedFeatures
 from diffdistill.settings.schema import UserError
 
 
@@ -59,7 +60,7 @@ def paired_differences(
     of_a, of_b = score(metrics, a, real).values, score(metrics, b, real).values
     replicates: dict[str, list[float]] = {name: [] for name in of_a}
     rng = torch.Generator().manual_seed(seed)
-    halved = [_halved(metric, count // 2) for metric in metrics]
+    halved = [metric.of_at_most(count // 2) for metric in metrics]
     sides = [{key: _InMemory(features) for key, features in side.items()} for side in (a, b)]
     for _ in range(num_replicates):
         chosen = torch.randperm(count, generator=rng)[: count // 2].sort().values
@@ -75,11 +76,6 @@ def _interval(a: float, b: float, replicates: list[float], tail: float) -> Diffe
     values = torch.tensor(replicates, dtype=torch.float64)
     low, high = torch.quantile(values - values.mean(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Difference(a, b, a - b, a - b + low, a - b + high)
-
-
-def _halved(metric: AnyMetric, count: int) -> AnyMetric:
-    """A subset of KID cannot be larger than the half."""
-    return replace(metric, subset_size=min(metric.subset_size, count)) if isinstance(metric, KernelDistance) else metric
 
 
 @dataclass(frozen=True)

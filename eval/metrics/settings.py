@@ -1,20 +1,57 @@
-"""The metrics that a protocol may name, each with every setting that changes its number. What computes them is
-eval/metrics/distances.py and its neighbours; `keys` are the names under which a record holds the values."""
+"""The metrics that a protocol may name. Each class owns all that is known of its metric: every setting that changes
+the number, the names and facts of its values, what it needs, and how it is computed (the arithmetic is in
+eval/metrics/distances.py and its neighbours). A new metric is one class here, and one name in `AnyMetric`."""
 
-from typing import Annotated, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
 
 from diffdistill.eval.features.extractors import AnyFeatures, Inception, OpenClip
+from diffdistill.eval.metrics.distances import frechet_from_features, frechet_from_few, frechet_from_summaries
+from diffdistill.eval.metrics.facts import PUBLISHED, Fact
+from diffdistill.eval.metrics.kernels import cmmd, kid
+from diffdistill.eval.metrics.neighbours import Prdc, prdc
+from diffdistill.eval.metrics.scores import clip_score, diversity, inception_score
+from diffdistill.eval.metrics.sides import Found, MissingFeaturesError, Sides
 from diffdistill.settings.schema import Positive, PositiveInt, schema
 
 CMMD_LABEL = "clip-vit-l-14-336"
 """CMMD's CLIP."""
 
 
+class Metric(ABC):
+    """facts: of every name that its values can have.  needs: of the judged images, beside their features."""
+
+    facts: ClassVar[tuple[Fact, ...]]
+    needs: ClassVar[frozenset[Literal["logits", "texts"]]] = frozenset()
+
+    @property
+    @abstractmethod
+    def keys(self) -> tuple[str, ...]:
+        """The names under which a record holds the values."""
+
+    @abstractmethod
+    def compute(self, sides: Sides) -> Found:
+        """One value for each of `keys`. Raises UserError where a side lacks what is needed."""
+
+    @property
+    def text_prefix(self) -> str:
+        """What is put before every caption, where texts are needed."""
+        return ""
+
+    def of_at_most(self, count: int) -> Self:
+        """The same metric of so many images, where it takes more."""
+        return self
+
+
 @schema
-class Frechet:
+class Frechet(Metric):
     """Frechet distance.  covariance: divided by N - 1.  Called fid over FID's Inception alone, whose mode is named."""
+
+    facts = (Fact("fid", "lower", "FID", priority=0), Fact("fd", "lower", "FD", priority=1))
 
     name: Literal["frechet"] = "frechet"
     features: AnyFeatures
@@ -24,13 +61,25 @@ class Frechet:
     def keys(self) -> tuple[str, ...]:
         return ("fid" if isinstance(self.features, Inception) else f"fd-{self.features.label}",)
 
+    def compute(self, sides: Sides) -> Found:
+        """From streamed means and covariances; of fewer samples than features from the features that are there."""
+        summary, real = sides.fake.summary, sides.real
+        if summary.count >= len(summary.mean):
+            return Found((frechet_from_summaries(summary, real.summary),))
+        try:
+            return Found((frechet_from_features(sides.fake.rows(), real.rows()),))
+        except MissingFeaturesError:
+            return Found((frechet_from_few(sides.fake.rows(), real.summary),))
+
 
 @schema
-class KernelDistance:
+class KernelDistance(Metric):
     """KID: squared MMD with the kernel (gamma x.y + coef0)^degree, mean over random subsets drawn by `seed`.
 
     gamma: one over the number of features.  Binkowski et al. 2018, arXiv:1801.01401.
     """
+
+    facts = (Fact("kid", "lower", "KID", decimals=5, priority=4),)
 
     name: Literal["kid"] = "kid"
     features: AnyFeatures
@@ -46,10 +95,21 @@ class KernelDistance:
     def keys(self) -> tuple[str, ...]:
         return (f"kid-{self.features.label}",)
 
+    def compute(self, sides: Sides) -> Found:
+        fake, real = sides.fake.rows(), sides.real.rows()
+        mean, spread = kid(fake, real, num_subsets=self.num_subsets, subset_size=self.subset_size, seed=self.seed)
+        return Found((mean,), spread)
+
+    def of_at_most(self, count: int) -> Self:
+        """A subset cannot be larger than the whole."""
+        return replace(self, subset_size=min(self.subset_size, count))
+
 
 @schema
-class PrecisionRecall:
+class PrecisionRecall(Metric):
     """Kynkaanniemi et al. 2019, arXiv:1904.06991.  max_samples: the first so many of either side; None takes all."""
+
+    facts = (Fact("precision", "higher", "precision"), Fact("recall", "higher", "recall"))
 
     name: Literal["precision_recall"] = "precision_recall"
     features: AnyFeatures
@@ -60,10 +120,16 @@ class PrecisionRecall:
     def keys(self) -> tuple[str, ...]:
         return ("precision", "recall")
 
+    def compute(self, sides: Sides) -> Found:
+        both = _balls(self, sides)
+        return Found((both.precision, both.recall))
+
 
 @schema
-class DensityCoverage:
+class DensityCoverage(Metric):
     """Naeem et al. 2020, arXiv:2002.09797.  max_samples: the first so many of either side; None takes all."""
+
+    facts = (Fact("density", "higher", "density"), Fact("coverage", "higher", "coverage"))
 
     name: Literal["density_coverage"] = "density_coverage"
     features: AnyFeatures
@@ -74,13 +140,20 @@ class DensityCoverage:
     def keys(self) -> tuple[str, ...]:
         return ("density", "coverage")
 
+    def compute(self, sides: Sides) -> Found:
+        both = _balls(self, sides)
+        return Found((both.density, both.coverage))
+
 
 @schema
-class InceptionScore:
+class InceptionScore(Metric):
     """Salimans et al. 2016, arXiv:1606.03498: from the logits beside the features, the mean over `splits`.
 
     Called is over FID's Inception alone.
     """
+
+    facts = (Fact("is", "higher", "IS"),)
+    needs = frozenset({"logits"})
 
     name: Literal["inception_score"] = "inception_score"
     features: AnyFeatures
@@ -90,13 +163,19 @@ class InceptionScore:
     def keys(self) -> tuple[str, ...]:
         return ("is" if isinstance(self.features, Inception) else f"is-{self.features.label}",)
 
+    def compute(self, sides: Sides) -> Found:
+        mean, spread = inception_score(sides.fake.logits, splits=self.splits)
+        return Found((mean,), spread)
+
 
 @schema
-class Cmmd:
+class Cmmd(Metric):
     """CMMD: scale times the biased squared MMD with a Gaussian kernel of width sigma.
 
     Called cmmd over its authors' CLIP alone.  Jayasumana et al. 2024, arXiv:2401.09603.
     """
+
+    facts = (Fact("cmmd", "lower", "CMMD", priority=2), Fact("mmd", "lower", "MMD", decimals=5, priority=3))
 
     name: Literal["cmmd"] = "cmmd"
     features: AnyFeatures
@@ -109,11 +188,17 @@ class Cmmd:
         is_theirs = isinstance(self.features, OpenClip) and self.features.label == CMMD_LABEL
         return ("cmmd" if is_theirs else f"mmd-{self.features.label}",)
 
+    def compute(self, sides: Sides) -> Found:
+        return Found((cmmd(sides.fake.rows(), sides.real.rows(), sigma=self.sigma, scale=self.scale),))
+
 
 @schema
-class ClipScore:
+class ClipScore(Metric):
     """scale times the mean cosine of image and caption.  prefix: put before every caption.
     clamp: cosines below zero count as zero (torchmetrics) or as they are (GigaGAN, DMD2)."""
+
+    facts = (Fact("clip-score", "higher", "CLIP score"),)
+    needs = frozenset({"texts"})
 
     name: Literal["clip_score"] = "clip_score"
     features: OpenClip
@@ -125,10 +210,19 @@ class ClipScore:
     def keys(self) -> tuple[str, ...]:
         return ("clip-score",)
 
+    @property
+    def text_prefix(self) -> str:
+        return self.prefix
+
+    def compute(self, sides: Sides) -> Found:
+        return Found((clip_score(sides.fake.rows(), sides.fake.texts, scale=self.scale, clamp=self.clamp),))
+
 
 @schema
-class Diversity:
+class Diversity(Metric):
     """Mean distance between features of images of the same condition.  max_pairs: of one condition, drawn by `seed`."""
+
+    facts = (Fact("diversity", "higher", "diversity"),)
 
     name: Literal["diversity"] = "diversity"
     features: AnyFeatures
@@ -139,9 +233,66 @@ class Diversity:
     def keys(self) -> tuple[str, ...]:
         return ("diversity",)
 
+    def compute(self, sides: Sides) -> Found:
+        fake = sides.fake
+        return Found((diversity(fake.rows(), fake.conditions, max_pairs=self.max_pairs, seed=self.seed),))
+
 
 AnyMetric = Annotated[
     Frechet | KernelDistance | PrecisionRecall | DensityCoverage | InceptionScore | Cmmd | ClipScore | Diversity,
     Field(discriminator="name"),
 ]
 """What a protocol may name under `metrics`."""
+
+CLASSES: tuple[type[Metric], ...] = get_args(get_args(AnyMetric)[0])
+
+FACTS = (*(fact for kind in CLASSES for fact in kind.facts), *PUBLISHED)
+
+
+def fact_of(metric: str) -> Fact | None:
+    """What is known of a metric.  metric: its name in a record, as in fd-pixels or recall; None for a foreign one."""
+    return max((fact for fact in FACTS if fact.holds_for(metric)), key=lambda fact: len(fact.name), default=None)
+
+
+def better(metric: str) -> Literal["lower", "higher", "unknown"]:
+    """Which of two numbers of a metric wins."""
+    fact = fact_of(metric)
+    return fact.better if fact else "unknown"
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name as a heading: FD resnet20-cifar for fd-resnet20-cifar."""
+    fact = fact_of(metric)
+    if fact is None:
+        return metric.replace("-", " ", 1)
+    return f"{fact.label} {metric[len(fact.name) + 1 :]}".rstrip()
+
+
+def primary_metric(metrics: Sequence[str]) -> str:
+    """What a table is sorted by: the one of the least priority, else the first whose better side is known."""
+    facts = {metric: fact_of(metric) for metric in metrics}
+    known = [metric for metric in metrics if facts[metric]]
+    first = {m: fact.priority for m, fact in facts.items() if fact and fact.priority is not None}
+    return min(first, key=lambda metric: first[metric]) if first else (known or list(metrics))[0]
+
+
+def _balls(metric: PrecisionRecall | DensityCoverage, sides: Sides) -> Prdc:
+    """Of the same features, precision and recall with density and coverage cost little more than either."""
+    key = (metric.features.label, metric.max_samples)
+    if key not in sides.shared:
+        partners = [
+            other
+            for other in sides.metrics
+            if isinstance(other, (PrecisionRecall, DensityCoverage))
+            and (other.features.label, other.max_samples) == key
+        ]
+        nearest = {type(partner): partner.nearest_k for partner in partners}
+        own = metric.nearest_k
+        sides.shared[key] = prdc(
+            sides.real.rows(metric.max_samples),
+            sides.fake.rows(metric.max_samples),
+            nearest_k=nearest.get(PrecisionRecall, own),
+            density_k=nearest.get(DensityCoverage, own),
+        )
+    found: Prdc = sides.shared[key]
+    return found

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, JsonValue
 
+from diffdistill.eval.metrics.settings import better
 from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, field, schema
 from diffdistill.settings.values import dump, validate
 
@@ -24,27 +25,6 @@ Count = Annotated[int, Field(ge=0)]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sentence = Annotated[str, Field(max_length=20_000)]
-
-LOWER_IS_BETTER = ("fid", "fd", "kid", "cmmd", "mmd")
-"""The metrics, by the first word of their name, of which less is better."""
-
-
-CAPITALS = {word: word.upper() for word in (*LOWER_IS_BETTER, "is", "clip")} | {
-    "vbench": "VBench",
-    "geneval": "GenEval",
-}
-"""How the first word of a metric's name is spoken, where that is not as it is written."""
-
-
-def metric_label(metric: str) -> str:
-    """A metric's name as a heading: FD resnet20-cifar for fd-resnet20-cifar."""
-    first, dash, rest = metric.partition("-")
-    return f"{CAPITALS.get(first, first)}{' ' if dash else ''}{rest}"
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether a metric is a distance.  metric: its name in a record, as in fd-pixels or recall."""
-    return metric.partition("-")[0] in LOWER_IS_BETTER
 
 
 @schema
@@ -216,7 +196,7 @@ class Record:
 
 def takes_minimum(protocol: Mapping[str, Any], metric: str) -> bool:
     """Whether of a metric's repeats the minimum counts: only of what is better when lower."""
-    return protocol.get("headline") == "min" and is_lower_better(metric)
+    return protocol.get("headline") == "min" and better(metric) == "lower"
 
 
 def protocol_id(protocol: dict[str, Any]) -> str:

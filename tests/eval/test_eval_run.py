@@ -30,8 +30,9 @@ from diffdistill.eval.features.extractors import Extractor
 from diffdistill.eval.features.store import BLOCK
 from diffdistill.eval.metrics.kernels import kid
 from diffdistill.eval.metrics.scores import inception_score
-from diffdistill.eval.metrics.scoring import OnDevice, score
+from diffdistill.eval.metrics.scoring import score
 from diffdistill.eval.metrics.settings import Frechet, InceptionScore
+from diffdistill.eval.metrics.sides import OnDevice
 from diffdistill.eval.records.record import Record
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console

@@ -16,8 +16,6 @@ from diffdistill.eval.records.record import (
     Record,
     Values,
     append_record,
-    is_lower_better,
-    metric_label,
     parse_record,
     protocol_id,
     read_records,
@@ -155,21 +153,6 @@ def test_a_protocols_id_ignores_the_order_of_keys_and_nothing_else() -> None:
         assert one != protocol_id(other)
     with pytest.raises(ValueError, match="not JSON compliant"):
         protocol_id({"name": "p", "scale": float("nan")})
-
-
-@pytest.mark.parametrize(
-    ("metric", "lower"), [("fid", True), ("fd-pixels", True), ("kid-x", True), ("cmmd", True), ("recall", False)]
-)
-def test_distances_are_better_when_lower(metric: str, lower: bool) -> None:
-    assert is_lower_better(metric) is lower
-
-
-@pytest.mark.parametrize(
-    ("metric", "label"),
-    [("fid", "FID"), ("fd-resnet20-cifar", "FD resnet20-cifar"), ("clip-score", "CLIP score"), ("recall", "recall")],
-)
-def test_a_metric_is_spoken_with_its_features_as_they_are_called(metric: str, label: str) -> None:
-    assert metric_label(metric) == label
 
 
 def test_parsing_names_every_fault_at_once() -> None:

@@ -33,8 +33,8 @@ from diffdistill.eval.images.files import open_images
 from diffdistill.eval.metrics.distances import frechet_from_features, frechet_from_summaries
 from diffdistill.eval.metrics.moments import Summary
 from diffdistill.eval.metrics.neighbours import precision_recall
-from diffdistill.eval.metrics.scoring import MissingFeaturesError
 from diffdistill.eval.metrics.settings import Cmmd, Frechet, InceptionScore, KernelDistance, PrecisionRecall
+from diffdistill.eval.metrics.sides import MissingFeaturesError
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_protocol
 from diffdistill.eval.protocols.protocol import Captions, Labels, Preparation, Protocol, Reference
 from diffdistill.eval.records.record import protocol_id
