@@ -2,12 +2,14 @@
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffdistill.data.collection import Content, UnreadableImage
+from diffdistill.data.colour import ADOBE_BY_EXIF, is_adobe_by_exif, to_eight_bits, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is decoded, whatever the file's name says. Formats that run other programs (EPS) are not among them."""
@@ -19,7 +21,6 @@ SUFFIXES = (
 """Names that mean an image. The last five are there to be named as unreadable rather than passed over."""
 
 MAX_PIXELS = 2**27
-HIGH_BYTE = ("I;16", "I;16L", "I;16B", "I;16N")
 
 ANIMATED = "animated: the first frame is taken"
 TRANSPARENT = "transparent: laid on white"
@@ -44,10 +45,10 @@ class Decoded:
 
 
 def decode(content: Content, sizing: Sizing) -> Decoded:
-    """An encoded file or an array as pixels. Raises UnreadableImage with the reason."""
+    """An encoded file or an array as sRGB pixels. Raises UnreadableImage with the reason."""
     try:
         image, notes = _open(content) if isinstance(content, bytes) else (_image_of(content), ())
-        image, more = _to_eight_bits(image, sizing.channels or (1 if image.mode == "L" else 3))
+        image, more = _flatten(image, sizing.channels or (1 if image.mode == "L" else 3))
         image, last = _crop_and_resize(image, sizing.resolution)
     except UnreadableImage:
         raise
@@ -59,30 +60,31 @@ def decode(content: Content, sizing: Sizing) -> Decoded:
 
 
 def _open(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+    """The upright image in sRGB, 8 bits a channel."""
     if not content:
         raise UnreadableImage("empty")
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    width, height = image.size
+    opened = Image.open(io.BytesIO(content), formats=FORMATS)
+    width, height = opened.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width} x {height} pixels, over the limit of {MAX_PIXELS:,}")
-    is_animated = getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP")
-    image.load()
-    return ImageOps.exif_transpose(image), (ANIMATED,) if is_animated else ()
+    is_animated = getattr(opened, "is_animated", False) and opened.format in ("GIF", "PNG", "WEBP")
+    tiles: Any = getattr(opened, "tile", None)
+    rawmode = tiles[0][3] if opened.format == "PNG" and tiles else ""  # gone once it is loaded
+    opened.load()
+    notes = ((ANIMATED,) if is_animated else ()) + ((ADOBE_BY_EXIF,) if is_adobe_by_exif(opened) else ())
+    image, more = to_eight_bits(ImageOps.exif_transpose(opened), opened, rawmode)
+    image, last = to_srgb(image)
+    return image, (*notes, *more, *last)
 
 
 def _image_of(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def _to_eight_bits(image: Image.Image, channels: int) -> tuple[Image.Image, tuple[str, ...]]:
-    """Any of Pillow's modes as L or RGB."""
+def _flatten(image: Image.Image, channels: int) -> tuple[Image.Image, tuple[str, ...]]:
+    """Any of Pillow's modes as L or RGB, what is transparent laid on white."""
     notes: tuple[str, ...] = ()
-    if image.mode in HIGH_BYTE or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # convert() would clip at 255. Pillow itself takes the high byte where such an image has colours.
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise UnreadableImage(f"pixels of mode {image.mode}, whose range is not known")
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
             white = Image.new("RGBA", image.size, "white")

@@ -25,12 +25,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffdistill.data import cache as kept
 from diffdistill.data.collection import Collection, Item, UnreadableImage, is_minority, shown
+from diffdistill.data.colour import may_be_converted
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 
 VERSION = 1  # of the decoding; another one makes another key
+COLOUR_VERSION = 2  # of the decoding of what `may_be_converted`, whose key alone it enters
+SOURCES_VERSION = 2  # of how a key is found: another one looks through every source again, once
 MAX_UNREADABLE = 0.01
 NUM_LISTED = 5
 CHUNK = 256  # images in flight
@@ -224,6 +227,8 @@ def _key(collection: Collection, sizing: Sizing) -> str:
             if isinstance(content, np.ndarray):
                 digest.update(repr(content.shape).encode())
                 content = np.ascontiguousarray(content).tobytes()
+            elif may_be_converted(content):
+                digest.update(b"colour %d " % COLOUR_VERSION)
             name = item.name.encode("utf-8", "surrogateescape")
             digest.update(b"%d %s %d " % (len(name), name, len(content)))
             digest.update(hashlib.sha256(content).digest())
@@ -234,7 +239,7 @@ def _key(collection: Collection, sizing: Sizing) -> str:
 
 def _fingerprint(settings: dict[str, Any], sizing: Sizing, files: Sequence[FilePath]) -> str:
     """SHA-256 of the files' places, sizes and times, and of the settings."""
-    digest = hashlib.sha256(json.dumps([VERSION, settings, sizing.resolution, sizing.channels]).encode())
+    digest = hashlib.sha256(json.dumps([SOURCES_VERSION, settings, sizing.resolution, sizing.channels]).encode())
     for file in files:
         found = file.stat()
         place = os.fsencode(file.absolute())

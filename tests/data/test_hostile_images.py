@@ -14,6 +14,7 @@ from support.pictures import encode, write_folder, write_zip
 
 from diffdistill.data import ImageFolder, Npz
 from diffdistill.data.collection import MAX_FILE_BYTES, UnreadableImage
+from diffdistill.data.colour import UNPROFILED_CMYK
 from diffdistill.data.decode import ANIMATED, ENLARGED, TRANSPARENT, Sizing, decode
 from diffdistill.settings.schema import UserError
 
@@ -57,8 +58,8 @@ def pixel_bomb(side: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "colour", "notes"),
     [
-        (encode(RED.convert("CMYK"), "JPEG", quality=100), (200, 10, 30), ()),
-        (encode(RED.convert("CMYK"), "TIFF"), (200, 10, 30), ()),
+        (encode(RED.convert("CMYK"), "JPEG", quality=100), (200, 10, 30), (UNPROFILED_CMYK,)),
+        (encode(RED.convert("CMYK"), "TIFF"), (200, 10, 30), (UNPROFILED_CMYK,)),
         (encode(RED, "BMP"), (200, 10, 30), ()),
         (encode(RED, "WEBP", lossless=True), (200, 10, 30), ()),
         (encode(RED, "PPM"), (200, 10, 30), ()),
