@@ -2,11 +2,12 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,15 @@ OF_TORCH = {
 }
 WORTH = 1.05
 """Our plain kernel is chosen where it measured at least this many times as fast as the best other backend."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """What `torch.compiler.assume_constant_result` does to a function, without the second of CPU time that its import
+    of the compiler takes: a compiled graph takes the answer at compile time."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -110,19 +120,19 @@ def measured_ratio(device: str, q: Tensor, k: Tensor) -> float | None:
     return min(near)[1] if near and min(near)[0] <= 4 else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def was_measured(device: torch.device) -> bool:
     """Whether the table of `auto` has anything about this GPU."""
     return device.type == "cuda" and any(row["device"] == name_of(device) for row in _table())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def name_of(device: torch.device) -> str:
     """Of a GPU."""
     return torch.cuda.get_device_name(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _table() -> list[dict[str, Any]]:
     return _read_table()
 
@@ -155,7 +165,7 @@ def no_gpu(q: Tensor) -> str | None:
 
 
 # Dynamo would trace the search for a compiler, and cannot.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def no_kernels(device: torch.device) -> str | None:
     """Why our kernels cannot run on a device; None if they can. Nothing is compiled for the answer."""
     return _no_kernels(device)

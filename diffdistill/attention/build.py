@@ -5,7 +5,6 @@ from building the same thing at once.
 """
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from diffdistill.attention.kernels import Variant
+from diffdistill.settings.lock import hold
 
 HERE = Path(__file__).parent / "cuda"
 SOURCES = ("primitives.cuh", "attention.cu")
@@ -40,8 +40,7 @@ def cubin(variant: Variant, architecture: int) -> bytes:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{key}.cubin"
-    with (folder / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold(folder / f"{key}.lock", waiting=lambda: None):
         if not file.exists():
             partial = folder / f"{key}.{os.getpid()}.partial"
             try:

@@ -73,7 +73,7 @@ def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iter
         plan = plan_memory(trainer)
         available = _device_memory(trainer)
         yield _fit(trainer, plan, available if memory_gib is None else int(memory_gib * 2**30))
-        if plan.total > available:
+        if available is not None and plan.total > available:
             yield Finding("two steps", f"not taken: this machine has {show_bytes(available)}")
             return
         try:
@@ -174,22 +174,36 @@ def _disk(folder: FilePath) -> Finding:
     return Finding("disk", f"{free:.1f} GiB free", free < REQUIRED_GIB)
 
 
-def _device_memory(trainer: "Trainer") -> int:
-    """Bytes of the GPU, or of the machine where it trains on the CPU."""
+def _device_memory(trainer: "Trainer") -> int | None:
+    """Bytes of the GPU, or of the machine where it trains on the CPU; None where the system does not say."""
     import torch
 
     if trainer.device.type == "cuda":
         return int(torch.cuda.get_device_properties(trainer.device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _windows_memory()
 
 
-def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int) -> Finding:
+def _windows_memory() -> int | None:
+    """By GlobalMemoryStatusEx: its structure is 64 bytes long, and the second of its 8-byte fields says it."""
+    import ctypes
+
+    kernel = getattr(getattr(ctypes, "windll", None), "kernel32", None)
+    status = (ctypes.c_uint64 * 8)(64)  # the length, a DWORD, lies in the low half of the first
+    if kernel is None or not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return int(status[1])
+
+
+def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int | None) -> Finding:
     from diffdistill.training.memory.advice import advise
     from diffdistill.training.memory.prediction import show_bytes
 
     kept = f"{show_bytes(plan.peak_activations)} of activations for {plan.micro_batch_size} samples"
-    text = f"{show_bytes(plan.total)} of {show_bytes(memory)}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
-    if plan.total <= memory:
+    known = "an unknown amount (--memory says it)" if memory is None else show_bytes(memory)
+    text = f"{show_bytes(plan.total)} of {known}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
+    if memory is None or plan.total <= memory:
         return Finding("memory, predicted", text)
     advice = "".join(f"\n      {line}" for line in advise(trainer, plan, memory))
     return Finding("memory, predicted", f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)

@@ -1,19 +1,20 @@
 """The cache of prepared images: folders that are whole or absent, also when two processes write the same one."""
 
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.settings.launcher import this_rank
+from diffdistill.settings.lock import hold
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console, hide_secrets
+from diffdistill.storage.atomic import sync
 
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 SOURCES = "sources"
@@ -88,13 +89,13 @@ def locked(root: FilePath, key: str) -> Iterator[bool]:
 
     Raises UserError if the cache cannot be written.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        handle = (root / f".{key}.lock").open("w")
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{root}: cannot be written: {error.strerror}; set data.cache or ${ENVIRONMENT}") from None
-    with handle:
-        yield _lock(handle.fileno())
+    with ExitStack() as held:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            has_locks = held.enter_context(hold(root / f".{key}.lock", waiting=_say_waiting))
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"{root}: cannot be written: {error.strerror}; set data.cache or ${ENVIRONMENT}") from None
+        yield has_locks
 
 
 @contextmanager
@@ -132,15 +133,8 @@ def _publish(folder: FilePath, target: FilePath) -> None:
     _sync(target.parent)
 
 
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say("waiting for another process that prepares the same")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks; renaming alone keeps the cache whole
-        return False
-    return True
+def _say_waiting() -> None:
+    say("waiting for another process that prepares the same")
 
 
 @contextmanager
@@ -163,12 +157,8 @@ def write_synced(file: FilePath, content: bytes) -> None:
 
 
 def _sync(path: FilePath) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        sync(path)
 
 
 def _hash(file: FilePath) -> str:

@@ -9,21 +9,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from diffdistill.distributed.stopping import TrainingError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; gloo knows a dead one at once
-REPLICAS = DistributedDataParallelKwargs(
-    broadcast_buffers=False,  # they are the same: nothing changes them but what changes them in all
-    find_unused_parameters=True,  # a loss may leave some out, as features do what comes after them
-    gradient_as_bucket_view=True,
-)
+REPLICAS = {
+    "broadcast_buffers": False,  # they are the same: nothing changes them but what changes them in all
+    "find_unused_parameters": True,  # a loss may leave some out, as features do what comes after them
+    "gradient_as_bucket_view": True,
+}
 LOST = ("gloo", "nccl", "closed by peer", "reset by peer")  # what is said where a process is gone
 
 
@@ -34,7 +36,7 @@ class Processes:
     device: torch.device
     rank: int = 0
     count: int = 1
-    accelerator: Accelerator | None = None
+    accelerator: "Accelerator | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -133,12 +135,15 @@ def find_processes(device: str = "auto") -> Processes:
 
     device: cpu, or auto, which takes this process's GPU where there is one.
     """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
     with meeting():
         # accelerate allows one precision a process, but runs may follow each other in one: autocast is the trainer's.
         accelerator = Accelerator(
             mixed_precision="no",
             cpu=device == "cpu" or is_cpu_fleet(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), REPLICAS],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(**REPLICAS)],
         )
     # accelerate numbers CPUs by process, which means nothing and which safetensors refuses.
     own = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device

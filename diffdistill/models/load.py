@@ -27,9 +27,11 @@ from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.values import dump, validate
 from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.storage.checkpoint import (
+    BEST,
     MANIFEST,
     STATE,
     CheckpointError,
+    find_best,
     list_checkpoints,
     list_groups,
     load_checkpoint,
@@ -265,6 +267,8 @@ def find_checkpoint(place: FilePath) -> FilePath:
         raise CheckpointError(
             f"{place}: a pickle, which is not loaded; convert it: diffdistill import-edm {place} --out runs/teacher"
         )
+    if place.name == BEST and place.is_file():
+        place = find_best(place.parent) or place
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; give a run's folder or one of its checkpoints")
     if (place / STATE).exists() or (place / MANIFEST).exists():

@@ -7,6 +7,7 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM, AnyPath, Prediction
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.networks import AnyNetwork
+from diffdistill.networks.empty import empty_weights
 from diffdistill.settings.schema import Fraction, Positive, PositiveInt, field, schema
 
 
@@ -38,9 +39,7 @@ class ModelSpec:
 
     def build_empty(self) -> Denoiser:
         """The same without weights, for others to be put in: a network is then in memory only once."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():
+        with empty_weights():
             return self.build()
 
     def build(self) -> Denoiser:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Network
+from diffdistill.networks.empty import empty_weights
 from diffdistill.networks.plain import PlainNetwork
 from diffdistill.settings.schema import Fraction, Positive, PositiveInt, UserError, schema
 
@@ -58,9 +59,7 @@ class LoRAConfig:
 
         Raises UserError if the base does not fit the images.
         """
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():
+        with empty_weights():
             base = self.base.build(image_shape, num_classes, class_dropout)
         return LoRA(self.lora, base)
 

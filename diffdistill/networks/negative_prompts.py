@@ -9,7 +9,9 @@ layer that is computed again in the backward pass finds all that it needs in its
 second text is as ever.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,6 +83,7 @@ class _Steered:
 
     def __init__(self, plain: Any, length: int, scale: float) -> None:
         self.plain, self.length, self.scale = plain, length, scale
+        self.steer = _outside_graphs()
 
     def __call__(
         self,
@@ -93,16 +96,23 @@ class _Steered:
         given = (attn, hidden_states, encoder_hidden_states, attention_mask)
         if encoder_hidden_states is None or encoder_hidden_states.shape[1] != 2 * self.length:
             return self.plain(*given, **more)
-        return self._steered(given, more)
+        return self.steer(self, given, more)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # in its graphs a mode is active in its own handler
-    def _steered(self, given: tuple[Any, ...], more: dict[str, Any]) -> Any:
-        with _Split(self.length, self.scale) as split:
-            out = self.plain(*given, **more)
-        if split.calls != 1:
-            name = type(self.plain).__name__
-            raise UserError(f"negative_prompt: {name} does not call torch's attention; use diffusers' default")
-        return out
+
+def _steered(processor: _Steered, given: tuple[Any, ...], more: dict[str, Any]) -> Any:
+    with _Split(processor.length, processor.scale) as split:
+        out = processor.plain(*given, **more)
+    if split.calls != 1:
+        name = type(processor.plain).__name__
+        raise UserError(f"negative_prompt: {name} does not call torch's attention; use diffusers' default")
+    return out
+
+
+@cache
+def _outside_graphs() -> Callable[[_Steered, tuple[Any, ...], dict[str, Any]], Any]:
+    """`_steered`, kept out of torch.compile's graphs, in which a mode is active in its own handler. It is made when
+    the first processor is: the decorator imports the compiler, which takes a second of CPU time."""
+    return torch.compiler.disable(_steered)
 
 
 class _Split(TorchFunctionMode):

@@ -1,39 +1,83 @@
-"""A run's folder is one run's, and its files are in it."""
+"""Locks between processes, by filelock; and a run's folder, which is one run's, and whose files are in it.
 
-import fcntl
+Where the system has flock, and on Windows, a lock ends with its process, however that ends. Elsewhere it is a file that
+a killed process leaves behind: who is kept out by it is told its name.
+"""
+
+import errno
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path as FilePath
 
 from diffdistill.settings.schema import UserError
 
 LOCK = ".lock"
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # said by file systems without locks
+
+
+class Held(Exception):  # noqa: N818
+    """Another process holds the lock. Its text says which one."""
+
+
+@contextmanager
+def hold(file: FilePath, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold a lock while open. Yields whether there is one: a file system without locks keeps nobody out.
+
+    waiting: called when another process holds it, before this one waits for it; without it, Held is raised instead.
+    Raises OSError where the lock's file cannot be made, or is a link.
+    """
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    if file.is_symlink():
+        raise OSError(errno.ELOOP, f"is a link to {os.readlink(file)}, and no file of ours; remove it", str(file))
+    lock = FileLock(file, thread_local=False)
+    try:
+        with warnings.catch_warnings():  # that it falls back to a file where flock is not implemented
+            warnings.simplefilter("ignore")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                if waiting is None:
+                    stale = f"; if that is gone, remove {file}" if isinstance(lock, SoftFileLock) else ""
+                    raise Held(_read_holder(file) + stale) from None
+                waiting()
+                lock.acquire()
+        has_locks = isinstance(lock, FileLock)
+    except NotImplementedError:
+        has_locks = False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        has_locks = False
+    if not has_locks:
+        lock.release()
+    try:
+        if has_locks and waiting is None:
+            _write_holder(file)
+        yield has_locks
+    finally:
+        lock.release()
 
 
 @contextmanager
 def locked(folder: FilePath) -> Iterator[None]:
-    """While open, no other run can open the same folder. The lock ends with the process, however that ends.
+    """While open, no other run can open the same folder.
 
     Raises UserError naming the process that holds it, and for links to files, through which a run would write
-    elsewhere. A file system without locks keeps nobody out.
+    elsewhere.
     """
     refuse_links(folder)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with open(descriptor, "r+", encoding="utf-8") as handle:
+    with ExitStack() as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = handle.read(200).strip()
+            held.enter_context(hold(folder / LOCK))
+        except Held as holder:
             raise UserError(
                 f"run = {str(folder)!r}: another run is writing there ({holder}); name another `run`"
             ) from None
-        except OSError:
-            pass
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
         yield
 
 
@@ -42,3 +86,23 @@ def refuse_links(folder: FilePath) -> None:
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() and not entry.is_dir():
             raise UserError(f"{entry}: is a link to {os.readlink(entry)}, which the run would write to; remove it")
+
+
+def _holder_file(file: FilePath) -> FilePath:
+    """Beside the lock: Windows lets nobody else read a locked file."""
+    return file.with_name(f"{file.name}-holder")
+
+
+def _write_holder(file: FilePath) -> None:
+    with suppress(OSError):  # the lock holds without it
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_FOLLOW
+        with os.fdopen(os.open(_holder_file(file), flags, 0o644), "w", encoding="utf-8") as handle:
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+
+
+def _read_holder(file: FilePath) -> str:
+    holder = _holder_file(file)
+    with suppress(OSError, UnicodeDecodeError):
+        if not holder.is_symlink():
+            return holder.read_text(encoding="utf-8")[:200].strip()
+    return f"of {file}"

@@ -51,8 +51,7 @@ def write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
         told = re.search(r"\(os error (\d+)\)", str(error))
         code = int(told[1]) if told else errno.EIO
         raise OSError(code, str(error), str(file)) from error
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+    sync(file)
 
 
 def write_synced(file: FilePath, text: str) -> None:
@@ -62,8 +61,12 @@ def write_synced(file: FilePath, text: str) -> None:
         os.fsync(handle.fileno())
 
 
-def sync_folder(folder: FilePath) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: FilePath) -> None:
+    """See a file, or a folder's entries, through to the disk. Windows does the latter by itself, and cannot be told."""
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,6 +6,7 @@ SHA-256 of each of the others, and of itself). Where processes share out the wei
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from diffdistill.distributed.parts import has_parts, shared_as
 from diffdistill.distributed.processes import Processes
 from diffdistill.settings.schema import UserError
-from diffdistill.storage.atomic import sync_folder, write_synced, write_tensors
+from diffdistill.storage.atomic import sync, write_synced, write_tensors
 from diffdistill.storage.shard_files import check_whole, read_shards, write_shards
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}[0-9]{{8,}}")
+"""The names that are ours; of any other folder nothing is read, counted or removed."""
 WRITING = ".writing-"
 SUFFIX = ".safetensors"
 BEST = "best"
@@ -53,7 +56,7 @@ def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int, best
     """Write into a temporary folder, fsync, rename; then drop all but the newest `keep`, and any later step's: a run
     that went back to an earlier checkpoint has left those behind.
 
-    best: the name of a checkpoint, this one or an earlier one, that stays as well; the link `best` leads to it.
+    best: the name of a checkpoint, this one or an earlier one, that stays as well; `best` leads to it.
     Returns the checkpoint's folder. Raises OSError (the disk is full, say) with nothing half written left behind
     and all earlier checkpoints intact.
     """
@@ -92,23 +95,31 @@ def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int,
     hashes = {file.relative_to(temporary).as_posix(): _hash(file) for file in files}
     write_synced(temporary / MANIFEST, json.dumps({"files": hashes, "self": _hash_text(json.dumps(hashes))}))
     for place in {file.parent for file in files}:
-        sync_folder(place)
+        sync(place)
     if target.exists():  # the same step, written again after a resume from an earlier one
         _remove(target)
     temporary.rename(target)
-    sync_folder(folder)
+    sync(folder)
     found = list_checkpoints(folder)
     end = found.index(target) + 1
     for other in found[: max(0, end - keep)] + found[end:]:
         if other.name != best:
             _remove(other)
-    _link_best(folder, best)
+    _point_to_best(folder, best)
     return target
 
 
 def list_checkpoints(folder: FilePath) -> list[FilePath]:
-    """The checkpoints in a folder, oldest first, damaged ones included."""
-    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.is_dir()) if folder.is_dir() else []
+    """The checkpoints in a folder, by their steps, damaged ones included. What has another name is no checkpoint of
+    ours: a copy, say, that somebody keeps."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: FilePath) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, device: str = "cpu") -> Checkpoint:
@@ -134,9 +145,14 @@ def check_checkpoint(target: FilePath) -> None:
     """Raise CheckpointError naming what is damaged and the newest whole checkpoint before it."""
     fault = find_damage(target)
     if fault:
-        whole = [c for c in list_checkpoints(target.parent) if c.name < target.name and not find_damage(c)]
+        whole = [c for c in _before(target) if not find_damage(c)]
         offer = f"; the newest whole one before it is {whole[-1]}" if whole else "; there is no whole one before it"
         raise CheckpointError(f"{target}: damaged: {fault}{offer}")
+
+
+def _before(target: FilePath) -> list[FilePath]:
+    found = list_checkpoints(target.parent)
+    return found[: found.index(target)] if target in found else []
 
 
 def read_group(
@@ -257,16 +273,34 @@ def _remove(checkpoint: FilePath) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _link_best(folder: FilePath, best: str | None) -> None:
-    """Let the link lead to the best checkpoint; one that leads nowhere goes."""
-    link = folder / BEST
+def find_best(folder: FilePath) -> FilePath | None:
+    """The checkpoint that `best` in a folder of checkpoints leads to, if it is there: a link, or a file that names it
+    where links cannot be made."""
+    place = folder / BEST
+    if place.is_symlink() or place.is_dir():
+        return place if place.is_dir() else None
+    if not place.is_file():
+        return None
+    with place.open(encoding="utf-8", errors="replace") as file:
+        name = file.read(64).strip()
+    return folder / name if NAME.fullmatch(name) and (folder / name).is_dir() else None
+
+
+def _point_to_best(folder: FilePath, best: str | None) -> None:
+    """Let `best` lead to the best checkpoint; where it leads nowhere it goes. A folder of that name is not ours."""
+    place = folder / BEST
+    if place.is_dir() and not place.is_symlink():
+        return
     if best and (folder / best).is_dir():
         new = folder / f"{WRITING}{BEST}-link"
         new.unlink(missing_ok=True)
-        new.symlink_to(best)
-        new.replace(link)
-    elif link.is_symlink() and not link.exists():
-        link.unlink()
+        try:
+            new.symlink_to(best)
+        except (OSError, NotImplementedError):  # Windows without the right to, or a file system without links
+            write_synced(new, best)
+        new.replace(place)
+    elif (place.is_symlink() or place.is_file()) and not find_best(folder):
+        place.unlink()
 
 
 def _hash(file: FilePath) -> str:

@@ -1,24 +1,26 @@
 """A checkpoint's group in parts: a folder of safetensors, each process's own, by torch.distributed.checkpoint's
-Hugging Face storage. Where a part belongs stands in its file's header."""
+Hugging Face storage. Where a part belongs stands in its file's header.
+
+That package takes half a second of CPU time to import: so it is imported where a checkpoint is in parts.
+"""
 
 import errno
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from diffdistill.distributed.parts import has_parts
 from diffdistill.distributed.processes import others
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.settings.schema import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 UNREADABLE = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError)
 
@@ -28,6 +30,10 @@ def write_shards(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
 
     Raises OSError in all where one cannot.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with others():
@@ -44,7 +50,7 @@ def check_whole(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
     A process whose folder is another machine's of the same name has written, and nobody has seen it fail.
     """
     try:
-        stored = {name: tuple(one.size) for name, one in _stored(HuggingFaceStorageReader(str(folder))).items()}
+        stored = {name: tuple(one.size) for name, one in _stored(folder).items()}
     except ValueError:
         stored = {}
     if stored != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
@@ -57,13 +63,16 @@ def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[
 
     Raises UserError where the parts do not make tensors.
     """
-    reader = HuggingFaceStorageReader(str(folder))
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     try:
-        found = {name: _empty(stored, like(name)) for name, stored in _stored(reader).items()}
+        found = {name: _empty(stored, like(name)) for name, stored in _stored(folder).items()}
         is_shared = any(has_parts(tensor) for tensor in found.values())
         with others(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
-            load(found, storage_reader=reader, no_dist=not is_shared)
+            load(found, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not is_shared)
     except TrainingError:
         raise
     except (*UNREADABLE, RuntimeError, OSError) as error:
@@ -74,11 +83,14 @@ def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[
     return found
 
 
-def _stored(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+def _stored(folder: FilePath) -> "dict[str, TensorStorageMetadata]":
     """What the files say that they hold. Raises ValueError, before anything is allocated, where parts are missing or
     overlap: a tensor is parted along its first dimension."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     found = {}
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
+    for name, stored in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
         end = 0
         for chunk in sorted(stored.chunks, key=lambda chunk: tuple(chunk.offsets)):
@@ -91,7 +103,7 @@ def _stored(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata
     return found
 
 
-def _empty(stored: TensorStorageMetadata, like: Tensor | None) -> Tensor:
+def _empty(stored: "TensorStorageMetadata", like: Tensor | None) -> Tensor:
     if like is not None and has_parts(like) and like.shape == stored.size:
         return torch.empty_like(like, dtype=stored.properties.dtype, requires_grad=False)
     return torch.empty(stored.size, dtype=stored.properties.dtype)

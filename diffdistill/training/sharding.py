@@ -1,6 +1,7 @@
 """Weights, gradients, moments and averages shared out among the processes: torch's fully_shard (FSDP2), per player.
 
 A block's weights are whole in a process only while it computes.  Zhao et al. 2023, arXiv:2304.11277.
+torch's package takes half a second of CPU time to import: so it is imported where something is sharded.
 """
 
 import os
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.distillation.method import Update
@@ -24,6 +24,8 @@ from diffdistill.settings.schema import UserError
 from diffdistill.training.objective import Ask
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
     from diffdistill.training.config import RunConfig
 
 TAPS = ("features", "forward_with_features")  # what is asked of a network beside its forward pass
@@ -52,6 +54,8 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
 
     Of a denoiser each block of the network is gathered by itself, and what is left of it together.
     """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     net = module.net if isinstance(module, Denoiser) else module
     for block in net.closed_blocks if isinstance(net, DiffusersNetwork) else recomputable_blocks(net):
         fully_shard(block, mesh=mesh)
@@ -90,7 +94,9 @@ def filled(outline: nn.Module, module: nn.Module, device: torch.device) -> nn.Mo
     return freeze(copy).to(device)
 
 
-def _sharded(module: nn.Module) -> Iterator[FSDPModule]:
+def _sharded(module: nn.Module) -> "Iterator[FSDPModule]":
+    from torch.distributed.fsdp import FSDPModule
+
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 

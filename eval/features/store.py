@@ -4,12 +4,11 @@ A block holds the samples of fixed numbers. So a broken-off evaluation goes on w
 the work, and neither they nor the batches inside a block change the order in which anything is added up.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from diffdistill.settings.lock import Held, hold
 from diffdistill.settings.schema import UserError
 
 BLOCK = 256
@@ -98,20 +98,15 @@ def hash_features(stores: Sequence[FeatureStore], name: str) -> str:
 @contextmanager
 def locked(folder: FilePath) -> Iterator[None]:
     """While open, no other evaluation writes or removes these features. Raises UserError if one already does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder}: another evaluation of the same images is under way") from None
-    try:
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(folder / ".lock"))
+        except Held as holder:
+            raise UserError(f"{folder}: another evaluation of the same images is under way ({holder})") from None
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def discard(folder: FilePath) -> None:

@@ -4,13 +4,13 @@ Records are read strictly: an unknown key, a lying type, NaN or a half line is a
 records whose protocols are equal, field by field, may be ranked together: `Record.protocol_id` tells them apart.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path as FilePath
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal, NoReturn
@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import Field, JsonValue
 
 from diffdistill.eval.metrics.settings import better
+from diffdistill.settings.lock import hold
 from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, field, schema
 from diffdistill.settings.values import dump, validate
 
@@ -247,19 +248,23 @@ def append_record(file: str | FilePath, record: Record) -> None:
     """
     line = json.dumps(dump(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
     file = FilePath(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        end = os.fstat(descriptor).st_size
-        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+    with ExitStack() as held:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(file.with_name(f".{file.name}.lock"), waiting=lambda: None))
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+        held.callback(os.close, descriptor)
+        end = os.lseek(descriptor, 0, os.SEEK_END)
+        if end and _last_byte(descriptor, end) != b"\n":
             raise UserError(f"{file}: its last line is cut short; end it with a line break, or remove it")
         _write_whole(descriptor, line, end)
-    finally:
-        os.close(descriptor)
+
+
+def _last_byte(descriptor: int, end: int) -> bytes:
+    os.lseek(descriptor, end - 1, os.SEEK_SET)
+    return os.read(descriptor, 1)
 
 
 def _write_whole(descriptor: int, line: bytes, end: int) -> None:

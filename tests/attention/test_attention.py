@@ -666,3 +666,10 @@ def _largest_tensor(function: Callable[[], Any]) -> int:
     with Sizes() as mode:
         function()
     return mode.largest
+
+
+def test_what_is_constant_in_graphs_is_marked_as_torch_marks_it() -> None:
+    def marked(mark: Any) -> dict[str, Any]:
+        return vars(mark(lambda: 1))
+
+    assert marked(backends.constant_in_graphs) == marked(torch.compiler.assume_constant_result)

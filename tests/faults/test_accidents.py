@@ -1,8 +1,14 @@
 """What befalls real runs, once each at one moment; and the locks that keep two runs out of one folder."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -11,7 +17,7 @@ from conftest import MakeConfig
 from torch import Tensor
 
 from diffdistill.distributed.stopping import TrainingError
-from diffdistill.settings.lock import LOCK, locked
+from diffdistill.settings.lock import LOCK, hold, locked
 from diffdistill.settings.schema import UserError
 from diffdistill.training.memory.oom_retry import run_with_oom_retry, with_half
 
@@ -47,7 +53,51 @@ def test_a_lock_ends_with_its_run_and_names_its_holder(tmp_path: Path) -> None:
     ):
         pass
     with locked(tmp_path):
-        assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
+        assert f"process {os.getpid()}" in (tmp_path / f"{LOCK}-holder").read_text()
+
+
+def test_a_lock_that_is_waited_for_is_had_once_it_is_free(tmp_path: Path) -> None:
+    file, said = tmp_path / "lock", list[str]()
+    with ExitStack() as first:
+        first.enter_context(hold(file))
+        other = Thread(target=lambda: said.extend(["got it"] if holds(file, lambda: said.append("waits")) else []))
+        other.start()
+        while not said:
+            time.sleep(0.01)
+        assert said == ["waits"]
+    other.join(timeout=20)
+    assert said == ["waits", "got it"]
+
+
+def holds(file: Path, waiting: Callable[[], None]) -> bool:
+    with hold(file, waiting) as has_locks:
+        return has_locks
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path, is_there: bool) -> None:
+    target = tmp_path / "precious"
+    if is_there:
+        target.write_text("all of it")
+    (tmp_path / "lock").symlink_to(target)
+    with pytest.raises(OSError, match=r"is a link to .*precious"), hold(tmp_path / "lock"):
+        pass
+    assert target.exists() == is_there
+    assert not is_there or target.read_text() == "all of it"
+
+
+def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, os, signal
+from diffdistill.settings.lock import hold
+held = hold(pathlib.Path({str(tmp_path / "lock")!r}))
+held.__enter__()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with hold(tmp_path / "lock") as has_locks:
+        assert has_locks
 
 
 def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

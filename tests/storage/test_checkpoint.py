@@ -19,6 +19,7 @@ from diffdistill.commands.cli import app
 from diffdistill.models.load import find_checkpoint, load_model
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
+from diffdistill.storage import atomic
 from diffdistill.storage import checkpoint as module
 from diffdistill.storage.checkpoint import (
     Checkpoint,
@@ -82,7 +83,7 @@ def test_a_renamed_checkpoint_is_still_one(tmp_path: Path) -> None:
 @contextmanager
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseException) -> Iterator[list[int]]:
     """Let call number `call` of os.fsync or save_file fail. Yields the calls so far."""
-    owner: Any = os if name == "fsync" else module
+    owner: Any = os if name == "fsync" else atomic
     real, calls = getattr(owner, name), [0]
 
     def broken(*args: Any) -> None:
@@ -255,3 +256,46 @@ def test_metrics_are_cut_back_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
         RunLog(tmp_path, title="", start_step=1, num_steps=2, quiet=True)
     assert file.read_text() == lines
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_where_no_link_can_be_made_a_file_names_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    save_checkpoint(tmp_path, made(1), keep=1, best="step-00000001")
+    assert (tmp_path / "best").is_symlink()
+    monkeypatch.setattr(os, "symlink", refused)
+    for step, best in ((2, 1), (3, 3), (4, 3)):
+        save_checkpoint(tmp_path, made(step), keep=1, best=f"step-{best:08d}")
+        assert (tmp_path / "best").is_file()
+        assert module.find_best(tmp_path) == tmp_path / f"step-{best:08d}"
+        assert find_checkpoint(tmp_path / "best").name == f"step-{best:08d}"
+    save_checkpoint(tmp_path, made(5), keep=1)
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("text", ["", "../../secrets", "step-00000009", "step-good", "\x00\xff" * 100])
+def test_a_file_that_names_no_checkpoint_as_the_best_is_not_followed(tmp_path: Path, text: str) -> None:
+    save_checkpoint(tmp_path, made(1), keep=1)
+    (tmp_path / "best").write_text(text, encoding="latin-1")
+    assert module.find_best(tmp_path) is None
+    with pytest.raises(CheckpointError, match="best: no such folder"):
+        find_checkpoint(tmp_path / "best")
+
+
+@pytest.mark.parametrize(
+    "name", ["step-good", "step-00000040-backup", "step-00000099.old", "step-99", "xstep-00000099"]
+)
+def test_a_copy_under_another_name_is_no_checkpoint_and_stays(tmp_path: Path, name: str) -> None:
+    first = save_checkpoint(tmp_path, made(1), keep=2)
+    shutil.copytree(first, tmp_path / name)
+    for step in (2, 3):
+        save_checkpoint(tmp_path, made(step), keep=2)
+    assert [found.name for found in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert load_checkpoint(tmp_path / name).step == 1
+
+
+def test_steps_of_more_than_eight_digits_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        save_checkpoint(tmp_path, made(step), keep=2)
+    assert_whole(tmp_path, 100_000_000, 100_000_001)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from support.fleet import run_together
 from support.stand_ins import save_stand_in
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from typer.testing import CliRunner
 
@@ -32,7 +33,6 @@ from diffdistill.models.load import load_model
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
-from diffdistill.storage import shard_files
 from diffdistill.storage.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from diffdistill.storage.shard_files import read_shards
 from diffdistill.training.config import RunConfig
@@ -427,14 +427,14 @@ def full_in(rank: int, config: RunConfig) -> tuple[str, str]:
     trainer = Trainer(config, resume=True, quiet=True)
     trainer._prepare()
     trainer.train_step()
-    write = shard_files.HuggingFaceStorageWriter.write_data
+    write = HuggingFaceStorageWriter.write_data
 
     def full(self: Any, *arguments: Any) -> Any:
         if trainer.processes.rank == rank:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, *arguments)
 
-    shard_files.HuggingFaceStorageWriter.write_data = full  # type: ignore[method-assign]  # of a process of its own
+    HuggingFaceStorageWriter.write_data = full  # type: ignore[method-assign]  # of a process of its own
     with pytest.raises((OSError, TrainingError)) as raised:
         trainer.save()
     return type(raised.value).__name__, str(raised.value)

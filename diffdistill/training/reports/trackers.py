@@ -16,9 +16,8 @@ from threading import Lock, Thread
 from typing import Annotated, Any
 
 import numpy as np
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import AfterValidator, GetJsonSchemaHandler
 
 from diffdistill.settings.terminal import hide_secrets
 
@@ -35,6 +34,8 @@ Task = Callable[[Any], None]
 
 def tracker_names() -> list[str]:
     """The trackers that the installed accelerate knows, those registered with it included."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     return [str(name) for name in LOGGER_TYPE_TO_CLASS]
 
 
@@ -52,7 +53,14 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-TrackerName = Annotated[str, AfterValidator(_known), WithJsonSchema({"type": "string", "enum": tracker_names()})]
+class _Choices:
+    """The names in the JSON schema, looked up when one is made: accelerate takes long to import."""
+
+    def __get_pydantic_json_schema__(self, schema: object, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "enum": tracker_names()}
+
+
+TrackerName = Annotated[str, AfterValidator(_known), _Choices()]
 TrackerNames = Annotated[tuple[TrackerName, ...], AfterValidator(_each_once)]
 
 
@@ -190,6 +198,8 @@ def _start(name: str, folder: FilePath, *, start_step: int, settings: Mapping[st
         "swanlab": {"experiment_name": run, "logdir": str(folder / "swanlab")},
         "dvclive": {"dir": str(folder / "dvclive"), "dvcyaml": None, "save_dvc_exp": False},
     }
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     kind = LOGGER_TYPE_TO_CLASS[name]
     project = "tensorboard" if name == "tensorboard" else PROJECT  # for it, the folder's name
     place = [str(folder)] if kind.requires_logging_directory else []
