@@ -32,6 +32,9 @@ FromCheckpoint = Annotated[
 AllowChanges = Annotated[
     bool, typer.Option("--allow-changes", help="With --resume: although settings have changed, which are shown.")
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the features of `eval` that are a program (TorchScript).")
+]
 Sweeps = Annotated[
     list[str] | None,
     typer.Option("--sweep", help="key=value,value,...: train every combination and compare them; may be given again."),
@@ -62,12 +65,13 @@ def pretrain(
     resume: Resume = False,
     checkpoint: FromCheckpoint = None,
     allow_changes: AllowChanges = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Train a diffusion model, to be the teacher.
 
     Example: diffdistill pretrain pretrain/digits run=runs/teacher train.steps=500
     """
-    _train(config, overrides, _Start(resume, checkpoint, allow_changes), only="pretrain")
+    _train(config, overrides, _Start(resume, checkpoint, allow_changes, trust_code), only="pretrain")
 
 
 @app.command()
@@ -78,6 +82,7 @@ def train(
     resume: Resume = False,
     checkpoint: FromCheckpoint = None,
     allow_changes: AllowChanges = False,
+    trust_code: TrustCode = False,
     sweep: Sweeps = None,
 ) -> None:
     """Distil a teacher by the method that the config names.
@@ -87,17 +92,18 @@ def train(
     Example: diffdistill train dmd2/digits run=runs/gan --sweep gan_weight=0.01,0.03,0.1
     """
     if sweep:
-        _sweep(config, overrides, sweep, resume=resume, checkpoint=checkpoint)
+        _sweep(config, overrides, sweep, resume=resume, checkpoint=checkpoint, trusts_code=trust_code)
         return
-    _train(config, overrides, _Start(resume, checkpoint, allow_changes), only=None)
+    _train(config, overrides, _Start(resume, checkpoint, allow_changes, trust_code), only=None)
 
 
 class _Start(NamedTuple):
-    """The options that say where a run begins."""
+    """The options that say where a run begins, and what may run in it."""
 
     resume: bool
     checkpoint: str | None
     allow_changes: bool
+    trusts_code: bool
 
 
 def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str | None) -> None:
@@ -111,12 +117,25 @@ def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str
     for option in ("checkpoint", "allow_changes"):
         if getattr(start, option) and not start.resume:
             raise UserError(f"--{option.replace('_', '-')}: goes with --resume")
-    done = run_with_oom_retry(parsed, resume=start.checkpoint or start.resume, allow_changes=start.allow_changes)
+    done = run_with_oom_retry(
+        parsed,
+        resume=start.checkpoint or start.resume,
+        allow_changes=start.allow_changes,
+        trusts_code=start.trusts_code,
+    )
     if this_rank() == 0:
         console.print(f"done: {done}", highlight=False, soft_wrap=True)
 
 
-def _sweep(config: str, overrides: list[str] | None, sweep: list[str], *, resume: bool, checkpoint: str | None) -> None:
+def _sweep(
+    config: str,
+    overrides: list[str] | None,
+    sweep: list[str],
+    *,
+    resume: bool,
+    checkpoint: str | None,
+    trusts_code: bool,
+) -> None:
     from diffdistill.commands.sweep import run_sweep
     from diffdistill.settings.schema import UserError
     from diffdistill.training.config import find_config
@@ -125,7 +144,7 @@ def _sweep(config: str, overrides: list[str] | None, sweep: list[str], *, resume
         raise UserError("--checkpoint: names a step of one run; a sweep goes on with --resume alone")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--sweep: trains one run after the other in one process; start it without a launcher")
-    run_sweep(find_config(config), overrides or (), sweep, resume=resume, console=console)
+    run_sweep(find_config(config), overrides or (), sweep, resume=resume, console=console, trusts_code=trusts_code)
 
 
 app.command()(sample)
@@ -140,6 +159,7 @@ def students(
     processes_each: Annotated[int, typer.Option(help="Processes that train one student together.", min=1)] = 1,
     max_restarts: Annotated[int, typer.Option(help="Starts of a student after its first.", min=0)] = 3,
     resume: Resume = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Train all students of an MSD config at the same time, each in processes of its own; one's failure is its own.
 
@@ -157,6 +177,7 @@ def students(
         processes_each=processes_each,
         max_restarts=max_restarts,
         resume=resume,
+        trusts_code=trust_code,
         say=say,
     )
     say(f"now: diffdistill join {' '.join(map(str, runs))} --out {runs[0].parent}")
@@ -200,6 +221,7 @@ def doctor(
     overrides: Overrides = None,
     folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs",
     memory: Annotated[float | None, typer.Option(help="GiB to fit into; default: what there is.", min=0)] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.
 
@@ -216,7 +238,8 @@ def doctor(
     else:
         from diffdistill.training.config import find_config, load_config
 
-        findings = list(examine_config(load_config(find_config(config), overrides or ()), memory))
+        parsed = load_config(find_config(config), overrides or ())
+        findings = list(examine_config(parsed, memory, trusts_code=trust_code))
     if not show(findings, console):
         raise typer.Exit(1)
 

@@ -58,7 +58,9 @@ def examine(folder: FilePath) -> list[Finding]:
     return [*_packages(), _torchvision(), _gpu(), *_attention(), _writable(folder), _disk(folder)]
 
 
-def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iterator[Finding]:
+def examine_config(
+    config: "RunConfig", memory_gib: float | None = None, *, trusts_code: bool = False
+) -> Iterator[Finding]:
     """Predict a run's memory, say whether it fits, then take two real steps and count. Nothing is written.
 
     memory_gib: of the device to fit into; default: this GPU's, or this machine's.  Raises UserError as a run would.
@@ -69,7 +71,7 @@ def examine_config(config: "RunConfig", memory_gib: float | None = None) -> Iter
     from diffdistill.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as nowhere:  # the run's own folder may hold a run already
-        trainer = Trainer(replace(config, run=nowhere), quiet=True)
+        trainer = Trainer(replace(config, run=nowhere), quiet=True, trusts_code=trusts_code)
         plan = plan_memory(trainer)
         available = _device_memory(trainer)
         yield _fit(trainer, plan, available if memory_gib is None else int(memory_gib * 2**30))

@@ -16,6 +16,9 @@ Judged = Annotated[
         help="Runs, checkpoints, diffusers folders, folders or zips of images, .npz files; or: compare A B."
     ),
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run features that are a program (TorchScript); never in a config.")
+]
 ProtocolName = Annotated[
     str | None, typer.Option(help="A name, or a YAML file; default: digits-pixels, for what makes digits.")
 ]
@@ -44,6 +47,7 @@ def evaluate(
     grid: Annotated[bool, typer.Option("--grid", help="With --records: a PNG of 100 images beside it.")] = False,
     save_images: Annotated[str | None, typer.Option(help="Write every image as a PNG into this folder.")] = None,
     efficiency: Annotated[bool, typer.Option("--efficiency", help="Time each model: latency, memory, ...")] = False,
+    trust_code: TrustCode = False,
     out: Annotated[str | None, typer.Option(help="Also write the table's rows to this JSON file.")] = None,
     replicates: Annotated[int, typer.Option(help="Of compare's bootstrap.", min=2)] = 200,
     confidence: Annotated[float, typer.Option(help="Of compare's intervals.")] = 0.95,
@@ -77,6 +81,7 @@ def evaluate(
         grid=grid,
         save_images=save_images,
         efficiency=efficiency,
+        trusts_code=trust_code,
         out=out,
     )
     if places[0] != "compare":
@@ -96,6 +101,7 @@ def reference(
     weights: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: an extractor's weights.")] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write into; default: where `eval` looks.")] = None,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
+    trust_code: TrustCode = False,
 ) -> None:
     """Compute the statistics of real images that a protocol compares with, one file for each kind of features.
 
@@ -109,6 +115,7 @@ def reference(
         weights=weights or (),
         folder=FilePath(out) if out else None,
         batch_size=batch,
+        trusts_code=trust_code,
         console=console,
     ):
         console.print(str(file), highlight=False, soft_wrap=True, markup=False)

@@ -84,6 +84,7 @@ def run_sweep(
     sweeps: Sequence[str],
     *,
     resume: bool = False,
+    trusts_code: bool = False,
     console: Console | None = None,
     quiet: bool = False,
 ) -> list[Outcome]:
@@ -98,13 +99,13 @@ def run_sweep(
     checked = parse_config(base, origin=str(config))
     folder, axes = FilePath(checked.run), parse_axes(sweeps, checked)
     grid = combinations(axes, folder)
-    configs = check(grid, base, folder, resume=resume)
+    configs = check(grid, base, folder, resume=resume, trusts_code=trusts_code)
     outcomes = [Outcome(combination.name, combination.values) for combination in grid]
     folder.mkdir(parents=True, exist_ok=True)
     for number, (outcome, settled) in enumerate(zip(outcomes, configs, strict=True), start=1):
         say(console, f"run {number} of {len(grid)}: {outcome.name}")
         try:
-            train(outcome, settled, resume=resume, quiet=quiet)
+            train(outcome, settled, resume=resume, quiet=quiet, trusts_code=trusts_code)
         except BaseException:  # a signal, not a failure: the sweep ends here
             outcome.status = "stopped"
             say(console, f"the sweep is stopped in run {number} of {len(grid)}; the same command with --resume goes on")
@@ -194,7 +195,9 @@ def file_name(values: Mapping[str, Any]) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{_hash(name)}"
 
 
-def check(grid: Sequence[Combination], base: dict[str, Any], folder: FilePath, *, resume: bool) -> list[RunConfig]:
+def check(
+    grid: Sequence[Combination], base: dict[str, Any], folder: FilePath, *, resume: bool, trusts_code: bool
+) -> list[RunConfig]:
     """Every combination's config. Raises UserError naming all that cannot be run; nothing is written."""
     if list_checkpoints(folder / "checkpoints"):
         raise UserError(f"{folder}: holds a run already; name another `run` for the sweep")
@@ -207,7 +210,7 @@ def check(grid: Sequence[Combination], base: dict[str, Any], folder: FilePath, *
             faults.append(str(error))
     for combination, config in zip(grid, configs, strict=False) if not faults else ():
         try:
-            Trainer(config, resume=resume)
+            Trainer(config, resume=resume, trusts_code=trusts_code)
         except UserError as error:
             faults.append(f"{combination.name}: {error}")
         except Exception:
@@ -218,11 +221,11 @@ def check(grid: Sequence[Combination], base: dict[str, Any], folder: FilePath, *
     return configs
 
 
-def train(outcome: Outcome, config: RunConfig, *, resume: bool, quiet: bool) -> None:
+def train(outcome: Outcome, config: RunConfig, *, resume: bool, quiet: bool, trusts_code: bool) -> None:
     """Run one combination; what goes wrong is recorded."""
     trace = FilePath(config.run) / TRACE
     try:
-        trainer = Trainer(config, resume=resume, quiet=quiet)
+        trainer = Trainer(config, resume=resume, quiet=quiet, trusts_code=trusts_code)
         if trainer.step < config.train.steps:
             trainer.run()
         outcome.status = "done"

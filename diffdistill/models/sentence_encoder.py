@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import freeze
+from diffdistill.models.foreign_kernels import refuse_foreign_kernels
 from diffdistill.settings.schema import UserError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -40,6 +41,7 @@ class SentenceEncoder:
         kind = found.get("model_type") if isinstance(found, dict) else None
         if kind != "bert":
             raise UserError(f"text_encoder = {self.place!r}: model_type = {kind!r}; only bert is read")
+        refuse_foreign_kernels(found, file)
         return found
 
     @property

@@ -49,6 +49,7 @@ def train_students(
     processes_each: int = 1,
     max_restarts: int = 3,
     resume: bool = False,
+    trusts_code: bool = False,
     say: Say = print,
 ) -> list[FilePath]:
     """Train all students of an MSD config, `<run>/student_index=<i>`, as many at once as there are GPUs for (all of
@@ -67,7 +68,7 @@ def train_students(
         own = gpus[slot * processes_each : (slot + 1) * processes_each]
         again = resume or group.starts > 0
         command = command_of(config, overrides, group, processes_each, resume=again)
-        _start(group, command, own, slot)
+        _start(group, [*command, *(["--trust-code"] if trusts_code else [])], own, slot)
 
     with stop_signals() as stopping:
         _supervise(groups, start, at_once=at_once, max_restarts=max_restarts, stopping=stopping, say=say)

@@ -80,10 +80,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, *, resume: bool | str = False, quiet: bool = False, allow_changes: bool = False
+        self,
+        config: RunConfig,
+        *,
+        resume: bool | str = False,
+        quiet: bool = False,
+        allow_changes: bool = False,
+        trusts_code: bool = False,
     ) -> None:
         """resume: False starts anew (an existing run's folder is refused), True goes on from the newest
-        checkpoint, a name ("step-00000500") from that one.  allow_changes: from it, whatever has been changed since."""
+        checkpoint, a name ("step-00000500") from that one.  allow_changes: from it, whatever has been changed since.
+        trusts_code: whether features that are a program may run in `eval`."""
         self.config, self.method, self.quiet, self.allow_changes = config, config.method, quiet, allow_changes
         self._cpu_began = time.process_time()
         train = config.train
@@ -116,7 +123,9 @@ class Trainer:
         ema_device = home if config.speed.ema_device == "same" else torch.device("cpu")
         student = self.trained[self.method.student]
         self.emas = {group: EMA(student, settings, ema_device) for group, settings in config.emas.items()}
-        self.evaluator = make_evaluator(config.eval, self.folder, student, self.spec, self.processes)
+        self.evaluator = make_evaluator(
+            config.eval, self.folder, student, self.spec, self.processes, trusts_code=trusts_code
+        )
         self._make_optimizers()
         self.averaging: Averaging = Replicas(self.processes, () if self.mesh else self.method.updates, self.trained)
         self.step = 0

@@ -18,11 +18,14 @@ def make_bench(
     weights: dict[str, str] | None = None,
     references: dict[str, str] | None = None,
     captions: Sequence[str] | None = None,
+    trusts_code: bool = False,
 ) -> Bench:
     """Extractors and references on the workers' device.  weights, references: files by label, where they are not in
-    their folders. Raises UserError."""
+    their folders.  trusts_code: as `load_extractor`. Raises UserError."""
     extractors = {
-        label: load_extractor(features, weights=(weights or {}).get(label), device=workers.device)
+        label: load_extractor(
+            features, weights=(weights or {}).get(label), device=workers.device, trusts_code=trusts_code
+        )
         for label, features in specifications(protocol).items()
     }
     real = (

@@ -49,7 +49,7 @@ class EvalOptions:
     protocol: a name or a YAML file; None takes digits-pixels for what makes digits.  repeats, seed: another number of
     repeats, and the first range of image seeds; either is another protocol.  weights, references: LABEL=FILE.
     features: a folder where features are kept; None keeps them until the record is there.  records: a JSONL file.
-    out: the table's rows as JSON.
+    out: the table's rows as JSON.  trusts_code: whether features that are a program may run.
     """
 
     protocol: str | None = None
@@ -70,6 +70,7 @@ class EvalOptions:
     grid: bool = False
     save_images: str | None = None
     efficiency: bool = False
+    trusts_code: bool = False
 
     @property
     def root(self) -> FilePath:
@@ -147,7 +148,13 @@ def set_up(places: Sequence[str], options: EvalOptions) -> Bench:
     references = parse_weights(options.references, labels, setting="--reference")
     protocol, captions = read_captions(protocol, options.captions)
     return make_bench(
-        protocol, workers, batch_size=options.batch_size, weights=weights, references=references, captions=captions
+        protocol,
+        workers,
+        batch_size=options.batch_size,
+        weights=weights,
+        references=references,
+        captions=captions,
+        trusts_code=options.trusts_code,
     )
 
 

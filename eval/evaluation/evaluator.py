@@ -50,7 +50,13 @@ class StudentEvaluator:
 
     @staticmethod
     def of(
-        config: EvalConfig, folder: FilePath, student: nn.Module, spec: ModelSpec, processes: Processes
+        config: EvalConfig,
+        folder: FilePath,
+        student: nn.Module,
+        spec: ModelSpec,
+        processes: Processes,
+        *,
+        trusts_code: bool = False,
     ) -> "StudentEvaluator":
         """Raises UserError where the protocol does not fit the student, or its files are missing."""
         protocol = replace(find_protocol(config.protocol), repeats=1)
@@ -68,6 +74,7 @@ class StudentEvaluator:
             weights=config.weights,
             references=config.references,
             captions=captions,
+            trusts_code=trusts_code,
         )
         if not isinstance(student, Denoiser):
             raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")

@@ -81,10 +81,12 @@ def write_references(
     weights: Sequence[str] = (),
     folder: FilePath | None = None,
     batch_size: int = 64,
+    trusts_code: bool = False,
 ) -> list[FilePath]:
     """Compute and write the reference of each of a protocol's features from real images. Returns the files.
 
-    place: as `open_real_images`.  weights: LABEL=FILE.  Raises UserError.
+    place: as `open_real_images`.  weights: LABEL=FILE.  trusts_code: as `load_extractor`.  Raises
+    UserError.
     """
     known = find_protocol(protocol)
     files = parse_weights(weights, list(specifications(known)))
@@ -93,7 +95,7 @@ def write_references(
     with exact_matmul():
         written = []
         for label, features in specifications(known).items():
-            extractor = load_extractor(features, weights=files.get(label), device=device)
+            extractor = load_extractor(features, weights=files.get(label), device=device, trusts_code=trusts_code)
             with progress_bar(label, len(images), console) as advance:
                 made = make_reference(known, images, extractor, batch_size=batch_size, advance=advance)
             written.append(reference_file(known, label, folder=folder))

@@ -203,7 +203,9 @@ class OpenClip:
 
 @schema
 class TorchScript:
-    """Anyone's network as a TorchScript file: float [B, 3, size, size], (x / 255 - mean) / std, to [B, d]."""
+    """Anyone's network as a TorchScript file: float [B, 3, size, size], (x / 255 - mean) / std, to [B, d].
+
+    A program, which runs where the caller allows it: --trust-code, or trusts_code=True."""
 
     name: Literal["torchscript"] = "torchscript"
     label: Label
@@ -237,24 +239,44 @@ AnyFeatures = Annotated[
 ]
 """What a protocol may name under `features`."""
 
+FID_TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+"""The one TorchScript that runs unasked: FID's Inception as StyleGAN publishes it."""
+
 NETWORKS = "diffdistill.eval.features.networks"
 _REGISTERED: dict[str, Extractor] = {}
 
 
 def load_extractor(
-    features: AnyFeatures, *, weights: str | FilePath | None = None, device: torch.device | str = "cpu"
+    features: AnyFeatures,
+    *,
+    weights: str | FilePath | None = None,
+    device: torch.device | str = "cpu",
+    trusts_code: bool = False,
 ) -> Extractor:
     """The extractor that a specification describes.
 
     weights: their file; without it the cache is looked into, and where there is an address, it is downloaded there.
+    trusts_code: whether weights that are a program may run.
     Raises UserError if a package or the weights are missing, saying where they belong, or are not those of the hash.
     """
+    if is_foreign_code(features) and not trusts_code:
+        raise UserError(
+            f"features {features.label}: TorchScript, a program that runs as you do; know who made the file and what "
+            "it does, and add --trust-code (in Python: trusts_code=True)"
+        )
     device = torch.device(device)
     if isinstance(features, Registered):
         return _registered(features.label)
     home = import_module(f"{NETWORKS}.{features.name}")
     made: Extractor = home.load(features, None if weights is None else FilePath(weights), device)
     return made
+
+
+def is_foreign_code(features: AnyFeatures) -> bool:
+    """Whether the weights are a program other than the published one: a hash in a protocol is its author's word."""
+    if isinstance(features, Inception):
+        return features.mode != "legacy_pytorch" and features.sha256 not in (None, FID_TORCHSCRIPT_SHA256)
+    return isinstance(features, TorchScript)
 
 
 def register(extractor: Extractor) -> Registered:

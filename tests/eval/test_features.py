@@ -203,13 +203,13 @@ def test_fids_inception_is_clean_fids_in_each_mode(mode: Any, stand_in: Path, im
     arrays = [build_resizer(mode)(image.permute(1, 2, 0).numpy()) for image in images]
     with torch.no_grad():
         expected = theirs(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float())
-    ours = load_extractor(Inception(mode=mode, sha256=sha256(stand_in)), weights=stand_in)(images)
+    ours = load_extractor(Inception(mode=mode, sha256=sha256(stand_in)), weights=stand_in, trusts_code=True)(images)
     assert_close(ours.features, expected)
 
 
 def test_fids_inceptions_logits_are_those_without_bias(stand_in: Path, images: Tensor) -> None:
     features = Inception(mode="legacy_tensorflow", sha256=sha256(stand_in))
-    ours = load_extractor(features, weights=stand_in)(images)
+    ours = load_extractor(features, weights=stand_in, trusts_code=True)(images)
     with torch.no_grad():
         expected = torch.jit.load(str(stand_in))(images.float(), no_output_bias=True)
     assert ours.logits is not None
@@ -336,7 +336,7 @@ def test_a_users_torchscript_network_gives_features(tmp_path: Path, images: Tens
     file = tmp_path / "mine.pt"
     torch.jit.script(network).save(str(file))
     features = TorchScript(label="mine", size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), sha256=sha256(file))
-    extractor = load_extractor(features, weights=file)
+    extractor = load_extractor(features, weights=file, trusts_code=True)
     with torch.no_grad():
         assert_close(extractor(images).features, network(extractor.prepare(images)))
     assert extractor.sha256 == sha256(file)
@@ -389,7 +389,7 @@ def test_missing_weights_without_an_address_are_one_error_that_says_where_they_b
     features: AnyFeatures, own_weights: Path
 ) -> None:
     with pytest.raises(UserError, match=rf"put {features.label}.* at {own_weights}"):
-        load_extractor(features)
+        load_extractor(features, trusts_code=True)
 
 
 WITH_ADDRESS: list[AnyFeatures] = [Inception(), Inception(mode="legacy_pytorch"), CifarResNet(), DinoV2()]

@@ -16,6 +16,7 @@ from torch import nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.prompt_table import PromptTable
+from diffdistill.models.foreign_kernels import refuse_foreign_kernels
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers.family import Family
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
@@ -187,9 +188,13 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     """A model of a class of diffusers or transformers, in float32, from safetensors whose names and shapes are all its
     own.
 
-    Raises UserError on a header that lies, on weights that are missing, and on a folder of pickles only.
+    Raises UserError on a header that lies, on weights that are missing, on a folder of pickles only, and on a
+    config.json that names programs.
     """
     from safetensors import SafetensorError
+
+    if (folder / "config.json").is_file():
+        refuse_foreign_kernels(read_json(folder / "config.json"), folder / "config.json")
 
     variant = _variant(folder)
     try:

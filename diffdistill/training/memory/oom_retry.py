@@ -12,7 +12,12 @@ from diffdistill.training.trainer import Trainer
 
 
 def run_with_oom_retry(
-    config: RunConfig, *, resume: bool | str = False, allow_changes: bool = False, quiet: bool = False
+    config: RunConfig,
+    *,
+    resume: bool | str = False,
+    allow_changes: bool = False,
+    quiet: bool = False,
+    trusts_code: bool = False,
 ) -> FilePath:
     """A `Trainer`'s run. Out of memory, and if the config says so, it goes on from its last checkpoint with half the
     micro-batch: the batch stays, and so does the result, but for rounding.
@@ -21,7 +26,7 @@ def run_with_oom_retry(
     cannot go on: they all stop.
     """
     while True:
-        trainer = Trainer(config, resume=resume, allow_changes=allow_changes, quiet=quiet)
+        trainer = Trainer(config, resume=resume, allow_changes=allow_changes, quiet=quiet, trusts_code=trusts_code)
         try:
             return trainer.run()
         except torch.OutOfMemoryError as error:

@@ -73,15 +73,22 @@ class NoEvaluator:
 
 
 def make_evaluator(
-    config: EvalConfig | None, folder: FilePath, student: nn.Module, spec: "ModelSpec", processes: "Processes"
+    config: EvalConfig | None,
+    folder: FilePath,
+    student: nn.Module,
+    spec: "ModelSpec",
+    processes: "Processes",
+    *,
+    trusts_code: bool = False,
 ) -> Evaluator:
-    """The watch that a run's config asks for.  folder: the run's.  processes: they share the work.
+    """The watch that a run's config asks for.  folder: the run's.  processes: they share the work.  trusts_code:
+    whether features that are a program may run, which no config can say.
 
     Raises UserError, before training, for a protocol that does not fit the student, and for missing files.
     """
     if config is None:
         return NoEvaluator()
     made: Evaluator = load("diffdistill.eval.evaluation.evaluator:StudentEvaluator").of(
-        config, folder, student, spec, processes
+        config, folder, student, spec, processes, trusts_code=trusts_code
     )
     return made

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.eval.features.extractors import Extractor, Inception
+from diffdistill.eval.features.extractors import FID_TORCHSCRIPT_SHA256, Extractor, Inception
 from diffdistill.eval.features.networks import ready
 from diffdistill.eval.features.networks.torchscript import open_script
 from diffdistill.eval.features.resize import bilinear_resize, clean_resize, colours, levels
@@ -20,7 +20,7 @@ from diffdistill.settings.schema import UserError
 
 TORCHSCRIPT = WeightsFile(
     "inception-2015-12-05.pt",
-    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    FID_TORCHSCRIPT_SHA256,
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
 )
 PYTORCH_FID = WeightsFile(

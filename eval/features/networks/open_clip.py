@@ -21,10 +21,10 @@ def load(features: OpenClip, weights: FilePath | None, device: torch.device) -> 
         import open_clip
     except ImportError:
         raise UserError("open_clip is missing: pip install 'diffdistill[eval]'") from None
+    known = open_clip.list_models()
+    if features.model not in known:  # open_clip would follow hf-hub:... and local-dir:... to files of anyone
+        raise UserError(f"features.model = {features.model!r}: open_clip has none of this name ({', '.join(known)})")
     config = open_clip.get_model_config(features.model)
-    if config is None:
-        known = ", ".join(open_clip.list_models())
-        raise UserError(f"features.model = {features.model!r}: open_clip has none of this name ({known})")
     if features.size != (size := config["vision_cfg"].get("image_size", 224)):
         raise UserError(f"features.size = {features.size}: {features.model} takes {size}")
     found = find_weights(WeightsFile(f"{features.label}-{features.pretrained}.safetensors", features.sha256), weights)

@@ -28,7 +28,7 @@ def load(features: TorchScript, weights: FilePath | None, device: torch.device) 
 def open_script(path: FilePath, device: torch.device) -> Any:
     """The network in evaluation mode, its convolutions channels last.  Raises UserError if the file is no TorchScript.
 
-    TorchScript is code: open only files whose hash is known.
+    TorchScript is a program: `load_extractor` asks for leave before it comes here.
     """
     try:
         script = torch.jit.load(str(path), map_location=device)
