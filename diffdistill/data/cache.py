@@ -13,7 +13,7 @@ from typing import Any
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.lock import hold
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.terminal import Console, hide_secrets
+from diffdistill.settings.terminal import say
 from diffdistill.storage.atomic import sync
 
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
@@ -27,11 +27,6 @@ HASHED_BYTES = 2**30
 def cache_folder(named: str | None) -> FilePath:
     """The folder that the config names, or $DIFFDISTILL_CACHE, or ~/.cache/diffdistill."""
     return FilePath(named or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
-
-
-def say(message: str) -> None:
-    """One line on the standard error stream."""
-    Console(stderr=True).print(hide_secrets(message), soft_wrap=True)
 
 
 def warn(message: str) -> None:

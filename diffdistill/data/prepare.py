@@ -29,7 +29,7 @@ from diffdistill.data.colour import may_be_converted
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.terminal import Console
+from diffdistill.settings.terminal import Console, say
 
 VERSION = 1  # of the decoding; another one makes another key
 COLOUR_VERSION = 2  # of the decoding of what `may_be_converted`, whose key alone it enters
@@ -253,7 +253,7 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     if total < LONG or not console.is_terminal:
         if total >= LONG:
-            kept.say(f"{title}: {total:,} images")
+            say(f"{title}: {total:,} images")
         yield lambda number: None
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())

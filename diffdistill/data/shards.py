@@ -22,6 +22,7 @@ from torch import Tensor
 from diffdistill.data import cache as kept
 from diffdistill.data.collection import shown
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import say
 
 HASH_LENGTH = 16
 LIMIT_HEADER_BYTES = 2**20
@@ -71,7 +72,7 @@ def _build(
     bounds = [(first, min(first + rows_per_shard, count)) for first in range(0, count, rows_per_shard)]
     whole = {number for number in range(len(bounds)) if _find(folder, number)}
     if whole and len(whole) < len(bounds):
-        kept.say(f"{title}: {len(whole)} of {len(bounds)} shards are there; going on")
+        say(f"{title}: {len(whole)} of {len(bounds)} shards are there; going on")
     if len(whole) < len(bounds):
         make = start()
         for number, (first, last) in enumerate(bounds):
@@ -99,7 +100,7 @@ def _find(folder: FilePath, number: int) -> FilePath | None:
     for file in folder.glob(f"{number:05d}-*.safetensors"):
         if hashlib.sha256(file.read_bytes()).hexdigest()[:HASH_LENGTH] == file.stem.partition("-")[2]:
             return file
-        kept.say(f"{file}: damaged; it is made anew")
+        say(f"{file}: damaged; it is made anew")
         file.unlink()
     return None
 

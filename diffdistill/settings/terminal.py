@@ -34,6 +34,11 @@ class Console(RichConsole):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
+def say(message: str) -> None:
+    """One message on the standard error stream, without secrets."""
+    Console(stderr=True).print(hide_secrets(message), soft_wrap=True)
+
+
 def printable(text: str) -> str:
     """A text whose control characters, and others that deceive the eye, are written as escapes: \\x1b, \\u202e."""
     return OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)

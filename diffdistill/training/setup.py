@@ -1,6 +1,5 @@
 """From a config to what a run starts with. Whatever cannot be is a UserError, before anything is written."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -20,6 +19,7 @@ from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
 from diffdistill.settings.lock import locked
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import say
 from diffdistill.settings.values import differences, dump, dump_yaml
 from diffdistill.storage.atomic import write_tensors_atomically, write_text_atomically
 from diffdistill.storage.checkpoint import check_checkpoint, clear_temporary, list_checkpoints, read_state
@@ -59,7 +59,7 @@ def find_start(folder: FilePath, resume: bool | str) -> FilePath | None:
         return None
     if isinstance(resume, str):
         target = folder / "checkpoints" / resume
-        if not target.is_dir():
+        if FilePath(resume).name != resume or resume == ".." or not target.is_dir():
             names = ", ".join(c.name for c in found) or "none"
             raise UserError(f"{target.parent}: no checkpoint {resume!r}; there are: {names}")
         return target
@@ -276,7 +276,7 @@ def check_unchanged(
         said = f"{origin}: the config has changed since:\n  " + "\n  ".join(changed)
         if not allow_changes:
             raise UserError(f"{said}\nchange it back, or go on with --allow-changes")
-        print(said, file=sys.stderr, flush=True)
+        say(said)
     if state.get("data", source.key) != source.key:
         raise UserError(f"{origin}: the images or labels under `data` are not those that the run began with")
 

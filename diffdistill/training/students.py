@@ -11,6 +11,7 @@ from pathlib import Path as FilePath
 
 from diffdistill.distributed.stopping import TrainingError, stop_signals
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import say
 from diffdistill.storage.checkpoint import list_checkpoints
 from diffdistill.training.config import load_config
 
@@ -50,7 +51,7 @@ def train_students(
     max_restarts: int = 3,
     resume: bool = False,
     trusts_code: bool = False,
-    say: Say = print,
+    say: Say = say,
 ) -> list[FilePath]:
     """Train all students of an MSD config, `<run>/student_index=<i>`, as many at once as there are GPUs for (all of
     them on CPUs). A student whose processes fail starts again from its newest checkpoint, up to `max_restarts` times.

@@ -17,6 +17,7 @@ from diffdistill.eval.board.leaderboard import Board, Entry, Group, read_board
 from diffdistill.eval.board.page import board_page
 from diffdistill.eval.metrics.settings import metric_label
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import say
 from diffdistill.settings.values import dump
 from diffdistill.storage.atomic import write_text_atomically
 
@@ -44,7 +45,7 @@ def write_leaderboard(
     *,
     title: str = "Leaderboard",
     with_reported: bool = True,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> list[FilePath]:
     """Read records and write leaderboard.html, .md and .csv, and a folder cards/<model> for each measured model.
 

@@ -11,6 +11,7 @@ from diffdistill.eval.board.leaderboard import Board, Entry, Group, Located, Sco
 from diffdistill.eval.board.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.metrics.settings import better, metric_label
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import say
 from diffdistill.settings.values import dump
 
 STRIP = (5.0, 87.0)  # where a row's values stand in its small picture, in its own units
@@ -127,7 +128,7 @@ class Row:
         return [_seed(source) for source in self.entry.sources]
 
 
-def board_page(board: Board, *, title: str, say: Callable[[str], None] = print) -> str:
+def board_page(board: Board, *, title: str, say: Callable[[str], None] = say) -> str:
     """The page. say: is told of sample grids that are missing.  Raises UserError on a grid that is not what it says."""
     numbers = iter(range(1, 1 + sum(len(group.entries) for group in board.groups)))
     measured = [_section(group, numbers, say) for group in board.measured]

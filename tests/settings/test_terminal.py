@@ -6,25 +6,28 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import WriteConfig
+from conftest import WriteConfig, small_config
 from support.boards import measured
 from typer.testing import CliRunner
 
 from diffdistill.commands import doctor
 from diffdistill.commands.cli import app
-from diffdistill.data import cache
 from diffdistill.eval.evaluation.run import Evaluation
 from diffdistill.eval.evaluation.table import show_differences, show_evaluations
 from diffdistill.eval.metrics.compare import Difference
 from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.eval.records.environment import describe_environment
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.terminal import OBEYED, Console, hide_secrets, printable
+from diffdistill.settings.terminal import OBEYED, Console, hide_secrets, printable, say
+from diffdistill.settings.values import dump
 from diffdistill.training.config import parse_config
 from diffdistill.training.reports.log import RunLog
+from diffdistill.training.setup import check_unchanged, find_start
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "[red]a[/b] [link=https://x.org]:smile: {step} \x1b[2J\x1b]0;title\x9c \u202etxt.exe\u202c \x9b31m"
@@ -55,14 +58,24 @@ def tables(folder: Path) -> None:
     show_differences(found, (HOSTILE, HOSTILE), find_protocol("digits-pixels"), console, confidence=0.95)
 
 
+def changed_settings(folder: Path) -> None:
+    config = small_config("dmd2", folder, teacher=folder)
+    before = dump(config)
+    before["optimizers"] = {HOSTILE: before["optimizers"].popitem()[1]}
+    source: Any = SimpleNamespace(key="k")
+    check_unchanged(config, source, {"config": before}, origin=Path(HOSTILE), allow_changes=True)
+
+
 def failure(folder: Path) -> None:
     sys.stderr.write(CliRunner().invoke(app, ["train", HOSTILE]).stderr)
 
 
 OUTLETS: dict[str, Callable[[Path], None]] = {
     "a run's log": log_line,
-    "the data's notes": lambda folder: cache.say(HOSTILE + "\ud800\r\a\b"),
+    "the data's notes": lambda folder: say(HOSTILE + "\ud800\r\a\b"),
     "tables": tables,
+    "settings of a checkpoint": changed_settings,
+    "whoever has no place of its own": lambda folder: say(HOSTILE),
     "an error": failure,
     "the doctor": lambda f: print(doctor.show([doctor.Finding(HOSTILE, HOSTILE)], Console(stderr=True))),
 }
@@ -86,13 +99,29 @@ def test_no_outlet_obeys_a_hostile_text(
 
 
 def test_nothing_is_printed_past_the_console_that_sees_to_it() -> None:
-    """rich's own console is imported by one module."""
-    found = []
-    for file in (*(ROOT / "diffdistill").rglob("*.py"), *(ROOT / "eval").rglob("*.py")):
+    """rich's own console is imported by one module; nothing is printed, echoed or written to a stream beside it."""
+    consoles, others = [], []
+    for file in (file for wing in ("diffdistill", "eval", "methods") for file in (ROOT / wing).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module == "rich.console":
-                found += [file.name for name in node.names if name.name == "Console"]
-    assert found == ["terminal.py"]
+                consoles += [file.name for name in node.names if name.name == "Console"]
+            if isinstance(node, ast.ImportFrom) and node.module == "rich":
+                others += [f"{file}: rich.{name.name}" for name in node.names if name.name == "print"]
+            if isinstance(node, ast.Name) and node.id == "print":  # called, or handed on
+                others.append(f"{file}, line {node.lineno}: print")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                *("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"),
+                *("click.echo", "click.secho", "typer.echo", "typer.secho", "traceback.print_exc", "rich.print"),
+            ):
+                others.append(f"{file}, line {node.lineno}: {ast.unparse(node)}")
+    assert consoles == ["terminal.py"]
+    assert others == []
+
+
+@pytest.mark.parametrize("name", ["../..", "..", ".", "step-00000001/../../..", "/", "/tmp"])
+def test_a_checkpoint_s_name_leads_nowhere_else(name: str, quick_teacher: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint"):
+        find_start(quick_teacher, name)
 
 
 def test_a_run_whose_folder_is_named_like_markup_trains(
@@ -130,7 +159,7 @@ def test_the_environment_s_secrets_are_not_in_errors_notes_and_records(
     monkeypatch.setenv("HF_TOKEN", SECRET)
     done = CliRunner().invoke(app, ["train", f"https://me:pw@host/{SECRET}"])
     assert (done.exit_code, "https://***@host/***: no such file" in done.stderr) == (2, True)
-    cache.say(f"a {SECRET}")
+    say(f"a {SECRET}")
     with RunLog(tmp_path, title="t", start_step=0, num_steps=1, quiet=True) as log:
         log.warn(f"b {SECRET}")
         log.note(f"c {SECRET}")

@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 import torch
 
 from diffdistill.distributed.stopping import TrainingError
-from diffdistill.settings.terminal import Console
+from diffdistill.settings.terminal import say
 from diffdistill.training.config import RunConfig
 from diffdistill.training.trainer import Trainer
 
@@ -38,7 +38,7 @@ def run_with_oom_retry(
             message = (
                 f"out of memory at step {trainer.step}; goes on from the last checkpoint with {half_named(smaller)}"
             )
-            Console(stderr=True).print(message, soft_wrap=True)
+            say(message)
         del trainer  # and with it all that it holds, outside the handler, whose error held the tensors of the step
         torch.cuda.empty_cache()
 
