@@ -20,7 +20,7 @@ def main() -> None:
     config = load_config(find_config(sys.argv[1]), sys.argv[2:])
     trainer = Trainer(config, quiet=True)
     trainer.processes.on_main_first(lambda: trainer.folder.mkdir(parents=True))
-    trainer._prepare()
+    _ = trainer.assembly
     seconds, processor = [], []
     for step in range(WARM_UP + STEPS):
         trainer.processes.wait()
@@ -37,13 +37,13 @@ def main() -> None:
         parameter.nbytes / update.every
         for update in trainer.method.updates
         for name in update.players
-        for parameter in trainer.parameters[name]
+        for parameter in trainer.assembly.iteration.trained[name]
     )
     if trainer.processes.is_main:
         found = {
             "processes": trainer.processes.count,
             "global_batch_size": config.train.global_batch_size,
-            "parameters": sum(p.numel() for ps in trainer.parameters.values() for p in ps),
+            "parameters": sum(p.numel() for ps in trainer.assembly.iteration.trained.values() for p in ps),
             "least_seconds_per_step": round(min(seconds), 4),
             "processor_seconds_per_step_and_process": round(largest, 4),
             "peak_MiB_per_process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

@@ -42,7 +42,7 @@ class BareLoop:
             trainer.method,
             trainer.players,
             trainer.images,
-            trainer.source.labels,
+            trainer.plan.source.labels,
         )
         self.optimizers = {
             name: torch.optim.Adam(module.parameters(), lr=1e-4, betas=(0.0, 0.999), fused=True)

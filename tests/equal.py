@@ -7,8 +7,8 @@ python tests/equal.py [METHOD ...]    prints the table, and without names writes
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,19 @@ from numpy.typing import NDArray
 from support.fleet import run_together
 from torch import Tensor
 
+from diffdistill.data.order import DataOrder
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distributed.parts import whole
-from diffdistill.training import trainer as trainer_module
+from diffdistill.training import assembly as assembly_module
+from diffdistill.training.assembly import PREPARED, Assembly, assemble
 from diffdistill.training.config import RunConfig
 from diffdistill.training.objective import Replicas
+from diffdistill.training.plan import plan
 from diffdistill.training.trainer import Trainer
 
 STEPS = 30
 COUNTS = (2, 4)
 BATCH = 8
-PREPARED = "prepared.safetensors"
 SGD = "optimizers={{default: {{name: sgd, lr: {lr}, betas: [0, 0.999]}}}}"
 RATES = {"sid": 1e-3, "scm": 1e-2}  # SiD sums over pixels and scales by 100; sCM derives its network by time
 SIDA = ("method.gan_weight=0.01", "method.gan_fake_weight=1")
@@ -81,19 +83,22 @@ def train(config: RunConfig, *, is_wide: bool, prepared: Path | None = None) -> 
     prepared: the file by which runs share what their method prepares, made by the first of them: it is one process's
     work, in float32, and its last bit depends on where numbers lie in memory.
     """
-    trainer = Trainer(config, quiet=True)
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    own = trainer.folder / PREPARED
+    folder = Path(config.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / PREPARED
     if prepared and prepared.exists():
-        trainer_module.prepare_once = lambda *_, **__: shutil.copy(prepared, own)  # in this process, a forked one
-    trainer._prepare()
-    if prepared and own.exists() and trainer.processes.is_main:
+        assembly_module.prepare_once = lambda *_, **__: shutil.copy(prepared, own)  # in this process, a forked one
+    assembly = assemble(plan(config), folder)
+    if prepared and own.exists() and assembly.plan.processes.is_main:
         shutil.copy(own, prepared)
-    if is_wide:
-        widen(trainer)
+    trainer = Trainer(widened(assembly) if is_wide else assembly, quiet=True)
     for _ in range(config.train.steps):
         trainer.train_step()
-    modules = trainer.trained | trainer.followers | {group: ema.module for group, ema in trainer.emas.items()}
+    modules = (
+        trainer.trained
+        | trainer.assembly.plan.followers
+        | {group: ema.module for group, ema in trainer.assembly.emas.items()}
+    )
     return {
         f"{name}.{key}": whole(tensor).detach().numpy().copy()
         for name, module in modules.items()
@@ -101,22 +106,35 @@ def train(config: RunConfig, *, is_wide: bool, prepared: Path | None = None) -> 
     }
 
 
-def widen(trainer: Trainer) -> None:
-    """All numbers of a run in float64 from here on: networks, images, noise."""
-    for module in (*trainer.players.values(), *(ema.module for ema in trainer.emas.values())):
+@dataclass(frozen=True)
+class WideOrder:
+    """A `DataOrder` whose images are in float64."""
+
+    order: DataOrder
+
+    def take(self, first: int, count: int, *, next_first: int) -> tuple[Tensor, Tensor | None]:
+        images, labels = self.order.take(first, count, next_first=next_first)
+        return wide(images), labels
+
+
+def widened(assembly: Assembly) -> Assembly:
+    """A run with all numbers in float64 from here on: networks, images, noise."""
+    its, iteration = assembly.plan, assembly.iteration
+    for module in (*iteration.players.values(), *(ema.module for ema in assembly.emas.values())):
         module.double()
-    if trainer.mesh is None:  # whose buckets are made for a type
-        trainer.averaging = Replicas(trainer.processes, trainer.method.updates, trainer.trained)
-    wide: Callable[[Tensor], Tensor] = lambda value: value.double() if value.is_floating_point() else value  # noqa: E731
-    trainer.stored = {name: wide(value) for name, value in trainer.stored.items()}
-    narrow_real, narrow_normals = trainer.real, StepRandom.normals
-
-    def real(first: int, count: int) -> Any:
-        images, cond = narrow_real(first, count)
-        return wide(images), cond
-
-    trainer.real = real  # type: ignore[method-assign]
+    if its.mesh is None:  # whose buckets are made for a type
+        assembly = replace(assembly, averaging=Replicas(its.processes, its.method.updates, its.trained))
+    narrow_normals = StepRandom.normals
     StepRandom.normals = lambda self, names, shape, dtype=None: narrow_normals(self, names, shape, torch.float64)  # type: ignore[method-assign]
+    return replace(
+        assembly,
+        plan=replace(its, order=WideOrder(its.order)),  # type: ignore[arg-type]
+        iteration=replace(iteration, stored={name: wide(value) for name, value in iteration.stored.items()}),
+    )
+
+
+def wide(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def ways_of(name: str) -> dict[str, Way]:

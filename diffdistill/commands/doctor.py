@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
@@ -14,9 +14,11 @@ from rich.text import Text
 from diffdistill.settings.terminal import Console
 
 if TYPE_CHECKING:
+    import torch
+
+    from diffdistill.training.assembly import Assembly
     from diffdistill.training.config import RunConfig
     from diffdistill.training.memory.prediction import MemoryPlan, Rehearsal
-    from diffdistill.training.trainer import Trainer
 
 # torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
 TORCHVISION_OFFSET = 15
@@ -67,23 +69,23 @@ def examine_config(
     """
     from torch import OutOfMemoryError
 
+    from diffdistill.training.assembly import assemble
     from diffdistill.training.memory.prediction import plan_memory, rehearse, show_bytes
-    from diffdistill.training.trainer import Trainer
+    from diffdistill.training.plan import plan
 
-    with tempfile.TemporaryDirectory() as nowhere:  # the run's own folder may hold a run already
-        trainer = Trainer(replace(config, run=nowhere), quiet=True, trusts_code=trusts_code)
-        plan = plan_memory(trainer)
-        available = _device_memory(trainer)
-        yield _fit(trainer, plan, available if memory_gib is None else int(memory_gib * 2**30))
-        if available is not None and plan.total > available:
-            yield Finding("two steps", f"not taken: this machine has {show_bytes(available)}")
-            return
-        try:
-            counted = rehearse(trainer)
-        except OutOfMemoryError as error:
-            yield Finding("two steps", f"out of memory, though predicted to fit: {error}", is_fault=True)
-        else:
-            yield from _compare(plan, counted)
+    assembly = assemble(plan(config, resume=None, trusts_code=trusts_code))
+    needs = plan_memory(assembly.plan, assembly.iteration)
+    available = _device_memory(assembly.plan.device)
+    yield _fit(assembly, needs, available if memory_gib is None else int(memory_gib * 2**30))
+    if available is not None and needs.total > available:
+        yield Finding("two steps", f"not taken: this machine has {show_bytes(available)}")
+        return
+    try:
+        counted = rehearse(assembly)
+    except OutOfMemoryError as error:
+        yield Finding("two steps", f"out of memory, though predicted to fit: {error}", is_fault=True)
+    else:
+        yield from _compare(needs, counted)
 
 
 def show(findings: Sequence[Finding], console: Console) -> bool:
@@ -176,12 +178,12 @@ def _disk(folder: FilePath) -> Finding:
     return Finding("disk", f"{free:.1f} GiB free", free < REQUIRED_GIB)
 
 
-def _device_memory(trainer: "Trainer") -> int | None:
+def _device_memory(device: "torch.device") -> int | None:
     """Bytes of the GPU, or of the machine where it trains on the CPU; None where the system does not say."""
     import torch
 
-    if trainer.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(trainer.device).total_memory)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return _windows_memory()
@@ -198,7 +200,7 @@ def _windows_memory() -> int | None:
     return int(status[1])
 
 
-def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int | None) -> Finding:
+def _fit(assembly: "Assembly", plan: "MemoryPlan", memory: int | None) -> Finding:
     from diffdistill.training.memory.advice import advise
     from diffdistill.training.memory.prediction import show_bytes
 
@@ -207,7 +209,7 @@ def _fit(trainer: "Trainer", plan: "MemoryPlan", memory: int | None) -> Finding:
     text = f"{show_bytes(plan.total)} of {known}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
     if memory is None or plan.total <= memory:
         return Finding("memory, predicted", text)
-    advice = "".join(f"\n      {line}" for line in advise(trainer, plan, memory))
+    advice = "".join(f"\n      {line}" for line in advise(assembly.plan, assembly.iteration, plan, memory))
     return Finding("memory, predicted", f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)
 
 

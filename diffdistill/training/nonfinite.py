@@ -15,11 +15,14 @@ class NonfiniteGuard:
     """Counts skipped updates, by loss: one player's success does not hide another's failure.
 
     on_nonfinite: what to do at the first one.  max_skips: so many of one loss in a row stop the run.
+    skips: of the run so far.
     """
 
-    def __init__(self, on_nonfinite: Literal["skip", "stop"], max_skips: int) -> None:
+    def __init__(
+        self, on_nonfinite: Literal["skip", "stop"], max_skips: int, skips: Mapping[str, int] | None = None
+    ) -> None:
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
-        self.skips: dict[str, int] = {}
+        self.skips = dict(skips or {})
 
     def passed(self, update: Update) -> None:
         """All was finite."""

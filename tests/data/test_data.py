@@ -94,7 +94,7 @@ def test_folder_zip_with_broken_files_and_hugging_face_set_train_the_same(
         assert torch.equal(batches[kind][0], batches["folder"][0])
         assert torch.equal(batches[kind][1], batches["folder"][1])
         assert equal(weights(trainer), weights(trainers["folder"])), kind
-        assert trainer.source.key == trainers["folder"].source.key
+        assert trainer.plan.source.key == trainers["folder"].source.key
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
     assert len(lines) == 1
     assert "2 of 402 images (0.50%)" in lines[0]

@@ -78,7 +78,7 @@ def train(config: RunConfig, *, resume: bool) -> tuple[type[ImageSource], Seen]:
         patch.setattr(DataOrder, "take", watched)
         trainer = Trainer(config, resume=resume, quiet=True)
         trainer.run()
-    return type(trainer.source), taken
+    return type(trainer.plan.source), taken
 
 
 def seen_by(count: int, config: RunConfig, *, resume: bool = False) -> tuple[type[ImageSource], Seen]:

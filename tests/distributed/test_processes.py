@@ -31,8 +31,8 @@ from diffdistill.settings.values import dump_yaml
 from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
 from diffdistill.training.config import RunConfig
 from diffdistill.training.objective import Objective, Replicas
+from diffdistill.training.plan import check_batch
 from diffdistill.training.reports.log import Log, Silence
-from diffdistill.training.setup import check_batch
 from diffdistill.training.trainer import Trainer
 
 ROUNDING = 1e-5  # of the largest weight, after some steps of Adam in float32
@@ -224,7 +224,7 @@ def test_processes_speak_once_an_update(make_config: MakeConfig) -> None:
 
     def sent(micro_batch: int) -> int:
         trainer = Trainer(make_config("pretrain", f"train.micro_batch_size={micro_batch}"), quiet=True)
-        (objective,) = trainer.averaging._wrapped.values()  # type: ignore[attr-defined]
+        (objective,) = trainer.assembly.averaging._wrapped.values()  # type: ignore[attr-defined]
         seen: list[int] = []
 
         def count(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -253,7 +253,7 @@ def begin_apart(config: RunConfig) -> str:
     """Go on where the second process sees an older list of files than the first."""
     with pytest.MonkeyPatch.context() as patched:
         if os.environ["RANK"] == "1":
-            patched.setattr("diffdistill.training.setup.list_checkpoints", lambda folder: list_checkpoints(folder)[:1])
+            patched.setattr("diffdistill.training.resume.list_checkpoints", lambda folder: list_checkpoints(folder)[:1])
         with pytest.raises(UserError) as raised:
             Trainer(config, resume=True, quiet=True)
     return str(raised.value)

@@ -99,9 +99,9 @@ def test_of_a_share_more_is_better(make_config: MakeConfig, scores: dict[int, fl
     config = make_config("dmd2", "train.steps=4", EVAL, *MANY)
     trainer = Trainer(config, quiet=True)
     trainer.run()
-    assert trainer.evaluator.best(4) == "step-00000002"
+    assert trainer.plan.evaluator.best(4) == "step-00000002"
     (first, second) = read_records(Path(config.run) / "eval.jsonl")
-    by_recall = replace(trainer.evaluator, best_by="recall")  # type: ignore[type-var]
+    by_recall = replace(trainer.plan.evaluator, best_by="recall")  # type: ignore[type-var]
     first = replace(first, metrics=first.metrics | {"recall": Values.of([0.1])})
     second = replace(second, metrics=second.metrics | {"recall": Values.of([0.3])})
     assert by_recall._best_step([first, second]) == 4

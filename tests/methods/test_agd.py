@@ -268,11 +268,11 @@ def trained(config) -> Trainer:
 
 def test_a_run_trains_without_its_teacher_from_a_file_that_is_mapped_into_memory(make_config: MakeConfig):
     trainer = trained(make_config("agd"))
-    assert trainer.teacher is None
+    assert trainer.plan.teacher is None
     assert "teacher" not in trainer.players
     assert trainer.problem.teacher is None
     file = trainer.folder / "prepared.safetensors"
-    assert set(trainer.stored) == {"x", "target", "t", "scale", "label"}
+    assert set(trainer.assembly.iteration.stored) == {"x", "target", "t", "scale", "label"}
     maps = FilePath("/proc/self/maps")
     if maps.exists():
         assert str(file) in maps.read_text()
@@ -285,7 +285,9 @@ def test_a_run_changes_the_adapters_and_no_bit_of_the_base(make_config: MakeConf
     for name, value in teacher.denoiser.net.state_dict().items():
         assert torch.equal(student.denoiser.net.base.state_dict()[name], value)
     assert any(float(a.layers[-1].weight.abs().max()) > 0 for a in student.denoiser.net.adapters)
-    moments = sum(value.numel() for value in trainer.optimizers["adapted"].state.values() for value in value.values())
+    moments = sum(
+        value.numel() for value in trainer.assembly.optimizers["adapted"].state.values() for value in value.values()
+    )
     counted = sum(
         2 * p.numel() + 1 for name, p in trainer.trained["adapted"].named_parameters() if ".base." not in name
     )

@@ -256,7 +256,9 @@ def test_a_generator_that_waits_while_the_path_is_walked_is_refused():
 def trained(config: RunConfig, steps: int, *, resume: bool = False) -> dict[str, Tensor]:
     trainer = Trainer(replace(config, train=replace(config.train, steps=steps)), resume=resume, quiet=True)
     trainer.run()
-    return flatten({name: module.state_dict() for name, module in (trainer.trained | trainer.followers).items()})
+    return flatten(
+        {name: module.state_dict() for name, module in (trainer.trained | trainer.assembly.plan.followers).items()}
+    )
 
 
 def test_without_a_path_it_is_the_base_method_bit_for_bit(make_config: MakeConfig):

@@ -171,7 +171,7 @@ def test_one_student_is_the_base_method_bit_for_bit(make_config: MakeConfig):
 
 def test_a_student_s_real_images_are_of_its_classes(make_config: MakeConfig):
     trainer = Trainer(make_config("msd", "method.student_index=1"))
-    seen = torch.cat([trainer.real(first, 64)[1].label for first in range(0, 640, 64)])  # type: ignore[misc]
+    seen = torch.cat([trainer.plan.real(first, 64)[1].label for first in range(0, 640, 64)])  # type: ignore[misc]
     assert set(seen.tolist()) == {5, 6, 7, 8, 9}
 
 

@@ -84,10 +84,10 @@ def test_training_brings_the_student_nearer_to_the_pairs(make_config: MakeConfig
     config = make_config("regression", *QUICK, "train.steps=30", "optimizers.generator.warmup_steps=0")
     trainer = Trainer(config, quiet=True)
     trainer.folder.mkdir(parents=True)
-    trainer._prepare()
+    _ = trainer.assembly
 
     def distance() -> float:
-        batch = Batch(torch.empty(0), stored=trainer.stored)
+        batch = Batch(torch.empty(0), stored=trainer.assembly.iteration.stored)
         return float(trainer.method.generator_loss(trainer.players, {"pair": torch.arange(12)}, batch).total.detach())
 
     before = distance()

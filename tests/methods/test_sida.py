@@ -94,7 +94,7 @@ def test_the_adversarial_share_begins_after_so_many_images(step: int, is_on: boo
 def test_the_generator_waits_for_so_many_images_and_its_optimiser_with_it(make_config: MakeConfig) -> None:
     trainer = Trainer(make_config("sid", "method.generator_start_images=16"))
     taken: list[str] = []
-    for name, optimizer in trainer.optimizers.items():
+    for name, optimizer in trainer.assembly.optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: taken.append(name))
     for _ in range(4):
         trainer.train_step()

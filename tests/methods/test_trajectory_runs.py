@@ -27,7 +27,10 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig, 
     first.run()
     resumed = Trainer(replace(parts, train=whole.train), resume=True, quiet=True)
     resumed.run()
-    for modules, others in ((expected.trained, resumed.trained), (expected.followers, resumed.followers)):
+    for modules, others in (
+        (expected.trained, resumed.trained),
+        (expected.assembly.plan.followers, resumed.assembly.plan.followers),
+    ):
         assert modules.keys() == others.keys()
         for name, module in modules.items():
             for key, value in module.state_dict().items():
@@ -37,7 +40,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig, 
 def test_a_hyper_sd_run_moves_every_player_and_samples_by_tcd(make_config: MakeConfig) -> None:
     config = make_config("hyper_sd")
     trainer = Trainer(config, quiet=True)
-    modules = trainer.trained | trainer.followers
+    modules = trainer.trained | trainer.assembly.plan.followers
     before = {name: [p.clone() for p in module.parameters()] for name, module in modules.items()}
     trainer.run()
     assert set(modules) == {"generator", "discriminator", "fake", "target", "solver"}
@@ -54,7 +57,7 @@ def test_an_earlier_run_s_student_is_the_next_run_s_start_and_solver(make_config
     later = Trainer(make_config("hyper_sd", f"init={earlier.run}"), quiet=True)
     student = load_players(earlier.run).denoisers["generator"].state_dict()
     for name in ("generator", "target", "solver"):
-        module = (later.trained | later.followers)[name]
+        module = (later.trained | later.assembly.plan.followers)[name]
         assert all(torch.equal(value, student[key]) for key, value in module.state_dict().items())
 
 

@@ -41,16 +41,19 @@ def _follower(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_follower")
 def test_a_player_that_no_update_names_is_moved_by_the_method_alone(make_config: MakeConfig) -> None:
     trainer = Trainer(make_config("dmd2"))
-    start = deepcopy(trainer.followers["earlier"].state_dict())
+    start = deepcopy(trainer.assembly.plan.followers["earlier"].state_dict())
     trainer.train_step()
-    after_one = deepcopy(trainer.followers["earlier"].state_dict())
+    after_one = deepcopy(trainer.assembly.plan.followers["earlier"].state_dict())
     trainer.train_step()
-    after_two, generator = trainer.followers["earlier"].state_dict(), trainer.trained["generator"].state_dict()
+    after_two, generator = (
+        trainer.assembly.plan.followers["earlier"].state_dict(),
+        trainer.trained["generator"].state_dict(),
+    )
     assert all(torch.equal(start[name], after_one[name]) for name in start)
     assert all(torch.equal(after_two[name], generator[name]) for name in start)
     assert any(not torch.equal(start[name], after_two[name]) for name in start)
-    assert "earlier" not in trainer.optimizers
-    assert not any(parameter.requires_grad for parameter in trainer.followers["earlier"].parameters())
+    assert "earlier" not in trainer.assembly.optimizers
+    assert not any(parameter.requires_grad for parameter in trainer.assembly.plan.followers["earlier"].parameters())
 
 
 @pytest.mark.usefixtures("_follower")
@@ -59,7 +62,7 @@ def test_a_player_that_no_update_names_is_saved_and_restored(make_config: MakeCo
     trainer = Trainer(config, quiet=True)
     trainer.run()
     resumed = Trainer(config, resume=True).followers["earlier"].state_dict()
-    kept = trainer.followers["earlier"].state_dict()
+    kept = trainer.assembly.plan.followers["earlier"].state_dict()
     assert all(torch.equal(kept[name], resumed[name]) for name in kept)
 
 
@@ -168,7 +171,7 @@ def test_a_teacher_that_is_not_kept_is_gone_after_preparation(
     config = make_config("dmd2", "train.steps=1", "optimizers={default: {lr: 1e-3}}", "train.preview_every=1")
     trainer = Trainer(config, quiet=True)
     trainer.run()
-    assert bool(trainer.stored["seen"])
+    assert bool(trainer.assembly.iteration.stored["seen"])
     assert asked == [False]
-    assert trainer.teacher is None
-    assert Trainer(config, resume=True).teacher_source == trainer.teacher_source
+    assert trainer.plan.teacher is None
+    assert Trainer(config, resume=True).plan.teacher_source == trainer.plan.teacher_source

@@ -56,8 +56,8 @@ def test_every_method_trains_factors_and_saves_no_weight_of_the_teacher(make_con
     config = make_config(method, LORA, *TINY)
     before = load_model(config.teacher).denoiser.state_dict()
     trainer = Trainer(config, quiet=True)
-    assert trainer.teacher is not None
-    teacher = trainer.teacher.denoiser
+    assert trainer.plan.teacher is not None
+    teacher = trainer.plan.teacher.denoiser
     weights = {id(tensor) for tensor in (*teacher.net.parameters(), *teacher.net.buffers())}
     trainer.run()
     student = trainer.trained[config.method.student]
@@ -172,10 +172,10 @@ def test_a_run_begins_with_the_factors_of_an_earlier_one_over_the_same_base(make
     first = make_config("sid", LORA, *TINY)
     trained(first)
     trainer = Trainer(make_config("dmd2", f"init={first.run}", LORA), quiet=True)
-    assert trainer.teacher is not None
+    assert trainer.plan.teacher is not None
     found = lora_of(trainer.players.fake)
     assert found is not None
-    assert found.base_tensors()[0] is next(trainer.teacher.denoiser.net.parameters())
+    assert found.base_tensors()[0] is next(trainer.plan.teacher.denoiser.net.parameters())
     assert same(trainer.players.fake, load_players(first.run).denoisers["fake"])
     assert same(trainer.players.generator, load_model(first.run).denoiser)
 

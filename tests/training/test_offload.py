@@ -19,8 +19,8 @@ from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks import DiTConfig, UNetConfig
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.settings.schema import UserError
+from diffdistill.training.assembly import prepare_once
 from diffdistill.training.memory.prediction import plan_memory
-from diffdistill.training.setup import prepare_once
 from diffdistill.training.speed.offload import offload
 from diffdistill.training.trainer import Trainer
 

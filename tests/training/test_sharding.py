@@ -117,9 +117,9 @@ def test_two_machines_of_two_share_within_each(make_config: MakeConfig) -> None:
         os.environ["LOCAL_WORLD_SIZE"] = "2"  # of a process of its own
         trainer = Trainer(four, quiet=True)
         trainer.run()
-        (first, *_) = trainer.parameters["generator"]
-        assert trainer.mesh is not None
-        return tuple(trainer.mesh.shape), first.to_local().numel() / first.numel()  # type: ignore[attr-defined]
+        (first, *_) = trainer.assembly.iteration.trained["generator"]
+        assert trainer.plan.mesh is not None
+        return tuple(trainer.plan.mesh.shape), first.to_local().numel() / first.numel()  # type: ignore[attr-defined]
 
     assert run_together(4, on_two_machines) == [((2, 2), 0.5)] * 4
     Trainer(alone, quiet=True).run()
@@ -130,12 +130,12 @@ def bytes_held(config: RunConfig) -> dict[str, int]:
     """What this process holds after a step, by what it is for."""
     trainer = Trainer(config, quiet=True)
     trainer.folder.mkdir(parents=True, exist_ok=True)
-    trainer._prepare()
+    _ = trainer.assembly
     trainer.train_step()
     assert trainer.problem.teacher is not None
-    modules = {"teacher": trainer.problem.teacher, "ema": trainer.emas["ema"].module, **trainer.trained}
+    modules = {"teacher": trainer.problem.teacher, "ema": trainer.assembly.emas["ema"].module, **trainer.trained}
     states = {name: module.state_dict() for name, module in modules.items()}
-    states["optimizers"] = trainer._state.tensors()["optimizers"]
+    states["optimizers"] = trainer.assembly.state.tensors()["optimizers"]
     return {name: sum(map(local_bytes, state.values())) for name, state in states.items()}
 
 
@@ -303,8 +303,8 @@ def test_what_comes_back_is_what_was_written_bit_for_bit(in_parts: RunConfig) ->
 
     def come_back() -> float:
         trainer = Trainer(in_parts, resume=True, quiet=True)
-        trainer._prepare()
-        groups = trainer._state.tensors().items()
+        _ = trainer.assembly
+        groups = trainer.assembly.state.tensors().items()
         return distance(before, {f"{g}.{name}": whole(t) for g, tensors in groups for name, t in tensors.items()})
 
     assert any("exp_avg_sq" in name for name in before)
@@ -425,7 +425,7 @@ def test_parts_that_do_not_make_a_whole_are_refused_before_anything_is_allocated
 def full_in(rank: int, config: RunConfig) -> tuple[str, str]:
     """Save a second time with no room for one process's parts."""
     trainer = Trainer(config, resume=True, quiet=True)
-    trainer._prepare()
+    _ = trainer.assembly
     trainer.train_step()
     write = HuggingFaceStorageWriter.write_data
 
@@ -459,7 +459,7 @@ def test_where_one_process_finds_no_room_all_stop_and_nothing_is_left(make_confi
 def save_elsewhere(config: RunConfig) -> str:
     """Save with the run's folder on a disk of each process's own."""
     trainer = Trainer(config, quiet=True)
-    trainer._prepare()
+    _ = trainer.assembly
     trainer.train_step()
     trainer.folder = trainer.folder / str(trainer.processes.rank)
     with pytest.raises(TrainingError) as raised:

@@ -101,7 +101,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance:
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    modules = trainer.trained | {group: ema.module for group, ema in trainer.emas.items()}
+    modules = trainer.trained | {group: ema.module for group, ema in trainer.assembly.emas.items()}
     return {
         f"{p}.{name}": value.clone() for p, module in modules.items() for name, value in module.state_dict().items()
     }
@@ -326,7 +326,7 @@ def test_each_of_several_averages_is_what_it_would_be_alone(make_config: MakeCon
 
 def test_the_first_average_samples_and_the_others_load_by_name(make_config: MakeConfig) -> None:
     trainer = after(make_config("dmd2", *SEVERAL), 2)
-    assert trainer.student is trainer.emas["ema"].module
+    assert trainer.student is trainer.assembly.emas["ema"].module
     folder = trainer.save()
     expected = weights(trainer)
     for group, found in (
@@ -384,4 +384,4 @@ def test_a_checkpoint_from_before_these_settings_resumes(make_config: MakeConfig
     save_checkpoint(folder, Checkpoint(saved.step, saved.tensors, {**saved.state, "config": old}), keep=1)
     resumed = Trainer(trainer.config, resume=True, quiet=True)
     assert resumed.step == 1
-    assert_same(saved.tensors["players"], resumed._state.tensors()["players"])
+    assert_same(saved.tensors["players"], resumed.assembly.state.tensors()["players"])

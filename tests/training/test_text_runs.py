@@ -74,7 +74,7 @@ def test_prompts_alone_train_a_method_that_needs_no_images(shared: Path, tmp_pat
     trainer = Trainer(config("dmd2", shared, tmp_path / "run", "prompts", *DATA_FREE), quiet=True)
     before = weights(trainer)
     trainer.run()
-    assert isinstance(trainer.source, NoImages)
+    assert isinstance(trainer.plan.source, NoImages)
     assert trainer.problem.num_classes == 3
     after = weights(trainer)
     # The generator moves from its third iteration on: the fake score begins as the teacher.
@@ -103,10 +103,10 @@ def test_a_resumed_run_refuses_other_prompts(shared: Path, tmp_path: Path) -> No
 
 def test_captioned_images_become_latents_of_the_teacher_s_vae(shared: Path, tmp_path: Path) -> None:
     trainer = Trainer(config("dmd2", shared, tmp_path / "run", "captioned_images", FLAT), quiet=True)
-    assert isinstance(trainer.source, LatentImages)
-    assert trainer.source.image_shape == (4, 8, 8)
-    assert trainer.source.labels is not None
-    assert trainer.source.labels.tolist() == [0, 1, 2]
+    assert isinstance(trainer.plan.source, LatentImages)
+    assert trainer.plan.source.image_shape == (4, 8, 8)
+    assert trainer.plan.source.labels is not None
+    assert trainer.plan.source.labels.tolist() == [0, 1, 2]
     pipeline = open_pipeline(shared / "sd")
     pixels = np.stack([np.asarray(Image.open(shared / "images" / f"{number}.png")) for number in range(3)])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
@@ -114,7 +114,7 @@ def test_captioned_images_become_latents_of_the_teacher_s_vae(shared: Path, tmp_
     with torch.no_grad():
         mean, more = (pipeline.family.to_latents(vae, images, torch.full((3, 4, 8, 8), eps)) for eps in (0.0, 1.0))
     # One sample of the posterior: so many deviations from its mean, the noise of the image's number.
-    eps = (trainer.source.rows(torch.arange(3)) - mean) / (more - mean)
+    eps = (trainer.plan.source.rows(torch.arange(3)) - mean) / (more - mean)
     expected = inputs.StepRandom(inputs.LATENT_SEED, 0, torch.arange(3)).normal("latents", (4, 8, 8))
     torch.testing.assert_close(eps, expected, rtol=0, atol=1e-2)
     trainer.run()
@@ -127,8 +127,8 @@ def test_a_second_run_loads_neither_text_encoder_nor_vae(
     monkeypatch.setattr(Pipeline, "load_encoder", fail)
     monkeypatch.setattr(Pipeline, "load_vae", fail)
     second = Trainer(config("dmd2", shared, tmp_path / "b", "captioned_images", FLAT), quiet=True)
-    assert torch.equal(first.source.rows(torch.arange(3)), second.source.rows(torch.arange(3)))
-    conditions = [trainer.teacher.denoiser.conditions for trainer in (first, second) if trainer.teacher]
+    assert torch.equal(first.plan.source.rows(torch.arange(3)), second.plan.source.rows(torch.arange(3)))
+    conditions = [trainer.plan.teacher.denoiser.conditions for trainer in (first, second) if trainer.plan.teacher]
     texts = [found.rows(torch.arange(4)).text for found in conditions if found]
     assert torch.equal(*texts)
 
@@ -202,7 +202,7 @@ def test_captions_are_no_classes_for_a_model_without_text(
 ) -> None:
     data = f"data={json.dumps({'name': 'captioned_images', 'path': str(shared / 'images'), 'resolution': 8})}"
     trainer = Trainer(small_config("pretrain", tmp_path / "run", data), quiet=True)
-    assert (trainer.source.num_classes, trainer.source.labels, trainer.spec.num_classes) == (0, None, 0)
+    assert (trainer.plan.source.num_classes, trainer.plan.source.labels, trainer.plan.spec.num_classes) == (0, None, 0)
     assert "the captions of captioned_images are not used" in " ".join(capfd.readouterr().err.split())
 
 

@@ -77,7 +77,7 @@ def test_the_seed_alone_decides_how_networks_begin(make_config: MakeConfig) -> N
 def test_exactly_k_fake_updates_are_taken_to_one_of_the_generator(make_config: MakeConfig, updates: int) -> None:
     trainer = Trainer(make_config("dmd2", f"method.fake_updates={updates}"))
     taken: list[str] = []
-    for name, optimizer in trainer.optimizers.items():
+    for name, optimizer in trainer.assembly.optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: taken.append(name))
     for _ in range(2 * updates):
         trainer.train_step()
@@ -170,7 +170,7 @@ def test_optimisers_step_at_the_scheduled_rate(make_config: MakeConfig) -> None:
     config = make_config("pretrain", "optimizers.teacher.warmup_steps=2", "optimizers.teacher.decay=linear")
     trainer = Trainer(config)
     rates = []
-    trainer.optimizers["teacher"].register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    trainer.assembly.optimizers["teacher"].register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
     for _ in range(4):
         trainer.train_step()
     assert rates == [1e-3, 2e-3, 2e-3, 1e-3]
@@ -210,7 +210,7 @@ def test_gradients_are_clipped_for_each_player_as_it_asks(make_config: MakeConfi
 
         return hook
 
-    for name, optimizer in trainer.optimizers.items():
+    for name, optimizer in trainer.assembly.optimizers.items():
         optimizer.register_step_pre_hook(keep(name))
     for _ in range(2):  # at the first step the fake score is the teacher still, and the generator's gradient nothing
         trainer.train_step()

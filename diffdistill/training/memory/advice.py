@@ -1,12 +1,14 @@
 """What to turn on where a run does not fit: one setting after the other, each with what it leaves."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffdistill.networks.recompute import set_recompute
+from diffdistill.training.iteration import Iteration
 from diffdistill.training.memory.prediction import (
     MemoryPlan,
     PlayerBytes,
@@ -15,39 +17,55 @@ from diffdistill.training.memory.prediction import (
     saved_growth,
     show_bytes,
 )
+from diffdistill.training.plan import Plan
 from diffdistill.training.speed.offload import is_offloaded
-from diffdistill.training.trainer import Trainer
 
 
-def advise(trainer: Trainer, plan: MemoryPlan, memory: int) -> list[str]:
+def advise(plan: Plan, iteration: Iteration, needs: MemoryPlan, memory: int) -> list[str]:
     """What to turn on until `memory` bytes suffice, each as `setting: what is then needed`. Empty if they do.
 
     A smaller micro-batch comes first where it is enough: it changes no result. The rest is in the order of what it
-    costs. The trainer is left as it was.
+    costs. The players are left as they were.
     """
     said: list[str] = []
-    before = trainer.config
     try:
         for setting, change in _CHANGES.items():
-            if plan.total <= memory:
+            if needs.total <= memory:
                 return said
-            smaller = _smaller_micro_batch(plan, memory)
+            smaller = _smaller_micro_batch(needs, memory)
             if smaller:
                 return [*said, smaller]
-            better = change(trainer, plan)
-            if better and better.total < plan.total:
-                plan = better
-                said.append(f"{setting}: {show_bytes(plan.total)}")
-        if plan.total <= memory:
+            changed = change(Asking(plan, iteration, needs))
+            if changed and changed.needs.total < needs.total:
+                needs = changed.needs
+                said.append(f"{setting}: {show_bytes(needs.total)}")
+            iteration = changed.iteration if changed else iteration
+        if needs.total <= memory:
             return said
-        least = replace(plan, micro_batch_size=1)
+        least = replace(needs, micro_batch_size=1)
         too_much = f"train.micro_batch_size=1: {show_bytes(least.total)}, still too much: take a smaller network"
-        return [*said, _smaller_micro_batch(plan, memory) or too_much]
+        return [*said, _smaller_micro_batch(needs, memory) or too_much]
     finally:
-        trainer.config = before
-        if not before.speed.activation_checkpointing:
-            for player in trainer.players.values():
+        if not plan.config.speed.activation_checkpointing:
+            for player in iteration.players.values():
                 set_recompute(player, False)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a change starts from: the run, its losses as they are by now, and what they need."""
+
+    plan: Plan
+    iteration: Iteration
+    needs: MemoryPlan
+
+    def measured_anew(self) -> "Asking":
+        """With the activations that the losses now keep."""
+        saved, blocks = saved_growth(self.plan, self.iteration), block_growth(self.plan, self.iteration)
+        return replace(self, needs=replace(self.needs, activations=saved, recomputed=blocks))
+
+    def with_needs(self, **changes: Any) -> "Asking":
+        return replace(self, needs=replace(self.needs, **changes))
 
 
 def _smaller_micro_batch(plan: MemoryPlan, memory: int) -> str | None:
@@ -59,50 +77,45 @@ def _smaller_micro_batch(plan: MemoryPlan, memory: int) -> str | None:
     )
 
 
-def _halve_precision(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    trainer.config = replace(trainer.config, train=replace(trainer.config.train, precision="bf16"))
-    return _measured_anew(trainer, plan)
+def _halve_precision(asking: Asking) -> Asking | None:
+    return replace(asking, iteration=replace(asking.iteration, is_half=True)).measured_anew()
 
 
-def _halve_teacher(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    teacher = trainer.problem.teacher
+def _halve_teacher(asking: Asking) -> Asking | None:
+    teacher, players = asking.iteration.problem.teacher, asking.needs.players
     if teacher is None or is_offloaded(teacher):
         return None
     layers = [part for part in teacher.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     saved = sum(p.nbytes // 2 for layer in layers for p in layer.parameters() if p.dtype == torch.float32)
-    return replace(plan, players={**plan.players, "teacher": PlayerBytes(plan.players["teacher"].weights - saved)})
+    return asking.with_needs(players={**players, "teacher": PlayerBytes(players["teacher"].weights - saved)})
 
 
-def _move_averages(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    return replace(plan, has_averages_on_device=False)
+def _move_averages(asking: Asking) -> Asking | None:
+    return asking.with_needs(has_averages_on_device=False)
 
 
-def _recompute_blocks(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    denoisers = [player for player in trainer.players.values() if hasattr(player, "net")]
+def _recompute_blocks(asking: Asking) -> Asking | None:
+    denoisers = [player for player in asking.iteration.players.values() if hasattr(player, "net")]
     if not all(set_recompute(denoiser) for denoiser in denoisers):
         return None
-    return _measured_anew(trainer, plan)
+    return asking.measured_anew()
 
 
-def _store_moments_in_8bit(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan | None:
-    players = dict(plan.players)
-    for name, parameters in trainer.parameters.items():
-        options = trainer.config.optimizer(name)
+def _store_moments_in_8bit(asking: Asking) -> Asking | None:
+    players = dict(asking.needs.players)
+    for name, parameters in asking.iteration.trained.items():
+        options = asking.plan.config.optimizer(name)
         if options.name in ("adam", "adamw"):
             eight = replace(options, name=f"{options.name}8bit", implementation="auto")  # type: ignore[arg-type]
             players[name] = replace(players[name], optimizer=optimizer_bytes(parameters, eight))
-    return replace(plan, players=players)
+    return asking.with_needs(players=players)
 
 
-def _measured_anew(trainer: Trainer, plan: MemoryPlan) -> MemoryPlan:
-    return replace(plan, activations=saved_growth(trainer), recomputed=block_growth(trainer))
-
-
-_CHANGES: dict[str, Callable[[Trainer, MemoryPlan], MemoryPlan | None]] = {
+_CHANGES: dict[str, Callable[[Asking], Asking | None]] = {
     "speed.teacher_dtype=bf16": _halve_teacher,
     "train.precision=bf16": _halve_precision,
     "speed.ema_device=cpu": _move_averages,
     "speed.activation_checkpointing=true": _recompute_blocks,
     "optimizers.<player>.name=adam8bit (or adamw8bit; needs a CUDA GPU)": _store_moments_in_8bit,
 }
-"""Settings by what they cost in time, the cheapest first. Each leaves the trainer so that the next adds to it."""
+"""Settings by what they cost in time, the cheapest first. Each starts from what the last left."""

@@ -8,6 +8,7 @@ import torch
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.settings.terminal import say
 from diffdistill.training.config import RunConfig
+from diffdistill.training.memory.prediction import plan_memory, show_bytes
 from diffdistill.training.trainer import Trainer
 
 
@@ -48,7 +49,8 @@ def explain(trainer: Trainer, error: torch.OutOfMemoryError) -> str:
     asked = str(error).splitlines()[0] if str(error) else "no reason given"
     said = f"out of memory at step {trainer.step}: {asked} The last checkpoint is intact."
     # To prepare anew would take long, and players in parts do not compute in one process alone.
-    plan = "" if trainer.stored or trainer.mesh else _plan(trainer)
+    is_known = trainer.plan.mesh is None and not trainer.assembly.iteration.stored
+    plan = _plan(trainer) if is_known else ""
     smaller = with_half(trainer.config, trainer.processes.count)
     offer = f" With {half_named(smaller)} the batch and the result stay; go on with --resume." if smaller else ""
     return f"{said}{plan}{offer} `diffdistill doctor CONFIG` says what fits"
@@ -68,10 +70,8 @@ def half_named(config: RunConfig) -> str:
 
 def _plan(trainer: Trainer) -> str:
     """The run's needs by its plan, if there is memory left to make one."""
-    from diffdistill.training.memory.prediction import plan_memory, show_bytes
-
     try:
-        plan = plan_memory(trainer)
+        plan = plan_memory(trainer.plan, trainer.assembly.iteration)
     except torch.OutOfMemoryError:
         return ""
     kept = f"{show_bytes(plan.fixed)} all the time, {show_bytes(plan.peak_activations)} for a micro-batch"

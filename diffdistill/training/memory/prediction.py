@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.distillation.method import Update
+from diffdistill.distillation.method import Players, Update
 from diffdistill.networks.lora import lora_of
 from diffdistill.networks.recompute import recomputable_blocks
-from diffdistill.training.config import OptimizerConfig
+from diffdistill.training.assembly import Assembly
+from diffdistill.training.config import OptimizerConfig, RunConfig
+from diffdistill.training.iteration import Iteration, MicroBatch
 from diffdistill.training.memory.counting import SavedTensors, storage_bytes
-from diffdistill.training.setup import prepare
+from diffdistill.training.plan import Plan
 from diffdistill.training.speed.offload import is_offloaded
-from diffdistill.training.trainer import MicroBatch, Trainer
+from diffdistill.training.trainer import Trainer
 
 EIGHT_BIT_MINIMUM = 4096  # bitsandbytes keeps smaller parameters' moments in 32 bits
 EIGHT_BIT_BLOCK = 256  # numbers that share a 4-byte scale
@@ -96,23 +98,20 @@ class MemoryPlan:
         return kept + again + sum(self.players[name].gradients for name in update.players)
 
 
-def plan_memory(trainer: Trainer) -> MemoryPlan:
-    """Predict a run's memory from its trainer, before any step. Nothing is written."""
-    train = trainer.config.train
-    made = prepare(trainer.method, trainer.problem, train.seed, trainer.device)
-    trainer.stored = {name: value.to(trainer.device) for name, value in made.items()}
-    share = train.global_batch_size // trainer.processes.count
-    twos, threes = (_micro_batch(trainer, size) for size in (2, 3))
+def plan_memory(plan: Plan, iteration: Iteration) -> MemoryPlan:
+    """Predict a run's memory, before any step. Nothing is written.  iteration: of the plan, with what is prepared."""
+    config, share = plan.config, plan.share
+    twos, threes = (_micro_batch(plan, iteration, size) for size in (2, 3))
     return MemoryPlan(
-        players={name: _player_bytes(trainer, name, module) for name, module in trainer.players.items()},
-        averages=sum(module_bytes(ema.module) for ema in trainer.emas.values()),
-        has_averages_on_device=trainer.config.speed.ema_device == "same",
-        updates=trainer.method.updates,
-        activations=saved_growth(trainer),
-        recomputed=block_growth(trainer),
+        players={name: _player_bytes(config, iteration, name, module) for name, module in iteration.players.items()},
+        averages=len(config.emas) * module_bytes(plan.student),
+        has_averages_on_device=config.speed.ema_device == "same",
+        updates=plan.method.updates,
+        activations=saved_growth(plan, iteration),
+        recomputed=block_growth(plan, iteration),
         batch=Growth.through(_batch_bytes(twos), _batch_bytes(threes)),
         batch_size=share,
-        micro_batch_size=min(train.micro_batch_size or share, share),
+        micro_batch_size=min(config.train.micro_batch_size or share, share),
     )
 
 
@@ -131,14 +130,14 @@ def _moments_in_8bit(numbers: int) -> int:
     return 2 * (numbers + 4 * math.ceil(numbers / EIGHT_BIT_BLOCK))
 
 
-def saved_growth(trainer: Trainer) -> dict[str, Growth]:
+def saved_growth(plan: Plan, iteration: Iteration) -> dict[str, Growth]:
     """What autograd keeps of each loss."""
-    return _growth(trainer, _saved_bytes)
+    return _growth(plan, iteration, _saved_bytes)
 
 
-def block_growth(trainer: Trainer) -> dict[str, Growth]:
+def block_growth(plan: Plan, iteration: Iteration) -> dict[str, Growth]:
     """What the largest recomputed block of each loss brings back; nothing where none is recomputed."""
-    return _growth(trainer, _block_bytes)
+    return _growth(plan, iteration, _block_bytes)
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -157,21 +156,22 @@ class Rehearsal:
     device_peak: int | None
 
 
-def rehearse(trainer: Trainer, steps: int = 2) -> Rehearsal:
-    """Take real steps after `plan_memory` and count. Nothing is written."""
+def rehearse(assembly: Assembly, steps: int = 2) -> Rehearsal:
+    """Take real steps and count. Nothing is written."""
     gradients: dict[str, int] = {}
+    trainer, players = Trainer(assembly, quiet=True), assembly.iteration.players
 
     def note(name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         gradients[name] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
 
-    for name, optimizer in trainer.optimizers.items():
+    for name, optimizer in assembly.optimizers.items():
         optimizer.register_step_pre_hook(partial(note, name))
     is_on_gpu = trainer.device.type == "cuda"
     if is_on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.device)
     seconds = []
-    with SavedTensors(_all_tensors(trainer)) as saved:
+    with SavedTensors(_all_tensors(players)) as saved:
         for _ in range(steps):
             began = time.perf_counter()
             trainer.train_step()
@@ -181,11 +181,11 @@ def rehearse(trainer: Trainer, steps: int = 2) -> Rehearsal:
     return Rehearsal(
         players={
             name: PlayerBytes(
-                _resident_bytes(module), gradients.get(name, 0), _state_bytes(trainer.optimizers.get(name))
+                _resident_bytes(module), gradients.get(name, 0), _state_bytes(assembly.optimizers.get(name))
             )
-            for name, module in trainer.players.items()
+            for name, module in players.items()
         },
-        averages=sum(module_bytes(ema.module) for ema in trainer.emas.values()),
+        averages=sum(module_bytes(ema.module) for ema in assembly.emas.values()),
         activations=saved.peak,
         seconds=tuple(seconds),
         device_peak=torch.cuda.max_memory_allocated(trainer.device) if is_on_gpu else None,
@@ -206,19 +206,19 @@ def _resident_bytes(module: nn.Module) -> int:
     return sum(b.nbytes for b in module.buffers()) if is_offloaded(module) else module_bytes(module)
 
 
-def _all_tensors(trainer: Trainer) -> list[Tensor]:
+def _all_tensors(players: Players) -> list[Tensor]:
     """The players' own, and the base of those that stand over one."""
-    bases = [found for found in map(lora_of, trainer.players.values()) if found]
-    own = [tensor for player in trainer.players.values() for tensor in _tensors(player)]
+    bases = [found for found in map(lora_of, players.values()) if found]
+    own = [tensor for player in players.values() for tensor in _tensors(player)]
     return own + [tensor for base in bases for tensor in base.base_tensors()]
 
 
-def _player_bytes(trainer: Trainer, name: str, module: nn.Module) -> PlayerBytes:
-    if name not in trainer.trained:
+def _player_bytes(config: RunConfig, iteration: Iteration, name: str, module: nn.Module) -> PlayerBytes:
+    if name not in iteration.trained:
         return PlayerBytes(_resident_bytes(module))
-    parameters = trainer.parameters[name]
+    parameters = iteration.trained[name]
     gradients = sum(p.nbytes for p in parameters)
-    return PlayerBytes(module_bytes(module), gradients, optimizer_bytes(parameters, trainer.config.optimizer(name)))
+    return PlayerBytes(module_bytes(module), gradients, optimizer_bytes(parameters, config.optimizer(name)))
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
@@ -227,9 +227,9 @@ def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
     return storage_bytes(v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
 
 
-def _micro_batch(trainer: Trainer, size: int) -> MicroBatch:
-    images, cond = trainer.real(0, size)
-    return trainer.micro_batch(0, images, cond, size)
+def _micro_batch(plan: Plan, iteration: Iteration, size: int) -> MicroBatch:
+    images, cond = plan.real(0, size)
+    return iteration.micro_batch(0, 0, images, cond, size)
 
 
 def _batch_bytes(micro: MicroBatch) -> int:
@@ -237,33 +237,35 @@ def _batch_bytes(micro: MicroBatch) -> int:
     return storage_bytes([batch.images, *batch.cond.parts().values(), *batch.stored.values(), *micro.draw.values()])
 
 
-def _growth(trainer: Trainer, measure: Callable[[Trainer, Update, MicroBatch], tuple[int, Any]]) -> dict[str, Growth]:
+def _growth(
+    plan: Plan, iteration: Iteration, measure: Callable[[Iteration, Update, MicroBatch], tuple[int, Any]]
+) -> dict[str, Growth]:
     """By loss, from micro-batches of two and three samples."""
     found: list[dict[str, int]] = []
     for size in (2, 3):
-        micro = _micro_batch(trainer, size)
+        micro = _micro_batch(plan, iteration, size)
         found.append({})
-        for update in trainer.method.updates:
-            found[-1][update.loss], carry = measure(trainer, update, micro)
+        for update in iteration.method.updates:
+            found[-1][update.loss], carry = measure(iteration, update, micro)
             micro.draw |= carry
     twos, threes = found
     return {name: Growth.through(twos[name], threes[name]) for name in twos}
 
 
-def _saved_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
+def _saved_bytes(iteration: Iteration, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
     """What autograd keeps of a loss, and what the loss carries over."""
-    with SavedTensors(_all_tensors(trainer)) as saved:
-        carry = trainer.loss(update, micro).carry
+    with SavedTensors(_all_tensors(iteration.players)) as saved:
+        carry = iteration.loss(update, micro).carry
     return saved.peak, carry
 
 
-def _block_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
+def _block_bytes(iteration: Iteration, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
     """What the largest of the recomputed blocks would keep if it were not, and what the loss carries over."""
-    found = [block for player in trainer.players.values() for block in recomputable_blocks(player)]
+    found = [block for player in iteration.players.values() for block in recomputable_blocks(player)]
     blocks = [block for block in found if block.is_recomputed]
     before: list[int] = []
     inside = [0]
-    with SavedTensors(_all_tensors(trainer)) as saved:
+    with SavedTensors(_all_tensors(iteration.players)) as saved:
         handles = [block.register_forward_pre_hook(lambda *_: before.append(saved.live)) for block in blocks]
         handles += [
             block.register_forward_hook(lambda *_: inside.append(saved.live - before.pop())) for block in blocks
@@ -271,7 +273,7 @@ def _block_bytes(trainer: Trainer, update: Update, micro: MicroBatch) -> tuple[i
         try:
             for block in blocks:
                 block.is_recomputed = False
-            carry = trainer.loss(update, micro).carry
+            carry = iteration.loss(update, micro).carry
         finally:
             for block in blocks:
                 block.is_recomputed = True

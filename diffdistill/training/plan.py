@@ -1,0 +1,234 @@
+"""A run before anything is written: `plan`. All faults of a config are found here; doctor reads nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from diffdistill.data.order import DataOrder
+from diffdistill.data.source import ImageSource
+from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.denoiser import freeze
+from diffdistill.distillation.method import Method, Players, Problem
+from diffdistill.distributed.processes import Processes, find_processes
+from diffdistill.models.load import describe_model, is_routed, load_model, merge_model
+from diffdistill.models.negative_prompts import steer
+from diffdistill.models.spec import ModelSpec, TrainedModel
+from diffdistill.networks.lora import fingerprint, lora_of
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig, TrainConfig
+from diffdistill.training.inputs import Inputs, open_inputs
+from diffdistill.training.iteration import Iteration
+from diffdistill.training.optimizers import make_optimizer
+from diffdistill.training.reports.evaluator import Evaluator, make_evaluator
+from diffdistill.training.resolve import check_labels, resolve_models, seeded
+from diffdistill.training.resume import check_unchanged, find_start, read_start
+from diffdistill.training.sharding import make_mesh
+from diffdistill.training.speed.options import apply_speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run starts with.
+
+    start, state: the checkpoint to go on from, and what it says beside tensors; None for a new run.
+    mesh: the processes that will share out the weights, or None.  spec: what the student is.
+    teacher: None also where the method no longer needs it; teacher_source: the checkpoint that it came from.
+    trained, followers: the players at their start, those that updates name and the others.
+    """
+
+    config: RunConfig
+    processes: Processes
+    mesh: DeviceMesh | None
+    start: FilePath | None
+    state: Mapping[str, Any] | None
+    inputs: Inputs
+    teacher: TrainedModel | None
+    teacher_source: str | None
+    spec: ModelSpec
+    problem: Problem
+    order: DataOrder
+    trained: Mapping[str, nn.Module]
+    followers: Mapping[str, nn.Module]
+    evaluator: Evaluator
+
+    @property
+    def method(self) -> Method:
+        return self.config.method
+
+    @property
+    def source(self) -> ImageSource:
+        """The real images, or latents."""
+        return self.inputs.source
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.processes.device
+
+    @property
+    def home(self) -> torch.device:
+        """Where networks are built: what is shared out comes to the device in parts."""
+        return torch.device("cpu") if self.mesh else self.device
+
+    @property
+    def players(self) -> Players:
+        """All of them, the teacher included."""
+        teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
+        return Players(**teachers, **self.trained, **self.followers)
+
+    @property
+    def student(self) -> nn.Module:
+        """The player that samples are taken from, as it is trained."""
+        return self.trained[self.method.student]
+
+    @property
+    def share(self) -> int:
+        """This process's samples of each batch."""
+        return self.config.train.global_batch_size // self.processes.count
+
+    def iteration(self, stored: Mapping[str, Tensor]) -> Iteration:
+        """The method's losses on these players.  stored: from the method's `prepare`."""
+        train = self.config.train
+        return Iteration.of(
+            self.method,
+            self.problem,
+            self.players,
+            self.trained,
+            stored=stored,
+            seed=train.seed,
+            device=self.device,
+            is_half=train.precision == "bf16",
+        )
+
+    def real(self, first: int, count: int) -> tuple[Tensor, Cond]:
+        """Real images and their condition for the samples from `first` on; none where the method needs none."""
+        if not self.method.needs_images:
+            return torch.empty(0, *self.source.image_shape, device=self.device), NO_COND
+        images, labels = self.order.take(first, count, next_first=first + self.config.train.global_batch_size)
+        if labels is None or not self.problem.num_classes:
+            return images, NO_COND
+        return images, Cond(label=labels)
+
+
+def plan(
+    config: RunConfig, *, resume: bool | str | None = False, allow_changes: bool = False, trusts_code: bool = False
+) -> Plan:
+    """Load, check and build what a run needs. Nothing is written to its folder.
+
+    resume: False for a new run (an existing run's folder is refused), True to go on from the newest checkpoint, a name
+    ("step-00000500") for that one, None not to look at the folder.  allow_changes: from it, whatever has been changed
+    since.  trusts_code: whether features that are a program may run in `eval`.
+    Raises UserError for whatever the config asks that cannot be.
+    """
+    train, folder = config.train, FilePath(config.run)
+    if train.num_threads:
+        torch.set_num_threads(train.num_threads)
+    processes = find_processes(train.device)
+    start = None if resume is None else find_start(folder, resume)
+    state = read_start(start, processes)
+    mesh = make_mesh(config, processes)
+    home = torch.device("cpu") if mesh else processes.device
+    inputs = read_inputs(config, processes.device, state)
+    teacher = load_teacher(config.teacher, home, state)
+    check_batch(train, processes.count)
+    spec, problem = resolve_models(config, inputs, teacher)
+    check_labels(config.method, problem, inputs.source)
+    trained, followers = build_players(config, spec, problem, home)
+    apply_speed(config.speed, trained, problem.teacher, followers, processes.device)
+    check_optimizers(config, trained)
+    evaluator = make_evaluator(config.eval, folder, trained[config.method.student], spec, processes, trusts_code=trusts_code)
+    if state:
+        check_unchanged(config, inputs.source, state, origin=start, allow_changes=allow_changes)
+    return Plan(
+        config=config,
+        processes=processes,
+        mesh=mesh,
+        start=start,
+        state=state,
+        inputs=inputs,
+        teacher=teacher,
+        teacher_source=str(teacher.source) if teacher else None,
+        spec=spec,
+        problem=problem,
+        order=DataOrder(inputs.source, train.seed, classes=problem.classes),
+        trained=trained,
+        followers=followers,
+        evaluator=evaluator,
+    )
+
+
+def load_teacher(
+    place: str | None, device: torch.device, state: Mapping[str, Any] | None = None
+) -> TrainedModel | None:
+    """The frozen teacher in a run's folder or checkpoint.  state: of a resumed run's checkpoint; the teacher it had."""
+    if state:
+        place = state["teacher"]
+    if place is None:
+        return None
+    if is_routed(FilePath(place)):
+        raise UserError(f"teacher = {place!r}: several students behind a router; name one model")
+    teacher = merge_model(load_model(place))
+    expected = state["model"].get("base") if state else None
+    if expected and fingerprint(teacher.denoiser.net) != expected:
+        raise UserError(f"teacher = {place!r}: has changed since this run began, whose LoRA factors stand over it")
+    teacher.denoiser.to(device)
+    return teacher
+
+
+def read_inputs(config: RunConfig, device: torch.device, state: Mapping[str, Any] | None = None) -> Inputs:
+    """Images and encoded prompts, before any network is in memory. Raises UserError if something is missing."""
+    place = state["teacher"] if state else config.teacher
+    return open_inputs(config, describe_model(place) if place else None, device)
+
+
+def build_players(
+    config: RunConfig, spec: ModelSpec, problem: Problem, home: torch.device
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The method's players at their start: those that its updates name, and the others, frozen.
+
+    Raises UserError where the config's optimisers and `lora` do not fit them.
+    """
+    with seeded(config.train.seed):
+        modules = config.method.players(problem)
+    named = {name for update in config.method.updates for name in update.players}
+    check_players(config, {name: module for name, module in modules.items() if name in named})
+    steer(modules[config.method.student], spec)
+    trained = {name: module.to(home).train() for name, module in modules.items() if name in named}
+    return trained, {name: freeze(module.to(home)) for name, module in modules.items() if name not in named}
+
+
+def check_players(config: RunConfig, players: Mapping[str, nn.Module]) -> None:
+    """Raise UserError if a trained player has no optimiser, or an optimiser no player, or `lora` does nothing."""
+    for key, named in (("optimizers", config.optimizers), ("lora", config.lora)):
+        for name in named:
+            if name not in players and name != "default":
+                raise UserError(f"{key}.{name}: no such player; choose from {', '.join([*players, 'default'])}")
+    for name in config.lora:
+        if name != "default" and config.lora[name] and not lora_of(players[name]):
+            raise UserError(f"lora.{name}: does not start as the teacher; it is trained in full")
+    for name in players:
+        config.optimizer(name)
+
+
+def check_optimizers(config: RunConfig, trained: Mapping[str, nn.Module]) -> None:
+    """Raise UserError where an optimiser cannot be, 8-bit ones mostly."""
+    for name, module in trained.items():
+        make_optimizer(module, config.optimizer(name))
+
+
+def check_batch(train: TrainConfig, num_processes: int) -> None:
+    """Raise UserError where the batch cannot be shared out."""
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if batch % num_processes:
+        raise UserError(f"train.global_batch_size = {batch}: must be a multiple of the {num_processes} processes")
+    share = batch // num_processes
+    if micro and (batch % micro or share % min(micro, share)):
+        each = f", {share} in each of {num_processes} processes" if num_processes > 1 else ""
+        raise UserError(
+            f"train.global_batch_size = {batch}{each}: must be a multiple of train.micro_batch_size = {micro}"
+        )

@@ -1,0 +1,128 @@
+"""From a config and a teacher to the student's description and the method's problem."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from diffdistill.data.source import ImageSource
+from diffdistill.distillation.method import Method, Problem
+from diffdistill.models.load import TrainedPlayers, load_players
+from diffdistill.models.spec import ModelSpec, TrainedModel
+from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig
+from diffdistill.training.inputs import Inputs
+
+
+def resolve_models(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> tuple[ModelSpec, Problem]:
+    """The student's description and the method's problem, from the teacher or from `model`."""
+    source, method, shape = inputs.source, config.method, inputs.source.image_shape
+    check_models(config, teacher)
+    if teacher:
+        teacher.denoiser.conditions = inputs.conditions
+    if teacher and teacher.spec.image_shape != shape:
+        raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
+    initial = load_players(config.init, base=teacher.denoiser if teacher else None) if config.init else None
+    check_lora(config, teacher, initial)
+    for denoiser in initial.denoisers.values() if initial and teacher else ():
+        denoiser.conditions = teacher.denoiser.conditions  # type: ignore[union-attr]
+    problem = Problem(
+        shape,
+        teacher.denoiser.num_classes if teacher else len(inputs.conditions or ()) or source.num_classes,
+        teacher.spec.model.path if teacher else config.model.path,  # type: ignore[union-attr]
+        teacher=teacher.denoiser if teacher else None,
+        initial=initial.denoisers if initial else {},
+        num_steps=config.train.steps,
+        batch_size=config.train.global_batch_size,
+        lora=config.lora,
+    )
+    spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
+    if spec.model.path != problem.path:
+        raise UserError("model.path: must be the teacher's")
+    problem = replace(problem, classes=method.classes(problem, source))
+    spec = replace(spec, classes=problem.classes)
+    if config.negative_prompt is not None:
+        spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=config.negative_scale)
+    if teacher and any(config.lora.values()):
+        spec = replace(spec, base=fingerprint(teacher.denoiser.net))
+    if config.model is None and teacher and spec.model == teacher.spec.model:
+        return spec, problem
+    with seeded(config.train.seed):
+        network = spec.build()
+        network.conditions = inputs.conditions
+        factors = lora_of(network)
+        if factors:
+            assert teacher is not None
+            factors.mount(teacher.denoiser.net)
+        return spec, replace(problem, network=network)
+
+
+def describe_student(
+    config: RunConfig, problem: Problem, teacher: ModelSpec | None, initial: ModelSpec | None
+) -> ModelSpec:
+    """The student's network and sampler: the config's `model`, or what the method makes of its origin's."""
+    method, sampler = config.method, config.method.sampler(problem)
+    if config.model is not None:
+        class_dropout = teacher.class_dropout if teacher else getattr(method, "class_dropout", 0.0)
+        return ModelSpec(
+            model=config.model,
+            image_shape=problem.image_shape,
+            num_classes=teacher.num_classes if teacher else 0 if config.text_encoder else problem.num_classes,
+            class_dropout=class_dropout,
+            sampler=sampler,
+            text_encoder=teacher.text_encoder if teacher else config.text_encoder,
+        )
+    if initial:
+        return replace(initial, sampler=sampler)
+    assert teacher is not None
+    origin: Any = teacher.model.network
+    lora = settings_for(method.student, config.lora)
+    if lora:
+        origin = LoRAConfig(base=origin, lora=lora)
+    network, predicts = method.student_model(origin, teacher.model.predicts, problem)
+    return replace(teacher, sampler=sampler, model=replace(teacher.model, network=network, predicts=predicts))
+
+
+def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:
+    """Raise UserError unless the config names the models that its method needs."""
+    if config.method.trains_network:
+        if config.model is None or teacher is None:
+            raise UserError(f"{config.method.name} needs both: `model`, the student's, and `teacher`, a run's folder")
+    elif (config.model is None) == (teacher is None):
+        raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
+    if config.init and teacher is None:
+        raise UserError("init: goes with a `teacher`; to go on with a run, use --resume")
+
+
+def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: TrainedPlayers | None) -> None:
+    """Raise UserError where there is no teacher for the factors to stand over, or another network would start."""
+    if not any(config.lora.values()):
+        return
+    if teacher is None or config.method.trains_network:
+        raise UserError(f"lora: goes over a teacher, but {config.method.name} trains a new network; leave lora out")
+    for name, denoiser in initial.denoisers.items() if initial else ():
+        if settings_for(name, config.lora) and not lora_of(denoiser):
+            raise UserError(f"init: its {name} was trained in full, and lora goes over the teacher; leave one out")
+
+
+def check_labels(method: Method, problem: Problem, source: ImageSource) -> None:
+    """Raise UserError if the data's labels are not the teacher's classes."""
+    known, labels = problem.num_classes, source.labels
+    if not known or not method.needs_images:
+        return
+    if labels is None:
+        raise UserError(f"data: has no labels, but the teacher was trained on {known} classes; give it labels")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= known:
+        raise UserError(f"data: labels go from {low} to {high}; the teacher knows 0 to {known - 1}")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """New networks depend on the run's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
