@@ -127,7 +127,7 @@ def _read_override(folder: Path, content: bytes) -> None:
 
 
 def _records(_: Path) -> list[bytes]:
-    from test_records import MEASURED
+    from support.made_records import MEASURED
 
     return [json.dumps(dump(MEASURED)).encode() + b"\n", *(f.read_bytes() for f in (ROOT / "results").glob("*.jsonl"))][
         :3

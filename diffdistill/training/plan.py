@@ -141,7 +141,9 @@ def plan(
     trained, followers = build_players(config, spec, problem, home)
     apply_speed(config.speed, trained, problem.teacher, followers, processes.device)
     check_optimizers(config, trained)
-    evaluator = make_evaluator(config.eval, folder, trained[config.method.student], spec, processes, trusts_code=trusts_code)
+    evaluator = make_evaluator(
+        config.eval, folder, trained[config.method.student], spec, processes, trusts_code=trusts_code
+    )
     if state:
         check_unchanged(config, inputs.source, state, origin=start, allow_changes=allow_changes)
     return Plan(

@@ -348,5 +348,6 @@ def test_values_with_several_repeats_are_all_kept() -> None:
 def test_templates_and_published_numbers_are_installed_with_the_package() -> None:
     root = Path(__file__).parents[2]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    installed = {file for pattern in patterns["diffdistill.eval"] for file in (root / "eval").glob(pattern)}
-    assert installed >= {root / "eval" / "reported.jsonl", *(root / "eval" / "board" / "html").iterdir()}
+    board = root / "eval" / "board"
+    installed = {file for pattern in patterns["diffdistill.eval.board"] for file in board.glob(pattern)}
+    assert installed >= {board / "reported.jsonl", *(board / "html").iterdir()}

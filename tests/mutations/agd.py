@@ -55,7 +55,7 @@ FAULTS = (
     Fault(
         "the student's base is not the teacher",
         "methods/agd.py",
-        '        take_weights(student, setting.initial.get("adapted", teacher))\n',
+        '        take_weights(student, problem.initial.get("adapted", teacher))\n',
         "",
         "methods/test_agd.py::test_a_run_changes_the_adapters_and_no_bit_of_the_base",
     ),

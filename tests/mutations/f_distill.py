@@ -61,7 +61,7 @@ FAULTS = (
     Fault(
         "the ratios of the whole batch have other dropout than the loss",
         "diffdistill/training/trainer.py",
-        "        self._let_learn(update)  # for the dropout of the loss\n",
+        "        iteration.select(update)  # for the dropout of the loss\n",
         "",
         "training/test_trainer.py::test_only_the_players_of_an_update_have_dropout_when_its_statistics_and_its_loss_are_asked_for",
     ),

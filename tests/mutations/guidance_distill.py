@@ -34,7 +34,7 @@ FAULTS = (
     Fault(
         "the student starts anew",
         "methods/guidance_distill.py",
-        '        take_weights(student, setting.initial.get("student", teacher))\n',
+        '        take_weights(student, problem.initial.get("student", teacher))\n',
         "",
         "methods/test_guidance_distill.py::test_at_scale_1_the_new_student_is_the_teacher_and_its_loss_is_zero",
     ),

@@ -19,9 +19,9 @@ FAULTS = (
     ),
     Fault(
         "real images are of all classes",
-        "diffdistill/training/trainer.py",
-        "DataOrder(self.source, train.seed, classes=self.problem.classes)",
-        "DataOrder(self.source, train.seed)",
+        "diffdistill/training/plan.py",
+        "DataOrder(inputs.source, train.seed, classes=problem.classes)",
+        "DataOrder(inputs.source, train.seed)",
         "methods/test_msd.py::test_a_student_s_real_images_are_of_its_classes",
     ),
     Fault(

@@ -61,7 +61,7 @@ def test_a_player_that_no_update_names_is_saved_and_restored(make_config: MakeCo
     config = make_config("dmd2", "train.steps=3")
     trainer = Trainer(config, quiet=True)
     trainer.run()
-    resumed = Trainer(config, resume=True).followers["earlier"].state_dict()
+    resumed = Trainer(config, resume=True).assembly.plan.followers["earlier"].state_dict()
     kept = trainer.assembly.plan.followers["earlier"].state_dict()
     assert all(torch.equal(kept[name], resumed[name]) for name in kept)
 

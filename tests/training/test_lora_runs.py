@@ -16,8 +16,10 @@ from diffdistill.models.load import load_model, load_players
 from diffdistill.networks.lora import lora_of
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import find_damage
+from diffdistill.training.assembly import assemble
 from diffdistill.training.config import RunConfig
-from diffdistill.training.memory.prediction import plan_memory
+from diffdistill.training.memory.prediction import MemoryPlan, plan_memory
+from diffdistill.training.plan import plan
 from diffdistill.training.trainer import Trainer
 
 LORA = "lora.default={rank: 2}"
@@ -211,8 +213,13 @@ def test_factors_go_with_the_settings_of_speed(make_config: MakeConfig, speed: S
     assert all(torch.isfinite(tensor).all() for tensor in newest(trained(config).folder, "players").values())
 
 
+def planned(config: RunConfig) -> MemoryPlan:
+    assembly = assemble(plan(config))
+    return plan_memory(assembly.plan, assembly.iteration)
+
+
 def test_the_memory_plan_counts_the_base_once(make_config: MakeConfig) -> None:
-    factors, full = (plan_memory(Trainer(make_config("sid", *extra), quiet=True)) for extra in ((LORA,), ()))
+    factors, full = (planned(make_config("sid", *extra)) for extra in ((LORA,), ()))
     assert factors.players["teacher"] == full.players["teacher"]
     assert factors.players["generator"].weights < 0.2 * full.players["generator"].weights
     assert factors.players["fake"].optimizer < 0.2 * full.players["fake"].optimizer

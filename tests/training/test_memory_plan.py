@@ -42,6 +42,14 @@ def teacher_of(make_config: MakeConfig) -> Callable[[str], str]:
     return run
 
 
+def planned(trainer: Trainer) -> MemoryPlan:
+    return plan_memory(trainer.plan, trainer.assembly.iteration)
+
+
+def advice(trainer: Trainer, needs: MemoryPlan, memory: int) -> list[str]:
+    return advise(trainer.plan, trainer.assembly.iteration, needs, memory)
+
+
 @pytest.fixture
 def new_trainer(make_config: MakeConfig, teacher_of: Callable[[str], str]) -> Callable[..., Trainer]:
     """A trainer that has not begun, of this method and network."""
@@ -57,8 +65,8 @@ def new_trainer(make_config: MakeConfig, teacher_of: Callable[[str], str]) -> Ca
 @pytest.mark.parametrize("method", ["pretrain", "dmd2"])
 def test_the_plan_is_what_two_steps_need(new_trainer: Callable[..., Trainer], method: str, network: str) -> None:
     trainer = new_trainer(method, network, "train.global_batch_size=16", "train.micro_batch_size=8")
-    plan = plan_memory(trainer)
-    counted = rehearse(trainer)
+    plan = planned(trainer)
+    counted = rehearse(trainer.assembly)
     assert plan.players == counted.players, "weights, gradients and optimiser states are exact"
     assert plan.averages == counted.averages > 0
     assert plan.peak_activations == pytest.approx(counted.activations, rel=TOLERANCE)
@@ -81,8 +89,8 @@ def test_the_plan_is_what_two_steps_need(new_trainer: Callable[..., Trainer], me
 )
 def test_the_plan_knows_the_settings(new_trainer: Callable[..., Trainer], setting: str) -> None:
     trainer = new_trainer("dmd2", "unet", setting)
-    plan = plan_memory(trainer)
-    counted = rehearse(trainer)
+    plan = planned(trainer)
+    counted = rehearse(trainer.assembly)
     assert plan.players == counted.players
     assert plan.averages == counted.averages
     assert plan.peak_activations == pytest.approx(counted.activations, rel=TOLERANCE)
@@ -92,7 +100,7 @@ def test_the_plan_knows_the_settings(new_trainer: Callable[..., Trainer], settin
 def test_the_total_is_near_to_what_is_alive_at_the_peak(new_trainer: Callable[..., Trainer], setting: str) -> None:
     """Not a bound: gradients of activations come on top, and weights' gradients come when activations go."""
     trainer = new_trainer("dmd2", "unet", "train.global_batch_size=64", setting)
-    plan = plan_memory(trainer)
+    plan = planned(trainer)
     trainer.train_step(), trainer.train_step()  # as many as it takes to make the optimisers' states
     with LiveTensors() as alive:
         trainer.train_step()
@@ -101,14 +109,13 @@ def test_the_total_is_near_to_what_is_alive_at_the_peak(new_trainer: Callable[..
 
 
 def test_planning_leaves_the_run_as_it_was(new_trainer: Callable[..., Trainer]) -> None:
-    plain, planned = new_trainer("dmd2", "unet"), new_trainer("dmd2", "unet")
-    plan = plan_memory(planned)
-    advise(planned, plan, 0)
-    for trainer in (plain, planned):
+    plain, other = new_trainer("dmd2", "unet"), new_trainer("dmd2", "unet")
+    advice(other, planned(other), 0)
+    for trainer in (plain, other):
         trainer.train_step()
     for name, module in plain.trained.items():
         for key, value in module.state_dict().items():
-            assert torch.equal(value, planned.trained[name].state_dict()[key])
+            assert torch.equal(value, other.trained[name].state_dict()[key])
 
 
 @pytest.mark.parametrize(
@@ -174,9 +181,9 @@ def taken(lines: list[str]) -> list[str]:
 
 def test_advice_begins_with_the_micro_batch_which_changes_no_result(new_trainer: Callable[..., Trainer]) -> None:
     trainer = new_trainer("dmd2", "unet", "train.global_batch_size=32")
-    plan = plan_memory(trainer)
+    plan = planned(trainer)
     half = replace(plan, micro_batch_size=16)
-    assert advise(trainer, plan, half.total) == [f"train.micro_batch_size=16: {half.total / 2**20:.2f} MiB"]
+    assert advice(trainer, plan, half.total) == [f"train.micro_batch_size=16: {half.total / 2**20:.2f} MiB"]
 
 
 SETTINGS = (
@@ -189,10 +196,10 @@ SETTINGS = (
 
 def test_advice_goes_on_until_it_fits(new_trainer: Callable[..., Trainer]) -> None:
     trainer = new_trainer("dmd2", "unet", "train.micro_batch_size=1")
-    plan = plan_memory(trainer)
-    assert advise(trainer, plan, plan.total) == []
-    assert taken(advise(trainer, plan, plan.total - 1)) == ["speed.teacher_dtype"]
-    lines = advise(trainer, plan, 1000)
+    plan = planned(trainer)
+    assert advice(trainer, plan, plan.total) == []
+    assert taken(advice(trainer, plan, plan.total - 1)) == ["speed.teacher_dtype"]
+    lines = advice(trainer, plan, 1000)
     assert taken(lines)[:4] == taken(list(SETTINGS))
     assert lines[-1].endswith("take a smaller network")
 
@@ -200,9 +207,9 @@ def test_advice_goes_on_until_it_fits(new_trainer: Callable[..., Trainer]) -> No
 def test_advice_holds_when_it_is_followed(new_trainer: Callable[..., Trainer]) -> None:
     """The predicted total of each setting is the plan of a run that has it, and those before it."""
     trainer = new_trainer("dmd2", "unet", "train.micro_batch_size=1")
-    lines = advise(trainer, plan_memory(trainer), 1000)
+    lines = advice(trainer, planned(trainer), 1000)
     for count, line in enumerate(lines[:4], 1):
-        followed: MemoryPlan = plan_memory(new_trainer("dmd2", "unet", "train.micro_batch_size=1", *SETTINGS[:count]))
+        followed: MemoryPlan = planned(new_trainer("dmd2", "unet", "train.micro_batch_size=1", *SETTINGS[:count]))
         assert line == f"{SETTINGS[count - 1]}: {followed.total / 2**20:.2f} MiB"
 
 

@@ -136,7 +136,7 @@ def test_a_run_with_an_offloaded_teacher_ends_as_one_without(make_config: MakeCo
 
 def test_the_memory_plan_leaves_an_offloaded_teacher_out(make_config: MakeConfig) -> None:
     trainer = Trainer(make_config("sid", "speed.teacher_device=cpu"), quiet=True)
-    assert plan_memory(trainer).players["teacher"].weights == 0
+    assert plan_memory(trainer.plan, trainer.assembly.iteration).players["teacher"].weights == 0
 
 
 @pytest.mark.parametrize(

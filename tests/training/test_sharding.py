@@ -35,7 +35,9 @@ from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from diffdistill.storage.shard_files import read_shards
+from diffdistill.training.assembly import assemble
 from diffdistill.training.config import RunConfig
+from diffdistill.training.plan import plan
 from diffdistill.training.sharding import filled, outline, shard
 from diffdistill.training.trainer import Trainer
 
@@ -352,7 +354,7 @@ def test_what_could_not_be_gathered_can_be_gathered_again(
 
     command = ["gather", in_parts.run, "--out", str(tmp_path / "whole")]
     with monkeypatch.context() as patched:
-        patched.setattr("diffdistill.storage.atomic.write_tensors", full)
+        patched.setattr("diffdistill.storage.checkpoint.write_tensors", full)
         assert "the disk is full" in CliRunner().invoke(app, command).output
     assert CliRunner().invoke(app, command).exit_code == 0
 
@@ -458,10 +460,10 @@ def test_where_one_process_finds_no_room_all_stop_and_nothing_is_left(make_confi
 
 def save_elsewhere(config: RunConfig) -> str:
     """Save with the run's folder on a disk of each process's own."""
-    trainer = Trainer(config, quiet=True)
-    _ = trainer.assembly
+    assembly = assemble(plan(config))
+    own = replace(config, run=f"{config.run}/{assembly.plan.processes.rank}")
+    trainer = Trainer(replace(assembly, plan=replace(assembly.plan, config=own)), quiet=True)
     trainer.train_step()
-    trainer.folder = trainer.folder / str(trainer.processes.rank)
     with pytest.raises(TrainingError) as raised:
         trainer.save()
     return str(raised.value)
@@ -483,13 +485,13 @@ def end_early(config: RunConfig, moment: str) -> str:
 
     with pytest.MonkeyPatch.context() as patched:
         if os.environ["RANK"] == "1":
-            patched.setattr(f"diffdistill.training.trainer.{moment}", gone)
+            patched.setattr(f"diffdistill.training.{moment}", gone)
         with pytest.raises((TrainingError, ZeroDivisionError)) as raised:
             Trainer(config, quiet=True).run()
     return str(raised.value)
 
 
-@pytest.mark.parametrize("moment", ["clip", "filled"])
+@pytest.mark.parametrize("moment", ["trainer.clip", "assembly.filled"])
 def test_a_process_that_is_gone_is_said_to_be_gone_whatever_the_others_wait_in(
     make_config: MakeConfig, moment: str
 ) -> None:

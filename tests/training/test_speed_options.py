@@ -205,8 +205,8 @@ def test_a_bf16_teacher_leaves_field_and_players_in_float32(make_config: MakeCon
     for run in (trainer, plain):
         for player in run.players.values():
             player.eval()
-        images, cond = run.real(0, 8)
-        micro = run.micro_batch(0, images, cond, 8)
+        images, cond = run.plan.real(0, 8)
+        micro = run.assembly.iteration.micro_batch(0, 0, images, cond, 8)
         for parameter in run.players.fake.parameters():
             nn.init.normal_(parameter, 0, 0.05, generator=torch.Generator().manual_seed(0))
         fields.append(run.method.field(run.players, micro.draw, torch.zeros(8, *SHAPE)))

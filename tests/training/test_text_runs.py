@@ -17,10 +17,11 @@ from support.stand_ins import save_sentence_encoder, save_stand_in
 from torch import Tensor, nn
 
 from diffdistill.data.source import LatentImages, NoImages
+from diffdistill.models import encoders
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers import Pipeline, open_pipeline
 from diffdistill.settings.schema import UserError
-from diffdistill.training import inputs, setup
+from diffdistill.training import plan as plan_module
 from diffdistill.training.config import RunConfig
 from diffdistill.training.trainer import Trainer
 
@@ -115,7 +116,7 @@ def test_captioned_images_become_latents_of_the_teacher_s_vae(shared: Path, tmp_
         mean, more = (pipeline.family.to_latents(vae, images, torch.full((3, 4, 8, 8), eps)) for eps in (0.0, 1.0))
     # One sample of the posterior: so many deviations from its mean, the noise of the image's number.
     eps = (trainer.plan.source.rows(torch.arange(3)) - mean) / (more - mean)
-    expected = inputs.StepRandom(inputs.LATENT_SEED, 0, torch.arange(3)).normal("latents", (4, 8, 8))
+    expected = encoders.StepRandom(encoders.LATENT_SEED, 0, torch.arange(3)).normal("latents", (4, 8, 8))
     torch.testing.assert_close(eps, expected, rtol=0, atol=1e-2)
     trainer.run()
 
@@ -153,10 +154,10 @@ def test_encoders_have_left_memory_before_the_networks_come(
         assert all(reference() is None for reference in seen), "an encoder is still there"
         return load_teacher(*arguments)
 
-    load_teacher = setup.load_teacher
+    load_teacher = plan_module.load_teacher
     monkeypatch.setattr(Pipeline, "load_encoder", watched(Pipeline.load_encoder))
     monkeypatch.setattr(Pipeline, "load_vae", watched(Pipeline.load_vae))
-    monkeypatch.setattr("diffdistill.training.trainer.load_teacher", checked)
+    monkeypatch.setattr("diffdistill.training.plan.load_teacher", checked)
     Trainer(config("dmd2", shared, tmp_path / "run", "captioned_images", FLAT), quiet=True)
 
 
