@@ -16,9 +16,11 @@ from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
+from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.distillation.scales import Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
     condition,
@@ -32,7 +34,7 @@ from diffdistill.distillation.score_distillation import (
     tapped,
 )
 from diffdistill.networks.discriminator import make_head
-from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, field, schema
+from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
 
 
 @schema
@@ -41,7 +43,10 @@ class DMD2(Method):
 
     name: Literal["dmd2"] = "dmd2"
     steps: FewSteps = field(default_factory=FewSteps)
-    guidance: float = 1.0  # w of D_u + w (D_c - D_u), on the teacher alone
+    levels: DrawnLevels | None = None  # of the calls in training; null: those of `steps`
+    guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
+    fake_guidance: Scale = 1.0  # of the fake score; the paper has none
+    fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
     fake_updates: PositiveInt = 5  # exactly this many to one generator update
     generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
@@ -58,6 +63,14 @@ class DMD2(Method):
 
     student = "generator"
 
+    def __post_init__(self) -> None:
+        if self.regression_weight and isinstance(self.guidance, tuple):
+            raise ValueError("regression_weight: stored pairs are of one scale; give `guidance` one, not a range")
+
+    @property
+    def scales(self) -> dict[str, Scale]:
+        return {"guidance": self.guidance, "fake_guidance": self.fake_guidance}
+
     @property
     def needs_images(self) -> bool:
         return self.gan_weight > 0
@@ -71,14 +84,14 @@ class DMD2(Method):
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
-        players = start_players(problem, guidance=self.guidance)
+        players = start_players(problem, **self.scales)
         if self.gan_weight:
             players["discriminator"] = make_head(tapped(problem, players, self.gan_features), problem.image_shape)
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         """Teacher pairs for the regression: noise, image, label."""
-        if not self.regression_weight:
+        if not self.regression_weight or isinstance(self.guidance, tuple):
             return {}
         sampler, count = self.regression_sampler, self.regression_pairs
         return teacher_pairs(problem, seed, count, sampler, guidance=self.guidance)
@@ -87,7 +100,10 @@ class DMD2(Method):
         laws = {"": self.generator_time_law, "fake ": self.fake_time_law}
         if self.gan_weight:
             laws |= dict.fromkeys(("gan ", "gan real ", "gan fake "), self.gan_time_law)
-        numbers = draw_step(rng, problem, self.steps, laws)
+        scales, dropout = self.scales, self.fake_class_dropout
+        numbers = draw_step(
+            rng, problem, self.steps, laws, levels=self.levels, scales=scales, fake_class_dropout=dropout
+        )
         if self.regression_weight:
             numbers["pair"] = integer_of(rng.uniform("pair"), self.regression_pairs)
         return numbers
@@ -99,7 +115,8 @@ class DMD2(Method):
         matching = field_loss(x, field_value)
         total, logs = matching, {"matching": matching.detach(), "field": field_value.abs().mean()}
         if self.gan_weight:
-            logits = head_logits(players, draw, self.gan_features, x, ("gan ",), condition(players, draw))
+            judged = condition(players, draw, role=self.gan_features)
+            logits = head_logits(players, draw, self.gan_features, x, ("gan ",), judged)
             adversarial = gan_generator_loss(logits)
             total = total + self.gan_weight * adversarial
             logs["gan"] = adversarial.detach()
@@ -115,10 +132,11 @@ class DMD2(Method):
     @torch.no_grad()
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
         """(D_fake - D_teacher) / nu at x noised: down it, the samples' law moves to the teacher's."""
-        path, t, cond = players.teacher.path, draw["t"], condition(players, draw)
+        path, t = players.teacher.path, draw["t"]
+        guidance, fake_guidance = (scale_in(draw, name, scale) for name, scale in self.scales.items())
         x_t = path.diffuse(x, draw["eps"], t)
-        real = players.teacher(x_t, t, cond, guidance=self.guidance)
-        fake = players.fake(x_t, t, cond)
+        real = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
+        fake = players.fake(x_t, t, condition(players, draw, role="fake"), guidance=fake_guidance)
         field_value = matching_field(x, fake, real, minimum=self.normaliser_minimum)
         return zero_nonfinite(field_value * expand(path.alpha(t) ** self.alpha_power, x))
 

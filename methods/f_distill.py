@@ -20,6 +20,7 @@ from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras
 from diffdistill.distillation.divergences import WEIGHTS, Divergence, RatioMeans, density_ratio, mean_by_bin
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
+from diffdistill.distillation.scales import Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
     condition,
@@ -32,7 +33,7 @@ from diffdistill.distillation.score_distillation import (
     tapped,
 )
 from diffdistill.networks.discriminator import make_head
-from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, field, schema
+from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
 
 
 @schema
@@ -42,7 +43,9 @@ class FDistill(Method):
     name: Literal["f_distill"] = "f_distill"
     divergence: Divergence = "js"
     steps: FewSteps = field(default_factory=FewSteps)
-    guidance: float = 1.0  # w of D_u + w (D_c - D_u), on the teacher alone
+    guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
+    fake_guidance: Scale = 1.0  # of the fake score; the paper has none
+    fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
     fake_updates: PositiveInt = 5  # exactly this many to one generator update
     generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
@@ -67,6 +70,10 @@ class FDistill(Method):
             raise ValueError("ratio_memory: remembers the means of bins; give ratio_bins, or 0")
 
     @property
+    def scales(self) -> dict[str, Scale]:
+        return {"guidance": self.guidance, "fake_guidance": self.fake_guidance}
+
+    @property
     def has_discriminator(self) -> bool:
         return self.gan_weight > 0 or self.divergence != "rkl"
 
@@ -85,7 +92,7 @@ class FDistill(Method):
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
-        players = start_players(problem, guidance=self.guidance)
+        players = start_players(problem, **self.scales)
         if self.has_discriminator:
             players["discriminator"] = make_head(tapped(problem, players, self.gan_features), problem.image_shape)
         return players | ({"ratio_means": RatioMeans(self.ratio_bins)} if self.ratio_memory else {})
@@ -96,7 +103,8 @@ class FDistill(Method):
             laws |= dict.fromkeys(("gan real ", "gan fake "), self.gan_time_law)
         # A law is a quantile function, so that even shares of its uniform number are bins of equal probability.
         bins = {"bin": integer_of(rng.uniform("t"), self.ratio_bins)} if self.ratio_bins else {}
-        return draw_step(rng, problem, self.steps, laws) | bins
+        dropout = self.fake_class_dropout
+        return draw_step(rng, problem, self.steps, laws, scales=self.scales, fake_class_dropout=dropout) | bins
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Distribution matching weighted by h(r), plus the GAN's share at the same noised image."""
@@ -122,7 +130,8 @@ class FDistill(Method):
         """
         path, t = players.teacher.path, draw["t"]
         x_t = path.diffuse(x, draw["eps"], t)
-        teacher = players.teacher(x_t, t, condition(players, draw), guidance=self.guidance)
+        guidance = scale_in(draw, "guidance", self.guidance)
+        teacher = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
         matching = matching_field(x, fake, teacher, minimum=self.normaliser_minimum)
         return zero_nonfinite(expand(weight, x) * (matching * expand(path.alpha(t) ** self.alpha_power, x)))
 
@@ -145,15 +154,16 @@ class FDistill(Method):
 
     def _look(self, players: Players, draw: Draw, x: Tensor) -> tuple[Tensor, Tensor]:
         """D_fake at x noised, and the discriminator's logits [B] there (none without one), with a graph to x."""
-        cond, t = condition(players, draw), draw["t"]
+        cond, t, guidance = condition(players, draw, role="fake"), draw["t"], self.fake_guidance
         x_t = players.teacher.path.diffuse(x, draw["eps"], t)
-        if not self.has_discriminator:
-            return players.fake(x_t, t, cond), x.new_zeros(0)
-        if self.gan_features == "fake":
+        if self.has_discriminator and self.gan_features == "fake" and guidance == 1:
             fake, features = players.fake(x_t, t, cond, want="both")
-        else:
-            fake, features = players.fake(x_t, t, cond), players.teacher(x_t, t, cond, want="features")
-        return fake, players.discriminator(features)
+            return fake, players.discriminator(features)
+        fake = players.fake(x_t, t, cond, guidance=scale_in(draw, "fake_guidance", guidance))
+        if not self.has_discriminator:
+            return fake, x.new_zeros(0)
+        judged = condition(players, draw, role=self.gan_features)
+        return fake, players.discriminator(players[self.gan_features](x_t, t, judged, want="features"))
 
     def _ratio(self, logits: Tensor) -> Tensor:
         return density_ratio(logits, self.ratio_min, self.ratio_max)

@@ -36,6 +36,7 @@ from diffdistill.distillation.score_distillation import (
     generate,
     matching_field,
     start_players,
+    tapped,
 )
 from diffdistill.distillation.segments import Ends, Stage, draw_jump, stage_at, stage_starts
 from diffdistill.networks.discriminator import make_head
@@ -92,14 +93,12 @@ class HyperSD(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, guidance=next((w for w in self.guidance if w != 1), 1.0))
-        teacher = problem.teacher
-        assert teacher is not None
         for feedback in self.feedback:
             find_reward(feedback.reward)
         if self._start("score_weight") is None:
             del players["fake"]
         if self._start("adversarial_weight") is not None:
-            players["discriminator"] = make_head(teacher, problem.image_shape)
+            players["discriminator"] = make_head(tapped(problem, players, "teacher"), problem.image_shape)
         copies = ("target", "solver") if self.stage_teacher == "previous" else ("target",)
         return players | {name: deepcopy(players["generator"]) for name in copies}
 
@@ -165,9 +164,9 @@ class HyperSD(Method):
     @torch.no_grad()
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
         """DMD's push on the images of the student's own calls.  Section 3.3."""
-        path, t, cond = players.teacher.path, draw["t"], condition(players, draw)
-        x_t = path.diffuse(x, draw["eps"], t)
-        real, fake = players.teacher(x_t, t, cond, guidance=draw.get("w", 1.0)), players.fake(x_t, t, cond)
+        t, x_t = draw["t"], players.teacher.path.diffuse(x, draw["eps"], draw["t"])
+        asked, told = (condition(players, draw, role=role) for role in ("teacher", "fake"))
+        real, fake = players.teacher(x_t, t, asked, guidance=draw.get("w", 1.0)), players.fake(x_t, t, told)
         return zero_nonfinite(matching_field(x, fake, real, minimum=self.normaliser_minimum))
 
     def discriminator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
@@ -192,9 +191,8 @@ class HyperSD(Method):
 
     def _distance(self, gap: Tensor) -> Tensor:
         """Mean square, or PCM's Huber distance of every value."""
-        if self.distance == "mse":
-            return (gap**2).mean()
-        return ((gap**2 + self.huber_width**2).sqrt() - self.huber_width).mean()
+        square, width = gap**2, self.huber_width
+        return (square if self.distance == "mse" else (square + width**2).sqrt() - width).mean()
 
     def _start(self, weight: str) -> int | None:
         """The iteration at which the first stage with this weight begins."""

@@ -113,7 +113,7 @@ class SiD(Method):
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """The score identity loss, through both score networks, and SiDA's adversarial share."""
         x, x_t, teacher, weight = self._judged(players, draw)
-        t, cond = draw["t"], condition(players, draw)
+        t, cond = draw["t"], condition(players, draw, role="fake")
         is_adversarial = self.gan_weight > 0 and bool(draw["is_gan_on"])
         seen = players.fake(x_t, t, cond, guidance=self.fake_guidance, want="both" if is_adversarial else "x0")
         fake, features = seen if is_adversarial else (seen, None)

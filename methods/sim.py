@@ -16,8 +16,10 @@ from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
+from diffdistill.distillation.scales import Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     SampleWeight,
+    check_groups,
     condition,
     draw_step,
     fake_sample,
@@ -41,7 +43,10 @@ class SIM(Method):
     huber_c: Positive = 0.03  # not verified; 0.00054 sqrt(N) of consistency training at N = 3 * 32 * 32
     weight: SampleWeight = "one"
     normaliser_minimum: Positive = 1e-5  # of weight: nu
-    guidance: float = 1.0  # w of D_u + w (D_c - D_u), on the teacher alone
+    samples_per_condition: PositiveInt = 1  # so many samples after one another share their class
+    guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
+    fake_guidance: Scale = 1.0  # of the fake score; the paper has none
+    fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
     time_law: AnyTimeDistribution = field(default_factory=lambda: Karras(ratio_max=24.41))
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     fake_weight: DenoisingWeight = "edm"
@@ -52,6 +57,10 @@ class SIM(Method):
     needs_images = False
 
     @property
+    def scales(self) -> dict[str, Scale]:
+        return {"guidance": self.guidance, "fake_guidance": self.fake_guidance}
+
+    @property
     def updates(self) -> tuple[Update, ...]:
         return (Update(("fake",), "fake_loss"), Update(("generator",), "generator_loss", self.fake_updates))
 
@@ -59,23 +68,33 @@ class SIM(Method):
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
-        players = start_players(problem, guidance=self.guidance)
+        players = start_players(problem, **self.scales)
+        check_groups(problem, self.samples_per_condition)
         assert problem.teacher is not None
         check_augmentation(problem.teacher, "fake_augment", self.fake_augment)
         return players
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         laws = {"": self.time_law, "fake ": self.fake_time_law}
-        numbers = draw_step(rng, problem, self.steps, laws, samples=("", "fake "))
+        numbers = draw_step(
+            rng,
+            problem,
+            self.steps,
+            laws,
+            samples=("", "fake "),
+            scales=self.scales,
+            fake_class_dropout=self.fake_class_dropout,
+            samples_per_condition=self.samples_per_condition,
+        )
         return numbers | ({"fake motion": draw_motion(rng, self.fake_augment)} if self.fake_augment else {})
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Score implicit matching: the gradient of E d(s_generator - s_teacher) with the law of x_t held fixed."""
-        weight, minimum = self.weight, self.normaliser_minimum
+        guidance, fake_guidance = (scale_in(draw, name, scale) for name, scale in self.scales.items())
         x, x_t, teacher, weights = judged_sample(
-            players, draw, self.steps, guidance=self.guidance, weight=weight, minimum=minimum
+            players, draw, self.steps, guidance=guidance, weight=self.weight, minimum=self.normaliser_minimum
         )
-        fake = players.fake(x_t, draw["t"], condition(players, draw))
+        fake = players.fake(x_t, draw["t"], condition(players, draw, role="fake"), guidance=fake_guidance)
         matching = mean_of_finite(weights * implicit_matching(x, teacher, fake, self.distance, c=self.huber_c))
         return Loss(matching, {"matching": matching.detach(), "gap": (teacher - fake).detach().abs().mean()})
 

@@ -188,7 +188,8 @@ class FewSteps:
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         guided = begin(guidance, denoiser, cond)
-        start = self._run(denoiser.path, guided, noise, self.num_evaluations - 1, fresh_noise)
+        times = _each_sample_s(self.times(denoiser.path), noise)
+        start = self._run(denoiser.path, guided, noise, times, self.num_evaluations - 1, fresh_noise)
         return guided(start.x, start.t)
 
     def roll_out(
@@ -200,16 +201,21 @@ class FewSteps:
         step: int,
         fresh_noise: FreshNoise | None = None,
         guidance: Guidance = 1.0,
+        times: Tensor | None = None,
     ) -> "StepInput":
         """What call number `step` (0 is the first) is given when the generator makes the image itself.
 
-        noise: [B, ...] unit.  Returns x_t [B, ...] and t [B].  Training on it is DMD2's backward simulation.
+        noise: [B, ...] unit.  times: of the calls, each sample's own, [B, calls], noise first; default: the sampler's.
+        Returns x_t [B, ...] and t [B].  Training on it is DMD2's backward simulation.
         Raises ValueError if a later step has no fresh noise.
         """
-        return self._run(generator.path, begin(guidance, generator, cond), noise, step, fresh_noise)
+        times = _each_sample_s(self.times(generator.path), noise) if times is None else times.T
+        return self._run(generator.path, begin(guidance, generator, cond), noise, times, step, fresh_noise)
 
-    def _run(self, path: Path, guided: Guided, noise: Tensor, step: int, fresh_noise: FreshNoise | None) -> "StepInput":
-        times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
+    def _run(
+        self, path: Path, guided: Guided, noise: Tensor, times: Tensor, step: int, fresh_noise: FreshNoise | None
+    ) -> "StepInput":
+        """times: [calls, B]."""
         x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
         for i in range(step):
             x0 = guided(x, times[i])
@@ -265,7 +271,8 @@ class TCD:
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         guided = begin(guidance, denoiser, cond)
-        start = self._run(denoiser.path, guided, noise, self.num_steps - 1, fresh_noise)
+        times = _each_sample_s(self.times(denoiser.path), noise)
+        start = self._run(denoiser.path, guided, noise, times, self.num_steps - 1, fresh_noise)
         end = torch.zeros_like(start.t)
         return transfer(denoiser.path, start.x, guided(start.x, start.t, end), start.t, end)
 
@@ -278,16 +285,21 @@ class TCD:
         step: int,
         fresh_noise: FreshNoise | None = None,
         guidance: Guidance = 1.0,
+        times: Tensor | None = None,
     ) -> "StepInput":
         """What call number `step` (0 is the first) is given on the way from noise.
 
-        noise: [B, ...] unit.  Returns x_t [B, ...] and t [B].
+        noise: [B, ...] unit.  times: of the calls, each sample's own, [B, calls], noise first; default: the sampler's.
+        Returns x_t [B, ...] and t [B].
         Raises ValueError if a later step has no fresh noise, unless eta is 0.
         """
-        return self._run(generator.path, begin(guidance, generator, cond), noise, step, fresh_noise)
+        times = _each_sample_s(self.times(generator.path), noise) if times is None else times.T
+        return self._run(generator.path, begin(guidance, generator, cond), noise, times, step, fresh_noise)
 
-    def _run(self, path: Path, guided: Guided, noise: Tensor, step: int, fresh_noise: FreshNoise | None) -> "StepInput":
-        times = self.times(path).to(noise.device)[:, None].expand(-1, len(noise))
+    def _run(
+        self, path: Path, guided: Guided, noise: Tensor, times: Tensor, step: int, fresh_noise: FreshNoise | None
+    ) -> "StepInput":
+        """times: [calls, B]."""
         x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
         for i in range(step):
             t, following = times[i], times[i + 1]
@@ -340,3 +352,8 @@ StepSampler = FewSteps | TCD
 
 AnySampler = Annotated[Heun | DDIM | FewSteps | TCD | OneCall, Field(discriminator="name")]
 """The samplers that a config may name."""
+
+
+def _each_sample_s(times: Tensor, noise: Tensor) -> Tensor:
+    """The same times [calls] for every sample of noise [B, ...]: [calls, B], on its device."""
+    return times.to(noise.device)[:, None].expand(-1, len(noise))

@@ -8,7 +8,7 @@ processes all see the numbers of one undisturbed run.
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -86,6 +86,10 @@ class StepRandom:
     def integers(self, name: str, high: int) -> Tensor:
         """[B] int64 in 0 .. high - 1."""
         return integer_of(self.uniform(name), high)
+
+    def grouped(self, size: int) -> "StepRandom":
+        """The numbers of groups in the place of samples: `size` samples after one another have the same ones."""
+        return replace(self, index=self.index // size)
 
     def shared_integer(self, name: str, high: int) -> int:
         """One integer in 0 .. high - 1 for the whole batch: the same in every micro-batch and process."""

@@ -5,6 +5,8 @@ through the generator. A loss through the networks keeps the graph from x to x_t
 
 A draw holds, by name: for each noising "<call>t" and "<call>eps"; for each generated sample "<sample>z",
 "<sample>label" and "<sample>fresh i"; and one "step". A call or a sample's name is "" or ends in a space.
+It may hold "<sample>label for <role>", where a role is told another class than the sample's, and "times" [B, calls],
+where the levels of the generator's calls are drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import StepSampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import TimeDistribution
+from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.distillation.losses import (
     DenoisingWeight,
     denoising_loss,
@@ -29,10 +32,15 @@ from diffdistill.distillation.losses import (
     zero_nonfinite,
 )
 from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
+from diffdistill.distillation.scales import Scale, draw_scales, other_than_one
 from diffdistill.settings.schema import UserError
 
 Features = Literal["fake", "teacher"]
 """Whose bottleneck a discriminator's head reads."""
+
+Role = Literal["generator", "teacher", "fake", "fake loss"]
+"""Who is told a condition: what makes the sample, the teacher or the fake score that judges it, or the fake score as it
+learns from it. A discriminator's is that of the network whose features it reads."""
 
 SampleWeight = Literal["nu", "one", "alpha", "alpha^2", "alpha/sigma", "snr", "1/sigma", "1/sigma^2"]
 """The weight of one sample in a loss through the networks: 1/nu, or a function of its time (snr: alpha^2/sigma^2)."""
@@ -49,7 +57,7 @@ TIME_POWERS = {
 """The powers of alpha_t and sigma_t in each weight of time."""
 
 
-def start_players(problem: Problem, **guidances: float) -> dict[str, nn.Module]:
+def start_players(problem: Problem, **guidances: Scale) -> dict[str, nn.Module]:
     """Generator and fake score, which start as the teacher or as in an earlier run.
 
     guidances: the scales that will be asked of these networks, by the setting's name.
@@ -57,8 +65,9 @@ def start_players(problem: Problem, **guidances: float) -> dict[str, nn.Module]:
     """
     copies = problem.copies("generator", "fake")
     assert problem.teacher is not None
-    for name, guidance in guidances.items():
-        if guidance != 1 and not problem.teacher.takes_guidance:
+    for name, scale in guidances.items():
+        guidance = other_than_one(scale)
+        if guidance is not None and not problem.teacher.takes_guidance:
             raise UserError(f"method.{name}: {guidance} needs a teacher trained with class_dropout > 0; use 1")
     return copies
 
@@ -77,29 +86,60 @@ def draw_step(
     laws: Mapping[str, TimeDistribution],
     *,
     samples: Sequence[str] = ("",),
+    levels: DrawnLevels | None = None,
+    scales: Mapping[str, Scale] | None = None,
+    fake_class_dropout: float = 0.0,
+    samples_per_condition: int = 1,
 ) -> dict[str, Tensor]:
     """The random numbers of one step: one noising for each entry of `laws`, and the start of each sample.
 
     The index of the generator's step is one for the whole batch; the simulated steps before it have noise of their own.
+    levels: of its calls, where they are not those of `steps`.  scales: settings, by name; the ranges are drawn.
+    fake_class_dropout: where `fake_guidance` is among them and is not 1, the share of the last sample's labels that the
+    fake score's loss does not see: so it learns their law as a whole as well (Zhou et al. 2024, arXiv:2406.01561).
+    samples_per_condition: k; sample i of the batch has the class of group i // k.
     """
     labels = [f"{sample}label" for sample in samples]
     uniforms = rng.uniforms([*(f"{call}t" for call in laws), *labels])
-    noises = [f"{sample}{noise}" for sample in samples for noise in ("z", *_fresh_names(steps))]
+    if samples_per_condition > 1:
+        uniforms |= rng.grouped(samples_per_condition).uniforms(labels)
+    drawn = {label: problem.label_of(uniforms[label]) for label in labels}
+    drawn |= {"times": levels.draw(rng, problem.path, steps)} if levels else {}
+    if fake_class_dropout and needs_no_class(problem, (scales or {}).get("fake_guidance", 1.0)):
+        is_dropped = rng.uniform("fake class dropout") < fake_class_dropout
+        drawn[f"{labels[-1]} for fake loss"] = torch.where(is_dropped, problem.num_classes, drawn[labels[-1]])
+    num_calls = drawn["times"].shape[1] if levels else steps.num_evaluations
+    noises = [
+        f"{sample}{noise}" for sample in samples for noise in ("z", *(f"fresh {i}" for i in range(num_calls - 1)))
+    ]
     return {
+        **drawn,
+        **draw_scales(rng, scales or {}),
         **{f"{call}t": law(uniforms[f"{call}t"], problem.path) for call, law in laws.items()},
         **rng.normals([*noises, *(f"{call}eps" for call in laws)], problem.image_shape),
-        **{label: problem.label_of(uniforms[label]) for label in labels},
-        "step": torch.tensor(rng.shared_integer("step", steps.num_evaluations)),
+        "step": torch.tensor(rng.shared_integer("step", num_calls)),
     }
 
 
-def _fresh_names(steps: StepSampler) -> list[str]:
-    return [f"fresh {i}" for i in range(steps.num_evaluations - 1)]
+def needs_no_class(problem: Problem, scale: Scale) -> bool:
+    """Whether a score that is asked with this scale must know "no class"; one that takes w as its input need not."""
+    takes_scale = problem.teacher is not None and not problem.teacher.net.has_null_condition
+    return other_than_one(scale) is not None and not takes_scale
 
 
-def condition(players: Players, draw: Draw, sample: str = "") -> Cond:
-    """The drawn classes as a condition; empty if the teacher takes none."""
-    cond: Cond = players.teacher.class_cond(draw[f"{sample}label"])
+def check_groups(problem: Problem, samples_per_condition: int) -> None:
+    """Raise UserError where a group of samples would reach into the next batch, which has other classes."""
+    if problem.batch_size % samples_per_condition:
+        raise UserError(
+            f"method.samples_per_condition = {samples_per_condition}: must divide train.global_batch_size = "
+            f"{problem.batch_size}"
+        )
+
+
+def condition(players: Players, draw: Draw, sample: str = "", *, role: Role = "generator") -> Cond:
+    """The drawn classes as a condition for one role; empty if the teacher takes none."""
+    label = draw[f"{sample}label"]
+    cond: Cond = players.teacher.class_cond(draw.get(f"{sample}label for {role}", label))
     return cond
 
 
@@ -116,6 +156,7 @@ def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "")
             cond,
             step=step,
             fresh_noise=lambda i: draw[f"{sample}fresh {i}"],
+            times=draw.get("times"),
         )
     x: Tensor = players.generator(start.x, start.t, cond)
     return x
@@ -136,7 +177,7 @@ def fake_sample(players: Players, draw: Draw, steps: StepSampler) -> tuple[Tenso
     """
     with torch.no_grad():
         x = generate(players, draw, steps, "fake ")
-    cond = condition(players, draw, "fake ")
+    cond = condition(players, draw, "fake ", role="fake loss")
     if "fake motion" in draw:
         x, labels = augment(x, draw["fake motion"])
         cond = replace(cond, augmentation=labels)
@@ -170,7 +211,7 @@ def mean_of_finite(values: Tensor) -> Tensor:
 
 
 def judged_sample(
-    players: Players, draw: Draw, steps: StepSampler, *, guidance: float, weight: SampleWeight, minimum: float
+    players: Players, draw: Draw, steps: StepSampler, *, guidance: float | Tensor, weight: SampleWeight, minimum: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where a loss through the networks begins: x, x_t and D_teacher [B, ...] with graph, and the sample's weight [B].
 
@@ -178,7 +219,7 @@ def judged_sample(
     """
     x, t, path = shielded(generate(players, draw, steps)), draw["t"], players.teacher.path
     x_t = path.diffuse(x, draw["eps"], t)
-    teacher = players.teacher(x_t, t, condition(players, draw), guidance=guidance)
+    teacher = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
     return x, x_t, teacher, sample_weight(weight, path, x, t, teacher, minimum=minimum)
 
 
@@ -221,11 +262,11 @@ def critics_loss(
     x: [B, ...] of the draw's labels.  gan_weight None: there is no discriminator.
     Yin et al. 2024, arXiv:2405.14867, equation 2 and section 4.2.
     """
-    cond = condition(players, draw)
+    cond = condition(players, draw, role="fake loss")
     denoising = denoising_loss(players.fake, x, draw["fake eps"], draw["fake t"], cond, weight=weight)
     if gan_weight is None:
         return Loss(denoising, {"denoising": denoising.detach()})
-    images, both = torch.cat([batch.images, x.detach()]), Cond.cat(batch.cond, cond)
+    images, both = torch.cat([batch.images, x.detach()]), Cond.cat(batch.cond, condition(players, draw, role=features))
     logits = head_logits(players, draw, features, images, ("gan real ", "gan fake "), both)
     real, fake = logits.chunk(2)
     discrimination = gan_discriminator_loss(real, fake)

@@ -40,8 +40,8 @@ FAULTS = (
     Fault(
         "the fake score's condition is dropped",
         METHOD,
-        "fake = players.fake(x_t, t, cond)",
-        "fake = players.fake(x_t, t, cond, guidance=0.0)",
+        'role="fake"), guidance=fake_guidance)',
+        'role="fake"), guidance=0.0)',
         "methods/test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
     ),
     Fault(
@@ -54,8 +54,8 @@ FAULTS = (
     Fault(
         "the teacher is not guided",
         METHOD,
-        "real = players.teacher(x_t, t, cond, guidance=self.guidance)",
-        "real = players.teacher(x_t, t, cond)",
+        'role="teacher"), guidance=guidance)',
+        'role="teacher"))',
         "methods/test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
     ),
 )

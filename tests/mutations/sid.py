@@ -74,7 +74,7 @@ FAULTS = (
     Fault(
         "the generator's loss leaves out classes as the fake score's does",
         METHOD,
-        't, cond = draw["t"], condition(players, draw)\n',
+        't, cond = draw["t"], condition(players, draw, role="fake")\n',
         't, cond = draw["t"], players.fake.drop_condition(condition(players, draw), draw["fake is_dropped"])\n',
         "methods/test_sid_guidance.py::test_the_generator_s_loss_leaves_out_no_class",
     ),

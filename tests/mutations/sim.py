@@ -39,7 +39,7 @@ FAULTS = (
     Fault(
         "the teacher is not guided",
         METHOD,
-        "guidance=self.guidance, weight",
+        "guidance=guidance, weight",
         "guidance=1.0, weight",
         "methods/test_sim.py::test_value_and_gradient_of_a_step_are_those_by_hand",
     ),

@@ -1,0 +1,44 @@
+"""Levels of a student's calls that are drawn anew in every iteration."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffdistill.diffusion.path import Path, VPDiscrete
+from diffdistill.diffusion.sampling import StepSampler
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras
+from diffdistill.settings.schema import PositiveInt, field, schema
+
+
+@schema
+class DrawnLevels:
+    """How many calls the student makes in an iteration, and at which levels: a dynamic schedule.
+
+    calls: the least and the greatest number, one for the whole batch, all equally likely.  time_law: of the levels
+    after the first, which is the sampler's. They are each sample's own, in decreasing order.
+    CDM, arXiv:2605.06376.
+    """
+
+    calls: Annotated[tuple[PositiveInt, PositiveInt], Field(min_length=2)] = (1, 4)
+    time_law: AnyTimeDistribution = field(default_factory=Karras)
+
+    def __post_init__(self) -> None:
+        if self.calls[0] > self.calls[1]:
+            raise ValueError(f"calls: the range must rise: {list(self.calls)}")
+
+    def draw(self, rng: StepRandom, path: Path, steps: StepSampler) -> Tensor:
+        """Times [B, calls], noise first, float64; whole numbers on a discrete path."""
+        low, high = self.calls
+        count = low + rng.shared_integer("calls", high - low + 1)
+        first = steps.times(path)[:1].to(rng.index.device).expand(len(rng.index), 1)
+        if count == 1:
+            return first
+        later = [
+            self.time_law(uniform, path) for uniform in rng.uniforms([f"level {i}" for i in range(1, count)]).values()
+        ]
+        times = torch.stack(later, 1).sort(1, descending=True).values
+        times = times.round() if isinstance(path, VPDiscrete) else times
+        return torch.cat([first, times.minimum(first)], 1)
