@@ -4,6 +4,7 @@ Each takes its share of every batch. A process alone tells nobody anything. What
 the first does while the others wait.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -145,9 +146,17 @@ def find_processes(device: str = "auto") -> Processes:
             cpu=device == "cpu" or is_cpu_fleet(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(**REPLICAS)],
         )
+    if accelerator.num_processes > 1:
+        atexit.register(leave)
     # accelerate numbers CPUs by process, which means nothing and which safetensors refuses.
     own = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     return Processes(own, accelerator.process_index, accelerator.num_processes, accelerator)
+
+
+def leave() -> None:
+    """Close what connects this process with the others: a thread of it that outlives the interpreter aborts."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_cpu_fleet() -> bool:

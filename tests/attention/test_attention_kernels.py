@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import emulated as emulated_kernels
 import pytest
 import torch
+from support import emulated as emulated_kernels
 from support.emulated import ORDERS, emulated
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.closed_forms import numbers, on_every_path, random
+from support.two_gaussians import MEANS, VARIANCES, TwoGaussians
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
@@ -20,15 +21,13 @@ from diffdistill.diffusion.guidance.policies import (
     evaluate_pair,
 )
 from diffdistill.diffusion.linear_ag import LinearAG, fit_linear_ag, least_squares
-from diffdistill.diffusion.path import EDM, Path, VPCosine
+from diffdistill.diffusion.path import EDM, VPCosine
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
-from diffdistill.networks.analytic import gaussian_flow, mixture_denoiser
+from diffdistill.networks.analytic import gaussian_flow
 from diffdistill.networks.mlp import MLPConfig
 
 BATCH = 6
 SCALE = 2.5
-MEANS = torch.stack([numbers(-0.5, 0.3, 0.0), numbers(1.0, -2.0, 0.5)])  # without the condition, and with it
-VARIANCES = numbers(0.3, 1.2, 0.05)
 SAMPLERS: list[Sampler] = [
     Heun(num_steps=5),
     DDIM(num_steps=6, spacing="karras"),
@@ -37,19 +36,6 @@ SAMPLERS: list[Sampler] = [
     OneCall(),
 ]
 with_every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
-
-
-class TwoGaussians(Denoiser):
-    """N(MEANS[1], VARIANCES) with the condition and N(MEANS[0], VARIANCES) without: guided, N(mu_w, VARIANCES)."""
-
-    def __init__(self, path: Path) -> None:
-        covariances = torch.diag(VARIANCES).expand(2, 3, 3)
-        pair = mixture_denoiser(path, torch.ones(2), MEANS, covariances, torch.tensor([0, 1]))
-        super().__init__(pair.net, path, "x0")
-
-    def unconditional(self, cond: Cond) -> Cond:
-        assert cond.label is not None
-        return Cond(label=torch.zeros_like(cond.label))
 
 
 ONES = Cond(label=torch.ones(BATCH, dtype=torch.int64))

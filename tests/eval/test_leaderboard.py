@@ -6,7 +6,6 @@ import hashlib
 import io
 import tomllib
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from support.boards import EFFICIENCY, HOSTILE, draw_grid, located, measured, reported, written
+from support.html_page import Page
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
@@ -165,26 +165,6 @@ def test_file_names_stay_in_their_folder_and_apart() -> None:
     assert found["../../etc/passwd"] == "etc-passwd"
     assert len({name.lower() for name in found.values()}) == len(names)
     assert all(name and "/" not in name and not name.startswith(".") for name in found.values())
-
-
-class Page(HTMLParser):
-    """Every start tag of a page with its attributes, and the text of its scripts and styles."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, str] = {"script": "", "style": ""}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.cdata_elem in self.texts:
-            self.texts[self.cdata_elem] += data
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def test_hostile_texts_stay_texts() -> None:

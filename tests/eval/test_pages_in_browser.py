@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.boards import EFFICIENCY, HOSTILE, draw_grid, measured, reported, written
-from test_report import CONFIG, line
+from support.report_run import CONFIG, line
 
 from diffdistill.eval.board.files import write_leaderboard
 from diffdistill.eval.board.report import write_report

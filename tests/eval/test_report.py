@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.boards import HOSTILE, draw_grid, measured, written
-from test_leaderboard import Page
+from support.html_page import Page
+from support.report_run import CONFIG, line
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
@@ -30,17 +31,7 @@ from diffdistill.settings.schema import UserError
 from diffdistill.training.reports.curves import Series
 from diffdistill.training.reports.log import RunLog
 
-CONFIG = """
-run: runs/x
-method: {name: dmd2, gan_weight: 0.1}
-data: {name: digits}
-train: {steps: 200, global_batch_size: 64, seed: 3, precision: fp32}
-"""
 WARNING = "step 150: fake_lag = 1.3 (healthy: 0 to 1.1): the fake score cannot follow. Try more fake_updates"
-
-
-def line(step: int, seconds: float, **numbers: float) -> str:
-    return json.dumps({"step": step, "images": 64 * step, "seconds": seconds, "its_per_second": 1.0, **numbers}) + "\n"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.closed_forms import numbers, on_every_path, random
+from support.signal_gaussian import COVARIANCE, MEAN, draw_at, exact_signal, gaussian, inner_times
 from support.tiny_players import CLASSES, SHAPE, small_teacher
 from torch import Tensor, nn
 
@@ -17,27 +18,12 @@ from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import Karras, LogNormal, Uniform
 from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.boot import Boot
-from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow
+from diffdistill.networks.analytic import gaussian_flow
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.signal import SignalConfig, signal_config
 from diffdistill.settings.schema import UserError
 
-MEAN = numbers(0.7, -0.3, 0.1)
-ROOT = random(3, 3, seed=5) / 2
-COVARIANCE = ROOT @ ROOT.T + 0.05 * torch.eye(3, dtype=torch.float64)
 NO_BATCH = Batch(torch.empty(0))
-
-
-def gaussian(path: Path) -> Denoiser:
-    return gaussian_denoiser(path, MEAN, COVARIANCE)
-
-
-def exact_signal(path: Path, eps: Tensor, t: Tensor) -> Tensor:
-    """mu + U diag((sqrt(alpha^2 l + sigma^2) - sigma) / alpha) U^T eps: the signal, if x = eps at infinite noise."""
-    values, vectors = torch.linalg.eigh(COVARIANCE)
-    alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
-    gains = ((alpha**2 * values + sigma**2).sqrt() - sigma) / alpha
-    return MEAN + ((eps @ vectors) * gains) @ vectors.T
 
 
 class Exact(nn.Module):
@@ -63,15 +49,6 @@ class Chain(nn.Module):
     def forward(self, eps: Tensor, t: Tensor, cond: Cond = NO_COND, guidance: float = 1.0) -> Tensor:
         index = (t[:, None] - self.times).abs().argmin(1)
         return self.offset[index] + torch.einsum("bde,be->bd", self.gain[index], eps)
-
-
-def draw_at(path: Path, s: Tensor, t: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    label = torch.zeros(len(s), dtype=torch.int64)
-    return {"s": s, "t": t, "eps": random(len(s), 3, seed=seed), "label": label, "w": torch.ones(len(s))}
-
-
-def inner_times(path: Path, count: int = 9) -> Tensor:
-    return path.time_of_ratio(torch.logspace(-1, 0.9, count, dtype=torch.float64))
 
 
 # The signal ODE

@@ -8,8 +8,8 @@ import torch
 from conftest import MakeConfig
 from support.closed_forms import LogRatio, MixtureFixture, Tapped, components, numbers, one_gaussian, random
 from support.ring import INIT_RATIO, TIME_LAW, train_ring
+from support.short_runs import ACCUMULATION, trained, weights
 from support.tiny_players import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, watch
-from test_trainer import ACCUMULATION, trained, weights
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond

@@ -7,7 +7,7 @@ import torch
 from conftest import MakeConfig
 from support.closed_forms import numbers, random
 from support.ring import NUM_CLASSES, PATH, ring_teacher
-from test_guidance import MEANS, VARIANCES, TwoGaussians
+from support.two_gaussians import MEANS, VARIANCES, TwoGaussians
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond

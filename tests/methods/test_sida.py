@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MakeConfig
+from support.short_runs import ACCUMULATION, trained, weights
 from support.tiny_players import BATCH, CLASSES, PATH, SHAPE, due, learned, scene, small_teacher
-from test_trainer import ACCUMULATION, trained, weights
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond

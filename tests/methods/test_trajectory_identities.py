@@ -3,8 +3,8 @@
 import pytest
 import torch
 from support.closed_forms import random
+from support.signal_gaussian import COVARIANCE, MEAN, draw_at, exact_signal, gaussian, inner_times
 from support.tiny_players import scene
-from test_boot import COVARIANCE, MEAN, draw_at, exact_signal, gaussian, inner_times
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond

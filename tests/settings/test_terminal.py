@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import WriteConfig, small_config
-from diffdistill.training.setup import check_unchanged, find_start
 from support.boards import measured
 from typer.testing import CliRunner
 
@@ -28,6 +27,7 @@ from diffdistill.settings.terminal import OBEYED, Console, hide_secrets, printab
 from diffdistill.settings.values import dump
 from diffdistill.training.config import parse_config
 from diffdistill.training.reports.log import RunLog
+from diffdistill.training.resume import check_unchanged, find_start
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "[red]a[/b] [link=https://x.org]:smile: {step} \x1b[2J\x1b]0;title\x9c \u202etxt.exe\u202c \x9b31m"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support.short_runs import ACCUMULATION, trained, weights
 from torch import Tensor, nn
 
 from diffdistill.data.pictures import CAPTION_HEIGHT, GAP
@@ -30,22 +31,6 @@ MakeConfig = Callable[..., RunConfig]
 SGD = tuple(
     f"optimizers.{player}={{name: sgd, lr: 0.1, betas: [0, 0.999]}}" for player in ("generator", "default", "teacher")
 )
-ACCUMULATION = 1e-6  # float32's rounding, of sums taken in another order
-
-
-def weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {
-        f"{player}.{name}": value.clone()
-        for player, module in trainer.trained.items()
-        for name, value in module.state_dict().items()
-    }
-
-
-def trained(config: RunConfig, steps: int) -> Trainer:
-    trainer = Trainer(config)
-    for _ in range(steps):
-        trainer.train_step()
-    return trainer
 
 
 def sgd_for(method: str) -> list[str]:
