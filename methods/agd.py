@@ -22,7 +22,8 @@ from diffdistill.distillation.losses import DenoisingWeight, denoising_error, wi
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
 from diffdistill.networks.guided import take_weights
-from diffdistill.networks.lora import BaseNetwork, LoRAConfig
+from diffdistill.networks.lora import LoRAConfig
+from diffdistill.networks.registry import BaseNetwork
 from diffdistill.settings.schema import PositiveInt, UserError, field, schema
 
 CHUNK = 256  # trajectories made at a time

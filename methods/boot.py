@@ -20,7 +20,8 @@ from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Uniform
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import GuidedConfig
-from diffdistill.networks.signal import SignalBase, SignalConfig, signal_config, start_from
+from diffdistill.networks.registry import SignalBase
+from diffdistill.networks.signal import SignalConfig, signal_config, start_from
 from diffdistill.settings.schema import NonNegative, UserError, field, schema
 
 Target = Literal["exponential", "euler"]

@@ -19,7 +19,7 @@ from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNor
 from diffdistill.distillation.losses import DenoisingWeight, denoising_error
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import GuidedConfig, take_weights
-from diffdistill.networks.lora import BaseNetwork
+from diffdistill.networks.registry import BaseNetwork
 from diffdistill.settings.schema import PositiveInt, UserError, field, schema
 
 

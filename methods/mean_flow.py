@@ -22,7 +22,7 @@ from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import take_weights
-from diffdistill.networks.lora import BaseNetwork
+from diffdistill.networks.registry import BaseNetwork
 from diffdistill.networks.two_times import TwoTimesConfig
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, UserError, field, schema
 

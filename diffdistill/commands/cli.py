@@ -1,9 +1,8 @@
 """The command line."""
 
 import os
-import sys
 from pathlib import Path as FilePath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -195,21 +194,13 @@ app.command()(report)
 @app.command()
 @guarded
 def methods() -> None:
-    """List the methods, who steps when, and what each needs.
+    """List the methods, who steps when, and what each needs; and what installed packages add.
 
     Example: diffdistill methods
     """
-    from rich.table import Table
+    from diffdistill.commands.methods import print_methods
 
-    from diffdistill.distillation.method import registered
-
-    table = Table("method", "what it is", "updates (every n iterations)", "real images")
-    for name, kind in registered().items():
-        method: Any = kind()
-        updates = ", ".join(f"{'+'.join(u.players)} ({u.every})" for u in method.updates)
-        title = (sys.modules[kind.__module__].__doc__ or "").strip().split("\n")[0]
-        table.add_row(name, title, updates, "yes" if method.needs_images else "no")
-    console.print(table)
+    print_methods(console)
 
 
 @app.command()

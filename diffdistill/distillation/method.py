@@ -7,10 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
-from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +19,8 @@ from diffdistill.diffusion.path import Path, Prediction
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
+from diffdistill.settings.registry import OneOf, Registry, schema_class
 from diffdistill.settings.schema import UserError
-
-REGISTRY = {
-    "pretrain": "diffdistill.methods.pretrain:Pretrain",
-    "dmd2": "diffdistill.methods.dmd2:DMD2",
-    "sid": "diffdistill.methods.sid:SiD",
-    "sim": "diffdistill.methods.sim:SIM",
-    "f_distill": "diffdistill.methods.f_distill:FDistill",
-    "hyper_sd": "diffdistill.methods.hyper_sd:HyperSD",
-    "boot": "diffdistill.methods.boot:Boot",
-    "agd": "diffdistill.methods.agd:AGD",
-    "guidance_distill": "diffdistill.methods.guidance_distill:GuidanceDistill",
-    "tsm": "diffdistill.methods.tsm:TSM",
-    "regression": "diffdistill.methods.regression:Regression",
-    "scm": "diffdistill.methods.scm:SCM",
-    "mean_flow": "diffdistill.methods.mean_flow:MeanFlow",
-    "disback": "diffdistill.methods.disback:DisBack",
-    "msd": "diffdistill.methods.msd:MSD",
-}
-"""Every method's name and where its class is. A method that holds another can hold those above it."""
 
 Draw = Mapping[str, Tensor]
 """Every random number of one step, by name, and what earlier updates of the step carried over."""
@@ -243,11 +222,31 @@ class Method(ABC):
         return getattr(self, function)(players, draw, batch)
 
 
-@cache
-def registered(*, above: str | None = None) -> dict[str, type]:
-    """Every method class by name, imported.  above: only those that stand above this name in the registry."""
-    found = {}
-    for name, place in takewhile(lambda entry: entry[0] != above, REGISTRY.items()):
-        module, attribute = place.split(":")
-        found[name] = getattr(import_module(module), attribute)
-    return found
+REGISTRY = {
+    "pretrain": "diffdistill.methods.pretrain:Pretrain",
+    "dmd2": "diffdistill.methods.dmd2:DMD2",
+    "sid": "diffdistill.methods.sid:SiD",
+    "sim": "diffdistill.methods.sim:SIM",
+    "f_distill": "diffdistill.methods.f_distill:FDistill",
+    "hyper_sd": "diffdistill.methods.hyper_sd:HyperSD",
+    "boot": "diffdistill.methods.boot:Boot",
+    "agd": "diffdistill.methods.agd:AGD",
+    "guidance_distill": "diffdistill.methods.guidance_distill:GuidanceDistill",
+    "tsm": "diffdistill.methods.tsm:TSM",
+    "regression": "diffdistill.methods.regression:Regression",
+    "scm": "diffdistill.methods.scm:SCM",
+    "mean_flow": "diffdistill.methods.mean_flow:MeanFlow",
+    "disback": "diffdistill.methods.disback:DisBack",
+    "msd": "diffdistill.methods.msd:MSD",
+}
+"""Our methods: their names and where their classes are. One that holds another can hold those above it."""
+
+METHODS: Registry[type[Method]] = Registry(
+    "method", REGISTRY, group="diffdistill.methods", check=schema_class(base=lambda: Method)
+)
+"""Every method, by its name in a config."""
+
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:
+    AnyMethod = Annotated[Any, OneOf(METHODS)]

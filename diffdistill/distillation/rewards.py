@@ -6,13 +6,13 @@ images. `register` adds one in Python; an installed package adds one to every co
 """
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.settings.registry import Registry
 from diffdistill.settings.schema import NonNegative, UserError, schema
 
 Reward = Callable[[Tensor, Cond], Tensor]
@@ -29,24 +29,29 @@ def sharpness(images: Tensor, cond: Cond) -> Tensor:
     return (right.flatten(1).mean(1) + below.flatten(1).mean(1)) / 2
 
 
-_REWARDS: dict[str, Reward] = {"contrast": contrast, "sharpness": sharpness}
+def _fault(item: object) -> str | None:
+    return None if callable(item) else "cannot be called with images and cond"
+
+
+REWARDS: Registry[Reward] = Registry(
+    "reward",
+    {reward.__name__: f"{__name__}:{reward.__name__}" for reward in (contrast, sharpness)},
+    group="diffdistill.rewards",
+    check=_fault,
+)
+"""Every reward, by name."""
 
 
 def register(name: str, reward: Reward) -> None:
-    """Make a reward known to this process. Raises ValueError if another has the name."""
-    if _REWARDS.setdefault(name, reward) is not reward:
-        raise ValueError(f"a reward {name!r} is registered already")
+    """Make a reward known to this process. Raises UserError if another has the name."""
+    REWARDS.register(reward, name=name)
 
 
 def find_reward(name: str) -> Reward:
-    """A reward by name: registered, or an entry point. Raises UserError naming those that are known."""
-    if name in _REWARDS:
-        return _REWARDS[name]
-    plugins = {point.name: point for point in entry_points(group="diffdistill.rewards")}
-    if name not in plugins:
-        raise UserError(f"reward: {name!r} is unknown; choose from {', '.join(sorted({*_REWARDS, *plugins}))}")
-    register(name, plugins[name].load())
-    return _REWARDS[name]
+    """A reward by name: ours, registered, or an entry point. Raises UserError naming those that are known."""
+    if name not in REWARDS.names():
+        raise UserError(f"reward: {name!r} is unknown; choose from {', '.join(sorted(REWARDS.names()))}")
+    return REWARDS.find(name)
 
 
 @schema

@@ -1,7 +1,8 @@
 """A method that holds another: it changes a part of the run, and the losses stay the other's."""
 
 from collections.abc import Mapping
-from typing import Any
+from itertools import takewhile
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -9,19 +10,22 @@ from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.path import Prediction
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distillation.method import Batch, Draw, Method, Players, Problem, Update, registered
-from diffdistill.settings.schema import any_of
+from diffdistill.distillation.method import METHODS, Batch, Draw, Method, Players, Problem, Update
+from diffdistill.settings.registry import OneOf
 
 
 def methods_above(name: str) -> Any:
-    """The type of `base` in the method `name`: any that stands above it in the registry, so that none holds itself."""
-    return any_of(registered(above=name).values())
+    """The type of `base` in the method `name`: of ours any that stands above it in the registry, of others' any.
+
+    None holds itself, however deep.
+    """
+    above = list(takewhile(lambda other: other != name, METHODS.own))
+    return Annotated[Any, OneOf(METHODS, above, holder=name)]
 
 
 def default_base() -> Method:
     """DMD2 with its defaults."""
-    made: Method = registered(above="disback")["dmd2"]()
-    return made
+    return METHODS.find("dmd2")()
 
 
 class Wrapper(Method):

@@ -28,8 +28,8 @@ from diffdistill.networks.guided import (
     zeroed,
 )
 from diffdistill.networks.hooked import HookedBlock, hooked_blocks
-from diffdistill.networks.plain import PlainNetwork
 from diffdistill.networks.recompute import Recomputable
+from diffdistill.networks.registry import PlainNetwork
 from diffdistill.settings.schema import Fraction, PositiveInt, UserError, field, schema
 from diffdistill.storage.checkpoint import load_strictly
 

@@ -3,17 +3,17 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
 from diffdistill.attention import reaching
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Network
-from diffdistill.settings.registry import load
+from diffdistill.settings.registry import NameOf, from_above
 from diffdistill.settings.schema import Fraction, schema
 
-FamilyName = Literal["ddpm", "dit", "sd", "sdxl", "pixart", "sd3", "flux", "sana"]
+FamilyName = Annotated[str, NameOf("FAMILIES")]
 
 
 @schema
@@ -26,9 +26,8 @@ class DiffusersConfig:
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "DiffusersNetwork":
         """A new network for latents, or images, [C, H, W]. Raises UserError on options that its class refuses."""
-        return load("diffdistill.models.teachers:find_family")(self.family).build(
-            self.options, image_shape, num_classes, class_dropout
-        )
+        family = from_above("find_family")(self.family)
+        return family.build(self.options, image_shape, num_classes, class_dropout)
 
 
 class DiffusersNetwork(Network):

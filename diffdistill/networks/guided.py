@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Network
 from diffdistill.networks.hooked import HookedBlock
-from diffdistill.networks.lora import BaseNetwork, LoRA
+from diffdistill.networks.lora import LoRA
 from diffdistill.networks.recompute import Recomputable, recomputable_blocks
+from diffdistill.networks.registry import BaseNetwork
 from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
 
 Around = Callable[..., Tensor]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Network
 from diffdistill.networks.empty import empty_weights
-from diffdistill.networks.plain import PlainNetwork
+from diffdistill.networks.registry import PlainNetwork
 from diffdistill.settings.schema import Fraction, Positive, PositiveInt, UserError, schema
 
 ADAPTER = "default"  # peft's name for the only one
@@ -64,7 +64,6 @@ class LoRAConfig:
         return LoRA(self.lora, base)
 
 
-BaseNetwork = Annotated[PlainNetwork | LoRAConfig, Field(discriminator="name")]
 """A network that another may stand around."""
 
 

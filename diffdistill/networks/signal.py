@@ -3,19 +3,17 @@
 The student of BOOT (Gu et al. 2023, arXiv:2306.05544): the time is that of its output.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Network
-from diffdistill.networks.guided import GuidedBase, GuidedConfig
-from diffdistill.networks.lora import BaseNetwork, LoRA
+from diffdistill.networks.guided import GuidedBase
+from diffdistill.networks.lora import LoRA
+from diffdistill.networks.registry import SignalBase
 from diffdistill.settings.schema import Fraction, Positive, UserError, schema
-
-SignalBase = Annotated[BaseNetwork | GuidedConfig, Field(discriminator="name")]
 
 
 @schema

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.networks.guided import Guided
-from diffdistill.networks.lora import BaseNetwork
+from diffdistill.networks.registry import BaseNetwork
 from diffdistill.settings.schema import Fraction, PositiveInt, schema
 
 

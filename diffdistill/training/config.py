@@ -4,27 +4,23 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
 from diffdistill.data import AnyData, Digits
-from diffdistill.distillation.method import Method, registered
+from diffdistill.distillation.method import AnyMethod
 from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.lora import LoRASettings
-from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, any_of, field, schema
+from diffdistill.settings.faults import did_you_mean
+from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
 from diffdistill.settings.terminal import holds_secret
-from diffdistill.settings.values import apply_overrides, did_you_mean, read_yaml, texts, validate
+from diffdistill.settings.values import apply_overrides, read_yaml, texts, validate
 from diffdistill.training.ema import EMAConfig
 from diffdistill.training.reports.evaluator import EvalConfig
 from diffdistill.training.reports.health import HealthConfig
 from diffdistill.training.reports.trackers import TrackerNames
 from diffdistill.training.speed.options import SpeedConfig
-
-if TYPE_CHECKING:
-    AnyMethod = Method
-else:
-    AnyMethod = any_of(registered().values())
 
 
 @schema

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path as FilePath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffdistill.settings.registry import OneOf, Registry, schema_class
 from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -224,25 +225,35 @@ class Registered:
     label: Label
 
 
-AnyFeatures = Annotated[
-    Pixels
-    | Inception
-    | EfficientNetLite0
-    | CifarResNet
-    | Torchvision
-    | Timm
-    | DinoV2
-    | OpenClip
-    | TorchScript
-    | Registered,
-    Field(discriminator="name"),
-]
-"""What a protocol may name under `features`."""
+class FeaturesConfig(Protocol):
+    """Features' settings, a class with `@schema` and a `name` of its own. One from outside has `load` beside it:
+    (weights' file or None, device) -> Extractor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str:
+        """What the features are called in the name of a distance."""
+        ...
+
+
+_OWN = (Pixels, Inception, EfficientNetLite0, CifarResNet, Torchvision, Timm, DinoV2, OpenClip, TorchScript, Registered)
+FEATURES: Registry[type[FeaturesConfig]] = Registry(
+    "features",
+    {str(kind.name): f"{__name__}:{kind.__name__}" for kind in _OWN},
+    group="diffdistill.features",
+    check=schema_class("label", "load"),
+)
+"""Every kind of features, by its name in a protocol."""
+
+if TYPE_CHECKING:
+    AnyFeatures = FeaturesConfig
+else:
+    AnyFeatures = Annotated[Any, OneOf(FEATURES)]
 
 FID_TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 """The one TorchScript that runs unasked: FID's Inception as StyleGAN publishes it."""
 
-NETWORKS = "diffdistill.eval.features.networks"
 _REGISTERED: dict[str, Extractor] = {}
 
 
@@ -267,8 +278,14 @@ def load_extractor(
     device = torch.device(device)
     if isinstance(features, Registered):
         return _registered(features.label)
-    home = import_module(f"{NETWORKS}.{features.name}")
-    made: Extractor = home.load(features, None if weights is None else FilePath(weights), device)
+    file = None if weights is None else FilePath(weights)
+    made: Extractor
+    if type(features) in _OWN:
+        made = import_module(f"{__package__}.networks.{features.name}").load(features, file, device)
+        return made
+    made = features.load(file, device)  # type: ignore[attr-defined]
+    if not isinstance(made, Extractor) or made.label != features.label:
+        raise UserError(f"features {features.label!r}: `load` of {type(features).__name__} must give its Extractor")
     return made
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffdistill.distillation.method import Method, registered
+from diffdistill.distillation.method import METHODS, Method
 from diffdistill.distillation.wrapper import Wrapper
 from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd2 import DMD2
@@ -55,8 +55,31 @@ def test_several_students_can_each_walk_a_path():
 
 
 def test_only_methods_above_are_offered():
-    names = list(registered())
-    assert list(registered(above="msd")) == names[: names.index("msd")]
+    names = list(METHODS.own)
+    with pytest.raises(UserError, match=rf"choices: {', '.join(names[: names.index('msd')])}\)"):
+        parse({"name": "msd"})
+
+
+def test_a_method_of_others_can_be_held_but_never_hold_its_holder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(METHODS, "_registered", {})
+    monkeypatch.setattr(METHODS, "_found", {})
+
+    @METHODS.register
+    @schema
+    class Foreign(Wrapper):
+        name: Literal["foreign"] = "foreign"
+        base: methods_above("foreign") = field(default_factory=default_base)  # type: ignore[valid-type]
+
+    held = parse({"name": "foreign", "base": {"name": "msd", "base": {"name": "dmd2"}}})
+    assert isinstance(held, DisBack)
+    assert isinstance(held.base, Foreign)
+    assert DisBack(base=Foreign()).base == Foreign()
+    with pytest.raises(UserError, match=r"method\.base: disback stands within itself"):
+        parse({"name": "foreign", "base": {"name": "disback"}})
+    with pytest.raises(UserError, match=r"base: disback stands within itself"):
+        DisBack(base=Foreign(base=DisBack()))
+    with pytest.raises(UserError, match=r"base\.name = 'foreign': unknown"):
+        parse({"name": "foreign", "base": {"name": "foreign"}})
 
 
 def test_every_hook_is_the_held_method_s_own():

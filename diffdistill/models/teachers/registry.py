@@ -1,35 +1,61 @@
 """Which families there are, and which of them a pipeline is of."""
 
 from functools import cache
-from importlib import import_module
+from typing import Any
 
 from diffdistill.models.teachers.family import Family
+from diffdistill.settings.registry import Registry, lacking
 from diffdistill.settings.schema import UserError
 
-FAMILIES = {
-    "ddpm": "diffdistill.models.teachers.ddpm:DDPM",
-    "dit": "diffdistill.models.teachers.dit:DiT",
-    "sd": "diffdistill.models.teachers.sd:StableDiffusion",
-    "sdxl": "diffdistill.models.teachers.sdxl:StableDiffusionXL",
-    "pixart": "diffdistill.models.teachers.pixart:PixArt",
-    "sd3": "diffdistill.models.teachers.sd3:StableDiffusion3",
-    "flux": "diffdistill.models.teachers.flux:Flux",
-    "sana": "diffdistill.models.teachers.sana:Sana",
-}
-"""Every family's name and where its class is."""
+
+def _fault(item: Any) -> str | None:
+    """Why a class is no family."""
+    if not isinstance(item, type) or not issubclass(item, Family):
+        return "does not inherit from Family"
+    return lacking(item, "name", "pipelines", "network_classes")
+
+
+FAMILIES: Registry[type[Family]] = Registry(
+    "family",
+    {
+        "ddpm": "diffdistill.models.teachers.ddpm:DDPM",
+        "dit": "diffdistill.models.teachers.dit:DiT",
+        "sd": "diffdistill.models.teachers.sd:StableDiffusion",
+        "sdxl": "diffdistill.models.teachers.sdxl:StableDiffusionXL",
+        "pixart": "diffdistill.models.teachers.pixart:PixArt",
+        "sd3": "diffdistill.models.teachers.sd3:StableDiffusion3",
+        "flux": "diffdistill.models.teachers.flux:Flux",
+        "sana": "diffdistill.models.teachers.sana:Sana",
+    },
+    group="diffdistill.families",
+    check=_fault,
+)
+"""Every family, by name."""
+
+
+def find_family(name: str) -> Family:
+    """The adapter of a family. Raises UserError for one that is not known."""
+    return _made(FAMILIES.find(name))
 
 
 @cache
-def find_family(name: str) -> Family:
-    """The adapter of a family."""
-    module, attribute = FAMILIES[name].split(":")
-    made: Family = getattr(import_module(module), attribute)()
-    return made
+def _made(kind: type[Family]) -> Family:
+    return kind()
 
 
 def detect_family(pipeline: object, *, origin: str) -> Family:
-    """The family of a pipeline's class, `_class_name` of its model_index.json. Raises UserError if it is of none."""
-    known = {name: family for family in map(find_family, FAMILIES) for name in family.pipelines}
+    """The family of a pipeline's class, `_class_name` of its model_index.json. Raises UserError if it is of none.
+
+    Ours come first; only where none of them knows the class are others' loaded.
+    """
+    known = {name: family for family in map(find_family, FAMILIES.own) for name in family.pipelines}
+    faults: list[str] = []
+    if pipeline not in known and FAMILIES.others():
+        others, faults = FAMILIES.listed()
+        for family in map(_made, others.values()):
+            known = dict.fromkeys(family.pipelines, family) | known
     if not isinstance(pipeline, str) or pipeline not in known:
-        raise UserError(f"{origin}: _class_name = {pipeline!r}: no family of teachers; choose from {', '.join(known)}")
+        broken = "".join(f"; {fault}" for fault in faults)
+        choices = ", ".join(known)
+        raise UserError(f"{origin}: _class_name = {pipeline!r}: no family of teachers; choose from {choices}{broken}")
     return known[pipeline]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 from pydantic import Field
 from torch import nn
 
-from diffdistill.settings.registry import load
+from diffdistill.settings.registry import from_above
 from diffdistill.settings.schema import PositiveInt, field, schema
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def make_evaluator(
     """
     if config is None:
         return NoEvaluator()
-    made: Evaluator = load("diffdistill.eval.evaluation.evaluator:StudentEvaluator").of(
+    made: Evaluator = from_above("StudentEvaluator").of(
         config, folder, student, spec, processes, trusts_code=trusts_code
     )
     return made
