@@ -17,6 +17,7 @@ import typer
 import yaml
 
 from diffdistill.commands.cli import app
+from diffdistill.settings.registry import NameOf, OneOf
 from diffdistill.training.config import RunConfig
 from diffdistill.training.reports.health import BANDS
 
@@ -66,7 +67,8 @@ def schema_classes() -> dict[str, type]:
                     walk(hint)
         else:
             for argument in get_args(kind):
-                walk(argument)
+                for inner in argument.own_classes() if isinstance(argument, OneOf) else [argument]:
+                    walk(inner)
 
     walk(RunConfig)
     return found
@@ -162,6 +164,8 @@ def _places() -> dict[type, str]:
 def _described(hint: Any) -> str:
     """A type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated and isinstance(arguments[1], (OneOf, NameOf)):
+        return ", ".join(f"`{name}`" for name in arguments[1].own)
     if origin is Annotated:
         return _described(arguments[0]) + _limits(arguments[1:])
     if origin is Literal:

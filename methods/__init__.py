@@ -1,4 +1,4 @@
 """One file per method. Install name: diffdistill.methods."""
 
 if __name__ != "diffdistill.methods":
-    raise ImportError("import diffdistill.methods: the folder `methods` is that package's home")
+    raise ImportError("import diffdistill.methods; the folder `methods` is that package's home")

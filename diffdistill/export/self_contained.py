@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill import __version__
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.router import RoutedDenoiser
 from diffdistill.export.bundle import BundleError, bundle
 from diffdistill.export.parts import copy_parts
+from diffdistill.export.substitutes import FamilyNetwork
 from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.models.teachers import Pipeline, find_family, pipeline_of
@@ -29,12 +31,6 @@ It imports torch and diffusers only. Licence of the code: Apache-2.0.
 """
 
 '''
-USED = """from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.export.exported import ExportedModel
-from diffdistill.export.exported import Sentences
-from diffdistill.export.exported import Source
-from diffdistill.export.substitutes import FamilyNetwork
-"""
 
 
 def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scale: float = 1.0) -> None:
@@ -75,13 +71,16 @@ def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
 
 def network_code(model: TrainedModel, source: Pipeline | None) -> str:
     """The file that builds the model's network and samples from it. Raises BundleError."""
+    from diffdistill.export.exported import ExportedModel, Sentences, Source  # which imports diffusers
+
     spec, router = model.spec, getattr(model.denoiser, "router", None)
+    used = {Denoiser, ExportedModel, FamilyNetwork, Sentences, Source}
     kinds = {*_kinds(spec.model), *_kinds(spec.sampler), *_kinds(router)} - {type(spec.model), DiffusersConfig}
     inner = innermost(spec.model.network)
     if isinstance(inner, DiffusersConfig):
         kinds.add(type(find_family(inner.family)))
-    lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in kinds)
-    return bundle(HEADER, USED + "\n".join(lines) + "\n\n", _body(spec, router, len(students_of(model)), source))
+    lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in {*kinds, *used})
+    return bundle(HEADER, "\n".join(lines) + "\n\n", _body(spec, router, len(students_of(model)), source))
 
 
 def _body(spec: ModelSpec, router: Any, num_students: int, source: Pipeline | None) -> str:

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 
 from diffdistill.distillation.method import METHODS, Method
-from diffdistill.distillation.wrapper import Wrapper
+from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
 from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD
-from diffdistill.settings.schema import UserError
+from diffdistill.settings.schema import UserError, field, schema
 from diffdistill.training.config import RunConfig, parse_config
 from diffdistill.training.trainer import Trainer
 
@@ -56,7 +57,7 @@ def test_several_students_can_each_walk_a_path():
 
 def test_only_methods_above_are_offered():
     names = list(METHODS.own)
-    with pytest.raises(UserError, match=rf"choices: {', '.join(names[: names.index('msd')])}\)"):
+    with pytest.raises(UserError, match=rf"choices: {', '.join(names[: names.index('disback')])}\)"):
         parse({"name": "msd"})
 
 
@@ -70,7 +71,7 @@ def test_a_method_of_others_can_be_held_but_never_hold_its_holder(monkeypatch: p
         name: Literal["foreign"] = "foreign"
         base: methods_above("foreign") = field(default_factory=default_base)  # type: ignore[valid-type]
 
-    held = parse({"name": "foreign", "base": {"name": "msd", "base": {"name": "dmd2"}}})
+    held = parse({"name": "foreign", "base": {"name": "msd", "base": {"name": "dmd2"}}}).method
     assert isinstance(held, DisBack)
     assert isinstance(held.base, Foreign)
     assert DisBack(base=Foreign()).base == Foreign()

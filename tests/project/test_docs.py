@@ -61,14 +61,14 @@ import importlib.util, sys
 import torch
 torch.set_num_threads(1)
 from diffdistill.commands import cli
-from diffdistill.distillation import method
-method.REGISTRY["diff_instruct"] = "{METHOD_NAME}:DiffInstruct"
+from diffdistill.distillation.method import METHODS
 spec = importlib.util.spec_from_file_location("{METHOD_NAME}", sys.argv.pop(1))
 sys.modules["{METHOD_NAME}"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+METHODS.register(module.DiffInstruct)
 cli.main()
 """
-"""The page's method as if it were in the package, and then the command line."""
+"""The page's method, registered, and then the command line."""
 
 
 @pytest.fixture

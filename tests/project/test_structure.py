@@ -19,13 +19,11 @@ ROOT = Path(__file__).parents[2]
 LINTER = str(Path(sys.executable).with_name("lint-imports"))
 MODULE = re.compile(r"\bdiffdistill\.(?!json\b)[a-z_]+[.:]|^diffdistill\.[a-z_]+\.[a-z_.]+$")
 TABLES = (
+    "diffdistill/settings/registry.py",
+    "diffdistill/data/registry.py",
     "diffdistill/distillation/method.py",
     "diffdistill/models/teachers/registry.py",
-    "diffdistill/settings/registry.py",
-    "diffdistill/export/self_contained.py",  # the imports of the file that it writes
-    "eval/features/extractors.py",  # by name: its networks import what they are described by
-    "methods/__init__.py",
-    "eval/__init__.py",
+    "diffdistill/networks/registry.py",
 )
 TOP_LEVEL_ROOMS = ("methods", "eval", "configs")
 

@@ -91,7 +91,7 @@ class Pipeline:
             path, predicts = self.family.noise(read_json(file), self.options)
         except READING as error:
             raise UserError(f"{file}: {error}") from None
-        network = DiffusersConfig(family=self.family.name, options=self.options)  # type: ignore[arg-type]
+        network = DiffusersConfig(family=self.family.name, options=self.options)
         return ModelSpec(
             model=ModelConfig(network=network, path=path, predicts=predicts),
             image_shape=self.family.image_shape(self.options),
