@@ -13,9 +13,9 @@ from diffdistill.distillation.method import Draw
 def _checked(value: Any, check: Any) -> Any:
     """One sentence in place of one for each of the two types."""
     try:
-        scale = check(value)
+        scale = check(tuple(value) if isinstance(value, list) else value)  # YAML knows lists alone
     except ValidationError:
-        raise ValueError("must be a number, or a range [low, high]") from None
+        raise ValueError("must be a finite number, or a range [low, high]") from None
     if isinstance(scale, tuple) and scale[0] > scale[1]:
         raise ValueError(f"the range must rise: {list(scale)}")
     return scale

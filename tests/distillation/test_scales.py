@@ -16,6 +16,7 @@ from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.sim import SIM
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import validate
 
 METHODS: dict[str, Any] = {
     "dmd2": DMD2(gan_weight=0.0),
@@ -142,3 +143,8 @@ def test_a_wrong_scale_is_one_sentence(wrong: object, make_config: Any) -> None:
 def test_stored_pairs_have_one_scale() -> None:
     with pytest.raises(ValueError, match="regression_weight: stored pairs are of one scale"):
         DMD2(guidance=(1.0, 2.0), regression_weight=0.5)
+
+
+def test_a_range_is_read_from_yaml() -> None:
+    read = validate(DMD2, {"name": "dmd2", "guidance": [1, 2.5]}, origin="here")
+    assert read.guidance == (1.0, 2.5)
