@@ -157,13 +157,13 @@ class FDistill(Method):
         cond, t, guidance = condition(players, draw, role="fake"), draw["t"], self.fake_guidance
         x_t = players.teacher.path.diffuse(x, draw["eps"], t)
         if self.has_discriminator and self.gan_features == "fake" and guidance == 1:
-            fake, features = players.fake(x_t, t, cond, want="both")
+            fake, features = players.fake.with_features(x_t, t, cond)
             return fake, players.discriminator(features)
         fake = players.fake(x_t, t, cond, guidance=scale_in(draw, "fake_guidance", guidance))
         if not self.has_discriminator:
             return fake, x.new_zeros(0)
         judged = condition(players, draw, role=self.gan_features)
-        return fake, players.discriminator(players[self.gan_features](x_t, t, judged, want="features"))
+        return fake, players.discriminator(players[self.gan_features].features(x_t, t, judged))
 
     def _ratio(self, logits: Tensor) -> Tensor:
         return density_ratio(logits, self.ratio_min, self.ratio_max)

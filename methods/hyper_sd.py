@@ -186,7 +186,7 @@ class HyperSD(Method):
         """The head on the teacher's bottleneck, at a level of the same segment, as PCM does it."""
         t = draw["judged"]
         noised = players.teacher.path.renoise(x, draw[noise], draw["end"], t)
-        logits: Tensor = players.discriminator(players.teacher(noised, t, cond, want="features"))
+        logits: Tensor = players.discriminator(players.teacher.features(noised, t, cond))
         return logits
 
     def _distance(self, gap: Tensor) -> Tensor:

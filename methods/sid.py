@@ -36,7 +36,7 @@ from diffdistill.distillation.score_distillation import (
     mean_of_finite,
     start_players,
 )
-from diffdistill.networks.discriminator import features_shape
+from diffdistill.networks.discriminator import features_shapes
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
 
 Images = Annotated[int, Field(ge=0)]
@@ -100,7 +100,7 @@ class SiD(Method):
         assert problem.teacher is not None
         check_augmentation(problem.teacher, "fake_augment", self.fake_augment)
         if self.gan_weight:
-            features_shape(problem.teacher, problem.image_shape)  # raises where there is no bottleneck
+            features_shapes(problem.teacher, problem.image_shape)  # raises where there is no bottleneck
         return players
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
@@ -115,7 +115,8 @@ class SiD(Method):
         x, x_t, teacher, weight = self._judged(players, draw)
         t, cond = draw["t"], condition(players, draw, role="fake")
         is_adversarial = self.gan_weight > 0 and bool(draw["is_gan_on"])
-        seen = players.fake(x_t, t, cond, guidance=self.fake_guidance, want="both" if is_adversarial else "x0")
+        ask = players.fake.with_features if is_adversarial else players.fake
+        seen = ask(x_t, t, cond, guidance=self.fake_guidance)
         fake, features = seen if is_adversarial else (seen, None)
         residual = fake
         if self.residual_guidance != self.fake_guidance:
@@ -137,8 +138,8 @@ class SiD(Method):
         if {self.fake_training_guidance, self.fake_guidance, self.residual_guidance} != {1.0}:
             cond = players.fake.drop_condition(cond, draw["fake is_dropped"])  # so that it knows their law as a whole
         path, t, eps, guidance = players.teacher.path, draw["fake t"], draw["fake eps"], self.fake_training_guidance
-        want: Literal["both", "x0"] = "both" if self.gan_weight else "x0"
-        seen = players.fake(path.diffuse(x, eps, t), t, cond, guidance=guidance, want=want)
+        ask = players.fake.with_features if self.gan_weight else players.fake
+        seen = ask(path.diffuse(x, eps, t), t, cond, guidance=guidance)
         estimate, features = seen if self.gan_weight else (seen, None)
         denoising = denoising_error(players.fake, estimate, x, t, weight=self.fake_weight)
         logs, total = {"denoising": denoising.detach()}, x[0].numel() * denoising
@@ -146,7 +147,7 @@ class SiD(Method):
             return Loss(total, logs)
         # Moved as the generated image, so that the augmentation does not tell them apart.
         images = augment(batch.images, draw["fake motion"])[0] if self.fake_augment else batch.images
-        tapped = players.fake(path.diffuse(images, eps, t), t, cond, guidance=guidance, want="features")
+        tapped = players.fake.features(path.diffuse(images, eps, t), t, cond, guidance=guidance)
         discrimination = gan_discriminator_loss(bottleneck_logits(tapped), bottleneck_logits(features)) / 2
         weight = draw.get("all fake weight", self.fake_weights(players, draw, batch)["fake weight"]).mean()
         logs["gan"] = discrimination.detach()

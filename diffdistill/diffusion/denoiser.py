@@ -5,17 +5,22 @@ Teacher, generator and fake score are all `Denoiser`s. A network is a `Network`.
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.path import Path, Prediction, expand
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.settings.schema import UserError
 
-if TYPE_CHECKING:
-    from diffdistill.diffusion.prompt_table import PromptTable
+Taps = tuple[int | str, ...]
+"""Blocks whose outputs are asked for: by their number in the order of calls (from the end if negative) or by their
+name, and "middle" for the bottleneck."""
+
+Features = Tensor | tuple[Tensor, ...]
+"""The bottleneck [B, C, h, w], or where taps are named the output of each of them, as a map."""
 
 
 class Network(nn.Module, ABC):
@@ -39,12 +44,17 @@ class Network(nn.Module, ABC):
         """x: [B, ...]; time_input: [B], the path's.  Returns [B, ...]: what the Denoiser `predicts`."""
 
     @abstractmethod
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The bottleneck alone, [B, C, h, w]; what comes after it does not run."""
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The bottleneck [B, C, h, w], or the taps in the order named; what comes after them does not run.
+
+        Raises ValueError on a tap that is none of its blocks.
+        """
 
     @abstractmethod
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and bottleneck from one pass."""
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """Output and `features` from one pass."""
 
 
 Want = Literal["x0", "features", "both"]
@@ -84,6 +94,72 @@ class Denoiser(nn.Module):
         """Whether another scale than 1 means something: it knows "no class", or takes the scale as its input."""
         return self.net.has_null_condition or "guidance_input" in self.net.accepts
 
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float | Tensor = 1.0,
+        uncond: Cond | None = None,
+    ) -> Tensor:
+        """Denoise x_t: D(x_t, t, c), [B, ...] in float32 or wider.
+
+        x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
+        guidance: w of D_u + w (D_c - D_u), a number or [B]; 1 calls the network on `cond` alone and 0 on `uncond`
+        alone; any other value puts both into one batched call. A network that takes the scale as its input is given
+        w instead, whatever it is, in one call, unless cond says one. uncond: default `unconditional(cond)`.
+        Raises ValueError on a condition that the network does not take, and where it knows no "no class".
+        Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
+        """
+        made: Tensor = super().__call__(x_t, t, cond, guidance=guidance, uncond=uncond)
+        return made
+
+    @overload
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond = ..., *, guidance: float | Tensor = ..., taps: None = None
+    ) -> Tensor: ...
+    @overload
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond = ..., *, guidance: float | Tensor = ..., taps: Taps | None
+    ) -> Features: ...
+    def features(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float | Tensor = 1.0,
+        taps: Taps | None = None,
+    ) -> Features:
+        """The bottleneck [B, C, h, w] at x_t, or the taps; what comes after them does not run.
+
+        Raises ValueError as a call, on an unknown tap, and on two conditions at once, which is any w but 1 and 0.
+        """
+        made: Features = super().__call__(x_t, t, cond, guidance=guidance, want="features", taps=taps)
+        return made
+
+    @overload
+    def with_features(
+        self, x_t: Tensor, t: Tensor, cond: Cond = ..., *, guidance: float | Tensor = ..., taps: None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def with_features(
+        self, x_t: Tensor, t: Tensor, cond: Cond = ..., *, guidance: float | Tensor = ..., taps: Taps | None
+    ) -> tuple[Tensor, Features]: ...
+    def with_features(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond = NO_COND,
+        *,
+        guidance: float | Tensor = 1.0,
+        taps: Taps | None = None,
+    ) -> tuple[Tensor, Features]:
+        """D and `features` from one pass. Raises ValueError as `features`."""
+        made: tuple[Tensor, Features] = super().__call__(x_t, t, cond, guidance=guidance, want="both", taps=taps)
+        return made
+
     def forward(
         self,
         x_t: Tensor,
@@ -93,18 +169,9 @@ class Denoiser(nn.Module):
         guidance: float | Tensor = 1.0,
         uncond: Cond | None = None,
         want: Want = "x0",
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Denoise x_t, or tap the bottleneck.
-
-        x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
-        guidance: w of D_u + w (D_c - D_u), a number or [B]; 1 calls the network on `cond` alone and 0 on `uncond`
-        alone; any other value puts both into one batched call. A network that takes the scale as its input is given
-        w instead, whatever it is, in one call, unless cond says one. uncond: default `unconditional(cond)`.
-        want: "x0" -> [B, ...]; "features" -> the bottleneck [B, C, h, w], stopping there; "both" -> a pair
-        (features at w = 1 or 0 only).  Returns float32 or wider.
-        Raises ValueError on a condition that the network does not take, and where it knows no "no class".
-        Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
-        """
+        taps: Taps | None = None,
+    ) -> Any:
+        """What a call, `features` and `with_features` are made of: one entry, which torch.compile and hooks see."""
         if "guidance_input" in self.net.accepts and cond.guidance_input is None:
             given = torch.as_tensor(guidance, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
             cond, guidance = replace(cond, guidance_input=given.expand(len(x_t))), 1.0
@@ -112,14 +179,13 @@ class Denoiser(nn.Module):
         if unknown:
             raise ValueError(f"this network takes {sorted(self._accepts)}, not {sorted(unknown)}")
         if isinstance(guidance, (int, float)) and guidance == 1:
-            return self._evaluate(x_t, t, cond, want)
+            return self._evaluate(x_t, t, cond, want, taps)
         null = self.unconditional(cond) if uncond is None else uncond
         if isinstance(guidance, (int, float)) and guidance == 0:
-            return self._evaluate(x_t, t, null, want)
+            return self._evaluate(x_t, t, null, want, taps)
         if want != "x0":
             raise ValueError("features are of one condition: use guidance 0 or 1")
-        both = self._evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond), "x0")
-        assert isinstance(both, Tensor)
+        both = self._evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
         without, with_cond = both.chunk(2)
         scale = expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
         return without + scale * (with_cond - without)
@@ -168,22 +234,23 @@ class Denoiser(nn.Module):
         dtype = next((p.dtype for p in self.net.parameters()), torch.float32)
         return self.conditions.rows(label).map(lambda part: part.to(dtype) if part.is_floating_point() else part)
 
-    def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
+    def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want = "x0", taps: Taps | None = None) -> Any:
         cond = self.resolve(cond)
         if self.negative is not None:
             cond = self.negative.behind(cond)
         if self.autocast is not None:
             with torch.autocast(x_t.device.type, self.autocast):
-                return self._call(x_t, t, cond, want)
-        return self._call(x_t, t, cond, want)
+                return self._call(x_t, t, cond, want, taps)
+        return self._call(x_t, t, cond, want, taps)
 
-    def _call(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want) -> Tensor | tuple[Tensor, Tensor]:
+    def _call(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want, taps: Taps | None) -> Any:
+        named = () if taps is None else (taps,)  # networks that know the bottleneck alone take no such argument
         scaled = expand(self._input_scale(t), x_t) * x_t
         time_input = self.path.time_input(t).to(scaled.dtype)
         if want == "features":
-            return self.net.features(scaled, time_input, cond)
+            return self.net.features(scaled, time_input, cond, *named)
         if want == "both":
-            output, features = self.net.forward_with_features(scaled, time_input, cond)
+            output, features = self.net.forward_with_features(scaled, time_input, cond, *named)
             return self._read(output, x_t, t), features
         return self._read(self.net(scaled, time_input, cond), x_t, t)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
-from diffdistill.diffusion.denoiser import Denoiser, Want
+from diffdistill.diffusion.denoiser import Denoiser, Taps, Want
 from diffdistill.settings.schema import schema
 
 Numbers = tuple[float, ...]
@@ -115,6 +115,7 @@ class RoutedDenoiser(Denoiser):
         guidance: float | Tensor = 1.0,
         uncond: Cond | None = None,
         want: Want = "x0",
+        taps: Taps | None = None,
     ) -> Tensor:
         """As Denoiser's. Raises ValueError where features are wanted: those of different students do not compare."""
         if want != "x0":

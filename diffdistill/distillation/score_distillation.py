@@ -242,8 +242,9 @@ def head_logits(
     t = torch.cat([draw[f"{call}t"] for call in calls])
     eps = torch.cat([draw[f"{call}eps"] for call in calls])
     noised = players.teacher.path.diffuse(images, eps, t)
-    tapped = players[features](noised, t, cond, want="features")
-    logits: Tensor = players.discriminator(tapped)
+    network = players[features]
+    assert isinstance(network, Denoiser)
+    logits: Tensor = players.discriminator(network.features(noised, t, cond))
     return logits
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Denoiser, Network
+from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
 from diffdistill.diffusion.path import Path, expand
 
 
@@ -67,11 +67,13 @@ class Mixture(Network):
         spread = self.values[which].sqrt() * normal.double()
         return self.means[which] + torch.einsum("bde,be->bd", self.vectors[which], spread)
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
         """There are none. Raises ValueError."""
         raise ValueError("an analytic denoiser has no features: use a network, or a method without a GAN")
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
         """There are none. Raises ValueError."""
         return self.forward(x, time_input, cond), self.features(x, time_input, cond)
 

@@ -1,15 +1,16 @@
 """Networks of diffusers' classes as `Network`s: what all families share."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
 from diffdistill.attention import reaching
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Network
+from diffdistill.diffusion.denoiser import Features, Network, Taps
+from diffdistill.networks.taps import Tapped
 from diffdistill.settings.registry import NameOf, from_above
 from diffdistill.settings.schema import Fraction, schema
 
@@ -31,7 +32,7 @@ class DiffusersConfig:
 
 
 class DiffusersNetwork(Network):
-    """A diffusers model as a `Network`. The tap is the output of the model's `middle`."""
+    """A diffusers model as a `Network`. By default the tap is the output of the model's `middle`."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class DiffusersNetwork(Network):
     @property
     @abstractmethod
     def middle(self) -> nn.Module:
-        """The block whose output is tapped."""
+        """The block whose output is tapped where no taps are named."""
 
     @property
     def attention_blocks(self) -> list[nn.Module]:
@@ -97,36 +98,44 @@ class DiffusersNetwork(Network):
         return [next(part for part in self.model.modules() if type(part).__name__ == "TimestepEmbedding")]
 
     def read_tap(self, output: Any, x: Tensor) -> Tensor:
-        """The middle's output for input x [B, C, H, W] as a map [B, C', h, w]."""
-        assert isinstance(output, Tensor)
-        return output
+        """A block's output for input x [B, C, H, W] as a map [B, C', h, w]; of several outputs the first."""
+        tapped: Tensor = output[0] if isinstance(output, tuple) else output
+        return tapped
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The tap alone; what comes after it does not run."""
-        with self._tapped(stop=True) as tapped, suppress(_StopForwardError):
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The middle's output, or the taps; what comes after them does not run."""
+        with self._tapped(taps, stops=True) as tapped, suppress(_StopForwardError):
             self(x, time_input, cond)
-        return self.read_tap(tapped[0], x)
+        return tapped.features(lambda output: self.read_tap(output, x))
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and tap from one pass."""
-        with self._tapped(stop=False) as tapped:
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """Output and `features` from one pass."""
+        with self._tapped(taps, stops=False) as tapped:
             output = self(x, time_input, cond)
-        return output, self.read_tap(tapped[0], x)
+        return output, tapped.features(lambda output: self.read_tap(output, x))
 
     @contextmanager
-    def _tapped(self, *, stop: bool) -> Iterator[list[Any]]:
-        tapped: list[Any] = []
+    def _tapped(self, taps: Taps | None, *, stops: bool) -> Iterator[Tapped]:
+        blocks = self.blocks
+        places = {id(module): name for name, module in self.model.named_modules()} if taps else {}
+        names = [places[id(block)] for block in blocks] if taps else []
+        tapped = Tapped(taps, names, blocks.index(self.middle))
 
-        def tap(_: nn.Module, __: Any, output: Any) -> None:
-            tapped.append(output)
-            if stop:
-                raise _StopForwardError
+        def tap(number: int) -> Callable[..., None]:
+            def keep(_: nn.Module, __: Any, output: Any) -> None:
+                tapped.seen(number, output)
+                if stops and number == tapped.count - 1:
+                    raise _StopForwardError
 
-        handle = self.middle.register_forward_hook(tap)
-        try:
+            return keep
+
+        with ExitStack() as stack:
+            for number in set(tapped.numbers):
+                stack.enter_context(_uncompiled(blocks[number]))
+                stack.callback(blocks[number].register_forward_hook(tap(number)).remove)
             yield tapped
-        finally:
-            handle.remove()
 
 
 class DiffusersTransformer(DiffusersNetwork):
@@ -174,3 +183,14 @@ class DiffusersUNetBlocks(DiffusersNetwork):
 
 class _StopForwardError(Exception):
     """Leaves a forward pass early."""
+
+
+@contextmanager
+def _uncompiled(block: nn.Module) -> Iterator[None]:
+    """Let a block run as it was before `Module.compile`: compiled code does not see hooks that come and go."""
+    compiled = block._compiled_call_impl
+    block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        block._compiled_call_impl = compiled

@@ -1,11 +1,12 @@
-"""Discriminator heads on a denoiser's bottleneck features."""
+"""Discriminator heads on a denoiser's features: its bottleneck, or several of its blocks."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.denoiser import Denoiser, Taps, device_of
 from diffdistill.settings.schema import UserError
 
 
@@ -35,21 +36,50 @@ def _norm_act(channels: int) -> list[nn.Module]:
     return [nn.GroupNorm(math.gcd(32, channels, max(1, channels // 8)), channels), nn.SiLU()]
 
 
-def make_head(denoiser: Denoiser, image_shape: tuple[int, ...]) -> Head:
-    """A head that fits the denoiser's features. Raises UserError if its network has none."""
-    channels, side, *_ = features_shape(denoiser, image_shape)
+class Heads(nn.Module):
+    """A head on each of several feature maps; a sample's logit is the mean of theirs.
+
+    shapes: [C, side, side] of each map.  Heads behind several blocks of the teacher: Sauer et al. 2024,
+    arXiv:2403.12015, section 3.2, who take the loss of each head by itself; here it is of their mean, so that it stays
+    one estimate of log(p_real / p_fake).
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head(channels, side) for channels, side, *_ in shapes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """features: a map [B, C, h, w] for each head.  Returns logits [B]."""
+        logits = [head(tapped) for head, tapped in zip(self.heads, features, strict=True)]
+        return torch.stack(logits).mean(0)
+
+
+def make_head(denoiser: Denoiser, image_shape: tuple[int, ...], taps: Taps | None = None) -> Head | Heads:
+    """A head that fits the denoiser's bottleneck, or heads for these taps: what `denoiser.features` gives.
+
+    Raises UserError if its network has no features, or no such blocks.
+    """
+    shapes = features_shapes(denoiser, image_shape, taps)
+    if taps is not None:
+        return Heads(shapes)
+    channels, side, *_ = shapes[0]
     return Head(channels, side)
 
 
 @torch.no_grad()
-def features_shape(denoiser: Denoiser, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[C, h, w] of the denoiser's bottleneck for images of this shape. Raises UserError if its network has none."""
+def features_shapes(
+    denoiser: Denoiser, image_shape: tuple[int, ...], taps: Taps | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """[C, h, w] of the denoiser's bottleneck for images of this shape, or of each tap.
+
+    Raises UserError if its network has no features, or no such blocks.
+    """
     device = device_of(denoiser)
     x = torch.zeros(1, *image_shape, device=device)
     t = torch.full((1,), denoiser.path.t_max, device=device, dtype=torch.float64)
     label = torch.zeros(1, dtype=torch.int64, device=device)
     try:
-        features: Tensor = denoiser(x, t, denoiser.class_cond(label), want="features")
+        found = denoiser.features(x, t, denoiser.class_cond(label), taps=taps)
     except ValueError as error:
         raise UserError(f"gan: {error}") from error
-    return tuple(features.shape[1:])
+    return tuple(tuple(tapped.shape[1:]) for tapped in (found if isinstance(found, tuple) else (found,)))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from diffdistill.attention import attention
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Network
+from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
+from diffdistill.networks.taps import Tapped
 from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
 
 FREQUENCIES = 256  # of the time embedding, sines and cosines together
@@ -97,28 +98,30 @@ class DiT(Network):
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
         return self.forward_with_features(x, time_input, cond)[0]
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The tokens behind the middle block, [B, width, H / patch, W / patch]; the rest does not run."""
-        return self._as_image(self._first_half(x, self._embed(time_input, cond)))
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The tokens behind the middle block, [B, width, H / patch, W / patch], or the taps; the rest does not run."""
+        tapped = self._tapped(taps)
+        self._run(x, self._embed(time_input, cond), tapped, tapped.count)
+        return tapped.features(self._as_image)
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and tap from one pass."""
-        embedding = self._embed(time_input, cond)
-        tapped = h = self._first_half(x, embedding)
-        for block in self.blocks[self._middle :]:
-            h = block(h, embedding)
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """Output and `features` from one pass."""
+        tapped, embedding = self._tapped(taps), self._embed(time_input, cond)
+        h = self._run(x, embedding, tapped, len(self.blocks))
         shift, scale = self.modulate(embedding)[:, None].chunk(2, 2)
         patches = self.output(_modulated(h, shift, scale))
-        return self._unpatch(patches)[:, : self.image_channels], self._as_image(tapped)
+        return self._unpatch(patches)[:, : self.image_channels], tapped.features(self._as_image)
 
-    @property
-    def _middle(self) -> int:
-        return (len(self.blocks) + 1) // 2
+    def _tapped(self, taps: Taps | None) -> Tapped:
+        return Tapped(taps, [f"blocks.{i}" for i in range(len(self.blocks))], (len(self.blocks) - 1) // 2)
 
-    def _first_half(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def _run(self, x: Tensor, embedding: Tensor, tapped: Tapped, count: int) -> Tensor:
+        """The tokens behind the first `count` blocks."""
         h = self.input(x).flatten(2).transpose(1, 2) + self.positions
-        for block in self.blocks[: self._middle]:
-            h = block(h, embedding)
+        for number, block in enumerate(self.blocks[:count]):
+            h = tapped.seen(number, block(h, embedding))
         return h
 
     def _embed(self, time_input: Tensor, cond: Cond) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Network
+from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.edm_blocks import (
     ADMEmbedding,
     Block,
@@ -25,6 +25,7 @@ from diffdistill.networks.edm_blocks import (
     Variant,
     group_norm,
 )
+from diffdistill.networks.taps import Tapped
 from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
 
 Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -208,20 +209,19 @@ class EDMUNet(Network):
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
         return self.forward_with_features(x, time_input, cond)[0]
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The encoder's last output, [B, C', H / 2^k, W / 2^k]; the decoder does not run."""
-        return self._encode(x, self.embed(time_input, cond))[-1]
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The encoder's last output, [B, C', H / 2^k, W / 2^k], or the taps; the rest does not run."""
+        tapped = self._tapped(taps)
+        self._run(x, self.embed(time_input, cond), tapped, tapped.count)
+        return tapped.features()
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and bottleneck from one pass."""
-        embedding = self.embed(time_input, cond)
-        skips = self._encode(x, embedding)
-        features = h = skips[-1]
-        for block in self.decoder:
-            if block.takes_skip:
-                h = torch.cat([h, skips.pop()], 1)
-            h = block(h, embedding)
-        return self.output(h), features
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """Output and `features` from one pass."""
+        tapped = self._tapped(taps)
+        h = self._run(x, self.embed(time_input, cond), tapped, len(self.encoder) + len(self.decoder))
+        return self.output(h), tapped.features()
 
     def edm_names(self) -> dict[str, str]:
         """Our name of every tensor -> its name in EDM's `EDMPrecond.model`.
@@ -236,14 +236,24 @@ class EDMUNet(Network):
             names[own] = f"{known}.{LEAF_NAMES.get(leaf, leaf)}"
         return names
 
-    def _encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+    def _tapped(self, taps: Taps | None) -> Tapped:
+        names = [f"{part}.{i}" for part in ("encoder", "decoder") for i in range(len(getattr(self, part)))]
+        return Tapped(taps, names, len(self.encoder) - 1)
+
+    def _run(self, x: Tensor, embedding: Tensor, tapped: Tapped, count: int) -> Tensor:
+        """The output of the last of the first `count` blocks, encoder and decoder counted together."""
         skips = [self.input(x)]
-        for number, block in enumerate(self.encoder):
+        for number, block in enumerate(self.encoder[:count]):
             h = block(skips[-1], embedding)
             if str(number) in self.residual_inputs:
                 h = x = (h + self.residual_inputs[str(number)](x)) * math.sqrt(0.5)
-            skips.append(h)
-        return skips
+            skips.append(tapped.seen(number, h))
+        h = skips[-1]
+        for number, block in enumerate(self.decoder[: max(0, count - len(self.encoder))], len(self.encoder)):
+            if block.takes_skip:
+                h = torch.cat([h, skips.pop()], 1)
+            h = tapped.seen(number, block(h, embedding))
+        return h
 
 
 def plan_encoder(config: EDMConfig, height: int) -> list[BlockPlan]:

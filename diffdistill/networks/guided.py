@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Denoiser, Network
+from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
 from diffdistill.networks.hooked import HookedBlock
 from diffdistill.networks.lora import LoRA
 from diffdistill.networks.recompute import Recomputable, recomputable_blocks
@@ -48,15 +48,17 @@ class GuidedBase(Network):
             output: Tensor = self.base(x, time_input, rest)
         return output
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The base's bottleneck."""
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The base's."""
         with self._changed(cond, x) as rest:
-            return self.base.features(x, time_input, rest)
+            return self.base.features(x, time_input, rest, taps)
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and bottleneck from one pass."""
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """The base's."""
         with self._changed(cond, x) as rest:
-            return self.base.forward_with_features(x, time_input, rest)
+            return self.base.forward_with_features(x, time_input, rest, taps)
 
     def told(self, cond: Cond, like: Tensor) -> Cond:
         """The condition with what is missing in it.  like: x."""

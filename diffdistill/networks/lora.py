@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Denoiser, Network
+from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
 from diffdistill.networks.empty import empty_weights
 from diffdistill.networks.registry import PlainNetwork
 from diffdistill.settings.schema import Fraction, Positive, PositiveInt, UserError, schema
@@ -96,13 +96,15 @@ class LoRA(Network):
         output: Tensor = self.shared_tree(x, time_input, cond)
         return output
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
         """As the base's."""
-        return self.shared_tree.features(x, time_input, cond)
+        return self.shared_tree.features(x, time_input, cond, taps)
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
         """As the base's."""
-        return self.shared_tree.forward_with_features(x, time_input, cond)
+        return self.shared_tree.forward_with_features(x, time_input, cond, taps)
 
     def train(self, mode: bool = True) -> "LoRA":
         self.shared_tree.train(mode)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Network
+from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
+from diffdistill.networks.taps import Tapped
 from diffdistill.settings.schema import Fraction, PositiveInt, schema
 
 
@@ -47,22 +48,28 @@ class MLP(Network):
         """x: [B, ...]; time_input: [B].  Returns x's shape."""
         return self.forward_with_features(x, time_input, cond)[0]
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The state after half of the blocks, [B, width, 1, 1]; the rest does not run."""
-        embedding = self._embed(time_input, cond)
-        return self._run(self.input(x.flatten(1)), embedding, first_half=True)[:, :, None, None]
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The state after half of the blocks, [B, width, 1, 1], or the taps; the rest does not run."""
+        tapped = self._tapped(taps)
+        self._run(x, self._embed(time_input, cond), tapped, tapped.count)
+        return tapped.features(_as_map)
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and tap from one pass."""
-        embedding = self._embed(time_input, cond)
-        tapped = self._run(self.input(x.flatten(1)), embedding, first_half=True)
-        h = self._run(tapped, embedding, first_half=False)
-        return self.output(F.silu(h)).reshape(x.shape), tapped[:, :, None, None]
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """Output and `features` from one pass."""
+        tapped = self._tapped(taps)
+        h = self._run(x, self._embed(time_input, cond), tapped, len(self.blocks))
+        return self.output(F.silu(h)).reshape(x.shape), tapped.features(_as_map)
 
-    def _run(self, h: Tensor, embedding: Tensor, *, first_half: bool) -> Tensor:
-        middle = (len(self.blocks) + 1) // 2
-        for block in self.blocks[:middle] if first_half else self.blocks[middle:]:
-            h = block(h, embedding)
+    def _tapped(self, taps: Taps | None) -> Tapped:
+        return Tapped(taps, [f"blocks.{i}" for i in range(len(self.blocks))], (len(self.blocks) - 1) // 2)
+
+    def _run(self, x: Tensor, embedding: Tensor, tapped: Tapped, count: int) -> Tensor:
+        """The state behind the first `count` blocks."""
+        h = self.input(x.flatten(1))
+        for number, block in enumerate(self.blocks[:count]):
+            h = tapped.seen(number, block(h, embedding))
         return h
 
     def _embed(self, time_input: Tensor, cond: Cond) -> Tensor:
@@ -90,3 +97,7 @@ class MLPBlock(Recomputable):
         """h, embedding: [B, width]."""
         changed: Tensor = h + self.second(F.silu(self.first(self.norm(h)) + self.modulate(embedding)))
         return changed
+
+
+def _as_map(h: Tensor) -> Tensor:
+    return h[:, :, None, None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Denoiser, Network
+from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
 from diffdistill.networks.guided import GuidedBase
 from diffdistill.networks.lora import LoRA
 from diffdistill.networks.registry import SignalBase
@@ -47,13 +47,15 @@ class Signal(Network):
         """x: unit noise [B, ...]; time_input: [B], of the output's time.  Returns the signal [B, ...]."""
         return self._read(x, self.base(self.config.input_scale * x, time_input, cond))
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The base's bottleneck."""
-        return self.base.features(self.config.input_scale * x, time_input, cond)
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The base's."""
+        return self.base.features(self.config.input_scale * x, time_input, cond, taps)
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Signal and bottleneck from one pass."""
-        output, features = self.base.forward_with_features(self.config.input_scale * x, time_input, cond)
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """The signal, and the base's features."""
+        output, features = self.base.forward_with_features(self.config.input_scale * x, time_input, cond, taps)
         return self._read(x, output), features
 
     def _read(self, x: Tensor, output: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from diffdistill.attention import attention
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Network
+from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
+from diffdistill.networks.taps import Tapped
 from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
 
 
@@ -111,26 +112,35 @@ class UNet(Network):
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
         return self.forward_with_features(x, time_input, cond)[0]
 
-    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        """The encoder's last output, [B, channels[-1], H / 2^k, W / 2^k]; the decoder does not run."""
-        return self._encode(x, self._embed(time_input, cond))[-1]
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
+        """The encoder's last output, [B, channels[-1], H / 2^k, W / 2^k], or the taps; the rest does not run."""
+        tapped = self._tapped(taps)
+        self._run(x, self._embed(time_input, cond), tapped, tapped.count)
+        return tapped.features()
 
-    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Output and bottleneck from one pass."""
-        embedding = self._embed(time_input, cond)
-        skips = self._encode(x, embedding)
-        features = h = skips[-1]
-        for block in self.decoder:
+    def forward_with_features(
+        self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
+    ) -> tuple[Tensor, Features]:
+        """Output and `features` from one pass."""
+        tapped = self._tapped(taps)
+        h = self._run(x, self._embed(time_input, cond), tapped, len(self.encoder) + len(self.decoder))
+        return self.output(h), tapped.features()
+
+    def _tapped(self, taps: Taps | None) -> Tapped:
+        names = [f"{part}.{i}" for part in ("encoder", "decoder") for i in range(len(getattr(self, part)))]
+        return Tapped(taps, names, len(self.encoder) - 1)
+
+    def _run(self, x: Tensor, embedding: Tensor, tapped: Tapped, count: int) -> Tensor:
+        """The output of the last of the first `count` blocks, encoder and decoder counted together."""
+        skips = [self.input(x)]
+        for number, block in enumerate(self.encoder[:count]):
+            skips.append(tapped.seen(number, block(skips[-1], embedding)))
+        h = skips[-1]
+        for number, block in enumerate(self.decoder[: max(0, count - len(self.encoder))], len(self.encoder)):
             if block.resample != "up":
                 h = torch.cat([h, skips.pop()], 1)
-            h = block(h, embedding)
-        return self.output(h), features
-
-    def _encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        skips = [self.input(x)]
-        for block in self.encoder:
-            skips.append(block(skips[-1], embedding))
-        return skips
+            h = tapped.seen(number, block(h, embedding))
+        return h
 
     def _embed(self, time_input: Tensor, cond: Cond) -> Tensor:
         half = self.frequencies // 2

@@ -179,9 +179,9 @@ def test_conditions_with_different_parts_cannot_be_joined():
 @on_every_network
 def test_features_and_image_from_one_pass_equal_those_of_two(name):
     denoiser, (x, t, cond) = make_denoiser(name), inputs()
-    image, features = denoiser(x, t, cond, want="both")
+    image, features = denoiser.with_features(x, t, cond)
     assert torch.equal(image, denoiser(x, t, cond))
-    assert torch.equal(features, denoiser(x, t, cond, want="features"))
+    assert torch.equal(features, denoiser.features(x, t, cond))
 
 
 @on_every_network
@@ -193,17 +193,17 @@ def test_features_alone_do_not_run_the_decoder(name):
         "diffusers_unet": lambda net: [*net.model.up_blocks, net.model.conv_out],
     }[name](denoiser.net)
     counts = [batches_seen(module) for module in late]
-    denoiser(x, t, cond, want="features")
+    denoiser.features(x, t, cond)
     assert not any(counts)
-    denoiser(x, t, cond, want="both")
+    denoiser.with_features(x, t, cond)
     assert all(len(count) == 1 for count in counts)
 
 
 @on_every_network
 def test_features_leave_no_hook_behind(name):
     denoiser, (x, t, cond) = make_denoiser(name), inputs()
-    denoiser(x, t, cond, want="features")
-    denoiser(x, t, cond, want="both")
+    denoiser.features(x, t, cond)
+    denoiser.with_features(x, t, cond)
     assert not any(module._forward_hooks for module in denoiser.modules())
 
 
@@ -211,7 +211,7 @@ def test_features_leave_no_hook_behind(name):
 def test_features_have_a_gradient_by_the_image(name):
     denoiser, (x, t, cond) = make_denoiser(name), inputs()
     x.requires_grad_()
-    denoiser(x, t, cond, want="features").sum().backward()
+    denoiser.features(x, t, cond).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().min() > 0
 
@@ -219,7 +219,7 @@ def test_features_have_a_gradient_by_the_image(name):
 def test_features_of_two_conditions_at_once_are_refused():
     denoiser, (x, t, cond) = make_denoiser(), inputs()
     with pytest.raises(ValueError, match="use guidance 0 or 1"):
-        denoiser(x, t, cond, guidance=2, want="features")
+        denoiser.features(x, t, cond, guidance=2)
 
 
 @on_every_network
@@ -343,4 +343,4 @@ def test_a_gaussian_s_flow_ends_where_it_started_after_going_there_and_back(path
 def test_an_analytic_denoiser_says_that_it_has_no_features():
     denoiser, (x, t) = two_classes(EDM()), plane_points(EDM())
     with pytest.raises(ValueError, match="no features"):
-        denoiser(x, t, want="features")
+        denoiser.features(x, t)

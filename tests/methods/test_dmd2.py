@@ -195,7 +195,7 @@ def test_the_gan_sees_noised_samples_with_their_classes_and_noised_images_with_t
 
     def logits(images: Tensor, call: str, cond: Cond) -> Tensor:
         noised = PATH.diffuse(images, draw[f"{call} eps"], draw[f"{call} t"])
-        return players.discriminator(players.fake(noised, draw[f"{call} t"], cond, want="features"))
+        return players.discriminator(players.fake.features(noised, draw[f"{call} t"], cond))
 
     made = Cond(label=draw["label"])
     expected = gan_generator_loss(logits(x, "gan", made))

@@ -251,7 +251,7 @@ def test_the_discriminator_sees_the_sample_of_the_matching_at_its_noise() -> Non
     loss = method.generator_loss(players, draw, batch)
     cond = Cond(label=draw["label"])
     x_t = PATH.diffuse(loss.carry["x"], draw["eps"], draw["t"])
-    expected = gan_generator_loss(players.discriminator(players.fake(x_t, draw["t"], cond, want="features")))
+    expected = gan_generator_loss(players.discriminator(players.fake.features(x_t, draw["t"], cond)))
     torch.testing.assert_close(loss.logs["gan"], expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(loss.total.detach(), loss.logs["matching"] + 0.3 * expected.detach())
 
@@ -270,7 +270,7 @@ def again(method: FDistill, players, draw) -> Tensor:
     start = method.steps.roll_out(players.generator, draw["z"], step=0)
     cond = Cond(label=draw["label"])
     x_t = PATH.diffuse(players.generator(start.x, start.t, cond), draw["eps"], draw["t"])
-    return gan_generator_loss(players.discriminator(players.fake(x_t, draw["t"], cond, want="features")))
+    return gan_generator_loss(players.discriminator(players.fake.features(x_t, draw["t"], cond)))
 
 
 @pytest.mark.parametrize("features", ["fake", "teacher"])

@@ -320,7 +320,7 @@ def logits(players: Players, draw: dict[str, Tensor], x: Tensor, eps: Tensor, co
     """A reference: from the end of the jump to `judged` on EDM's path, then teacher's features and head."""
     end, judged = (expand(draw[name], x) for name in ("end", "judged"))
     noised = x + (judged**2 - end**2).sqrt() * eps
-    return players.discriminator(players.teacher(noised, draw["judged"], cond, want="features"))
+    return players.discriminator(players.teacher.features(noised, draw["judged"], cond))
 
 
 def test_the_adversarial_loss_judges_jumps_against_their_targets_at_a_level_of_the_segment():

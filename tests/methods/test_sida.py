@@ -27,7 +27,7 @@ def test_the_logits_are_the_mean_over_channels_of_the_bottleneck() -> None:
 
 
 def logits_at(players, images: Tensor, eps: Tensor, t: Tensor, label: Tensor) -> Tensor:
-    return players.fake(PATH.diffuse(images, eps, t), t, Cond(label=label), want="features").mean(1)
+    return players.fake.features(PATH.diffuse(images, eps, t), t, Cond(label=label)).mean(1)
 
 
 def test_the_adversarial_share_is_that_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

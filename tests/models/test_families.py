@@ -31,6 +31,7 @@ from diffdistill.networks.lora import LoRASettings, merge_lora, with_lora
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump, validate
+from diffdistill.training.speed.options import SpeedConfig, apply_speed
 
 PROMPTS = ["a red fox", "two blue birds"]
 
@@ -240,10 +241,41 @@ def test_the_tap_is_a_map_and_stops_there(place: Path) -> None:
     shape = open_pipeline(place).spec.image_shape
     x, t = torch.randn(2, *shape, generator=seeded(2)), middle(denoiser)
     cond = denoiser.class_cond(torch.tensor([0, 1]))
-    x0, features = denoiser(x, t, cond, want="both")
-    assert torch.equal(features, denoiser(x, t, cond, want="features"))
+    x0, features = denoiser.with_features(x, t, cond)
+    assert torch.equal(features, denoiser.features(x, t, cond))
     assert torch.equal(x0, denoiser(x, t, cond))
     assert make_head(denoiser, shape)(features).shape == (2,)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_every_block_can_be_tapped(place: Path, is_compiled: bool) -> None:
+    denoiser = load_model(place).denoiser
+    denoiser.conditions = numbered(place)
+    net, shape = denoiser.net, open_pipeline(place).spec.image_shape
+    x, t = torch.randn(2, *shape, generator=seeded(2)), middle(denoiser)
+    cond = denoiser.class_cond(torch.tensor([0, 1]))
+    seen: dict[int, Any] = {}
+    handles = [
+        block.register_forward_hook(lambda _, __, output, i=i: seen.update({i: output}))
+        for i, block in enumerate(net.blocks)
+    ]
+    x0 = denoiser(x, t, cond)
+    for handle in handles:
+        handle.remove()
+    if is_compiled:
+        apply_speed(SpeedConfig(compile="eager"), {"generator": denoiser}, None)
+        assert torch.allclose(denoiser(x, t, cond), x0, atol=1e-5)
+    taps = tuple(range(len(net.blocks)))
+    again, tapped = denoiser.with_features(x, t, cond, taps=taps)
+    assert torch.equal(again, x0)
+    for number, feature in enumerate(tapped):
+        assert torch.equal(feature, net.read_tap(seen[number], x))
+    assert make_head(denoiser, shape, taps)(tapped).shape == (2,)
+    name = next(name for name, module in net.model.named_modules() if module is net.blocks[0])
+    first, second = denoiser.features(x, t, cond, taps=("middle", name))
+    assert torch.equal(first, denoiser.features(x, t, cond))
+    assert torch.equal(second, tapped[0])
+    assert not any(block._forward_hooks for block in net.blocks)
 
 
 @pytest.mark.parametrize("want", ["x0", "features", "both"])
@@ -254,7 +286,8 @@ def test_recomputed_activations_have_the_same_gradients(place: Path, want: Any) 
         denoiser.conditions = numbered(place)
         assert set_recompute(denoiser.train(), is_on)
         x = torch.randn(2, *open_pipeline(place).spec.image_shape, generator=seeded(2)).requires_grad_()
-        given = denoiser(x, middle(denoiser), denoiser.class_cond(torch.tensor([0, 1])), want=want)
+        ask = {"x0": denoiser, "features": denoiser.features, "both": denoiser.with_features}[want]
+        given = ask(x, middle(denoiser), denoiser.class_cond(torch.tensor([0, 1])))
         sum(part.square().sum() for part in (given if isinstance(given, tuple) else (given,))).backward()
         grads = {name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None}
         found[is_on] = {"x": x.grad, **grads}

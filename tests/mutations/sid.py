@@ -53,8 +53,8 @@ FAULTS = (
     Fault(
         "the fake score's scale is the teacher's",
         METHOD,
-        "guidance=self.fake_guidance, want=",
-        "guidance=self.guidance, want=",
+        "ask(x_t, t, cond, guidance=self.fake_guidance)",
+        "ask(x_t, t, cond, guidance=self.guidance)",
         "methods/test_sid_guidance.py::test_the_teacher_is_guided_by_kappa_4_and_the_fake_score_by_kappa_2_and_3",
     ),
     Fault(

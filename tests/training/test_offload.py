@@ -78,7 +78,7 @@ def test_every_family_of_pipelines_can_lie_on_the_cpu(family: str, tmp_path: Pat
         offload(teacher, GPU)
         x, t = torch.zeros(2, *opened.spec.image_shape, device=GPU), torch.full((2,), 0.5, device=GPU)
         assert teacher(x, t, cond).device == GPU
-        assert teacher(x, t, cond, want="features").device == GPU
+        assert teacher.features(x, t, cond).device == GPU
         assert {parameter.device for parameter in teacher.parameters()} == {CPU}
 
 

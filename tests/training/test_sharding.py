@@ -171,7 +171,7 @@ def asked_for(denoiser: Denoiser, conditions: PromptTable | None) -> list[Tensor
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_()  # type: ignore[arg-type]
     t = torch.full((2,), 0.4 * float(denoiser.path.t_max), dtype=torch.float64)
     cond = denoiser.class_cond(torch.zeros(2, dtype=torch.int64))
-    made, tap, both = denoiser(x, t, cond), denoiser(x, t, cond, want="features"), denoiser(x, t, cond, want="both")
+    made, tap, both = denoiser(x, t, cond), denoiser.features(x, t, cond), denoiser.with_features(x, t, cond)
     (made.square().mean() + tap.square().mean() + both[0].mean() + both[1].mean()).backward()
     assert x.grad is not None
     gradients = [whole(p.grad) for p in denoiser.parameters() if p.grad is not None]

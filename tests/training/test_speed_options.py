@@ -80,7 +80,7 @@ def gradients(player: Denoiser, want: str = "both") -> tuple[dict[str, Tensor], 
     x.requires_grad_()
     torch.manual_seed(2)
     with SavedTensors(player.parameters()) as saved:
-        made = player(x, t, cond, want=want)
+        made = {"x0": player, "features": player.features, "both": player.with_features}[want](x, t, cond)
         outputs = made if isinstance(made, tuple) else (made,)
         loss = sum(((output - 0.5) ** 2).mean() for output in outputs)
     loss.backward()
