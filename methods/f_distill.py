@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom, integer_of
@@ -163,7 +164,8 @@ class FDistill(Method):
         if not self.has_discriminator:
             return fake, x.new_zeros(0)
         judged = condition(players, draw, role=self.gan_features)
-        return fake, players.discriminator(players[self.gan_features].features(x_t, t, judged))
+        judge: Denoiser = getattr(players, self.gan_features)
+        return fake, players.discriminator(judge.features(x_t, t, judged))
 
     def _ratio(self, logits: Tensor) -> Tensor:
         return density_ratio(logits, self.ratio_min, self.ratio_max)

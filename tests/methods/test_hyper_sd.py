@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -434,9 +435,9 @@ def solver_of(method: HyperSD, players: Players, problem: Problem, step: int) ->
         copied = deepcopy(players[name])
         forward = copied.forward
 
-        def call(x: Tensor, t: Tensor, cond: Cond = NO_COND, guidance: float | Tensor = 1.0) -> Tensor:
+        def call(x: Tensor, t: Tensor, cond: Cond = NO_COND, guidance: float | Tensor = 1.0, **more: object) -> Any:
             asked.append((name, float(torch.as_tensor(guidance).max())))
-            return forward(x, t, cond, guidance=guidance)
+            return forward(x, t, cond, guidance=guidance, **more)
 
         copied.forward = call  # type: ignore[method-assign]
         return copied

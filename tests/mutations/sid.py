@@ -60,8 +60,8 @@ FAULTS = (
     Fault(
         "real images have noise of their own in SiDA",
         METHOD,
-        "tapped = players.fake(path.diffuse(images, eps, t)",
-        'tapped = players.fake(path.diffuse(images, draw["eps"], t)',
+        "tapped = players.fake.features(path.diffuse(images, eps, t)",
+        'tapped = players.fake.features(path.diffuse(images, draw["eps"], t)',
         "methods/test_sida.py::test_real_and_generated_images_are_compared_at_one_time_noise_and_class",
     ),
     Fault(

@@ -50,7 +50,7 @@ def detect_family(pipeline: object, *, origin: str) -> Family:
     """
     known = {name: family for family in map(find_family, FAMILIES.own) for name in family.pipelines}
     faults: list[str] = []
-    if pipeline not in known and FAMILIES.others():
+    if isinstance(pipeline, str) and pipeline not in known and FAMILIES.others():
         others, faults = FAMILIES.listed()
         for family in map(_made, others.values()):
             known = dict.fromkeys(family.pipelines, family) | known
