@@ -1,1 +1,3 @@
-"""Distributed."""
+"""The processes that train one run: which one this is, what they tell each other, parts of tensors, how a run stops.
+
+Imports settings. Start with `processes`."""

@@ -1,1 +1,1 @@
-"""Features."""
+"""What images are judged by: extractors, their networks and weights, features on disk."""

@@ -1,1 +1,1 @@
-"""Images."""
+"""What is judged: images of a model, a pipeline or files, and their preparation."""

@@ -1,1 +1,1 @@
-"""Protocols."""
+"""Every choice behind a number, frozen and named; those that come along are in `packaged`."""

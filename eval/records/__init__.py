@@ -1,1 +1,1 @@
-"""Records."""
+"""What an evaluation leaves behind, and where it was made."""

@@ -1,1 +1,1 @@
-"""Guidance."""
+"""How much to guide, when, and with how few evaluations."""

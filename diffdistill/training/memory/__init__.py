@@ -1,1 +1,2 @@
-"""Memory."""
+"""What a run will need: `counting` bytes while code runs, `prediction` before it, `advice` on what to turn on, `oom_retry` when
+memory ends all the same."""
