@@ -1,1 +1,4 @@
-"""Distances and scores in float64, and the metrics that a protocol may name (`settings`). A metric's class owns its facts."""
+"""Distances and scores in float64, and the metrics that a protocol may name.
+
+Those are in `settings`: a metric's class owns its facts.
+"""
