@@ -14,6 +14,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_RESUMED = "The last good checkpoint is intact; make room and go on with --resume"
+WHEN_FULL = {
+    **dict.fromkeys(("pretrain", "train", "students"), _RESUMED),
+    "evaluate": "What was measured so far is kept; make room and give the command again, which goes on from there",
+    "export": "Nothing was left behind, and what was there before is intact; make room and give the command again",
+}
+"""What to do, by command."""
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong, plainly, and leave. Of several processes each says which one it is, but for the first."""
     who = f" process {this_rank()}:" if this_rank() else ""
@@ -36,7 +45,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             fail("stopped; nothing of this step was saved", 130)
         except Exception as error:
-            message, code = _expected(error)
+            message, code = _expected(error, command.__name__)
             if code is None:
                 raise
             fail(message, code)
@@ -44,8 +53,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _expected(error: Exception) -> tuple[str, int | None]:
-    """The message and exit code of a fault that is not a bug, or (.., None)."""
+def _expected(error: Exception, command: str) -> tuple[str, int | None]:
+    """The message and exit code of a fault of a command that is not a bug, or (.., None)."""
     from pydantic import ValidationError
 
     from diffdistill.distributed.stopping import StopRequested, TrainingError
@@ -57,7 +66,7 @@ def _expected(error: Exception) -> tuple[str, int | None]:
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()), 2
     if is_disk_full(error):
-        return f"the disk is full: {error}. The last good checkpoint is intact; make room and go on with --resume", 1
+        return f"the disk is full: {error}. {WHEN_FULL.get(command, 'Make room and give the command again')}", 1
     if isinstance(error, (TrainingError, ExportError, OSError)):
         return str(error), 1
     return "", None

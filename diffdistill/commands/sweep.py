@@ -24,6 +24,7 @@ from rich.text import Text
 from diffdistill.commands.demo import evaluate_run
 from diffdistill.commands.sweep_picture import Entry, draw_sweep, healthy_band, sample_sheet
 from diffdistill.distributed.stopping import StopRequested, TrainingError
+from diffdistill.settings.links import refuse_links
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console, hide_secrets
 from diffdistill.settings.values import apply_overrides, dump, parse_yaml, read_yaml
@@ -101,6 +102,7 @@ def run_sweep(
     grid = combinations(axes, folder)
     configs = check(grid, base, folder, resume=resume, trusts_code=trusts_code)
     outcomes = [Outcome(combination.name, combination.values) for combination in grid]
+    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (outcome, settled) in enumerate(zip(outcomes, configs, strict=True), start=1):
         say(console, f"run {number} of {len(grid)}: {outcome.name}")

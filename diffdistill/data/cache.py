@@ -11,10 +11,11 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.settings.launcher import this_rank
+from diffdistill.settings.links import refuse_link
 from diffdistill.settings.lock import hold
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
-from diffdistill.storage.atomic import sync
+from diffdistill.storage.atomic import naming, sync, write_synced
 
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 SOURCES = "sources"
@@ -51,8 +52,7 @@ def is_whole(folder: FilePath) -> bool:
 def seal(folder: FilePath, meta: dict[str, Any]) -> None:
     """Write meta.json with the sizes and hashes of the other files, and everything through to the disk."""
     files = {file.name: (file.stat().st_size, _hash(file)) for file in sorted(folder.iterdir())}
-    with naming(folder / META):
-        (folder / META).write_text(json.dumps(meta | {"files": files}, indent=1) + "\n", encoding="utf-8")
+    write_synced(folder / META, json.dumps(meta | {"files": files}, indent=1) + "\n")
     for path in (*folder.iterdir(), folder):
         _sync(path)
 
@@ -68,10 +68,11 @@ def recall(root: FilePath, fingerprint: str | None) -> str | None:
 def remember(root: FilePath, fingerprint: str, key: str) -> None:
     """Note the key of the files with this fingerprint. A cache that cannot be written is left alone."""
     target = root / SOURCES / fingerprint
+    refuse_link(target.parent)
     temporary = target.with_name(f".{fingerprint}-{_unique()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(key + "\n", encoding="ascii")
+        write_synced(temporary, key + "\n")
         temporary.replace(target)
     except OSError:
         with suppress(OSError):
@@ -130,25 +131,6 @@ def _publish(folder: FilePath, target: FilePath) -> None:
 
 def _say_waiting() -> None:
     say("waiting for another process that prepares the same")
-
-
-@contextmanager
-def naming(file: FilePath) -> Iterator[None]:
-    """While open, an OSError that names no file (of a full disk, say) names this one."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
-
-
-def write_synced(file: FilePath, content: bytes) -> None:
-    """Write a file through to the disk. Raises OSError with its name."""
-    with naming(file), file.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def _sync(path: FilePath) -> None:

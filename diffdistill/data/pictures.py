@@ -1,5 +1,6 @@
 """Pictures of tensors: grids of images, with captions."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from diffdistill.storage.atomic import write_bytes_atomically
+
 CAPTION_HEIGHT = 14
 
 
@@ -17,7 +20,7 @@ GAP = 2
 
 def save_grid(file: FilePath, images: Tensor, *, columns: int, min_side: int = 32) -> None:
     """One PNG of [N, C, H, W] images in [-1, 1], row by row; small ones are enlarged to `min_side` pixels."""
-    tile(images, columns, min_side).save(_ready(file))
+    save_picture(tile(images, columns, min_side), file)
 
 
 def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, min_side: int = 32) -> None:
@@ -32,7 +35,7 @@ def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, m
         pen.text((left + 1, 1), caption, fill="black")
         sheet.paste(grid, (left, CAPTION_HEIGHT))
         left += widths[caption] + gap
-    sheet.save(_ready(file))
+    save_picture(sheet, file)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -54,6 +57,9 @@ def tile(images: Tensor, columns: int, min_side: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(tiled.reshape(rows * height, columns * width, channels)))
 
 
-def _ready(file: FilePath) -> FilePath:
+def save_picture(picture: Image.Image, file: FilePath) -> None:
+    """In the format that the file's ending says: the old one or the new one, never a part. Its folder is made."""
+    content = io.BytesIO()
+    picture.save(content, Image.registered_extensions().get(file.suffix.lower(), "PNG"))
     file.parent.mkdir(parents=True, exist_ok=True)
-    return file
+    write_bytes_atomically(file, content.getvalue())

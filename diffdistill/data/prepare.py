@@ -28,8 +28,10 @@ from diffdistill.data.collection import Collection, Item, UnreadableImage, is_mi
 from diffdistill.data.colour import may_be_converted
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
+from diffdistill.settings.links import open_plain
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console, say
+from diffdistill.storage.atomic import naming, write_bytes
 
 VERSION = 1  # of the decoding; another one makes another key
 COLOUR_VERSION = 2  # of the decoding of what `may_be_converted`, whose key alone it enters
@@ -120,13 +122,13 @@ def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -
     """images.npy, labels.npy and meta.json of a collection."""
     report = Report()
     file = folder / kept.IMAGES
-    with kept.naming(file), file.open("wb") as handle, closing(_decoded(collection, sizing, report)) as found:
+    with naming(file), open_plain(file, "wb") as handle, closing(_decoded(collection, sizing, report)) as found:
         rows, shape = _write_images(handle, collection, found)
     classes = collection.classes
     if classes:
         content = io.BytesIO()  # np.save to a file does not say what is wrong with the disk
         np.save(content, np.array(classes.labels, dtype=np.int64)[rows], allow_pickle=False)
-        kept.write_synced(folder / kept.LABELS, content.getvalue())
+        write_bytes(folder / kept.LABELS, content.getvalue())
     warning = report.warning(collection.origin, len(collection.items))
     meta = {
         "version": VERSION,

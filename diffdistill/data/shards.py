@@ -21,8 +21,10 @@ from torch import Tensor
 
 from diffdistill.data import cache as kept
 from diffdistill.data.collection import shown
+from diffdistill.settings.links import refuse_link
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
+from diffdistill.storage.atomic import write_bytes
 
 HASH_LENGTH = 16
 LIMIT_HEADER_BYTES = 2**20
@@ -65,6 +67,7 @@ def _build(
     title: str,
     about: Mapping[str, Any],
 ) -> None:
+    refuse_link(folder)
     folder.mkdir(exist_ok=True)
     for leftover in folder.glob(".writing-*"):
         leftover.unlink()
@@ -87,7 +90,7 @@ def _write(folder: FilePath, number: int, rows: Shard) -> None:
     digest = hashlib.sha256(content).hexdigest()[:HASH_LENGTH]
     temporary = folder / f".writing-{number:05d}"
     try:
-        kept.write_synced(temporary, content)
+        write_bytes(temporary, content)
         temporary.rename(folder / f"{number:05d}-{digest}.safetensors")
     except BaseException:
         with suppress(OSError):

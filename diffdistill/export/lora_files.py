@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, tensor
 
 from diffdistill.export.stock import StockFolder, describe, fit_pipeline
@@ -18,6 +17,7 @@ from diffdistill.models.teachers.pipeline import read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import LoRA
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.atomic import write_tensors
 from diffdistill.storage.checkpoint import STATE
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -40,7 +40,7 @@ def write_lora(model: TrainedModel, folder: FilePath, *, is_kohya: bool) -> Stoc
     _check_base(model, source)
     tensors = kohya_keys(factors_of(net)) if is_kohya else diffusers_keys(factors_of(net), source.family.network)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / (KOHYA_FILE if is_kohya else DIFFUSERS_FILE), {"format": "pt"})
+    write_tensors(folder / (KOHYA_FILE if is_kohya else DIFFUSERS_FILE), tensors, {"format": "pt"})
     steps.scheduler.save_pretrained(folder / "scheduler")
     return describe(source, steps, str(source.index["_class_name"]))
 

@@ -21,6 +21,7 @@ from diffdistill.models.spec import TrainedModel
 from diffdistill.networks.adapters import AdaptedConfig
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.atomic import follow_umask
 
 AnyKind = Literal["auto", "stock", "self-contained", "lora", "kohya"]
 
@@ -200,6 +201,7 @@ def _built_beside(folder: FilePath) -> Iterator[FilePath]:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
     try:
         yield building
+        follow_umask(building)
         if target.exists():
             target.rename(old)
         building.rename(target)

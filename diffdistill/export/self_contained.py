@@ -7,7 +7,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill import __version__
@@ -21,7 +20,7 @@ from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.models.teachers import Pipeline, find_family, pipeline_of
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.settings.schema import UserError
-from diffdistill.storage.atomic import write_text_atomically
+from diffdistill.storage.atomic import write_tensors, write_text_atomically
 
 COMPONENT = "model"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,7 +51,7 @@ def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
     write_text_atomically(place / f"{module}.py", code)
     config = {"_class_name": "Model", "_diffusers_version": diffusers.__version__, "guidance_scale": guidance_scale}
     write_json(place / "config.json", config)
-    save_file(_weights(model), place / WEIGHTS, {"format": "pt"})
+    write_tensors(place / WEIGHTS, _weights(model), {"format": "pt"})
     template = FilePath(__file__).with_name("pipeline.py").read_text(encoding="utf-8")
     write_text_atomically(folder / "pipeline.py", template)
     index = {

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
@@ -31,6 +31,7 @@ from diffdistill.networks.hooked import HookedBlock, hooked_blocks
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.networks.registry import PlainNetwork
 from diffdistill.settings.schema import Fraction, PositiveInt, UserError, field, schema
+from diffdistill.storage.atomic import write_tensors
 from diffdistill.storage.checkpoint import load_strictly
 
 BASE = "base."
@@ -175,8 +176,8 @@ def without_adapters(denoiser: Denoiser) -> Denoiser:
 def save_adapters(denoiser: Denoiser, file: FilePath) -> None:
     """Write what training added to the base, and nothing of the base, as safetensors with its config."""
     net = _adapted(denoiser)
-    tensors = {name: t.contiguous() for name, t in net.state_dict().items() if not name.startswith(BASE)}
-    save_file(tensors, file, {CONFIG: _CONFIGS.dump_json(net.config).decode()})
+    tensors = {name: t for name, t in net.state_dict().items() if not name.startswith(BASE)}
+    write_tensors(file, tensors, {CONFIG: _CONFIGS.dump_json(net.config).decode()})
 
 
 def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:

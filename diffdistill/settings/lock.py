@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path as FilePath
 
+from diffdistill.settings.links import open_plain, refuse_links
 from diffdistill.settings.schema import UserError
 
 LOCK = ".lock"
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # said by file systems without locks
 
 
@@ -67,8 +67,8 @@ def hold(file: FilePath, waiting: Callable[[], None] | None = None) -> Iterator[
 def locked(folder: FilePath) -> Iterator[None]:
     """While open, no other run can open the same folder.
 
-    Raises UserError naming the process that holds it, and for links to files, through which a run would write
-    elsewhere.
+    Raises UserError naming the process that holds it, and for links out of the folder, which a run that came from
+    elsewhere may hold.
     """
     refuse_links(folder)
     with ExitStack() as held:
@@ -81,23 +81,14 @@ def locked(folder: FilePath) -> Iterator[None]:
         yield
 
 
-def refuse_links(folder: FilePath) -> None:
-    """Raise UserError if the folder holds a link that is not to a folder: a run that came from elsewhere may."""
-    for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() and not entry.is_dir():
-            raise UserError(f"{entry}: is a link to {os.readlink(entry)}, which the run would write to; remove it")
-
-
 def _holder_file(file: FilePath) -> FilePath:
     """Beside the lock: Windows lets nobody else read a locked file."""
     return file.with_name(f"{file.name}-holder")
 
 
 def _write_holder(file: FilePath) -> None:
-    with suppress(OSError):  # the lock holds without it
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_FOLLOW
-        with os.fdopen(os.open(_holder_file(file), flags, 0o644), "w", encoding="utf-8") as handle:
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    with suppress(OSError, UserError), open_plain(_holder_file(file), "w", encoding="utf-8") as handle:
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")  # without it the lock holds as well
 
 
 def _read_holder(file: FilePath) -> str:

@@ -1,40 +1,53 @@
-"""Files that are whole or absent: written beside their place, synced, renamed."""
+"""Files that are whole or absent: written beside their place, synced, renamed. They follow no links and the umask.
+
+Every OSError names the file.
+"""
 
 import errno
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffdistill.settings.links import open_plain, refuse_link
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that there is no room left."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return (isinstance(error, OSError) and error.errno in full) or "No space left" in str(error)
+    return (isinstance(error, OSError) and error.errno in FULL) or "No space left" in str(error)
 
 
 def write_text_atomically(file: FilePath, text: str) -> None:
     """The old text or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}.writing")
-    try:
-        write_synced(temporary, text)
-        temporary.replace(file)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    _write_atomically(file, lambda place: write_synced(place, text))
+
+
+def write_bytes_atomically(file: FilePath, content: bytes) -> None:
+    """The old content or the new one, never a part."""
+    _write_atomically(file, lambda place: write_bytes(place, content))
 
 
 def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
     """The old file or the new one, never a part."""
+    _write_atomically(file, lambda place: write_tensors(place, tensors))
+
+
+def _write_atomically(file: FilePath, write: Callable[[FilePath], None]) -> None:
+    refuse_link(file)
+    if file.exists() and not file.is_file() and not file.is_dir():  # /dev/null, a pipe: nothing to put in its place
+        write(file)
+        return
     temporary = file.with_name(f".{file.name}.writing")
     try:
-        write_tensors(temporary, tensors)
+        temporary.unlink(missing_ok=True)
+        write(temporary)
         temporary.replace(file)
     except BaseException:
         with suppress(OSError):
@@ -42,23 +55,50 @@ def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> N
         raise
 
 
-def write_tensors(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
-    """Write and fsync. Raises OSError."""
+def write_tensors(file: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file and fsync. Raises OSError."""
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_bytes(file, b"")
+    mode = file.stat().st_mode
     try:
-        save_file(ready, file)
+        save_file(ready, file, dict(metadata) if metadata else None)
     except SafetensorError as error:  # it wraps the operating system's error
         told = re.search(r"\(os error (\d+)\)", str(error))
         code = int(told[1]) if told else errno.EIO
         raise OSError(code, str(error), str(file)) from error
-    sync(file)
+    file.chmod(mode)  # it makes files that nobody else may read, whatever the umask
+    with naming(file):
+        sync(file)
 
 
 def write_synced(file: FilePath, text: str) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text)
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: FilePath, content: bytes) -> None:
+    """Write through to the disk."""
+    with naming(file), open_plain(file, "wb") as handle:
+        handle.write(content)
         handle.flush()
-        os.fsync(handle.fileno())
+        if file.is_file():
+            os.fsync(handle.fileno())
+
+
+def append_text(file: FilePath, text: str) -> None:
+    """What is no Unicode is written as an escape."""
+    with naming(file), open_plain(file, "a", encoding="utf-8", errors="backslashreplace") as handle:
+        handle.write(text)
+
+
+@contextmanager
+def naming(file: FilePath) -> Iterator[None]:
+    """While open, an OSError that names no file (of a full disk, say) names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
 
 
 def sync(path: FilePath) -> None:
@@ -71,3 +111,19 @@ def sync(path: FilePath) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def follow_umask(folder: FilePath) -> None:
+    """Give the files of a folder that others' code has written the permissions that new files get: safetensors' are
+    their owner's alone."""
+    for place, _, names in os.walk(folder):
+        files = [FilePath(place, name) for name in names]
+        if not files:
+            continue
+        probe = FilePath(place, ".umask")
+        write_bytes(probe, b"")
+        mode = probe.stat().st_mode
+        probe.unlink()
+        for file in files:
+            if not file.is_symlink():
+                file.chmod(file.stat().st_mode | mode)

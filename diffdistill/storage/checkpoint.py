@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from diffdistill.distributed.parts import has_parts, shared_as
 from diffdistill.distributed.processes import Processes
+from diffdistill.settings.links import refuse_link
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import sync, write_synced, write_tensors
+from diffdistill.storage.finite import find_dead, name_some
 from diffdistill.storage.shard_files import check_whole, read_shards, write_shards
 
 MANIFEST = "manifest.json"
@@ -52,11 +54,12 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None = None) -> FilePath:
+def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int | None, best: str | None = None) -> FilePath:
     """Write into a temporary folder, fsync, rename; then drop all but the newest `keep`, and any later step's: a run
     that went back to an earlier checkpoint has left those behind.
 
-    best: the name of a checkpoint, this one or an earlier one, that stays as well; `best` leads to it.
+    keep: None drops no earlier one.  best: the name of a checkpoint, this one or an earlier one, that stays as well;
+    `best` leads to it.
     Returns the checkpoint's folder. Raises OSError (the disk is full, say) with nothing half written left behind
     and all earlier checkpoints intact.
     """
@@ -69,6 +72,7 @@ def save_checkpoint(folder: FilePath, checkpoint: Checkpoint, *, keep: int, best
 @contextmanager
 def being_written(folder: FilePath, step: int) -> Iterator[FilePath]:
     """A temporary place for a checkpoint's groups, which `seal_checkpoint` makes a checkpoint; gone if that fails."""
+    refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = writing_place(folder, step)
     clear_temporary(folder)
@@ -85,7 +89,7 @@ def writing_place(folder: FilePath, step: int) -> FilePath:
     return folder / f"{WRITING}{PREFIX}{step:08d}"
 
 
-def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int, best: str | None) -> FilePath:
+def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int | None, best: str | None) -> FilePath:
     """Give what lies in the temporary place its state and its hashes, and rename it; then drop older ones, and later
     ones, as `save_checkpoint` says. Returns the checkpoint's folder."""
     folder, target = temporary.parent, temporary.with_name(temporary.name.removeprefix(WRITING))
@@ -102,7 +106,8 @@ def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int,
     sync(folder)
     found = list_checkpoints(folder)
     end = found.index(target) + 1
-    for other in found[: max(0, end - keep)] + found[end:]:
+    older = found[: max(0, end - keep)] if keep else []
+    for other in older + found[end:]:
         if other.name != best:
             _remove(other)
     _point_to_best(folder, best)
@@ -111,10 +116,11 @@ def seal_checkpoint(temporary: FilePath, state: Mapping[str, Any], *, keep: int,
 
 def list_checkpoints(folder: FilePath) -> list[FilePath]:
     """The checkpoints in a folder, by their steps, damaged ones included. What has another name is no checkpoint of
-    ours: a copy, say, that somebody keeps."""
+    ours: a copy, say, that somebody keeps; nor is a link."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+    found = (place for place in folder.iterdir() if NAME.fullmatch(place.name) and not place.is_symlink())
+    return sorted((place for place in found if place.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: FilePath) -> int:
@@ -189,7 +195,7 @@ def load_strictly(
     """load_state_dict with one readable message.
 
     takes_tensors: put the tensors themselves in the place of the module's, which may be on the meta device.
-    Raises UserError if names or shapes differ.
+    Raises UserError if names or shapes differ, or weights are not finite.
     """
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
@@ -202,6 +208,9 @@ def load_strictly(
     if faults:
         listed = "; ".join(sorted(faults)[:3])
         raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
+    dead = find_dead({name: weights[name] for name, _ in module.named_parameters() if name in weights})
+    if dead:
+        raise UserError(f"{origin}: its weights are not finite: {name_some(dead)}")
     ready = {name: shared_as(weights[name].to(tensor.dtype), tensor) for name, tensor in own.items()}
     module.load_state_dict(ready, assign=takes_tensors)
 
@@ -233,8 +242,11 @@ def find_damage(target: FilePath) -> str | None:
 
 def clear_temporary(folder: FilePath) -> None:
     """Remove what a killed writer left behind."""
-    for leftover in [*folder.glob(f"{WRITING}*"), *folder.glob(".removing-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in [*folder.glob(f"{WRITING}*"), *folder.glob(".removing-*")] if not folder.is_symlink() else []:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def read_state(target: FilePath) -> dict[str, Any]:
@@ -313,7 +325,7 @@ def _hash_text(text: str) -> str:
 
 
 def save_sharded(
-    processes: Processes, folder: FilePath, checkpoint: Checkpoint, *, keep: int, best: str | None
+    processes: Processes, folder: FilePath, checkpoint: Checkpoint, *, keep: int | None, best: str | None
 ) -> None:
     """As `save_checkpoint`, but each process writes its own parts of the tensors; all call it.
 

@@ -1,4 +1,5 @@
-"""Losses and gradients that are not finite: their update is skipped and named, or the run stops."""
+"""Losses and gradients that are not finite: their update is skipped and named, or the run stops. Weights that are not:
+the run stops, before a checkpoint is written."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from torch import Tensor
 from diffdistill.distillation.method import Loss, Update
 from diffdistill.distributed.processes import Processes
 from diffdistill.distributed.stopping import TrainingError
+from diffdistill.storage.finite import find_dead, name_some
 
 
 class NonfiniteGuard:
@@ -27,6 +29,28 @@ class NonfiniteGuard:
     def passed(self, update: Update) -> None:
         """All was finite."""
         self.skips[update.loss] = 0
+
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the last update of some loss was skipped: it is not known yet whether the run comes out of it."""
+        return any(self.skips.values())
+
+    def check_weights(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], processes: Processes) -> None:
+        """Raise TrainingError, in all processes, if weights are not finite, which no later step mends.
+
+        groups: what a checkpoint would hold, of which all but the optimisers' numbers are weights.
+        """
+        weights = {
+            f"{group}: {name}": t for group, ts in groups.items() if group != "optimizers" for name, t in ts.items()
+        }
+        dead = find_dead(weights)
+        faulty = processes.ranks_where(bool(dead))
+        if faulty:
+            named = name_some(dead) if dead else f"those of process {', '.join(map(str, faulty))}"
+            raise TrainingError(
+                f"step {step}: weights are not finite ({named}); no checkpoint is written of them, and the last one is"
+                " intact: go on from it with --resume, at a lower learning rate"
+            )
 
     def refuse(
         self,

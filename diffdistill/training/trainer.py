@@ -19,6 +19,7 @@ from diffdistill.data.pictures import save_panels
 from diffdistill.distillation.method import Loss, Method, Players, Problem, Update
 from diffdistill.distributed.processes import Processes, others
 from diffdistill.distributed.stopping import StopRequested, stop_signals
+from diffdistill.settings.links import refuse_link
 from diffdistill.settings.values import dump
 from diffdistill.storage.checkpoint import PREFIX, Checkpoint, list_checkpoints, save_checkpoint, save_sharded
 from diffdistill.training.assembly import Assembly, assemble, keep_prepared, own_folder
@@ -181,10 +182,14 @@ class Trainer:
         log.report(self.step, self.images_seen, values)
 
     def save(self) -> FilePath:
-        """Write a checkpoint of everything that a resumed run needs, on any number of processes."""
-        folder, keep = self.folder / "checkpoints", self.config.train.keep_checkpoints
-        best = self.plan.evaluator.best(self.step)
+        """Write a checkpoint of everything that a resumed run needs, on any number of processes.
+
+        While updates are skipped no earlier one is dropped. Raises TrainingError if weights are not finite.
+        """
+        folder, best = self.folder / "checkpoints", self.plan.evaluator.best(self.step)
         checkpoint = Checkpoint(self.step, self.assembly.state.tensors(), self._settings)
+        self.nonfinite.check_weights(self.step, checkpoint.tensors, self.processes)
+        keep = None if self.nonfinite.is_skipping else self.config.train.keep_checkpoints
         if self.plan.mesh:
             save_sharded(self.processes, folder, checkpoint, keep=keep, best=best)
         else:
@@ -212,6 +217,7 @@ class Trainer:
         views = preview_panels(
             self.players, student, self.student, sampler, self.problem, seed=self.config.train.seed, device=self.device
         )
+        refuse_link(file.parent)
         columns = 10 if self.problem.num_classes == 10 else 8
         self.processes.on_main_first(lambda: save_panels(file, views, columns=columns))
         return file

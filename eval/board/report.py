@@ -15,7 +15,7 @@ from diffdistill.eval.board.leaderboard import Score
 from diffdistill.eval.board.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.board.panels import Panel, draw_panel
 from diffdistill.eval.records.record import Record, read_records
-from diffdistill.settings.lock import refuse_links
+from diffdistill.settings.links import refuse_links
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import hide_secrets
 from diffdistill.settings.values import read_yaml

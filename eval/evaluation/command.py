@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.cache import cache_folder
-from diffdistill.data.pictures import save_grid
+from diffdistill.data.pictures import save_grid, save_picture
 from diffdistill.diffusion.guidance.policies import parse_guidance
 from diffdistill.eval.evaluation.bench import make_bench
 from diffdistill.eval.evaluation.efficiency import measure_efficiency
@@ -34,6 +34,7 @@ from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_p
 from diffdistill.eval.protocols.protocol import Preparation, Protocol
 from diffdistill.eval.records.record import Efficiency, Record, append_record
 from diffdistill.models.load import load_model
+from diffdistill.settings.links import refuse_link, refuse_links
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 from diffdistill.storage.atomic import write_text_atomically
@@ -194,6 +195,8 @@ def _default_protocol(place: str) -> Protocol:
 def _judge(source: Source, bench: Bench, name: str, options: EvalOptions) -> Evaluation | None:
     workers = bench.workers
     efficiency = _efficiency(source, options) if options.efficiency and workers.is_main else None
+    if options.save_images:
+        refuse_links(FilePath(options.save_images))
     saver = _Saver(FilePath(options.save_images) / _slug(name), bench.protocol) if options.save_images else None
     with progress_bar(name, own_images(bench), Console(stderr=True), is_shown=workers.is_main) as advance:
         done = evaluate(
@@ -233,6 +236,7 @@ def _save_grid(source: Source, protocol: Protocol, name: str, records: FilePath)
     images = signed(prepare(source.take(0, index).cpu(), protocol.preparation))
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
     file = FilePath("grids") / f"{_slug(name)}-{protocol.name}-{digest}.png"
+    refuse_link(records.parent / file.parent)
     save_grid(records.parent / file, images, columns=10)
     return str(file)
 
@@ -248,7 +252,7 @@ class _Saver:
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self.protocol.seed_ranges[repeat][0]
         for number, image in zip(index.tolist(), quantise(images, Preparation()).cpu(), strict=True):
-            picture(image).save(self.folder / f"{first + number:08d}.png")
+            save_picture(picture(image), self.folder / f"{first + number:08d}.png")
 
 
 def _check_writable(options: EvalOptions) -> None:

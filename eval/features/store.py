@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from diffdistill.settings.links import refuse_link, refuse_links
 from diffdistill.settings.lock import Held, hold
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.atomic import write_bytes
 
 BLOCK = 256
 """Samples of a block: what a broken-off evaluation loses at most, for each process."""
@@ -44,15 +46,13 @@ class FeatureStore:
 
     def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep a block: tensors [samples in the block, ...] by name."""
+        refuse_link(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         file = self.folder / f"{block:06d}-{hashlib.sha256(data).hexdigest()}.safetensors"
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            with temporary.open("wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
+            write_bytes(temporary, data)
             temporary.replace(file)
         except BaseException:
             with suppress(OSError):
@@ -100,6 +100,7 @@ def locked(folder: FilePath) -> Iterator[None]:
     """While open, no other evaluation writes or removes these features. Raises UserError if one already does."""
     with ExitStack() as held:
         try:
+            refuse_links(folder)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(folder / ".lock"))
         except Held as holder:

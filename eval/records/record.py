@@ -18,9 +18,11 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import Field, JsonValue
 
 from diffdistill.eval.metrics.settings import better
+from diffdistill.settings.links import open_plain
 from diffdistill.settings.lock import hold
 from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, field, schema
 from diffdistill.settings.values import dump, validate
+from diffdistill.storage.atomic import naming
 
 Count = Annotated[int, Field(ge=0)]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]*$")]
@@ -252,14 +254,14 @@ def append_record(file: str | FilePath, record: Record) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(file.with_name(f".{file.name}.lock"), waiting=lambda: None))
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+            descriptor = held.enter_context(open_plain(file, "ab+", buffering=0)).fileno()
         except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{file}: cannot be written: {error.strerror}") from None
-        held.callback(os.close, descriptor)
         end = os.lseek(descriptor, 0, os.SEEK_END)
         if end and _last_byte(descriptor, end) != b"\n":
             raise UserError(f"{file}: its last line is cut short; end it with a line break, or remove it")
-        _write_whole(descriptor, line, end)
+        with naming(file):
+            _write_whole(descriptor, line, end)
 
 
 def _last_byte(descriptor: int, end: int) -> bytes:

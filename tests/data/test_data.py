@@ -1,7 +1,9 @@
 """Own data: the same images in any wrapping train the same, damage is named, and preparation happens once."""
 
+import errno
 import json
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable
 from hashlib import md5
@@ -195,6 +197,10 @@ def _prepare_at_once(path: str, cache: str, barrier: Any, answers: Any) -> None:
     answers.put((source.key, int(np.asarray(source.images, dtype=np.int64).sum())))
 
 
+def without_locks(*_: object) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
 @pytest.mark.parametrize("knows_locks", [True, False])
 def test_processes_that_prepare_at_once_agree(
     folder: Path, own_caches: Path, monkeypatch: pytest.MonkeyPatch, knows_locks: bool
@@ -202,7 +208,7 @@ def test_processes_that_prepare_at_once_agree(
     whole = preparation.decode
     monkeypatch.setattr(preparation, "decode", lambda *arguments: (sleep(0.01), whole(*arguments))[1])
     if not knows_locks:  # as on some network drives
-        monkeypatch.setattr(preparation.kept, "_lock", lambda descriptor: False)
+        monkeypatch.setattr("fcntl.flock", without_locks)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(3), context.Queue()
     arguments = (str(folder), str(own_caches), barrier, answers)

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,3 +191,21 @@ def test_a_terminal_that_is_one_still_has_its_colours() -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
     console.print("[red]a[/]", markup=True)
     assert console.file.getvalue() == "\x1b[31ma\x1b[0m\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_when_nobody_reads_any_more_the_work_goes_on(stream: str, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from diffdistill.settings.terminal import Console
+console = Console(stderr={stream == "stderr"})
+for number in range(5000):
+    console.print("a line", number)
+Path({str(tmp_path / "done")!r}).write_text("all of it")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], **{stream: subprocess.PIPE})  # type: ignore[call-overload]
+    pipe = getattr(process, stream)
+    pipe.readline()
+    pipe.close()
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "done").read_text() == "all of it"

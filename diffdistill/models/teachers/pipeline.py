@@ -23,6 +23,7 @@ from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.finite import find_dead, name_some
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -188,8 +189,8 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     """A model of a class of diffusers or transformers, in float32, from safetensors whose names and shapes are all its
     own.
 
-    Raises UserError on a header that lies, on weights that are missing, on a folder of pickles only, and on a
-    config.json that names programs.
+    Raises UserError on a header that lies, on weights that are missing or not finite, on a folder of pickles only, and
+    on a config.json that names programs.
     """
     from safetensors import SafetensorError
 
@@ -210,6 +211,9 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     missing = [*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])]
     if missing:
         raise UserError(f"{folder}: the weights are of another architecture: {missing[0]} ({len(missing)} in all)")
+    dead = find_dead(dict(model.named_parameters()))
+    if dead:
+        raise UserError(f"{folder}: its weights are not finite: {name_some(dead)}")
     return model.float()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from diffdistill.storage.atomic import write_bytes_atomically
 from diffdistill.training.reports.health import BANDS, Band
 
 if TYPE_CHECKING:
@@ -174,12 +175,7 @@ def save_figure(figure: "Figure", file: FilePath) -> FilePath:
     """Write a PNG: the old one or the new one, never a part."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
-    temporary = file.with_name(f".{file.name}.writing")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes_atomically(file, buffer.getvalue())
     return file
 
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from diffdistill.settings.terminal import Console, hide_secrets
-from diffdistill.storage.atomic import write_text_atomically
+from diffdistill.storage.atomic import append_text, write_text_atomically
 from diffdistill.training.reports.curves import draw_curves
 from diffdistill.training.reports.trackers import Trackers
 
@@ -127,8 +127,7 @@ class RunLog:
         spent = time.process_time() - self._cpu_began
         clock = {"seconds": round(seconds, 3), "cpu_seconds": round(spent, 3), "its_per_second": round(speed, 3)}
         line = {"step": step, "images": images, **clock}
-        with self.file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line | dict(values)) + "\n")
+        append_text(self.file, json.dumps(line | dict(values)) + "\n")
         self._has_new_curves = True
         self._trackers.numbers(step, values)
         losses = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name.endswith("/loss"))
@@ -148,13 +147,11 @@ class RunLog:
         file = self.file.parent / WARNINGS
         known = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
         if message not in known:
-            with file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-                handle.write(hide_secrets(message) + "\n")
+            append_text(file, hide_secrets(message) + "\n")
 
     def warn(self, message: str) -> None:
         """A warning for people, and a line of warnings.txt."""
-        with (self.file.parent / WARNINGS).open("a", encoding="utf-8", errors="backslashreplace") as handle:
-            handle.write(hide_secrets(message) + "\n")
+        append_text(self.file.parent / WARNINGS, hide_secrets(message) + "\n")
         self.say(f"health: {message}")
 
     def say(self, message: str) -> None:
