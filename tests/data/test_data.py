@@ -86,7 +86,7 @@ def test_folder_zip_with_broken_files_and_hugging_face_set_train_the_same(
     for kind, data in wrapped.items():
         name = "huggingface" if kind == "hf" else "image_folder"
         trainers[kind] = Trainer(run_config(tmp_path, kind, {"name": name, **data}), quiet=True)
-        batches[kind] = trainers[kind].order.take(0, 8, next_first=8)
+        batches[kind] = trainers[kind].plan.order.take(0, 8, next_first=8)
         for _ in range(3):
             trainers[kind].train_step()
     order = sorted(range(COUNT), key=lambda n: (NAMES[images[1][n]], n))
@@ -96,7 +96,7 @@ def test_folder_zip_with_broken_files_and_hugging_face_set_train_the_same(
         assert torch.equal(batches[kind][0], batches["folder"][0])
         assert torch.equal(batches[kind][1], batches["folder"][1])
         assert equal(weights(trainer), weights(trainers["folder"])), kind
-        assert trainer.plan.source.key == trainers["folder"].source.key
+        assert trainer.plan.source.key == trainers["folder"].plan.source.key
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
     assert len(lines) == 1
     assert "2 of 402 images (0.50%)" in lines[0]

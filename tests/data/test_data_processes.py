@@ -17,8 +17,8 @@ from torch import Tensor
 
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import ImageSource, LatentImages, MappedImages
+from diffdistill.models import encoders
 from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
-from diffdistill.training import inputs
 from diffdistill.training.config import RunConfig
 from diffdistill.training.trainer import Trainer
 
@@ -52,7 +52,7 @@ def write_shards(folder: Path, side: int) -> Path:
 def make_run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     """`make_run(name, steps)`: a run from shards, of the images themselves or of their latents and prompts."""
     monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(inputs, "LATENT_SHARD", 7)  # several, of another length than the tars
+    monkeypatch.setattr(encoders, "LATENT_SHARD", 7)  # several, of another length than the tars
     has_latents = request.param == "latents"
     data = {"name": "webdataset", "path": str(write_shards(tmp_path / "shards", 16 if has_latents else 8))}
     teacher = save_stand_in("sd", tmp_path / "sd") if has_latents else None
@@ -125,7 +125,9 @@ def test_processes_that_find_a_damaged_shard_say_it_once(
 ) -> None:
     shard = tmp_path / "shards" / "01.tar"
     shard.write_bytes(shard.read_bytes()[:9000])
-    assert run_together(2, lambda: len(Trainer(make_run("run", 1), quiet=True).source)) == [(SHARDS - 1) * EACH] * 2
+    assert (
+        run_together(2, lambda: len(Trainer(make_run("run", 1), quiet=True).plan.source)) == [(SHARDS - 1) * EACH] * 2
+    )
     assert capfd.readouterr().err.count("1 of 3 shards are damaged and are left out: 01.tar (") == 1
 
 

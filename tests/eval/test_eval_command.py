@@ -187,7 +187,7 @@ def test_grids_lie_beside_the_records_and_nothing_else_is_left(
     assert record.images is not None
     assert record.images.grid is not None
     assert Image.open(file.parent / record.images.grid).size == (340, 340)
-    assert sorted(path.name for path in file.parent.iterdir()) == ["all.jsonl", "grids"]
+    assert sorted(path.name for path in file.parent.iterdir()) == [".all.jsonl.lock", "all.jsonl", "grids"]
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 

@@ -71,7 +71,7 @@ class GuidedGaussian(Denoiser):
         super().__init__(TwoGaussians(EDM()).net, EDM(), "x0")
         self.off = off
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:  # type: ignore[override]
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, **_: object) -> Tensor:  # type: ignore[override]
         assert cond.guidance_input is not None
         mean = MEANS[0] + (cond.guidance_input + self.off)[:, None] * (MEANS[1] - MEANS[0])
         return mean + VARIANCES / (VARIANCES + t[:, None] ** 2) * (x_t - mean)

@@ -90,20 +90,20 @@ def test_hyper_sd_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
     steps = TCD(num_steps=1, eta=0, grid=SOLVER)
     stages = tuple(Stage(segments=k, num_steps=150) for k in (4, 2, 1))
     method = HyperSD(stages=stages, steps=steps, stage_teacher="base", ends="fixed", target_decay=0.9)
-    setting = ring_problem(method)
-    start = setting.initial["fake"]  # fitted to the teacher
+    problem = ring_problem(method)
+    start = problem.initial["fake"]  # fitted to the teacher
     assert not arrival(start, steps).passes
-    setting = replace(setting, initial={"generator": start})
-    result = arrival(trained_generator(method, num_steps=450, setting=setting), steps)
+    problem = replace(problem, initial={"generator": start})
+    result = arrival(trained_generator(method, num_steps=450, problem=problem), steps)
     assert result.passes, result
 
 
 def test_boot_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
     method = Boot(time_law=Karras(ratio_min=PATH.sigma_min, ratio_max=PATH.sigma_max), delta=0.1)
-    setting = ring_problem(method)
+    problem = ring_problem(method)
     torch.manual_seed(0)
     student = Denoiser(RingSignal(), PATH, "x0")
     assert not arrival(student, OneCall()).passes
-    setting = replace(setting, initial={"generator": student})
-    result = arrival(trained_generator(method, num_steps=900, lr=4e-3, setting=setting), OneCall())
+    problem = replace(problem, initial={"generator": student})
+    result = arrival(trained_generator(method, num_steps=900, lr=4e-3, problem=problem), OneCall())
     assert result.passes, result

@@ -105,9 +105,9 @@ def test_the_same_player_is_never_asked_twice_about_one_input_in_a_step(
 
     evaluate, judge = Denoiser._evaluate, Head.forward
 
-    def noted_evaluate(self: Denoiser, x_t: Tensor, t: Tensor, cond: Any, want: Any) -> Any:
+    def noted_evaluate(self: Denoiser, x_t: Tensor, t: Tensor, cond: Any, *more: Any) -> Any:
         note(self, x_t, t, cond.label)
-        return evaluate(self, x_t, t, cond, want)
+        return evaluate(self, x_t, t, cond, *more)
 
     def noted_judge(self: Head, features: Tensor) -> Tensor:
         note(self, features)
