@@ -58,8 +58,18 @@ def tile(images: Tensor, columns: int, min_side: int) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, file: FilePath) -> None:
-    """In the format that the file's ending says: the old one or the new one, never a part. Its folder is made."""
+    """In the format that the file's ending says: the old one or the new one, never a part. Its folder is made.
+
+    Raises ValueError for an ending that is no picture's.
+    """
     content = io.BytesIO()
-    picture.save(content, Image.registered_extensions().get(file.suffix.lower(), "PNG"))
+    picture.save(content, _format_of(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(file, content.getvalue())
+
+
+def _format_of(file: FilePath) -> str:
+    try:
+        return Image.registered_extensions()[file.suffix.lower()]
+    except KeyError:
+        raise ValueError(f"unknown file extension: {file.suffix}") from None

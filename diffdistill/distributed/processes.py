@@ -175,7 +175,7 @@ def meeting() -> Iterator[None]:
 
 
 @contextmanager
-def others() -> Iterator[None]:
+def others(advice: str = "The last checkpoint is intact; go on with --resume") -> Iterator[None]:
     """While open, a process that is gone is a TrainingError."""
     try:
         yield
@@ -187,9 +187,7 @@ def others() -> Iterator[None]:
             raise
         if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in LOST):
             raise
-        raise TrainingError(
-            f"another process is gone ({reason}). The last checkpoint is intact; go on with --resume"
-        ) from error
+        raise TrainingError(f"another process is gone ({reason}). {advice}") from error
 
 
 def _stale_hint() -> str:

@@ -1,5 +1,6 @@
 """The processes and the device that share an evaluation's work, through accelerate."""
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from diffdistill.distributed.processes import PATIENCE, is_cpu_fleet, meeting
+from diffdistill.distributed.processes import PATIENCE, is_cpu_fleet, leave, meeting, others
 from diffdistill.settings.schema import UserError
 
 T = TypeVar("T")
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """rank: this process, of `count`.  wait: returns when all have called it."""
+    """rank: this process, of `count`.  wait: returns when all have called it; a TrainingError where one is gone."""
 
     device: torch.device
     rank: int = 0
@@ -43,7 +44,14 @@ def find_workers(device: str = "auto") -> Workers:
         raise UserError(f"--device {device}: choose from auto, cpu")
     with meeting():
         state = PartialState(cpu=device == "cpu" or is_cpu_fleet(), timeout=PATIENCE)
-    return Workers(state.device, state.process_index, state.num_processes, state.wait_for_everyone)
+    if state.num_processes > 1:
+        atexit.register(leave)
+
+    def wait() -> None:
+        with others("What was measured so far is kept; give the command again"):
+            state.wait_for_everyone()
+
+    return Workers(state.device, state.process_index, state.num_processes, wait)
 
 
 @contextmanager
