@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 from diffdistill.data import AnyData, Digits
 from diffdistill.distillation.method import AnyMethod
 from diffdistill.models.spec import ModelConfig
+from diffdistill.networks.dropout import Dropout
 from diffdistill.networks.lora import LoRASettings
 from diffdistill.settings.faults import did_you_mean
 from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
@@ -77,6 +78,8 @@ class RunConfig:
     negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
+    dropout: by player or `default`: with which probability its network drops what it drops in training; null: as in the
+    teacher that it is a copy of.
     ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
     eval: a small evaluation while training; null for none.
     """
@@ -92,6 +95,7 @@ class RunConfig:
     init: str | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     lora: dict[str, LoRASettings | None] = field(default_factory=dict)
+    dropout: dict[str, Dropout | None] = field(default_factory=dict)
     ema: EMAConfig | None = field(default_factory=EMAConfig)
     more_emas: dict[Annotated[str, Field(pattern="^[a-z0-9_]+$")], EMAConfig] = field(default_factory=dict)
     health: HealthConfig | None = field(default_factory=HealthConfig)

@@ -18,6 +18,7 @@ from diffdistill.distributed.processes import Processes, find_processes
 from diffdistill.models.load import describe_model, is_routed, load_model, merge_model
 from diffdistill.models.negative_prompts import steer
 from diffdistill.models.spec import ModelSpec, TrainedModel
+from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig, TrainConfig
@@ -193,12 +194,13 @@ def build_players(
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The method's players at their start: those that its updates name, and the others, frozen.
 
-    Raises UserError where the config's optimisers and `lora` do not fit them.
+    Raises UserError where the config's optimisers, `lora` and `dropout` do not fit them.
     """
     with seeded(config.train.seed):
         modules = config.method.players(problem)
     named = {name for update in config.method.updates for name in update.players}
     check_players(config, {name: module for name, module in modules.items() if name in named})
+    apply_dropout({name: module for name, module in modules.items() if name in named}, config.dropout)
     steer(modules[config.method.student], spec)
     trained = {name: module.to(home).train() for name, module in modules.items() if name in named}
     return trained, {name: freeze(module.to(home)) for name, module in modules.items() if name not in named}
