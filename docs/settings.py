@@ -28,7 +28,7 @@ GROUPS = {
     "diffdistill.data.": "Data",
     "diffdistill.networks.": "Networks",
     "diffdistill.diffusion.path": "Paths",
-    "diffdistill.diffusion.time_distributions": "Laws of t",
+    "diffdistill.diffusion.time_distributions": "Time distributions",
     "diffdistill.diffusion.sampling": "Samplers",
     "diffdistill.": "The run",
 }

@@ -14,136 +14,128 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 METHODS = (
     *("dmd2", "sid", "sim", "f_distill", "hyper_sd", "boot", "agd", "guidance_distill", "tsm", "regression", "scm"),
     *("mean_flow", "disback", "msd"),
 )
-TRAIN = ("train.num_threads=1", "train.log_every=10", "train.preview_every=10", "train.device=cpu")
-SHORT = {
-    "agd": ("method.trajectories=64", "train.steps=20", "train.checkpoint_every=10"),
-    "regression": ("method.pairs=64", "train.steps=20", "train.checkpoint_every=10"),
+SHORT = (
+    *("train.num_threads=1", "train.log_every=10", "train.preview_every=10", "train.device=cpu"),
+    *("train.steps=20", "train.checkpoint_every=10"),
+)
+FEWER = {"agd": ("method.trajectories=64",), "regression": ("method.pairs=64",)}
+WAYS = {
+    "in pieces": ("dmd2", "train.micro_batch_size=16"),
+    "with LoRA": ("dmd2", "lora.default={rank: 4}"),
+    "with SiDA": ("sid", "method.gan_weight=0.01", "method.fake_augment=0", "train.micro_batch_size=32"),
+    "in two calls": ("dmd2", "method.steps={init_ratio: 4, later_ratios: [1]}", "method.guidance=2"),
 }
-RUNNER = "from diffdistill.__main__ import main; main()"
+ALONE = (sys.executable,)
+TWICE = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+CAPTION_ROWS = 40  # where times are written
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> None:
-    """One command of diffdistill, in a process of its own. Raises CalledProcessError with what it said."""
+@dataclass(frozen=True)
+class Recorder:
+    """home: where runs are written.  file: where hashes go, as they come."""
+
+    home: Path
+    file: Path
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, name: str, value: Any) -> None:
+        self.found[name] = value
+        print(f"{name}: {str(value)[:16]}", flush=True)
+        self.file.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def train(self, name: str, method: str, *overrides: str, launcher: tuple[str, ...] = ALONE) -> Path:
+        """A short run, its checkpoint and previews noted. Returns its folder."""
+        folder, verb = self.home / name, "pretrain" if method == "pretrain" else "train"
+        teacher = () if method == "pretrain" else (f"teacher={self.home / 'pretrain'}",)
+        options = (f"run={folder}", *teacher, *SHORT, *FEWER.get(method, ()), *overrides)
+        run(verb, f"{method}/digits", *options, launcher=launcher)
+        self.note(name, tensors_of(newest(folder)))
+        self.note(f"{name} previews", images_of(folder / "previews"))
+        return folder
+
+
+def record(file: Path) -> int:
+    """Run everything and write the hashes."""
+    with tempfile.TemporaryDirectory() as place:
+        recorder = Recorder(Path(place), file)
+        for method in ("pretrain", *METHODS):
+            recorder.train(method, method)
+        recorder.train("dmd2 on two processes", "dmd2", launcher=TWICE)
+        for way, (method, *overrides) in WAYS.items():
+            recorder.train(f"{method} {way}", method, *overrides)
+        record_uses(recorder, recorder.train("dmd2 half-way", "dmd2"))
+    return 0
+
+
+def record_uses(recorder: Recorder, folder: Path) -> None:
+    """Go on with a run from half-way, then sample, evaluate and export it."""
+    home = recorder.home
+    again = (f"teacher={home / 'pretrain'}", f"run={folder}", *SHORT, "--resume", "--checkpoint", "step-00000010")
+    run("train", "dmd2/digits", *again)
+    recorder.note("dmd2 resumed", tensors_of(newest(folder)))
+    picture, exported, records = home / "sample.png", home / "exported", home / "records.jsonl"
+    drawing = ("--count", "20", "--device", "cpu", "--out", str(picture))
+    run("sample", str(folder), "--teacher", *drawing)
+    recorder.note("sample", pixels_below_captions(picture))
+    run("eval", str(folder), "--device", "cpu", "--records", str(records), "--repeats", "1")
+    recorder.note("eval", [metrics_of(json.loads(line)) for line in records.read_text().splitlines()])
+    run("export", str(folder), "--out", str(exported))
+    recorder.note("export", tensors_of(exported))
+    run("sample", str(exported), "--trust-code", *drawing)
+    recorder.note("sample of the export", pixels_below_captions(picture))
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = ALONE) -> None:
+    """One command of diffdistill, in a process of its own. Raises CalledProcessError."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*launcher, "-m", "diffdistill", *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("step-*"))
+
+
 def tensors_of(folder: Path) -> str:
     """A hash of the numbers, names, types and shapes in all safetensors of a folder."""
-    from safetensors.torch import load_file
-
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         for name, tensor in sorted(load_file(file).items()):
             digest.update(f"{file.name} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().flatten().view(__import__("torch").uint8).numpy().tobytes())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def images_of(folder: Path) -> str:
-    """A hash of the pixels of all PNGs of a folder, or of one PNG."""
-    from PIL import Image
-
+    """A hash of the pixels of all PNGs of a folder."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.png")) if folder.is_dir() else [folder]:
-        if file.name in ("curves.png",):  # drawn with run times
-            continue
+    for file in sorted(folder.rglob("*.png")):
         with Image.open(file) as image:
             digest.update(f"{file.name} {image.mode} {image.size}".encode() + image.tobytes())
     return digest.hexdigest()
 
 
-def newest(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step-*"))[-1]
-
-
-def without_dates(record: Any) -> Any:
-    """A record's numbers that do not depend on the clock, the machine's paths or the package's version."""
-    kept = ("metrics", "values", "fd_pixels", "protocol", "num_images", "evaluations")
-    found = json.dumps(record, sort_keys=True)
-    data = json.loads(found)
-    return {key: data[key] for key in kept if key in data}
-
-
-def record(file: Path) -> None:
-    """Run everything and write the hashes."""
-    found: dict[str, Any] = {}
-
-    def note(name: str, value: Any) -> None:
-        found[name] = value
-        print(f"{name}: {str(value)[:16]}", flush=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
-
-    with tempfile.TemporaryDirectory() as place:
-        home = Path(place)
-        teacher, twice = home / "teacher", (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
-        short = (*TRAIN, "train.steps=20", "train.checkpoint_every=10")
-        run("pretrain", "pretrain/digits", f"run={teacher}", *short)
-        note("pretrain", tensors_of(newest(teacher)))
-        note("pretrain previews", images_of(teacher / "previews"))
-
-        def train(name: str, method: str, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> Path:
-            folder, steps = home / name, SHORT.get(method, short)
-            options = (f"teacher={teacher}", f"run={folder}", *TRAIN, *steps, *overrides)
-            run("train", f"{method}/digits", *options, launcher=launcher)
-            note(name, tensors_of(newest(folder)))
-            note(f"{name} previews", images_of(folder / "previews"))
-            return folder
-
-        for method in METHODS:
-            train(method, method)
-        train("dmd2 on two processes", "dmd2", launcher=twice)
-        train("dmd2 in pieces", "dmd2", "train.micro_batch_size=16")
-        train("dmd2 with LoRA", "dmd2", "lora.default={rank: 4}")
-        train("sid with SiDA", "sid", "method.gan_weight=0.01", "method.fake_augment=0", "train.micro_batch_size=32")
-        train("dmd2 in two calls", "dmd2", "method.steps={init_ratio: 4, later_ratios: [1]}", "method.guidance=2")
-        resumed = train("dmd2 half-way", "dmd2")
-        run(
-            "train",
-            "dmd2/digits",
-            f"teacher={teacher}",
-            f"run={resumed}",
-            *short,
-            "--resume",
-            "--checkpoint",
-            "step-00000010",
-        )
-        note("dmd2 resumed", tensors_of(newest(resumed)))
-        run("sample", str(resumed), "--count", "20", "--teacher", "--out", str(home / "sample.png"), "--device", "cpu")
-        note("sample", _without_captions(home / "sample.png"))
-        records = home / "records.jsonl"
-        run("eval", str(resumed), "--device", "cpu", "--records", str(records), "--repeats", "1")
-        note("eval", [without_dates(json.loads(line)) for line in records.read_text().splitlines()])
-        run("export", str(resumed), "--out", str(home / "exported"))
-        note("export", tensors_of(home / "exported"))
-        run(
-            "sample",
-            str(home / "exported"),
-            "--count",
-            "20",
-            "--trust-code",
-            "--device",
-            "cpu",
-            "--out",
-            str(home / "out.png"),
-        )
-        note("sample of the export", _without_captions(home / "out.png"))
-
-
-def _without_captions(file: Path) -> str:
-    """The pixels below the first 40 rows, where times are written."""
-    from PIL import Image
-
+def pixels_below_captions(file: Path) -> str:
     with Image.open(file) as image:
-        lower = image.crop((0, 40, image.width, image.height))
+        lower = image.crop((0, CAPTION_ROWS, image.width, image.height))
         return hashlib.sha256(f"{lower.size}".encode() + lower.tobytes()).hexdigest()
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's numbers and protocol, without its clock, machine and paths."""
+    return {key: record[key] for key in ("metrics", "protocol")}
 
 
 def compare(before: Path, after: Path) -> int:

@@ -1,5 +1,5 @@
-"""What befalls real runs, done to small ones at random moments: each must end as an undisturbed run does, or stop with
-the right message, with nothing lost beyond the last checkpoint.
+"""What happens to real runs, done to small ones at random moments: each must end as an undisturbed run does, or stop
+with the right message, with nothing lost beyond the last checkpoint.
 
 python tests/accidents.py [--moments 10] [KIND ...]    prints the table; without names it goes into docs/reliability.md.
 """
@@ -564,7 +564,7 @@ def undisturbed(folder: Path, teacher: Path) -> dict[int, Mapping[str, Tensor]]:
     return ends
 
 
-def befall(
+def try_accident(
     kind: Callable[[Scene], None], moment: int, folder: Path, teacher: Path, whole: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
     """One accident at one random moment, named by its number. Raises AssertionError if something does not hold."""
@@ -591,7 +591,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             held = 0
             for moment in range(options.moments):
                 try:
-                    befall(kind, moment, folder, teacher, whole)
+                    try_accident(kind, moment, folder, teacher, whole)
                     held += 1
                 except AssertionError as error:
                     failures += 1

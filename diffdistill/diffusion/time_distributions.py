@@ -1,4 +1,4 @@
-"""Laws of t, each given by its quantile function: a uniform number in (0, 1) becomes a time of the path.
+"""Time distributions, each given by its quantile function: a uniform number in (0, 1) becomes a time of the path.
 
 One form serves sampling, stratification and bins of equal probability alike.
 """

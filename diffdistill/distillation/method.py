@@ -189,7 +189,7 @@ class Method(ABC):
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The players at their start. Those that no update names are saved with the run, but not trained.
 
-        Raises UserError if the method and the setting do not fit.
+        Raises UserError if the method and the problem do not fit.
         """
 
     @abstractmethod

@@ -91,7 +91,7 @@ class Processes:
         return told.nonzero()[:, 0].tolist()
 
     def begin_equal(self, modules: Iterable[nn.Module]) -> None:
-        """Give every process the first one's weights, lest a difference in rounding stays."""
+        """Give every process the first one's weights, so that no difference in rounding stays."""
         if self.count == 1:
             return
         with others(), torch.no_grad():

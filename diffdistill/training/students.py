@@ -1,4 +1,4 @@
-"""MSD's students side by side, each in a group of processes of its own: what befalls one befalls no other."""
+"""MSD's students side by side, each in a group of processes of its own: a fault of one is no other's."""
 
 import os
 import signal

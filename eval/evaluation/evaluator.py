@@ -80,9 +80,9 @@ class StudentEvaluator:
             raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")
         some = captions[: protocol.num_images] if captions is not None else None
         around = open_around(spec, student, some, processes.device, origin="eval", keeps_encoder=False)
-        watch = StudentEvaluator(config, folder, spec, bench, best_by, processes, around)
-        watch._source(student, step=0)
-        return watch
+        evaluator = StudentEvaluator(config, folder, spec, bench, best_by, processes, around)
+        evaluator._source(student, step=0)
+        return evaluator
 
     def examine(self, run: EvaluatedRun, *, is_last: bool, log: Log) -> bool:
         if run.step % self.config.every and not is_last:

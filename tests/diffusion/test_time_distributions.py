@@ -1,4 +1,4 @@
-"""Laws of t against the quantiles of their closed forms."""
+"""Time distributions against the quantiles of their closed forms."""
 
 import math
 from statistics import NormalDist

@@ -1,4 +1,4 @@
-"""What befalls real runs, once each at one moment; and the locks that keep two runs out of one folder."""
+"""What happens to real runs, once each at one moment; and the locks that keep two runs out of one folder."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
-from accidents import KINDS, Scene, befall, undisturbed
+from accidents import KINDS, Scene, try_accident, undisturbed
 from conftest import MakeConfig
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, quick_teacher: Path) -> Whol
 
 @every_kind
 def test_a_run_survives(kind: Callable[[Scene], None], tmp_path: Path, quick_teacher: Path, whole: Whole) -> None:
-    befall(kind, 0, tmp_path, quick_teacher, whole)
+    try_accident(kind, 0, tmp_path, quick_teacher, whole)
 
 
 @pytest.mark.full
@@ -42,7 +42,7 @@ def test_a_run_survives(kind: Callable[[Scene], None], tmp_path: Path, quick_tea
 def test_a_run_survives_at_any_moment(
     kind: Callable[[Scene], None], moment: int, tmp_path: Path, quick_teacher: Path, whole: Whole
 ) -> None:
-    befall(kind, moment, tmp_path, quick_teacher, whole)
+    try_accident(kind, moment, tmp_path, quick_teacher, whole)
 
 
 def test_a_lock_ends_with_its_run_and_names_its_holder(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class EvalConfig:
 
 
 class EvaluatedRun(Protocol):
-    """What a watch asks of the trainer."""
+    """What an evaluator asks of the trainer."""
 
     step: int
 
@@ -81,7 +81,7 @@ def make_evaluator(
     *,
     trusts_code: bool = False,
 ) -> Evaluator:
-    """The watch that a run's config asks for.  folder: the run's.  processes: they share the work.  trusts_code:
+    """The evaluator that a run's config asks for.  folder: the run's.  processes: they share the work.  trusts_code:
     whether features that are a program may run, which no config can say.
 
     Raises UserError, before training, for a protocol that does not fit the student, and for missing files.
