@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
@@ -276,3 +277,13 @@ def test_a_site_that_loads_from_another_host_is_refused(loading: str, tmp_path: 
 
 def test_plain_links_are_not_loading() -> None:
     assert not hooks.foreign('<a href="https://arxiv.org/abs/2405.14867">DMD2</a> <img src="a.png">')
+
+
+DOCUMENTED = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_what_the_reference_documents_is_there_and_says_what_it_is(name: str) -> None:
+    place = resolve_name(name)
+    assert place.__doc__
+    assert (place.__name__ if isinstance(place, ModuleType) else f"{place.__module__}.{place.__qualname__}") == name
