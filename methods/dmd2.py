@@ -23,6 +23,7 @@ from diffdistill.distillation.pairs import teacher_pairs
 from diffdistill.distillation.scales import Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
+    GanTaps,
     condition,
     critics_loss,
     draw_step,
@@ -57,6 +58,7 @@ class DMD2(Method):
     gan_weight: NonNegative = 3e-3  # lambda_g, in the generator's loss
     gan_fake_weight: NonNegative = 1e-2  # lambda_d, in the fake score's loss
     gan_features: Features = "fake"
+    gan_taps: GanTaps = None  # null: the paper's bottleneck
     regression_weight: NonNegative = 0.0
     regression_pairs: PositiveInt = 1000
     regression_sampler: AnySampler = field(default_factory=Heun)
@@ -86,7 +88,8 @@ class DMD2(Method):
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, **self.scales)
         if self.gan_weight:
-            players["discriminator"] = make_head(tapped(problem, players, self.gan_features), problem.image_shape)
+            judge = tapped(problem, players, self.gan_features)
+            players["discriminator"] = make_head(judge, problem.image_shape, self.gan_taps)
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
@@ -116,7 +119,7 @@ class DMD2(Method):
         total, logs = matching, {"matching": matching.detach(), "field": field_value.abs().mean()}
         if self.gan_weight:
             judged = condition(players, draw, role=self.gan_features)
-            logits = head_logits(players, draw, self.gan_features, x, ("gan ",), judged)
+            logits = head_logits(players, draw, self.gan_features, x, ("gan ",), judged, taps=self.gan_taps)
             adversarial = gan_generator_loss(logits)
             total = total + self.gan_weight * adversarial
             logs["gan"] = adversarial.detach()
@@ -144,6 +147,7 @@ class DMD2(Method):
         """Denoising on the generator's samples, plus the discriminator's share.  Equation 2 and section 4.2."""
         x = sample_at_hand(players, draw, self.steps)
         gan_weight = self.gan_fake_weight if self.gan_weight else None
+        features, taps = self.gan_features, self.gan_taps
         return critics_loss(
-            players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=self.gan_features
+            players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=features, taps=taps
         )

@@ -24,6 +24,7 @@ from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, 
 from diffdistill.distillation.scales import Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
+    GanTaps,
     condition,
     critics_loss,
     draw_step,
@@ -57,6 +58,7 @@ class FDistill(Method):
     gan_weight: NonNegative = 3e-3
     gan_fake_weight: NonNegative = 1e-2
     gan_features: Features = "fake"
+    gan_taps: GanTaps = None  # null: the paper's bottleneck
     ratio_min: Positive = 0.1
     ratio_max: Positive = 20.0
     ratio_bins: Annotated[int, Field(ge=0)] = 10  # of equal probability in t; 0: the ratio is taken as it is
@@ -95,7 +97,8 @@ class FDistill(Method):
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, **self.scales)
         if self.has_discriminator:
-            players["discriminator"] = make_head(tapped(problem, players, self.gan_features), problem.image_shape)
+            judge = tapped(problem, players, self.gan_features)
+            players["discriminator"] = make_head(judge, problem.image_shape, self.gan_taps)
         return players | ({"ratio_means": RatioMeans(self.ratio_bins)} if self.ratio_memory else {})
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
@@ -140,8 +143,9 @@ class FDistill(Method):
         """Denoising on the generator's samples, plus the discriminator's share, as in DMD2."""
         x = sample_at_hand(players, draw, self.steps)
         gan_weight = self.gan_fake_weight if self.has_discriminator else None
+        features, taps = self.gan_features, self.gan_taps
         return critics_loss(
-            players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=self.gan_features
+            players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=features, taps=taps
         )
 
     def ratios(self, players: Players, draw: Draw, batch: Batch) -> Mapping[str, Tensor]:
@@ -158,14 +162,14 @@ class FDistill(Method):
         cond, t, guidance = condition(players, draw, role="fake"), draw["t"], self.fake_guidance
         x_t = players.teacher.path.diffuse(x, draw["eps"], t)
         if self.has_discriminator and self.gan_features == "fake" and guidance == 1:
-            fake, features = players.fake.with_features(x_t, t, cond)
+            fake, features = players.fake.with_features(x_t, t, cond, taps=self.gan_taps)
             return fake, players.discriminator(features)
         fake = players.fake(x_t, t, cond, guidance=scale_in(draw, "fake_guidance", guidance))
         if not self.has_discriminator:
             return fake, x.new_zeros(0)
         judged = condition(players, draw, role=self.gan_features)
         judge: Denoiser = getattr(players, self.gan_features)
-        return fake, players.discriminator(judge.features(x_t, t, judged))
+        return fake, players.discriminator(judge.features(x_t, t, judged, taps=self.gan_taps))
 
     def _ratio(self, logits: Tensor) -> Tensor:
         return density_ratio(logits, self.ratio_min, self.ratio_max)

@@ -11,9 +11,10 @@ where the levels of the generator's calls are drawn.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.augmentation import augment
@@ -36,7 +37,10 @@ from diffdistill.distillation.scales import Scale, draw_scales, other_than_one
 from diffdistill.settings.schema import UserError
 
 Features = Literal["fake", "teacher"]
-"""Whose bottleneck a discriminator's head reads."""
+"""Whose features a discriminator's head reads."""
+
+GanTaps = Annotated[tuple[int | str, ...], Field(min_length=1)] | None
+"""The blocks that it reads, by number or name, or "middle", each by a head of its own; null: the bottleneck alone."""
 
 Role = Literal["generator", "teacher", "fake", "fake loss"]
 """Who is told a condition: what makes the sample, the teacher or the fake score that judges it, or the fake score as it
@@ -73,7 +77,7 @@ def start_players(problem: Problem, **guidances: Scale) -> dict[str, nn.Module]:
 
 
 def tapped(problem: Problem, players: Mapping[str, nn.Module], features: Features) -> Denoiser:
-    """The network whose bottleneck the head reads; the fake score may be smaller than its teacher."""
+    """The network whose features the head reads; the fake score may be smaller than its teacher."""
     network = problem.teacher if features == "teacher" else players["fake"]
     assert isinstance(network, Denoiser)
     return network
@@ -233,9 +237,16 @@ def matching_field(x: Tensor, fake: Tensor, teacher: Tensor, *, minimum: float) 
 
 
 def head_logits(
-    players: Players, draw: Draw, features: Features, images: Tensor, calls: Sequence[str], cond: Cond
+    players: Players,
+    draw: Draw,
+    features: Features,
+    images: Tensor,
+    calls: Sequence[str],
+    cond: Cond,
+    *,
+    taps: GanTaps = None,
 ) -> Tensor:
-    """The discriminator's head on a bottleneck, each call at noise of its own, in one pass.
+    """The discriminator's head on a bottleneck, or heads on these taps, each call at noise of its own, in one pass.
 
     images: [len(calls) B, ...], call by call; cond: theirs.  Returns logits, one a sample.
     """
@@ -244,7 +255,7 @@ def head_logits(
     noised = players.teacher.path.diffuse(images, eps, t)
     network = players[features]
     assert isinstance(network, Denoiser)
-    logits: Tensor = players.discriminator(network.features(noised, t, cond))
+    logits: Tensor = players.discriminator(network.features(noised, t, cond, taps=taps))
     return logits
 
 
@@ -257,6 +268,7 @@ def critics_loss(
     weight: DenoisingWeight,
     gan_weight: float | None,
     features: Features,
+    taps: GanTaps = None,
 ) -> Loss:
     """Denoising on the generator's samples x (as data), plus the discriminator's share on real and generated images.
 
@@ -268,7 +280,7 @@ def critics_loss(
     if gan_weight is None:
         return Loss(denoising, {"denoising": denoising.detach()})
     images, both = torch.cat([batch.images, x.detach()]), Cond.cat(batch.cond, condition(players, draw, role=features))
-    logits = head_logits(players, draw, features, images, ("gan real ", "gan fake "), both)
+    logits = head_logits(players, draw, features, images, ("gan real ", "gan fake "), both, taps=taps)
     real, fake = logits.chunk(2)
     discrimination = gan_discriminator_loss(real, fake)
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
