@@ -1,5 +1,6 @@
 """A disk that is full: every command names the file and gives advice that fits it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,25 +10,23 @@ from pathlib import Path
 import pytest
 
 SMALL_FILES = """
-import resource, sys
+import json, resource, sys
 import torch
 from diffdistill.commands.cli import main
 torch.set_num_threads(1)
-limit = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # beyond it a write fails, as on a full disk
-main()
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for limit, *arguments in json.loads(sys.argv[1]):
+    sys.argv = ["diffdistill", *arguments]
+    code = None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))  # beyond it a write fails, as on a full disk
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    print(f"exit code {code}", file=sys.stderr, flush=True)
 """
-
-
-def call(limit: int, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", SMALL_FILES, str(limit), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"COLUMNS": "500"},
-    )
+"""Each command in turn, in one process: importing torch takes longer than most of them."""
 
 
 @pytest.fixture
@@ -49,18 +48,24 @@ COMMANDS: dict[str, tuple[int, tuple[str, ...], str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("limit", "arguments", "file", "advice"), COMMANDS.values(), ids=COMMANDS)
-def test_a_full_disk_names_the_file_and_what_to_do(
-    run: Path, tmp_path: Path, limit: int, arguments: tuple[str, ...], file: str, advice: str
-) -> None:
+def test_a_full_disk_names_the_file_and_what_to_do(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    told = call(limit, *(argument.format(run=run, out=out) for argument in arguments))
-    assert told.returncode == 1, told.stderr
-    assert "error: the disk is full" in told.stderr
-    assert "Traceback" not in told.stderr
-    line = next(line for line in told.stderr.splitlines() if "disk is full" in line)
-    assert file in line
-    assert advice in line
-    assert ("--resume" in line) == (arguments[0] == "pretrain")
+    calls = [[limit, *(part.format(run=run, out=out) for part in parts)] for limit, parts, *_ in COMMANDS.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_FILES, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"COLUMNS": "500"},
+    )
+    assert done.stderr.count("exit code 1\n") == len(COMMANDS), done.stderr
+    for (_, arguments, file, advice), said in zip(COMMANDS.values(), done.stderr.split("exit code 1\n"), strict=False):
+        assert "error: the disk is full" in said
+        assert "Traceback" not in said
+        line = next(line for line in said.splitlines() if "disk is full" in line)
+        assert file in line
+        assert advice in line
+        assert ("--resume" in line) == (arguments[0] == "pretrain")
     assert not [entry.name for entry in out.rglob("*") if "exporting" in entry.name or "writing" in entry.name]

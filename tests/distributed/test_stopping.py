@@ -100,7 +100,7 @@ def start_slowly(config: RunConfig, file: Path, *options: str) -> "subprocess.Po
     while not list_checkpoints(Path(config.run) / "checkpoints"):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.1)
     return process
 
 
