@@ -83,8 +83,32 @@ def test_a_method_of_others_can_be_held_but_never_hold_its_holder(monkeypatch: p
         parse({"name": "foreign", "base": {"name": "foreign"}})
 
 
-def test_every_hook_is_the_held_method_s_own():
-    assert set(vars(Wrapper)) >= HOOKS
+@pytest.mark.parametrize("hook", [*sorted(HOOKS), "added_later", "is_added_later"])
+def test_every_hook_is_the_held_method_s_own(hook: str, monkeypatch: pytest.MonkeyPatch):
+    default = property(lambda _: "a default") if hook == "is_added_later" else lambda *_: "a default"
+    if hook not in HOOKS:
+        monkeypatch.setattr(Method, hook, default, raising=False)
+        monkeypatch.setattr(Wrapper, hook, None, raising=False)  # so that it is gone again after the test
+        delattr(Wrapper, hook)
+
+    class Answering(DMD2):
+        """A method whose answers to this hook can be told from any other's."""
+
+    is_value = isinstance(vars(Method)[hook], property)
+    setattr(Answering, hook, property(lambda _: "own") if is_value else lambda self, *given: ("own", given))
+
+    @schema
+    class Quiet(Wrapper):
+        name: Literal["quiet"] = "quiet"
+        base: Method
+
+    @schema
+    class Further(Quiet):
+        pass
+
+    for holder in (Quiet(base=Answering()), Further(base=Quiet(base=Answering()))):
+        answer = getattr(holder, hook)
+        assert answer == "own" if is_value else answer(1, 2) == ("own", (1, 2))
 
 
 def test_two_wrappers_that_change_nothing_change_no_bit(make_config: MakeConfig):
