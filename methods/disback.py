@@ -128,7 +128,7 @@ def _score(problem: Problem) -> Denoiser:
     fake = problem.initial.get("fake")
     is_other = fake is not None and not lora_of(fake) and shapes_of(fake) != shapes_of(problem.teacher)
     initial = problem.initial if is_other or len(problem.initial) == 1 else {}
-    score = replace(problem, initial=initial).copies("fake")["fake"]
+    score = replace(problem, initial=initial, starts={}).copies("fake")["fake"]
     assert isinstance(score, Denoiser)
     return score
 

@@ -72,7 +72,10 @@ class Problem:
 
     image_shape: [C, H, W].  num_classes: 0 without labels.  teacher: frozen, or None.
     network: a new, untrained student, where the method trains one that is not a copy of its teacher; else None.
+    teachers: further frozen ones by name, beside `teacher`; among the players each is "teacher_<name>".
     initial: the players of an earlier run that this one starts from, frozen, by name.
+    starts: by player, which of these its copy starts as: "teacher", "teacher_<name>" or "init.<player>"; for those that
+    are not named see `copies`.
     classes: the classes that this run is about; empty for all.  num_steps, batch_size: of the run, in iterations and
     images.  lora: the players that are trained as factors over the network that they start from; null: in full.
     """
@@ -87,6 +90,14 @@ class Problem:
     num_steps: int = 0
     batch_size: int = 0
     lora: Mapping[str, LoRASettings | None] = field(default_factory=dict)
+    teachers: Mapping[str, Denoiser] = field(default_factory=dict)
+    starts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_teachers(self) -> dict[str, Denoiser]:
+        """Every teacher by its name among the players."""
+        first = {} if self.teacher is None else {"teacher": self.teacher}
+        return first | {f"teacher_{name}": teacher for name, teacher in self.teachers.items()}
 
     def label_of(self, uniform: Tensor) -> Tensor:
         """Uniform numbers [B] in (0, 1) as classes of this run, int64 [B]."""
@@ -94,19 +105,33 @@ class Problem:
             return integer_of(uniform, max(self.num_classes, 1))
         return torch.tensor(self.classes, device=uniform.device)[integer_of(uniform, len(self.classes))]
 
-    def copies(self, *names: str) -> dict[str, nn.Module]:
-        """Trainable copies for players that start as their namesakes in `initial`, or as the teacher.
+    def copies(self, *names: str, starts: Mapping[str, str] | None = None) -> dict[str, nn.Module]:
+        """Trainable copies for players.  starts: what a method says of them, where the problem's `starts` does not.
 
-        If `initial` holds a single player, a diffusion model, then all of them start as it. A generator is none: the
-        others start as the teacher beside it, unless its network is another.
-        Raises UserError if there is no teacher.
+        A player that neither names starts as its namesake in `initial`, or as the teacher. If `initial` holds a single
+        player, a diffusion model, then all of them start as it. A generator is none: the others start as the teacher
+        beside it, unless its network is another.
+        Raises UserError if there is no teacher, or none of that name, and where LoRA would stand over another one.
         """
+        return {name: self._copy(name, self.start_of(name, (starts or {}).get(name))) for name in names}
+
+    def start_of(self, player: str, named: str | None = None) -> Denoiser:
+        """What a player's copy is made of, see `copies`.  named: by the method."""
         if self.teacher is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
+        named = self.starts.get(player, named)
+        if named is not None:
+            known = self.all_teachers | {f"init.{name}": network for name, network in self.initial.items()}
+            if named not in known:
+                raise UserError(f"starts.{player} = {named!r}: no such model; choose from {', '.join(known)}")
+            found = known[named]
+            if found is not self.teacher and settings_for(player, self.lora) and not lora_of(found):
+                raise UserError(f"starts.{player} = {named!r}: lora goes over the teacher; leave one out")
+            return found
         other, lone = self.teacher, self.initial.get("generator")
         if len(self.initial) == 1 and (lone is None or not (lora_of(lone) or shapes_of(lone) == shapes_of(other))):
             [other] = self.initial.values()
-        return {name: self._copy(name, self.initial.get(name, other)) for name in names}
+        return self.initial.get(player, other)
 
     def _copy(self, name: str, origin: Denoiser) -> nn.Module:
         settings = settings_for(name, self.lora)
@@ -155,6 +180,11 @@ class Method(ABC):
     def keeps_teacher(self) -> bool:
         """Whether the losses ask the teacher. If not it leaves memory after `prepare`."""
         return True
+
+    @property
+    def takes_teachers(self) -> bool:
+        """Whether the losses ask `problem.teachers`. If not they leave memory once players have started as them."""
+        return False
 
     @property
     def trains_network(self) -> bool:

@@ -37,7 +37,7 @@ SUFFIX = ".safetensors"
 BEST = "best"
 STATE_TYPES: Mapping[str, type | tuple[type, ...]] = {
     **{"student": str, "teacher": (str, type(None)), "data": str},
-    **{"model": dict, "config": dict, "skips": dict},
+    **{"model": dict, "config": dict, "skips": dict, "teachers": dict},
 }
 
 

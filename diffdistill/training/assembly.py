@@ -69,8 +69,7 @@ def assemble(plan: Plan, folder: FilePath | None = None) -> Assembly:
     stored = prepared(plan, folder)
     if plan.start is None:
         initialise(plan, stored, emas)
-    if not plan.method.keeps_teacher:
-        plan = without_teacher(plan)
+    plan = without_idle_teachers(plan)
     student_outline = share_out(plan, emas)
     optimizers = {name: make_optimizer(m, plan.config.optimizer(name)) for name, m in plan.trained.items()}
     if plan.start:
@@ -145,10 +144,11 @@ def prepare_once(
 
 
 def prepare(method: Method, problem: Problem, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """What the method makes before training, on a device: the teacher, if it is not there yet, is brought there for
+    """What the method makes before training, on a device: teachers that are not there yet are brought there for
     that, and an earlier run's players for that time."""
-    if problem.teacher and not is_offloaded(problem.teacher):
-        problem.teacher.to(device)
+    for teacher in problem.all_teachers.values():
+        if not is_offloaded(teacher):
+            teacher.to(device)
     for player in problem.initial.values():
         player.to(device)
     with seeded(seed):  # for weights that it makes; numbers are drawn by step and index
@@ -167,8 +167,12 @@ def initialise(plan: Plan, stored: Mapping[str, Tensor], emas: Mapping[str, EMA]
         ema.copy_from(plan.student)
 
 
-def without_teacher(plan: Plan) -> Plan:
-    """A plan whose losses do not ask the teacher, which leaves memory when nothing else holds it."""
+def without_idle_teachers(plan: Plan) -> Plan:
+    """The plan with the teachers that its losses ask. The others leave memory when nothing else holds them."""
+    if not plan.method.takes_teachers:
+        plan = replace(plan, problem=replace(plan.problem, teachers={}))
+    if plan.method.keeps_teacher:
+        return plan
     return replace(plan, teacher=None, problem=replace(plan.problem, teacher=None))
 
 
@@ -179,10 +183,9 @@ def share_out(plan: Plan, emas: Mapping[str, EMA]) -> nn.Module | None:
         return None
     average = emas.get("ema")
     student_outline = outline(average.module if average else plan.student)
-    asked = plan.problem.teacher
-    teacher = [asked] if asked and not is_offloaded(asked) else []
+    teachers = [teacher for teacher in plan.problem.all_teachers.values() if not is_offloaded(teacher)]
     averages = [ema.module for ema in emas.values()]
-    for module in (*teacher, *plan.trained.values(), *plan.followers.values(), *averages):
+    for module in (*teachers, *plan.trained.values(), *plan.followers.values(), *averages):
         shard(module, plan.mesh)
     return student_outline
 

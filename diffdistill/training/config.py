@@ -23,6 +23,9 @@ from diffdistill.training.reports.health import HealthConfig
 from diffdistill.training.reports.trackers import TrackerNames
 from diffdistill.training.speed.options import SpeedConfig
 
+Name = Annotated[str, Field(pattern="^[a-z0-9_]+$")]
+"""What the user calls one of several."""
+
 
 @schema
 class OptimizerConfig:
@@ -74,9 +77,12 @@ class TrainConfig:
 class RunConfig:
     """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
 
+    teachers: further ones by name, for a method that asks several or for players that start as them; each is of the
+    first one's path, images and conditions.
     text_encoder: the folder of a sentence encoder, for a `model` that takes text.
     negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
+    starts: by player, what it starts as: `teacher`, `teacher_<name>` or `init.<player>`.
     lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
     dropout: by player or `default`: with which probability its network drops what it drops in training; null: as in the
     teacher that it is a copy of.
@@ -89,15 +95,17 @@ class RunConfig:
     data: AnyData = field(default_factory=Digits)
     model: ModelConfig | None = None
     teacher: str | None = None
+    teachers: dict[Name, str] = field(default_factory=dict)
     text_encoder: str | None = None
     negative_prompt: str | None = None
     negative_scale: NonNegative = 0.3
     init: str | None = None
+    starts: dict[str, str] = field(default_factory=dict)
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     lora: dict[str, LoRASettings | None] = field(default_factory=dict)
     dropout: dict[str, Dropout | None] = field(default_factory=dict)
     ema: EMAConfig | None = field(default_factory=EMAConfig)
-    more_emas: dict[Annotated[str, Field(pattern="^[a-z0-9_]+$")], EMAConfig] = field(default_factory=dict)
+    more_emas: dict[Name, EMAConfig] = field(default_factory=dict)
     health: HealthConfig | None = field(default_factory=HealthConfig)
     eval: EvalConfig | None = None
     trackers: TrackerNames = ("tensorboard",)

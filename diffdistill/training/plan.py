@@ -1,7 +1,7 @@
 """A run before anything is written: `plan`. All faults of a config are found here; doctor reads nothing else."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,15 +12,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import NO_COND, Cond
-from diffdistill.diffusion.denoiser import freeze
-from diffdistill.distillation.method import Method, Players, Problem
+from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.distillation.method import Method, Players, Problem, shapes_of
 from diffdistill.distributed.processes import Processes, find_processes
 from diffdistill.models.load import describe_model, is_routed, load_model, merge_model
 from diffdistill.models.negative_prompts import steer
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
-from diffdistill.settings.schema import UserError
+from diffdistill.settings.schema import UserError, schema
+from diffdistill.settings.values import dump, validate
+from diffdistill.storage.checkpoint import STATE
 from diffdistill.training.config import RunConfig, TrainConfig
 from diffdistill.training.inputs import Inputs, open_inputs
 from diffdistill.training.iteration import Iteration
@@ -32,6 +34,14 @@ from diffdistill.training.sharding import make_mesh
 from diffdistill.training.speed.options import apply_speed
 
 
+@schema
+class TeacherRecord:
+    """What a checkpoint says of a further teacher.  source: its checkpoint.  fingerprint: of its weights."""
+
+    source: str
+    fingerprint: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run starts with.
@@ -39,6 +49,7 @@ class Plan:
     start, state: the checkpoint to go on from, and what it says beside tensors; None for a new run.
     mesh: the processes that will share out the weights, or None.  spec: what the student is.
     teacher: None also where the method no longer needs it; teacher_source: the checkpoint that it came from.
+    more_teachers: of the others, by name.
     trained, followers: the players at their start, those that updates name and the others.
     """
 
@@ -50,6 +61,7 @@ class Plan:
     inputs: Inputs
     teacher: TrainedModel | None
     teacher_source: str | None
+    more_teachers: Mapping[str, TeacherRecord]
     spec: ModelSpec
     problem: Problem
     order: DataOrder
@@ -78,9 +90,14 @@ class Plan:
 
     @property
     def players(self) -> Players:
-        """All of them, the teacher included."""
-        teachers = {"teacher": self.teacher.denoiser} if self.teacher else {}
-        return Players(**teachers, **self.trained, **self.followers)
+        """All of them, the teachers included."""
+        return Players(**self.problem.all_teachers, **self.trained, **self.followers)
+
+    @property
+    def teachers_state(self) -> dict[str, Any]:
+        """What a checkpoint says of the teachers."""
+        more = {name: dump(record) for name, record in self.more_teachers.items()}
+        return {"teacher": self.teacher_source} | ({"teachers": more} if more else {})
 
     @property
     def student(self) -> nn.Module:
@@ -135,12 +152,15 @@ def plan(
     mesh = make_mesh(config, processes)
     home = torch.device("cpu") if mesh else processes.device
     inputs = read_inputs(config, processes.device, state)
-    teacher = load_teacher(config.teacher, home, state)
+    teacher, teachers = load_teacher(config.teacher, home, state), load_teachers(config.teachers, home, state)
+    more_teachers = {
+        n: TeacherRecord(source=str(t.source), fingerprint=fingerprint(t.denoiser.net)) for n, t in teachers.items()
+    }
     check_batch(train, processes.count)
-    spec, problem = resolve_models(config, inputs, teacher)
+    spec, problem = resolve_models(config, inputs, teacher, teachers)
     check_labels(config.method, problem, inputs.source)
     trained, followers = build_players(config, spec, problem, home)
-    apply_speed(config.speed, trained, problem.teacher, followers, processes.device)
+    apply_speed(config.speed, trained, problem.all_teachers, followers, processes.device)
     check_optimizers(config, trained)
     evaluator = make_evaluator(
         config.eval, folder, trained[config.method.student], spec, processes, trusts_code=trusts_code
@@ -156,6 +176,7 @@ def plan(
         inputs=inputs,
         teacher=teacher,
         teacher_source=str(teacher.source) if teacher else None,
+        more_teachers=more_teachers,
         spec=spec,
         problem=problem,
         order=DataOrder(inputs.source, train.seed, classes=problem.classes),
@@ -173,14 +194,35 @@ def load_teacher(
         place = state["teacher"]
     if place is None:
         return None
-    if is_routed(FilePath(place)):
-        raise UserError(f"teacher = {place!r}: several students behind a router; name one model")
-    teacher = merge_model(load_model(place))
+    teacher = load_frozen("teacher", place, device)
     expected = state["model"].get("base") if state else None
     if expected and fingerprint(teacher.denoiser.net) != expected:
         raise UserError(f"teacher = {place!r}: has changed since this run began, whose LoRA factors stand over it")
-    teacher.denoiser.to(device)
     return teacher
+
+
+def load_teachers(
+    places: Mapping[str, str], device: torch.device, state: Mapping[str, Any] | None = None
+) -> dict[str, TrainedModel]:
+    """The further teachers, by name.  state: of a resumed run's checkpoint; the teachers it had, and no others."""
+    said = state.get("teachers", {}) if state else {}
+    before = {name: validate(TeacherRecord, it, origin=f"{STATE}: teachers.{name}") for name, it in said.items()}
+    if before:
+        places = {name: record.source for name, record in before.items()}
+    teachers = {name: load_frozen(f"teachers.{name}", place, device) for name, place in places.items()}
+    for name, record in before.items():
+        if fingerprint(teachers[name].denoiser.net) != record.fingerprint:
+            raise UserError(f"teachers.{name} = {record.source!r}: has changed since this run began")
+    return teachers
+
+
+def load_frozen(key: str, place: str, device: torch.device) -> TrainedModel:
+    """One frozen model, its factors merged.  key: the setting that names it."""
+    if is_routed(FilePath(place)):
+        raise UserError(f"{key} = {place!r}: several students behind a router; name one model")
+    model = merge_model(load_model(place))
+    model.denoiser.to(device)
+    return model
 
 
 def read_inputs(config: RunConfig, device: torch.device, state: Mapping[str, Any] | None = None) -> Inputs:
@@ -194,16 +236,31 @@ def build_players(
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The method's players at their start: those that its updates name, and the others, frozen.
 
-    Raises UserError where the config's optimisers, `lora` and `dropout` do not fit them.
+    Raises UserError where the config's `starts`, optimisers, `lora` and `dropout` do not fit them.
     """
     with seeded(config.train.seed):
         modules = config.method.players(problem)
+    check_starts(config.method, problem, modules)
     named = {name for update in config.method.updates for name in update.players}
     check_players(config, {name: module for name, module in modules.items() if name in named})
     apply_dropout({name: module for name, module in modules.items() if name in named}, config.dropout)
     steer(modules[config.method.student], spec)
     trained = {name: module.to(home).train() for name, module in modules.items() if name in named}
     return trained, {name: freeze(module.to(home)) for name, module in modules.items() if name not in named}
+
+
+def check_starts(method: Method, problem: Problem, players: Mapping[str, nn.Module]) -> None:
+    """Raise UserError if `starts` names what is no copy, or makes the student another network than its spec's."""
+    copies = [name for name, module in players.items() if isinstance(module, Denoiser)]
+    for name, start in problem.starts.items():
+        if name not in copies or method.trains_network:
+            raise UserError(f"starts.{name}: no player that is a copy; choose from {', '.join(copies)}")
+        if name == method.student and shapes_of(problem.start_of(name)) != shapes_of(
+            replace(problem, starts={}).start_of(name)
+        ):
+            raise UserError(
+                f"starts.{name} = {start!r}: is another network than the student's; name it by `teacher` or `init`"
+            )
 
 
 def check_players(config: RunConfig, players: Mapping[str, nn.Module]) -> None:

@@ -1,6 +1,6 @@
 """From a config and a teacher to the student's description and the method's problem."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 
 from diffdistill.data.source import ImageSource
 from diffdistill.distillation.method import Method, Problem
+from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import TrainedPlayers, load_players
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
@@ -17,17 +18,21 @@ from diffdistill.training.config import RunConfig
 from diffdistill.training.inputs import Inputs
 
 
-def resolve_models(config: RunConfig, inputs: Inputs, teacher: TrainedModel | None) -> tuple[ModelSpec, Problem]:
+def resolve_models(
+    config: RunConfig, inputs: Inputs, teacher: TrainedModel | None, teachers: Mapping[str, TrainedModel]
+) -> tuple[ModelSpec, Problem]:
     """The student's description and the method's problem, from the teacher or from `model`."""
     source, method, shape = inputs.source, config.method, inputs.source.image_shape
     check_models(config, teacher)
+    check_teachers(config, teacher, teachers)
     if teacher:
         teacher.denoiser.conditions = inputs.conditions
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
     initial = load_players(config.init, base=teacher.denoiser if teacher else None) if config.init else None
     check_lora(config, teacher, initial)
-    for denoiser in initial.denoisers.values() if initial and teacher else ():
+    others = [*(initial.denoisers.values() if initial else ()), *(other.denoiser for other in teachers.values())]
+    for denoiser in others if teacher else ():
         denoiser.conditions = teacher.denoiser.conditions  # type: ignore[union-attr]
     problem = Problem(
         shape,
@@ -38,6 +43,8 @@ def resolve_models(config: RunConfig, inputs: Inputs, teacher: TrainedModel | No
         num_steps=config.train.steps,
         batch_size=config.train.global_batch_size,
         lora=config.lora,
+        teachers={name: other.denoiser for name, other in teachers.items()},
+        starts=config.starts,
     )
     spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
     if spec.model.path != problem.path:
@@ -95,6 +102,26 @@ def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:
         raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
     if config.init and teacher is None:
         raise UserError("init: goes with a `teacher`; to go on with a run, use --resume")
+
+
+def check_teachers(config: RunConfig, first: TrainedModel | None, teachers: Mapping[str, TrainedModel]) -> None:
+    """Raise UserError for a further teacher that nothing asks, or that cannot stand beside the first one."""
+    for name, other in teachers.items():
+        key = f"teachers.{name} = {config.teachers.get(name)!r}"
+        if first is None:
+            raise UserError(f"{key}: stands beside `teacher`; name that one first")
+        if not config.method.takes_teachers and f"teacher_{name}" not in config.starts.values():
+            why = f"{config.method.name} asks one teacher, and no player starts as teacher_{name}"
+            raise UserError(f"{key}: {why}; leave it out, or name it in `starts`")
+        encoders = [encoder and encoder.files for encoder in (encoder_of(first.spec), encoder_of(other.spec))]
+        for what, is_same in (
+            ("path", other.spec.model.path == first.spec.model.path),
+            ("image_shape", other.spec.image_shape == first.spec.image_shape),
+            ("num_classes", other.denoiser.num_classes == first.denoiser.num_classes),
+            ("text encoder", encoders[0] == encoders[1]),
+        ):
+            if not is_same:
+                raise UserError(f"{key}: its {what} is not that of `teacher`")
 
 
 def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: TrainedPlayers | None) -> None:

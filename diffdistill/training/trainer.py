@@ -206,7 +206,7 @@ class Trainer:
             "model": dump(self.plan.spec),
             "config": dump(self.config),
             "data": self.plan.source.key,
-            "teacher": self.plan.teacher_source,
+            **self.plan.teachers_state,
         }
 
     def save_preview(self) -> FilePath:

@@ -263,7 +263,7 @@ def test_every_block_can_be_tapped(place: Path, is_compiled: bool) -> None:
     for handle in handles:
         handle.remove()
     if is_compiled:
-        apply_speed(SpeedConfig(compile="eager"), {"generator": denoiser}, None)
+        apply_speed(SpeedConfig(compile="eager"), {"generator": denoiser}, {})
         assert torch.allclose(denoiser(x, t, cond), x0, atol=1e-5)
     taps = tuple(range(len(net.blocks)))
     again, tapped = denoiser.with_features(x, t, cond, taps=taps)

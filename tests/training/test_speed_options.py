@@ -154,14 +154,14 @@ def test_a_copy_of_a_recomputed_network_computes_with_its_own_weights() -> None:
 def test_checkpointing_a_network_without_blocks_is_refused() -> None:
     mixture = Mixture(EDM(), torch.ones(2), torch.zeros(2, 4), torch.ones(2))
     with pytest.raises(UserError, match=r"speed.activation_checkpointing: teacher's network Mixture has no blocks"):
-        apply_speed(SpeedConfig(activation_checkpointing=True), {}, Denoiser(mixture, EDM(), "x0"))
+        apply_speed(SpeedConfig(activation_checkpointing=True), {}, {"teacher": Denoiser(mixture, EDM(), "x0")})
 
 
 @pytest.mark.parametrize("network", [pytest.param("unet", marks=pytest.mark.full), "mlp", "diffusers_unet"])
 def test_compiled_players_give_the_same_gradients(network: str) -> None:
     """eager: the captured graphs run operation by operation, so with the same arithmetic."""
     plain, compiled = denoiser(network), denoiser(network)
-    apply_speed(SpeedConfig(compile="eager"), {"generator": compiled}, None)
+    apply_speed(SpeedConfig(compile="eager"), {"generator": compiled}, {})
     for want in ("both", "features"):
         assert_same(gradients(plain, want)[0], gradients(compiled, want)[0])
 
@@ -174,7 +174,7 @@ def test_compiled_players_train_as_plain_ones(make_config: MakeConfig) -> None:
 
 def test_channels_last_changes_the_layout_and_no_more_than_rounding() -> None:
     plain, changed = denoiser("unet"), denoiser("unet")
-    apply_speed(SpeedConfig(channels_last=True), {"generator": changed}, None)
+    apply_speed(SpeedConfig(channels_last=True), {"generator": changed}, {})
     assert changed.net.encoder[0].conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     # Without dropout, whose mask is drawn in the order of the memory.
     assert_close(gradients(plain.eval())[0], gradients(changed.eval())[0], ROUNDING)

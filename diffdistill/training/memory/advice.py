@@ -82,12 +82,14 @@ def _halve_precision(asking: Asking) -> Asking | None:
 
 
 def _halve_teacher(asking: Asking) -> Asking | None:
-    teacher, players = asking.iteration.problem.teacher, asking.needs.players
-    if teacher is None or is_offloaded(teacher):
-        return None
-    layers = [part for part in teacher.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    saved = sum(p.nbytes // 2 for layer in layers for p in layer.parameters() if p.dtype == torch.float32)
-    return asking.with_needs(players={**players, "teacher": PlayerBytes(players["teacher"].weights - saved)})
+    teachers, players = asking.iteration.problem.all_teachers, dict(asking.needs.players)
+    for name, teacher in teachers.items():
+        if is_offloaded(teacher):
+            return None
+        layers = [part for part in teacher.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+        saved = sum(p.nbytes // 2 for layer in layers for p in layer.parameters() if p.dtype == torch.float32)
+        players[name] = PlayerBytes(players[name].weights - saved)
+    return asking.with_needs(players=players) if teachers else None
 
 
 def _move_averages(asking: Asking) -> Asking | None:

@@ -44,28 +44,30 @@ class SpeedConfig:
 def apply_speed(
     speed: SpeedConfig,
     trained: Mapping[str, nn.Module],
-    teacher: Denoiser | None,
+    teachers: Mapping[str, Denoiser],
     followers: Mapping[str, nn.Module] | None = None,
     device: torch.device | None = None,
 ) -> None:
     """Change the players in place, before their optimisers are made.
 
     followers: players that are not trained; they change only where they stand over the teacher's weights.
-    device: where a teacher computes whose weights are elsewhere; default: where it is.
+    teachers: by their names among the players.  device: where one computes whose weights are elsewhere; default: where
+    it is.
     Raises UserError where a setting would do nothing: no teacher, no blocks, no convolutions.
     """
-    players = ({} if teacher is None else {"teacher": teacher}) | dict(trained)
+    players = {**teachers, **trained}
     denoisers = {name: module for name, module in players.items() if isinstance(module, Denoiser)}
-    _check(speed, denoisers, has_teacher=teacher is not None)
-    if speed.teacher_dtype == "bf16" and teacher is not None:
-        store_in_bf16(teacher)
+    _check(speed, denoisers, has_teacher=bool(teachers))
+    if speed.teacher_dtype == "bf16":
+        for teacher in teachers.values():
+            store_in_bf16(teacher)
         for player in (*trained.values(), *(followers or {}).values()):
             if isinstance(player, Denoiser) and lora_of(player):
                 player.autocast = torch.bfloat16
     if speed.channels_last:
         for module in players.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if speed.teacher_device == "cpu" and teacher is not None:
+    for teacher in teachers.values() if speed.teacher_device == "cpu" else ():
         offload(teacher, device or device_of(teacher))
     if speed.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)

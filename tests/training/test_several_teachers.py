@@ -1,0 +1,160 @@
+"""Runs with several named teachers: who keeps, saves, counts and checks them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+from torch import Tensor, nn
+
+from diffdistill.commands.doctor import examine_config
+from diffdistill.distillation.method import Draw, Players, Problem
+from diffdistill.distillation.score_distillation import condition, matching_field
+from diffdistill.methods.dmd2 import DMD2
+from diffdistill.models.load import load_model
+from diffdistill.settings.schema import UserError, schema
+from diffdistill.training.assembly import assemble
+from diffdistill.training.config import RunConfig
+from diffdistill.training.memory.advice import advise
+from diffdistill.training.memory.prediction import module_bytes, plan_memory
+from diffdistill.training.plan import plan
+from diffdistill.training.speed.offload import is_offloaded
+from diffdistill.training.trainer import Trainer
+
+DATA_FREE = ("method.gan_weight=0", "train.preview_every=0")
+
+
+@schema
+class TowardsSketches(DMD2):
+    """DMD2 towards the teacher by half and towards the one called "sketch" by half."""
+
+    @property
+    def takes_teachers(self) -> bool:
+        return True
+
+    def players(self, problem: Problem) -> dict[str, nn.Module]:
+        return problem.copies("generator", "fake", starts={"fake": "teacher_sketch"})
+
+    @torch.no_grad()
+    def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
+        cond, t = condition(players, draw, role="teacher"), draw["t"]
+        x_t = players.teacher.path.diffuse(x, draw["eps"], t)
+        mean = (players.teacher(x_t, t, cond) + players.teacher_sketch(x_t, t, cond)) / 2
+        return matching_field(x, players.fake(x_t, t, cond), mean, minimum=self.normaliser_minimum)
+
+
+@pytest.fixture(scope="module")
+def sketch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run's folder: of the same network, otherwise trained."""
+    folder = tmp_path_factory.mktemp("shared") / "sketch"
+    Trainer(small_config("pretrain", folder, "train.steps=2", "train.seed=7"), quiet=True).run()
+    return folder
+
+
+def towards_both(run: Path, teacher: Path, sketch: Path, *overrides: str) -> RunConfig:
+    config = small_config(
+        "dmd2", run, f"teachers.sketch={sketch}", "starts.fake=teacher_sketch", *DATA_FREE, *overrides, teacher=teacher
+    )
+    object.__setattr__(config, "method", TowardsSketches(gan_weight=0.0, steps=config.method.steps))  # type: ignore[attr-defined]
+    return config
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_run_asks_saves_and_resumes_both(tmp_path: Path, quick_teacher: Path, sketch: Path) -> None:
+    whole = Trainer(towards_both(tmp_path / "whole", quick_teacher, sketch, "train.steps=2"), quiet=True)
+    assert equal(weights_of(whole.players.fake), weights_of(load_model(sketch).denoiser))
+    assert set(whole.players) == {"teacher", "teacher_sketch", "generator", "fake"}
+    state = json.loads((whole.run() / "state.json").read_text())
+    assert Path(state["teachers"]["sketch"]["source"]).parents[1] == sketch
+    for steps in (1, 2):
+        config = towards_both(tmp_path / "parts", quick_teacher, sketch, f"train.steps={steps}")
+        parts = Trainer(config, resume=steps == 2, quiet=True)
+        parts.run()
+    assert equal(weights_of(parts.trained["generator"]), weights_of(whole.trained["generator"]))
+    alone = small_config("dmd2", tmp_path / "alone", *DATA_FREE, "train.steps=2", teacher=quick_teacher)
+    trainer = Trainer(alone, quiet=True)
+    state = json.loads((trainer.run() / "state.json").read_text())
+    assert "teachers" not in state
+    assert not equal(weights_of(trainer.trained["generator"]), weights_of(whole.trained["generator"]))
+
+
+def test_a_resumed_run_refuses_a_teacher_that_has_changed(tmp_path: Path, quick_teacher: Path, sketch: Path) -> None:
+    other, again = tmp_path / "sketch", tmp_path / "again"
+    shutil.copytree(sketch, other)
+    Trainer(towards_both(tmp_path / "run", quick_teacher, other, "train.steps=1"), quiet=True).run()
+    shutil.rmtree(other)
+    # Of the same length, so that the checkpoint has the same name.
+    Trainer(small_config("pretrain", again, "train.steps=2", "train.seed=8"), quiet=True).run()
+    shutil.copytree(again, other)
+    with pytest.raises(UserError, match=r"teachers.sketch = .*: has changed since this run began"):
+        plan(towards_both(tmp_path / "run", quick_teacher, other, "train.steps=2"), resume=True)
+
+
+def test_memory_is_planned_and_counted_with_both(tmp_path: Path, quick_teacher: Path, sketch: Path) -> None:
+    config = towards_both(tmp_path / "run", quick_teacher, sketch)
+    assembly = assemble(plan(config, resume=None))
+    needs = plan_memory(assembly.plan, assembly.iteration)
+    each = module_bytes(load_model(sketch).denoiser)
+    assert needs.players["teacher_sketch"].weights == needs.players["teacher"].weights == each
+    first = advise(assembly.plan, assembly.iteration, needs, needs.total - each // 2)[0]
+    assert first.startswith(("speed.teacher_dtype=bf16", "train.micro_batch_size"))
+    findings = {finding.topic: finding.text for finding in examine_config(config)}
+    assert "as predicted" in findings["teacher_sketch"]
+
+
+def test_what_is_set_for_the_teacher_is_done_to_all(tmp_path: Path, quick_teacher: Path, sketch: Path) -> None:
+    speed = ("speed.teacher_dtype=bf16", "speed.teacher_device=cpu")
+    made = plan(towards_both(tmp_path / "run", quick_teacher, sketch, *speed), resume=None)
+    assert [is_offloaded(teacher) for teacher in made.problem.all_teachers.values()] == [True, True]
+    assert {teacher.autocast for teacher in made.problem.all_teachers.values()} == {torch.bfloat16}
+    record = made.more_teachers["sketch"]
+    assert record == plan(towards_both(tmp_path / "run", quick_teacher, sketch), resume=None).more_teachers["sketch"]
+
+
+def test_a_start_alone_leaves_memory(tmp_path: Path, quick_teacher: Path, sketch: Path) -> None:
+    starts = (f"teachers.sketch={sketch}", "starts.fake=teacher_sketch")
+    config = small_config("dmd2", tmp_path / "run", *DATA_FREE, *starts, teacher=quick_teacher)
+    trainer = Trainer(config, quiet=True)
+    assert set(trainer.players) == {"teacher", "generator", "fake"}
+    assert not trainer.problem.teachers
+    assert equal(weights_of(trainer.players.fake), weights_of(load_model(sketch).denoiser))
+    assert equal(weights_of(trainer.players.generator), weights_of(load_model(quick_teacher).denoiser))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["teachers.sketch={sketch}"], "dmd2 asks one teacher, and no player starts as teacher_sketch; leave it out"),
+        (["starts.critic=teacher"], r"starts.critic: no player that is a copy; choose from generator, fake"),
+        (["starts.fake=sketch"], r"starts.fake = 'sketch': no such model; choose from teacher"),
+        (["teachers.Bad={sketch}"], r"teachers.Bad"),
+        (["teachers.sketch={sketch}/nowhere", "starts.fake=teacher_sketch"], "nowhere"),
+    ],
+    ids=["idle", "no player", "no model", "a name", "no place"],
+)
+def test_what_cannot_be_is_refused(
+    tmp_path: Path, quick_teacher: Path, sketch: Path, overrides: list[str], said: str
+) -> None:
+    given = [text.format(sketch=sketch) for text in overrides]
+    with pytest.raises(UserError, match=said):
+        plan(small_config("dmd2", tmp_path / "run", *DATA_FREE, *given, teacher=quick_teacher), resume=None)
+
+
+def test_teachers_that_differ_are_refused(tmp_path: Path, quick_teacher: Path, teacher: Path) -> None:
+    flow = ("model.path={name: flow}", "model.predicts=flow")
+    Trainer(small_config("pretrain", tmp_path / "flow", "train.steps=1", *flow), quiet=True).run()
+    given = (*DATA_FREE, f"teachers.other={tmp_path / 'flow'}", "starts.fake=teacher_other")
+    with pytest.raises(UserError, match=r"teachers.other = .*: its path is not that of `teacher`"):
+        plan(small_config("dmd2", tmp_path / "run", *given, teacher=quick_teacher), resume=None)
+    given = (*DATA_FREE, f"teachers.other={teacher}", "starts.generator=teacher_other")
+    with pytest.raises(UserError, match=r"starts.generator = 'teacher_other': is another network than the student's"):
+        plan(small_config("dmd2", tmp_path / "run", *given, teacher=quick_teacher), resume=None)
