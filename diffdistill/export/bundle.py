@@ -1,4 +1,4 @@
-"""One file out of many: the definitions of this package that some code uses, copied from its source.
+"""One file out of many: the definitions that some code uses, copied from the source of this package and of others.
 
 An exported model is then the very code that was trained, in a file that imports torch and diffusers alone.
 """
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
-from diffdistill import attention
+from diffdistill import PLACES, attention
 from diffdistill.export import substitutes
 from diffdistill.settings import schema
 
@@ -21,10 +21,16 @@ SUBSTITUTES = substitutes.__name__
 REPLACED = {
     (schema.__name__, "schema"): (SUBSTITUTES, "schema"),
     (schema.__name__, "field"): (SUBSTITUTES, "field"),
+    (PACKAGE, "register_network"): (SUBSTITUTES, "register_network"),
+    (PACKAGE, "register_family"): (SUBSTITUTES, "register_family"),
     (attention.__name__, "attention"): (SUBSTITUTES, "attention"),
     (attention.__name__, "reaching"): (SUBSTITUTES, "reaching"),
 }
 ALLOWED = sys.stdlib_module_names | {"torch", "diffusers"}
+
+
+Packages = frozenset[str]
+"""Whose definitions are copied: this package, and those that the model's own classes come from."""
 
 
 class BundleError(RuntimeError):
@@ -32,7 +38,7 @@ class BundleError(RuntimeError):
 
 
 class Name(NamedTuple):
-    """A definition at the top level of a module of this package."""
+    """A definition at the top level of a module."""
 
     module: str
     name: str
@@ -60,20 +66,21 @@ class Module:
     imports: Mapping[str, Import]
 
 
-def bundle(header: str, imports: str, body: str) -> str:
+def bundle(header: str, imports: str, body: str, *, packages: Packages = frozenset({PACKAGE})) -> str:
     """A file that runs `body` without this package.
 
     header: its docstring and comments.  imports: lines `from diffdistill.x import y`, what `body` takes from here.
+    packages: whose code is copied.
     Raises BundleError if any of it needs a package that is neither torch nor diffusers, or a name twice.
     """
-    root = _parse(imports + body)
+    root = _parse(imports + body, "")
     definitions: dict[Name, ast.stmt] = {}
     outside: dict[str, str] = {}
     for name in _names(ast.parse(body), are_all=True):
-        _collect(root, name, definitions, outside)
+        _collect(root, name, definitions, outside, packages)
     _check_names(definitions, outside)
     parts, before = [], ""
-    for found in _in_order(definitions):
+    for found in _in_order(definitions, packages):
         source = _source(_module(found.module), definitions[found])
         parts.append(source if found.module == before else f"# {found.module}\n\n\n{source}")
         before = found.module
@@ -81,35 +88,39 @@ def bundle(header: str, imports: str, body: str) -> str:
     return header + "\n".join(lines) + "\n\n" + "\n\n\n".join([*parts, "# The model\n\n\n" + body.strip()]) + "\n"
 
 
-def _collect(module: Module, name: str, definitions: dict[Name, ast.stmt], outside: dict[str, str]) -> None:
+def _collect(
+    module: Module, name: str, definitions: dict[Name, ast.stmt], outside: dict[str, str], packages: Packages
+) -> None:
     """Add what `name` means in `module`, and all that its definition uses."""
     found = module.imports.get(name)
     if found is None:
         return  # a builtin, a local variable
-    if found.module.split(".")[0] != PACKAGE:
+    if found.module.split(".")[0] not in packages:
         if found.module.split(".")[0] not in ALLOWED:
             raise BundleError(f"{found.line(name)}: an exported file imports torch and diffusers only")
         outside[name] = found.line(name)
         return
     if found.name is None or found.name != name:
         raise BundleError(f"{found.line(name)}: only `from module import name` can be put into one file")
-    _define(_origin(found.module, found.name), definitions, outside)
+    _define(_origin(found.module, found.name), definitions, outside, packages)
 
 
-def _define(name: Name, definitions: dict[Name, ast.stmt], outside: dict[str, str]) -> None:
+def _define(name: Name, definitions: dict[Name, ast.stmt], outside: dict[str, str], packages: Packages) -> None:
     if name in definitions:
         return
     module = _module(name.module)
     node = definitions[name] = module.definitions[name.name]
     for used in _names(node, are_all=True):
         if used in module.definitions:
-            _define(Name(name.module, used), definitions, outside)
+            _define(Name(name.module, used), definitions, outside, packages)
         else:
-            _collect(module, used, definitions, outside)
+            _collect(module, used, definitions, outside, packages)
 
 
 def _origin(module: str, name: str) -> Name:
     """Where a name that a module hands on is defined, or what stands in for it."""
+    if (module, name) not in REPLACED and module == PACKAGE and name in PLACES:
+        module, name = PLACES[name].split(":")
     module, name = REPLACED.get((module, name), (module, name))
     found = _module(module)
     if name in found.definitions:
@@ -120,7 +131,7 @@ def _origin(module: str, name: str) -> Name:
     return _origin(handed.module, handed.name or name)
 
 
-def _in_order(definitions: Mapping[Name, ast.stmt]) -> list[Name]:
+def _in_order(definitions: Mapping[Name, ast.stmt], packages: Packages) -> list[Name]:
     """Each behind what runs when it is defined: base classes, decorators, defaults, values."""
     done: dict[Name, None] = {}
 
@@ -131,7 +142,7 @@ def _in_order(definitions: Mapping[Name, ast.stmt]) -> list[Name]:
         for used in _names(definitions[name], are_all=False):
             if used in module.definitions and used != name.name:
                 visit(Name(name.module, used))
-            elif used in module.imports and module.imports[used].module.split(".")[0] == PACKAGE:
+            elif used in module.imports and module.imports[used].module.split(".")[0] in packages:
                 visit(_origin(module.imports[used].module, used))
         done[name] = None
 
@@ -176,18 +187,24 @@ def _check_inner_import(node: ast.Import | ast.ImportFrom) -> None:
 
 @cache
 def _module(name: str) -> Module:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise BundleError(f"{name}: no such module")
-    return _parse(FilePath(spec.origin).read_text(encoding="utf-8"))
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # "__main__" has none
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise BundleError(f"{name}: is no file of Python that could be copied")
+    return _parse(FilePath(spec.origin).read_text(encoding="utf-8"), spec.parent or "")
 
 
-def _parse(text: str) -> Module:
+def _parse(text: str, package: str) -> Module:
+    """package: what relative imports start from."""
     definitions: dict[str, ast.stmt] = {}
     imports: dict[str, Import] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.ImportFrom):
-            imports |= {alias.asname or alias.name: Import(node.module or "", alias.name) for alias in node.names}
+            source = "." * node.level + (node.module or "")
+            source = importlib.util.resolve_name(source, package) if node.level else source
+            imports |= {alias.asname or alias.name: Import(source, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             imports |= {alias.asname or alias.name.split(".")[0]: Import(alias.name, None) for alias in node.names}
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill import __version__
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.router import RoutedDenoiser
-from diffdistill.export.bundle import BundleError, bundle
+from diffdistill.export.bundle import PACKAGE, BundleError, bundle
 from diffdistill.export.parts import copy_parts
 from diffdistill.export.substitutes import FamilyNetwork
 from diffdistill.models.sentence_encoder import SentenceEncoder
@@ -24,9 +24,9 @@ from diffdistill.storage.atomic import write_tensors, write_text_atomically
 
 COMPONENT = "model"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-HEADER = f'''"""A distilled model, made by diffdistill {__version__} out of the code that trained it.
+HEADER = '''"""A distilled model, made by diffdistill {version} out of the code that trained it.
 
-It imports torch and diffusers only. Licence of the code: Apache-2.0.
+It imports torch and diffusers only. Licence of the code: Apache-2.0.{foreign}
 """
 
 '''
@@ -79,7 +79,11 @@ def network_code(model: TrainedModel, source: Pipeline | None) -> str:
     if isinstance(inner, DiffusersConfig):
         kinds.add(type(find_family(inner.family)))
     lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in {*kinds, *used})
-    return bundle(HEADER, "\n".join(lines) + "\n\n", _body(spec, router, len(students_of(model)), source))
+    packages = frozenset(kind.__module__.split(".")[0] for kind in {*kinds, *used})
+    foreign = "".join(f"\nWhat comes from {name} is under that package's own." for name in sorted(packages - {PACKAGE}))
+    header = HEADER.format(version=__version__, foreign=foreign)
+    body = _body(spec, router, len(students_of(model)), source)
+    return bundle(header, "\n".join(lines) + "\n\n", body, packages=packages)
 
 
 def _body(spec: ModelSpec, router: Any, num_students: int, source: Pipeline | None) -> str:

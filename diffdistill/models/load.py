@@ -65,7 +65,7 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
         names = sorted(group.removeprefix("ema-") for group in list_groups(target) if group.startswith("ema-"))
         known = ", ".join(names) or "none"
         raise UserError(f"{target}: no average {ema!r} beside `ema`; there are: {known}")
-    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
+    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json", is_saved=True)
     if "student" not in checkpoint.state:
         raise UserError(f"{target}/state.json: names no student")
     student = f"{checkpoint.state['student']}."
@@ -90,7 +90,7 @@ def describe_model(place: str | FilePath) -> ModelSpec:
     if is_routed(FilePath(place)):
         return _load_students(FilePath(place), use_ema=True, ema=None).spec
     target = find_checkpoint(FilePath(place))
-    return validate(ModelSpec, read_state(target).get("model"), origin=f"{target}/state.json")
+    return validate(ModelSpec, read_state(target).get("model"), origin=f"{target}/state.json", is_saved=True)
 
 
 def merge_model(model: TrainedModel) -> TrainedModel:
@@ -223,7 +223,7 @@ def load_players(place: str | FilePath, *, base: Denoiser | None = None) -> Trai
     """
     target = find_checkpoint(FilePath(place))
     checkpoint = load_checkpoint(target, groups=("players", "ema"))
-    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json")
+    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json", is_saved=True)
     found = {}
     for name in sorted({key.split(".")[0] for key in checkpoint.tensors["players"]}):
         is_averaged = name == checkpoint.state["student"] and "ema" in checkpoint.tensors

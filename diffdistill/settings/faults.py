@@ -24,9 +24,13 @@ class OpenChoice(ABC):
         """The class of this name, None where there is none that could be read."""
 
 
-def told(kind: Any, data: object, error: ValidationError, *, origin: str, whole: str = "config") -> UserError:
-    """Every fault of `data`, which was read as `kind`.  whole: the place of a fault that is of no one setting."""
-    faults = [_describe(kind, data, fault, whole) for fault in error.errors()]
+def told(
+    kind: Any, data: object, error: ValidationError, *, origin: str, whole: str = "config", is_saved: bool = False
+) -> UserError:
+    """Every fault of `data`, which was read as `kind`.  whole: the place of a fault that is of no one setting.
+    is_saved: whether it was right once, so that a name that is unknown is of a package that is missing.
+    """
+    faults = [_describe(kind, data, fault, whole, is_saved) for fault in error.errors()]
     return UserError(f"{origin}: {len(faults)} fault{'s' * (len(faults) > 1)}\n  " + "\n  ".join(faults))
 
 
@@ -42,7 +46,7 @@ def did_you_mean(wrong: str, choices: Sequence[str]) -> str:
     return f"{hint} (choices: {', '.join(choices)})" if choices else hint
 
 
-def _describe(kind: Any, data: object, fault: Any, whole: str) -> str:
+def _describe(kind: Any, data: object, fault: Any, whole: str, is_saved: bool) -> str:
     """One fault as `place = value: what is wrong; choices`."""
     place, holder, value = _walk(kind, data, fault["loc"])
     place = place or whole
@@ -54,6 +58,9 @@ def _describe(kind: Any, data: object, fault: Any, whole: str) -> str:
         return f"{place}: unknown key{did_you_mean(place.rpartition('.')[2], known)}"
     if code in ("missing", "missing_argument", "missing_keyword_only_argument", "union_tag_not_found"):
         return f"{place}: is required"
+    if is_saved and "kind" in context:
+        named = place if code == "literal_error" else f"{place}.name"
+        return f"{named} = {context['tag']!r}: no installed package registers a {context['kind']} of this name"
     if code == "union_tag_invalid":
         choices = re.findall(r"'([^']*)'", context["expected_tags"])
         return f"{place}.name = {context['tag']!r}: unknown{did_you_mean(context['tag'], choices)}"

@@ -174,7 +174,11 @@ class NameOf:
     def _check(self, name: str) -> str:
         if name not in self.registry.own and name not in self.registry.names():
             *first, last = map(repr, self.registry.names())
-            raise PydanticCustomError("literal_error", "unknown", {"expected": f"{', '.join(first)} or {last}"})
+            raise PydanticCustomError(
+                "literal_error",
+                "unknown",
+                {"expected": f"{', '.join(first)} or {last}", "tag": name, "kind": self.registry.kind},
+            )
         return name
 
 

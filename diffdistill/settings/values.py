@@ -18,12 +18,15 @@ T = TypeVar("T")
 MAX_BITS = 1024  # of an integer in YAML; no setting takes more than 63
 
 
-def validate(kind: type[T], data: object, *, origin: str) -> T:
-    """A nested dict as any schema class. Raises UserError naming every fault."""
+def validate(kind: type[T], data: object, *, origin: str, is_saved: bool = False) -> T:
+    """A nested dict as any schema class. Raises UserError naming every fault.
+
+    is_saved: whether the dict is our own `dump`; a name in it that nobody has any more is told as such.
+    """
     try:
         return TypeAdapter(kind).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise told(kind, data, error, origin=origin) from None
+        raise told(kind, data, error, origin=origin, is_saved=is_saved) from None
 
 
 def dump(value: object) -> Any:
