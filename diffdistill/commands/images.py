@@ -37,6 +37,9 @@ def sample(
         str | None, typer.Option(help="As in eval; default 1, or what an exported folder says.")
     ] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="The teacher's images beside, of the same noise.")] = False,
+    teacher_from: Annotated[
+        str | None, typer.Option(help="Where the teacher is now, if it was moved; with --teacher.")
+    ] = None,
     teacher_steps: Annotated[int | None, typer.Option(help="Default: the teacher's own.", min=1)] = None,
     teacher_guidance: Annotated[str | None, typer.Option(help="Default: what the student was distilled with.")] = None,
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
@@ -78,7 +81,8 @@ def sample(
         count=count,
         batch=batch,
         columns=columns,
-        has_teacher=teacher,
+        has_teacher=teacher or teacher_from is not None,
+        teacher_from=teacher_from,
         teacher_guidance=None if teacher_guidance is None else parse_guidance(teacher_guidance),
         teacher_steps=teacher_steps,
     )

@@ -1,6 +1,5 @@
 """`diffdistill sample`: a grid of images, the teacher's beside them on request."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
@@ -12,14 +11,17 @@ from diffdistill.export.record import guidance_of, read_record
 from diffdistill.exported.image_generators import open_image_generator, timed_images
 from diffdistill.inference.image_generator import ImageGenerator, SampleRequest
 from diffdistill.models.load import find_checkpoint, first_student
+from diffdistill.models.places import find_again
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import say
 from diffdistill.storage.atomic import is_disk_full
-from diffdistill.storage.checkpoint import STATE
+from diffdistill.storage.checkpoint import read_state
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     """count: of images; default all prompts once, or 100.  batch: images at a time.  columns: of the grid.
+    teacher_from: where the teacher is now, if not where the student says.
     teacher_guidance, teacher_steps: default what the student was distilled with, and the teacher's own."""
 
     asked: SampleRequest
@@ -28,6 +30,7 @@ class SampleOptions:
     batch: int = 16
     columns: int | None = None
     has_teacher: bool = False
+    teacher_from: str | None = None
     teacher_guidance: Guidance | None = None
     teacher_steps: int | None = None
 
@@ -57,7 +60,7 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
     if not options.has_teacher:
         made = [_draw("", student, count, options.batch, asked.guidance)]
     else:
-        origin, own = teacher_of(place)
+        origin, own = teacher_of(place, now=options.teacher_from)
         guidance = own if options.teacher_guidance is None else options.teacher_guidance
         other = replace(asked, guidance=guidance, num_steps=options.teacher_steps, ema=None, negative_prompt=None)
         teacher = open_image_generator(origin, replace(other, negative_scale=None))
@@ -69,23 +72,30 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
     return made
 
 
-def teacher_of(place: str) -> tuple[str, float]:
+def teacher_of(place: str, *, now: str | None = None) -> tuple[str, float]:
     """The place of what a student was distilled from, and the guidance scale of its method, 1 where it is no number.
 
-    Raises UserError if there is none.
+    now: where the teacher is, if not where the student says.  Raises UserError if there is none.
     """
     record = read_record(FilePath(place))
     if record is not None:
-        if record.teacher is None:
+        if record.teacher is None and now is None:
             raise UserError(f"--teacher: {place} does not say what it was distilled from")
-        return record.teacher, record.teacher_guidance
+        return now or str(record.teacher), record.teacher_guidance
     folder = first_student(FilePath(place))
     if not folder.is_dir():
         raise UserError(f"--teacher: {place} is a pipeline, not a student")
-    state = json.loads((find_checkpoint(folder) / STATE).read_text(encoding="utf-8"))
+    checkpoint = find_checkpoint(folder)
+    state = read_state(checkpoint)
     if not state.get("teacher"):
         raise UserError(f"--teacher: {place} has none; it was trained from images")
-    return state["teacher"], guidance_of(state["config"]["method"])
+    found = find_again("teacher", checkpoint, state, given=now)
+    if found.place is None:
+        listed = ", ".join(found.looked)
+        raise UserError(f"--teacher: no such folder (looked for {listed}); say where it is now: --teacher-from PLACE")
+    if found.is_same is False:
+        say(f"--teacher: {found.place} holds other weights than the student was distilled from")
+    return found.place, guidance_of(state["config"]["method"])
 
 
 def _draw(name: str, imager: ImageGenerator, count: int, batch: int, guidance: Guidance | None) -> Sampled:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
+from diffdistill.models.places import find_again, settle_places
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.lora import (
     LoRASettings,
@@ -65,7 +66,7 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
         names = sorted(group.removeprefix("ema-") for group in list_groups(target) if group.startswith("ema-"))
         known = ", ".join(names) or "none"
         raise UserError(f"{target}: no average {ema!r} beside `ema`; there are: {known}")
-    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json", is_saved=True)
+    spec = _spec_of(checkpoint.state, target)
     if "student" not in checkpoint.state:
         raise UserError(f"{target}/state.json: names no student")
     student = f"{checkpoint.state['student']}."
@@ -90,7 +91,13 @@ def describe_model(place: str | FilePath) -> ModelSpec:
     if is_routed(FilePath(place)):
         return _load_students(FilePath(place), use_ema=True, ema=None).spec
     target = find_checkpoint(FilePath(place))
-    return validate(ModelSpec, read_state(target).get("model"), origin=f"{target}/state.json", is_saved=True)
+    return _spec_of(read_state(target), target)
+
+
+def _spec_of(state: Mapping[str, Any], target: FilePath) -> ModelSpec:
+    """What a checkpoint's model is."""
+    spec = validate(ModelSpec, state.get("model"), origin=f"{target}/state.json", is_saved=True)
+    return settle_places(spec, target, state)
 
 
 def merge_model(model: TrainedModel) -> TrainedModel:
@@ -109,13 +116,22 @@ def _read_base(
 
     Raises UserError if that is not there any more, or has other weights than it had.
     """
+    place = "" if base else find_teacher(origin, state)
     try:
-        base = base or merge_model(load_model(state["teacher"])).denoiser
+        base = base or merge_model(load_model(place)).denoiser
     except UserError as error:
         raise UserError(f"{origin}: holds LoRA's factors alone, and their base cannot be read: {error}") from None
     if fingerprint(base.net) != spec.base:
-        raise UserError(f"{origin}: holds LoRA's factors alone, and their base, {state['teacher']}, has changed")
+        raise UserError(f"{origin}: holds LoRA's factors alone, and their base, {place}, has changed")
     return base
+
+
+def find_teacher(checkpoint: FilePath, state: Mapping[str, Any]) -> str:
+    """Where the teacher that a checkpoint names is now; where it was, if nothing is found.
+
+    Its weights may have changed: who needs it to be the same asks `find_again`.
+    """
+    return find_again("teacher", checkpoint, state).place or str(state["teacher"])
 
 
 @schema
@@ -223,7 +239,7 @@ def load_players(place: str | FilePath, *, base: Denoiser | None = None) -> Trai
     """
     target = find_checkpoint(FilePath(place))
     checkpoint = load_checkpoint(target, groups=("players", "ema"))
-    spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json", is_saved=True)
+    spec = _spec_of(checkpoint.state, target)
     found = {}
     for name in sorted({key.split(".")[0] for key in checkpoint.tensors["players"]}):
         is_averaged = name == checkpoint.state["student"] and "ema" in checkpoint.tensors

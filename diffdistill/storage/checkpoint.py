@@ -37,7 +37,7 @@ SUFFIX = ".safetensors"
 BEST = "best"
 STATE_TYPES: Mapping[str, type | tuple[type, ...]] = {
     **{"student": str, "teacher": (str, type(None)), "data": str},
-    **{"model": dict, "config": dict, "skips": dict, "teachers": dict},
+    **{"model": dict, "config": dict, "skips": dict, "teachers": dict, "sha256": dict},
 }
 
 
@@ -143,8 +143,16 @@ def load_checkpoint(target: FilePath, *, groups: tuple[str, ...] | None = None, 
 
 def list_groups(target: FilePath) -> list[str]:
     """The groups of tensors that a whole checkpoint has."""
-    names = [name for name in _read_json(target / MANIFEST)["files"] if name != STATE]
+    names = [name for name in read_hashes(target) if name != STATE]
     return list(dict.fromkeys(name.partition("/")[0].removesuffix(SUFFIX) for name in names))
+
+
+def read_hashes(target: FilePath) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files by their names in its folder, as its manifest says. Raises CheckpointError."""
+    try:
+        return {str(name): str(sha256) for name, sha256 in _read_json(target / MANIFEST)["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{target / MANIFEST}: cannot be read: {error}") from None
 
 
 def check_checkpoint(target: FilePath) -> None:

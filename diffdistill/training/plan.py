@@ -17,29 +17,28 @@ from diffdistill.distillation.method import Method, Players, Problem, shapes_of
 from diffdistill.distributed.processes import Processes, find_processes
 from diffdistill.models.load import describe_model, is_routed, load_model, merge_model
 from diffdistill.models.negative_prompts import steer
+from diffdistill.models.places import SHA256
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
-from diffdistill.settings.schema import UserError, schema
-from diffdistill.settings.values import dump, validate
-from diffdistill.storage.checkpoint import STATE
+from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig, TrainConfig
 from diffdistill.training.inputs import Inputs, open_inputs
 from diffdistill.training.iteration import Iteration
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.reports.evaluator import Evaluator, make_evaluator
 from diffdistill.training.resolve import check_labels, resolve_models, seeded
-from diffdistill.training.resume import check_unchanged, find_start, read_start
+from diffdistill.training.resume import (
+    Teachers,
+    check_unchanged,
+    contents_of,
+    find_initial,
+    find_start,
+    find_teachers,
+    read_start,
+)
 from diffdistill.training.sharding import make_mesh
 from diffdistill.training.speed.options import apply_speed
-
-
-@schema
-class TeacherRecord:
-    """What a checkpoint says of a further teacher.  source: its checkpoint.  fingerprint: of its weights."""
-
-    source: str
-    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,8 @@ class Plan:
     start, state: the checkpoint to go on from, and what it says beside tensors; None for a new run.
     mesh: the processes that will share out the weights, or None.  spec: what the student is.
     teacher: None also where the method no longer needs it; teacher_source: the checkpoint that it came from.
-    more_teachers: of the others, by name.
+    teachers_source: of the others, by name.
+    sha256: of the weights that it started from, by the settings that name them.
     trained, followers: the players at their start, those that updates name and the others.
     """
 
@@ -61,7 +61,8 @@ class Plan:
     inputs: Inputs
     teacher: TrainedModel | None
     teacher_source: str | None
-    more_teachers: Mapping[str, TeacherRecord]
+    teachers_source: Mapping[str, str]
+    sha256: Mapping[str, str]
     spec: ModelSpec
     problem: Problem
     order: DataOrder
@@ -96,8 +97,8 @@ class Plan:
     @property
     def teachers_state(self) -> dict[str, Any]:
         """What a checkpoint says of the teachers."""
-        more = {name: dump(record) for name, record in self.more_teachers.items()}
-        return {"teacher": self.teacher_source} | ({"teachers": more} if more else {})
+        more = {"teachers": dict(self.teachers_source)} if self.teachers_source else {}
+        return {"teacher": self.teacher_source, SHA256: dict(self.sha256)} | more
 
     @property
     def student(self) -> nn.Module:
@@ -151,13 +152,16 @@ def plan(
     state = read_start(start, processes)
     mesh = make_mesh(config, processes)
     home = torch.device("cpu") if mesh else processes.device
-    inputs = read_inputs(config, processes.device, state)
-    teacher, teachers = load_teacher(config.teacher, home, state), load_teachers(config.teachers, home, state)
-    more_teachers = {
-        n: TeacherRecord(source=str(t.source), fingerprint=fingerprint(t.denoiser.net)) for n, t in teachers.items()
-    }
+    found = find_teachers(config, start, state, allow_changes=allow_changes)
+    initial = find_initial(config, start)
+    inputs = read_inputs(config, processes.device, found.teacher)
+    teacher, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
     check_batch(train, processes.count)
-    spec, problem = resolve_models(config, inputs, teacher, teachers)
+    spec, problem = resolve_models(replace(config, init=initial), inputs, teacher, teachers)
+    sources = Teachers(
+        str(teacher.source) if teacher else None, {name: str(other.source) for name, other in teachers.items()}
+    )
+    sha256 = contents_of(sources, initial, start, state)
     check_labels(config.method, problem, inputs.source)
     trained, followers = build_players(config, spec, problem, home)
     apply_speed(config.speed, trained, problem.all_teachers, followers, processes.device)
@@ -166,7 +170,7 @@ def plan(
         config.eval, folder, trained[config.method.student], spec, processes, trusts_code=trusts_code
     )
     if state:
-        check_unchanged(config, inputs.source, state, origin=start, allow_changes=allow_changes)
+        check_unchanged(config, inputs.source, state, origin=start, allow_changes=allow_changes, sha256=sha256)
     return Plan(
         config=config,
         processes=processes,
@@ -175,8 +179,9 @@ def plan(
         state=state,
         inputs=inputs,
         teacher=teacher,
-        teacher_source=str(teacher.source) if teacher else None,
-        more_teachers=more_teachers,
+        teacher_source=sources.teacher,
+        teachers_source=sources.teachers,
+        sha256=sha256,
         spec=spec,
         problem=problem,
         order=DataOrder(inputs.source, train.seed, classes=problem.classes),
@@ -189,9 +194,7 @@ def plan(
 def load_teacher(
     place: str | None, device: torch.device, state: Mapping[str, Any] | None = None
 ) -> TrainedModel | None:
-    """The frozen teacher in a run's folder or checkpoint.  state: of a resumed run's checkpoint; the teacher it had."""
-    if state:
-        place = state["teacher"]
+    """The frozen teacher in a run's folder or checkpoint.  state: of a resumed run's checkpoint."""
     if place is None:
         return None
     teacher = load_frozen("teacher", place, device)
@@ -201,19 +204,9 @@ def load_teacher(
     return teacher
 
 
-def load_teachers(
-    places: Mapping[str, str], device: torch.device, state: Mapping[str, Any] | None = None
-) -> dict[str, TrainedModel]:
-    """The further teachers, by name.  state: of a resumed run's checkpoint; the teachers it had, and no others."""
-    said = state.get("teachers", {}) if state else {}
-    before = {name: validate(TeacherRecord, it, origin=f"{STATE}: teachers.{name}") for name, it in said.items()}
-    if before:
-        places = {name: record.source for name, record in before.items()}
-    teachers = {name: load_frozen(f"teachers.{name}", place, device) for name, place in places.items()}
-    for name, record in before.items():
-        if fingerprint(teachers[name].denoiser.net) != record.fingerprint:
-            raise UserError(f"teachers.{name} = {record.source!r}: has changed since this run began")
-    return teachers
+def load_teachers(places: Mapping[str, str], device: torch.device) -> dict[str, TrainedModel]:
+    """The further teachers, by name."""
+    return {name: load_frozen(f"teachers.{name}", place, device) for name, place in places.items()}
 
 
 def load_frozen(key: str, place: str, device: torch.device) -> TrainedModel:
@@ -225,10 +218,10 @@ def load_frozen(key: str, place: str, device: torch.device) -> TrainedModel:
     return model
 
 
-def read_inputs(config: RunConfig, device: torch.device, state: Mapping[str, Any] | None = None) -> Inputs:
-    """Images and encoded prompts, before any network is in memory. Raises UserError if something is missing."""
-    place = state["teacher"] if state else config.teacher
-    return open_inputs(config, describe_model(place) if place else None, device)
+def read_inputs(config: RunConfig, device: torch.device, teacher: str | None) -> Inputs:
+    """Images and encoded prompts, before any network is in memory.  teacher: its place.  Raises UserError if something
+    is missing."""
+    return open_inputs(config, describe_model(teacher) if teacher else None, device)
 
 
 def build_players(

@@ -1,13 +1,15 @@
 """From which checkpoint a run goes on, and whether it is still the same run."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path as FilePath
 from typing import Any
 from zlib import crc32
 
 from diffdistill.data.source import ImageSource
 from diffdistill.distributed.processes import Processes
+from diffdistill.models.load import find_checkpoint
+from diffdistill.models.places import SHA256, content_of, find_again, is_there
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.settings.values import differences, dump
@@ -28,6 +30,7 @@ PLACES = (
     "data.download",
     "data.labels_file",
     "data.captions_file",
+    "text_encoder",
 )  # the content must stay
 
 
@@ -75,18 +78,95 @@ def read_start(start: FilePath | None, processes: Processes) -> dict[str, Any] |
     return read_state(start)
 
 
+@dataclass(frozen=True)
+class Teachers:
+    """Places of a run's teachers: the first, and the others by name."""
+
+    teacher: str | None
+    teachers: Mapping[str, str]
+
+
+def find_teachers(
+    config: RunConfig, start: FilePath | None, state: Mapping[str, Any] | None, *, allow_changes: bool
+) -> Teachers:
+    """Where the teachers are: of a resumed run those that it had, at the places that the config gives now if they are
+    others, else where the checkpoint says.
+
+    allow_changes: those of other weights are taken, which is said.  Raises UserError where there is none.
+    """
+    if start is None or state is None:
+        return Teachers(config.teacher, config.teachers)
+
+    def find(key: str, before: str | None, now: str | None) -> str:
+        return _find_teacher(key, start, state, given=now if now != before else None, allow_changes=allow_changes)
+
+    before = state["config"]
+    old = before.get("teachers") or {}
+    return Teachers(
+        find("teacher", before.get("teacher"), config.teacher) if state["teacher"] else None,
+        {
+            name: find(f"teachers.{name}", old.get(name), config.teachers.get(name))
+            for name in state.get("teachers", {})
+        },
+    )
+
+
+def _find_teacher(
+    key: str, start: FilePath, state: Mapping[str, Any], *, given: str | None, allow_changes: bool
+) -> str:
+    found = find_again(key, start, state, given=given)
+    named = f"{key} = {given!r}" if given else f"{start}: {key}"
+    if found.place is None:
+        listed = ", ".join(found.looked)
+        raise UserError(f"{named}: no such folder (looked for {listed}); say where it is now: {key}=PLACE")
+    if found.is_same is False:
+        said = f"{named}: {found.place} holds other weights than when this run began"
+        if not allow_changes:
+            raise UserError(f"{said}; say where those are now, {key}=PLACE, or go on with --allow-changes")
+        say(said)
+    return found.place
+
+
+def find_initial(config: RunConfig, start: FilePath | None) -> str | None:
+    """Where the run is that this one's players start from. A resumed run takes no weights from there: where it is gone,
+    the checkpoint says as well how they are built."""
+    return str(start) if config.init and start and not is_there(config.init) else config.init
+
+
+def contents_of(
+    sources: Teachers, initial: str | None, start: FilePath | None, state: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """SHA-256 of the weights that a run started from, by the settings that name them."""
+    known = dict((state or {}).get(SHA256) or {})
+    if sources.teacher:
+        known["teacher"] = content_of(sources.teacher)
+    known |= {f"teachers.{name}": content_of(place) for name, place in sources.teachers.items()}
+    if initial and initial != str(start):
+        known["init"] = content_of(find_checkpoint(FilePath(initial)))
+    return known
+
+
 def check_unchanged(
-    config: RunConfig, source: ImageSource, state: Mapping[str, Any], *, origin: FilePath | None, allow_changes: bool
+    config: RunConfig,
+    source: ImageSource,
+    state: Mapping[str, Any],
+    *,
+    origin: FilePath | None,
+    allow_changes: bool,
+    sha256: Mapping[str, str] | None = None,
 ) -> None:
     """Raise UserError, with the differences, if a resumed run is not the one that the checkpoint is of.
 
-    allow_changes: settings may have changed, which is said; images and labels may not.
+    allow_changes: settings may have changed, which is said; images and labels may not.  sha256: of the weights that the
+    run starts from, by the settings that name them; where they are as before, another place is no change.
     """
+    known = state.get(SHA256) or {}
+    moved = {key for key, now in (sha256 or {}).items() if known.get(key) == now}
     before = parse_config(state["config"], origin=str(origin))  # with defaults for newer settings
     changed = [
         f"{key}: was {old!r}, now {new!r}"
         for key, old, new in differences(dump(before), dump(config))
-        if key not in FREE_TO_CHANGE and key.partition(".")[0] not in FREE_GROUPS
+        if key not in FREE_TO_CHANGE and key not in moved and key.partition(".")[0] not in FREE_GROUPS
     ]
     if changed:
         said = f"{origin}: the config has changed since:\n  " + "\n  ".join(changed)

@@ -166,8 +166,11 @@ def test_factors_over_a_base_that_has_changed_are_refused(moved: RunConfig) -> N
     trained(small_config("pretrain", Path(moved.teacher), "train.steps=10", "train.seed=1"))
     with pytest.raises(UserError, match=r"their base, .*teacher.*, has changed"):
         load_model(moved.run)
+    longer = replace(moved, train=replace(moved.train, steps=3))
+    with pytest.raises(UserError, match="holds other weights than when this run began"):
+        Trainer(longer, resume=True, quiet=True)
     with pytest.raises(UserError, match="has changed since this run began"):
-        Trainer(replace(moved, train=replace(moved.train, steps=3)), resume=True, quiet=True)
+        Trainer(longer, resume=True, quiet=True, allow_changes=True)
 
 
 def test_a_run_begins_with_the_factors_of_an_earlier_one_over_the_same_base(make_config: MakeConfig) -> None:
