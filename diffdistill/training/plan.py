@@ -157,7 +157,7 @@ def plan(
     inputs = read_inputs(config, processes.device, found.teacher)
     teacher, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
     check_batch(train, processes.count)
-    spec, problem = resolve_models(replace(config, init=initial), inputs, teacher, teachers)
+    spec, problem = resolve_models(config, inputs, teacher, teachers, initial)
     sources = Teachers(
         str(teacher.source) if teacher else None, {name: str(other.source) for name, other in teachers.items()}
     )

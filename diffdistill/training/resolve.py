@@ -19,9 +19,16 @@ from diffdistill.training.inputs import Inputs
 
 
 def resolve_models(
-    config: RunConfig, inputs: Inputs, teacher: TrainedModel | None, teachers: Mapping[str, TrainedModel]
+    config: RunConfig,
+    inputs: Inputs,
+    teacher: TrainedModel | None,
+    teachers: Mapping[str, TrainedModel],
+    start: str | None,
 ) -> tuple[ModelSpec, Problem]:
-    """The student's description and the method's problem, from the teacher or from `model`."""
+    """The student's description and the method's problem, from the teacher or from `model`.
+
+    start: where the run of `init` is.
+    """
     source, method, shape = inputs.source, config.method, inputs.source.image_shape
     check_models(config, teacher)
     check_teachers(config, teacher, teachers)
@@ -29,7 +36,7 @@ def resolve_models(
         teacher.denoiser.conditions = inputs.conditions
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
-    initial = load_players(config.init, base=teacher.denoiser if teacher else None) if config.init else None
+    initial = load_players(start, base=teacher.denoiser if teacher else None) if start else None
     check_lora(config, teacher, initial)
     others = [*(initial.denoisers.values() if initial else ()), *(other.denoiser for other in teachers.values())]
     for denoiser in others if teacher else ():
