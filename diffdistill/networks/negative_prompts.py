@@ -9,10 +9,8 @@ layer that is computed again in the backward pass finds all that it needs in its
 second text is as ever.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffdistill.attention import attention_difference
+from diffdistill.attention.backends import constant_in_graphs
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.networks.recompute import parts_of
@@ -79,11 +78,12 @@ def _append(own: Tensor, mine: Tensor) -> Tensor:
 
 
 class _Steered:
-    """A processor of diffusers' attention, as it was but for two texts of `length` tokens each."""
+    """A processor of diffusers' attention, as it was but for two texts of `length` tokens each.  steer: see below."""
+
+    steer: ClassVar[Any]
 
     def __init__(self, plain: Any, length: int, scale: float) -> None:
         self.plain, self.length, self.scale = plain, length, scale
-        self.steer = _outside_graphs()
 
     def __call__(
         self,
@@ -96,6 +96,8 @@ class _Steered:
         given = (attn, hidden_states, encoder_hidden_states, attention_mask)
         if encoder_hidden_states is None or encoder_hidden_states.shape[1] != 2 * self.length:
             return self.plain(*given, **more)
+        if torch.compiler.is_compiling():
+            _keep_out_of_graphs()
         return self.steer(self, given, more)
 
 
@@ -108,11 +110,15 @@ def _steered(processor: _Steered, given: tuple[Any, ...], more: dict[str, Any]) 
     return out
 
 
-@cache
-def _outside_graphs() -> Callable[[_Steered, tuple[Any, ...], dict[str, Any]], Any]:
-    """`_steered`, kept out of torch.compile's graphs, in which a mode is active in its own handler. It is made when
-    the first processor is: the decorator imports the compiler, which takes a second of CPU time."""
-    return torch.compiler.disable(_steered)
+_Steered.steer = staticmethod(_steered)
+
+
+@constant_in_graphs
+def _keep_out_of_graphs() -> None:
+    """From now on `_steered` stays out of torch.compile's graphs, in which a mode is active in its own handler. Only a
+    compiler asks for it: the decorator imports the compiler, which takes a second of CPU time."""
+    if _Steered.steer is _steered:
+        _Steered.steer = staticmethod(torch.compiler.disable(_steered))
 
 
 class _Split(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """Negative prompts: cross-attention that steers away from a second text, in networks, in training and in sampling."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.models.load import load_model
 from diffdistill.models.negative_prompts import with_negative_prompt
 from diffdistill.models.teachers.sd import StableDiffusionUNet
+from diffdistill.networks import negative_prompts
 from diffdistill.networks.negative_prompts import NegativePrompt, steer_away, text_attention
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import find_config, load_config
@@ -217,8 +219,30 @@ def test_guidance_the_tangent_and_compiled_blocks_go_with_it() -> None:
     nearby = (net(X + 1e-5 * direction, T, cond) - net(X - 1e-5 * direction, T, cond)) / 2e-5
     torch.testing.assert_close(moved, nearby, rtol=1e-5, atol=1e-7)
 
-    next(block for block in net.net.blocks if text_attention(block)).compile(backend="eager")
+    traced = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    block = next(block for block in net.net.blocks if text_attention(block))
+    block.compile(backend=note)
     torch.testing.assert_close(net(X, T, cond), both[1])
+    assert len([name for name in traced if "scaled_dot_product" in name]) == len(text_attention(block))  # to itself
+
+
+def test_the_compiler_is_imported_only_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compiler.disable` imports it."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.compiler, "disable", lambda function: asked.append(function) or partial(function))
+    monkeypatch.setattr(negative_prompts._Steered, "steer", staticmethod(negative_prompts._steered))
+    net = denoiser()
+    steer_away(net, negative())
+    net(X, T, Cond(text=TEXT))
+    assert not asked
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    net(X, T, Cond(text=TEXT))
+    assert asked == [negative_prompts._steered]
 
 
 def test_networks_without_cross_attention_and_texts_of_other_lengths_are_refused() -> None:
