@@ -103,8 +103,8 @@ class DisBack(Wrapper):
             return
         generator: Any = freeze(problem.copies(self.student)[self.student])
         score = _score(problem).eval()  # without dropout, so without random state
-        if score.autocast is not None and not lora_of(score):  # stored in bfloat16, which is too coarse to be trained
-            score.float().autocast = None
+        if score.runtime.autocast is not None and not lora_of(score):  # in bfloat16, which is too coarse for training
+            score.float().run_with(autocast=None)
         optimizer = torch.optim.Adam(score.parameters(), lr=self.recording_lr, betas=(0.0, 0.999))
         device = device_of(score)
         sampler, shape = self.base.sampler(problem), problem.image_shape

@@ -188,7 +188,7 @@ def embed(prompts: list[str]) -> Tensor:
 def sample(model: TrainedModel, prompts: list[str], *, guidance: float) -> tuple[Tensor, float]:
     """One image for each prompt, and CPU milliseconds an image."""
     encoder, made = SentenceEncoder(str(model.spec.text_encoder)), []
-    model.denoiser.conditions = encode_prompts(encoder, prompts, root=cache_folder(None))
+    model.denoiser.run_with(conditions=encode_prompts(encoder, prompts, root=cache_folder(None)))
     began = time.process_time()
     for index in torch.arange(len(prompts)).split(128):
         made.append(sample_rows(model, StepRandom(0, 0, index), index, guidance=guidance))

@@ -4,7 +4,7 @@ Teacher, generator and fake score are all `Denoiser`s. A network is a `Network`.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -66,12 +66,25 @@ class CondChange(Protocol):
     def behind(self, cond: Cond) -> Cond: ...
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What a denoiser is run with, beside its weights; `Denoiser.run_with` changes it.
+
+    conditions: what a label stands for, for a network that takes text.  negative: what its attention steers away from.
+    autocast: of the network alone; None: as around it.  offload_device: where it computes with weights elsewhere.
+    """
+
+    conditions: PromptTable | None = None
+    negative: CondChange | None = None
+    autocast: torch.dtype | None = None
+    offload_device: torch.device | None = None
+
+
 class Denoiser(nn.Module):
     """A network seen as D(x_t, t, c), whatever it predicts.
 
     net: a `Network`; path: where its noise levels live; predicts: what its output means;
     sigma_data: the data's standard deviation, used by predicts="edm" only.
-    conditions: what a label stands for, for a network that takes text; set by whoever has encoded the prompts.
     Raises UserError where path and prediction do not fit.
     """
 
@@ -84,10 +97,27 @@ class Denoiser(nn.Module):
         self.path = path
         self.predicts: Prediction = predicts
         self.sigma_data = sigma_data
-        self.conditions: PromptTable | None = None
-        self.negative: CondChange | None = None  # what its attention steers away from; by `steer_away`
-        self.autocast: torch.dtype | None = None  # for the network alone; None: as around it
-        self.offload_device: torch.device | None = None  # where it computes with weights elsewhere; by `offload`
+        self.runtime = Runtime()
+
+    def run_with(self, **changes: Any) -> None:
+        """Change what it is run with from now on.  changes: fields of `Runtime`, by name."""
+        self.runtime = replace(self.runtime, **changes)
+
+    def with_net(self, net: Network) -> "Denoiser":
+        """The same around another network, which may be of the same weights."""
+        made = Denoiser(net, self.path, self.predicts, sigma_data=self.sigma_data)
+        made.runtime = self.runtime
+        return made
+
+    @property
+    def conditions(self) -> PromptTable | None:
+        """What a label stands for, for a network that takes text."""
+        return self.runtime.conditions
+
+    @property
+    def offload_device(self) -> torch.device | None:
+        """Where it computes, if its weights are elsewhere."""
+        return self.runtime.offload_device
 
     @property
     def takes_guidance(self) -> bool:
@@ -236,10 +266,10 @@ class Denoiser(nn.Module):
 
     def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want = "x0", taps: Taps | None = None) -> Any:
         cond = self.resolve(cond)
-        if self.negative is not None:
-            cond = self.negative.behind(cond)
-        if self.autocast is not None:
-            with torch.autocast(x_t.device.type, self.autocast):
+        if self.runtime.negative is not None:
+            cond = self.runtime.negative.behind(cond)
+        if self.runtime.autocast is not None:
+            with torch.autocast(x_t.device.type, self.runtime.autocast):
                 return self._call(x_t, t, cond, want, taps)
         return self._call(x_t, t, cond, want, taps)
 
@@ -275,6 +305,14 @@ def device_of(module: nn.Module) -> torch.device:
     return offloaded or next(
         (tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu")
     )
+
+
+def compute_on(module: nn.Module, device: torch.device | None) -> None:
+    """Say where a module computes whose weights are elsewhere, for `device_of`; None: where they are."""
+    if isinstance(module, Denoiser):
+        module.run_with(offload_device=device)
+    else:
+        module.offload_device = device  # type: ignore[assignment]
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -102,9 +102,15 @@ class RoutedDenoiser(Denoiser):
         """students: of one architecture and path.  router: the student of each sample, by number."""
         first = students[0]
         super().__init__(first.net, first.path, first.predicts, sigma_data=first.sigma_data)
-        self.conditions = first.conditions
+        self.runtime = first.runtime
         self.students = nn.ModuleList(students)
         self.router = router
+
+    def run_with(self, **changes: Any) -> None:
+        """Change what all students are run with from now on, as Denoiser's."""
+        super().run_with(**changes)
+        for student in self.students:
+            student.run_with(**changes)  # type: ignore[operator]
 
     def forward(
         self,

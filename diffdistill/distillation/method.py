@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import NO_COND, Cond
-from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.denoiser import Denoiser, compute_on, device_of
 from diffdistill.diffusion.path import Path, Prediction
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom, integer_of
@@ -137,7 +137,7 @@ class Problem:
         settings = settings_for(name, self.lora)
         if settings is None or lora_of(origin):
             copy = deepcopy(origin).to(device_of(origin)).requires_grad_(True)
-            copy.offload_device = None
+            compute_on(copy, None)
             return copy
         return with_lora(origin, settings)
 

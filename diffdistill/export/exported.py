@@ -128,7 +128,7 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """All students as one."""
         half = None if self.dtype == torch.float32 else self.dtype
         for student in self.students:
-            student.conditions, student.autocast = conditions, half  # type: ignore[assignment]
+            student.run_with(conditions=conditions, autocast=half)  # type: ignore[operator]
         if self.router is None:
             return self.students[0]  # type: ignore[return-value]
         return RoutedDenoiser(list(self.students), self.router)  # type: ignore[arg-type]

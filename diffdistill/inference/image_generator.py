@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.step_random import StepRandom
@@ -87,9 +86,7 @@ class ModelImageGenerator:
         loaded = encoder.load(self.asked.device)
         prompts = list(self.asked.prompts)
         conditions = PromptTable([encoder.encode(loaded, prompts)], encoder.encode_empty(loaded))
-        for part in self.model.denoiser.modules():  # students behind a router are denoisers too
-            if isinstance(part, Denoiser):
-                part.conditions = conditions
+        self.model.denoiser.run_with(conditions=conditions)
         return torch.arange(len(prompts))
 
 

@@ -170,7 +170,7 @@ class CrossAttention(nn.Module):
 
 def without_adapters(denoiser: Denoiser) -> Denoiser:
     """The base alone, sharing its weights, for plain guidance and to put other adapters on."""
-    return _with_network(denoiser, _adapted(denoiser).base)
+    return denoiser.with_net(_adapted(denoiser).base)
 
 
 def save_adapters(denoiser: Denoiser, file: FilePath) -> None:
@@ -194,13 +194,7 @@ def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:
     own = {name: t for name, t in net.state_dict().items() if name.startswith(BASE)}
     load_strictly(net, own | load_file(file), origin=str(file))
     device = device_of(base)
-    return _with_network(base, net.to(device).eval())
-
-
-def _with_network(denoiser: Denoiser, net: Network) -> Denoiser:
-    made = Denoiser(net, denoiser.path, denoiser.predicts, sigma_data=denoiser.sigma_data)
-    made.conditions = denoiser.conditions
-    return made
+    return base.with_net(net.to(device).eval())
 
 
 def _adapted(denoiser: Denoiser) -> Adapted:

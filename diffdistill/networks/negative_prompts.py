@@ -63,9 +63,7 @@ def steer_away(denoiser: Denoiser, negative: NegativePrompt | None) -> None:
     for layer in layers:
         plain = layer.processor.plain if isinstance(layer.processor, _Steered) else layer.processor
         layer.set_processor(_Steered(plain, negative.length, negative.scale) if negative else plain)
-    for part in denoiser.modules():  # students behind a router are denoisers too
-        if isinstance(part, Denoiser):
-            part.negative = negative
+    denoiser.run_with(negative=negative)
 
 
 def text_attention(module: nn.Module) -> list[Any]:

@@ -33,14 +33,14 @@ def resolve_models(
     check_models(config, teacher)
     check_teachers(config, teacher, teachers)
     if teacher:
-        teacher.denoiser.conditions = inputs.conditions
+        teacher.denoiser.run_with(conditions=inputs.conditions)
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
     initial = load_players(start, base=teacher.denoiser if teacher else None) if start else None
     check_lora(config, teacher, initial)
     others = [*(initial.denoisers.values() if initial else ()), *(other.denoiser for other in teachers.values())]
     for denoiser in others if teacher else ():
-        denoiser.conditions = teacher.denoiser.conditions  # type: ignore[union-attr]
+        denoiser.run_with(conditions=teacher.denoiser.conditions)  # type: ignore[union-attr]
     problem = Problem(
         shape,
         teacher.denoiser.num_classes if teacher else len(inputs.conditions or ()) or source.num_classes,
@@ -66,7 +66,7 @@ def resolve_models(
         return spec, problem
     with seeded(config.train.seed):
         network = spec.build()
-        network.conditions = inputs.conditions
+        network.run_with(conditions=inputs.conditions)
         factors = lora_of(network)
         if factors:
             assert teacher is not None

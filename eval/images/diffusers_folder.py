@@ -61,5 +61,5 @@ def _knowing_no_class(pipeline: Pipeline, num_classes: int) -> Denoiser:
     denoiser = pipeline.load_denoiser()
     if 0 < num_classes == denoiser.num_classes - 1:
         assert isinstance(denoiser.net, DiffusersNetwork)
-        denoiser.net = pipeline.family.wrap(denoiser.net.model, num_classes, class_dropout=0.1)
+        return denoiser.with_net(pipeline.family.wrap(denoiser.net.model, num_classes, class_dropout=0.1))
     return denoiser

@@ -98,10 +98,10 @@ def open_around(
     hashes["text_encoder"] = files_key(encoder.files, root=cache_folder(None))
     if not keeps_encoder:
         table = encode_prompts(encoder, captions, root=cache_folder(None), device=device)
-        denoiser.conditions = denoiser.conditions or table
+        denoiser.run_with(conditions=denoiser.conditions or table)
         return EncoderAndVAE(len(captions), lambda index: table.rows(index.to(device)), pipeline, vae, modules, hashes)
     loaded = encoder.load(device)
-    denoiser.conditions = denoiser.conditions or PromptTable([], encoder.encode_empty(loaded))
+    denoiser.run_with(conditions=denoiser.conditions or PromptTable([], encoder.encode_empty(loaded)))
     modules |= {f"text_encoder{number or ''}": part for number, part in enumerate(_networks(loaded))}
     return EncoderAndVAE(len(captions), _live(encoder, loaded, captions), pipeline, vae, modules, hashes)
 

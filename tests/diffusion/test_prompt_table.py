@@ -45,7 +45,7 @@ class TextNetwork(nn.Module):
 
 def denoiser(conditions: PromptTable | None = None) -> Denoiser:
     made = Denoiser(TextNetwork(), EDM(), "x0")
-    made.conditions = conditions
+    made.run_with(conditions=conditions)
     return made
 
 

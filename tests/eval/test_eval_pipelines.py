@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.router import RoutedDenoiser
 from diffdistill.diffusion.sampling import DDIM
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.images.diffusers_folder import open_diffusers
+from diffdistill.eval.images.encoder_and_vae import open_around
 from diffdistill.eval.images.generate import SampledImages
 from diffdistill.eval.images.places import SamplingOptions
 from diffdistill.eval.protocols.packaged import find_protocol
@@ -69,11 +71,28 @@ def test_image_i_is_caption_i_through_the_pipelines_own_parts(place: Path, guida
     assert images.shape == (2, 3, 16, 16)
     pipeline = open_pipeline(place)
     denoiser = pipeline.load_denoiser()
-    denoiser.conditions = pipeline.conditions(CAPTIONS)
+    denoiser.run_with(conditions=pipeline.conditions(CAPTIONS))
     noise = StepRandom(0, 0, index).normal("noise", pipeline.spec.image_shape)
     latents = STEPS(denoiser, noise, Cond(label=index), guidance=guidance)
     expected = pipeline.family.to_images(pipeline.load_vae(), latents)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("keeps_encoder", [True, False])
+@torch.no_grad()
+def test_students_behind_a_router_are_told_what_no_caption_is(place: Path, keeps_encoder: bool) -> None:
+    pipeline = open_pipeline(place)
+    alone, *students = (pipeline.load_denoiser() for _ in range(3))
+    routed = RoutedDenoiser(students, lambda cond: torch.arange(len(next(iter(cond.parts().values())))) % 2)
+    index = torch.tensor([2, 1, 0])
+    noise = StepRandom(0, 0, index).normal("noise", pipeline.spec.image_shape)
+    made = []
+    for denoiser in (alone, routed):
+        around = open_around(pipeline.spec, denoiser, CAPTIONS, CPU, origin="here", keeps_encoder=keeps_encoder)
+        assert around is not None
+        assert around.encode is not None
+        made.append(STEPS(denoiser, noise, around.encode(index), guidance=3.0))
+    torch.testing.assert_close(made[1], made[0], atol=1e-4, rtol=0)  # of latents of size 4, in other batches
 
 
 def test_an_image_does_not_depend_on_its_batch(place: Path, tmp_path: Path) -> None:

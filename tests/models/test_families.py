@@ -70,7 +70,7 @@ def assert_pipeline_agrees(place: Path, w: float, **options: Any) -> None:
     teacher, opened = load_model(place), open_pipeline(place)
     cond = Cond(label=torch.tensor([3, 998])) if teacher.spec.num_classes else NO_COND
     if opened.family.takes_text:
-        teacher.denoiser.conditions = numbered(place)
+        teacher.denoiser.run_with(conditions=numbered(place))
         cond = teacher.denoiser.class_cond(torch.arange(2))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(place, **options)
     guidance = {"guidance_scale": w} if cond.parts() else {}
@@ -105,14 +105,14 @@ def test_sd3_without_its_t5_has_zeros_in_its_place(tmp_path: Path) -> None:
 def test_flux_without_a_guidance_input_knows_no_guidance(tmp_path: Path) -> None:
     assert_pipeline_agrees(save_stand_in("flux", tmp_path, guidance_embeds=False), 1.0)
     denoiser = load_model(tmp_path).denoiser
-    denoiser.conditions = numbered(tmp_path)
+    denoiser.run_with(conditions=numbered(tmp_path))
     with pytest.raises(ValueError, match="guidance: this network was trained without dropping its condition"):
         denoiser(torch.zeros(1, 4, 8, 8), middle(denoiser, 1), denoiser.class_cond(torch.tensor([0])), guidance=2.0)
 
 
 def test_flux_is_told_its_guidance_in_one_call(tmp_path: Path) -> None:
     denoiser = load_model(save_stand_in("flux", tmp_path)).denoiser
-    denoiser.conditions = numbered(tmp_path)
+    denoiser.run_with(conditions=numbered(tmp_path))
     x, cond, calls = torch.randn(1, 4, 8, 8, generator=seeded(1)), denoiser.class_cond(torch.tensor([0])), []
     handle = denoiser.net.model.register_forward_hook(lambda *call: calls.append(call))
     plain, guided = (denoiser(x, middle(denoiser, 1), cond, guidance=w) for w in (1.0, 3.5))
@@ -179,7 +179,8 @@ def test_a_model_is_built_again_from_its_description_alone(place: Path) -> None:
     again = spec.build()
     again.load_state_dict(teacher.denoiser.state_dict())
     freeze(again)
-    teacher.denoiser.conditions = again.conditions = numbered(place)
+    for denoiser in (teacher.denoiser, again):
+        denoiser.run_with(conditions=numbered(place))
     x, t = torch.randn(2, *spec.image_shape, generator=seeded(1)), middle(again)
     cond = again.class_cond(torch.tensor([1, 0]))
     assert torch.equal(again(x, t, cond), teacher.denoiser(x, t, cond))
@@ -237,7 +238,7 @@ def test_real_networks_have_their_size(name: str) -> None:
 
 def test_the_tap_is_a_map_and_stops_there(place: Path) -> None:
     denoiser = load_model(place).denoiser
-    denoiser.conditions = numbered(place)
+    denoiser.run_with(conditions=numbered(place))
     shape = open_pipeline(place).spec.image_shape
     x, t = torch.randn(2, *shape, generator=seeded(2)), middle(denoiser)
     cond = denoiser.class_cond(torch.tensor([0, 1]))
@@ -250,7 +251,7 @@ def test_the_tap_is_a_map_and_stops_there(place: Path) -> None:
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_every_block_can_be_tapped(place: Path, is_compiled: bool) -> None:
     denoiser = load_model(place).denoiser
-    denoiser.conditions = numbered(place)
+    denoiser.run_with(conditions=numbered(place))
     net, shape = denoiser.net, open_pipeline(place).spec.image_shape
     x, t = torch.randn(2, *shape, generator=seeded(2)), middle(denoiser)
     cond = denoiser.class_cond(torch.tensor([0, 1]))
@@ -283,7 +284,7 @@ def test_recomputed_activations_have_the_same_gradients(place: Path, want: Any) 
     found = {}
     for is_on in (False, True):
         denoiser = load_model(place).denoiser.requires_grad_(True)
-        denoiser.conditions = numbered(place)
+        denoiser.run_with(conditions=numbered(place))
         assert set_recompute(denoiser.train(), is_on)
         x = torch.randn(2, *open_pipeline(place).spec.image_shape, generator=seeded(2)).requires_grad_()
         ask = {"x0": denoiser, "features": denoiser.features, "both": denoiser.with_features}[want]
@@ -299,7 +300,7 @@ def test_recomputed_activations_have_the_same_gradients(place: Path, want: Any) 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_factors_start_as_the_network_and_merge_into_it(place: Path, targets: Any) -> None:
     denoiser, shape = load_model(place).denoiser, open_pipeline(place).spec.image_shape
-    denoiser.conditions = numbered(place)
+    denoiser.run_with(conditions=numbered(place))
     x, cond = torch.randn(2, *shape, generator=seeded(2)), denoiser.class_cond(torch.tensor([0, 1]))
     player = with_lora(denoiser, LoRASettings(rank=2, targets=targets))
     t, before = middle(denoiser), denoiser(x, middle(denoiser), cond)

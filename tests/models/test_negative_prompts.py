@@ -194,7 +194,7 @@ def test_a_call_with_one_text_is_as_ever() -> None:
     net = denoiser()
     plain = net(X, T, Cond(text=TEXT))
     steer_away(net, negative())
-    net.negative = None  # as another player whose network has these layers
+    net.run_with(negative=None)  # as another player whose network has these layers
     assert torch.equal(net(X, T, Cond(text=TEXT)), plain)
 
 
@@ -282,7 +282,7 @@ def test_on_a_gpu_it_is_one_kernel_a_layer(monkeypatch: pytest.MonkeyPatch) -> N
     net = denoiser(head_size=32)
     steer_away(net, negative())
     expected = net(X, T, Cond(text=TEXT))
-    net.float().autocast = torch.bfloat16
+    net.float().run_with(autocast=torch.bfloat16)
     found = net(X.float(), T, Cond(text=TEXT.float()))
     assert called == ["difference"] * len(text_attention(net))
     assert float((found - expected).norm() / expected.norm()) < 2e-2
@@ -332,9 +332,9 @@ def test_a_student_trains_and_samples_away_from_its_negative_prompt(
         config = load_config(find_config("sid/sd15"), [f"run={tmp_path / name}", *settings, *more])
         trainer = Trainer(config, quiet=True)
         players = trainer.players
-        assert (players.generator.negative is not None) == (name == "away")
-        assert players.teacher.negative is None
-        assert players.fake.negative is None
+        assert (players.generator.runtime.negative is not None) == (name == "away")
+        assert players.teacher.runtime.negative is None
+        assert players.fake.runtime.negative is None
         trainer.run()
         runs[name] = load_model(tmp_path / name, use_ema=False)
         noise, label = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1])

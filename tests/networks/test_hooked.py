@@ -35,7 +35,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = save_stand_in(request.param, tmp_path_factory.mktemp(request.param), **options)
     teacher, opened = load_model(folder).denoiser, open_pipeline(folder)
     if opened.family.takes_text:
-        teacher.conditions = opened.conditions(["a red fox", "two blue birds"])
+        teacher.run_with(conditions=opened.conditions(["a red fox", "two blue birds"]))
     cond = teacher.resolve(teacher.class_cond(torch.tensor([1, 0])))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

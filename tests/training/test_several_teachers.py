@@ -125,7 +125,7 @@ def test_what_is_set_for_the_teacher_is_done_to_all(tmp_path: Path, quick_teache
     speed = ("speed.teacher_dtype=bf16", "speed.teacher_device=cpu")
     made = plan(towards_both(tmp_path / "run", quick_teacher, sketch, *speed), resume=None)
     assert [is_offloaded(teacher) for teacher in made.problem.all_teachers.values()] == [True, True]
-    assert {teacher.autocast for teacher in made.problem.all_teachers.values()} == {torch.bfloat16}
+    assert {teacher.runtime.autocast for teacher in made.problem.all_teachers.values()} == {torch.bfloat16}
     assert made.sha256 == plan(towards_both(tmp_path / "run", quick_teacher, sketch), resume=None).sha256
 
 

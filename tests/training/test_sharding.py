@@ -165,7 +165,7 @@ def families() -> list[Any]:
 
 def asked_for(denoiser: Denoiser, conditions: PromptTable | None) -> list[Tensor]:
     """D, the tap, both at once and the gradient by all, for some noise."""
-    denoiser.conditions = conditions
+    denoiser.run_with(conditions=conditions)
     side = 32 if "Sana" in type(denoiser.net).__name__ else 8
     shape = (2, denoiser.net.channels, side, side)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_()  # type: ignore[arg-type]

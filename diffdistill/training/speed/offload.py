@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffdistill.diffusion.denoiser import compute_on
+
 AWAY = "_weights_at_home"
 
 
@@ -19,7 +21,7 @@ def offload(module: nn.Module, device: torch.device) -> None:
 
     Buffers live on the device. A layer has to be called as a module for its weights to come.
     """
-    module.offload_device = device  # type: ignore[assignment]  # for `device_of`
+    compute_on(module, device)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.to(device)

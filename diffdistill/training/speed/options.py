@@ -63,7 +63,7 @@ def apply_speed(
             store_in_bf16(teacher)
         for player in (*trained.values(), *(followers or {}).values()):
             if isinstance(player, Denoiser) and lora_of(player):
-                player.autocast = torch.bfloat16
+                player.run_with(autocast=torch.bfloat16)
     if speed.channels_last:
         for module in players.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -103,7 +103,7 @@ def store_in_bf16(denoiser: Denoiser) -> None:
     for module in denoiser.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             module.to(torch.bfloat16)
-    denoiser.autocast = torch.bfloat16
+    denoiser.run_with(autocast=torch.bfloat16)
 
 
 def _has_convolutions(module: nn.Module) -> bool:
