@@ -5,6 +5,7 @@ times. So what is wrapped is the loss.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import call
 from typing import Protocol
 
 import torch
@@ -52,7 +53,7 @@ class Replicas:
     def of(self, update: Update, *, is_last: bool) -> Iterator[Ask]:
         """See `Averaging`."""
         if update not in self._wrapped:
-            yield lambda loss: loss()
+            yield call
             return
         objective = self._wrapped[update]
         with nullcontext() if is_last else self._processes.no_sync(objective):
