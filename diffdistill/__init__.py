@@ -53,6 +53,8 @@ PLACES = {
     "Extractor": "diffdistill.eval.features.extractors:Extractor",
     "ImageSource": "diffdistill.data.source:ImageSource",
     "TensorImages": "diffdistill.data.source:TensorImages",
+    "as_denoiser": "diffdistill.networks.given:as_denoiser",
+    "give_teacher": "diffdistill.models.given:give_teacher",
     "as_source": "diffdistill.data.torch_dataset:as_source",
     "register_method": "diffdistill.distillation.method:METHODS.register",
     "register_network": "diffdistill.networks.registry:NETWORKS.register",

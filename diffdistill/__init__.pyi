@@ -30,12 +30,14 @@ from diffdistill.eval.features.extractors import Extractor as Extractor
 from diffdistill.export.run import ExportOptions as ExportOptions
 from diffdistill.export.run import export as export_model
 from diffdistill.inference.draw import sample_images as sample_images
+from diffdistill.models.given import give_teacher as give_teacher
 from diffdistill.models.load import describe_model as describe_model
 from diffdistill.models.load import join_students as join_students
 from diffdistill.models.load import load_model as load_model
 from diffdistill.models.load import merge_model as merge_model
 from diffdistill.models.spec import ModelConfig as ModelConfig
 from diffdistill.models.teachers.family import Family as Family
+from diffdistill.networks.given import as_denoiser as as_denoiser
 from diffdistill.settings.schema import UserError as UserError
 from diffdistill.settings.schema import field as field
 from diffdistill.settings.schema import schema as schema
@@ -84,11 +86,13 @@ __all__ = [
     "VPLinear",
     "Wrapper",
     "__version__",
+    "as_denoiser",
     "as_source",
     "describe_model",
     "export_model",
     "field",
     "find_config",
+    "give_teacher",
     "join_students",
     "load_config",
     "load_model",

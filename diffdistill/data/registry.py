@@ -32,6 +32,7 @@ DATA: Registry[type[DataConfig]] = Registry(
     },
     group="diffdistill.data",
     check=schema_class("load"),
+    unlisted={"given": "diffdistill.data.given:GivenData"},
 )
 """Every data set, by its name in a config."""
 

@@ -19,6 +19,7 @@ from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.models.teachers import Pipeline, find_family, pipeline_of
 from diffdistill.networks.diffusers_model import DiffusersConfig
+from diffdistill.networks.given import GivenNetwork
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_tensors, write_text_atomically
 
@@ -76,6 +77,8 @@ def network_code(model: TrainedModel, source: Pipeline | None) -> str:
     used = {Denoiser, ExportedModel, FamilyNetwork, Sentences, Source}
     kinds = {*_kinds(spec.model), *_kinds(spec.sampler), *_kinds(router)} - {type(spec.model), DiffusersConfig}
     inner = innermost(spec.model.network)
+    if isinstance(inner, GivenNetwork):
+        raise BundleError(f"no settings build its {inner.kind}, which a Python program gave; register a network instead")
     if isinstance(inner, DiffusersConfig):
         kinds.add(type(find_family(inner.family)))
     lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in {*kinds, *used})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
+from diffdistill.models.given import describe_given, is_given, load_given
 from diffdistill.models.places import find_again, settle_places
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.lora import (
@@ -46,7 +47,7 @@ ROUTER = "router.json"
 
 def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
     """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder; of a diffusers
-    pipeline's folder, or its name on the Hugging Face hub; or, from a folder that `join_students` wrote, all of its
+    pipeline's folder, or its name on the Hugging Face hub; of what `give_teacher` was given; or, from a folder that `join_students` wrote, all of its
     students as one.
 
     use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
@@ -55,6 +56,8 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
     from diffdistill.models.negative_prompts import steer
     from diffdistill.models.teachers import is_pipeline, load_pipeline
 
+    if is_given(place):
+        return load_given(place)
     if is_pipeline(place):
         return load_pipeline(place)
     if is_routed(FilePath(place)):
@@ -86,6 +89,8 @@ def describe_model(place: str | FilePath) -> ModelSpec:
     """What `load_model` would load, from text files alone. Raises UserError if there is nothing."""
     from diffdistill.models.teachers import is_pipeline, open_pipeline
 
+    if is_given(place):
+        return describe_given(place)
     if is_pipeline(place):
         return open_pipeline(place).spec
     if is_routed(FilePath(place)):

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffdistill.data import cache as kept
 from diffdistill.data.shards import files_key
+from diffdistill.models.given import is_given
 from diffdistill.models.spec import ModelSpec
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import read_yaml
@@ -54,7 +55,7 @@ def find_again(key: str, checkpoint: FilePath, state: Mapping[str, Any], *, give
 
 def content_of(place: str | FilePath) -> str:
     """SHA-256 of a model's weights: of a checkpoint by its manifest, which vouches for them; of a pipeline by the files
-    of its network. Raises UserError."""
+    of its network; of an object its place, which is of its weights. Raises UserError."""
     from diffdistill.models.teachers import is_pipeline, open_pipeline
 
     if is_pipeline(place):
@@ -62,6 +63,8 @@ def content_of(place: str | FilePath) -> str:
         folder = pipeline.folder / pipeline.family.network
         files = sorted(file for file in folder.iterdir() if file.is_file())
         return files_key(files, root=kept.cache_folder(None))
+    if is_given(place):
+        return str(place)
     target = FilePath(place)
     hashes, base = read_hashes(target), (read_state(target).get("model") or {}).get("base")
     groups = {name: name.partition("/")[0].partition(".")[0] for name in hashes}

@@ -36,6 +36,7 @@ NETWORKS: Registry[type[NetworkConfig]] = Registry(
     },
     group="diffdistill.networks",
     check=schema_class("build"),
+    unlisted={"given": "diffdistill.networks.given:GivenNetwork"},
 )
 """Every network, by its name in a config."""
 

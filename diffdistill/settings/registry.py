@@ -51,11 +51,15 @@ class Registry(Generic[Item]):
     """Everything of one kind by name.
 
     kind: as messages call it, "method".  own: this package's, each as "module:Name", imported when it is asked for.
-    group: of the entry points.  check: of what others add.
+    unlisted: those of ours that programs make and no one writes into a config.  group: of the entry points.
+    check: of what others add.
     """
 
-    def __init__(self, kind: str, own: Mapping[str, str], *, group: str, check: Check) -> None:
+    def __init__(
+        self, kind: str, own: Mapping[str, str], *, group: str, check: Check, unlisted: Mapping[str, str] | None = None
+    ) -> None:
         self.kind, self.own, self.group, self.check = kind, own, group, check
+        self.unlisted = unlisted or {}
         self._registered: dict[str, Item] = {}
         self._found: dict[str, Item] = {}
 
@@ -68,7 +72,7 @@ class Registry(Generic[Item]):
         if fault:
             raise UserError(f"{_title(item)}: cannot be a {self.kind}: {fault}")
         name = name or _name_of(item)
-        if name in self.own:
+        if name in self._ours:
             raise UserError(f"{self.kind} {name!r}: the name is diffdistill's own; choose another")
         other = self._registered.get(name)
         if other is not None and other is not item and not _is_redefined(other, item):
@@ -81,8 +85,8 @@ class Registry(Generic[Item]):
 
     def find(self, name: str) -> Item:
         """What has this name. Raises UserError where it is unknown, broken, or of two packages."""
-        if name in self.own:
-            found: Item = load(self.own[name])
+        if name in self._ours:
+            found: Item = load(self._ours[name])
             return found
         if name not in self._found:
             self._found[name] = self._of_others(name)
@@ -106,17 +110,21 @@ class Registry(Generic[Item]):
             except UserError as error:
                 faults.append(str(error))
         for point in entry_points(group=self.group):
-            if point.name in self.own:
+            if point.name in self._ours:
                 faults.append(
                     f"{self.kind} {point.name!r} of {_package(point)}: ignored: the name is diffdistill's own"
                 )
         return found, faults
 
+    @property
+    def _ours(self) -> dict[str, str]:
+        return {**self.own, **self.unlisted}
+
     def _points(self) -> dict[str, list[EntryPoint]]:
         """The entry points by name, but for those of our names."""
         found: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=self.group):
-            if point.name not in self.own:
+            if point.name not in self._ours:
                 found.setdefault(point.name, []).append(point)
         return found
 
@@ -251,7 +259,7 @@ class OneOf(OpenChoice):
         if "name" not in value:
             raise PydanticCustomError("union_tag_not_found", "is required")
         name = value["name"]
-        if name not in self.own and name not in self.names():
+        if name not in self.own and name not in self.names() and name not in self.registry.unlisted:
             choices = ", ".join(map(repr, self.names()))
             raise PydanticCustomError(
                 "union_tag_invalid", "unknown", {"tag": str(name), "expected_tags": choices, "kind": self.registry.kind}

@@ -25,6 +25,7 @@ from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig, TrainConfig
 from diffdistill.training.inputs import Inputs, open_inputs
 from diffdistill.training.iteration import Iteration
+from diffdistill.training.objects import check_same_teacher, with_objects
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.reports.evaluator import Evaluator, make_evaluator
 from diffdistill.training.resolve import check_labels, resolve_models, seeded
@@ -135,31 +136,41 @@ class Plan:
 
 
 def plan(
-    config: RunConfig, *, resume: bool | str | None = False, allow_changes: bool = False, trusts_code: bool = False
+    config: RunConfig,
+    *,
+    resume: bool | str | None = False,
+    allow_changes: bool = False,
+    trusts_code: bool = False,
+    teacher: Denoiser | None = None,
+    data: object = None,
 ) -> Plan:
     """Load, check and build what a run needs. Nothing is written to its folder.
 
     resume: False for a new run (an existing run's folder is refused), True to go on from the newest checkpoint, a name
     ("step-00000500") for that one, None not to look at the folder.  allow_changes: from it, whatever has been changed
     since.  trusts_code: whether features that are a program may run in `eval`.
+    teacher, data: objects in the place of the config's, see `with_objects`; a resumed run needs the same again.
     Raises UserError for whatever the config asks that cannot be.
     """
+    config = with_objects(config, teacher, data)
     train, folder = config.train, FilePath(config.run)
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     processes = find_processes(train.device)
     start = None if resume is None else find_start(folder, resume)
     state = read_start(start, processes)
+    if state:
+        check_same_teacher(config, state["teacher"])
     mesh = make_mesh(config, processes)
     home = torch.device("cpu") if mesh else processes.device
     found = find_teachers(config, start, state, allow_changes=allow_changes)
     initial = find_initial(config, start)
     inputs = read_inputs(config, processes.device, found.teacher)
-    teacher, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
+    first, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
     check_batch(train, processes.count)
-    spec, problem = resolve_models(config, inputs, teacher, teachers, initial)
+    spec, problem = resolve_models(config, inputs, first, teachers, initial)
     sources = Teachers(
-        str(teacher.source) if teacher else None, {name: str(other.source) for name, other in teachers.items()}
+        str(first.source) if first else None, {name: str(other.source) for name, other in teachers.items()}
     )
     sha256 = contents_of(sources, initial, start, state)
     check_labels(config.method, problem, inputs.source)
@@ -178,7 +189,7 @@ def plan(
         start=start,
         state=state,
         inputs=inputs,
-        teacher=teacher,
+        teacher=first,
         teacher_source=sources.teacher,
         teachers_source=sources.teachers,
         sha256=sha256,

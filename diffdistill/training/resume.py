@@ -8,6 +8,7 @@ from zlib import crc32
 
 from diffdistill.data.source import ImageSource
 from diffdistill.distributed.processes import Processes
+from diffdistill.models.given import is_given
 from diffdistill.models.load import find_checkpoint
 from diffdistill.models.places import SHA256, content_of, find_again, is_there
 from diffdistill.settings.schema import UserError
@@ -31,6 +32,8 @@ PLACES = (
     "data.labels_file",
     "data.captions_file",
     "text_encoder",
+    "data.kind",
+    "data.key",
 )  # the content must stay
 
 
@@ -98,6 +101,8 @@ def find_teachers(
         return Teachers(config.teacher, config.teachers)
 
     def find(key: str, before: str | None, now: str | None) -> str:
+        if before is not None and is_given(before):  # `check_same_teacher` has compared them
+            return before
         return _find_teacher(key, start, state, given=now if now != before else None, allow_changes=allow_changes)
 
     before = state["config"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.data.pictures import save_panels
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.distillation.method import Loss, Method, Players, Problem, Update
 from diffdistill.distributed.processes import Processes, others
 from diffdistill.distributed.stopping import StopRequested, stop_signals
@@ -47,11 +48,14 @@ class Trainer:
         quiet: bool = False,
         allow_changes: bool = False,
         trusts_code: bool = False,
+        teacher: Denoiser | None = None,
+        data: object = None,
     ) -> None:
-        """resume, allow_changes, trusts_code: of a config; see `plan`.  quiet: nothing is printed."""
+        """resume, allow_changes, trusts_code, teacher, data: of a config; see `plan`.  quiet: nothing is printed."""
         self._cpu_began, self._meter, self.quiet = time.process_time(), Meter(), quiet
         if isinstance(run, RunConfig):
-            run = plan(run, resume=resume, allow_changes=allow_changes, trusts_code=trusts_code)
+            asked = {"resume": resume, "allow_changes": allow_changes, "trusts_code": trusts_code}
+            run = plan(run, **asked, teacher=teacher, data=data)
         self._assembly = run if isinstance(run, Assembly) else None
         self.plan: Plan = run.plan if isinstance(run, Assembly) else run
         state, train = self.plan.state, self.plan.config.train
