@@ -13,6 +13,8 @@ PLACES = {
     "TrainConfig": "diffdistill.training.config:TrainConfig",
     "OptimizerConfig": "diffdistill.training.config:OptimizerConfig",
     "EMAConfig": "diffdistill.training.ema:EMAConfig",
+    "with_objects": "diffdistill.training.objects:with_objects",
+    "plan": "diffdistill.training.plan:plan",
     "load_config": "diffdistill.training.config:load_config",
     "parse_config": "diffdistill.training.config:parse_config",
     "find_config": "diffdistill.training.config:find_config",

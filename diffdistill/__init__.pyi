@@ -48,6 +48,8 @@ from diffdistill.training.config import find_config as find_config
 from diffdistill.training.config import load_config as load_config
 from diffdistill.training.config import parse_config as parse_config
 from diffdistill.training.ema import EMAConfig as EMAConfig
+from diffdistill.training.objects import with_objects as with_objects
+from diffdistill.training.plan import plan as plan
 from diffdistill.training.trainer import Trainer as Trainer
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "load_model",
     "merge_model",
     "parse_config",
+    "plan",
     "register_data",
     "register_family",
     "register_features",
@@ -106,6 +109,7 @@ __all__ = [
     "register_reward",
     "sample_images",
     "schema",
+    "with_objects",
 ]
 _Item = TypeVar("_Item")
 

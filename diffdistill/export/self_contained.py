@@ -78,7 +78,9 @@ def network_code(model: TrainedModel, source: Pipeline | None) -> str:
     kinds = {*_kinds(spec.model), *_kinds(spec.sampler), *_kinds(router)} - {type(spec.model), DiffusersConfig}
     inner = innermost(spec.model.network)
     if isinstance(inner, GivenNetwork):
-        raise BundleError(f"no settings build its {inner.kind}, which a Python program gave; register a network instead")
+        raise BundleError(
+            f"no settings build its {inner.kind}, which a Python program gave; register a network instead"
+        )
     if isinstance(inner, DiffusersConfig):
         kinds.add(type(find_family(inner.family)))
     lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in {*kinds, *used})

@@ -29,7 +29,7 @@ def give_teacher(denoiser: Any, *, image_shape: tuple[int, ...], sampler: AnySam
     others = sorted(denoiser.net.accepts - {"label"})
     if others or denoiser.conditions is not None or denoiser.negative is not None:
         raise UserError(
-            f"teacher: the network takes {', '.join(others) or 'prompts'}, which an object does not bring; name its folder"
+            f"teacher: the network takes {', '.join(others) or 'prompts'}, which an object lacks; name its folder"
         )
     denoiser = merge_lora(denoiser)
     network = keep(denoiser)

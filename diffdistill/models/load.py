@@ -47,8 +47,8 @@ ROUTER = "router.json"
 
 def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
     """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder; of a diffusers
-    pipeline's folder, or its name on the Hugging Face hub; of what `give_teacher` was given; or, from a folder that `join_students` wrote, all of its
-    students as one.
+    pipeline's folder, or its name on the Hugging Face hub; of an object that `give_teacher` keeps; or, from a folder
+    that `join_students` wrote, all of its students as one.
 
     use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
     Raises UserError if there is none or it is damaged.

@@ -68,9 +68,10 @@ def as_denoiser(
     sigma_data: float = 0.5,
     tap: str | None = None,
 ) -> Denoiser:
-    """Any module as a Denoiser.  module: called with x_t [B, C, H, W] and the path's time input [B], and, if there are
-    classes, with labels [B], of which `num_classes` means none where `has_null_condition`. It returns [B, C, H, W], or an
-    object that has them as its `sample`.
+    """Any module as a Denoiser.
+
+    module: called with x_t [B, C, H, W] and the path's time input [B], and, if there are classes, with labels [B], of
+    which `num_classes` means none where `has_null_condition`. It returns [B, C, H, W], or what has them as `sample`.
 
     predicts: what its output means; for "edm" it is also given c_in x_t, see `sigma_data`.
     tap: the submodule whose output [B, C, h, w] a discriminator reads; None: no method with a GAN.
@@ -107,7 +108,7 @@ class ModuleNetwork(Network):
         if taps not in (None, (MIDDLE,)):
             raise ValueError(f"taps: this network has the one that `as_denoiser` was given, not {taps}")
         if self.tap is None:
-            raise UserError("teacher: a discriminator reads its features; name a submodule with as_denoiser(..., tap=)")
+            raise UserError("a discriminator reads features; name a submodule with as_denoiser(..., tap=)")
         seen: list[Tensor] = []
         handle = self.module.get_submodule(self.tap).register_forward_hook(lambda *call: seen.append(call[2]))
         try:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from diffdistill.data.given import GivenData, give_data
+from diffdistill.data.given import give_data
 from diffdistill.models.given import give_teacher, is_given
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig
@@ -22,12 +22,3 @@ def with_objects(config: RunConfig, teacher: Any = None, data: Any = None) -> Ru
     if config.teacher is not None and not is_given(config.teacher):
         raise UserError(f"teacher = {config.teacher!r}: another is given as an object; leave one out")
     return replace(config, teacher=give_teacher(teacher, image_shape=tuple(config.data.load().image_shape)))
-
-
-def check_same_teacher(config: RunConfig, before: str | None) -> None:
-    """Raise UserError where a resumed run began with another object.  before: the place of its teacher."""
-    if before != config.teacher and (is_given(before) or is_given(config.teacher)):
-        raise UserError(
-            f"teacher = {config.teacher!r}: the run began with {before!r}, and goes on with that one alone; an object is "
-            f"named by its weights"
-        )

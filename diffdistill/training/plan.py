@@ -22,10 +22,10 @@ from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump
 from diffdistill.training.config import RunConfig, TrainConfig
 from diffdistill.training.inputs import Inputs, open_inputs
 from diffdistill.training.iteration import Iteration
-from diffdistill.training.objects import check_same_teacher, with_objects
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.reports.evaluator import Evaluator, make_evaluator
 from diffdistill.training.resolve import check_labels, resolve_models, seeded
@@ -81,6 +81,16 @@ class Plan:
         return self.inputs.source
 
     @property
+    def step(self) -> int:
+        """The last that the checkpoint to go on from has done; 0 for a new run."""
+        return int(self.state["step"]) if self.state else 0
+
+    @property
+    def skips(self) -> dict[str, int]:
+        """Updates that the run has skipped, by player."""
+        return dict(self.state["skips"]) if self.state else {}
+
+    @property
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.processes.device
@@ -96,10 +106,11 @@ class Plan:
         return Players(**self.problem.all_teachers, **self.trained, **self.followers)
 
     @property
-    def teachers_state(self) -> dict[str, Any]:
-        """What a checkpoint says of the teachers."""
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint says of the run: its student, config, data and teachers."""
         more = {"teachers": dict(self.teachers_source)} if self.teachers_source else {}
-        return {"teacher": self.teacher_source, SHA256: dict(self.sha256)} | more
+        about = {"student": self.method.student, "model": dump(self.spec), "config": dump(self.config)}
+        return {**about, "data": self.source.key, "teacher": self.teacher_source, SHA256: dict(self.sha256), **more}
 
     @property
     def student(self) -> nn.Module:
@@ -136,41 +147,31 @@ class Plan:
 
 
 def plan(
-    config: RunConfig,
-    *,
-    resume: bool | str | None = False,
-    allow_changes: bool = False,
-    trusts_code: bool = False,
-    teacher: Denoiser | None = None,
-    data: object = None,
+    config: RunConfig, *, resume: bool | str | None = False, allow_changes: bool = False, trusts_code: bool = False
 ) -> Plan:
     """Load, check and build what a run needs. Nothing is written to its folder.
 
     resume: False for a new run (an existing run's folder is refused), True to go on from the newest checkpoint, a name
     ("step-00000500") for that one, None not to look at the folder.  allow_changes: from it, whatever has been changed
     since.  trusts_code: whether features that are a program may run in `eval`.
-    teacher, data: objects in the place of the config's, see `with_objects`; a resumed run needs the same again.
     Raises UserError for whatever the config asks that cannot be.
     """
-    config = with_objects(config, teacher, data)
     train, folder = config.train, FilePath(config.run)
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     processes = find_processes(train.device)
     start = None if resume is None else find_start(folder, resume)
     state = read_start(start, processes)
-    if state:
-        check_same_teacher(config, state["teacher"])
     mesh = make_mesh(config, processes)
     home = torch.device("cpu") if mesh else processes.device
     found = find_teachers(config, start, state, allow_changes=allow_changes)
     initial = find_initial(config, start)
     inputs = read_inputs(config, processes.device, found.teacher)
-    first, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
+    teacher, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
     check_batch(train, processes.count)
-    spec, problem = resolve_models(config, inputs, first, teachers, initial)
+    spec, problem = resolve_models(config, inputs, teacher, teachers, initial)
     sources = Teachers(
-        str(first.source) if first else None, {name: str(other.source) for name, other in teachers.items()}
+        str(teacher.source) if teacher else None, {name: str(other.source) for name, other in teachers.items()}
     )
     sha256 = contents_of(sources, initial, start, state)
     check_labels(config.method, problem, inputs.source)
@@ -189,7 +190,7 @@ def plan(
         start=start,
         state=state,
         inputs=inputs,
-        teacher=first,
+        teacher=teacher,
         teacher_source=sources.teacher,
         teachers_source=sources.teachers,
         sha256=sha256,

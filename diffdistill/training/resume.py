@@ -101,8 +101,8 @@ def find_teachers(
         return Teachers(config.teacher, config.teachers)
 
     def find(key: str, before: str | None, now: str | None) -> str:
-        if before is not None and is_given(before):  # `check_same_teacher` has compared them
-            return before
+        if is_given(before) or is_given(now):
+            return _same_object(key, before, now)
         return _find_teacher(key, start, state, given=now if now != before else None, allow_changes=allow_changes)
 
     before = state["config"]
@@ -114,6 +114,15 @@ def find_teachers(
             for name in state.get("teachers", {})
         },
     )
+
+
+def _same_object(key: str, before: str | None, now: str | None) -> str:
+    if before is None or before != now:
+        raise UserError(
+            f"{key}: the run began with {before!r}, and now has {now!r}; an object is named by its weights; give the "
+            f"same again, as in dd.Trainer(config, teacher=..., resume=True)"
+        )
+    return before
 
 
 def _find_teacher(

@@ -28,6 +28,7 @@ from diffdistill.training.config import RunConfig
 from diffdistill.training.ema import EMA
 from diffdistill.training.iteration import MicroBatch
 from diffdistill.training.nonfinite import NonfiniteGuard
+from diffdistill.training.objects import with_objects
 from diffdistill.training.optimizers import clip, learning_rate
 from diffdistill.training.plan import Plan, plan
 from diffdistill.training.reports.log import Log, Meter, RunLog, Silence
@@ -51,16 +52,15 @@ class Trainer:
         teacher: Denoiser | None = None,
         data: object = None,
     ) -> None:
-        """resume, allow_changes, trusts_code, teacher, data: of a config; see `plan`.  quiet: nothing is printed."""
+        """Of a config: resume, allow_changes, trusts_code, see `plan`; teacher, data, see `with_objects`."""
         self._cpu_began, self._meter, self.quiet = time.process_time(), Meter(), quiet
         if isinstance(run, RunConfig):
-            asked = {"resume": resume, "allow_changes": allow_changes, "trusts_code": trusts_code}
-            run = plan(run, **asked, teacher=teacher, data=data)
+            run = with_objects(run, teacher, data)
+            run = plan(run, resume=resume, allow_changes=allow_changes, trusts_code=trusts_code)
         self._assembly = run if isinstance(run, Assembly) else None
         self.plan: Plan = run.plan if isinstance(run, Assembly) else run
-        state, train = self.plan.state, self.plan.config.train
-        self.step = int(state["step"]) if state else 0
-        self.nonfinite = NonfiniteGuard(train.on_nonfinite, train.max_skips, dict(state["skips"]) if state else {})
+        train, self.step = self.plan.config.train, self.plan.step
+        self.nonfinite = NonfiniteGuard(train.on_nonfinite, train.max_skips, self.plan.skips)
 
     @property
     def assembly(self) -> Assembly:
@@ -203,15 +203,7 @@ class Trainer:
     @property
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint says beside tensors."""
-        return {
-            "format": 1,
-            "skips": self.nonfinite.skips,
-            "student": self.method.student,
-            "model": dump(self.plan.spec),
-            "config": dump(self.config),
-            "data": self.plan.source.key,
-            **self.plan.teachers_state,
-        }
+        return {"format": 1, "skips": self.nonfinite.skips, **self.plan.described}
 
     def save_preview(self) -> FilePath:
         """previews/step-*.png: the student's samples, and the other players' view of them. All processes make them, as

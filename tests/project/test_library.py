@@ -84,6 +84,8 @@ def test_the_loop_and_the_run_of_the_page_work(
     assert capsys.readouterr().out == "(10, 1, 8, 8)\n"
     run_program(FILES["run.py"], quick_teacher, tmp_path / "run")
     assert capsys.readouterr().out == "(4, 1, 8, 8)\n"
+    run_program(FILES["objects.py"], tmp_path / "objects")
+    assert capsys.readouterr().out == "step-00000004\n"
 
 
 def test_the_loop_of_the_page_takes_the_trainer_s_first_step(quick_teacher: Path, tmp_path: Path) -> None:
