@@ -6,6 +6,7 @@ from diffdistill.eval.evaluation.extract import Bench, specifications
 from diffdistill.eval.evaluation.real import find_reference
 from diffdistill.eval.evaluation.workers import Workers
 from diffdistill.eval.features.extractors import load_extractor
+from diffdistill.eval.features.stated import recorded
 from diffdistill.eval.features.store import BLOCK
 from diffdistill.eval.protocols.protocol import Protocol
 
@@ -39,6 +40,7 @@ def make_bench(
     resolved = protocol.resolved(
         weights={label: extractor.sha256 for label, extractor in extractors.items() if extractor.sha256},
         references={label: found.about.images_sha256 for label, found in real.items()},
+        features={label: recorded(extractor, is_square=protocol.is_square) for label, extractor in extractors.items()},
     )
     return Bench(
         protocol=resolved,

@@ -59,7 +59,7 @@ def find_reference(protocol: Protocol, extractor: Extractor, *, place: str | Fil
     """
     reference = _reference_of(protocol)
     found = _found(protocol, reference, extractor, None if place is None else FilePath(place))
-    check_reference(found, extractor, protocol.preparation)
+    check_reference(found, extractor, protocol.preparation, is_square=protocol.is_square)
     if reference.num_images not in (None, found.summary.count):
         raise UserError(
             f"the reference {found.about.origin} is of {found.summary.count:,} images; {protocol.name} compares with "

@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import JsonValue
 from torch import Tensor
 
 from diffdistill.eval.features.extractors import Extractor, Label, Sha256
+from diffdistill.eval.features.stated import differing, settings
 from diffdistill.eval.images.files import Images
 from diffdistill.eval.metrics.checks import check_finite
 from diffdistill.eval.metrics.moments import Moments, Summary
 from diffdistill.eval.metrics.sides import MissingFeaturesError
 from diffdistill.eval.protocols.protocol import Preparation
 from diffdistill.settings.schema import PositiveInt, UserError, schema
-from diffdistill.settings.values import dump, validate
+from diffdistill.settings.values import differences, dump, validate
 
 ENVIRONMENT = "DIFFDISTILL_REFERENCES"
 DEFAULT = "~/.cache/diffdistill/references"
@@ -40,7 +42,9 @@ VERSION = 1
 @schema
 class About:
     """What a reference is of.  images_sha256: of the prepared pixels, in order; of an imported file, of its mean and
-    covariance.  weights_sha256: of the extractor's; None where it has none, or an imported file does not say."""
+    covariance.  weights_sha256: of the extractor's; None where it has none, or an imported file does not say.
+    features: all their settings, the library's included; None in an imported file, and in those of earlier versions,
+    which read less of what libraries say."""
 
     version: int = VERSION
     label: Label
@@ -48,6 +52,7 @@ class About:
     num_images: PositiveInt
     images_sha256: Sha256
     weights_sha256: Sha256 | None = None
+    features: dict[str, JsonValue] | None = None
     preparation: Preparation | None = None
 
 
@@ -105,6 +110,7 @@ def compute_reference(
         num_images=len(images),
         images_sha256=digest.hexdigest(),
         weights_sha256=extractor.sha256,
+        features=settings(extractor.features) if extractor.features else None,
         preparation=preparation,
     )
     return RealFeatures(about, moments.summary().to("cpu"), torch.cat(kept) if kept_features else None)
@@ -160,8 +166,13 @@ def references_folder() -> FilePath:
     return FilePath(os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
 
 
-def check_reference(reference: RealFeatures, extractor: Extractor, preparation: Preparation) -> None:
-    """Raises UserError if a reference was made by other weights, or of images prepared in another way."""
+def check_reference(
+    reference: RealFeatures, extractor: Extractor, preparation: Preparation, *, is_square: bool
+) -> None:
+    """Raises UserError if a reference was made by other weights or settings, or of images prepared in another way.
+
+    is_square: whether the protocol's images are.
+    """
     about, origin = reference.about, reference.about.origin
     if about.weights_sha256 not in (None, extractor.sha256):
         raise UserError(
@@ -170,9 +181,26 @@ def check_reference(reference: RealFeatures, extractor: Extractor, preparation: 
         )
     if about.preparation is None:
         return
+    _check_settings(about, extractor, is_square=is_square)
     told, wanted = (_of_real_images(how) for how in (about.preparation, preparation))
     if told != wanted:
         raise UserError(f"the reference {origin} is of images prepared as {told}; the protocol's are {wanted}")
+
+
+def _check_settings(about: About, extractor: Extractor, *, is_square: bool) -> None:
+    now, earlier = extractor.features, extractor.earlier
+    if about.features is not None and now is not None:
+        changed = [f"{key} {old} -> {new}" for key, old, new in differences(about.features, settings(now))]
+    elif about.features is None and now is not None and earlier is not None:
+        names = differing(earlier, now, is_square=is_square)
+        changed = [f"{name} {getattr(earlier, name)} -> {getattr(now, name)}" for name in names]
+    else:
+        return
+    if changed:
+        raise UserError(
+            f"the reference {about.origin} is of {extractor.label} under other settings ({'; '.join(changed)}); "
+            "compute it again"
+        )
 
 
 def _of_real_images(preparation: Preparation) -> dict[str, Any]:

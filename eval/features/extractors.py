@@ -5,21 +5,21 @@ distance over features that are not FID's Inception is never called FID: its nam
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_serializer
 from torch import Tensor
 
+from diffdistill.eval.features.resize import Interpolation, ResizeMode, Triple
 from diffdistill.settings.registry import OneOf, Registry, schema_class
 from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Label = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]*$", max_length=64)]
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Extractor:
     label: what the features are called.  prepare: images to the network's input.  network: that input to features
     [B, num_features], or to a pair of features and logits [B, num_logits].  num_features: None where the images decide
     (pixels).  sha256: of the weights' file; None where there are no weights.  encode_text: captions to
-    [B, num_features], for networks that know text.
+    [B, num_features], for networks that know text.  features: their specification, with all that a library says of
+    the weights.  earlier: the same as versions took it that did not read this; None where nothing was left unread.
     """
 
     label: str
@@ -48,6 +49,8 @@ class Extractor:
     sha256: str | None = None
     encode_text: Callable[[Sequence[str]], Tensor] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009
+    features: "FeaturesConfig | None" = None
+    earlier: "FeaturesConfig | None" = None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extracted:
@@ -129,39 +132,70 @@ class CifarResNet:
         return f"resnet{self.depth}-cifar"
 
 
+def _unsaid_left_out(self: Any, dumped: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Settings that came later appear where they are said alone: what was a protocol before is the same today."""
+    return {key: value for key, value in dumped(self).items() if value is not None or key not in self.ADDED}
+
+
 @schema
 class Torchvision:
-    """A torchvision classification model; features at `node` of its graph, flattened.  model: "resnet50" and so on."""
+    """A torchvision classification model; features at `node` of its graph, flattened.  model: "resnet50" and so on.
+
+    pretrained: the weights' name, as in IMAGENET1K_V1; None is told by the file, or is torchvision's default; own,
+    weights that it does not know.  All else that is None is what torchvision says of the weights: images are resized
+    to resize_side (resize_mode), then the middle size x size is taken.
+    """
+
+    ADDED: ClassVar = ("pretrained", "resize_side", "resize_mode", "interpolation")
 
     name: Literal["torchvision"] = "torchvision"
     model: str
+    pretrained: str | None = None
     node: str = "flatten"
-    size: PositiveInt = 224
+    size: PositiveInt | None = None
     resize: Literal["clean"] = "clean"
-    mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
+    resize_side: PositiveInt | None = None
+    resize_mode: ResizeMode | None = None
+    interpolation: Interpolation | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
     sha256: Sha256 | None = None
 
     @property
     def label(self) -> str:
         return f"torchvision-{self.model}".lower().replace("_", "-")
 
+    _dumped = model_serializer(mode="wrap")(_unsaid_left_out)
+
 
 @schema
 class Timm:
-    """A timm model's pooled features before its classifier.  model: "vit_small_patch16_224" and so on."""
+    """A timm model's pooled features before its classifier.  model: "vit_small_patch16_224" and so on.
+
+    pretrained: the weights' tag, as in augreg_in21k, which may also stand behind the model's name and a dot; None is
+    timm's default; own, weights that it does not know.  All else that is None is what timm says of the weights, as for
+    `Torchvision`.
+    """
+
+    ADDED: ClassVar = ("pretrained", "resize_side", "resize_mode", "interpolation")
 
     name: Literal["timm"] = "timm"
     model: str
-    size: PositiveInt = 224
+    pretrained: str | None = None
+    size: PositiveInt | None = None
     resize: Literal["clean"] = "clean"
-    mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
+    resize_side: PositiveInt | None = None
+    resize_mode: ResizeMode | None = None
+    interpolation: Interpolation | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
     sha256: Sha256 | None = None
 
     @property
     def label(self) -> str:
         return f"timm-{self.model}".lower().replace("_", "-")
+
+    _dumped = model_serializer(mode="wrap")(_unsaid_left_out)
 
 
 @schema
@@ -184,22 +218,33 @@ class DinoV2:
 
 @schema
 class OpenClip:
-    """An open_clip model's image embedding, and its text's.  pretrained: the name of the weights, for the record.
+    """An open_clip model's image embedding, and its text's.  pretrained: the weights' tag in open_clip's table; own,
+    weights that it does not know.
 
-    normalise: unit length, as cosines need.
+    normalise: unit length, as cosines need.  All that is None is what open_clip says of this pair of model and weights.
+    quick_gelu: x sigmoid(1.702 x) as the activation, as in OpenAI's and others' weights.
     """
+
+    ADDED: ClassVar = ("quick_gelu", "resize_mode", "interpolation", "mean", "std")
 
     name: Literal["open_clip"] = "open_clip"
     model: str
     pretrained: str
-    size: PositiveInt = 224
+    size: PositiveInt | None = None
     resize: Literal["clean"] = "clean"
+    resize_mode: ResizeMode | None = None
+    interpolation: Interpolation | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    quick_gelu: bool | None = None
     normalise: Literal["unit", "none"] = "unit"
     sha256: Sha256 | None = None
 
     @property
     def label(self) -> str:
         return f"clip-{self.model}".lower().replace("_", "-")
+
+    _dumped = model_serializer(mode="wrap")(_unsaid_left_out)
 
 
 @schema
@@ -282,11 +327,11 @@ def load_extractor(
     made: Extractor
     if type(features) in _OWN:
         made = import_module(f"{__package__}.networks.{features.name}").load(features, file, device)
-        return made
-    made = features.load(file, device)  # type: ignore[attr-defined]
+    else:
+        made = features.load(file, device)  # type: ignore[attr-defined]
     if not isinstance(made, Extractor) or made.label != features.label:
         raise UserError(f"features {features.label!r}: `load` of {type(features).__name__} must give its Extractor")
-    return made
+    return made if made.features else replace(made, features=features)
 
 
 def is_foreign_code(features: AnyFeatures) -> bool:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Triple = tuple[float, float, float]
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "squash"]
 
 
 def levels(images: Tensor) -> Tensor:
@@ -20,56 +23,77 @@ def signed(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
-def clean_resize(values: Tensor, size: int) -> Tensor:
-    """Pillow's bicubic resize of each channel as floats, cut to 0 .. 255: what clean-fid does, on any device.
+def clean_resize(values: Tensor, size: int | tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:
+    """Pillow's resize of each channel as floats, cut to 0 .. 255: bicubic is what clean-fid does, on any device.
 
-    values: [B, C, H, W] float grey levels.  Returns [B, C, size, size], channels last.
-    The filter widens when an image shrinks, which keeps it free of aliasing.
+    values: [B, C, H, W] float grey levels.  size: of a square, or (height, width).  Returns [B, C, *size], channels
+    last.  The filter widens when an image shrinks, which keeps it free of aliasing.
     Within 0.0001 levels of Pillow.  Parmar et al. 2022, arXiv:2104.11222.
     """
-    if values.shape[-2:] == (size, size):
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if values.shape[-2:] == (height, width):
         return values
     if values.device.type != "cpu":
-        return interpolated(values, size)
-    images = [_resized(image, size) for image in values]
+        return interpolated(values, (height, width), interpolation)
+    images = [_resized(image, height, width, interpolation) for image in values]
     return (torch.stack(images) if len(images) > 1 else images[0][None]).permute(0, 3, 1, 2)
 
 
-def interpolated(values: Tensor, size: int) -> Tensor:
+def interpolated(values: Tensor, size: int | tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:
     """`clean_resize` by torch, a batch at once: fast on a GPU.
 
     In float64, since in float32 torch's weights are off by up to 0.01 levels.
     """
-    wide = F.interpolate(values.double(), (size, size), mode="bicubic", antialias=True)
+    target = size if isinstance(size, tuple) else (size, size)
+    wide = F.interpolate(values.double(), target, mode=interpolation, antialias=True)
     return wide.clamp_(0, 255).to(values.dtype, memory_format=torch.channels_last)
 
 
-def _resized(image: Tensor, size: int) -> Tensor:
-    """`clean_resize` of one image [C, H, W] on a CPU, as [size, size, C]: first across, then down, as Pillow does it,
-    each a sum of a few rows, so that all of it stays in the cache."""
+def _resized(image: Tensor, to_height: int, to_width: int, interpolation: Interpolation) -> Tensor:
+    """`clean_resize` of one image [C, H, W] on a CPU, as [to_height, to_width, C]: first across, then down, as Pillow
+    does it, each a sum of a few rows, so that all of it stays in the cache."""
     channels, height, width = image.shape
-    across, down = (_filter(side, size, image.dtype) for side in (width, height))
-    rows = torch.sparse.mm(across, image.permute(2, 1, 0).reshape(width, -1)).view(size, height, channels)
+    across = _filter(width, to_width, image.dtype, interpolation)
+    down = _filter(height, to_height, image.dtype, interpolation)
+    rows = torch.sparse.mm(across, image.permute(2, 1, 0).reshape(width, -1)).view(to_width, height, channels)
     columns = torch.sparse.mm(down, rows.transpose(0, 1).reshape(height, -1))
-    return columns.view(size, size, channels).clamp_(0, 255)
+    return columns.view(to_height, to_width, channels).clamp_(0, 255)
 
 
 @lru_cache(maxsize=64)
-def _filter(length: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Pillow's bicubic weights from `length` pixels to `size`, [size, length], sparse, computed in float64.
+def _filter(length: int, size: int, dtype: torch.dtype, interpolation: Interpolation) -> Tensor:
+    """Pillow's weights from `length` pixels to `size`, [size, length], sparse, computed in float64.
 
-    Keys 1981 with a = -1/2, as wide as the image shrinks, of the pixels inside alone, and of sum 1.
+    bicubic: Keys 1981 with a = -1/2; bilinear: a triangle. As wide as the image shrinks, of the pixels inside alone,
+    and of sum 1.
     """
     scale = length / size
     wide = max(scale, 1.0)
     centres = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
     pixels = torch.arange(length, dtype=torch.float64)
     x = ((pixels + 0.5 - centres) / wide).abs()
-    near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    first, end = (centres - 2 * wide + 0.5).trunc(), (centres + 2 * wide + 0.5).trunc()
+    if interpolation == "bicubic":
+        near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights, reach = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)), 2
+    else:
+        weights, reach = (1 - x).clamp(min=0), 1
+    first, end = (centres - reach * wide + 0.5).trunc(), (centres + reach * wide + 0.5).trunc()
     weights = weights * ((pixels >= first) & (pixels < end))
     return (weights / weights.sum(1, keepdim=True)).to(dtype).to_sparse()
+
+
+def framed(values: Tensor, size: int, *, side: int, mode: ResizeMode, interpolation: Interpolation) -> Tensor:
+    """The middle size x size of images resized to `side`: what libraries say of their weights' input.
+
+    values: [B, C, H, W] float grey levels.  mode: shortest, the shorter side to `side` and the other in proportion;
+    squash, both sides.
+    """
+    height, width = values.shape[-2:]
+    short = min(height, width)
+    target = (side, side) if mode == "squash" else (side * height // short, side * width // short)
+    resized = clean_resize(values, target, interpolation)
+    top, left = (round((have - size) / 2) for have in resized.shape[-2:])
+    return resized[..., top : top + size, left : left + size]
 
 
 def bilinear_resize(values: Tensor, size: int) -> Tensor:

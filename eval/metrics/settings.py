@@ -18,8 +18,8 @@ from diffdistill.eval.metrics.scores import clip_score, diversity, inception_sco
 from diffdistill.eval.metrics.sides import Found, MissingFeaturesError, Sides
 from diffdistill.settings.schema import Positive, PositiveInt, schema
 
-CMMD_LABEL = "clip-vit-l-14-336"
-"""CMMD's CLIP."""
+CMMD_CLIP = ("clip-vit-l-14-336", "openai")
+"""CMMD's CLIP: the features' label, and whose weights."""
 
 
 class Metric(ABC):
@@ -185,7 +185,7 @@ class Cmmd(Metric):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        is_theirs = isinstance(self.features, OpenClip) and self.features.label == CMMD_LABEL
+        is_theirs = isinstance(self.features, OpenClip) and (self.features.label, self.features.pretrained) == CMMD_CLIP
         return ("cmmd" if is_theirs else f"mmd-{self.features.label}",)
 
     def compute(self, sides: Sides) -> Found:

@@ -6,7 +6,8 @@ a value that the machine or the batch size decides, and two results compare only
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -136,13 +137,29 @@ class Protocol:
             raise ValueError(f"num_images = {self.num_images}: is no multiple of {self.labels.num_classes} classes")
 
     @property
+    def is_square(self) -> bool:
+        """Whether every judged image is a square."""
+        shape, how = self.image_shape, self.preparation
+        return how.crop == "centre_square" or how.side is not None or bool(shape and shape[1] == shape[2])
+
+    @property
     def seed_ranges(self) -> tuple[tuple[int, int], ...]:
         """[first, end) of every repeat's image seeds."""
         firsts = (self.first_seed + repeat * self.num_images for repeat in range(self.repeats))
         return tuple((first, first + self.num_images) for first in firsts)
 
-    def resolved(self, *, weights: Mapping[str, str], references: Mapping[str, str]) -> "Protocol":
-        """The same with the SHA-256s of what was really used, by the features' label."""
+    def resolved(
+        self,
+        *,
+        weights: Mapping[str, str],
+        references: Mapping[str, str],
+        features: Mapping[str, Any] = MappingProxyType({}),
+    ) -> "Protocol":
+        """The same with what was really used, by the features' label: SHA-256s, and specifications that say all."""
+        metrics = [replace(m, features=features.get(m.features.label, m.features)) for m in self.metrics]
         return replace(
-            self, weights_sha256=dict(sorted(weights.items())), reference_sha256=dict(sorted(references.items()))
+            self,
+            metrics=tuple(metrics),
+            weights_sha256=dict(sorted(weights.items())),
+            reference_sha256=dict(sorted(references.items())),
         )
