@@ -18,8 +18,13 @@ from conftest import MakeConfig
 from PIL import Image
 
 from diffdistill.commands.cli import app
-from diffdistill.distillation.method import REGISTRY
+from diffdistill.data.registry import DATA
+from diffdistill.distillation.method import METHODS, REGISTRY
+from diffdistill.distillation.rewards import REWARDS
+from diffdistill.eval.features.extractors import FEATURES
 from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.models.teachers.registry import FAMILIES
+from diffdistill.networks.registry import NETWORKS
 from diffdistill.training.config import RunConfig, find_config, load_config
 from diffdistill.training.reports.health import BANDS
 from diffdistill.training.trainer import Trainer
@@ -241,6 +246,16 @@ def test_only_settings_that_exist_have_a_meaning() -> None:
 def test_a_method_has_a_page_with_its_settings(name: str) -> None:
     kind = REGISTRY[name].partition(":")[2]
     assert f"<!-- settings: {kind} -->" in (DOCS / "methods" / f"{name}.md").read_text()
+
+
+def test_a_group_of_entry_points_is_called_what_it_is() -> None:
+    registries = (METHODS, NETWORKS, DATA, FAMILIES, REWARDS, FEATURES)
+    groups, text = {registry.group for registry in registries}, "".join(page.read_text() for page in PAGES)
+    named = re.findall(
+        r"entry point of the group\s`([^`]+)`|^\| \w[\w ]* \| `dd\.register\w*` \| `([^`]+)` \|", text, re.MULTILINE
+    )
+    assert len(named) == len(groups) + 1  # hyper_sd's page names one more
+    assert {first or second for first, second in named} == groups
 
 
 def test_every_health_signal_is_explained() -> None:
