@@ -256,6 +256,9 @@ def build_players(
 
 def check_starts(method: Method, problem: Problem, players: Mapping[str, nn.Module]) -> None:
     """Raise UserError if `starts` names what is no copy, or makes the student another network than its spec's."""
+    for name in problem.teachers:
+        if f"teacher_{name}" in players:
+            raise UserError(f"teachers.{name}: the method has a player teacher_{name} of its own; choose another name")
     copies = [name for name, module in players.items() if isinstance(module, Denoiser)]
     for name, start in problem.starts.items():
         if name not in copies or method.trains_network:

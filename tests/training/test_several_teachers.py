@@ -158,6 +158,18 @@ def test_what_cannot_be_is_refused(
         plan(small_config("dmd2", tmp_path / "run", *DATA_FREE, *given, teacher=quick_teacher), resume=None)
 
 
+def test_a_teacher_does_not_take_a_player_s_name(tmp_path: Path, quick_teacher: Path, sketch: Path) -> None:
+    class Own(TowardsSketches):
+        def players(self, problem: Problem) -> dict[str, nn.Module]:
+            made = super().players(problem)
+            return {**made, "teacher_sketch": made["fake"]}
+
+    config = towards_both(tmp_path / "run", quick_teacher, sketch)
+    object.__setattr__(config, "method", Own(gan_weight=0.0))
+    with pytest.raises(UserError, match=r"teachers.sketch: the method has a player teacher_sketch of its own"):
+        plan(config, resume=None)
+
+
 def test_teachers_that_differ_are_refused(tmp_path: Path, quick_teacher: Path, teacher: Path) -> None:
     flow = ("model.path={name: flow}", "model.predicts=flow")
     Trainer(small_config("pretrain", tmp_path / "flow", "train.steps=1", *flow), quiet=True).run()
