@@ -27,7 +27,7 @@ def give_teacher(denoiser: Any, *, image_shape: tuple[int, ...], sampler: AnySam
             f"teacher: {type(denoiser).__name__} is no Denoiser; say dd.as_denoiser(module, path, predicts) first"
         )
     others = sorted(denoiser.net.accepts - {"label"})
-    if others or denoiser.conditions is not None or denoiser.negative is not None:
+    if others or denoiser.conditions is not None or denoiser.runtime.negative is not None:
         raise UserError(
             f"teacher: the network takes {', '.join(others) or 'prompts'}, which an object lacks; name its folder"
         )
