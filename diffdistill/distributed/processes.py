@@ -4,8 +4,8 @@ Each takes its share of every batch. A process alone tells nobody anything. What
 the first does while the others wait.
 """
 
-import atexit
-import os
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffdistill.distributed.meeting import is_cpu_fleet, meet
 from diffdistill.distributed.stopping import TrainingError
+from diffdistill.settings.schema import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; gloo knows a dead one at once
 REPLICAS = {
     "broadcast_buffers": False,  # they are the same: nothing changes them but what changes them in all
     "find_unused_parameters": True,  # a loss may leave some out, as features do what comes after them
@@ -83,6 +84,34 @@ class Processes:
         """Whether it is the same number in all."""
         return self.largest(number) == -self.largest(-number)
 
+    def check_same(self, facts: Mapping[str, object]) -> None:
+        """Compare what all must have alike, by one hash.  facts: by name, of what JSON knows.
+
+        Raises UserError in all of them, with what differs, and which process has what.
+        """
+        if self.count == 1:
+            return
+        text = json.dumps(facts, sort_keys=True, default=str).encode()
+        if self.agree(int.from_bytes(hashlib.sha256(text).digest()[:7])):
+            return
+        told = [json.loads(one) for one in self._all_texts(text)]
+        listed = []
+        for name in sorted({name for one in told for name in one}):
+            ranks: dict[str, list[int]] = {}
+            for rank, one in enumerate(told):
+                ranks.setdefault(repr(one[name]) if name in one else "nothing", []).append(rank)
+            if len(ranks) > 1:
+                listed.append(f"{name}: " + ", ".join(f"{value} in {_named(who)}" for value, who in ranks.items()))
+        raise UserError("the processes were not started alike:\n  " + "\n  ".join(listed))
+
+    def _all_texts(self, text: bytes) -> list[bytes]:
+        """The texts of all, by rank."""
+        sizes = self.gather(torch.tensor([len(text)], device=self.device)).tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        rows = self.gather(padded.to(self.device)).view(self.count, -1).cpu()
+        return [bytes(row[:size].tolist()) for row, size in zip(rows, sizes, strict=True)]
+
     def ranks_where(self, is_true: bool) -> list[int]:
         """The ranks of the processes that say so."""
         if self.count == 1:
@@ -131,6 +160,11 @@ class Processes:
         return values
 
 
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+    return f"process{'es' * (len(ranks) > 1)} {shown}"
+
+
 def find_processes(device: str = "auto") -> Processes:
     """Those of the launcher that started this process (accelerate launch, torchrun), or this process alone.
 
@@ -139,39 +173,18 @@ def find_processes(device: str = "auto") -> Processes:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    with meeting():
+    def join(patience: timedelta) -> Accelerator:
         # accelerate allows one precision a process, but runs may follow each other in one: autocast is the trainer's.
-        accelerator = Accelerator(
+        return Accelerator(
             mixed_precision="no",
             cpu=device == "cpu" or is_cpu_fleet(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(**REPLICAS)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience), DistributedDataParallelKwargs(**REPLICAS)],
         )
-    if accelerator.num_processes > 1:
-        atexit.register(leave)
+
+    accelerator = meet(join)
     # accelerate numbers CPUs by process, which means nothing and which safetensors refuses.
     own = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     return Processes(own, accelerator.process_index, accelerator.num_processes, accelerator)
-
-
-def leave() -> None:
-    """Close what connects this process with the others: a thread of it that outlives the interpreter aborts."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def is_cpu_fleet() -> bool:
-    """Several processes without a GPU, which are each other's only if accelerate is told that they are on CPUs."""
-    return not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-@contextmanager
-def meeting() -> Iterator[None]:
-    """While open, processes that do not find each other are a TrainingError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:  # ValueError: of environments that are no launcher's
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"the processes do not find each other: {reason}{_stale_hint()}") from error
 
 
 @contextmanager
@@ -188,11 +201,3 @@ def others(advice: str = "The last checkpoint is intact; go on with --resume") -
         if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in LOST):
             raise
         raise TrainingError(f"another process is gone ({reason}). {advice}") from error
-
-
-def _stale_hint() -> str:
-    """torchrun keeps the addresses of processes that it has replaced (pytorch/pytorch#135712)."""
-    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not is_shared or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return ""
-    return ". With --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"

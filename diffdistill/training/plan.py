@@ -23,6 +23,7 @@ from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
+from diffdistill.training.agreement import check_same_inputs, check_same_settings
 from diffdistill.training.config import RunConfig, TrainConfig
 from diffdistill.training.inputs import Inputs, open_inputs
 from diffdistill.training.iteration import Iteration
@@ -160,6 +161,7 @@ def plan(
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     processes = find_processes(train.device)
+    check_same_settings(config, processes)
     start = None if resume is None else find_start(folder, resume)
     state = read_start(start, processes)
     mesh = make_mesh(config, processes)
@@ -174,6 +176,7 @@ def plan(
         str(teacher.source) if teacher else None, {name: str(other.source) for name, other in teachers.items()}
     )
     sha256 = contents_of(sources, initial, start, state)
+    check_same_inputs(inputs.source.key, sha256, processes)
     check_labels(config.method, problem, inputs.source)
     trained, followers = build_players(config, spec, problem, home)
     apply_speed(config.speed, trained, problem.all_teachers, followers, processes.device)

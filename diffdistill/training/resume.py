@@ -14,7 +14,7 @@ from diffdistill.models.places import SHA256, content_of, find_again, is_there
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.settings.values import differences, dump
-from diffdistill.storage.checkpoint import check_checkpoint, list_checkpoints, read_state
+from diffdistill.storage.checkpoint import MANIFEST, check_checkpoint, list_checkpoints, read_state
 from diffdistill.training.config import RunConfig, parse_config
 from diffdistill.training.speed.options import SpeedConfig
 
@@ -72,8 +72,10 @@ def read_start(start: FilePath | None, processes: Processes) -> dict[str, Any] |
 
     Raises UserError where the processes see different ones: each would train on from its own.
     """
-    if not processes.agree(crc32(start.name.encode()) if start else -1):
-        seen = start.name if start else "no checkpoint"
+    manifest = start / MANIFEST if start else None
+    content = manifest.read_bytes() if manifest and manifest.is_file() else b""
+    if not processes.agree(crc32(start.name.encode() + content) if start else -1):
+        seen = f"{start.name} ({crc32(content):08x})" if start else "no checkpoint"
         raise UserError(f"--resume: not all processes see the same checkpoint; this one sees {seen} as the newest")
     if start is None:
         return None

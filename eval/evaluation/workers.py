@@ -1,6 +1,5 @@
 """The processes and the device that share an evaluation's work, through accelerate."""
 
-import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from diffdistill.distributed.processes import PATIENCE, is_cpu_fleet, leave, meeting, others
+from diffdistill.distributed.meeting import is_cpu_fleet, meet
+from diffdistill.distributed.processes import others
 from diffdistill.settings.schema import UserError
 
 T = TypeVar("T")
@@ -42,10 +42,7 @@ def find_workers(device: str = "auto") -> Workers:
 
     if device not in ("auto", "cpu"):
         raise UserError(f"--device {device}: choose from auto, cpu")
-    with meeting():
-        state = PartialState(cpu=device == "cpu" or is_cpu_fleet(), timeout=PATIENCE)
-    if state.num_processes > 1:
-        atexit.register(leave)
+    state = meet(lambda patience: PartialState(cpu=device == "cpu" or is_cpu_fleet(), timeout=patience))
 
     def wait() -> None:
         with others("What was measured so far is kept; give the command again"):

@@ -1,0 +1,127 @@
+"""Processes meet soon or say who is missing, and train only what all of them were told."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakeConfig, small_config
+from support.fleet import run_together
+
+from diffdistill.distributed import meeting
+from diffdistill.distributed.processes import find_processes
+from diffdistill.distributed.stopping import TrainingError
+from diffdistill.eval.evaluation.workers import find_workers
+from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig
+from diffdistill.training.plan import plan
+from diffdistill.training.trainer import Trainer
+
+Find = Callable[[], object]
+
+
+def come_without(missing: int, find: Find) -> tuple[str, float]:
+    """What the others say, and after how long."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(meeting, "MEETING", timedelta(seconds=2))
+        if int(os.environ["RANK"]) == missing:
+            return "", 0.0
+        began = time.monotonic()
+        with pytest.raises(TrainingError) as raised:
+            find()
+        return str(raised.value), time.monotonic() - began
+
+
+@pytest.mark.parametrize("find", [find_processes, find_workers])
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_process_that_does_not_come_is_named(find: Find, missing: int) -> None:
+    told = run_together(3, lambda: come_without(missing, find))
+    for said, seconds in told[:missing] + told[missing + 1 :]:
+        assert said.startswith(f"the processes do not find each other: process {missing} of 3 did not come"), said
+        assert seconds < 20
+    assert any("did not come within 2 s" in said for said, _ in told)
+
+
+def leave_at_once() -> str:
+    """The second process is gone once it has said that it is there."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(meeting, "MEETING", timedelta(seconds=2))
+        if os.environ["RANK"] == "1":
+            meeting._wait_for_all()
+            return ""
+        with pytest.raises(TrainingError) as raised:
+            find_processes("cpu")
+        return str(raised.value)
+
+
+def test_a_process_that_goes_before_they_are_connected_is_not_waited_for() -> None:
+    assert "the processes do not find each other: " in run_together(2, leave_at_once)[0]
+
+
+def test_once_met_they_wait_for_each_other() -> None:
+    def slow() -> int:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(meeting, "MEETING", timedelta(seconds=1))
+            processes = find_processes("cpu")
+            time.sleep(2.0 * processes.rank)
+            return processes.largest(processes.rank)
+
+    assert run_together(2, slow) == [1, 1]
+
+
+def fault(config: RunConfig) -> str:
+    """What is said against these configs of the two processes."""
+    try:
+        plan(config, resume=None)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_were_not_started_alike_are_refused_and_told_why(
+    make_config: MakeConfig, tmp_path: Path, quick_teacher: Path
+) -> None:
+    first, moved, other = make_config("dmd2"), tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(quick_teacher, moved)
+    small = small_config("pretrain", other, "train.steps=1")
+    Trainer(small, quiet=True).run()
+    for number in range(2):
+        pixels = np.full((12, 8, 8, 1), 100 + number, np.uint8)
+        np.savez(tmp_path / f"{number}.npz", images=pixels, labels=np.arange(12) % 10)
+
+    def set_up(*overrides: str, teacher: Path = quick_teacher) -> RunConfig:
+        return small_config("dmd2", Path(first.run), *overrides, teacher=teacher)
+
+    def compare() -> list[str]:
+        is_second = os.environ["RANK"] == "1"
+        data = f"data={{name: npz, path: {tmp_path / f'{int(is_second)}.npz'}, cache: {tmp_path / 'cache'}}}"
+        changed = ("optimizers.default.lr=5e-4", "method.gan_weight=0") if is_second else ()
+        said = [
+            fault(set_up(*changed)),
+            fault(set_up(teacher=other if is_second else quick_teacher)),
+            fault(set_up(data)),
+            fault(set_up(teacher=moved if is_second else quick_teacher)),
+        ]
+        with pytest.MonkeyPatch.context() as patched:
+            if is_second:
+                patched.setattr("diffdistill.training.agreement.code_version", lambda _: "another")
+            said.append(fault(set_up()))
+        return said
+
+    told = run_together(2, compare)
+    assert told[0] == told[1]
+    settings, teachers, data, same, code = told[0]
+    assert settings == (
+        "the processes were not started alike:\n"
+        "  method.gan_weight: 0.03 in process 0, 0.0 in process 1\n"
+        "  optimizers.default.lr: 0.001 in process 0, 0.0005 in process 1"
+    )
+    assert "the weights of teacher: '" in teachers
+    assert "the images, labels and prompts of data: '" in data
+    assert same == ""
+    assert "the code: 'diffdistill " in code
+    assert code.endswith("'another' in process 1")
