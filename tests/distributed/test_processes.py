@@ -223,8 +223,10 @@ def test_what_is_no_fault_of_another_process_is_raised_as_it_is() -> None:
 def test_processes_speak_once_an_update(make_config: MakeConfig) -> None:
     """Micro-batches add up in each process; only the last one's backward pass sends."""
 
+    configs = {size: make_config("pretrain", f"train.micro_batch_size={size}") for size in (1, 4)}
+
     def sent(micro_batch: int) -> int:
-        trainer = Trainer(make_config("pretrain", f"train.micro_batch_size={micro_batch}"), quiet=True)
+        trainer = Trainer(configs[micro_batch], quiet=True)
         (objective,) = trainer.assembly.averaging._wrapped.values()  # type: ignore[attr-defined]
         seen: list[int] = []
 
