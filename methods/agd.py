@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.guidance.check import check_null_condition
 from diffdistill.diffusion.guidance.policies import Recorder
 from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.sampling import AnySampler, Heun
@@ -68,8 +69,7 @@ class AGD(Method):
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
-        if not teacher.net.has_null_condition:
-            raise UserError("teacher: agd needs one trained with class_dropout > 0, for guidance to have a meaning")
+        check_null_condition(teacher, "teacher: agd, which puts w into a network that is not told it,")
         take_weights(student, problem.initial.get("adapted", teacher))
         return {"adapted": student}
 

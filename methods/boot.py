@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import OneCall
 from diffdistill.diffusion.step_random import StepRandom
@@ -72,10 +73,7 @@ class Boot(Method):
             raise UserError(
                 f"method.time_law: must go from {path.t_min:g} to {path.t_max:g}, not {ends[0]:g} to {ends[1]:g}"
             )
-        if self.guidance != (1, 1) and not teacher.net.has_null_condition:
-            raise UserError(
-                f"method.guidance: {list(self.guidance)} needs a teacher trained with class_dropout > 0; use [1, 1]"
-            )
+        check_guidance(teacher, "method.guidance", self.guidance)
         if "generator" in problem.initial:
             return problem.copies("generator")
         assert student is not None

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffdistill.diffusion.guidance.check import check_null_condition
 from diffdistill.diffusion.path import Prediction
 from diffdistill.diffusion.sampling import AnySampler, Heun
 from diffdistill.diffusion.step_random import StepRandom
@@ -55,8 +56,7 @@ class GuidanceDistill(Method):
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method distils one; name a pretrained run")
-        if not teacher.net.has_null_condition:
-            raise UserError("teacher: needs to be trained with class_dropout > 0, for guidance to have a meaning")
+        check_null_condition(teacher, "teacher: guidance_distill, which puts w into a network that is not told it,")
         take_weights(student, problem.initial.get("student", teacher))
         return {"student": student}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance.check import check_guidance, check_null_condition
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
@@ -73,8 +74,10 @@ class MeanFlow(Method):
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method starts from one; name a pretrained run")
-        if (self.guidance, self.kappa) != (1, 0) and not teacher.net.has_null_condition:
-            raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
+        if self.mixes:
+            check_null_condition(teacher, f"method.guidance: {self.guidance} with velocity: data")
+        else:
+            check_guidance(teacher, "method.guidance", self.guidance)
         take_weights(student, problem.initial.get("generator", teacher))
         return {"generator": student}
 

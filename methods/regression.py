@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import teacher_pairs
-from diffdistill.settings.schema import PositiveInt, UserError, field, schema
+from diffdistill.settings.schema import PositiveInt, field, schema
 
 
 @schema
@@ -41,9 +42,10 @@ class Regression(Method):
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
-        if self.guidance != 1 and problem.teacher is not None and not problem.teacher.net.has_null_condition:
-            raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
-        return problem.copies("generator")
+        players = problem.copies("generator")
+        assert problem.teacher is not None
+        check_guidance(problem.teacher, "method.guidance", self.guidance)
+        return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         return teacher_pairs(problem, seed, self.pairs, self.pair_sampler, guidance=self.guidance)

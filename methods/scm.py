@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
@@ -57,8 +58,9 @@ class SCM(Method):
         """Raises UserError where guidance has no meaning to the teacher."""
         players = problem.copies("generator")
         assert problem.teacher is not None
-        if self.guidance != 1 and not (self.keeps_teacher and problem.teacher.net.has_null_condition):
-            raise UserError(f"method.guidance: {self.guidance} needs a teacher trained with class_dropout > 0; use 1")
+        if self.guidance != 1 and not self.keeps_teacher:
+            raise UserError(f"method.guidance: {self.guidance} needs velocity: teacher, which it guides; use 1")
+        check_guidance(problem.teacher, "method.guidance", self.guidance)
         return players | ({"weight": TimeWeight()} if self.adaptive_weight else {})
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:

@@ -135,7 +135,8 @@ class SiD(Method):
         if self.gan_weight and batch.cond.label is not None:
             draw = {**draw, "fake label": batch.cond.label}
         x, cond = fake_sample(players, draw, self.steps)
-        if {self.fake_training_guidance, self.fake_guidance, self.residual_guidance} != {1.0}:
+        is_guided = {self.fake_training_guidance, self.fake_guidance, self.residual_guidance} != {1.0}
+        if is_guided and players.fake.net.has_null_condition:  # others are told w instead
             cond = players.fake.drop_condition(cond, draw["fake is_dropped"])  # so that it knows their law as a whole
         path, t, eps, guidance = players.teacher.path, draw["fake t"], draw["fake eps"], self.fake_training_guidance
         ask = players.fake.with_features if self.gan_weight else players.fake

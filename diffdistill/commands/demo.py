@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 
 from diffdistill.data.pictures import save_grid
+from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.eval.evaluation.digits import Row, bootstrap_floor, evaluate, print_table
 from diffdistill.inference.draw import sample_images
@@ -59,8 +60,7 @@ def evaluate_run(
     model = load_model(place)
     if model.spec.image_shape != (1, 8, 8) or model.spec.num_classes != 10:
         raise UserError(f"{place}: the protocol digits-pixels is for 1 x 8 x 8 images of 10 classes")
-    if guidance != 1 and not model.denoiser.net.has_null_condition:
-        raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
+    check_guidance(model.denoiser, "--guidance", guidance)
     return evaluate(model.denoiser, sampler or model.spec.sampler, name=name or place, guidance=guidance, seed=seed)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.augmentation import augment
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import StepSampler
 from diffdistill.diffusion.step_random import StepRandom
@@ -70,9 +71,7 @@ def start_players(problem: Problem, **guidances: Scale) -> dict[str, nn.Module]:
     copies = problem.copies("generator", "fake")
     assert problem.teacher is not None
     for name, scale in guidances.items():
-        guidance = other_than_one(scale)
-        if guidance is not None and not problem.teacher.takes_guidance:
-            raise UserError(f"method.{name}: {guidance} needs a teacher trained with class_dropout > 0; use 1")
+        check_guidance(problem.teacher, f"method.{name}", scale)
     return copies
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.models.spec import TrainedModel
@@ -44,7 +44,7 @@ def sample_rows(model: TrainedModel, rng: StepRandom, labels: Tensor, *, guidanc
     labels: classes, or numbers of encoded prompts, [B].  Raises UserError on guidance that the model does not know.
     """
     shape = model.spec.image_shape
-    check_guidance(model.denoiser, guidance)
+    check_guidance(model.denoiser, "--guidance", guidance)
     return model.spec.sampler(
         model.denoiser,
         rng.normal("noise", shape),
@@ -52,12 +52,6 @@ def sample_rows(model: TrainedModel, rng: StepRandom, labels: Tensor, *, guidanc
         guidance=guidance,
         fresh_noise=rng.fresh_noise(shape),
     )
-
-
-def check_guidance(denoiser: Denoiser, guidance: Guidance) -> None:
-    """Raise UserError on guidance that the network does not know."""
-    if guidance != 1 and not denoiser.takes_guidance:
-        raise UserError(f"--guidance {guidance}: the model was trained without class dropout; use 1")
 
 
 def check_labels(labels: Sequence[int], classes: Sequence[int], num_classes: int) -> None:

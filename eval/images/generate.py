@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.guidance.policies import AnyPolicy
 from diffdistill.diffusion.sampling import Sampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.images.encoder_and_vae import EncoderAndVAE, WholeSampler
 from diffdistill.eval.protocols.protocol import Labels, Protocol
 from diffdistill.eval.records.record import Cost, ModelRecord, SamplerRecord
-from diffdistill.inference.draw import check_guidance
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
 
@@ -54,7 +54,7 @@ class SampledImages:
             raise UserError(f"{where}: knows {net.num_classes} classes; {protocol.name} is for {classes}")
         if not classes and net.num_classes:
             raise UserError(f"{where}: knows {net.num_classes} classes, but {protocol.name} names no labels")
-        check_guidance(self.denoiser, self.guidance)
+        check_guidance(self.denoiser, "--guidance", self.guidance)
 
     @property
     def sampler_record(self) -> SamplerRecord:

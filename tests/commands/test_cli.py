@@ -271,7 +271,7 @@ def test_guidance_is_refused_where_it_means_nothing(make_config: MakeConfig, tmp
     Trainer(config, quiet=True).run()
     out = tmp_path / "out"
     result = call(verb, config.run, "--guidance", 2, "--out", out)
-    assert_refused(result, "--guidance 2.0: the model was trained without class dropout; use 1")
+    assert_refused(result, "--guidance: 2.0 needs a model trained with class_dropout > 0; use 1")
     assert not out.exists()
 
 

@@ -129,7 +129,7 @@ def test_a_guided_fake_score_learns_the_law_without_classes_too(method: Any, fak
 def test_a_teacher_that_was_never_without_a_class_is_refused(name: str, scale: object) -> None:
     teacher = small_teacher()
     teacher.net.has_null_condition = False
-    with pytest.raises(UserError, match=rf"method.{name}: 2.0 needs a teacher trained with class_dropout"):
+    with pytest.raises(UserError, match=rf"method.{name}: 2.0 needs a model trained with class_dropout"):
         DMD2(**{name: scale}).players(Problem(SHAPE, CLASSES, PATH, teacher=teacher))  # type: ignore[arg-type]
 
 

@@ -273,7 +273,7 @@ def test_the_guided_teacher_is_called_once_with_both_conditions():
 def test_guidance_is_refused_with_a_teacher_that_always_saw_its_class():
     teacher = small_teacher()
     teacher.net.has_null_condition = False
-    with pytest.raises(UserError, match=r"method.guidance: 2.0 needs a teacher trained with class_dropout > 0"):
+    with pytest.raises(UserError, match=r"method.guidance: 2.0 needs a model trained with class_dropout > 0"):
         DMD2(guidance=2.0, gan_weight=0.0).players(Problem(SHAPE, CLASSES, PATH, teacher=teacher))
 
 

@@ -192,5 +192,5 @@ def test_the_ramp_rises_over_the_warm_up(step, ramp):
 
 
 def test_guidance_without_a_meaning_is_refused():
-    with pytest.raises(UserError, match=r"method\.guidance: 2\.0 needs a teacher"):
+    with pytest.raises(UserError, match=r"method\.guidance: 2\.0 needs velocity: teacher, which it guides; use 1"):
         scene(SCM(guidance=2.0, velocity="data"))

@@ -147,5 +147,5 @@ def test_a_sample_keeps_its_class_in_the_image_that_the_fake_score_sees_without(
 def test_a_scale_is_refused_by_name_with_a_teacher_that_always_saw_its_class(name: str) -> None:
     teacher = small_teacher()
     teacher.net.has_null_condition = False
-    with pytest.raises(UserError, match=rf"method.{name}: 2.0 needs a teacher trained with class_dropout > 0"):
+    with pytest.raises(UserError, match=rf"method.{name}: 2.0 needs a model trained with class_dropout > 0"):
         SiD(**{name: 2.0}).players(Problem(SHAPE, CLASSES, PATH, teacher=teacher))
