@@ -1,5 +1,6 @@
 """Images in a folder or a zip, with a caption each."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -13,12 +14,14 @@ from diffdistill.data.captions import (
     read_file,
     read_item,
     read_rows,
-    read_text,
 )
+from diffdistill.data.collection import listed
 from diffdistill.data.decode import Sizing
-from diffdistill.data.files import Listing, list_images, without_common_folders
+from diffdistill.data.files import Listing, list_images
+from diffdistill.data.names import find_name, match_names, nearest
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.text import read_text
 
 FILE_COLUMNS = ("file", "file_name")
 
@@ -58,23 +61,25 @@ class CaptionedImages:
 
     def captions(self) -> Captions:
         """Every image that has a caption. Raises UserError if a hundredth has none, or the captions are no UTF-8."""
-        listing = list_images(FilePath(self.path).expanduser())
+        root = FilePath(self.path).expanduser()
+        listing = list_images(root)
         names = [item.name for item in listing.items]
         if self.captions_file:
-            found, more = self._of_file(listing, names, self.captions_file)
+            found = self._of_file(listing, names, self.captions_file)
         else:
-            found, more = _beside(listing, names, FilePath(self.path).expanduser())
-        items, prompts, notes = paired(listing.items, found, origin=self.path)
+            found = _beside(listing, names, root)
+        items, prompts, notes = paired(listing.items, found.captions, origin=self.path, hint=found.hint)
         if not items:
             raise UserError(f"data.path = {self.path!r}: no image has a caption")
         settings = {"name": self.name, "captions": [self.captions_file, self.caption_column]}
-        return Captions(self.path, tuple(prompts), tuple(items), (*listing.paths, *more), tuple(notes), settings)
+        notes = [*listing.notes(self.path, used=found.used), *found.notes, *notes]
+        files = (*listing.paths, *found.files)
+        return Captions(self.path, tuple(prompts), tuple(items), files, tuple(notes), settings)
 
-    def _of_file(
-        self, listing: Listing, names: list[str], captions_file: str
-    ) -> tuple[list[str | None], list[FilePath]]:
-        """A caption for each image, or None, and the file that they are in."""
-        content, origin, files = _find(listing, FilePath(self.path).expanduser(), captions_file)
+    def _of_file(self, listing: Listing, names: list[str], captions_file: str) -> "_Found":
+        """A caption for each image, or None, from the file that they are in."""
+        root = FilePath(self.path).expanduser()
+        content, origin, files = _find(listing, root, captions_file)
         suffix = FilePath(captions_file).suffix.lower()
         if suffix not in TABLES:
             raise UserError(f"data.captions_file = {captions_file!r}: must end in {', '.join(TABLES)}")
@@ -83,12 +88,26 @@ class CaptionedImages:
             raise UserError(f"{origin}: holds no captions")
         file_column = find_column(rows, None, FILE_COLUMNS, setting="the file's column to `file`", origin=origin)
         caption_column = read_column(rows, self.caption_column, setting="data.caption_column", origin=origin)
-        return _match(rows, names, file_column, caption_column, origin), files
+        inside = [file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)]
+        used = tuple(inside) if files else (find_name(captions_file, listing.others) or captions_file,)
+        return replace(_match(rows, names, file_column, caption_column, origin), files=tuple(files), used=used)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """captions: of each image, or None.  files: that they are in, where on disk; used: of the listing's others.
+    hint: for a message about images that have none."""
+
+    captions: list[str | None]
+    files: tuple[FilePath, ...] = ()
+    used: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    hint: str = ""
 
 
 def _match(
     rows: list[tuple[int, dict[str, Any]]], names: list[str], file_column: str, caption_column: str, origin: str
-) -> list[str | None]:
+) -> _Found:
     captions: dict[str, str] = {}
     for number, row in rows:
         place = f"{origin}, line {number}"
@@ -96,33 +115,35 @@ def _match(
         if file in captions:
             raise UserError(f"{place}: {file!r} stands there twice")
         captions[file] = checked_caption(row.get(caption_column), origin=place)
-    short = without_common_folders(names)
-    return [captions.get(name, captions.get(brief)) for name, brief in zip(names, short, strict=True)]
+    keys, notes = match_names(names, captions, origin=origin)
+    used = set(keys)
+    if unused := [file for file in captions if file not in used]:
+        notes.append(f"{origin}: {len(unused):,} of {len(captions):,} rows name no image: {listed(unused)}")
+    missing = [name for name, key in zip(names, keys, strict=True) if key is None]
+    hint = nearest(missing, captions, used) if missing else ""
+    return _Found([None if key is None else captions[key] for key in keys], notes=tuple(notes), hint=hint)
 
 
 def _find(listing: Listing, root: FilePath, named: str) -> tuple[bytes, str, list[FilePath]]:
     """A table's content and where it is: on disk, below the images' folder, or in their zip."""
-    for file in (FilePath(named).expanduser(), root / named):
+    inside = find_name(named, listing.others)
+    for file in (FilePath(named).expanduser(), root / (inside or named)):
         if file.is_file():
             return read_file(file, setting="data.captions_file"), str(file), [file]
-    if named in listing.others:
-        origin = f"{root}:{named}"
-        return read_item(listing.others[named], origin=origin), origin, []
+    if inside is not None:
+        origin = f"{root}:{inside}"
+        return read_item(listing.others[inside], origin=origin), origin, []
     raise UserError(f"data.captions_file = {named!r}: no such file")
 
 
-def _beside(listing: Listing, names: list[str], root: FilePath) -> tuple[list[str | None], list[FilePath]]:
+def _beside(listing: Listing, names: list[str], root: FilePath) -> _Found:
     """The text of a .txt file beside each image, or None, and those files where they are on disk."""
-    found: list[str | None] = []
-    files: list[FilePath] = []
-    for name in names:
-        beside = name.rpartition(".")[0] + ".txt"
-        item = listing.others.get(beside)
-        if item is None:
-            found.append(None)
-            continue
-        origin = f"{root / beside}"
-        found.append(checked_caption(read_text(read_item(item, origin=origin), origin=origin), origin=origin))
-        if root.is_dir():
-            files.append(root / beside)
-    return found, files
+    beside = [name.rpartition(".")[0] + ".txt" for name in names]
+    keys, notes = match_names(beside, listing.others, origin=str(root), shortens=False)
+    captions: list[str | None] = []
+    for key in keys:
+        origin = f"{root}/{key}"
+        text = None if key is None else read_text(read_item(listing.others[key], origin=origin), origin=origin)
+        captions.append(None if text is None else checked_caption(text, origin=origin))
+    used = tuple(dict.fromkeys(key for key in keys if key is not None))
+    return _Found(captions, tuple(root / key for key in used) if root.is_dir() else (), used, tuple(notes))

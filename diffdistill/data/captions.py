@@ -84,18 +84,6 @@ class Captioned(Protocol):
         ...
 
 
-def read_text(content: bytes, *, origin: str) -> str:
-    """UTF-8, with or without a byte order mark. Raises UserError naming the line of the first byte that is not."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{origin}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; if the file is in another "
-            f"encoding, convert it first, as in: iconv -f latin1 -t utf-8"
-        ) from None
-
-
 def read_file(file: FilePath, *, setting: str = "data.path") -> bytes:
     """A file's bytes. Raises UserError."""
     try:
@@ -136,19 +124,22 @@ def checked_caption(value: object, *, origin: str) -> str:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
-    for number, line in enumerate(text.split("\n"), 1):
+    """The lines that are not blank, with their numbers. Where no line feed is, carriage returns end them."""
+    for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
         if line.strip():
             yield number, line
 
 
 def paired(
-    items: Sequence[Item], captions: Sequence[str | None], *, origin: str
+    items: Sequence[Item], captions: Sequence[str | None], *, origin: str, hint: str = ""
 ) -> tuple[list[Item], list[str], list[str]]:
-    """Images that have a caption, their captions, and what was left out. Raises UserError if that is too many."""
+    """Images that have a caption, their captions, and what was left out. Raises UserError if that is too many.
+
+    hint: for its message.
+    """
     lacking = [item.name for item, caption in zip(items, captions, strict=True) if caption is None]
     if len(lacking) > MAX_UNREADABLE * len(items):
-        raise UserError(f"{origin}: {len(lacking):,} of {len(items):,} images have no caption: {listed(lacking)}")
+        raise UserError(f"{origin}: {len(lacking):,} of {len(items):,} images have no caption: {listed(lacking)}{hint}")
     notes = [f"{origin}: {len(lacking):,} images without a caption are left out: {listed(lacking)}"] if lacking else []
     kept = [(item, caption) for item, caption in zip(items, captions, strict=True) if caption is not None]
     return [item for item, _ in kept], [caption for _, caption in kept], notes

@@ -5,33 +5,51 @@ import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
 
 from diffdistill.data.collection import Item, UnreadableImage, checked_size, listed
 from diffdistill.data.decode import SUFFIXES
+from diffdistill.data.left_out import LeftOut
 from diffdistill.settings.schema import UserError
 
 MAX_UNPACKING = 100
 """An archive may unpack to this many times its size, or to the next constant. Images hardly shrink at all."""
 ALWAYS_ALLOWED_BYTES = 2**30
 
+SYSTEMS_OWN = frozenset(
+    (
+        *("__MACOSX", "@eaDir", "@Recycle", "#recycle", "@Recently-Snapshot", "#snapshot", "$RECYCLE.BIN"),
+        *("System Volume Information", "lost+found"),
+    )
+)
+"""Folders that macOS, Synology, QNAP, Windows and Linux make: thumbnails and deleted files, no images of the set."""
+LINK, HIDDEN, SYSTEMS, NO_FILE, NO_IMAGE = (
+    *("symbolic link", "hidden", "in a folder that a system made", "no regular file", "no image by its name"),
+)
+
 
 @dataclass(frozen=True)
 class Listing:
-    """items: images, sorted by name.  others: files that may hold labels, by name.  ignored: how many of what kind.
+    """items: images, sorted by name.  others: files that may hold labels, by name.  left_out: all other files.
     paths: every file whose change means a change of content."""
 
     items: tuple[Item, ...]
     others: dict[str, Item]
     paths: tuple[FilePath, ...]
-    ignored: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def notes(self, origin: str, *, used: Collection[str] = ()) -> tuple[str, ...]:
+        """What is not used, in a line.  used: which of `others` are."""
+        read = self.others.keys() & set(used)
+        left_out = self.left_out.with_more(NO_IMAGE, (name for name in sorted(self.others) if name not in read))
+        return left_out.notes(origin, used=len(self.items) + len(read))
 
 
 def list_images(path: FilePath, *, setting: str = "data.path") -> Listing:
-    """The images in a folder or a zip; symbolic links, hidden files and __MACOSX are passed over.
+    """The images in a folder or a zip; symbolic links, hidden files and folders that systems make are left out.
 
     setting: where the user named the path, for messages.
     Raises UserError if it is neither, holds no images, or is an archive that must not be trusted.
@@ -43,9 +61,9 @@ def list_images(path: FilePath, *, setting: str = "data.path") -> Listing:
     else:
         raise UserError(f"{setting} = {str(path)!r}: no such folder or file")
     if not listing.items:
-        passed = ", ".join(f"{count} x {kind}" for kind, count in listing.ignored.items())
+        found = listing.left_out.with_more(NO_IMAGE, listing.others)
         known = " ".join(SUFFIXES)
-        raise UserError(f"{setting} = {str(path)!r}: holds no images{passed and f' (passed over: {passed})'}; {known}")
+        raise UserError(f"{setting} = {str(path)!r}: holds no images{f' but {found}' if found.total else ''}; {known}")
     return listing
 
 
@@ -61,35 +79,34 @@ def _list_folder(root: FilePath) -> Listing:
     items: dict[str, Item] = {}
     others: dict[str, Item] = {}
     paths: list[FilePath] = []
-    ignored: Counter[str] = Counter()
-    for path in _walk(root, ignored):
+    left_out = LeftOut()
+    for path in _walk(root, root, left_out):
         name = path.relative_to(root).as_posix()
-        found = items if _is_image(name) else others
+        found = items if is_image(name) else others
         found[name] = Item(name, partial(_read_file, path))
         if found is items:
             paths.append(path)
-        elif path.suffix.lower() != ".csv":
-            ignored["no image by its name"] += 1
-    return Listing(tuple(items[name] for name in sorted(items)), others, tuple(sorted(paths)), ignored)
+    return Listing(tuple(items[name] for name in sorted(items)), others, tuple(sorted(paths)), left_out)
 
 
-def _walk(folder: FilePath, ignored: Counter[str]) -> Iterator[FilePath]:
-    """Regular files below a folder, links not followed."""
+def _walk(root: FilePath, folder: FilePath, left_out: LeftOut, reason: str | None = None) -> Iterator[FilePath]:
+    """Regular files below a folder, links not followed.  reason: why all of them are left out."""
     try:
-        entries = list(os.scandir(folder))
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+        if reason is None:
+            raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+        return left_out.add(reason, folder.relative_to(root).as_posix())
     for entry in entries:
-        if entry.is_symlink():
-            ignored["symbolic link"] += 1
-        elif _is_hidden(entry.name):
-            ignored["hidden"] += 1
-        elif entry.is_dir(follow_symlinks=False):
-            yield from _walk(FilePath(entry.path), ignored)
-        elif entry.is_file(follow_symlinks=False):
-            yield FilePath(entry.path)
+        path = FilePath(entry.path)
+        why = LINK if entry.is_symlink() else reason or _own_reason(entry.name)
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, path, left_out, why)
+        elif why or not entry.is_file(follow_symlinks=False):
+            left_out.add(why or NO_FILE, path.relative_to(root).as_posix())
         else:
-            ignored["no regular file"] += 1
+            yield path
+    return None
 
 
 def _read_file(path: FilePath) -> bytes:
@@ -106,17 +123,16 @@ def _list_zip(path: FilePath, setting: str) -> Listing:
     members = _trusted_members(archive, path)
     items: dict[str, Item] = {}
     others: dict[str, Item] = {}
-    ignored: Counter[str] = Counter()
+    left_out = LeftOut()
     for name, member in members.items():
-        if stat.S_ISLNK(member.external_attr >> 16):
-            ignored["symbolic link"] += 1
-        elif any(_is_hidden(part) for part in name.split("/")):
-            ignored["hidden"] += 1
+        is_link = stat.S_ISLNK(member.external_attr >> 16)
+        why = LINK if is_link else reason_by_name(name)
+        if why:
+            left_out.add(why, name)
         else:
-            found = items if _is_image(name) else others
+            found = items if is_image(name) else others
             found[name] = Item(name, partial(_read_member, archive, member))
-            ignored["no image by its name"] += found is others and not name.lower().endswith(".csv")
-    return Listing(tuple(items[name] for name in sorted(items)), others, (path,), +ignored)
+    return Listing(tuple(items[name] for name in sorted(items)), others, (path,), left_out)
 
 
 def _trusted_members(archive: zipfile.ZipFile, path: FilePath) -> dict[str, zipfile.ZipInfo]:
@@ -162,9 +178,16 @@ def _escapes(name: str) -> bool:
     return ".." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", name) is not None
 
 
-def _is_hidden(part: str) -> bool:
-    return part.startswith(".") or part == "__MACOSX"
+def _own_reason(part: str) -> str | None:
+    """Why a file or folder of this name is left out."""
+    return HIDDEN if part.startswith(".") else SYSTEMS if part in SYSTEMS_OWN else None
 
 
-def _is_image(name: str) -> bool:
+def reason_by_name(name: str) -> str | None:
+    """Why a file is left out, for its name or that of a folder it is in."""
+    return next(filter(None, map(_own_reason, name.split("/"))), None)
+
+
+def is_image(name: str) -> bool:
+    """Whether a name ends as those of images do."""
     return name.lower().endswith(SUFFIXES)

@@ -1,5 +1,6 @@
 """Data sets of the `datasets` library: by hub name, saved to disk, or a folder of images as it reads them."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path as FilePath
@@ -16,9 +17,13 @@ from diffdistill.data.collection import (
     numbered_classes,
 )
 from diffdistill.data.decode import Sizing
+from diffdistill.data.files import NO_IMAGE, is_image, reason_by_name
+from diffdistill.data.left_out import LeftOut
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import PositiveInt, UserError, schema
+
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @schema
@@ -107,7 +112,26 @@ class HuggingFace:
         if not len(encoded):
             raise UserError(f"data.path = {self.path!r}: the split {self.split!r} is empty")
         is_lasting = _is_held(encoded[0][self.image_column], FilePath(self.path).expanduser())
-        return Collection(self.path, _items(read, len(encoded)), classes, is_lasting=is_lasting)
+        notes = self._unused(encoded)
+        return Collection(self.path, _items(read, len(encoded)), classes, notes, is_lasting=is_lasting)
+
+    def _unused(self, encoded: Any) -> tuple[str, ...]:
+        """Notes of a folder's files that are of no row, and of images that are of one and should hardly be."""
+        folder = FilePath(self.path).expanduser()
+        if not folder.is_dir() or _is_saved(folder):
+            return ()
+        cells = encoded.with_format("arrow")[self.image_column].to_pylist()
+        rows = {os.path.relpath(cell["path"], folder.absolute()) for cell in cells if cell["path"]}
+        left_out, strange = LeftOut(), LeftOut()
+        for file in sorted(file for file in folder.rglob("*") if not file.is_dir() or file.is_symlink()):
+            name = file.relative_to(folder).as_posix()
+            why = reason_by_name(name)
+            if name in rows and why:
+                strange.add(why, name)
+            elif name not in rows and file.name not in METADATA_FILES:
+                left_out.add(why or (f"of no row of {self.split}" if is_image(name) else NO_IMAGE), name)
+        notes = (f"{self.path}: `datasets` takes for images of the set: {strange}",) if strange.total else ()
+        return (*notes, *left_out.notes(self.path, used=len(rows)))
 
     def _encoded(self, rows: Any, datasets: Any) -> Any:
         """The column of images alone, as files. Raises UserError if there is none."""
@@ -122,7 +146,7 @@ class HuggingFace:
         """The split. Nothing of a data set is ever run as a program."""
         folder = FilePath(self.path).expanduser()
         try:
-            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            if _is_saved(folder):
                 opened = datasets.load_from_disk(str(folder))
                 return self._choose_split(opened, datasets)
             if folder.is_dir():
@@ -169,6 +193,11 @@ def _library() -> Any:
     except ImportError:
         raise UserError("the `datasets` library is missing: pip install 'diffdistill[data]'") from None
     return datasets
+
+
+def _is_saved(folder: FilePath) -> bool:
+    """Whether save_to_disk wrote a folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _items(read: Callable[[int], bytes], count: int) -> tuple[Item, ...]:

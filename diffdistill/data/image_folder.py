@@ -6,12 +6,16 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Literal
 
-from diffdistill.data.collection import Classes, Collection, UnreadableImage, listed, numbered_classes
+from diffdistill.data import cache as kept
+from diffdistill.data.captions import read_file, read_item
+from diffdistill.data.collection import Classes, Collection, listed, numbered_classes
 from diffdistill.data.decode import Sizing
 from diffdistill.data.files import Listing, list_images, without_common_folders
+from diffdistill.data.names import find_name, match_names, nearest
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.text import read_text
 
 CSV_COLUMNS = ("file", "label")
 
@@ -40,15 +44,23 @@ class ImageFolder:
 
     def load(self) -> MappedImages:
         """The prepared images. Raises UserError if there are none, or too many cannot be read."""
-        listing = list_images(FilePath(self.path).expanduser())
-        files = [*listing.paths, *([found] if (found := self._labels_on_disk()) else [])]
-        return load_prepared(
+        root = FilePath(self.path).expanduser()
+        listing = list_images(root)
+        on_disk, inside = self._find_labels(listing)
+        images = load_prepared(
             {"name": self.name, "labels": self.labels, "labels_file": self.labels_file},
             partial(self._collect, listing),
-            files=files,
+            files=[*listing.paths, *([on_disk] if on_disk else [])],
             sizing=Sizing(self.resolution, self.channels),
             cache=self.cache,
         )
+        if on_disk is not None:
+            inside = on_disk.relative_to(root).as_posix() if on_disk.is_relative_to(root) else None
+        notes = listing.notes(self.path, used=() if inside is None else (inside,))
+        for note in notes:
+            kept.warn(note)
+        images.notes = (*notes, *images.notes)
+        return images
 
     def _collect(self, listing: Listing) -> Collection:
         names = [item.name for item in listing.items]
@@ -59,30 +71,27 @@ class ImageFolder:
         elif self.labels == "csv":
             text, origin = self._labels_text(listing)
             classes, notes = classes_of_csv(names, text, origin=origin)
-        if links := listing.ignored["symbolic link"]:
-            notes = [*notes, f"{self.path}: {links:,} symbolic links are passed over"]
         return Collection(self.path, listing.items, classes, tuple(notes))
 
-    def _labels_on_disk(self) -> FilePath | None:
-        file = FilePath(self.labels_file).expanduser() if self.labels_file else None
-        inside = FilePath(self.path).expanduser() / self.labels_file if self.labels_file else None
-        return next((found for found in (file, inside) if found and found.is_file()), None)
+    def _find_labels(self, listing: Listing) -> tuple[FilePath | None, str | None]:
+        """Where `labels_file` is: on disk, and by its name among the images."""
+        if self.labels_file is None:
+            return None, None
+        inside = find_name(self.labels_file, listing.others)
+        places = (FilePath(self.labels_file), FilePath(self.path) / (inside or self.labels_file))
+        return next((found for place in places if (found := place.expanduser()).is_file()), None), inside
 
     def _labels_text(self, listing: Listing) -> tuple[str, str]:
         """The CSV file's text, and where it was found."""
-        assert self.labels_file is not None
-        found, inside = self._labels_on_disk(), listing.others.get(self.labels_file)
-        if not found and not inside:
-            csvs = [name for name in listing.others if name.lower().endswith(".csv")]
-            among = f"; among the images there is {listed(csvs)}" if csvs else ""
-            raise UserError(f"data.labels_file = {self.labels_file!r}: no such file{among}")
-        origin = str(found or f"{self.path}:{self.labels_file}")
-        try:
-            content = found.read_bytes() if found else inside.read()  # type: ignore[union-attr]
-            assert isinstance(content, bytes)
-            return content.decode("utf-8-sig"), origin
-        except (OSError, UnicodeDecodeError, UnreadableImage) as error:
-            raise UserError(f"{origin}: cannot be read: {error}") from None
+        found, inside = self._find_labels(listing)
+        origin = str(found or f"{self.path}:{inside}")
+        if found:
+            return read_text(read_file(found, setting="data.labels_file"), origin=origin), origin
+        if inside:
+            return read_text(read_item(listing.others[inside], origin=origin), origin=origin), origin
+        csvs = [name for name in listing.others if name.lower().endswith(".csv")]
+        among = f"; among the images there is {listed(csvs)}" if csvs else ""
+        raise UserError(f"data.labels_file = {self.labels_file!r}: no such file{among}")
 
 
 def classes_of_folders(names: list[str], *, origin: str) -> Classes:
@@ -97,14 +106,14 @@ def classes_of_folders(names: list[str], *, origin: str) -> Classes:
 def classes_of_csv(names: list[str], text: str, *, origin: str) -> tuple[Classes, list[str]]:
     """Labels by file name, and what the user should know. Raises UserError unless every image has just one."""
     labels = _rows_of_csv(text, origin)
-    short = without_common_folders(names)
-    found = [labels.get(name, labels.get(brief)) for name, brief in zip(names, short, strict=True)]
-    missing = [name for name, label in zip(names, found, strict=True) if label is None]
+    rows, notes = match_names(names, labels, origin=origin)
+    missing = [name for name, row in zip(names, rows, strict=True) if row is None]
     if missing:
-        raise UserError(f"{origin}: {len(missing):,} of {len(names):,} images have no label: {listed(missing)}")
-    unused = sorted(labels.keys() - set(names) - set(short))
-    notes = [f"{origin}: {len(unused):,} rows name files that are not there: {listed(unused)}"] if unused else []
-    return numbered_classes([label for label in found if label is not None], origin=origin), notes
+        has = nearest(missing, labels, set(rows))
+        raise UserError(f"{origin}: {len(missing):,} of {len(names):,} images have no label: {listed(missing)}{has}")
+    if unused := sorted(labels.keys() - set(rows) - set(without_common_folders(names))):
+        notes.append(f"{origin}: {len(unused):,} rows name files that are not there: {listed(unused)}")
+    return numbered_classes([labels[row] for row in rows if row is not None], origin=origin), notes
 
 
 def _rows_of_csv(text: str, origin: str) -> dict[str, str]:

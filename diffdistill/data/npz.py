@@ -1,6 +1,7 @@
 """Arrays in a .npz file."""
 
 import zipfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.collection import Classes, Collection, Item, checked_classes
+from diffdistill.data.collection import Classes, Collection, Item, checked_classes, listed
 from diffdistill.data.decode import Sizing
 from diffdistill.data.files import check_unpacked_size
 from diffdistill.data.prepare import load_prepared
@@ -45,10 +46,10 @@ class Npz:
         )
 
     def _collect(self, file: FilePath) -> Collection:
-        images, labels = _read(file)
+        images, labels, others = _read(file)
         images = channels_last(images, origin=self.path, layout=self.layout)
         classes = None if labels is None else _classes(labels, len(images), origin=self.path)
-        return Collection(self.path, array_items(images), classes)
+        return Collection(self.path, array_items(images), classes, arrays_left_out(others, origin=self.path))
 
 
 def channels_last(
@@ -74,15 +75,24 @@ def array_items(images: NDArray[np.uint8]) -> tuple[Item, ...]:
     return tuple(Item(str(number), partial(images.__getitem__, number)) for number in range(len(images)))
 
 
-def _read(file: FilePath) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """`images` and `labels`. Raises UserError if the file is damaged, a bomb, or not of this kind."""
+def arrays_left_out(names: Sequence[str], *, origin: str) -> tuple[str, ...]:
+    """A note of the arrays of a file that are not used."""
+    return (f"{origin}: arrays that are not used: {listed(sorted(names), most=8)}",) if names else ()
+
+
+def _read(file: FilePath) -> tuple[NDArray[Any], NDArray[Any] | None, list[str]]:
+    """`images`, `labels`, and the names of other arrays.
+
+    Raises UserError if the file is damaged, a bomb, or not of this kind.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             check_unpacked_size(archive, file)
         with np.load(file, allow_pickle=False) as arrays:
             if "images" not in arrays:
                 raise UserError(f"{file}: has the arrays {', '.join(sorted(arrays)) or 'none'}; it needs `images`")
-            return arrays["images"], arrays.get("labels")
+            others = [name for name in arrays.files if name not in ("images", "labels")]
+            return arrays["images"], arrays.get("labels"), others
     except UserError:
         raise
     except Exception as error:  # a damaged zip, a pickle, a header that asks for more than there is

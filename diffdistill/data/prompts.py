@@ -11,11 +11,11 @@ from diffdistill.data.captions import (
     read_column,
     read_file,
     read_rows,
-    read_text,
 )
 from diffdistill.data.decode import Sizing
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import UserError, schema
+from diffdistill.settings.text import read_text
 
 
 @schema

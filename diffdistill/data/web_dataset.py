@@ -11,11 +11,13 @@ from glob import glob, has_magic
 from pathlib import Path as FilePath
 from typing import Literal
 
-from diffdistill.data.captions import COLUMNS, Captions, checked_caption, paired, read_item, read_rows, read_text
+from diffdistill.data.captions import COLUMNS, Captions, checked_caption, paired, read_item, read_rows
 from diffdistill.data.collection import Item, UnreadableImage, checked_size, is_minority, shown
-from diffdistill.data.decode import Sizing
+from diffdistill.data.decode import SUFFIXES, Sizing
+from diffdistill.data.left_out import LeftOut
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.text import read_text
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 MAX_SHARDS = 1_000_000
@@ -80,34 +82,54 @@ class WebDataset:
 
         Raises UserError on shards that are missing or may not be read, and if more than half are damaged.
         """
-        shards = find_shards(self.path)
+        left_out = LeftOut()
+        shards = find_shards(self.path, left_out)
         items: list[Item] = []
         found: list[str | None] = []
         damaged: list[str] = []
         for shard in shards:
+            unused = LeftOut()
             try:
-                pairs = list(self._pairs(shard))
+                pairs = list(self._pairs(shard, unused))
             except DamagedShard as error:
                 damaged.append(f"{shown(shard.name)} ({error})")
                 continue
+            left_out.merge(unused)
             items += [item for item, _ in pairs]
             found += [caption for _, caption in pairs]
-        left_out = _left_out(self.path, damaged, len(shards))
+        notes = _without_damaged(self.path, damaged, len(shards))
         if not items:
-            raise UserError(f"data.path = {self.path!r}: no sample has an image ({', '.join(IMAGE_ENDINGS)})")
-        kept, prompts, notes = paired(items, found, origin=self.path)
-        notes = [*left_out, *notes]
+            has = f", but {left_out}" if left_out.total else ""
+            raise UserError(f"data.path = {self.path!r}: no sample has an image ({', '.join(IMAGE_ENDINGS)}){has}")
+        kept, prompts, lacking = paired(items, found, origin=self.path)
+        used = len(items) + sum(caption is not None for caption in found)
+        notes += [*left_out.notes(self.path, used=used), *lacking]
         settings = {"name": self.name, "captions": [self.captions_ending, self.caption_column]}
         return Captions(self.path, tuple(prompts), tuple(kept), tuple(shards), tuple(notes), settings)
 
-    def _pairs(self, shard: FilePath) -> Iterator[tuple[Item, str | None]]:
+    def _pairs(self, shard: FilePath, left_out: LeftOut) -> Iterator[tuple[Item, str | None]]:
         """A shard's images, with the caption of each if it has one. Raises as `samples_of`."""
-        for sample in samples_of(shard):
-            image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
-            if image is not None:
-                text = sample.get(self.captions_ending)
+        for sample in samples_of(shard, left_out):
+            ending = next((ending for ending in IMAGE_ENDINGS if ending in sample), None)
+            used = (ending, self.captions_ending) if ending else ()
+            for other, member in sample.items():
+                if other not in used:
+                    left_out.add(self._why_not(other), member.name)
+            if ending is not None:
+                text, image = sample.get(self.captions_ending), sample[ending]
                 item = Item(f"{shard.name}:{image.name}", image.read, part=str(shard))
                 yield item, None if text is None else self._caption(text)
+
+    def _why_not(self, ending: str) -> str:
+        """Why a member of this ending is not used."""
+        _, dot, last = ending.rpartition(".")
+        if dot and last in (*IMAGE_ENDINGS, self.captions_ending):
+            return "of a name with dots, whose ending begins at the first dot"
+        if f".{last}" in SUFFIXES and ending not in IMAGE_ENDINGS:
+            return "an image of a format that is not looked for"
+        if ending == self.captions_ending:
+            return "a caption without an image"
+        return f"a second image of its sample (.{ending})" if ending in IMAGE_ENDINGS else "of another ending"
 
     def _caption(self, member: Member) -> str:
         """Raises DamagedShard on what is no UTF-8 or no JSON, UserError on what is no caption."""
@@ -127,11 +149,16 @@ class WebDataset:
         return checked_caption(row[1][column], origin=origin)
 
 
-def find_shards(path: str) -> list[FilePath]:
-    """The tar files that a path means, in order. Raises UserError if one is missing."""
+def find_shards(path: str, left_out: LeftOut) -> list[FilePath]:
+    """The tar files that a path means, in order. Raises UserError if one is missing.
+
+    left_out: told what else a folder holds.
+    """
     place = FilePath(path).expanduser()
     if place.is_dir():
         found = sorted(place.glob("*.tar"))
+        for other in sorted(set(place.iterdir()) - set(found)):
+            left_out.add("beside the shards, and no .tar", f"{other.name}/" if other.is_dir() else other.name)
     elif BRACES.search(str(place)):
         found = [FilePath(name) for name in _expanded(str(place))]
     elif has_magic(str(place)):
@@ -144,9 +171,10 @@ def find_shards(path: str) -> list[FilePath]:
     return found
 
 
-def samples_of(shard: FilePath) -> Iterator[dict[str, Member]]:
+def samples_of(shard: FilePath, left_out: LeftOut) -> Iterator[dict[str, Member]]:
     """The samples of a shard by the ending of each member: a name's part behind the first dot.
 
+    left_out: told the members that are of no sample.
     Raises DamagedShard, perhaps after some samples, and UserError if the file is not there or may not be read.
     """
     key: str | None = None
@@ -154,16 +182,21 @@ def samples_of(shard: FilePath) -> Iterator[dict[str, Member]]:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                if not member.isreg() or member.issparse():
-                    continue  # folders, links and devices hold no data
+                if not member.isreg() or member.issparse():  # they hold no data, or not in one piece
+                    if not member.isdir():
+                        left_out.add("symbolic link" if member.issym() else "no regular file", member.name)
+                    continue
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, ending = base.partition(".")
                 if not dot or not stem:
+                    left_out.add("hidden" if dot else "of a name without an ending", member.name)
                     continue
                 if key != f"{folder}/{stem}":
                     if sample:
                         yield sample
                     key, sample = f"{folder}/{stem}", {}
+                if ending.lower() in sample:
+                    left_out.add("the first of two with one ending in a sample", sample[ending.lower()].name)
                 sample[ending.lower()] = Member(shard, member.name, member.offset_data, member.size)
             end = archive.offset
         _check_end(shard, end)
@@ -186,7 +219,7 @@ def _check_end(shard: FilePath, end: int) -> None:
                 raise DamagedShard(f"neither a header nor the end at byte {end:,}")
 
 
-def _left_out(origin: str, damaged: list[str], total: int) -> list[str]:
+def _without_damaged(origin: str, damaged: list[str], total: int) -> list[str]:
     """A note of the shards that are not used. Raises UserError if they are too many."""
     if not damaged:
         return []

@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from diffdistill.settings.faults import UserError, short, told
+from diffdistill.settings.text import why_not_utf8
 
 T = TypeVar("T")
 
@@ -88,8 +89,10 @@ def read_yaml(file: str | FilePath) -> dict[str, Any]:
     """A YAML mapping. Raises UserError if the file is missing, unreadable or not a mapping."""
     try:
         text = FilePath(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: {why_not_utf8(error)}") from None
     data = parse_yaml(text, origin=str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}: must be a mapping of settings, not {type(data).__name__}")

@@ -25,7 +25,7 @@ from torch import Tensor
 from diffdistill.data.collection import Item, UnreadableImage, listed, shown
 from diffdistill.data.decode import Sizing, decode
 from diffdistill.data.files import check_unpacked_size, list_images
-from diffdistill.data.npz import array_items, channels_last
+from diffdistill.data.npz import array_items, arrays_left_out, channels_last
 from diffdistill.data.source import ImageSource, MappedImages
 from diffdistill.eval.images.preparation import prepare
 from diffdistill.eval.protocols.protocol import Preparation
@@ -60,7 +60,7 @@ class ImageFiles:
     """Images in files, sorted by name; the next ones are decoded while these are used.
 
     channels: 1 for grey, 3 for RGB.  is_judged: files that have lost what JPEG loses are refused unless the
-    preparation names them; real images may come as they are.
+    preparation names them; real images may come as they are.  left_out: what of the place is not used, in lines.
     """
 
     origin: str
@@ -68,6 +68,7 @@ class ImageFiles:
     preparation: Preparation
     channels: int = 3
     is_judged: bool = True
+    left_out: tuple[str, ...] = ()
     _noted: Counter[str] = field(default_factory=Counter)
     _ahead: dict[int, Future[Tensor]] = field(default_factory=dict)
 
@@ -91,7 +92,7 @@ class ImageFiles:
     @property
     def notes(self) -> str:
         parts = [f"{count:,} are {note}" for note, count in sorted(self._noted.items())]
-        return f"{self.origin}: {'; '.join(parts)}" if parts else ""
+        return "; ".join([*self.left_out, *([f"{self.origin}: {'; '.join(parts)}"] if parts else [])])
 
     @cached_property
     def sha256(self) -> str:
@@ -173,13 +174,15 @@ def open_images(
     """
     path = FilePath(place).expanduser()
     if path.suffix.lower() == ".npz" and path.is_file():
-        images = _array(path)
+        images, others = _array(path)
+        left_out = arrays_left_out(others, origin=str(place))
         layout: Literal["NHWC", "NCHW"] = "NHWC" if images.shape[-1:] in ((1,), (3,)) else "NCHW"
         items = array_items(channels_last(images, origin=str(place), layout=layout))
     else:
-        items = list_images(path, setting="images").items
+        listing = list_images(path, setting="images")
+        items, left_out = listing.items, listing.notes(str(place))
         _refuse_two_formats(str(place), [item.name for item in items], is_judged=is_judged)
-    return ImageFiles(str(place), items, preparation, channels, is_judged)
+    return ImageFiles(str(place), items, preparation, channels, is_judged, left_out)
 
 
 def is_lossy(content: bytes) -> bool:
@@ -198,8 +201,8 @@ def _refuse_two_formats(origin: str, names: list[str], *, is_judged: bool) -> No
         raise UserError(f"{origin}: holds images of more than one format ({found}), such as {listed(first, most=1)}")
 
 
-def _array(file: FilePath) -> NDArray[Any]:
-    """The images of a .npz file, mapped from the disk where they are not compressed.
+def _array(file: FilePath) -> tuple[NDArray[Any], list[str]]:
+    """The images of a .npz file, mapped from the disk where they are not compressed, and the other arrays' names.
 
     Raises UserError if the file is damaged, a bomb, or has no images.
     """
@@ -212,12 +215,13 @@ def _array(file: FilePath) -> NDArray[Any]:
                 raise UserError(
                     f"{file}: has the arrays {listed(names, most=8) or 'none'}; it needs `images` or `arr_0`"
                 )
+            others = [name for name in names if name != key]
             info = archive.getinfo(f"{key}.npy")
             if info.compress_type == zipfile.ZIP_STORED:
-                return _mapped(file, info)
+                return _mapped(file, info), others
         with np.load(file, allow_pickle=False) as arrays:
             images: NDArray[Any] = arrays[key]
-            return images
+            return images, others
     except UserError:
         raise
     except Exception as error:  # a damaged zip, a pickle, a header that asks for more than there is

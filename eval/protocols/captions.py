@@ -4,12 +4,14 @@ Unlike those that a run is fed with (`diffdistill.data.captions`) they are taken
 who measure by the protocol judge the same text.
 """
 
+import codecs
 import hashlib
 from dataclasses import replace
 from pathlib import Path as FilePath
 
 from diffdistill.eval.protocols.protocol import Captions, Protocol
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.text import read_text
 
 
 def read_captions(
@@ -28,9 +30,11 @@ def read_captions(
         raise UserError(f"protocol {protocol.name}: give its captions: {setting} FILE ({protocol.captions.name})")
     try:
         content = FilePath(file).expanduser().read_bytes()
-        lines = content.decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    lines = read_text(content, origin=file).splitlines()
+    if content.startswith(codecs.BOM_UTF8):
+        raise UserError(f"{file}: begins with a byte order mark, which is no part of caption 1; write it without one")
     _check(protocol.captions, file, content, lines)
     known = replace(protocol.captions, sha256=hashlib.sha256(content).hexdigest())
     return replace(protocol, captions=known), lines

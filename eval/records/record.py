@@ -21,6 +21,7 @@ from diffdistill.eval.metrics.settings import better
 from diffdistill.settings.links import open_plain
 from diffdistill.settings.lock import hold
 from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, field, schema
+from diffdistill.settings.text import why_not_utf8
 from diffdistill.settings.values import dump, validate
 from diffdistill.storage.atomic import naming
 
@@ -223,8 +224,10 @@ def read_records(file: str | FilePath) -> list[Record]:
     """
     try:
         text = FilePath(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: {why_not_utf8(error)}") from None
     lines = enumerate(text.split("\n"), start=1)
     return [parse_record(line, origin=f"{file}, line {number}") for number, line in lines if line.strip()]
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffdistill.data import CaptionedImages, HuggingFace, Prompts, WebDataset
 from diffdistill.data.captions import Captions
+from diffdistill.data.left_out import LeftOut
 from diffdistill.data.web_dataset import find_shards
 from diffdistill.settings.schema import UserError
 
@@ -191,7 +192,7 @@ def test_a_table_of_captions_that_does_not_fit_is_refused(change: dict[str, Any]
 def test_shards_that_are_missing_compressed_or_cut_off_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "00.tar", samples(0, 2))
     with pytest.raises(UserError, match=r"no such file: .*01.tar"):
-        find_shards(f"{tmp_path}/{{00..01}}.tar")
+        find_shards(f"{tmp_path}/{{00..01}}.tar", LeftOut())
     write_tar(tmp_path / "z.tar", samples(0, 2), "w:gz")
     with pytest.raises(
         UserError, match=r"more than half: z.tar \(not a tar that can be read \(compressed ones are not\)"
@@ -202,7 +203,7 @@ def test_shards_that_are_missing_compressed_or_cut_off_are_named(tmp_path: Path)
     with pytest.raises(UserError, match=r"1 of 1 shards are damaged, .*: cut.tar \(cut off: it has no end\)"):
         WebDataset(path=str(tmp_path / "cut.tar")).captions()
     with pytest.raises(UserError, match="names 900,000,000,000 shards"):
-        find_shards("x{0..899999999999}.tar")
+        find_shards("x{0..899999999999}.tar", LeftOut())
 
 
 def test_nothing_of_a_shard_is_unpacked_and_its_links_are_passed_over(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def test_labels_that_are_numbers_stay_as_they_are(folder: Path, tmp_path: Path) 
         (b"", r"needs the columns"),
         (b"file,label\na.png,1\na.png,2\n", r"line 3: a\.png stands there twice"),
         (b"file,label\nother.png,1\n", r"20 of 20 images have no label"),
-        (b"file,label\n\xff\xfe,1\n", r"cannot be read"),
+        (b"file,label\n\xff\xfe,1\n", r"line 2: byte 0xff is not UTF-8"),
         (b'file,label\n"torn,1\n', r"unexpected end of data"),
     ],
 )

@@ -97,7 +97,7 @@ def empty_folder(root: Path) -> Path:
     return root / "f"
 
 
-@hostile("folder of links", r"holds no images \(passed over: 20 x symbolic link\)")
+@hostile("folder of links", r"holds no images but 20 x symbolic link \(000.png, 001.png, 002.png, ...\)")
 def links(root: Path) -> Path:
     outside, inside = write_folder(root / "outside", grey()), root / "f"
     inside.mkdir()

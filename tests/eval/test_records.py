@@ -76,7 +76,7 @@ def test_what_is_no_record_is_refused_by_file_and_line(line: str, said: str, tmp
 
 def test_a_file_that_is_not_text_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"records\.jsonl: byte 0xff is not UTF-8"):
         read_records(tmp_path / "records.jsonl")
 
 

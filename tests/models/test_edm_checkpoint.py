@@ -1,15 +1,19 @@
 """EDM's checkpoints: the same pixels as EDM's own networks, and a pickle that can do nothing."""
 
+import gzip
 import os
 import pickle
 import pickletools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.edm_pickles import ARGUMENTS, SHAPE, Persistent, network_of, waves, write_checkpoint
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -221,6 +225,26 @@ def test_odd_opcodes_are_refused_by_name(content: bytes, said: str, file: Path) 
     file.write_bytes(content)
     with pytest.raises(Refused, match=said):
         read_edm(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "said"),
+    [
+        ("training-state-000000.pt", partial(torch.save, {"net": {}}), r"a zip, .*training-state-.* network-snapshot-"),
+        ("old.pt", partial(torch.save, {}, _use_new_zipfile_serialization=False), r"before PyTorch 1\.6"),
+        ("a.safetensors", partial(save_file, {"a": torch.ones(2)}), "a safetensors file"),
+        ("a.pkl.gz", lambda file: file.write_bytes(gzip.compress(b"a pickle")), "a gzip file; unpack"),
+        ("a.pkl", lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
+        ("b.pkl", lambda file: file.write_text("<!DOCTYPE html>"), "a web page"),
+        ("a.npy", lambda file: np.save(file, np.zeros(3)), "a NumPy array"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_as_what_it_is(
+    name: str, write: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    with pytest.raises(Refused, match=f"no bare pickle but .*{said}"):
+        read_edm(tmp_path / name)
 
 
 def test_no_opcode_imports_or_calls(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

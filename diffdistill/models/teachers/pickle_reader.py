@@ -23,6 +23,19 @@ MAX_NUMBER_BYTES = 64
 MAX_TEXT_BYTES = 2**24
 MAX_BYTES = 8 * 2**30
 
+OTHER_KINDS = {
+    b"PK\x03\x04": "a zip, as torch.save writes it. Beside EDM's training-state-*.pt, which this may be, lies "
+    "network-snapshot-*.pkl: give that",
+    b"\x1f\x8b": "a gzip file; unpack it first",
+    b"<": "a web page, of a download that went wrong, say",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself: git lfs pull",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j": "what torch.save wrote before PyTorch 1.6; give EDM's network-snapshot-*.pkl",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+"""By how a file begins, what it is in place of a pickle of EDM's."""
+LONGEST_MAGIC = 32
+
 Build = Callable[..., Any]
 
 
@@ -65,10 +78,19 @@ def read_pickle(file: FilePath, *, calls: Mapping[tuple[str, str], Build], recor
         with file.open("rb") as handle:
             if not 0 < size <= MAX_BYTES:
                 raise Refused(f"{file}: {size:,} bytes; pickles of 1 byte to {MAX_BYTES // 2**30} GiB are read")
+            if kind := other_kind(handle.read(LONGEST_MAGIC)):
+                raise Refused(f"{file}: no bare pickle but {kind}")
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Machine(str(file), calls, records).run(content)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def other_kind(head: bytes) -> str | None:
+    """What a file is that is taken for a pickle, by its first bytes; None where they do not say."""
+    if head[8:10] == b'{"' and not head.startswith(b"\x80"):
+        return "a safetensors file"
+    return next((kind for magic, kind in OTHER_KINDS.items() if head.startswith(magic)), None)
 
 
 class _Machine:
