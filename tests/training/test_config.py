@@ -118,7 +118,7 @@ BAD_YAML = [
     ("data: {1: x}", ["not valid YAML", "1 is not a name"]),
     ("- run", ["must be a mapping of settings, not list"]),
     ("", ["must be a mapping of settings, not NoneType"]),
-    ("run: \xff", ["cannot be read", "utf-8"]),
+    ("run: \xff", ["0xff is not UTF-8"]),
     ("run: x", ["3 faults", "method: is required", "optimizers: is required", "train: is required"]),
 ]
 
