@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from diffdistill.distributed.stopping import TrainingError
+from diffdistill.distributed.stopping import TrainingError, end_with_launcher
 
 T = TypeVar("T")
 
@@ -25,8 +25,9 @@ def meet(join: Callable[[timedelta], T]) -> T:
     """What `join` returns, which connects this process with the others of its launcher in the time that it is given.
 
     Raises TrainingError, with the ranks that are missing after MEETING. Afterwards they wait for each other for
-    PATIENCE.
+    PATIENCE. A launcher's end is theirs.
     """
+    end_with_launcher()
     is_met, has_timeouts = dist.is_initialized(), is_cpu_fleet() or torch.cuda.is_available()
     with _naming():
         store = None if is_met else _wait_for_all()  # the first one's serves the others until they are connected

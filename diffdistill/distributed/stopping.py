@@ -1,11 +1,25 @@
-"""How a run ends before its time. SIGINT and SIGTERM are a wish to stop after the current step, with all saved."""
+"""How a run ends before its time. SIGINT and SIGTERM are a wish to stop after the current step, with all saved; so is
+the end of the launcher that started it, however that ends.
+"""
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path as FilePath
+from threading import Lock, Thread
 from types import FrameType
+
+from diffdistill.settings.terminal import say
+
+ON_STDIN = "DIFFDISTILL_LAUNCHER_ON_STDIN"
+"""Set by a launcher that holds the other end of its children's standard input, and writes nothing there."""
+
+GRACE_SECONDS = 120.0  # to save in, once the launcher is gone
+LOOK_SECONDS = 0.5
+_stops: list[list[int]] = []  # of the open `stop_signals`
+_watching = Lock()
 
 
 class TrainingError(RuntimeError):
@@ -32,9 +46,41 @@ def stop_signals() -> Iterator[list[int]]:
             os._exit(128 + number)
         received.append(number)
 
+    _stops.append(received)
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _stops.remove(received)
+
+
+def end_with_launcher() -> None:
+    """From now on, when the launcher ends that started this process (by its word, or torchrun), stop as by SIGTERM, and
+    at once if that takes too long. Without a launcher nothing is watched: a shell may end before its programs."""
+    waits: list[Callable[[int], None]] = [_wait_for_stdin] if os.environ.get(ON_STDIN) == "1" else []
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
+        waits.append(_wait_for_parent)
+    if waits and _watching.acquire(blocking=False):  # once in a process
+        for wait in waits:
+            Thread(target=_end_after, args=(wait, os.getppid()), name="launcher", daemon=True).start()
+
+
+def _end_after(wait: Callable[[int], None], parent: int) -> None:
+    wait(parent)
+    say("the launcher is gone; this process stops")
+    if not any(_stops):  # the launcher may have handed on a signal before it went
+        signal.raise_signal(signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _wait_for_stdin(_: int) -> None:
+    while os.read(0, 1024):
+        pass
+
+
+def _wait_for_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)

@@ -81,6 +81,18 @@ def locked(folder: FilePath) -> Iterator[None]:
         yield
 
 
+def holder_of(folder: FilePath) -> str | None:
+    """Who writes in a run's folder, as `locked` would say; None where nobody does."""
+    file = folder / LOCK
+    if not file.is_file():
+        return None
+    try:
+        with hold(file):
+            return None
+    except Held as holder:
+        return str(holder)
+
+
 def _holder_file(file: FilePath) -> FilePath:
     """Beside the lock: Windows lets nobody else read a locked file."""
     return file.with_name(f"{file.name}-holder")

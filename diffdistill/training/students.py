@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from diffdistill.distributed.stopping import TrainingError, stop_signals
+from diffdistill.distributed.stopping import ON_STDIN, TrainingError, stop_signals
+from diffdistill.settings.lock import holder_of
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.storage.checkpoint import list_checkpoints
@@ -23,7 +24,8 @@ Say = Callable[[str], None]
 
 @dataclass
 class Group:
-    """One student's processes.  run: its folder; what they say goes to the file beside it.  starts: so far."""
+    """One student's processes.  run: its folder; what they say goes to the file beside it.  starts: so far.
+    holder: the other process that writes in the folder, for which this one waits."""
 
     index: int
     run: FilePath
@@ -31,6 +33,7 @@ class Group:
     slot: int = 0
     process: "subprocess.Popen[bytes] | None" = None
     is_done: bool = False
+    holder: str | None = None
     code: int | None = None
 
     @property
@@ -57,7 +60,8 @@ def train_students(
     them on CPUs). A student whose processes fail starts again from its newest checkpoint, up to `max_restarts` times.
 
     Returns the runs. Raises UserError before anything starts, and TrainingError at the end naming the students that
-    did not get there. SIGINT and SIGTERM are handed on, and raise KeyboardInterrupt or SystemExit(143).
+    did not get there. SIGINT and SIGTERM are handed on, and raise KeyboardInterrupt or SystemExit(143). However this
+    process ends, the students' save and end; a student whose folder another process holds waits for that.
     """
     groups = plan_groups(config, overrides, resume=resume)
     gpus = visible_gpus()
@@ -118,11 +122,12 @@ def visible_gpus() -> list[str]:
 
 def _start(group: Group, command: Sequence[str], gpus: Sequence[str], slot: int) -> None:
     group.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+    environment = os.environ | {ON_STDIN: "1"} | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
     with group.log.open("ab") as log:
-        # A session of its own: Ctrl-C in the terminal reaches this process alone, which hands it on once.
+        # A session of its own: Ctrl-C in the terminal reaches this process alone, which hands it on once. The pipe
+        # closes with this process, SIGKILL included.
         group.process = subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            command, stdout=log, stderr=log, stdin=subprocess.PIPE, env=environment, start_new_session=True
         )
     group.slot, group.starts = slot, group.starts + 1
 
@@ -140,10 +145,11 @@ def _supervise(
     waiting, free, running = list(groups), list(range(at_once)), list[Group]()
     has_told = False
     while running or (waiting and not stopping):
-        while waiting and free and not stopping:
-            group = waiting.pop(0)
-            start(group, free.pop(0))
-            running.append(group)
+        for group in list(waiting) if free and not stopping else ():
+            if free and not _waits(group, say):
+                waiting.remove(group)
+                start(group, free.pop(0))
+                running.append(group)
         if stopping and not has_told:
             has_told = True
             for group in running:
@@ -152,13 +158,26 @@ def _supervise(
         time.sleep(LOOK_SECONDS)
         for group in [one for one in running if one.process and one.process.poll() is not None]:
             assert group.process is not None
+            assert group.process.stdin is not None
+            group.process.stdin.close()
             group.code = group.process.returncode
             running.remove(group)
             free.append(group.slot)
             group.is_done = group.code == 0
             can_go_on = not group.is_done and group.code != BAD_INPUT and group.starts <= max_restarts
-            if can_go_on and not stopping:
+            if group.code == BAD_INPUT and not stopping and _waits(group, say):
+                group.starts -= 1
+                waiting.insert(0, group)
+            elif can_go_on and not stopping:
                 say(f"student {group.index} ended with {group.code}; start {group.starts + 1}: {group.last_words}")
                 waiting.insert(0, group)
             elif group.is_done:
                 say(f"student {group.index}: done")
+
+
+def _waits(group: Group, say: Say) -> bool:
+    """Whether another process holds the student's folder: one of a launcher that was killed, say, which is saving."""
+    before, group.holder = group.holder, holder_of(group.run)
+    if group.holder and group.holder != before:
+        say(f"student {group.index}: {group.run} is written by another run ({group.holder}); waits for it to end")
+    return group.holder is not None

@@ -1,7 +1,9 @@
 """Students in groups of processes: one that fails starts again alone, or is named when all others are done."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -107,6 +109,77 @@ def test_a_signal_is_handed_on_to_every_student(write: Write, program: Callable[
     assert stopped.value.code == 143
     assert said == ["stopped by SIGTERM; saved: go on with --resume"]
     assert [(tmp_path / "msd" / f"student_index={index}.log").read_text() for index in range(2)] == ["saved\n"] * 2
+
+
+WRITER = """
+import pathlib
+from diffdistill.distributed.stopping import end_with_launcher, stop_signals
+from diffdistill.settings.lock import locked
+folder = pathlib.Path(os.environ["FOLDERS"]) / f"student_index={index}"
+with locked(folder), stop_signals() as stopping:
+    (folder / f"opened-{resume}").touch()
+    end_with_launcher()
+    while not stopping and not resume:
+        time.sleep(0.01)
+    time.sleep(1)  # to save
+    print("saved", resume)
+"""
+"""A student that holds its folder until it is told to stop; one that goes on finds nothing left to do."""
+
+
+def test_students_end_with_a_launcher_that_is_killed_and_its_successor_waits_for_them(
+    write: Write, program: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, folders = write(), [tmp_path / "msd" / f"student_index={index}" for index in range(2)]
+    monkeypatch.setenv("FOLDERS", str(tmp_path / "msd"))
+    for folder in folders:
+        folder.mkdir(parents=True)
+    program(WRITER)
+    first = multiprocessing.get_context("fork").Process(target=train_students, args=(file, ()), daemon=True)
+    first.start()
+    while not all((folder / "opened-False").exists() for folder in folders):
+        time.sleep(0.02)
+    assert first.pid
+    os.kill(first.pid, signal.SIGKILL)
+    said: list[str] = []
+    assert train_students(file, (), resume=True, say=said.append) == folders
+    waits = [line for line in said if "is written by another run (process " in line]
+    assert [line.partition(":")[0] for line in waits] == ["student 0", "student 1"]
+    assert [line for line in said if "ended with" in line] == []
+    for folder in folders:
+        log = folder.with_name(folder.name + ".log").read_text().splitlines()
+        assert [line for line in log if line.startswith("saved")] == ["saved False", "saved True"]
+        assert "the launcher is gone; this process stops" in "\n".join(log)
+
+
+TORCHRUN_WORKER = """
+import os, pathlib, time
+from diffdistill.distributed.stopping import end_with_launcher, stop_signals
+place = pathlib.Path(os.environ["FOLDERS"]) / os.environ["RANK"]
+with stop_signals() as stopping:
+    end_with_launcher()
+    place.write_text(str(os.getpid()))
+    while not stopping:
+        time.sleep(0.01)
+    place.with_suffix(".saved").touch()
+"""
+
+
+@pytest.mark.full
+def test_processes_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(TORCHRUN_WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    process = subprocess.Popen(launcher, env=os.environ | {"FOLDERS": str(tmp_path)})
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / str(rank)).exists() for rank in range(2)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while not all((tmp_path / f"{rank}.saved").exists() for rank in range(2)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2)), "they train on"
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(write: Write, tmp_path: Path, quick_teacher: Path) -> None:
