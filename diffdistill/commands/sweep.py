@@ -230,6 +230,7 @@ def train(outcome: Outcome, config: RunConfig, *, resume: bool, quiet: bool, tru
         trainer = Trainer(config, resume=resume, quiet=quiet, trusts_code=trusts_code)
         if trainer.step < config.train.steps:
             trainer.run()
+        trainer.nonfinite.check_end(trainer.step)
         outcome.status = "done"
         trace.unlink(missing_ok=True)
     except StopRequested:

@@ -35,6 +35,20 @@ class NonfiniteGuard:
         """Whether the last update of some loss was skipped: it is not known yet whether the run comes out of it."""
         return any(self.skips.values())
 
+    def check_end(self, step: int) -> str | None:
+        """What to say at the run's last step where the last update of a loss was skipped.
+
+        Raises TrainingError where several in a row were: the weights are finite, and give nothing that is.
+        """
+        named = ", ".join(f"{loss} ({count} in a row)" for loss, count in self.skips.items() if count)
+        if max(self.skips.values(), default=0) > 1:
+            raise TrainingError(
+                f"step {step}: the run is at its end, but not done: its last updates were skipped, {named}, as losses"
+                " or gradients were not finite. Go back to an earlier checkpoint, --resume --checkpoint=NAME, or begin"
+                " anew, at a lower learning rate"
+            )
+        return f"step {step}: the last update was skipped: {named}" if named else None
+
     def check_weights(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], processes: Processes) -> None:
         """Raise TrainingError, in all processes, if weights are not finite, which no later step mends.
 

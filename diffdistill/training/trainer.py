@@ -155,6 +155,9 @@ class Trainer:
                     self.save()
                 if signal:
                     raise StopRequested(signal, self.step, self.folder)
+            said = self.nonfinite.check_end(self.step)
+            if said:
+                log.say(said)
         return list_checkpoints(self.folder / "checkpoints")[-1]
 
     def train_step(self, log: Log | None = None) -> None:

@@ -11,12 +11,14 @@ from conftest import MakeConfig
 from support.fleet import run_together
 from torch import Tensor, nn
 
+from diffdistill.distillation.method import Update
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import Checkpoint, list_checkpoints, load_strictly, save_checkpoint
 from diffdistill.storage.finite import find_dead
 from diffdistill.training.config import RunConfig
+from diffdistill.training.nonfinite import NonfiniteGuard
 from diffdistill.training.trainer import Trainer
 
 
@@ -43,6 +45,29 @@ def test_a_destroying_rate_ends_no_run_as_done_and_saves_nothing(
     with pytest.raises(TrainingError, match="weights are not finite"):
         Trainer(config, quiet=True).run()
     assert names(config) == []
+
+
+def test_a_run_whose_last_updates_were_skipped_is_not_done(make_config: MakeConfig) -> None:
+    destroyed = make_config("pretrain", "train.steps=4", "optimizers.teacher={lr: 1e15}", "train.max_skips=50")
+    for resume in (False, True):  # again with nothing left to do
+        with pytest.raises(TrainingError, match=r"step 4: .* not done: its last .*teacher_loss \(3 in a"):
+            Trainer(destroyed, quiet=True, resume=resume).run()
+
+
+def test_one_update_that_is_skipped_at_the_end_is_said(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(make_config("pretrain", "train.steps=1", "trackers=[]"))
+    passed = NonfiniteGuard.passed
+
+    def skipped(self: NonfiniteGuard, update: Update) -> None:
+        passed(self, update)
+        self.skips[update.loss] = 1
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(NonfiniteGuard, "passed", skipped)
+        trainer.run()
+    assert "step 1: the last update was skipped: teacher_loss (1 in a row)" in capsys.readouterr().err
 
 
 def test_good_checkpoints_stay_when_a_later_step_destroys_the_weights(make_config: MakeConfig) -> None:

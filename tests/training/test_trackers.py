@@ -1,5 +1,6 @@
 """Trackers that fail in every way, secrets, and the curves that need no tracker."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -180,6 +181,36 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     assert [step for kind, _, step in works.told if kind == "log"] == [1, 2, 3, 4, 5, 6]
     written = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
     assert all(SECRET.encode() not in content for content in [*written, said.encode()])
+
+
+def test_a_full_disk_in_tensorboards_own_thread_is_one_line(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hook = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", full)
+    folder = run(make_config("pretrain", "trackers=[tensorboard]", "train.steps=6"))
+    said = capsys.readouterr().err
+    assert said.count("tracker tensorboard has failed: OSError: [Errno 28] No space left on device") == 1
+    assert "Traceback" not in said
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
+    assert threading.excepthook is hook
+
+
+def test_a_thread_that_is_no_trackers_fails_as_threads_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    opened = Trackers(["tensorboard"], tmp_path, start_step=0, settings={}, say=print)
+    other = threading.Thread(target=lambda: 1 // 0)
+    other.start(), other.join()
+    opened.close()
+    assert [fault.exc_type for fault in seen] == [ZeroDivisionError]
 
 
 def test_a_hanging_tracker_costs_the_run_no_time_and_its_queue_is_bounded(

@@ -7,7 +7,9 @@ never waits for. One that is missing, raises, or does not answer is said once, w
 import difflib
 import importlib
 import json
+import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path as FilePath
@@ -28,6 +30,9 @@ CALL_SECONDS = 60.0
 CLOSE_SECONDS = 30.0  # for all of a run's trackers together
 SHARED_MODULES = ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg")
 """What both the run and some trackers import: loaded before a thread can see one of them half loaded."""
+
+LIBRARIES = {"tensorboard": "tensorboard", "tensorboardX": "tensorboard"}
+"""Trackers by the module that has their threads, where that is not their name."""
 
 Task = Callable[[Any], None]
 
@@ -86,6 +91,9 @@ class Trackers:
             return lambda: _start(name, folder, start_step=start_step, settings=flat_settings(settings))
 
         self._all = [BackgroundTracker(name, starter(name), say) for name in names]
+        self._hook = threading.excepthook
+        if names:
+            threading.excepthook = self._on_thread_error
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """The values of one report."""
@@ -105,6 +113,19 @@ class Trackers:
             tracker.give(None)
         for tracker in self._all:
             tracker.wait(deadline)
+        if threading.excepthook == self._on_thread_error:
+            threading.excepthook = self._hook
+
+    def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:
+        """A tracker's own thread has failed, where nobody else would say so but in a traceback."""
+        frames = [frame for frame, _ in traceback.walk_tb(failed.exc_traceback)]
+        modules = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+        names = {LIBRARIES.get(module, module) for module in modules}
+        tracker = next((one for one in self._all if one.name in names), None)
+        if tracker and failed.exc_value:
+            tracker.fail(failed.exc_value)
+        else:
+            self._hook(failed)
 
 
 class BackgroundTracker:
@@ -140,6 +161,10 @@ class BackgroundTracker:
             self._thread.join(max(0.0, deadline - time.monotonic()))
             if self._thread.is_alive():
                 self._give_up(f"did not finish within {CLOSE_SECONDS:g} s of the run's end")
+
+    def fail(self, error: BaseException) -> None:
+        """Leave it out: a thread of its library has failed."""
+        self._give_up(f"has failed: {_describe(error)}")
 
     def _work(self, start: Callable[[], Any]) -> None:
         tracker, failed = None, "cannot be started"
