@@ -11,6 +11,7 @@ from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.eval.evaluation.digits import Row, bootstrap_floor, evaluate, print_table
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import load_model
+from diffdistill.settings.links import refuse_links
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 from diffdistill.storage.atomic import write_text_atomically
@@ -26,6 +27,7 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
     folder: gets `teacher`, `student`, table.json, teacher.png and student.png.  Returns the table's rows.
     """
     began = time.perf_counter()
+    refuse_links(folder)
     common = [f"train.seed={seed}", *(FAST if is_fast else ())]
     teacher, student = folder / "teacher", folder / "student"
     console.print(f"1/3 a teacher for 8 x 8 digits: {teacher}", highlight=False)

@@ -20,6 +20,7 @@ from diffdistill.models.load import load_model, merge_model
 from diffdistill.models.spec import TrainedModel
 from diffdistill.networks.adapters import AdaptedConfig
 from diffdistill.networks.guided import GuidedConfig
+from diffdistill.settings.links import refuse_link
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import follow_umask
 
@@ -195,6 +196,7 @@ def _built_beside(folder: FilePath) -> Iterator[FilePath]:
     try:
         building.parent.mkdir(parents=True, exist_ok=True)
         for left in (building, old):
+            refuse_link(left)
             shutil.rmtree(left, ignore_errors=True)
         building.mkdir()
     except OSError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from diffdistill.distributed.stopping import ON_STDIN, TrainingError, stop_signals
+from diffdistill.settings.links import open_plain, refuse_links
 from diffdistill.settings.lock import holder_of
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
@@ -64,6 +65,7 @@ def train_students(
     process ends, the students' save and end; a student whose folder another process holds waits for that.
     """
     groups = plan_groups(config, overrides, resume=resume)
+    refuse_links(groups[0].run.parent)
     gpus = visible_gpus()
     if gpus and len(gpus) < processes_each:
         raise UserError(f"--processes-each {processes_each}: there are {len(gpus)} GPUs")
@@ -123,7 +125,7 @@ def visible_gpus() -> list[str]:
 def _start(group: Group, command: Sequence[str], gpus: Sequence[str], slot: int) -> None:
     group.log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {ON_STDIN: "1"} | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
-    with group.log.open("ab") as log:
+    with open_plain(group.log, "ab") as log:
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which hands it on once. The pipe
         # closes with this process, SIGKILL included.
         group.process = subprocess.Popen(

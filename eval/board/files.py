@@ -16,7 +16,7 @@ from diffdistill.eval.board.figures import compact, decimals_of
 from diffdistill.eval.board.leaderboard import Board, Entry, Group, read_board
 from diffdistill.eval.board.page import board_page
 from diffdistill.eval.metrics.settings import metric_label
-from diffdistill.settings.links import refuse_link
+from diffdistill.settings.links import refuse_links_below
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.settings.values import dump
@@ -62,9 +62,7 @@ def write_leaderboard(
     }
     for name, text in texts.items():
         try:
-            for place in (out / name).parent, out / name:
-                if place != out:
-                    refuse_link(place)
+            refuse_links_below(out, out / name)
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(out / name, text)
         except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:

@@ -34,7 +34,7 @@ from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_p
 from diffdistill.eval.protocols.protocol import Preparation, Protocol
 from diffdistill.eval.records.record import Efficiency, Record, append_record
 from diffdistill.models.load import load_model
-from diffdistill.settings.links import refuse_link, refuse_links
+from diffdistill.settings.links import open_plain, refuse_link, refuse_links
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 from diffdistill.storage.atomic import write_text_atomically
@@ -260,8 +260,7 @@ def _check_writable(options: EvalOptions) -> None:
     for file in filter(None, (options.records, options.out)):
         try:
             FilePath(file).parent.mkdir(parents=True, exist_ok=True)
-            with FilePath(file).open("a"):
-                pass
+            open_plain(FilePath(file), "a").close()
         except OSError as error:
             raise UserError(f"{file}: cannot be written: {error.strerror}") from None
 

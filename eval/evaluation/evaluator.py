@@ -24,6 +24,7 @@ from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.eval.records.hashes import hash_weights
 from diffdistill.eval.records.record import Cost, ModelRecord, Record, append_record, read_records
 from diffdistill.models.spec import ModelSpec
+from diffdistill.settings.links import refuse_link
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
 from diffdistill.storage.atomic import write_text_atomically
@@ -32,6 +33,7 @@ from diffdistill.training.reports.evaluator import EvalConfig, EvaluatedRun
 from diffdistill.training.reports.log import Log
 
 RECORDS = "eval.jsonl"
+FEATURES = ".features"
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,12 @@ class StudentEvaluator:
         """Evaluate the student. Returns whether it is the best so far; only the first process knows."""
         step, images = run.step, run.images_seen
         self.processes.on_main_first(lambda: self._forget_from(step))
+        refuse_link(self.folder / FEATURES)
         done = evaluate(
             self._source(run.student, step=step),
             self.bench,
             name=f"{self.folder} {step}",
-            root=self.folder / ".features",
+            root=self.folder / FEATURES,
         )
         if done is None:
             return False

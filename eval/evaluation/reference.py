@@ -28,6 +28,7 @@ from diffdistill.eval.metrics.checks import check_finite
 from diffdistill.eval.metrics.moments import Moments, Summary
 from diffdistill.eval.metrics.sides import MissingFeaturesError
 from diffdistill.eval.protocols.protocol import Preparation
+from diffdistill.settings.links import open_plain, refuse_link
 from diffdistill.settings.schema import PositiveInt, UserError, schema
 from diffdistill.settings.values import differences, dump, validate
 
@@ -127,7 +128,8 @@ def save_reference(reference: RealFeatures, file: str | FilePath) -> None:
     temporary = target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
+        refuse_link(target)
+        with open_plain(temporary, "wb") as handle:
             np.savez(handle, **arrays)
             handle.flush()
             os.fsync(handle.fileno())

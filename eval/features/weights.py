@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffdistill.settings.links import open_plain
 from diffdistill.settings.schema import UserError
 
 ENVIRONMENT = "DIFFDISTILL_WEIGHTS"
@@ -114,7 +115,7 @@ def _download(file: WeightsFile, path: FilePath) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(file.url, timeout=TIMEOUT_SECONDS) as source, temporary.open("wb") as target:
+        with urllib.request.urlopen(file.url, timeout=TIMEOUT_SECONDS) as source, open_plain(temporary, "wb") as target:
             shutil.copyfileobj(source, target, 2**20)
         _verified(temporary, file)
         temporary.replace(path)
