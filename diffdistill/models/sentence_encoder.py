@@ -22,6 +22,8 @@ from diffdistill.settings.schema import UserError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 MAX_TOKENS = 128
+MODULES = ("Transformer", "Pooling", "Normalize")
+PREFIX = "pooling_mode_"
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,45 @@ class SentenceEncoder:
     def config(self) -> dict[str, Any]:
         """Its config.json. Raises UserError if there is none, or it is of another model."""
         file = FilePath(self.place).expanduser() / "config.json"
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"text_encoder = {self.place!r}: {file} cannot be read: {error}") from None
+        found = self._read(file)
         kind = found.get("model_type") if isinstance(found, dict) else None
         if kind != "bert":
             raise UserError(f"text_encoder = {self.place!r}: model_type = {kind!r}; only bert is read")
         refuse_foreign_kernels(found, file)
         return found
+
+    def refuse_other_embeddings(self) -> None:
+        """Raise UserError where the folder says that its sentences are embedded in another way than here: by another
+        pooling than the mean, or through a further layer. modules.json and 1_Pooling are sentence-transformers'."""
+        folder = FilePath(self.place).expanduser()
+        if (modules := folder / "modules.json").is_file():
+            read = self._read(modules)
+            listed = read if isinstance(read, list) else [read]
+            kinds = [one.get("type") if isinstance(one, dict) else None for one in listed]
+            other = [kind for kind in kinds if str(kind).rpartition(".")[2] not in MODULES]
+            if other:
+                raise UserError(
+                    f"text_encoder = {self.place!r}: {modules} has {other[0]!r}, which is not known (choices: "
+                    f"{', '.join(MODULES)})"
+                )
+        if (file := folder / "1_Pooling" / "config.json").is_file():
+            said = self._read(file)
+            told = said if isinstance(said, dict) else {}
+            modes = [
+                key.removeprefix(PREFIX) for key, value in told.items() if key.startswith(PREFIX) and value is True
+            ]
+            modes += [str(told["pooling_mode"])] if "pooling_mode" in told else []
+            if modes and not set(modes) <= {"mean_tokens", "mean"}:
+                found = ", ".join(modes)
+                raise UserError(
+                    f"text_encoder = {self.place!r}: {file} pools by {found}; only the mean of the tokens is known"
+                )
+
+    def _read(self, file: FilePath) -> Any:
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"text_encoder = {self.place!r}: {file} cannot be read: {error}") from None
 
     @property
     def width(self) -> int:

@@ -51,6 +51,8 @@ def check_inputs(config: RunConfig, teacher: ModelSpec | None) -> None:
         raise UserError(f"data: {data.name} has prompts alone, and the model takes none")
     if config.text_encoder is not None and teacher is not None:
         raise UserError("text_encoder: is the teacher's; leave it out")
+    if config.text_encoder is not None:
+        SentenceEncoder(config.text_encoder).refuse_other_embeddings()
     width = getattr(config.model.network, "text_width", 0) if config.model else 0
     if config.text_encoder is not None and width != SentenceEncoder(config.text_encoder).width:
         own = SentenceEncoder(config.text_encoder).width

@@ -212,6 +212,12 @@ def test_a_network_of_our_own_learns_from_sentences_and_is_distilled(shared: Pat
     data = f"data={json.dumps({'name': 'captioned_images', 'path': str(shared / 'images'), 'resolution': 8})}"
     network = "model.network={name: unet, channels: [8, 16], text_width: 16}"
     own = small_config("pretrain", tmp_path / "teacher", data, *TINY, network, f"text_encoder={encoder}")
+    pooling = encoder / "1_Pooling" / "config.json"
+    pooling.parent.mkdir()
+    pooling.write_text('{"pooling_mode_cls_token": true}')
+    with pytest.raises(UserError, match="pools by cls_token"):
+        Trainer(own, quiet=True)
+    pooling.write_text('{"pooling_mode_mean_tokens": true}')
     Trainer(own, quiet=True).run()
     teacher = load_model(tmp_path / "teacher")
     assert (teacher.spec.text_encoder, teacher.spec.num_classes) == (str(encoder), 0)
