@@ -1,4 +1,4 @@
-"""What MkDocs calls: the finished site may not load anything from another host."""
+"""What MkDocs calls: the methods' pages are those in their folder, and the site loads nothing from another host."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,14 @@ LOADED = re.compile(
     r"""|<link\b(?=[^>]*\brel=["']?(?:stylesheet|preconnect|preload|icon))[^>]*?\shref=["']?((?:https?:)?//[^"'\s>]+)"""
     r"""|(?:@import\s+(?:url\()?|url\()["']?((?:https?:)?//[^"')\s]+)"""
 )
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages of docs/methods under "Methods"."""
+    pages = sorted(Path(config["docs_dir"], "methods").glob("*.md"))
+    [group] = [entry["Methods"] for entry in config["nav"] if "Methods" in entry]
+    group[:0] = [{page.stem: f"methods/{page.name}"} for page in pages]
+    return config
 
 
 def on_post_build(config: Any) -> None:

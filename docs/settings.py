@@ -1,12 +1,13 @@
 """Write the tables that are made from the code into the pages: every setting, every command.
 
 Run as `python docs/settings.py` (or `make schema`) after a change of either. A table stands between two comments:
-`<!-- settings: DMD2 -->`, `<!-- commands -->` or `<!-- signals -->`, and `<!-- end -->`. What a setting means stands in
-meanings.yaml by class and setting, or else in the code.
+`<!-- settings: DMD2 -->`, `<!-- commands -->`, `<!-- signals -->` or `<!-- methods -->`, and `<!-- end -->`. What a
+setting means stands in meanings.yaml by class and setting, or else in the code, as for every new method.
 """
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
@@ -17,12 +18,13 @@ import typer
 import yaml
 
 from diffdistill.commands.cli import app
+from diffdistill.distillation.method import METHODS as METHODS_TABLE
 from diffdistill.settings.registry import NameOf, OneOf
 from diffdistill.training.config import RunConfig
 from diffdistill.training.reports.health import BANDS
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"<!-- (settings: [\w, ]+|commands|signals) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (settings: [\w, ]+|commands|signals|methods) -->\n.*?<!-- end -->", re.DOTALL)
 METHODS = "diffdistill.methods."
 GROUPS = {
     "diffdistill.data.": "Data",
@@ -47,7 +49,7 @@ def main() -> None:
 
 
 def pages() -> list[Path]:
-    return sorted(DOCS.rglob("*.md"))
+    return [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def renewed(text: str) -> str:
@@ -112,8 +114,8 @@ def table(kind: type) -> str:
 
 
 def _content(what: str) -> str:
-    if what in ("commands", "signals"):
-        return "\n\n".join(_commands() if what == "commands" else _signals())
+    if what in MADE:
+        return "\n\n".join(MADE[what]())
     named = [name.strip() for name in what.removeprefix("settings:").split(",")]
     classes = schema_classes()
     return "\n\n".join(_all_settings() if named == ["all"] else (table(classes[name]) for name in named))
@@ -254,6 +256,20 @@ def _signals() -> Iterator[str]:
     yield "\n".join(
         [*rows, *(f"| [`{name}`](#{name}) | {band.low:g} | {band.high:g} |" for name, band in BANDS.items())]
     )
+
+
+def _methods() -> Iterator[str]:
+    """Every method with its paper, by the first line of its file, and its config."""
+    rows = ["| method | paper | config |", "|---|---|---|"]
+    for name in METHODS_TABLE.own:
+        text = " ".join((sys.modules[METHODS_TABLE.find(name).__module__].__doc__ or "").split())
+        paper = re.match(r"(.*?)arXiv:(\d+\.\d+)", text)
+        said = f"{paper[1]}[arXiv:{paper[2]}](https://arxiv.org/abs/{paper[2]})" if paper else text.partition(". ")[0]
+        rows.append(f"| [`{name}`](docs/methods/{name}.md) | {said} | `{name}/digits` |")
+    yield "\n".join(rows)
+
+
+MADE = {"commands": _commands, "signals": _signals, "methods": _methods}
 
 
 if __name__ == "__main__":

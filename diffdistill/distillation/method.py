@@ -19,7 +19,7 @@ from diffdistill.diffusion.path import Path, Prediction
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
-from diffdistill.settings.registry import OneOf, Registry, schema_class
+from diffdistill.settings.registry import OneOf, Registry, modules_of, schema_class
 from diffdistill.settings.schema import UserError
 
 Draw = Mapping[str, Tensor]
@@ -252,24 +252,12 @@ class Method(ABC):
         return getattr(self, function)(players, draw, batch)
 
 
-REGISTRY = {
-    "pretrain": "diffdistill.methods.pretrain:Pretrain",
-    "dmd2": "diffdistill.methods.dmd2:DMD2",
-    "sid": "diffdistill.methods.sid:SiD",
-    "sim": "diffdistill.methods.sim:SIM",
-    "f_distill": "diffdistill.methods.f_distill:FDistill",
-    "hyper_sd": "diffdistill.methods.hyper_sd:HyperSD",
-    "boot": "diffdistill.methods.boot:Boot",
-    "agd": "diffdistill.methods.agd:AGD",
-    "guidance_distill": "diffdistill.methods.guidance_distill:GuidanceDistill",
-    "tsm": "diffdistill.methods.tsm:TSM",
-    "regression": "diffdistill.methods.regression:Regression",
-    "scm": "diffdistill.methods.scm:SCM",
-    "mean_flow": "diffdistill.methods.mean_flow:MeanFlow",
-    "disback": "diffdistill.methods.disback:DisBack",
-    "msd": "diffdistill.methods.msd:MSD",
-}
-"""Our methods: their names and where their classes are. One that holds another can hold those above it."""
+WRAPPERS = ("disback", "msd")
+"""Ours that hold another method: any of those before it here, and any that holds none."""
+
+_FILES = modules_of("diffdistill.methods")
+REGISTRY = {name: _FILES[name] for name in (*(name for name in _FILES if name not in WRAPPERS), *WRAPPERS)}
+"""Our methods: their names and where their classes are, a file each. One that holds another can hold those above it."""
 
 METHODS: Registry[type[Method]] = Registry(
     "method", REGISTRY, group="diffdistill.methods", check=schema_class(base=lambda: Method)

@@ -10,6 +10,9 @@ from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
@@ -31,9 +34,26 @@ Given = TypeVar("Given")
 
 @cache
 def load(place: str) -> Any:
-    """What stands at "package.module:Name"."""
-    module, attribute = place.split(":")
-    return getattr(import_module(module), attribute)
+    """What stands at "package.module:Name"; at "package.module:" its class whose `name` is the module's."""
+    path, attribute = place.split(":")
+    module = import_module(path)
+    return getattr(module, attribute) if attribute else _namesake(module)
+
+
+def _namesake(module: ModuleType) -> type:
+    own = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
+    named = [item for item in own if getattr(item, "name", None) == module.__name__.rpartition(".")[2]]
+    if len(named) != 1:
+        raise ImportError(f"{module.__name__}: must have one class with the name of its file, not {len(named)}")
+    return named[0]
+
+
+def modules_of(package: str) -> dict[str, str]:
+    """Every module of a package, by its name and sorted, as the place of the class of that name. None is imported."""
+    spec = find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    names = sorted(found.name for found in iter_modules(folders) if not found.ispkg)
+    return {name: f"{package}.{name}:" for name in names}
 
 
 def from_above(name: str) -> Any:

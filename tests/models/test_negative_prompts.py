@@ -22,7 +22,7 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.models.load import load_model
 from diffdistill.models.negative_prompts import with_negative_prompt
-from diffdistill.models.teachers.sd import StableDiffusionUNet
+from diffdistill.models.teachers.families.sd import StableDiffusionUNet
 from diffdistill.networks import negative_prompts
 from diffdistill.networks.negative_prompts import NegativePrompt, steer_away, text_attention
 from diffdistill.settings.schema import UserError

@@ -218,7 +218,7 @@ def test_a_config_on_a_page_is_a_config(name: str, tmp_path: Path) -> None:
     assert isinstance(load_config(tmp_path / name), RunConfig)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=relative)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=relative)
 def test_the_tables_of_a_page_are_those_of_the_code(page: Path) -> None:
     assert settings.renewed(page.read_text()) == page.read_text(), "run `make schema`"
 
@@ -244,8 +244,7 @@ def test_only_settings_that_exist_have_a_meaning() -> None:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_a_method_has_a_page_with_its_settings(name: str) -> None:
-    kind = REGISTRY[name].partition(":")[2]
-    assert f"<!-- settings: {kind} -->" in (DOCS / "methods" / f"{name}.md").read_text()
+    assert f"<!-- settings: {METHODS.find(name).__name__} -->" in (DOCS / "methods" / f"{name}.md").read_text()
 
 
 def test_a_group_of_entry_points_is_called_what_it_is() -> None:
@@ -270,7 +269,8 @@ def test_the_site_has_every_page_and_only_pages() -> None:
             for inner in entry.values() if isinstance(entry, dict) else entry:
                 yield from files(inner)
 
-    nav = list(files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text()) | {"docs_dir": str(DOCS)}
+    nav = list(files(hooks.on_config(config)["nav"]))
     assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
 

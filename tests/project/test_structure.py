@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffdistill.distillation.method import REGISTRY
+from diffdistill.settings.registry import load, modules_of
 from diffdistill.training.config import json_schema, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -170,11 +171,22 @@ def test_the_editors_schema_is_fresh() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
-def test_a_method_has_a_file_a_config_and_a_script(name: str) -> None:
+def test_a_method_has_a_file_and_a_config(name: str) -> None:
     assert (ROOT / "methods" / f"{name}.py").exists()
-    assert list((ROOT / "configs" / name).glob("*.yaml"))
-    assert (ROOT / "scripts" / f"train_{name}.py").exists()
+    assert (ROOT / "configs" / name / "digits.yaml").exists()
 
 
-def test_every_method_file_is_registered() -> None:
+def test_every_file_of_a_method_is_known() -> None:
     assert {file.stem for file in METHODS} - {"__init__"} == set(REGISTRY)
+
+
+def test_a_file_without_a_class_of_its_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tools_of_test").mkdir()
+    (tmp_path / "tools_of_test" / "saw.py").write_text("class Saw:\n    name = 'sow'\n")
+    (tmp_path / "tools_of_test" / "axe.py").write_text("class Tool:\n    name = 'axe'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = modules_of("tools_of_test")
+    assert list(found) == ["axe", "saw"]
+    assert load(found["axe"]).__name__ == "Tool"
+    with pytest.raises(ImportError, match="saw: must have one class with the name of its file, not 0"):
+        load(found["saw"])

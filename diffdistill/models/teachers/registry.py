@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from diffdistill.models.teachers.family import Family
-from diffdistill.settings.registry import Registry, lacking
+from diffdistill.settings.registry import Registry, lacking, modules_of
 from diffdistill.settings.schema import UserError
 
 
@@ -17,20 +17,11 @@ def _fault(item: Any) -> str | None:
 
 FAMILIES: Registry[type[Family]] = Registry(
     "family",
-    {
-        "ddpm": "diffdistill.models.teachers.ddpm:DDPM",
-        "dit": "diffdistill.models.teachers.dit:DiT",
-        "sd": "diffdistill.models.teachers.sd:StableDiffusion",
-        "sdxl": "diffdistill.models.teachers.sdxl:StableDiffusionXL",
-        "pixart": "diffdistill.models.teachers.pixart:PixArt",
-        "sd3": "diffdistill.models.teachers.sd3:StableDiffusion3",
-        "flux": "diffdistill.models.teachers.flux:Flux",
-        "sana": "diffdistill.models.teachers.sana:Sana",
-    },
+    modules_of("diffdistill.models.teachers.families"),
     group="diffdistill.families",
     check=_fault,
 )
-"""Every family, by name."""
+"""Every family, by name: ours are the files of `families`."""
 
 
 def find_family(name: str) -> Family:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.models.teachers.families.sd import StableDiffusionUNet
 from diffdistill.models.teachers.family import Family
-from diffdistill.models.teachers.sd import StableDiffusionUNet
 
 
 class StableDiffusionXL(Family):
