@@ -88,12 +88,12 @@ class Registry(Generic[Item]):
 
         Raises UserError if it is none of the kind, or the name is ours or another's.
         """
-        fault = self.check(item)
-        if fault:
-            raise UserError(f"{_title(item)}: cannot be a {self.kind}: {fault}")
         name = name or _name_of(item)
         if name in self._ours:
             raise UserError(f"{self.kind} {name!r}: the name is diffdistill's own; choose another")
+        fault = self.check(item)
+        if fault:
+            raise UserError(f"{_title(item)}: cannot be a {self.kind}: {fault}")
         other = self._registered.get(name)
         if other is not None and other is not item and not _is_redefined(other, item):
             raise UserError(

@@ -238,6 +238,37 @@ def test_a_foreign_network_goes_into_a_self_contained_folder_or_the_reason_is_sa
     assert (said or "") in " ".join(done.stderr.split())
 
 
+REGISTRIES = (METHODS, *OTHER_KINDS)
+
+
+def test_a_broken_package_is_a_line_of_methods_for_each_kind_and_stops_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And is not loaded before it is named or listed."""
+    on_the_path(monkeypatch, tmp_path)
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "_found", {})
+    points = {registry.group: {"cracked": "cracked_package:Thing"} for registry in REGISTRIES}
+    program = (
+        "from pathlib import Path\nPath(__file__).with_name('loaded').touch()\nraise RuntimeError('two\\nlines')\n"
+    )
+    install(tmp_path, "cracked-package", {"cracked_package": program}, points)
+    dd.load_config(dd.find_config("dmd2/digits"))
+    assert call("--help")
+    assert not (tmp_path / "loaded").exists()
+    lines = [line for line in call("methods").splitlines() if line.startswith("not usable")]
+    said = "'cracked' of cracked-package 1.0: cannot be loaded: RuntimeError: two lines"
+    assert lines == [f"not usable: {registry.kind} {said}" for registry in REGISTRIES]
+    assert (tmp_path / "loaded").exists()
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+def test_our_names_are_not_given_away(registry: Any) -> None:
+    for name in (*registry.own, *registry.unlisted):
+        with pytest.raises(UserError, match=f"'{name}': the name is diffdistill's own; choose another"):
+            registry.register(registry.find(name), name=name)
+
+
 def test_an_unregistered_method_in_python_is_one_sentence(quick_teacher: Path) -> None:
     from diffdistill.methods.dmd2 import DMD2
 
