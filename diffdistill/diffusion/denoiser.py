@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.guidance_rules import LINEAR, GuidanceRule, Linear
 from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.settings.schema import UserError
@@ -72,12 +73,14 @@ class Runtime:
 
     conditions: what a label stands for, for a network that takes text.  negative: what its attention steers away from.
     autocast: of the network alone; None: as around it.  offload_device: where it computes with weights elsewhere.
+    guidance_rule: how its two estimates become one; saved with the model.
     """
 
     conditions: PromptTable | None = None
     negative: CondChange | None = None
     autocast: torch.dtype | None = None
     offload_device: torch.device | None = None
+    guidance_rule: GuidanceRule = LINEAR
 
 
 class Denoiser(nn.Module):
@@ -136,9 +139,10 @@ class Denoiser(nn.Module):
         """Denoise x_t: D(x_t, t, c), [B, ...] in float32 or wider.
 
         x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
-        guidance: w of D_u + w (D_c - D_u), a number or [B]; 1 calls the network on `cond` alone and 0 on `uncond`
-        alone; any other value puts both into one batched call. A network that takes the scale as its input is given
-        w instead, whatever it is, in one call, unless cond says one. uncond: default `unconditional(cond)`.
+        guidance: w of D_u + w (D_c - D_u), or of the model's own rule; a number or [B]. 1 calls the network on `cond`
+        alone and 0 on `uncond` alone; any other value puts both into one batched call. A network that takes the scale
+        as its input is given w instead, whatever it is, in one call, unless cond says one.
+        uncond: default `unconditional(cond)`.
         Raises ValueError on a condition that the network does not take, and where it knows no "no class".
         Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.
         """
@@ -217,8 +221,19 @@ class Denoiser(nn.Module):
             raise ValueError("features are of one condition: use guidance 0 or 1")
         both = self._evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
         without, with_cond = both.chunk(2)
+        return self.combine(without, with_cond, guidance, x_t, t)
+
+    def combine(
+        self, without_cond: Tensor, with_cond: Tensor, guidance: float | Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """Both estimates of x0 at (x_t, t), [B, ...], as one, by the model's rule.  guidance: w, a number or [B]."""
+        rule = self.runtime.guidance_rule
         scale = expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
-        return without + scale * (with_cond - without)
+        if isinstance(rule, Linear):  # the same in every form
+            return rule(without_cond, with_cond, scale)
+        kind = self.predicts
+        without_cond, with_cond = (self.path.from_x0(x0, kind, x_t, t) for x0 in (without_cond, with_cond))
+        return self.path.to_x0(rule(without_cond, with_cond, scale), kind, x_t, t)
 
     @property
     def num_classes(self) -> int:

@@ -69,7 +69,7 @@ class LinearAG:
             predicted = fit.predict(history.features(eps))
             history.add(eps, predicted)
             without_cond = denoiser.path.to_x0(predicted, "eps", x, t)
-            return Pair(x, t, with_cond, without_cond, run.guided).at_scale(self.adaptive.scale)
+            return Pair(x, t, with_cond, without_cond, run.guided).at_scale(denoiser, self.adaptive.scale)
 
         return estimate
 

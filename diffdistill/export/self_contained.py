@@ -107,7 +107,9 @@ def _body(spec: ModelSpec, router: Any, num_students: int, source: Pipeline | No
     @staticmethod
     def make_denoiser():
         net = {_network_code(model.network)}.build({shape}, {classes}, {spec.class_dropout})
-        return Denoiser(net, {model.path!r}, {model.predicts!r}, sigma_data={model.sigma_data})
+        denoiser = Denoiser(net, {model.path!r}, {model.predicts!r}, sigma_data={model.sigma_data})
+        denoiser.run_with(guidance_rule={model.guidance_rule!r})
+        return denoiser
 '''
 
 

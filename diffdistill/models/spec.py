@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
 from diffdistill.diffusion.path import EDM, AnyPath, Prediction
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.networks import AnyNetwork
@@ -13,12 +14,16 @@ from diffdistill.settings.schema import Fraction, Positive, PositiveInt, field, 
 
 @schema
 class ModelConfig:
-    """A new model. sigma_data: the data's standard deviation, for predicts: edm."""
+    """A new model. sigma_data: the data's standard deviation, for predicts: edm.
+
+    guidance_rule: how its estimates with and without the condition become one.
+    """
 
     network: AnyNetwork
     path: AnyPath = field(default_factory=EDM)
     predicts: Prediction = "edm"
     sigma_data: Positive = 0.5
+    guidance_rule: AnyGuidanceRule = LINEAR
 
 
 @schema
@@ -45,7 +50,9 @@ class ModelSpec:
     def build(self) -> Denoiser:
         """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
         net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
-        return Denoiser(net, self.model.path, self.model.predicts, sigma_data=self.model.sigma_data)
+        denoiser = Denoiser(net, self.model.path, self.model.predicts, sigma_data=self.model.sigma_data)
+        denoiser.run_with(guidance_rule=self.model.guidance_rule)
+        return denoiser
 
 
 @dataclass(frozen=True)

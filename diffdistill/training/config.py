@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from diffdistill.data import AnyData, Digits
+from diffdistill.diffusion.guidance_rules import AnyGuidanceRule
 from diffdistill.distillation.method import AnyMethod
 from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.dropout import Dropout
@@ -83,6 +84,7 @@ class RunConfig:
     negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     starts: by player, what it starts as: `teacher`, `teacher_<name>` or `init.<player>`.
+    guidance_rule: how the teachers' two estimates become one when they are guided; null: by each one's own rule.
     lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
     dropout: by player or `default`: with which probability its network drops what it drops in training; null: as in the
     teacher that it is a copy of.
@@ -101,6 +103,7 @@ class RunConfig:
     negative_scale: NonNegative = 0.3
     init: str | None = None
     starts: dict[str, str] = field(default_factory=dict)
+    guidance_rule: AnyGuidanceRule | None = None
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     lora: dict[str, LoRASettings | None] = field(default_factory=dict)
     dropout: dict[str, Dropout | None] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffdistill.data.source import ImageSource
+from diffdistill.diffusion.guidance_rules import AnyGuidanceRule
 from diffdistill.distillation.method import Method, Problem
 from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import TrainedPlayers, load_players
@@ -33,14 +34,18 @@ def resolve_models(
     check_models(config, teacher)
     check_teachers(config, teacher, teachers)
     if teacher:
+        teacher = with_rule(teacher, config.guidance_rule)
+        teachers = {name: with_rule(other, config.guidance_rule) for name, other in teachers.items()}
         teacher.denoiser.run_with(conditions=inputs.conditions)
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
     initial = load_players(start, base=teacher.denoiser if teacher else None) if start else None
     check_lora(config, teacher, initial)
-    others = [*(initial.denoisers.values() if initial else ()), *(other.denoiser for other in teachers.values())]
-    for denoiser in others if teacher else ():
-        denoiser.run_with(conditions=teacher.denoiser.conditions)  # type: ignore[union-attr]
+    if teacher:
+        for other in teachers.values():
+            other.denoiser.run_with(conditions=inputs.conditions)
+        for player in initial.denoisers.values() if initial else ():
+            player.run_with(conditions=inputs.conditions, guidance_rule=teacher.denoiser.runtime.guidance_rule)
     problem = Problem(
         shape,
         teacher.denoiser.num_classes if teacher else len(inputs.conditions or ()) or source.num_classes,
@@ -74,6 +79,16 @@ def resolve_models(
         return spec, replace(problem, network=network)
 
 
+def with_rule(teacher: TrainedModel, rule: AnyGuidanceRule | None) -> TrainedModel:
+    """The teacher, guided by this rule; None: by its own. Raises UserError where its network is told w."""
+    if rule is None:
+        return teacher
+    if "guidance_input" in teacher.denoiser.net.accepts:
+        raise UserError("guidance_rule: the teacher takes the scale as its input, in one evaluation; leave it out")
+    teacher.denoiser.run_with(guidance_rule=rule)
+    return replace(teacher, spec=replace(teacher.spec, model=replace(teacher.spec.model, guidance_rule=rule)))
+
+
 def describe_student(
     config: RunConfig, problem: Problem, teacher: ModelSpec | None, initial: ModelSpec | None
 ) -> ModelSpec:
@@ -90,7 +105,8 @@ def describe_student(
             text_encoder=teacher.text_encoder if teacher else config.text_encoder,
         )
     if initial:
-        return replace(initial, sampler=sampler)
+        model = replace(initial.model, guidance_rule=teacher.model.guidance_rule) if teacher else initial.model
+        return replace(initial, sampler=sampler, model=model)
     assert teacher is not None
     origin: Any = teacher.model.network
     lora = settings_for(method.student, config.lora)

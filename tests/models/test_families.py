@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.guidance_rules import Rescaled
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.models.load import load_model
 from diffdistill.models.spec import ModelSpec
@@ -65,8 +66,8 @@ def asked(opened: Pipeline) -> dict[str, Any]:
     return call | ({"class_labels": [3, 998]} if opened.spec.num_classes else {"batch_size": 2})
 
 
-def assert_pipeline_agrees(place: Path, w: float, **options: Any) -> None:
-    """Every step of diffusers' own run at this scale is ours.  options: of loading diffusers' pipeline."""
+def assert_pipeline_agrees(place: Path, w: float, call: dict[str, Any] | None = None, **options: Any) -> None:
+    """Every step of diffusers' own run at this scale is ours.  call: more arguments of it.  options: of loading it."""
     teacher, opened = load_model(place), open_pipeline(place)
     cond = Cond(label=torch.tensor([3, 998])) if teacher.spec.num_classes else NO_COND
     if opened.family.takes_text:
@@ -74,7 +75,7 @@ def assert_pipeline_agrees(place: Path, w: float, **options: Any) -> None:
         cond = teacher.denoiser.class_cond(torch.arange(2))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(place, **options)
     guidance = {"guidance_scale": w} if cond.parts() else {}
-    steps = watched_steps(pipeline, **asked(opened) | guidance)
+    steps = watched_steps(pipeline, **asked(opened) | guidance | (call or {}))
     layout = packed(*opened.spec.image_shape) if opened.family.name == "flux" else None
     assert_steps_agree(teacher.denoiser, steps, cond, guidance=w, layout=layout)
 
@@ -87,6 +88,23 @@ def test_every_step_of_the_pipeline_is_ours(place: Path, w: float) -> None:
             denoiser(torch.zeros(1, 3, 8, 8), middle(denoiser, 1), guidance=w)
         return
     assert_pipeline_agrees(place, w)
+
+
+@pytest.mark.parametrize("w", [1.0, 3.5])
+def test_sdxl_is_guided_by_the_rule_that_its_folder_names(w: float, tmp_path: Path) -> None:
+    place = save_stand_in("sdxl", tmp_path)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps(index | {"guidance_rescale": 0.7}))
+    assert load_model(place).spec.model.guidance_rule == Rescaled(share=0.7)
+    assert_pipeline_agrees(place, w, {"guidance_rescale": 0.7})
+
+
+def test_a_share_beyond_one_is_refused(tmp_path: Path) -> None:
+    place = save_stand_in("sdxl", tmp_path)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps(index | {"guidance_rescale": 1.5}))
+    with pytest.raises(UserError, match=r"guidance_rescale: 1 fault\s+share = 1\.5"):
+        open_pipeline(place).spec  # noqa: B018
 
 
 @pytest.mark.parametrize("w", [1.0, 3.5])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.guidance_rules import LINEAR
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, UserError, schema
 from diffdistill.settings.values import parse_yaml, validate
 
@@ -113,6 +114,9 @@ class CFGPlusPlus:
         def scale(now: Tensor, following: Tensor | None) -> float:
             return self.scale if following is None else self.scale / float(1 - following / now)
 
+        if denoiser.runtime.guidance_rule != LINEAR:
+            raise UserError("guidance: cfg++ is for models that are guided linearly; this one has a rule of its own")
+
         return _scaled(denoiser, cond, scale)
 
 
@@ -148,9 +152,9 @@ class Pair:
     without_cond: Tensor
     guided: Tensor
 
-    def at_scale(self, scale: float) -> Tensor:
-        """D_u + scale (D_c - D_u) where `guided`, elsewhere D_c, bit for bit."""
-        mixed = self.without_cond + scale * (self.with_cond - self.without_cond)
+    def at_scale(self, denoiser: Denoiser, scale: float) -> Tensor:
+        """The guided estimate by the denoiser's rule where `guided`, elsewhere D_c, bit for bit."""
+        mixed = denoiser.combine(self.without_cond, self.with_cond, scale, self.x, self.t)
         return torch.where(self.guided.reshape(-1, *[1] * (mixed.ndim - 1)), mixed, self.with_cond)
 
 
@@ -186,7 +190,7 @@ class AdaptiveRun:
         self.guided = self.guided & ~(self._armed & (cosine > self.policy.threshold))  # once done, always done
         self._cosine = cosine
         self.last = replace(asked, guided=self.guided)
-        return self.last.at_scale(self.policy.scale)
+        return self.last.at_scale(self.denoiser, self.policy.scale)
 
 
 def alignment(denoiser: Denoiser, pair: Pair, metric: Metric) -> Tensor:

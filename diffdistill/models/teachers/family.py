@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
 from diffdistill.diffusion.path import AnyPath, Prediction, VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, AnySampler
 from diffdistill.networks.diffusers_model import DiffusersNetwork
@@ -70,6 +71,10 @@ class Family(ABC):
     def sampler(self) -> AnySampler:
         """How the teacher samples unless told otherwise."""
         return DDIM()
+
+    def guidance_rule(self, index: Mapping[str, Any]) -> AnyGuidanceRule:
+        """How the pipeline combines its two estimates.  index: its model_index.json.  Raises UserError."""
+        return LINEAR
 
     @abstractmethod
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> DiffusersNetwork:

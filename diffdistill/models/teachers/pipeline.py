@@ -93,8 +93,9 @@ class Pipeline:
         except READING as error:
             raise UserError(f"{file}: {error}") from None
         network = DiffusersConfig(family=self.family.name, options=self.options)
+        rule = self.family.guidance_rule(self.index)
         return ModelSpec(
-            model=ModelConfig(network=network, path=path, predicts=predicts),
+            model=ModelConfig(network=network, path=path, predicts=predicts, guidance_rule=rule),
             image_shape=self.family.image_shape(self.options),
             num_classes=self.family.num_classes(self.options),
             class_dropout=self.family.class_dropout,
@@ -129,6 +130,7 @@ class Pipeline:
         model = load_model_of(self.family.model_class(self.options), folder)
         net = self.family.wrap(model, spec.num_classes, spec.class_dropout)
         denoiser = Denoiser(net, spec.model.path, spec.model.predicts)
+        denoiser.run_with(guidance_rule=spec.model.guidance_rule)
         freeze(denoiser)
         return denoiser
 

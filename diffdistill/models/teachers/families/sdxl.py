@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule, Rescaled
 from diffdistill.models.teachers.families.sd import StableDiffusionUNet
 from diffdistill.models.teachers.family import Family
+from diffdistill.settings.values import validate
 
 
 class StableDiffusionXL(Family):
@@ -28,6 +30,11 @@ class StableDiffusionXL(Family):
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionXLUNet":
         return StableDiffusionXLUNet(model, accepts=frozenset({"text", "pooled_text", "size"}))
+
+    def guidance_rule(self, index: Mapping[str, Any]) -> AnyGuidanceRule:
+        """Rescaled where model_index.json holds `guidance_rescale`, an argument of the pipeline's call."""
+        share = index.get("guidance_rescale", 0.0)
+        return validate(Rescaled, {"share": share}, origin="model_index.json: guidance_rescale") if share else LINEAR
 
     def encode(
         self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
