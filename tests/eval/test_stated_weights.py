@@ -19,7 +19,7 @@ from diffdistill.eval.features.extractors import Extractor, OpenClip, Pixels, Ti
 from diffdistill.eval.features.networks import open_clip as clips
 from diffdistill.eval.features.networks import timm as timms
 from diffdistill.eval.features.networks import torchvision as visions
-from diffdistill.eval.features.resize import framed
+from diffdistill.eval.features.resize import clean_resize, framed, interpolated
 from diffdistill.eval.features.stated import library_input, recorded
 from diffdistill.eval.features.weights import Found
 from diffdistill.eval.metrics.settings import Cmmd, Frechet
@@ -222,6 +222,8 @@ def test_images_are_resized_and_cropped_as_torchvision_does_it(shape: tuple[int,
     theirs = center_crop(resize(values.double(), [48], how, antialias=True), [32]).clamp(0, 255)
     got = framed(values, 32, side=48, mode="shortest", interpolation=interpolation)
     assert float((got - theirs).abs().max()) < 1e-3
+    on_a_gpu = interpolated(values, (40, 56), interpolation)
+    assert float((on_a_gpu - clean_resize(values, (40, 56), interpolation)).abs().max()) < 1e-3
     squashed = resize(values.double(), [32, 32], how, antialias=True).clamp(0, 255)
     got = framed(values, 32, side=32, mode="squash", interpolation=interpolation)
     assert float((got - squashed).abs().max()) < 1e-3
