@@ -19,6 +19,7 @@ import yaml
 
 from diffdistill.commands.cli import app
 from diffdistill.distillation.method import METHODS as METHODS_TABLE
+from diffdistill.settings.limits import MAX_COUNT, MAX_INTEGER, MAX_NUMBER
 from diffdistill.settings.registry import NameOf, OneOf
 from diffdistill.training.config import RunConfig
 from diffdistill.training.reports.health import BANDS
@@ -35,6 +36,8 @@ GROUPS = {
     "diffdistill.": "The run",
 }
 """Headings of the page of all settings, by the beginning of a class's module."""
+MAXIMA = (MAX_COUNT, MAX_INTEGER, MAX_NUMBER)
+"""Limits that no setting comes near: they are not said."""
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
 
 
@@ -198,7 +201,7 @@ def _limits(metadata: tuple[Any, ...]) -> str:
     said = []
     for constraint in (constraint for info in metadata for constraint in getattr(info, "metadata", ())):
         found = ((words, getattr(constraint, key, None)) for key, words in LIMITS.items())
-        said += [f"{words} {_plain(limit)}" for words, limit in found if limit is not None]
+        said += [f"{words} {_plain(limit)}" for words, limit in found if limit is not None and abs(limit) not in MAXIMA]
     return "".join(f", {words}" for words in said)
 
 

@@ -25,7 +25,7 @@ from diffdistill.networks.adapters import AdaptedConfig, AdapterConfig
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.lora import LoRAConfig
 from diffdistill.networks.registry import BaseNetwork
-from diffdistill.settings.schema import PositiveInt, UserError, field, schema
+from diffdistill.settings.schema import Number, PositiveInt, UserError, field, schema
 
 CHUNK = 256  # trajectories made at a time
 
@@ -40,7 +40,7 @@ class AGD(Method):
     name: Literal["agd"] = "agd"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     steps: AnySampler = field(default_factory=Heun)
-    guidance: tuple[float, float] = (1.0, 6.0)
+    guidance: tuple[Number, Number] = (1.0, 6.0)
     trajectories: PositiveInt = 1000
     storage: Literal["fp16", "fp32"] = "fp16"
     weight: DenoisingWeight | Literal["end_points"] = "eps"

@@ -23,7 +23,7 @@ from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, 
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.registry import SignalBase
 from diffdistill.networks.signal import SignalConfig, signal_config, start_from
-from diffdistill.settings.schema import NonNegative, UserError, field, schema
+from diffdistill.settings.schema import NonNegative, Number, UserError, field, schema
 
 Target = Literal["exponential", "euler"]
 
@@ -39,7 +39,7 @@ class Boot(Method):
     target: Target = "exponential"
     bootstrap_weight: NonNegative = 1.0
     boundary_weight: NonNegative = 1.0
-    guidance: tuple[float, float] = (1.0, 1.0)
+    guidance: tuple[Number, Number] = (1.0, 1.0)
     takes_guidance: bool = False
 
     student = "generator"

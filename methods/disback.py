@@ -23,6 +23,7 @@ from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
 from diffdistill.distillation.method import Batch, Draw, Method, Players, Problem, Update, shapes_of
 from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
 from diffdistill.networks.lora import lora_of
+from diffdistill.settings.limits import MAX_SAMPLING_STEPS
 from diffdistill.settings.schema import Positive, PositiveInt, UserError, field, schema
 from diffdistill.storage.checkpoint import flatten, load_strictly, select_group
 
@@ -43,7 +44,7 @@ class DisBack(Wrapper):
 
     name: Literal["disback"] = "disback"
     base: AnyBase = field(default_factory=default_base)
-    path_length: Annotated[int, Field(ge=0)] = 5
+    path_length: Annotated[int, Field(ge=0, le=MAX_SAMPLING_STEPS)] = 5
     recording_interval: PositiveInt = 100  # the released script for SDXL
     recording_lr: Positive = 1e-4
     recording_time_law: AnyTimeDistribution = field(default_factory=LogNormal)

@@ -35,6 +35,7 @@ from diffdistill.distillation.score_distillation import (
     tapped,
 )
 from diffdistill.networks.discriminator import make_head
+from diffdistill.settings.numbers import SamplingSteps
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
 
 
@@ -48,7 +49,7 @@ class DMD2(Method):
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
     fake_guidance: Scale = 1.0  # of the fake score; the paper has none
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
-    fake_updates: PositiveInt = 5  # exactly this many to one generator update
+    fake_updates: SamplingSteps = 5  # exactly this many to one generator update
     generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     gan_time_law: AnyTimeDistribution = field(default_factory=Karras)

@@ -35,7 +35,11 @@ from diffdistill.distillation.score_distillation import (
     tapped,
 )
 from diffdistill.networks.discriminator import make_head
-from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
+from diffdistill.settings.limits import MAX_SAMPLING_STEPS
+from diffdistill.settings.numbers import SamplingSteps
+from diffdistill.settings.schema import Fraction, NonNegative, Positive, field, schema
+
+Bins = Annotated[int, Field(ge=0, le=MAX_SAMPLING_STEPS)]
 
 
 @schema
@@ -48,7 +52,7 @@ class FDistill(Method):
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
     fake_guidance: Scale = 1.0  # of the fake score; the paper has none
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
-    fake_updates: PositiveInt = 5  # exactly this many to one generator update
+    fake_updates: SamplingSteps = 5  # exactly this many to one generator update
     generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     gan_time_law: AnyTimeDistribution = field(default_factory=Karras)  # of the discriminator's own loss
@@ -61,7 +65,7 @@ class FDistill(Method):
     gan_taps: GanTaps = None  # null: the paper's bottleneck
     ratio_min: Positive = 0.1
     ratio_max: Positive = 20.0
-    ratio_bins: Annotated[int, Field(ge=0)] = 10  # of equal probability in t; 0: the ratio is taken as it is
+    ratio_bins: Bins = 10  # of equal probability in t; 0: the ratio is taken as it is
     ratio_memory: Annotated[float, Field(ge=0, lt=1)] = 0.0  # rho; ImageNet-64: 0.5
 
     student = "generator"

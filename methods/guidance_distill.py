@@ -21,7 +21,8 @@ from diffdistill.distillation.losses import DenoisingWeight, denoising_error
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import GuidedConfig, take_weights
 from diffdistill.networks.registry import BaseNetwork
-from diffdistill.settings.schema import PositiveInt, UserError, field, schema
+from diffdistill.settings.numbers import Width
+from diffdistill.settings.schema import Number, UserError, field, schema
 
 
 @schema
@@ -30,8 +31,8 @@ class GuidanceDistill(Method):
 
     name: Literal["guidance_distill"] = "guidance_distill"
     steps: AnySampler = field(default_factory=Heun)
-    guidance: tuple[float, float] = (1.0, 5.0)
-    width: PositiveInt = 64
+    guidance: tuple[Number, Number] = (1.0, 5.0)
+    width: Width = 64
     time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     weight: DenoisingWeight = "truncated_snr"
 

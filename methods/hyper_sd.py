@@ -9,10 +9,9 @@ Unknown from the paper, so settings with defaults of ours: every weight, grid, t
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
@@ -38,9 +37,9 @@ from diffdistill.distillation.score_distillation import (
     start_players,
     tapped,
 )
-from diffdistill.distillation.segments import Ends, Stage, draw_jump, stage_at, stage_starts
+from diffdistill.distillation.segments import Ends, Stage, Stages, draw_jump, stage_at, stage_starts
 from diffdistill.networks.discriminator import make_head
-from diffdistill.settings.schema import Fraction, Positive, field, schema
+from diffdistill.settings.schema import Fraction, Number, Positive, field, schema
 
 STAGES = (
     Stage(segments=8),
@@ -57,13 +56,13 @@ class HyperSD(Method):
     stage there is none."""
 
     name: Literal["hyper_sd"] = "hyper_sd"
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
+    stages: Stages = STAGES
     steps: TCD = field(default_factory=lambda: TCD(num_steps=1, grid=DDIM(num_steps=64)))
     stage_teacher: Literal["previous", "base"] = "previous"
     ends: Ends = "random"
     distance: Literal["mse", "huber"] = "mse"
     huber_width: Positive = 1e-3
-    guidance: tuple[float, float] = (1.0, 1.0)
+    guidance: tuple[Number, Number] = (1.0, 1.0)
     target_decay: Fraction = 0.95
     score_time_law: AnyTimeDistribution = field(default_factory=Karras)
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)

@@ -25,7 +25,8 @@ from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, 
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.registry import BaseNetwork
 from diffdistill.networks.two_times import TwoTimesConfig
-from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, UserError, field, schema
+from diffdistill.settings.numbers import Width
+from diffdistill.settings.schema import Fraction, NonNegative, Number, Positive, UserError, field, schema
 
 
 @schema
@@ -37,7 +38,7 @@ class MeanFlow(Method):
     name: Literal["mean_flow"] = "mean_flow"
     steps: FewSteps = field(default_factory=lambda: FewSteps(init_ratio=80.0))
     velocity: Literal["teacher", "data"] = "teacher"
-    guidance: float = 1.0
+    guidance: Number = 1.0
     kappa: Annotated[float, Field(ge=0, lt=1)] = 0.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     class_dropout: Fraction = 0.1
@@ -45,7 +46,7 @@ class MeanFlow(Method):
     share_equal: Fraction = 0.75
     power: NonNegative = 1.0
     constant: Positive = 0.01
-    width: PositiveInt = 64
+    width: Width = 64
 
     student = "generator"
     needs_images = True

@@ -9,15 +9,14 @@ distribution matching (`dmd2`). `diffdistill join` makes one model of the studen
 Not implemented: text prompts as conditions in training (the router for them is in diffdistill/diffusion/router.py).
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal
 
 from diffdistill.data.source import ImageSource
 from diffdistill.distillation.method import Method, Problem
 from diffdistill.distillation.partition import AnyPartition, LabelRanges
 from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
-from diffdistill.settings.schema import PositiveInt, UserError, field, schema
+from diffdistill.settings.numbers import NonNegativeInt, Processes
+from diffdistill.settings.schema import UserError, field, schema
 
 if TYPE_CHECKING:
     AnyBase = Method
@@ -35,8 +34,8 @@ class MSD(Wrapper):
 
     name: Literal["msd"] = "msd"
     base: AnyBase = field(default_factory=default_base)
-    num_students: PositiveInt = 4
-    student_index: Annotated[int, Field(ge=0)] = 0
+    num_students: Processes = 4
+    student_index: NonNegativeInt = 0
     partition: AnyPartition = field(default_factory=LabelRanges)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import teacher_pairs
-from diffdistill.settings.schema import PositiveInt, field, schema
+from diffdistill.settings.schema import Number, PositiveInt, field, schema
 
 
 @schema
@@ -27,7 +27,7 @@ class Regression(Method):
     steps: FewSteps = field(default_factory=FewSteps)
     pairs: PositiveInt = 10_000
     pair_sampler: AnySampler = field(default_factory=Heun)
-    guidance: float = 1.0
+    guidance: Number = 1.0
 
     student = "generator"
     needs_images = False

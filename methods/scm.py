@@ -21,7 +21,7 @@ from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.time_weight import TimeWeight
-from diffdistill.settings.schema import NonNegative, Positive, UserError, field, schema
+from diffdistill.settings.schema import NonNegative, Number, Positive, UserError, field, schema
 
 
 @schema
@@ -32,7 +32,7 @@ class SCM(Method):
     name: Literal["scm"] = "scm"
     steps: FewSteps = field(default_factory=lambda: FewSteps(init_ratio=80.0))
     velocity: Literal["teacher", "data"] = "teacher"
-    guidance: float = 1.0
+    guidance: Number = 1.0
     time_law: AnyTimeDistribution = field(default_factory=lambda: LogNormal(mean=-1.7, std=1.4))
     tangent: Literal["normalise", "clip"] = "normalise"
     tangent_constant: Positive = 0.1

@@ -8,10 +8,9 @@ Not implemented: EDM2's learned uncertainty u(sigma) and its forced weight norma
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.diffusion.augmentation import augment, check_augmentation, draw_motion
@@ -37,9 +36,10 @@ from diffdistill.distillation.score_distillation import (
     start_players,
 )
 from diffdistill.networks.discriminator import features_shapes
-from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
+from diffdistill.settings.numbers import NonNegativeInt, SamplingSteps
+from diffdistill.settings.schema import Fraction, NonNegative, Number, Positive, field, schema
 
-Images = Annotated[int, Field(ge=0)]
+Images = NonNegativeInt
 MAX_LOGIT = 10.0  # SiDA's clamp of the generator's logits
 
 
@@ -52,18 +52,18 @@ class SiD(Method):
 
     name: Literal["sid"] = "sid"
     steps: FewSteps = field(default_factory=FewSteps)
-    alpha: float = 1.2  # 0.5 to 1 point the right way from any start; more needs a start near the teacher
+    alpha: Number = 1.2  # 0.5 to 1 point the right way from any start; more needs a start near the teacher
     weight: SampleWeight = "nu"
     normaliser_minimum: Positive = 1e-5
     time_law: AnyTimeDistribution = field(default_factory=lambda: Karras(ratio_max=24.41))
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     fake_weight: DenoisingWeight = "edm"
-    fake_updates: PositiveInt = 1  # exactly this many to one generator update
+    fake_updates: SamplingSteps = 1  # exactly this many to one generator update
     fake_augment: Fraction = 0.0
-    guidance: float = 1.0  # kappa_4, of the teacher
-    fake_training_guidance: float = 1.0  # kappa_1, of the D that the fake score's loss trains
-    fake_guidance: float = 1.0  # kappa_2, of the fake score in its difference from the teacher
-    residual_guidance: float = 1.0  # kappa_3, of the fake score in its difference from the image
+    guidance: Number = 1.0  # kappa_4, of the teacher
+    fake_training_guidance: Number = 1.0  # kappa_1, of the D that the fake score's loss trains
+    fake_guidance: Number = 1.0  # kappa_2, of the fake score in its difference from the teacher
+    residual_guidance: Number = 1.0  # kappa_3, of the fake score in its difference from the image
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where one of its scales is not 1
     loss_scale: Positive = 100.0
     gan_weight: NonNegative = 0.0  # SiDA on EDM: 0.01

@@ -27,6 +27,7 @@ from diffdistill.distillation.score_distillation import (
     mean_of_finite,
     start_players,
 )
+from diffdistill.settings.numbers import SamplingSteps
 from diffdistill.settings.schema import Fraction, Positive, PositiveInt, field, schema
 
 Distance = Literal["l2", "pseudo_huber", "l4"]
@@ -50,7 +51,7 @@ class SIM(Method):
     time_law: AnyTimeDistribution = field(default_factory=lambda: Karras(ratio_max=24.41))
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     fake_weight: DenoisingWeight = "edm"
-    fake_updates: PositiveInt = 1  # exactly this many to one generator update
+    fake_updates: SamplingSteps = 1  # exactly this many to one generator update
     fake_augment: Fraction = 0.0
 
     student = "generator"

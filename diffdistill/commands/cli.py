@@ -12,6 +12,7 @@ from diffdistill.commands.evaluation import evaluate, leaderboard, reference, re
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
 from diffdistill.settings.launcher import this_rank
+from diffdistill.settings.limits import MAX_GIB, MAX_INTEGER, MAX_PROCESSES
 from diffdistill.settings.terminal import Console
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ Sweeps = Annotated[
 @guarded
 def demo(
     run: Annotated[str | None, typer.Option(help="Where to write; default runs/demo, or runs/demo-fast.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of training.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of training.", min=0, max=MAX_INTEGER)] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="A few steps only: does everything work here?")] = False,
 ) -> None:
     """Train a digits teacher, distil it to one step with DMD2, print the table and write the pictures.
@@ -155,8 +156,12 @@ app.command()(export)
 def students(
     config: Config,
     overrides: Overrides = None,
-    processes_each: Annotated[int, typer.Option(help="Processes that train one student together.", min=1)] = 1,
-    max_restarts: Annotated[int, typer.Option(help="Starts of a student after its first.", min=0)] = 3,
+    processes_each: Annotated[
+        int, typer.Option(help="Processes that train one student together.", min=1, max=MAX_PROCESSES)
+    ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(help="Starts of a student after its first.", min=0, max=MAX_PROCESSES)
+    ] = 3,
     resume: Resume = False,
     trust_code: TrustCode = False,
 ) -> None:
@@ -211,7 +216,9 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs",
-    memory: Annotated[float | None, typer.Option(help="GiB to fit into; default: what there is.", min=0)] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB to fit into; default: what there is.", min=0, max=MAX_GIB)
+    ] = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.

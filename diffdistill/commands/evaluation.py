@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.settings.limits import MAX_BATCH, MAX_COUNT, MAX_LEVELS, MAX_SAMPLING_STEPS
 from diffdistill.settings.terminal import Console
 
 console = Console()
@@ -31,8 +32,10 @@ GuidancePolicy = Annotated[
 def evaluate(
     places: Judged,
     protocol: ProtocolName = None,
-    repeats: Annotated[int | None, typer.Option(help="Ranges of image seeds; default: the protocol's.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="The first range of image seeds.", min=0)] = 0,
+    repeats: Annotated[
+        int | None, typer.Option(help="Ranges of image seeds; default: the protocol's.", min=1, max=MAX_SAMPLING_STEPS)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The first range of image seeds.", min=0, max=MAX_COUNT)] = 0,
     guidance: GuidancePolicy = "1",
     sampler: Annotated[str | None, typer.Option(help='Default: the model\'s own. As in "{name: ddim}".')] = None,
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
@@ -49,8 +52,8 @@ def evaluate(
     efficiency: Annotated[bool, typer.Option("--efficiency", help="Time each model: latency, memory, ...")] = False,
     trust_code: TrustCode = False,
     out: Annotated[str | None, typer.Option(help="Also write the table's rows to this JSON file.")] = None,
-    replicates: Annotated[int, typer.Option(help="Of compare's bootstrap.", min=2)] = 200,
-    confidence: Annotated[float, typer.Option(help="Of compare's intervals.")] = 0.95,
+    replicates: Annotated[int, typer.Option(help="Of compare's bootstrap.", min=2, max=MAX_LEVELS)] = 200,
+    confidence: Annotated[float, typer.Option(help="Of compare's intervals.", min=0, max=1)] = 0.95,
 ) -> None:
     """Measure models or images by a protocol; or compare two on the same noise, with intervals.
 
@@ -100,7 +103,7 @@ def reference(
     protocol: Annotated[str, typer.Option(help="The protocol that will compare with them: a name, or a YAML file.")],
     weights: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: an extractor's weights.")] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write into; default: where `eval` looks.")] = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1, max=MAX_BATCH)] = 64,
     trust_code: TrustCode = False,
 ) -> None:
     """Compute the statistics of real images that a protocol compares with, one file for each kind of features.

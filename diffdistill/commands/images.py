@@ -6,16 +6,18 @@ from typing import Annotated
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.settings.limits import MAX_BATCH, MAX_COLUMNS, MAX_IMAGES, MAX_INTEGER, MAX_NUMBER, MAX_SAMPLING_STEPS
 from diffdistill.settings.terminal import Console
 
 console = Console()
 
-Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=MAX_INTEGER)]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="What cross-attention to the prompt steers away from; default: the run's own.")
 ]
 NegativeScale = Annotated[
-    float | None, typer.Option(help="How much of it is taken away; default: the run's own, or 0.3.", min=0)
+    float | None,
+    typer.Option(help="How much of it is taken away; default: the run's own, or 0.3.", min=0, max=MAX_NUMBER),
 ]
 
 
@@ -24,14 +26,17 @@ def sample(
     run: Annotated[str, typer.Argument(help="A run, a checkpoint, an exported folder, or a diffusers pipeline.")],
     out: Annotated[str, typer.Option(help="The PNG to write.")] = "samples.png",
     count: Annotated[
-        int | None, typer.Option(help="Number of images; default 100, or each prompt once.", min=1, max=10_000)
+        int | None, typer.Option(help="Number of images; default 100, or each prompt once.", min=1, max=MAX_IMAGES)
     ] = None,
     label: Annotated[list[int] | None, typer.Option(help="A class; several in turn. Default: all in turn.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; several in turn.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A UTF-8 file with a prompt a line.")] = None,
     seed: Seed = 0,
     steps: Annotated[
-        int | None, typer.Option(help="Calls of the network for an image; default: the model's own.", min=1)
+        int | None,
+        typer.Option(
+            help="Calls of the network for an image; default: the model's own.", min=1, max=MAX_SAMPLING_STEPS
+        ),
     ] = None,
     guidance: Annotated[
         str | None, typer.Option(help="As in eval; default 1, or what an exported folder says.")
@@ -40,13 +45,15 @@ def sample(
     teacher_from: Annotated[
         str | None, typer.Option(help="Where the teacher is now, if it was moved; with --teacher.")
     ] = None,
-    teacher_steps: Annotated[int | None, typer.Option(help="Default: the teacher's own.", min=1)] = None,
+    teacher_steps: Annotated[
+        int | None, typer.Option(help="Default: the teacher's own.", min=1, max=MAX_SAMPLING_STEPS)
+    ] = None,
     teacher_guidance: Annotated[str | None, typer.Option(help="Default: what the student was distilled with.")] = None,
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
     negative_prompt: NegativePrompt = None,
     negative_scale: NegativeScale = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
-    columns: Annotated[int | None, typer.Option(help="Of the grid.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1, max=MAX_BATCH)] = 16,
+    columns: Annotated[int | None, typer.Option(help="Of the grid.", min=1, max=MAX_COLUMNS)] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the code of an exported folder.")] = False,
 ) -> None:

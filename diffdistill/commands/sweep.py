@@ -25,6 +25,7 @@ from diffdistill.commands.demo import evaluate_run
 from diffdistill.commands.sweep_picture import Entry, draw_sweep, healthy_band, sample_sheet
 from diffdistill.distributed.stopping import StopRequested, TrainingError
 from diffdistill.settings.links import refuse_links
+from diffdistill.settings.reading import read_log
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console, hide_secrets
 from diffdistill.settings.values import apply_overrides, dump, parse_yaml, read_yaml
@@ -258,8 +259,7 @@ def measure(outcome: Outcome, folder: FilePath) -> None:
         elif band_of(name):
             outcome.health[shown] = float(series.values[-1])
         outcome.step = max(outcome.step, int(series.steps[-1]))
-    warnings = folder / WARNINGS
-    outcome.warnings = len(warnings.read_text(encoding="utf-8").splitlines()) if warnings.exists() else 0
+    outcome.warnings = len(read_log(folder / WARNINGS).splitlines())
     if outcome.status == "done":
         try:
             row = evaluate_run(str(folder)).to_dict()

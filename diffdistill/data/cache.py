@@ -13,6 +13,7 @@ from typing import Any
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.links import refuse_link
 from diffdistill.settings.lock import hold
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.storage.atomic import naming, sync, write_synced
@@ -39,7 +40,7 @@ def warn(message: str) -> None:
 def is_whole(folder: FilePath) -> bool:
     """Whether a prepared set is there and its files are as they were written."""
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = read_json(folder / META)
         for name, (size, digest) in meta["files"].items():
             file = folder / name
             if file.stat().st_size != size or (size <= HASHED_BYTES and _hash(file) != digest):

@@ -20,7 +20,8 @@ from diffdistill.data.decode import Sizing
 from diffdistill.data.files import Listing, list_images
 from diffdistill.data.names import find_name, match_names, nearest
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.text import read_text
 
 FILE_COLUMNS = ("file", "file_name")
@@ -40,7 +41,7 @@ class CaptionedImages:
     path: str
     captions_file: str | None = None
     caption_column: str | None = None
-    resolution: PositiveInt | None = None
+    resolution: Resolution | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

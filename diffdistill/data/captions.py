@@ -19,6 +19,8 @@ from diffdistill.data.collection import Classes, Collection, Item, UnreadableIma
 from diffdistill.data.decode import Sizing
 from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared
 from diffdistill.data.source import MappedImages
+from diffdistill.settings.limits import MAX_TABLE_BYTES
+from diffdistill.settings.reading import read_bytes
 from diffdistill.settings.schema import UserError
 
 COLUMNS = ("caption", "text", "prompt")
@@ -87,7 +89,7 @@ class Captioned(Protocol):
 def read_file(file: FilePath, *, setting: str = "data.path") -> bytes:
     """A file's bytes. Raises UserError."""
     try:
-        return file.read_bytes()
+        return read_bytes(file, limit=MAX_TABLE_BYTES)
     except OSError as error:
         raise UserError(f"{setting} = {str(file)!r}: cannot be read: {error.strerror}") from None
 

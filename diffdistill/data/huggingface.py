@@ -21,7 +21,8 @@ from diffdistill.data.files import NO_IMAGE, is_image, reason_by_name
 from diffdistill.data.left_out import LeftOut
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.schema import UserError, schema
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -43,7 +44,7 @@ class HuggingFace:
     image_column: str | None = "image"
     label_column: str | None = None
     caption_column: str | None = None
-    resolution: PositiveInt | None = None
+    resolution: Resolution | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

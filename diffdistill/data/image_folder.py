@@ -14,7 +14,8 @@ from diffdistill.data.files import Listing, list_images, without_common_folders
 from diffdistill.data.names import find_name, match_names, nearest
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.text import read_text
 
 CSV_COLUMNS = ("file", "label")
@@ -34,7 +35,7 @@ class ImageFolder:
     path: str
     labels: Literal["none", "folders", "csv"] = "none"
     labels_file: str | None = None
-    resolution: PositiveInt | None = None
+    resolution: Resolution | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

@@ -14,7 +14,8 @@ from diffdistill.data.decode import Sizing
 from diffdistill.data.files import check_unpacked_size
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.schema import UserError, schema
 
 
 @schema
@@ -28,7 +29,7 @@ class Npz:
     name: Literal["npz"] = "npz"
     path: str
     layout: Literal["auto", "NHWC", "NCHW"] = "auto"
-    resolution: PositiveInt | None = None
+    resolution: Resolution | None = None
     channels: Literal[1, 3] | None = None
     cache: str | None = None
 

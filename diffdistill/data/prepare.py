@@ -29,6 +29,7 @@ from diffdistill.data.colour import may_be_converted
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.links import open_plain
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console, say
 from diffdistill.storage.atomic import naming, write_bytes
@@ -105,7 +106,7 @@ class Report:
 
 
 def _open(folder: FilePath) -> MappedImages:
-    meta = json.loads((folder / kept.META).read_text(encoding="utf-8"))
+    meta = read_json(folder / kept.META)
     for line in meta["warnings"]:
         kept.warn(line)
     images = np.load(folder / kept.IMAGES, mmap_mode="r", allow_pickle=False)

@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
+from itertools import pairwise, product
+from math import prod
 from pathlib import Path as FilePath
 from typing import Literal
 
@@ -16,14 +18,15 @@ from diffdistill.data.collection import Item, UnreadableImage, checked_size, is_
 from diffdistill.data.decode import SUFFIXES, Sizing
 from diffdistill.data.left_out import LeftOut
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.text import read_text
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 MAX_SHARDS = 1_000_000
 CHUNK = 2**20
 MAX_LISTED = 5
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BRACES = re.compile(r"\{(\d{1,30})\.\.(\d{1,30})\}")
 
 
 class DamagedShard(Exception):  # noqa: N818
@@ -62,7 +65,7 @@ class WebDataset:
     path: str
     captions_ending: str = "txt"
     caption_column: str | None = None
-    resolution: PositiveInt | None = None
+    resolution: Resolution | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 
@@ -230,13 +233,17 @@ def _without_damaged(origin: str, damaged: list[str], total: int) -> list[str]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    """{0000..0003} as four names, the width kept."""
-    found = BRACES.search(pattern)
-    if not found:
-        return [pattern]
-    first, last = int(found[1]), int(found[2])
-    if not 0 <= last - first < MAX_SHARDS:
-        raise UserError(f"data.path = {pattern!r}: {found[0]} names {last - first + 1:,} shards")
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    numbers = (f"{number:0{len(found[1])}d}" for number in range(first, last + 1))
-    return [name for number in numbers for name in _expanded(f"{head}{number}{tail}")]
+    """{0000..0003} as four names, the width kept; of several braces every combination, the last one fastest."""
+    found = list(BRACES.finditer(pattern))
+    sides = [range(int(one[1]), int(one[2]) + 1) for one in found]
+    count = prod(max(0, side.stop - side.start) for side in sides)
+    if not 1 <= count <= MAX_SHARDS:
+        told = f"{count:,}" if count < 10**30 else "10^30 or more"
+        raise UserError(f"data.path = {shown(pattern)!r}: names {told} shards; at most {MAX_SHARDS:,} are read")
+    cuts = [0, *(cut for one in found for cut in one.span()), len(pattern)]
+    head, *others = [pattern[start:end] for start, end in list(pairwise(cuts))[::2]]
+    widths = [len(one[1]) for one in found]
+    return [
+        head + "".join(f"{n:0{width}d}{text}" for n, width, text in zip(numbers, widths, others, strict=True))
+        for numbers in product(*sides)
+    ]

@@ -14,7 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.settings.schema import Positive, UserError, schema
+from diffdistill.diffusion.scheduler_betas import read_betas
+from diffdistill.settings.numbers import Betas, TableSize
+from diffdistill.settings.schema import Positive, schema
 
 Prediction = Literal["edm", "x0", "eps", "v", "flow"]
 """What a network's output means. `edm` is x0 through the preconditioning of Karras et al. 2022, table 1."""
@@ -271,22 +273,17 @@ class VPDiscrete(Path):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     beta_start: Positive = 1e-4
     beta_end: Positive = 0.02
-    num_steps: Annotated[int, Field(ge=2)] = 1000
-    betas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+    num_steps: TableSize = 1000
+    betas: Betas | None = None
 
     @classmethod
     def from_scheduler(cls, config: Mapping[str, Any]) -> "VPDiscrete":
         """The path of any diffusers scheduler that has betas (DDPM, DDIM, PNDM, Euler, DPM-Solver ...).
 
         config: `scheduler.config` or the parsed scheduler_config.json.
-        Raises UserError where the schedule ends at zero signal, which has no x0 at t_max from eps.
+        Raises UserError as `read_betas`.
         """
-        from diffusers import DDPMScheduler
-
-        betas = DDPMScheduler.from_config(config).betas.double()
-        if float(betas.max()) >= 1:
-            raise UserError("scheduler config: rescale_betas_zero_snr leaves no signal at the last step")
-        return cls(betas=tuple(betas.tolist()))
+        return cls(betas=tuple(read_betas(config).tolist()))
 
     @cached_property
     def _log_ratios(self) -> Tensor:
@@ -296,8 +293,7 @@ class VPDiscrete(Path):
         else:
             from diffusers import DDPMScheduler
 
-            made = DDPMScheduler(self.num_steps, self.beta_start, self.beta_end, self.beta_schedule)
-            betas = made.betas.double()
+            betas = DDPMScheduler(self.num_steps, self.beta_start, self.beta_end, self.beta_schedule).betas.double()
         log_alpha_squared = torch.log1p(-betas).cumsum(0)
         return 0.5 * (log_alpha_squared - torch.log(-torch.expm1(log_alpha_squared)))
 

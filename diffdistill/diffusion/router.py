@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, Taps, Want
+from diffdistill.settings.limits import MAX_CLASSES, MAX_PROCESSES, MAX_WIDTH
+from diffdistill.settings.numbers import Number
 from diffdistill.settings.schema import schema
 
-Numbers = tuple[float, ...]
+Numbers = Annotated[tuple[Number, ...], Field(max_length=MAX_WIDTH)]
 
 
 @schema
@@ -20,7 +22,7 @@ class ClassRouter:
     """table: the student of each class. A label beyond them is "no class" of student 0, the next of student 1, ..."""
 
     name: Literal["classes"] = "classes"
-    table: tuple[Annotated[int, Field(ge=0)], ...]
+    table: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_PROCESSES)], ...], Field(max_length=MAX_CLASSES)]
 
     def __call__(self, cond: Cond) -> Tensor:
         """The student of each sample, [B] int64. Raises ValueError without a label."""
@@ -41,7 +43,7 @@ class QuadrantRouter:
     name: Literal["quadrants"] = "quadrants"
     mean: Numbers
     axes: tuple[Numbers, Numbers]
-    thresholds: tuple[float, float, float]
+    thresholds: tuple[Number, Number, Number]
 
     def __call__(self, cond: Cond) -> Tensor:
         """The student of each sample, [B] int64. Raises ValueError without a pooled text."""

@@ -16,7 +16,9 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance, Guided, begin
 from diffdistill.diffusion.path import Path, VPDiscrete, expand
-from diffdistill.settings.schema import Fraction, Positive, PositiveInt, Rates, field, schema
+from diffdistill.settings.limits import MAX_SAMPLING_STEPS
+from diffdistill.settings.numbers import SamplingSteps
+from diffdistill.settings.schema import Fraction, Positive, Rates, field, schema
 
 FreshNoise = Callable[[int], Tensor]
 """The unit noise [B, ...] that a stochastic sampler adds after step i."""
@@ -58,7 +60,7 @@ class Heun:
     """
 
     name: Literal["heun"] = "heun"
-    num_steps: Annotated[int, Field(ge=2)] = 18
+    num_steps: Annotated[int, Field(ge=2, le=MAX_SAMPLING_STEPS)] = 18
     rho: Positive = 7.0
 
     @property
@@ -103,7 +105,7 @@ class DDIM:
     """
 
     name: Literal["ddim"] = "ddim"
-    num_steps: PositiveInt = 50
+    num_steps: SamplingSteps = 50
     spacing: Literal["time", "karras"] = "time"
 
     @property
@@ -242,7 +244,7 @@ class TCD:
     """
 
     name: Literal["tcd"] = "tcd"
-    num_steps: PositiveInt = 4
+    num_steps: SamplingSteps = 4
     eta: Fraction = 0.3
     grid: DDIM = field(default_factory=DDIM)
     init_noise: Literal["sigma", "unit"] = "sigma"

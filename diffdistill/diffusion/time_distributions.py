@@ -12,6 +12,8 @@ from torch import Tensor
 
 from diffdistill.diffusion.path import Path, karras_ratios
 from diffdistill.diffusion.step_random import integer_of
+from diffdistill.settings.limits import MAX_LEVELS
+from diffdistill.settings.numbers import Number
 from diffdistill.settings.schema import Positive, schema
 
 
@@ -26,7 +28,7 @@ class LogNormal:
     """Noise-to-signal ratio exp(mean + std n), n ~ N(0, 1).  Karras et al. 2022, table 1."""
 
     name: Literal["lognormal"] = "lognormal"
-    mean: float = -1.2
+    mean: Number = -1.2
     std: Positive = 1.2
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
@@ -59,9 +61,9 @@ class KarrasIndex:
     """
 
     name: Literal["karras_index"] = "karras_index"
-    low: Annotated[int, Field(ge=0)] = 0
-    high: Annotated[int, Field(ge=0)] = 999
-    num_levels: Annotated[int, Field(ge=2)] = 1000
+    low: Annotated[int, Field(ge=0, le=MAX_LEVELS)] = 0
+    high: Annotated[int, Field(ge=0, le=MAX_LEVELS)] = 999
+    num_levels: Annotated[int, Field(ge=2, le=MAX_LEVELS)] = 1000
     ratio_min: Positive = 0.002
     ratio_max: Positive = 80.0
     rho: Positive = 7.0
@@ -94,8 +96,8 @@ class UniformInteger:
     """One of the indices low .. high of a discrete path. DMD2 on Stable Diffusion: 20 .. 980."""
 
     name: Literal["uniform_integer"] = "uniform_integer"
-    low: Annotated[int, Field(ge=0)] = 0
-    high: Annotated[int, Field(ge=0)] = 999
+    low: Annotated[int, Field(ge=0, le=MAX_LEVELS)] = 0
+    high: Annotated[int, Field(ge=0, le=MAX_LEVELS)] = 999
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
         return clamp_time(self.low + integer_of(uniform, self.high - self.low + 1).double(), path)
@@ -106,7 +108,7 @@ class LogitNormal:
     """t = sigmoid(mean + std n) of the path's range.  Esser et al. 2024, arXiv:2403.03206, eq. 19."""
 
     name: Literal["logit_normal"] = "logit_normal"
-    mean: float = 0.0
+    mean: Number = 0.0
     std: Positive = 1.0
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:

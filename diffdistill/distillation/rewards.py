@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.settings.numbers import Number
 from diffdistill.settings.registry import Registry
 from diffdistill.settings.schema import NonNegative, UserError, schema
 
@@ -63,7 +64,7 @@ class Feedback:
     """
 
     reward: str
-    threshold: float
+    threshold: Number
     weight: NonNegative = 1.0
 
     def loss(self, images: Tensor, cond: Cond) -> Tensor:

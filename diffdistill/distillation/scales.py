@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Draw
+from diffdistill.settings.numbers import Number
 
 
 def _checked(value: Any, check: Any) -> Any:
@@ -21,7 +22,7 @@ def _checked(value: Any, check: Any) -> Any:
     return scale
 
 
-Scale = Annotated[float | tuple[float, float], WrapValidator(_checked)]
+Scale = Annotated[Number | tuple[Number, Number], WrapValidator(_checked)]
 """w of D_u + w (D_c - D_u): one, or the least and the greatest, drawn evenly for each sample."""
 
 

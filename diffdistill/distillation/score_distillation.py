@@ -35,12 +35,13 @@ from diffdistill.distillation.losses import (
 )
 from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
 from diffdistill.distillation.scales import Scale, draw_scales, other_than_one
+from diffdistill.settings.limits import MAX_CHOSEN
 from diffdistill.settings.schema import UserError
 
 Features = Literal["fake", "teacher"]
 """Whose features a discriminator's head reads."""
 
-GanTaps = Annotated[tuple[int | str, ...], Field(min_length=1)] | None
+GanTaps = Annotated[tuple[int | str, ...], Field(min_length=1, max_length=MAX_CHOSEN)] | None
 """The blocks that it reads, by number or name, or "middle", each by a head of its own; null: the bottleneck alone."""
 
 Role = Literal["generator", "teacher", "fake", "fake loss"]

@@ -6,14 +6,17 @@ Grid index 0 is time 0, which is clean (on a discrete path its first index), ind
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import DDIM
 from diffdistill.diffusion.step_random import StepRandom, integer_of
+from diffdistill.settings.limits import MAX_CHOSEN
+from diffdistill.settings.numbers import Levels
 from diffdistill.settings.schema import NonNegative, PositiveInt, schema
 
 Ends = Literal["random", "fixed"]
@@ -28,9 +31,9 @@ class Stage:
     whole trajectory, along an even choice of the sampler's grid; null: along all.
     """
 
-    segments: PositiveInt
+    segments: Levels
     num_steps: PositiveInt = 1000
-    grid_steps: PositiveInt | None = None
+    grid_steps: Levels | None = None
     mse_weight: NonNegative = 1.0
     adversarial_weight: NonNegative = 0.0
     score_weight: NonNegative = 0.0
@@ -48,6 +51,9 @@ class Stage:
         times = grid.times(path).flip(0)
         stride = grid.num_steps // (self.grid_steps or grid.num_steps)
         return torch.cat([times.new_zeros(1), times])[::stride]
+
+
+Stages = Annotated[tuple[Stage, ...], Field(min_length=1, max_length=MAX_CHOSEN)]
 
 
 def stage_starts(stages: Sequence[Stage]) -> tuple[int, ...]:

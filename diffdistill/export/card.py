@@ -19,6 +19,7 @@ from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import is_pipeline, open_pipeline, pipeline_of
 from diffdistill.models.teachers.hub import is_hub_name
 from diffdistill.models.teachers.pipeline import read_json
+from diffdistill.settings.reading import read_log
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import parse_yaml
 from diffdistill.storage.atomic import write_text_atomically
@@ -77,7 +78,7 @@ def teacher_licence(pipeline: str | None) -> dict[str, str]:
     file = open_pipeline(pipeline).folder / "README.md" if pipeline else None
     if file is None or not file.is_file():
         return {}
-    _, separator, rest = file.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    _, separator, rest = read_log(file).partition("---\n")
     try:
         front = parse_yaml(rest.partition("\n---")[0], origin=str(file)) if separator else None
     except UserError:

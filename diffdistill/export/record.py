@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from diffdistill.diffusion.sampling import AnySampler
+from diffdistill.settings.numbers import Number
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.values import dump, validate
 from diffdistill.storage.atomic import write_text_atomically
@@ -34,7 +36,7 @@ class ExportRecord:
     base: str | None = None
     scheduler: str | None = None
     teacher: str | None = None
-    teacher_guidance: float = 1.0
+    teacher_guidance: Number = 1.0
 
     @property
     def places(self) -> dict[str, str | None]:
@@ -58,7 +60,7 @@ def read_record(folder: FilePath) -> ExportRecord | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     record = validate(ExportRecord, found, origin=str(file))

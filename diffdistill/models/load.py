@@ -25,6 +25,8 @@ from diffdistill.networks.lora import (
     with_lora,
     without_lora,
 )
+from diffdistill.settings.limits import MAX_PROCESSES
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.values import dump, validate
 from diffdistill.storage.atomic import write_text_atomically
@@ -145,7 +147,7 @@ class Students:
 
     format: Literal[1] = 1
     router: AnyRouter
-    students: Annotated[tuple[str, ...], Field(min_length=1)]
+    students: Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_PROCESSES)]
 
 
 def is_routed(place: FilePath) -> bool:
@@ -181,8 +183,8 @@ def first_student(place: FilePath) -> FilePath:
 
 def _read_students(folder: FilePath) -> Students:
     try:
-        data = json.loads((folder / ROUTER).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = read_json(folder / ROUTER)
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / ROUTER}: not valid JSON: {error}") from None
     return validate(Students, data, origin=str(folder / ROUTER))
 

@@ -4,7 +4,6 @@ Reimers & Gurevych 2019, arXiv:1908.10084: the mean of the last hidden states ov
 Only `BertModel` is loaded, from safetensors.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -72,7 +72,7 @@ class SentenceEncoder:
 
     def _read(self, file: FilePath) -> Any:
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"text_encoder = {self.place!r}: {file} cannot be read: {error}") from None
 

@@ -1,7 +1,11 @@
 """A model in a run's config: its network, its noise levels, and what it predicts."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path as FilePath
+from typing import Annotated
+
+from pydantic import Field
 
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
@@ -9,7 +13,10 @@ from diffdistill.diffusion.path import EDM, AnyPath, Prediction
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.networks import AnyNetwork
 from diffdistill.networks.empty import empty_weights
-from diffdistill.settings.schema import Fraction, Positive, PositiveInt, field, schema
+from diffdistill.networks.parameter_limit import limited_parameters
+from diffdistill.settings.limits import MAX_CLASSES, MAX_VALUES
+from diffdistill.settings.numbers import Classes, Number, Resolution
+from diffdistill.settings.schema import Fraction, Positive, field, schema
 
 
 @schema
@@ -31,16 +38,20 @@ class ModelSpec:
     """Enough to build a network again: its config, the images it was made for, and how to sample from it."""
 
     model: ModelConfig
-    image_shape: tuple[PositiveInt, ...]
-    num_classes: int
+    image_shape: Annotated[tuple[Resolution, ...], Field(max_length=4)]
+    num_classes: Classes
     class_dropout: Fraction
     sampler: AnySampler
-    classes: tuple[int, ...] = ()  # that it was trained on; empty for all
+    classes: Annotated[tuple[Classes, ...], Field(max_length=MAX_CLASSES)] = ()  # that it was trained on; empty for all
     pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
     base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
     negative_prompt: str | None = None  # that its attention steers away from
-    negative_scale: float = 0.0
+    negative_scale: Number = 0.0
     text_encoder: str | None = None  # the folder of what encodes prompts, where that is no pipeline's
+
+    def __post_init__(self) -> None:
+        if prod(self.image_shape) > MAX_VALUES:
+            raise ValueError(f"image_shape = {list(self.image_shape)}: more than {MAX_VALUES:,} values an image")
 
     def build_empty(self) -> Denoiser:
         """The same without weights, for others to be put in: a network is then in memory only once."""
@@ -48,8 +59,9 @@ class ModelSpec:
             return self.build()
 
     def build(self) -> Denoiser:
-        """A new, untrained Denoiser. Raises UserError if network and images do not fit."""
-        net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
+        """A new, untrained Denoiser. Raises UserError if network and images do not fit, or it is too large."""
+        with limited_parameters():
+            net = self.model.network.build(self.image_shape, self.num_classes, self.class_dropout)  # type: ignore[arg-type]
         denoiser = Denoiser(net, self.model.path, self.model.predicts, sigma_data=self.model.sigma_data)
         denoiser.run_with(guidance_rule=self.model.guidance_rule)
         return denoiser

@@ -30,7 +30,9 @@ from diffdistill.networks.guided import (
 from diffdistill.networks.hooked import HookedBlock, hooked_blocks
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.networks.registry import PlainNetwork
-from diffdistill.settings.schema import Fraction, PositiveInt, UserError, field, schema
+from diffdistill.settings.numbers import Width
+from diffdistill.settings.reading import check_regular
+from diffdistill.settings.schema import Fraction, UserError, field, schema
 from diffdistill.storage.atomic import write_tensors
 from diffdistill.storage.checkpoint import load_strictly
 
@@ -45,8 +47,8 @@ class AdapterConfig:
     their output times w - 1, which is how far guidance goes; at w = 1 they are then the base for good."""
 
     kind: Literal["offset", "cross_attention"] = "offset"
-    width: PositiveInt = 64
-    heads: PositiveInt = 4
+    width: Width = 64
+    heads: Width = 4
     placement: Literal["attention", "all"] = "attention"
     proportional: bool = False
 
@@ -186,6 +188,7 @@ def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:
     Raises UserError if the file holds no adapters, or they do not fit.
     """
     try:
+        check_regular(file)
         with safe_open(file, "pt") as opened:
             config = _CONFIGS.validate_json((opened.metadata() or {})[CONFIG])
     except (OSError, SafetensorError, KeyError, ValidationError) as error:

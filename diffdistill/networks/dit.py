@@ -5,11 +5,10 @@ class". The learned variance is a number of outputs (`learn_sigma`) that is not 
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.attention import attention
@@ -17,7 +16,8 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.networks.taps import Tapped
-from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.numbers import Depth, Resolution, Width, WidthByFour
+from diffdistill.settings.schema import Fraction, UserError, schema
 
 FREQUENCIES = 256  # of the time embedding, sines and cosines together
 
@@ -30,10 +30,10 @@ class DiTConfig:
     """
 
     name: Literal["dit"] = "dit"
-    patch: PositiveInt = 2
-    width: Annotated[int, Field(ge=4, multiple_of=4)] = 384
-    depth: PositiveInt = 12
-    heads: PositiveInt = 6
+    patch: Resolution = 2
+    width: WidthByFour = 384
+    depth: Depth = 12
+    heads: Width = 6
     learn_sigma: bool = False
 
     def __post_init__(self) -> None:

@@ -26,9 +26,12 @@ from diffdistill.networks.edm_blocks import (
     group_norm,
 )
 from diffdistill.networks.taps import Tapped
-from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.limits import MAX_BLOCKS
+from diffdistill.settings.numbers import Blocks, Resolution, Width, WidthByFour
+from diffdistill.settings.schema import Fraction, UserError, schema
 
-Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Sides = Annotated[tuple[Resolution, ...], Field(max_length=MAX_BLOCKS)]
+Widths = Annotated[tuple[Blocks, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
 
 EMBEDDING_NAMES = {
     "embed.label": "map_label",
@@ -61,10 +64,10 @@ class DDPMPP:
     """
 
     name: Literal["ddpmpp"] = "ddpmpp"
-    channels: Annotated[int, Field(ge=4, multiple_of=4)] = 128
+    channels: WidthByFour = 128
     multipliers: Widths = (2, 2, 2)
-    blocks: PositiveInt = 4
-    attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    blocks: Blocks = 4
+    attention_resolutions: Sides = (16,)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.13
     augment_dim: Literal[0, 9] = 0
 
@@ -100,10 +103,10 @@ class NCSNPP:
     """
 
     name: Literal["ncsnpp"] = "ncsnpp"
-    channels: Annotated[int, Field(ge=4, multiple_of=4)] = 128
+    channels: WidthByFour = 128
     multipliers: Widths = (2, 2, 2)
-    blocks: PositiveInt = 4
-    attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    blocks: Blocks = 4
+    attention_resolutions: Sides = (16,)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.13
     augment_dim: Literal[0, 9] = 0
 
@@ -122,11 +125,11 @@ class ADM:
     """ADM with EDM's settings for ImageNet-64; the fields of `DDPMPP`, and the channels of an attention head."""
 
     name: Literal["adm"] = "adm"
-    channels: Annotated[int, Field(ge=4, multiple_of=4)] = 192
+    channels: WidthByFour = 192
     multipliers: Widths = (1, 2, 3, 4)
-    blocks: PositiveInt = 3
-    attention_resolutions: tuple[PositiveInt, ...] = (32, 16, 8)
-    head_channels: PositiveInt = 64
+    blocks: Blocks = 3
+    attention_resolutions: Sides = (32, 16, 8)
+    head_channels: Width = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.10
     augment_dim: Literal[0, 9] = 0
 

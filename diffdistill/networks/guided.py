@@ -20,7 +20,8 @@ from diffdistill.networks.hooked import HookedBlock
 from diffdistill.networks.lora import LoRA
 from diffdistill.networks.recompute import Recomputable, recomputable_blocks
 from diffdistill.networks.registry import BaseNetwork
-from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.numbers import Width
+from diffdistill.settings.schema import Fraction, UserError, schema
 
 Around = Callable[..., Tensor]
 
@@ -108,7 +109,7 @@ class GuidedConfig:
 
     name: Literal["guided"] = "guided"
     base: BaseNetwork
-    width: PositiveInt = 64
+    width: Width = 64
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Guided":
         """The network for images [C, H, W]. Raises UserError if the base does not fit them, or has no blocks."""

@@ -21,7 +21,9 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
 from diffdistill.networks.empty import empty_weights
 from diffdistill.networks.registry import PlainNetwork
-from diffdistill.settings.schema import Fraction, Positive, PositiveInt, UserError, schema
+from diffdistill.settings.limits import MAX_CHOSEN
+from diffdistill.settings.numbers import Width
+from diffdistill.settings.schema import Fraction, Positive, UserError, schema
 
 ADAPTER = "default"  # peft's name for the only one
 FACTORS = ("lora_A", "lora_B")
@@ -30,6 +32,8 @@ ATTENTION = (
     *("qkv", "project", "query", "key_value"),  # ours
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # diffusers'
 )
+
+Targets = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_CHOSEN)]
 
 
 @schema
@@ -40,9 +44,9 @@ class LoRASettings:
     without convolutions; `all`: with them) or by the ends of their names.  dropout: of the factors' input.
     """
 
-    rank: PositiveInt = 64
+    rank: Width = 64
     alpha: Positive | None = None
-    targets: Literal["attention", "linear", "all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+    targets: Literal["attention", "linear", "all"] | Targets = "all"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 

@@ -11,7 +11,8 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.networks.taps import Tapped
-from diffdistill.settings.schema import Fraction, PositiveInt, schema
+from diffdistill.settings.numbers import Depth, Width
+from diffdistill.settings.schema import Fraction, schema
 
 
 @schema
@@ -19,8 +20,8 @@ class MLPConfig:
     """Settings of `MLP`."""
 
     name: Literal["mlp"] = "mlp"
-    width: PositiveInt = 512
-    blocks: PositiveInt = 3
+    width: Width = 512
+    blocks: Depth = 3
 
     def build(self, image_shape: tuple[int, ...], num_classes: int, class_dropout: Fraction) -> "MLP":
         """The network for data [*image_shape]."""

@@ -22,6 +22,7 @@ from diffdistill.attention.backends import constant_in_graphs
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.networks.recompute import parts_of
+from diffdistill.settings.numbers import Number
 from diffdistill.settings.schema import UserError
 
 JOINED = ("text", "text_mask")
@@ -32,7 +33,7 @@ class NegativePrompt:
     """cond: the encoded prompt, [1, ...] each part.  scale: the paper's alpha."""
 
     cond: Cond
-    scale: float
+    scale: Number
 
     @property
     def length(self) -> int:

@@ -13,6 +13,7 @@ from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
 from diffdistill.networks.guided import GuidedBase
 from diffdistill.networks.lora import LoRA
 from diffdistill.networks.registry import SignalBase
+from diffdistill.settings.numbers import Number
 from diffdistill.settings.schema import Fraction, Positive, UserError, schema
 
 
@@ -23,8 +24,8 @@ class SignalConfig:
     name: Literal["signal"] = "signal"
     base: SignalBase
     input_scale: Positive = 1.0
-    output_scale: float = 1.0
-    skip: float = 0.0
+    output_scale: Number = 1.0
+    skip: Number = 0.0
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Signal":
         """The network for images [C, H, W]. Raises UserError if the base does not fit them."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.networks.guided import Guided
 from diffdistill.networks.registry import BaseNetwork
-from diffdistill.settings.schema import Fraction, PositiveInt, schema
+from diffdistill.settings.numbers import Width
+from diffdistill.settings.schema import Fraction, schema
 
 
 @schema
@@ -18,7 +19,7 @@ class TwoTimesConfig:
 
     name: Literal["two_times"] = "two_times"
     base: BaseNetwork
-    width: PositiveInt = 64
+    width: Width = 64
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "TwoTimes":
         """The network for images [C, H, W]. Raises UserError if the base does not fit them, or has no blocks."""

@@ -16,7 +16,9 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.networks.taps import Tapped
-from diffdistill.settings.schema import Fraction, PositiveInt, UserError, schema
+from diffdistill.settings.limits import MAX_BLOCKS, MAX_WIDTH
+from diffdistill.settings.numbers import Blocks, Width
+from diffdistill.settings.schema import Fraction, UserError, schema
 
 
 @schema
@@ -27,12 +29,12 @@ class UNetConfig:
     """
 
     name: Literal["unet"] = "unet"
-    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64)
+    channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=MAX_BLOCKS)] = (32, 64)
     attention: tuple[bool, ...] = (False, True)
-    blocks: PositiveInt = 1
-    head_channels: PositiveInt = 16
+    blocks: Blocks = 1
+    head_channels: Width = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    text_width: Annotated[int, Field(ge=0)] = 0
+    text_width: Annotated[int, Field(ge=0, le=MAX_WIDTH)] = 0
 
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.attention):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic import ValidationError
 
 MAX_SHOWN = 200  # characters of a value in a message
+MAX_LISTED = 50  # faults in a message
 
 
 class UserError(ValueError):
@@ -31,7 +32,14 @@ def told(
     is_saved: whether it was right once, so that a name that is unknown is of a package that is missing.
     """
     faults = [_describe(kind, data, fault, whole, is_saved) for fault in error.errors()]
-    return UserError(f"{origin}: {len(faults)} fault{'s' * (len(faults) > 1)}\n  " + "\n  ".join(faults))
+    return listed(faults, origin=origin)
+
+
+def listed(faults: Sequence[str], *, origin: str) -> UserError:
+    """The faults, each on a line of its own; of very many the first."""
+    more = [f"and {len(faults) - MAX_LISTED:,} more"] if len(faults) > MAX_LISTED else []
+    lines = "\n  ".join([*faults[:MAX_LISTED], *more])
+    return UserError(f"{origin}: {len(faults)} fault{'s' * (len(faults) > 1)}\n  {lines}")
 
 
 def short(value: object) -> str:

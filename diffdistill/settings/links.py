@@ -6,6 +6,7 @@ stay inside it (`checkpoints/best`, and what trackers make) harm nothing else an
 
 import errno
 import os
+import stat
 from pathlib import Path as FilePath
 from typing import IO, Any
 
@@ -15,12 +16,14 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
 def refuse_links(folder: FilePath) -> None:
-    """Raise UserError if the folder holds, at any depth, a link that leads out of it. One that is not there holds
-    none."""
+    """Raise UserError if the folder holds, at any depth, a link that leads out of it, or what would be written to for
+    ever. One that is not there holds none."""
     root = os.path.realpath(folder)
     for place, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
             entry = FilePath(place, name)
+            if _is_endless(entry):
+                raise UserError(f"{entry}: is a pipe or a device, not a regular file; remove it")
             if entry.is_symlink() and not _is_inside(os.path.realpath(entry), root):
                 raise UserError(f"{entry}: is a link to {os.readlink(entry)}, which would be written to; remove it")
 
@@ -51,6 +54,11 @@ def open_plain(file: FilePath, mode: str, **options: Any) -> IO[Any]:
         if error.errno == errno.ELOOP:
             raise UserError(f"{file}: is a link, which would be written to; remove it") from None
         raise
+
+
+def _is_endless(entry: FilePath) -> bool:
+    mode = entry.lstat().st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
 def _is_inside(path: str, root: str) -> bool:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path as FilePath
 
+from diffdistill.settings.limits import MAX_TEXT
 from diffdistill.settings.links import open_plain, refuse_links
+from diffdistill.settings.reading import read_text
 from diffdistill.settings.schema import UserError
 
 LOCK = ".lock"
@@ -107,5 +109,5 @@ def _read_holder(file: FilePath) -> str:
     holder = _holder_file(file)
     with suppress(OSError, UnicodeDecodeError):
         if not holder.is_symlink():
-            return holder.read_text(encoding="utf-8")[:200].strip()
+            return read_text(holder, limit=MAX_TEXT)[:200].strip()
     return f"of {file}"

@@ -9,14 +9,20 @@ import pydantic
 from pydantic import Field
 
 from diffdistill.settings.faults import UserError, told
+from diffdistill.settings.numbers import Fraction, NonNegative, Number, Positive, PositiveInt, Rates
 
-__all__ = ["Fraction", "NonNegative", "Positive", "PositiveInt", "Rates", "UserError", "any_of", "field", "schema"]
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Rates = tuple[Positive, ...]
+__all__ = [
+    "Fraction",
+    "NonNegative",
+    "Number",
+    "Positive",
+    "PositiveInt",
+    "Rates",
+    "UserError",
+    "any_of",
+    "field",
+    "schema",
+]
 
 T = TypeVar("T")
 

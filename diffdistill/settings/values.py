@@ -10,24 +10,33 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from diffdistill.settings.faults import UserError, short, told
+from diffdistill.settings.faults import UserError, listed, short, told
+from diffdistill.settings.limits import MAX_CONFIG_BYTES, MAX_NESTING, faults_of
+from diffdistill.settings.reading import read_text
 from diffdistill.settings.text import why_not_utf8
 
 T = TypeVar("T")
 
 
-MAX_BITS = 1024  # of an integer in YAML; no setting takes more than 63
+MAX_DIGITS = 64  # of a number in YAML; no setting takes more than 20, and base 60 takes the square of their number
 
 
 def validate(kind: type[T], data: object, *, origin: str, is_saved: bool = False) -> T:
-    """A nested dict as any schema class. Raises UserError naming every fault.
+    """A nested dict as any schema class. Raises UserError naming every fault, sizes beyond all limits first.
 
     is_saved: whether the dict is our own `dump`; a name in it that nobody has any more is told as such.
     """
+    _check_size(data, origin)
     try:
         return TypeAdapter(kind).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         raise told(kind, data, error, origin=origin, is_saved=is_saved) from None
+
+
+def _check_size(data: object, origin: str) -> None:
+    faults = faults_of(data)
+    if faults:
+        raise listed(faults, origin=origin)
 
 
 def dump(value: object) -> Any:
@@ -69,13 +78,21 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
     def construct_yaml_int(self, node: Any) -> int:
-        number = super().construct_yaml_int(node)
-        if number.bit_length() > MAX_BITS:
-            raise yaml.constructor.ConstructorError(None, None, "the integer is too large", node.start_mark)
-        return number
+        _check_digits(node, "integer")
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> float:
+        _check_digits(node, "number")
+        return super().construct_yaml_float(node)
+
+
+def _check_digits(node: Any, kind: str) -> None:
+    if len(str(node.value)) > MAX_DIGITS:
+        raise yaml.constructor.ConstructorError(None, None, f"the {kind} is too large", node.start_mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 _Loader.add_implicit_resolver(
@@ -88,7 +105,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(file: str | FilePath) -> dict[str, Any]:
     """A YAML mapping. Raises UserError if the file is missing, unreadable or not a mapping."""
     try:
-        text = FilePath(file).read_text(encoding="utf-8")
+        text = read_text(file, limit=MAX_CONFIG_BYTES)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -100,11 +117,17 @@ def read_yaml(file: str | FilePath) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
-    """Any YAML value. Raises UserError with the line."""
+    """Any YAML value. Raises UserError with the line, and on what is longer or deeper than anything that is read."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise UserError(f"{origin}: {len(text):,} characters; at most {MAX_CONFIG_BYTES:,} are read as YAML")
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        found = yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise UserError(f"{origin}: not valid YAML: nested more than {MAX_NESTING} deep") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{origin}: not valid YAML: {error}") from None
+    _check_size(found, origin)
+    return found
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -115,6 +138,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         if not equals or not key.strip(". "):
             raise UserError(f"override {short(override)}: write key.sub=value")
         *parents, last = key.split(".")
+        if len(parents) >= MAX_NESTING:
+            raise UserError(f"override {short(override)}: nested more than {MAX_NESTING} deep")
         place = data
         for parent in parents:
             place = place.setdefault(parent, {})

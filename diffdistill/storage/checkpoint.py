@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffdistill.distributed.parts import has_parts, shared_as
 from diffdistill.distributed.processes import Processes
 from diffdistill.settings.links import refuse_link
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import sync, write_synced, write_tensors
 from diffdistill.storage.finite import find_dead, name_some
@@ -275,7 +276,7 @@ def read_state(target: FilePath) -> dict[str, Any]:
 
 
 def _read_json(file: FilePath) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def read_tensors(file: FilePath, device: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.dropout import Dropout
 from diffdistill.networks.lora import LoRASettings
 from diffdistill.settings.faults import did_you_mean
+from diffdistill.settings.numbers import BatchSize, NonNegativeInt, Processes, Seed
 from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
 from diffdistill.settings.terminal import holds_secret
 from diffdistill.settings.values import apply_overrides, read_yaml, texts, validate
@@ -45,7 +46,7 @@ class OptimizerConfig:
     weight_decay: NonNegative = 0.0
     clip_norm: Positive | None = None
     clip_value: Positive | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_start: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
@@ -59,17 +60,17 @@ class TrainConfig:
     """The loop. One step is one iteration of the method: every update that is due."""
 
     steps: PositiveInt
-    global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt | None = None  # per process; smaller ones accumulate to the same result
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    global_batch_size: BatchSize
+    micro_batch_size: BatchSize | None = None  # per process; smaller ones accumulate to the same result
+    seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
-    num_threads: PositiveInt | None = None  # on a CPU; a very small network is fastest, and surest, on one
+    num_threads: Processes | None = None  # on a CPU; a very small network is fastest, and surest, on one
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skips: PositiveInt = 20  # this many skipped updates in a row stop the run
     on_out_of_memory: Literal["stop", "halve"] = "stop"
     log_every: PositiveInt = 50
-    preview_every: Annotated[int, Field(ge=0)] = 500  # 0: none
+    preview_every: NonNegativeInt = 500  # 0: none
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 3
 

@@ -1,15 +1,13 @@
 """Exponential moving averages of weights, with a half-life in images and a ramp-up."""
 
 from copy import deepcopy
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.distillation.averages import follow
-from diffdistill.settings.schema import NonNegative, schema
+from diffdistill.settings.schema import NonNegative, Positive, schema
 
 
 @schema
@@ -17,7 +15,7 @@ class EMAConfig:
     """halflife_images: images after which a weight has half forgotten.  ramp: the half-life is at most this share
     of the images seen, so that the start is forgotten; 0 switches the ramp off."""
 
-    halflife_images: Annotated[float, Field(gt=0)] = 500_000
+    halflife_images: Positive = 500_000
     ramp: NonNegative = 0.05
 
 

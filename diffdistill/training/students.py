@@ -12,6 +12,7 @@ from pathlib import Path as FilePath
 from diffdistill.distributed.stopping import ON_STDIN, TrainingError, stop_signals
 from diffdistill.settings.links import open_plain, refuse_links
 from diffdistill.settings.lock import holder_of
+from diffdistill.settings.reading import read_log
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.storage.checkpoint import list_checkpoints
@@ -43,7 +44,7 @@ class Group:
 
     @property
     def last_words(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
+        lines = read_log(self.log).splitlines()
         return next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "")
 
 

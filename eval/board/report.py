@@ -1,6 +1,5 @@
 """One run on one HTML page: settings, curves, health signals, previews over time, scores. From its folder alone."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from diffdistill.eval.board.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.board.panels import Panel, draw_panel
 from diffdistill.eval.records.record import Record, read_records
 from diffdistill.settings.links import refuse_links
+from diffdistill.settings.reading import read_json, read_log
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import hide_secrets
 from diffdistill.settings.values import read_yaml
@@ -146,9 +146,8 @@ def tiles(
 
 def read_warnings(file: FilePath) -> list[tuple[str, str]]:
     """Lines of warnings.txt as (what, why and what to try), split at the second colon as health.py writes them."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     found = []
-    for line in filter(None, lines):
+    for line in filter(None, read_log(file).splitlines()):
         head, closing, words = line.partition("): ")
         found.append((head + closing.rstrip(": "), words) if closing else ("", line))
     return found
@@ -178,7 +177,7 @@ def read_table(run: FilePath) -> list[Table]:
         if not file.is_file():
             continue
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = read_json(file)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: cannot be read: {error}") from None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -267,7 +266,7 @@ def _skips(run: FilePath) -> int:
     """Updates that were left out because a loss was not finite, by the newest checkpoint."""
     newest = list_checkpoints(run / "checkpoints")[-1:]
     try:
-        state = json.loads((newest[0] / "state.json").read_text(encoding="utf-8"))
+        state = read_json(newest[0] / "state.json")
         return sum(int(number) for number in state["skips"].values())
     except (IndexError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return 0

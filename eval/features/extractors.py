@@ -15,8 +15,9 @@ from pydantic import Field, model_serializer
 from torch import Tensor
 
 from diffdistill.eval.features.resize import Interpolation, ResizeMode, Triple
+from diffdistill.settings.numbers import Resolution
 from diffdistill.settings.registry import OneOf, Registry, schema_class
-from diffdistill.settings.schema import PositiveInt, UserError, schema
+from diffdistill.settings.schema import UserError, schema
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Label = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]*$", max_length=64)]
@@ -111,7 +112,7 @@ class EfficientNetLite0:
     """EfficientNet-Lite0 on ImageNet, 1280 pooled features: real weights in a package, so it runs without a network."""
 
     name: Literal["efficientnet_lite0"] = "efficientnet_lite0"
-    size: PositiveInt = 224
+    size: Resolution = 224
     resize: Literal["clean"] = "clean"
 
     @property
@@ -152,9 +153,9 @@ class Torchvision:
     model: str
     pretrained: str | None = None
     node: str = "flatten"
-    size: PositiveInt | None = None
+    size: Resolution | None = None
     resize: Literal["clean"] = "clean"
-    resize_side: PositiveInt | None = None
+    resize_side: Resolution | None = None
     resize_mode: ResizeMode | None = None
     interpolation: Interpolation | None = None
     mean: Triple | None = None
@@ -182,9 +183,9 @@ class Timm:
     name: Literal["timm"] = "timm"
     model: str
     pretrained: str | None = None
-    size: PositiveInt | None = None
+    size: Resolution | None = None
     resize: Literal["clean"] = "clean"
-    resize_side: PositiveInt | None = None
+    resize_side: Resolution | None = None
     resize_mode: ResizeMode | None = None
     interpolation: Interpolation | None = None
     mean: Triple | None = None
@@ -207,7 +208,7 @@ class DinoV2:
 
     name: Literal["dinov2"] = "dinov2"
     model: Literal["vits14", "vitb14", "vitl14", "vitg14"] = "vitl14"
-    size: PositiveInt = 224
+    size: Resolution = 224
     resize: Literal["clean"] = "clean"
     sha256: Sha256 | None = None
 
@@ -230,7 +231,7 @@ class OpenClip:
     name: Literal["open_clip"] = "open_clip"
     model: str
     pretrained: str
-    size: PositiveInt | None = None
+    size: Resolution | None = None
     resize: Literal["clean"] = "clean"
     resize_mode: ResizeMode | None = None
     interpolation: Interpolation | None = None
@@ -255,7 +256,7 @@ class TorchScript:
 
     name: Literal["torchscript"] = "torchscript"
     label: Label
-    size: PositiveInt
+    size: Resolution
     resize: Literal["clean"] = "clean"
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (1.0, 1.0, 1.0)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Triple = tuple[float, float, float]
+from diffdistill.settings.numbers import Number
+
+Triple = tuple[Number, Number, Number]
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "squash"]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.settings.links import open_plain
+from diffdistill.settings.reading import check_regular
 from diffdistill.settings.schema import UserError
 
 ENVIRONMENT = "DIFFDISTILL_WEIGHTS"
@@ -95,6 +96,7 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], *, origin: Fi
 
 def _verified(path: FilePath, file: WeightsFile) -> Found:
     try:
+        check_regular(path)
         with path.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:

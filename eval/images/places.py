@@ -1,6 +1,5 @@
 """Models on disk that can be judged: runs and checkpoints. Diffusers' folders are in diffusers_folder.py."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -18,6 +17,7 @@ from diffdistill.eval.records.hashes import hash_weights
 from diffdistill.eval.records.record import Cost, ModelRecord
 from diffdistill.models.load import ROUTER, load_model
 from diffdistill.models.spec import TrainedModel
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import schema
 from diffdistill.settings.values import parse_yaml, validate
 from diffdistill.storage.checkpoint import MANIFEST, STATE
@@ -55,7 +55,7 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
     """The images of a run's newest checkpoint, of one checkpoint, or of several students. Raises UserError."""
     model = load_model(place, ema=options.ema)
     file = model.source / STATE
-    state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None  # several students have none
+    state = read_json(file) if file.exists() else None  # several students have none
     if state and not state["config"]:
         state = None  # imported, not trained here
     denoiser = model.denoiser.to(device)
@@ -83,7 +83,7 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
 
 def weights_sha256(checkpoint: FilePath, ema: str | None = None) -> str:
     """Of the file of weights that is sampled from, which the checkpoint's manifest vouches for."""
-    files: Mapping[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files: Mapping[str, str] = read_json(checkpoint / MANIFEST)["files"]
     wanted = f"ema-{ema}.safetensors" if ema else "ema.safetensors"
     return files.get(wanted) or files["players.safetensors"]
 

@@ -16,6 +16,8 @@ from diffdistill.eval.metrics.kernels import cmmd, kid
 from diffdistill.eval.metrics.neighbours import Prdc, prdc
 from diffdistill.eval.metrics.scores import clip_score, diversity, inception_score
 from diffdistill.eval.metrics.sides import Found, MissingFeaturesError, Sides
+from diffdistill.settings.limits import MAX_LEVELS
+from diffdistill.settings.numbers import Levels, SamplingSteps, Seed
 from diffdistill.settings.schema import Positive, PositiveInt, schema
 
 CMMD_CLIP = ("clip-vit-l-14-336", "openai")
@@ -83,13 +85,13 @@ class KernelDistance(Metric):
 
     name: Literal["kid"] = "kid"
     features: AnyFeatures
-    num_subsets: PositiveInt = 100
-    subset_size: Annotated[int, Field(ge=2)] = 1000
+    num_subsets: Levels = 100
+    subset_size: Annotated[int, Field(ge=2, le=MAX_LEVELS)] = 1000
     degree: Literal[3] = 3
     coef0: Literal[1] = 1
     gamma: Literal["1/d"] = "1/d"
     estimator: Literal["unbiased"] = "unbiased"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -113,7 +115,7 @@ class PrecisionRecall(Metric):
 
     name: Literal["precision_recall"] = "precision_recall"
     features: AnyFeatures
-    nearest_k: PositiveInt = 3
+    nearest_k: SamplingSteps = 3
     max_samples: PositiveInt | None = None
 
     @property
@@ -133,7 +135,7 @@ class DensityCoverage(Metric):
 
     name: Literal["density_coverage"] = "density_coverage"
     features: AnyFeatures
-    nearest_k: PositiveInt = 5
+    nearest_k: SamplingSteps = 5
     max_samples: PositiveInt | None = None
 
     @property
@@ -157,7 +159,7 @@ class InceptionScore(Metric):
 
     name: Literal["inception_score"] = "inception_score"
     features: AnyFeatures
-    splits: PositiveInt = 10
+    splits: SamplingSteps = 10
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -227,7 +229,7 @@ class Diversity(Metric):
     name: Literal["diversity"] = "diversity"
     features: AnyFeatures
     max_pairs: PositiveInt | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 
 from diffdistill.eval.protocols.protocol import Captions, Protocol
+from diffdistill.settings.limits import MAX_TABLE_BYTES
+from diffdistill.settings.reading import read_bytes
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.text import read_text
 
@@ -29,7 +31,7 @@ def read_captions(
     if file is None:
         raise UserError(f"protocol {protocol.name}: give its captions: {setting} FILE ({protocol.captions.name})")
     try:
-        content = FilePath(file).expanduser().read_bytes()
+        content = read_bytes(FilePath(file).expanduser(), limit=MAX_TABLE_BYTES)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     lines = read_text(content, origin=file).splitlines()

@@ -13,9 +13,9 @@ from pydantic import Field
 
 from diffdistill.eval.features.extractors import Sha256
 from diffdistill.eval.metrics.settings import AnyMetric
+from diffdistill.settings.limits import MAX_CHOSEN
+from diffdistill.settings.numbers import Channels, NonNegativeInt, Resolution, SamplingSteps
 from diffdistill.settings.schema import PositiveInt, field, schema
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 @schema
@@ -64,7 +64,7 @@ class Preparation:
 
     quantiser: Literal["round", "floor", "none"] = "round"
     crop: Literal["none", "centre_square"] = "none"
-    side: PositiveInt | None = None
+    side: Resolution | None = None
     filter: Literal["none", "lanczos", "bicubic", "box"] = "none"
     encoding: Literal["lossless", "jpeg"] = "lossless"
 
@@ -111,15 +111,15 @@ class Protocol:
     version: PositiveInt = 1
     num_images: PositiveInt
     first_seed: NonNegativeInt = 0
-    repeats: PositiveInt = 1
+    repeats: SamplingSteps = 1
     headline: Literal["min", "mean"] = "mean"
-    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    image_shape: tuple[Channels, Resolution, Resolution] | None = None
     noise: Noise = field(default_factory=Noise)
     labels: Labels = field(default_factory=lambda: Labels(policy="none"))
     captions: Captions | None = None
     preparation: Preparation = field(default_factory=Preparation)
     reference: Reference | None = None
-    metrics: Annotated[tuple[AnyMetric, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[AnyMetric, ...], Field(min_length=1, max_length=MAX_CHOSEN)]
     numerics: Numerics = field(default_factory=Numerics)
     weights_sha256: dict[str, Sha256] = field(default_factory=dict)
     reference_sha256: dict[str, Sha256] = field(default_factory=dict)

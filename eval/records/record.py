@@ -18,14 +18,17 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import Field, JsonValue
 
 from diffdistill.eval.metrics.settings import better
+from diffdistill.settings.limits import MAX_ITEMS, MAX_LINE_BYTES, MAX_SAMPLING_STEPS, MAX_TABLE_BYTES
 from diffdistill.settings.links import open_plain
 from diffdistill.settings.lock import hold
+from diffdistill.settings.numbers import NonNegativeInt, Number, Seed
+from diffdistill.settings.reading import read_text
 from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, field, schema
 from diffdistill.settings.text import why_not_utf8
 from diffdistill.settings.values import dump, validate
 from diffdistill.storage.atomic import naming
 
-Count = Annotated[int, Field(ge=0)]
+Count = NonNegativeInt
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sentence = Annotated[str, Field(max_length=20_000)]
@@ -39,9 +42,9 @@ class Values:
     Raises ValidationError if these do not follow from the values.
     """
 
-    values: Annotated[tuple[float, ...], Field(min_length=1)]
-    min: float
-    mean: float
+    values: Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    min: Number
+    mean: Number
     std: NonNegative | None
     within: tuple[NonNegative, ...] | None = None
 
@@ -80,7 +83,7 @@ class SamplerRecord:
 
     name: str
     num_evaluations: PositiveInt | None = None
-    guidance: float | None = None
+    guidance: Number | None = None
     settings: dict[str, JsonValue] = field(default_factory=dict)
 
 
@@ -125,7 +128,7 @@ class Images:
     record's file.  features_sha256: by features, of all repeats' rows in order."""
 
     count: Count
-    seeds: tuple[tuple[int, int], ...] = ()
+    seeds: Annotated[tuple[tuple[Seed, Seed], ...], Field(max_length=MAX_SAMPLING_STEPS)] = ()
     grid: str | None = None
     features_sha256: dict[str, Sha256] = field(default_factory=dict)
 
@@ -167,7 +170,7 @@ class Record:
     kind: Literal["measured", "reported"]
     name: Annotated[str, Field(min_length=1, max_length=200)]
     method: str | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     protocol: dict[str, JsonValue]
     metrics: Annotated[dict[MetricName, Values], Field(min_length=1)]
     model: ModelRecord | None = None
@@ -223,7 +226,7 @@ def read_records(file: str | FilePath) -> list[Record]:
     Raises UserError naming the file and the line of the first that is no record.
     """
     try:
-        text = FilePath(file).read_text(encoding="utf-8")
+        text = read_text(file, limit=MAX_TABLE_BYTES)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -234,6 +237,8 @@ def read_records(file: str | FilePath) -> list[Record]:
 
 def parse_record(text: str, *, origin: str) -> Record:
     """One line as a record.  origin: where it stands, for errors.  Raises UserError naming every fault."""
+    if len(text) > MAX_LINE_BYTES:
+        raise UserError(f"{origin}: no record: {len(text):,} characters; at most {MAX_LINE_BYTES:,} are read")
     try:
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError) as error:

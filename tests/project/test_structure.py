@@ -36,7 +36,12 @@ def linked(file: Path) -> bool:
 
 
 COMMAND_FILES = ("cli", "exit_codes", "images", "checkpoints", "evaluation")
-LIGHT = ("diffdistill.settings.terminal", "diffdistill.settings.launcher", "diffdistill.commands")
+LIGHT = (
+    "diffdistill.settings.terminal",
+    "diffdistill.settings.launcher",
+    "diffdistill.settings.limits",
+    "diffdistill.commands",
+)
 SOURCES = sorted(p for p in (ROOT / "diffdistill").glob("**/*.py") if not linked(p))
 METHODS = sorted((ROOT / "methods").glob("*.py"))
 EVAL = sorted((ROOT / "eval").rglob("*.py"))

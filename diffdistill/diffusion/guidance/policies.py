@@ -19,6 +19,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance_rules import LINEAR
+from diffdistill.settings.numbers import Number
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, UserError, schema
 from diffdistill.settings.values import parse_yaml, validate
 
@@ -69,7 +70,7 @@ class CFG:
     """Classifier-free guidance by one scale: what a bare number means.  Ho & Salimans 2022, arXiv:2207.12598."""
 
     name: Literal["cfg"] = "cfg"
-    scale: float
+    scale: Number
 
     def begin(self, denoiser: Denoiser, cond: Cond) -> Guided:
         return begin(self.scale, denoiser, cond)
@@ -83,7 +84,7 @@ class Interval:
     """
 
     name: Literal["interval"] = "interval"
-    scale: float
+    scale: Number
     ratio_low: NonNegative
     ratio_high: Positive
 
@@ -132,8 +133,8 @@ class AdaptiveGuidance:
     """
 
     name: Literal["adaptive"] = "adaptive"
-    scale: float
-    threshold: float = 0.99
+    scale: Number
+    threshold: Number = 0.99
     metric: Metric = "eps"
     armed_below_ratio: NonNegative = 2.0
 

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.settings.reading import check_regular
 from diffdistill.settings.schema import UserError
 
-MAX_OPCODES = 5_000_000
+MAX_OPCODES = 1_000_000
 MAX_STACK = 100_000
 MAX_NUMBER_BYTES = 64
 MAX_TEXT_BYTES = 2**24
 MAX_BYTES = 8 * 2**30
+MADE_BYTES = 2**24
+"""What a pickle may make beside four times its own size: each number of it is read as bytes, as a storage and as a
+tensor, and a few are shared."""
 
 OTHER_KINDS = {
     b"PK\x03\x04": "a zip, as torch.save writes it. Beside EDM's training-state-*.pt, which this may be, lies "
@@ -74,14 +78,14 @@ def read_pickle(file: FilePath, *, calls: Mapping[tuple[str, str], Build], recor
     Raises Refused on anything else, by its name; on a damaged file; and on one that is too large.
     """
     try:
-        size = file.stat().st_size
+        size = check_regular(file)
         with file.open("rb") as handle:
             if not 0 < size <= MAX_BYTES:
                 raise Refused(f"{file}: {size:,} bytes; pickles of 1 byte to {MAX_BYTES // 2**30} GiB are read")
             if kind := other_kind(handle.read(LONGEST_MAGIC)):
                 raise Refused(f"{file}: no bare pickle but {kind}")
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Machine(str(file), calls, records).run(content)
+                return _Machine(str(file), calls, records, budget=4 * size + MADE_BYTES).run(content)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
@@ -95,9 +99,10 @@ def other_kind(head: bytes) -> str | None:
 
 class _Machine:
     def __init__(
-        self, origin: str, calls: Mapping[tuple[str, str], Build], records: frozenset[tuple[str, str]]
+        self, origin: str, calls: Mapping[tuple[str, str], Build], records: frozenset[tuple[str, str]], *, budget: int
     ) -> None:
-        self.origin, self.calls, self.records = origin, calls, records
+        """budget: the bytes that all values made by calls may take together."""
+        self.origin, self.calls, self.records, self.budget = origin, calls, records, budget
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -253,11 +258,18 @@ class _Machine:
         if build is None or type(arguments) is not tuple:
             raise self.refused(f"a call of {called}, which is not made")
         try:
+            self.spend(sum(map(size_of, arguments)))  # before: what is made is never much larger
             return build(*arguments)
         except Refused as error:
             raise self.refused(str(error)) from None
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
             raise self.refused(f"{called}: {' '.join(str(error).split())[:200]}") from None
+
+    def spend(self, count: int) -> None:
+        """Raise Refused where the pickle has things made that are out of all proportion to it."""
+        self.budget -= count
+        if self.budget < 0:
+            raise Refused("it has far more made than it holds")
 
     def do_build(self, _: Any) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -306,6 +318,15 @@ class NumberType:
 
         (value,) = np.frombuffer(content, np.dtype(self.order + self.code))
         return value.item()
+
+
+def size_of(value: Any) -> int:
+    """About the bytes of what a call makes of a value."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return 64 * len(value) if isinstance(value, (list, set, dict, tuple)) else 0
 
 
 def read_storage(content: bytes) -> Tensor:

@@ -1,6 +1,5 @@
 """A diffusers pipeline on disk as a teacher. Only the classes that its family names are loaded, and no pickles."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from diffdistill.models.teachers.family import Family
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.networks.diffusers_model import DiffusersConfig
+from diffdistill.settings.reading import read_json as read_json_value
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.finite import find_dead, name_some
 
@@ -222,7 +222,7 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
 def read_json(file: FilePath) -> dict[str, Any]:
     """A JSON object. Raises UserError."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json_value(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(found, dict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from diffdistill.settings.reading import read_log
 from diffdistill.storage.atomic import write_bytes_atomically
 from diffdistill.training.reports.health import BANDS, Band
 
@@ -42,9 +43,8 @@ class Series:
 
 def read_reports(file: FilePath) -> list[dict[str, float]]:
     """The numbers of each line of metrics.jsonl, by name; lines that are cut short, or no reports, are left out."""
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     found = []
-    for line in text.splitlines():
+    for line in read_log(file).splitlines():
         try:
             report = json.loads(line)
             numbers = {name: float(value) for name, value in report.items() if isinstance(value, (int, float))}

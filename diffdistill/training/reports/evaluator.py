@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 from pydantic import Field
 from torch import nn
 
+from diffdistill.settings.numbers import Number
 from diffdistill.settings.registry import from_above
 from diffdistill.settings.schema import PositiveInt, field, schema
 
@@ -29,7 +30,7 @@ class EvalConfig:
     every: PositiveInt = 500
     num_images: PositiveInt | None = None
     best_by: str | None = None
-    guidance: float = 1.0
+    guidance: Number = 1.0
     batch_size: Annotated[int, Field(ge=1, le=256)] = 256
     weights: dict[str, str] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)

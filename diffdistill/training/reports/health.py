@@ -23,6 +23,8 @@ from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.losses import denoising_weight
 from diffdistill.distillation.method import Players, Problem
+from diffdistill.settings.limits import MAX_BATCH
+from diffdistill.settings.numbers import NonNegativeInt
 from diffdistill.settings.schema import PositiveInt, schema
 
 RATIOS = (0.2, 0.6, 2.0)  # the noise-to-signal ratios that are looked at
@@ -35,9 +37,9 @@ class HealthConfig:
     before it is said; warmup_steps: the start, in which nothing is said."""
 
     every: PositiveInt = 50
-    samples: Annotated[int, Field(ge=8)] = 64
+    samples: Annotated[int, Field(ge=8, le=MAX_BATCH)] = 64
     patience: PositiveInt = 2
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: NonNegativeInt = 100
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffdistill.settings.reading import read_log
 from diffdistill.settings.terminal import Console, hide_secrets
 from diffdistill.storage.atomic import append_text, write_text_atomically
 from diffdistill.training.reports.curves import draw_curves
@@ -145,8 +146,7 @@ class RunLog:
     def note(self, message: str) -> None:
         """A line of warnings.txt, once, of what has been said already."""
         file = self.file.parent / WARNINGS
-        known = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-        if message not in known:
+        if message not in read_log(file).splitlines():
             append_text(file, hide_secrets(message) + "\n")
 
     def warn(self, message: str) -> None:
@@ -174,7 +174,7 @@ class RunLog:
         if not self.file.exists():
             return
         kept = []
-        for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_log(self.file).splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

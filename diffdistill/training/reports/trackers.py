@@ -19,8 +19,9 @@ from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import AfterValidator, GetJsonSchemaHandler
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler
 
+from diffdistill.settings.limits import MAX_CHOSEN
 from diffdistill.settings.terminal import hide_secrets
 
 PROJECT = "diffdistill"
@@ -66,7 +67,7 @@ class _Choices:
 
 
 TrackerName = Annotated[str, AfterValidator(_known), _Choices()]
-TrackerNames = Annotated[tuple[TrackerName, ...], AfterValidator(_each_once)]
+TrackerNames = Annotated[tuple[TrackerName, ...], Field(max_length=MAX_CHOSEN), AfterValidator(_each_once)]
 
 
 class Trackers:

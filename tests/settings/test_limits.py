@@ -1,0 +1,322 @@
+"""No number, text or file of others makes a reader loop, wait, or ask for the machine's memory."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from diffdistill.commands.cli import app
+from diffdistill.data.captions import read_file
+from diffdistill.data.npz import Npz
+from diffdistill.data.prompts import read_prompts
+from diffdistill.data.web_dataset import find_shards
+from diffdistill.eval.evaluation.reference import open_reference
+from diffdistill.eval.images.files import open_images
+from diffdistill.eval.protocols.captions import read_captions
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.eval.protocols.protocol import Preparation
+from diffdistill.eval.records.record import parse_record, read_records
+from diffdistill.export.record import RECORD, read_record
+from diffdistill.models.load import load_model
+from diffdistill.models.sentence_encoder import SentenceEncoder
+from diffdistill.models.teachers.edm_checkpoint import import_edm
+from diffdistill.models.teachers.pickle_reader import PLAIN_CALLS, read_pickle
+from diffdistill.settings.reading import read_bytes, read_json
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import apply_overrides, parse_yaml, read_yaml
+
+SECONDS = 10
+
+
+@pytest.fixture(autouse=True)
+def in_time() -> Iterator[None]:
+    """Whoever waits for a pipe is woken, and fails."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"still not done after {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def into_checkpoint(name: str) -> Callable[[Path, Path], object]:
+    def read(odd: Path, teacher: Path) -> object:
+        copy = odd.parent / "copy"
+        (source,) = (teacher / "checkpoints").glob("step-*")
+        shutil.copytree(source, copy)
+        (copy / name).unlink()
+        (copy / name).symlink_to(odd)
+        return load_model(copy)
+
+    return read
+
+
+def into_folder(name: str, read: Callable[[Path], object]) -> Callable[[Path, Path], object]:
+    def into(odd: Path, teacher: Path) -> object:
+        folder = odd.parent / "folder"
+        folder.mkdir()
+        (folder / name).symlink_to(odd)
+        return read(folder)
+
+    return into
+
+
+READERS: dict[str, Callable[[Path, Path], object]] = {
+    "config": lambda odd, _: read_yaml(odd),
+    "protocol": lambda odd, _: find_protocol(str(odd)),
+    "prompts": lambda odd, _: read_prompts(str(odd), setting="--prompts"),
+    "a table of prompts": lambda odd, _: read_file(odd),
+    "captions": lambda odd, _: read_captions(find_protocol("coco2014-fid30k"), str(odd)),
+    "records": lambda odd, _: read_records(odd),
+    "npz": lambda odd, _: Npz(path=str(odd), cache=str(odd.parent)).load(),
+    "judged images": lambda odd, _: open_images(str(odd), Preparation(), channels=1),
+    "reference": lambda odd, _: open_reference(odd, label="pixels", num_images=None),
+    "EDM's pickle": lambda odd, _: import_edm(odd, odd.parent / "out"),
+    "state.json": into_checkpoint("state.json"),
+    "manifest.json": into_checkpoint("manifest.json"),
+    "weights": into_checkpoint("players.safetensors"),
+    "model_index.json": into_folder("model_index.json", load_model),
+    "router.json": into_folder("router.json", load_model),
+    "a text encoder": into_folder("config.json", lambda folder: SentenceEncoder(str(folder)).config),
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("reader", READERS)
+def test_pipes_and_devices_are_refused_not_waited_for(
+    reader: str, kind: str, tmp_path: Path, quick_teacher: Path
+) -> None:
+    odd = tmp_path / ("odd.npz" if reader == "npz" else "odd")
+    if kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to("/dev/zero")
+    with pytest.raises(UserError):
+        READERS[reader](odd, quick_teacher)
+
+
+def test_an_exported_folder_with_a_pipe_for_its_record_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / RECORD)
+    assert read_record(tmp_path) is None
+
+
+@pytest.mark.parametrize(("reader", "size"), [("config", 2**19), ("state.json", 2**27), ("prompts", 2**32)])
+def test_files_that_are_too_large_are_refused_unread(
+    reader: str, size: int, tmp_path: Path, quick_teacher: Path
+) -> None:
+    file = tmp_path / "odd"
+    with file.open("wb") as handle:
+        handle.truncate(size)
+    with pytest.raises(UserError, match=r"bytes|hash|SHA"):
+        READERS[reader](file, quick_teacher)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "growing"
+    file.write_bytes(b"x" * 100)
+    monkeypatch.setattr("diffdistill.settings.reading.check_regular", lambda file, limit: 1)
+    with pytest.raises(OSError, match="more than 50 bytes"):
+        read_bytes(file, limit=50)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1:" * 100_000 + "1",
+        "1:" * 100_000 + "1.0",
+        "-" + "9" * 5000,
+        "0x" + "f" * 5000,
+        "[" * 5_000 + "]" * 5_000,
+        "{a: " * 80 + "1" + "}" * 80,
+        "x" * 2**19,
+        "[" + "1, " * 2**17 + "]",
+    ],
+    ids=["base 60", "base 60 with a fraction", "digits", "hex", "lists", "groups", "text", "many"],
+)
+def test_yaml_that_takes_long_is_refused_at_once(text: str) -> None:
+    began = time.process_time()
+    with pytest.raises(UserError, match=r"too large|deep|at most|valid YAML"):
+        parse_yaml(text, origin="here")
+    with pytest.raises(UserError):
+        apply_overrides({}, [f"a={text}"])
+    assert time.process_time() - began < 5
+
+
+def test_an_override_is_not_nested_without_end() -> None:
+    with pytest.raises(UserError, match="nested more than 64 deep"):
+        apply_overrides({}, [".".join("a" * 10_000) + "=1"])
+
+
+def test_json_is_not_nested_without_end(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for depth in (65, 900, 200_000):
+        file.write_text("[" * depth + "]" * depth)
+        with pytest.raises(ValueError, match="nested more than 64 deep"):
+            read_json(file)
+    file.write_text("[" * 64 + "]" * 64)
+    assert read_json(file)
+
+
+RECORD_LINE = {
+    "schema": 1,
+    "kind": "reported",
+    "name": "a",
+    "protocol": {"name": "p"},
+    "metrics": {"fid": {"values": [1.0], "min": 1.0, "mean": 1.0, "std": None}},
+    "source": {"title": "t", "url": "u", "place": "p"},
+}
+
+
+@pytest.mark.parametrize(
+    "values", ["[1.7e308, 1.7e308]", "[1e999]", "[NaN]", "[-Infinity]", "[1" + "0" * 400 + "]", "[1e101]"]
+)
+def test_records_of_numbers_beyond_all_are_refused(values: str) -> None:
+    line = json.dumps(RECORD_LINE).replace("[1.0]", values)
+    with pytest.raises(UserError, match="here"):
+        parse_record(line, origin="here")
+
+
+def test_a_record_of_deep_json_is_refused() -> None:
+    line = json.dumps(RECORD_LINE | {"protocol": {"name": "p", "x": 1}}).replace(
+        '"x": 1', '"x": ' + "[" * 500 + "]" * 500
+    )
+    with pytest.raises(UserError, match="deep"):
+        parse_record(line, origin="here")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("{0..99999}{0..99999}", "10,000,000,000"), ("{0..9}" * 30, None), ("{0..99999999999999999999}", None)],
+)
+def test_a_pattern_of_shards_is_bounded_as_a_whole(pattern: str, count: str | None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"names {count or '[0-9,^]+( or more)?'} shards; at most"):
+        find_shards(f"{tmp_path}/{pattern}.tar")
+
+
+HOSTILE_STATES: dict[str, dict[str, Any]] = {
+    "classes": {"num_classes": 10**12},
+    "more classes than an integer holds": {"num_classes": 10**30},
+    "no classes": {"num_classes": -(10**12)},
+    "sides": {"image_shape": [1, 10**6, 10**6]},
+    "values": {"image_shape": [4096, 16_384, 16_384]},
+    "dimensions": {"image_shape": [1] * 1000},
+    "width": {"network": {"name": "mlp", "width": 10**9}},
+    "blocks": {"network": {"name": "mlp", "blocks": 10**9}},
+    "width and classes at their limits": {"network": {"name": "mlp", "width": 65_536}, "num_classes": 1_000_000},
+    "blocks at their limit": {"network": {"name": "mlp", "width": 65_536, "blocks": 1_024}},
+    "levels": {"network": {"name": "unet", "channels": [65_536] * 64, "attention": [True] * 64, "blocks": 64}},
+    "a sampler": {"sampler": {"name": "ddim", "num_steps": 10**9}},
+    "a path": {"path": {"name": "vp_discrete", "num_steps": 10**9}},
+    "a scale": {"negative_scale": 1e300},
+}
+
+
+@pytest.mark.parametrize("said", HOSTILE_STATES)
+def test_a_checkpoint_of_numbers_out_of_range_is_refused_in_little_memory(
+    said: str, quick_teacher: Path, tmp_path: Path
+) -> None:
+    from fuzz import _read_checkpoint  # writes hashes that fit
+
+    source = next((quick_teacher / "checkpoints").iterdir())
+    state = json.loads((source / "state.json").read_text())
+    for key, value in HOSTILE_STATES[said].items():
+        holder = state["model"]["model"] if key in ("network", "path") else state["model"]
+        holder[key] = value
+    (tmp_path / "seeds").mkdir()
+    (tmp_path / "seeds" / "run").symlink_to(quick_teacher)
+    (tmp_path / "one").mkdir()
+    before = peak_bytes()
+    with pytest.raises(UserError):
+        _read_checkpoint(tmp_path / "one", b"state.json\n" + json.dumps(state).encode())
+    assert peak_bytes() - before < 2**29
+
+
+def peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_shards_of_several_braces_are_all_combinations_in_order(tmp_path: Path) -> None:
+    names = [f"{a}-{b:03d}.tar" for a in (1, 2) for b in range(8, 11)]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [shard.name for shard in find_shards(f"{tmp_path}/{{1..2}}-{{008..010}}.tar")] == names
+
+
+def _text(text: bytes) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text
+
+
+BOMBS = {
+    "one text as bytes again and again": b"\x80\x02" + _text(b"a" * 2**20) + b"q\x010" + _text(b"latin1") + b"q\x020("
+    + b"c_codecs\nencode\nh\x01h\x02\x86R" * 2000 + b"l.",
+    "one list as sets": b"\x80\x02(" + b"".join(b"J" + n.to_bytes(4, "little") for n in range(90_000)) + b"lq\x010("
+    + b"c__builtin__\nset\nh\x01\x85R" * 2000 + b"l.",
+    "many small things": b"\x80\x04]" + b"(" + b"}\x940" * 2_000_000 + b"e.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_is_given_no_more_memory_than_it_deserves(bomb: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.pkl"
+    file.write_bytes(BOMBS[bomb])
+    before = peak_bytes()
+    with pytest.raises(UserError, match="refused, and nothing was run"):
+        read_pickle(file, calls=PLAIN_CALLS, records=frozenset())
+    assert peak_bytes() - before < 2**29
+
+
+def test_one_storage_is_not_made_into_tensor_upon_tensor(tmp_path: Path) -> None:
+    storage = io.BytesIO()
+    torch.save(torch.zeros(2**20).storage(), storage)
+    content = b"B" + len(storage.getvalue()).to_bytes(4, "little") + storage.getvalue()
+    made = b"ctorch._utils\n_rebuild_tensor_v2\n(h\x01K\x00J\x00\x00\x10\x00\x85K\x01\x85\x89N" + b"tR"
+    file = tmp_path / "a.pkl"
+    head = b"\x80\x04ctorch.storage\n_load_from_bytes\n" + content + b"\x85Rq\x010("
+    file.write_bytes(head + made * 3 + b"l.")
+    assert len(read_pickle(file, calls=PLAIN_CALLS, records=frozenset())) == 3  # a few may share one
+    file.write_bytes(head + made * 500 + b"l.")
+    before = peak_bytes()
+    with pytest.raises(UserError, match="far more made than it holds"):
+        read_pickle(file, calls=PLAIN_CALLS, records=frozenset())
+    assert peak_bytes() - before < 2**28
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        *(("sample", option, 10**9) for option in ("--count", "--columns", "--steps", "--teacher-steps", "--batch")),
+        *(("sample", option, 2**64) for option in ("--seed", "--label")),
+        *(("sample", option, "1e400") for option in ("--guidance", "--negative-scale")),
+        *(("eval", option, 10**13) for option in ("--repeats", "--seed", "--batch", "--replicates")),
+        *(("eval", option, "nan") for option in ("--confidence", "--guidance")),
+        *(("students", option, 10**9) for option in ("--processes-each", "--max-restarts")),
+        ("reference", "--batch", 10**13),
+        ("demo", "--seed", 2**64),
+        ("doctor", "--memory", "1e300"),
+    ],
+)
+def test_options_beyond_all_are_refused_by_their_name(
+    command: str, option: str, value: object, quick_teacher: Path, tmp_path: Path
+) -> None:
+    needed = {"sample": [str(quick_teacher)], "eval": [str(quick_teacher)], "students": ["msd/digits"], "demo": []}
+    needed |= {"reference": ["{name: digits}", "--protocol", "digits-pixels"], "doctor": ["pretrain/digits"]}
+    out = ["--out", str(tmp_path / "a.png")] if command == "sample" else []
+    done = CliRunner().invoke(app, [command, *needed[command], *out, option, str(value)])
+    assert done.exit_code == 2, done.output
+    assert option in done.output or option.strip("-") in done.output
+    assert not (tmp_path / "a.png").exists()
