@@ -61,11 +61,18 @@ def differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any,
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 2e-4 as a number and refuses repeated keys, keys that are no text, and aliases."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases are not read", mark)
-        return super().compose_node(parent, index)
+        if self.depth > MAX_NESTING:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_NESTING} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         repeated = sorted(key for key, count in Counter(str(key.value) for key, _ in node.value).items() if count > 1)
@@ -122,8 +129,6 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         raise UserError(f"{origin}: {len(text):,} characters; at most {MAX_CONFIG_BYTES:,} are read as YAML")
     try:
         found = yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise UserError(f"{origin}: not valid YAML: nested more than {MAX_NESTING} deep") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{origin}: not valid YAML: {error}") from None
     _check_size(found, origin)

@@ -23,9 +23,7 @@ MAX_STACK = 100_000
 MAX_NUMBER_BYTES = 64
 MAX_TEXT_BYTES = 2**24
 MAX_BYTES = 8 * 2**30
-MADE_BYTES = 2**24
-"""What a pickle may make beside four times its own size: each number of it is read as bytes, as a storage and as a
-tensor, and a few are shared."""
+MADE_BYTES = 2**24  # may be made beside four times its size: a number is read as bytes, storage and tensor
 
 OTHER_KINDS = {
     b"PK\x03\x04": "a zip, as torch.save writes it. Beside EDM's training-state-*.pt, which this may be, lies "
