@@ -17,7 +17,7 @@ from diffdistill.settings.schema import UserError
 
 MAX_UNPACKING = 100
 """An archive may unpack to this many times its size, or to the next constant. Images hardly shrink at all."""
-ALWAYS_ALLOWED_BYTES = 2**30
+ALWAYS_ALLOWED_BYTES = 2**29
 
 SYSTEMS_OWN = frozenset(
     (
