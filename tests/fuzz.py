@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import small_config
 from hypothesis import HealthCheck, given, seed, settings
@@ -28,12 +29,17 @@ from support.edm_pickles import ARGUMENTS, SHAPE, network_of, waves, write_check
 from support.pictures import encode
 
 from diffdistill.data import ImageFolder, Npz, WebDataset
+from diffdistill.data.prompts import Prompts
+from diffdistill.eval.evaluation.reference import open_reference
+from diffdistill.eval.images.files import open_images
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.eval.protocols.protocol import Preparation
 from diffdistill.eval.records.record import read_records
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers.edm_checkpoint import read_edm
 from diffdistill.networks.edm_unet import DDPMPP
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.values import dump
+from diffdistill.settings.values import dump, dump_yaml
 from diffdistill.storage.checkpoint import MANIFEST, list_checkpoints
 from diffdistill.storage.shard_files import read_shards
 from diffdistill.training.config import load_config
@@ -41,6 +47,7 @@ from diffdistill.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SLOW = 10.0  # seconds for one small file
+LARGE = 2**30  # bytes that reading all of them may add to this process at its peak
 HOSTILE = (
     *(
         b"9" * 4400,
@@ -188,8 +195,6 @@ def _read_shards(folder: Path, content: bytes) -> None:
 
 
 def _arrays(folder: Path) -> list[bytes]:
-    import numpy as np
-
     file = io.BytesIO()
     np.savez(file, images=np.zeros((3, 8, 8, 3), np.uint8), labels=np.arange(3))
     return [file.getvalue()]
@@ -241,6 +246,56 @@ def _part(number: int) -> bytes:
     return save(tensors, metadata={"DCP_SHARDING_INFO": json.dumps(where)})
 
 
+def _protocols(_: Path) -> list[bytes]:
+    return [dump_yaml(find_protocol(name)).encode() for name in ("digits-pixels", "coco2014-fid30k")]
+
+
+def _read_protocol(folder: Path, content: bytes) -> None:
+    file = folder / "protocol.yaml"
+    file.write_bytes(content)
+    find_protocol(str(file))
+
+
+def _prompt_files(_: Path) -> list[bytes]:
+    """Each behind its ending."""
+    return [b"txt\na red fox\na blue hen\n", b'jsonl\n{"prompt": "a red fox"}\n', b"csv\nprompt,more\na red fox,1\n"]
+
+
+def _read_prompts(folder: Path, content: bytes) -> None:
+    ending, _, content = content.partition(b"\n")
+    file = folder / f"prompts.{ending.decode()}"
+    file.write_bytes(content)
+    Prompts(path=str(file)).load()
+
+
+def _pictures(_: Path) -> list[bytes]:
+    image = Image.effect_noise((40, 24), 60).convert("RGB")
+    return [encode(image, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")]
+
+
+def _read_picture(folder: Path, content: bytes) -> None:
+    """As data and as what is judged."""
+    (folder / "images").mkdir()
+    (folder / "images" / "a.png").write_bytes(content)
+    try:
+        ImageFolder(path=str(folder / "images"), cache=str(folder / "cache")).load()
+    finally:
+        open_images(str(folder / "images"), Preparation(), channels=3).rows(torch.arange(1))
+
+
+def _references(_: Path) -> list[bytes]:
+    file = io.BytesIO()
+    np.savez(file, mu=np.zeros(8), sigma=np.eye(8))
+    small = io.BytesIO()
+    np.savez_compressed(small, mu=np.zeros(8), sigma=np.eye(8))
+    return [file.getvalue(), small.getvalue()]
+
+
+def _read_reference(folder: Path, content: bytes) -> None:
+    (folder / "a.npz").write_bytes(content)
+    open_reference(folder / "a.npz", label="pixels", num_images=None)
+
+
 def _read_parts(folder: Path, content: bytes) -> None:
     (folder / "0.safetensors").write_bytes(content)
     (folder / "1.safetensors").write_bytes(_part(1))
@@ -256,19 +311,36 @@ READERS = {
     "zip of images": Reader(_archives, _read_archive),
     "tar of samples": Reader(_shards, _read_shards),
     "npz": Reader(_arrays, _read_arrays),
+    "protocol": Reader(_protocols, _read_protocol),
+    "prompts": Reader(_prompt_files, _read_prompts),
+    "picture": Reader(_pictures, _read_picture),
+    "reference": Reader(_references, _read_reference),
     "checkpoint": Reader(_checkpoints, _read_checkpoint),
     "checkpoint in parts": Reader(_parts, _read_parts),
 }
 
 
+NAMED = (_read_checkpoint, _read_prompts)
+"""Readers whose files stand behind a name, which is not changed."""
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    import resource  # Unix alone has it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Fuzzer:
-    """Feeds one reader.  tried, refused: files so far."""
+    """Feeds one reader.  tried, refused: files so far.  slowest: seconds of one.  added: bytes at the peak of all."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.reader, self.folder = READERS[name], folder
-        self.tried = self.refused = 0
+        self.tried = self.refused = self.added = 0
+        self.slowest = 0.0
         (folder / "seeds").mkdir(parents=True)
         self.seeds = self.reader.seeds(folder / "seeds")
+        self.before = peak_bytes()
 
     def feed(self, content: bytes) -> None:
         """One file. Raises whatever the reader should not have raised."""
@@ -280,7 +352,10 @@ class Fuzzer:
             except UserError:
                 self.refused += 1
         taken = time.perf_counter() - began
+        self.slowest = max(self.slowest, taken)
+        self.added = peak_bytes() - self.before
         assert taken < SLOW, f"{taken:.1f} s for {len(content)} bytes"
+        assert self.added < LARGE, f"{self.added / 2**20:,.0f} MiB for {len(content)} bytes"
 
     def run(self, examples: int, number: int = 0) -> None:
         """So many changed files, a function of `number`. Raises what the smallest bad one gives."""
@@ -296,7 +371,7 @@ class Fuzzer:
         @given(st.sampled_from(range(len(self.seeds))), mutations)
         def one(which: int, changes: list[Mutation]) -> None:
             name, head, body = b"", b"", self.seeds[which]
-            if self.reader.read is _read_checkpoint:
+            if self.reader.read in NAMED:
                 name, head, body = body.partition(b"\n")
             self.feed(name + head + mutated(body, changes))
 
@@ -327,7 +402,8 @@ def main() -> None:
             except Exception as error:
                 failed, found = True, "see below"
                 traceback.print_exception(error)
-            print(f"| {name} | {fuzzer.tried:,} | {fuzzer.refused:,} | {found} |", flush=True)
+            told = f"{fuzzer.slowest:.1f} s | {fuzzer.added / 2**20:,.0f} MiB | {found}"
+            print(f"| {name} | {fuzzer.tried:,} | {fuzzer.refused:,} | {told} |", flush=True)
     sys.exit(failed)
 
 

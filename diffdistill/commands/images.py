@@ -111,7 +111,10 @@ def export(
     ] = "auto",
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="The scale of calls that name none, for a student that is told it.")
+        float | None,
+        typer.Option(
+            help="The scale of calls that name none, for a student that is told it.", min=-MAX_NUMBER, max=MAX_NUMBER
+        ),
     ] = None,
     licence: Annotated[str | None, typer.Option(help="The teacher's, where its own card does not say.")] = None,
     records: Annotated[str | None, typer.Option(help="JSONL of `diffdistill eval`: scores for the card.")] = None,

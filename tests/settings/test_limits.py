@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+import typer
+from fuzz import _read_checkpoint, peak_bytes
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
@@ -229,8 +231,6 @@ HOSTILE_STATES: dict[str, dict[str, Any]] = {
 def test_a_checkpoint_of_numbers_out_of_range_is_refused_in_little_memory(
     said: str, quick_teacher: Path, tmp_path: Path
 ) -> None:
-    from fuzz import _read_checkpoint  # writes hashes that fit
-
     source = next((quick_teacher / "checkpoints").iterdir())
     state = json.loads((source / "state.json").read_text())
     for key, value in HOSTILE_STATES[said].items():
@@ -243,12 +243,6 @@ def test_a_checkpoint_of_numbers_out_of_range_is_refused_in_little_memory(
     with pytest.raises(UserError):
         _read_checkpoint(tmp_path / "one", b"state.json\n" + json.dumps(state).encode())
     assert peak_bytes() - before < 2**29
-
-
-def peak_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def test_shards_of_several_braces_are_all_combinations_in_order(tmp_path: Path) -> None:
@@ -321,3 +315,40 @@ def test_options_beyond_all_are_refused_by_their_name(
     assert done.exit_code == 2, done.output
     assert option in done.output or option.strip("-") in done.output
     assert not (tmp_path / "a.png").exists()
+
+
+def number_options() -> Iterator[tuple[str, str, Any, Any]]:
+    """Every option of every command that is a number: command, option, type, what typer knows of it."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        called = command.name or command.callback.__name__
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            inner, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+            kinds = {inner, *get_args(inner)}
+            for one in filter(lambda mark: isinstance(mark, typer.models.OptionInfo), marks):
+                if kinds & {int, float}:
+                    yield called, f"--{name.replace('_', '-')}", int if int in kinds else float, one
+
+
+OPTIONS = list(number_options())
+
+
+def test_the_walk_has_found_the_options() -> None:
+    assert {(command, option) for command, option, _, _ in OPTIONS} >= {
+        *(("sample", option) for option in ("--columns", "--steps", "--count", "--negative-scale")),
+        *(("students", "--processes-each"), ("eval", "--confidence"), ("doctor", "--memory"), ("demo", "--seed")),
+    }
+
+
+@pytest.mark.parametrize(("command", "option", "kind", "info"), OPTIONS, ids=lambda value: str(value)[:30])
+def test_every_number_on_the_command_line_has_limits_and_is_refused_beyond_them(
+    command: str, option: str, kind: type, info: Any
+) -> None:
+    assert info.min is not None
+    assert info.max is not None
+    step = 1 if kind is int else abs(info.max) * 1e-6
+    for beyond in (info.max + step, info.min - step, 10**400, "nan" if kind is float else "x"):
+        done = CliRunner().invoke(app, [command, option, str(beyond)], env={"COLUMNS": "200"})
+        assert done.exit_code == 2, done.output
+        assert option in done.output
+        assert "Traceback" not in done.output
