@@ -31,7 +31,7 @@ from support.pictures import encode
 from diffdistill.data import ImageFolder, Npz, WebDataset
 from diffdistill.data.prompts import Prompts
 from diffdistill.eval.evaluation.reference import open_reference
-from diffdistill.eval.images.files import open_images
+from diffdistill.eval.images.files import is_lossy, open_images
 from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.eval.protocols.protocol import Preparation
 from diffdistill.eval.records.record import read_records
@@ -265,7 +265,7 @@ def _read_prompts(folder: Path, content: bytes) -> None:
     ending, _, content = content.partition(b"\n")
     file = folder / f"prompts.{ending.decode()}"
     file.write_bytes(content)
-    Prompts(path=str(file)).load()
+    Prompts(path=str(file)).captions()
 
 
 def _pictures(_: Path) -> list[bytes]:
@@ -280,7 +280,8 @@ def _read_picture(folder: Path, content: bytes) -> None:
     try:
         ImageFolder(path=str(folder / "images"), cache=str(folder / "cache")).load()
     finally:
-        open_images(str(folder / "images"), Preparation(), channels=3).rows(torch.arange(1))
+        preparation = Preparation(encoding="jpeg" if is_lossy(content) else "lossless")
+        open_images(str(folder / "images"), preparation, channels=3).rows(torch.arange(1))
 
 
 def _references(_: Path) -> list[bytes]:
@@ -293,7 +294,7 @@ def _references(_: Path) -> list[bytes]:
 
 def _read_reference(folder: Path, content: bytes) -> None:
     (folder / "a.npz").write_bytes(content)
-    open_reference(folder / "a.npz", label="pixels", num_images=None)
+    open_reference(folder / "a.npz", label="pixels", num_images=100)
 
 
 def _read_parts(folder: Path, content: bytes) -> None:
