@@ -128,11 +128,9 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     if len(text) > MAX_CONFIG_BYTES:
         raise UserError(f"{origin}: {len(text):,} characters; at most {MAX_CONFIG_BYTES:,} are read as YAML")
     try:
-        found = yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{origin}: not valid YAML: {error}") from None
-    _check_size(found, origin)
-    return found
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

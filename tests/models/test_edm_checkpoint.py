@@ -97,7 +97,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(file: Path, tmp_path: Path) -> 
         ({"model_type": "Mine"}, "model_type = 'Mine'"),
         ({"channel_mult_emb": 2}, "channel_mult_emb = 2"),
         ({"img_resolution": "16"}, "img_resolution = '16'"),
-        ({"num_blocks": 60}, "num_blocks = 60: the file holds"),
+        ({"num_blocks": 60, "channel_mult": [1] * 12}, "num_blocks = 60: the file holds"),
         ({"num_blocks": 10**6}, "network's arguments.*blocks.*less than or equal to 64"),
         ({"model_channels": 2**14}, "32,768 channels, 5 classes: too many"),
         ({"label_dim": 2**15}, "32,768 classes: too many"),

@@ -201,7 +201,7 @@ def _spec(state: Mapping[str, Any], origin: str) -> ModelSpec:
             sampler=Heun(num_steps=18 if side <= 32 else 40),
         )
     except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, Refused):
             raise
         raise Refused(f"{origin}: the network's arguments: {' '.join(str(error).split())[:200]}") from None
 
