@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from torch import Tensor
 
 from diffdistill.commands.cli import main as command_line
 from diffdistill.distillation.method import Batch, Draw, Loss, Players
+from diffdistill.distributed import meeting
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.settings.values import dump_yaml
 from diffdistill.storage.checkpoint import find_damage, list_checkpoints, load_checkpoint
+from diffdistill.training import students
 from diffdistill.training.config import RunConfig
 from diffdistill.training.reports import trackers
 from diffdistill.training.reports.log import Log
@@ -244,6 +248,25 @@ def one_of_two_killed(scene: Scene) -> None:
     assert ends[rank].code == -signal.SIGKILL
     assert ends[1 - rank].code == 1
     assert "another process is gone" in ends[1 - rank].said
+    scene.nothing_lost()
+    scene.go_on(count=2)
+    scene.ends_as_undisturbed(2)
+
+
+def one_of_two_killed_at_the_start(scene: Scene) -> None:
+    """kill -9 of one process of two before they have met, or soon after"""
+    rank, seconds = scene.rng.randrange(2), scene.rng.uniform(0, 1.5)
+
+    def inject() -> None:
+        meeting.MEETING = timedelta(seconds=15)
+        if os.environ["RANK"] == str(rank):
+            soon(kill, seconds)()
+
+    ends = scene.start(inject, count=2)
+    assert ends[rank].code == -signal.SIGKILL
+    assert ends[1 - rank].code == 1
+    said = ("do not find each other", "did not come", "another process is gone")
+    assert any(words in ends[1 - rank].said for words in said), ends[1 - rank].said
     scene.nothing_lost()
     scene.go_on(count=2)
     scene.ends_as_undisturbed(2)
@@ -529,10 +552,150 @@ def tracker_down(scene: Scene) -> None:
     scene.ends_as_undisturbed()
 
 
+def dead_weights(scene: Scene) -> None:
+    """one step that destroys the weights, then losses that are not finite"""
+
+    def destroy() -> None:
+        steps = torch.optim.Adam.step
+
+        def huge(self: torch.optim.Adam, *arguments: Any) -> Any:
+            torch.optim.Adam.step = steps  # type: ignore[method-assign]
+            for group in self.param_groups:
+                group["lr"] = 1e20
+            return steps(self, *arguments)
+
+        torch.optim.Adam.step = huge  # type: ignore[assignment, method-assign]
+
+    (ended,) = scene.start(at_step(a_step(scene), destroy))
+    assert ended.code == 1
+    assert "weights are not finite" in ended.said
+    scene.nothing_lost()
+    scene.go_on()
+    scene.ends_as_undisturbed()
+
+
+def moved_teacher(scene: Scene) -> None:
+    """the teacher is moved, or trained on, while a killed run waits"""
+    shutil.copytree(scene.teacher, scene.folder / "teacher")
+    scene.teacher = scene.folder / "teacher"
+    scene.start(at_step(a_step(scene), kill))
+    moved = scene.teacher.rename(scene.folder / "moved")
+    if scene.newest() and scene.rng.random() < 0.5:
+        longer = small_config("pretrain", moved, "train.steps=12")
+        assert {ended.code for ended in begin(longer, nothing, "--resume")()} == {0}
+    scene.teacher = moved
+    scene.go_on()
+    scene.ends_as_undisturbed()
+
+
+def copies_beside(scene: Scene) -> None:
+    """copies that somebody keeps beside the checkpoints of a killed run"""
+    scene.start(at_step(scene.rng.randrange(EVERY, STEPS), kill))
+    checkpoints = scene.run / "checkpoints"
+    names = ["step-good", "step-00000040-backup", "step-40", "best-so-far"]
+    for name in names:
+        shutil.copytree(scene.rng.choice(list_checkpoints(checkpoints)), checkpoints / name)
+    before = {name: sorted(file.name for file in (checkpoints / name).iterdir()) for name in names}
+    scene.go_on()
+    assert {name: sorted(file.name for file in (checkpoints / name).iterdir()) for name in names} == before
+    assert [int(found.name[5:]) for found in list_checkpoints(checkpoints)] == [6, 9, 10]
+    scene.ends_as_undisturbed()
+
+
+PACED = """
+import sys, time
+from diffdistill.commands import cli
+from diffdistill.training.trainer import Trainer
+step = Trainer.train_step
+
+def paced(self, log=None):
+    time.sleep(0.3)
+    step(self, log)
+
+Trainer.train_step = paced
+sys.argv[0] = "diffdistill"
+cli.main()
+"""
+"""`diffdistill`, with time between its steps."""
+
+
+def launcher_killed(scene: Scene) -> None:
+    """kill -9 of the launcher of students, whose successor starts at once"""
+    common = (f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "trackers=[]", "health=null")
+    settings = ("method.num_students=1", *common)
+    alone, run = scene.folder / "alone", scene.folder / "msd"
+    assert {e.code for e in begin(small_config("msd", alone, *settings, teacher=scene.teacher), nothing)()} == {0}
+    file, step = scene.folder / "msd.yaml", scene.rng.randrange(1, STEPS - 1)
+    file.write_text(dump_yaml(small_config("msd", run, *settings, teacher=scene.teacher)))
+    student = run / "student_index=0"
+    command_of = students.command_of
+
+    def slow(*arguments: Any, **options: Any) -> list[str]:
+        python, _, _, *rest = command_of(*arguments, **options)
+        return [python, "-c", PACED, *rest]
+
+    def launch() -> None:
+        students.command_of = slow
+        students.train_students(file, (), say=lambda line: None)
+
+    launcher = multiprocessing.get_context("fork").Process(target=launch, daemon=True)
+    launcher.start()
+    log, deadline = student / "metrics.jsonl", time.monotonic() + 300
+    while (not log.exists() or len(log.read_text().splitlines()) < step) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert launcher.pid
+    os.kill(launcher.pid, signal.SIGKILL)
+    said: list[str] = []
+    students.train_students(file, (), resume=True, say=said.append)
+    words = student.with_name(student.name + ".log").read_text()
+    assert "stopped by SIGTERM at step" in words, "the student trained on"
+    assert not [line for line in said if "ended with" in line], said
+    found, expected = end_of(student), end_of(alone)
+    assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)], "another end"
+
+
+def different_configs(scene: Scene) -> None:
+    """two processes that were started with different settings, in a new run or one that goes on"""
+    key, value, before = scene.rng.choice(
+        [
+            ("optimizers.generator.lr", "5e-4", "0.0006 in process 0, 0.0005 in process 1"),
+            ("method.gan_weight", "0.05", "0.03 in process 0, 0.05 in process 1"),
+            ("train.seed", "1", "0 in process 0, 1 in process 1"),
+        ]
+    )
+    is_new = scene.rng.random() < 0.3
+    if not is_new:
+        scene.start(at_step(a_step(scene), kill), count=2)
+
+    def inject() -> None:
+        if os.environ["RANK"] == "1":
+            sys.argv.append(f"{key}={value}")
+
+    ends = scene.start(inject, *([] if is_new else ["--resume"]), count=2)
+    assert [ended.code for ended in ends] == [2, 2]
+    assert all(f"{key}: {before}" in ended.said for ended in ends)
+    scene.go_on(count=2)
+    scene.ends_as_undisturbed(2)
+
+
+def closed_pipe(scene: Scene) -> None:
+    """nobody reads any more what the run says: its pipe is closed"""
+
+    def close() -> None:
+        reads, writes = os.pipe()
+        os.close(reads)
+        os.dup2(writes, 1), os.dup2(writes, 2)
+
+    (ended,) = scene.start(at_step(a_step(scene), close))
+    assert ended.code == 0
+    scene.ends_as_undisturbed()
+
+
 KINDS: tuple[tuple[Callable[[Scene], None], str], ...] = (
     (killed, "resumed: equal"),
     (killed_while_saving, "all checkpoints whole; resumed: equal"),
     (one_of_two_killed, "the other stops and says so; resumed on two: equal"),
+    (one_of_two_killed_at_the_start, "the other stops within the meeting's time and says so; started again: equal"),
     (one_of_two_with_parts_killed, "the other stops and says so; resumed on one or two: equal within rounding"),
     (terminated, "saved at that step; resumed: equal"),
     (interrupted_twice, "resumed: equal"),
@@ -549,8 +712,21 @@ KINDS: tuple[tuple[Callable[[Scene], None], str], ...] = (
     (two_runs, "the second is refused; the first: equal"),
     (changed_config, "refused, with the changes; resumed as it was: equal"),
     (tracker_down, "said once; the run: equal"),
+    (dead_weights, "stops and says so; nothing saved of them, nothing dropped; resumed: equal"),
+    (moved_teacher, "resumed with its new place: equal"),
+    (copies_beside, "neither resumed from, counted nor removed; resumed: equal"),
+    (launcher_killed, "its student saves and ends; the successor waits for it: equal"),
+    (different_configs, "refused in both, with what differs; resumed alike: equal"),
+    (closed_pipe, "the run: equal"),
 )
 """Each accident, and what must hold after it."""
+
+
+TESTED_ELSEWHERE = (
+    *(one_of_two_killed_at_the_start, dead_weights, moved_teacher, copies_beside),
+    *(launcher_killed, different_configs, closed_pipe),
+)
+"""Accidents that quicker tests of their own show as well, which `make test` does not try again."""
 
 
 def undisturbed(folder: Path, teacher: Path) -> dict[int, Mapping[str, Tensor]]:
