@@ -10,15 +10,14 @@ from typing import Any
 from torch import Tensor, tensor
 
 from diffdistill.export.stock import StockFolder, describe, fit_pipeline
-from diffdistill.models.load import merge_model
+from diffdistill.models.load import find_teacher, merge_model
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, is_pipeline
-from diffdistill.models.teachers.pipeline import read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import LoRA
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_tensors
-from diffdistill.storage.checkpoint import STATE
+from diffdistill.storage.checkpoint import read_state
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
@@ -99,8 +98,9 @@ def _check_loads(source: Pipeline, *, is_kohya: bool) -> None:
 
 def _check_base(model: TrainedModel, source: Pipeline) -> None:
     """Raise UserError unless the factors stand over the pipeline's own network."""
-    teacher = read_json(model.source / STATE).get("teacher")
-    if not isinstance(teacher, str) or not is_pipeline(teacher):
+    state = read_state(model.source)
+    teacher = find_teacher(model.source, state) if state.get("teacher") else None
+    if teacher is None or not is_pipeline(teacher):
         raise UserError(
             f"{model.source}: its factors stand over {teacher}, which differs from {source.place}; use --kind stock"
         )

@@ -6,11 +6,13 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from support.method_matrix import origin, train
 from support.stand_ins import save_stand_in
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.export.lora_files import diffusers_keys, factors_of, kohya_keys
+from diffdistill.export.run import ExportOptions, export
 from diffdistill.models.load import load_model
 from diffdistill.networks.lora import LoRA, LoRASettings, lora_of, merge_lora, with_lora
 
@@ -81,3 +83,13 @@ def test_a_file_in_diffusers_keys_is_what_its_own_pipeline_writes(
 
 
 ENDS = ("lora_A.weight", "lora_B.weight")
+
+
+@pytest.mark.full
+def test_factors_are_exported_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train("sid", origin("sd", "sid", Path("sd")), Path("run"), "lora.default={rank: 2}", "train.steps=1")
+    monkeypatch.chdir("/")
+    made = export(str(tmp_path / "run"), tmp_path / "out", ExportOptions(kind="lora", is_verified=False))
+    assert made.kind == "lora"
+    assert load_model(tmp_path / "run").spec.pipeline == str(tmp_path / "sd")
