@@ -28,7 +28,9 @@ def sample(
     count: Annotated[
         int | None, typer.Option(help="Number of images; default 100, or each prompt once.", min=1, max=MAX_IMAGES)
     ] = None,
-    label: Annotated[list[int] | None, typer.Option(help="A class; several in turn. Default: all in turn.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="A class by number or name; several in turn. Default: all in turn.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; several in turn.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A UTF-8 file with a prompt a line.")] = None,
     seed: Seed = 0,
@@ -94,7 +96,7 @@ def sample(
         teacher_steps=teacher_steps,
     )
     made = run_sample(run, options)
-    shown = "; ".join(f"{one.caption} an image" for one in made)
+    shown = "; ".join([*(f"{one.caption} an image" for one in made), *filter(None, [made[-1].classes])])
     console.print(f"{out}: {len(made[0].images)} images; {shown}", highlight=False, soft_wrap=True, markup=False)
 
 

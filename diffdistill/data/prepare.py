@@ -116,7 +116,10 @@ def _open(folder: FilePath) -> MappedImages:
     content = json.dumps([meta["files"], meta["num_classes"]])
     key = hashlib.sha256(content.encode()).hexdigest()  # of what is there, wherever it came from
     notes = tuple(meta["warnings"])
-    return MappedImages(np.asarray(images), labels, key=key, num_classes=meta["num_classes"], notes=notes)
+    names = tuple(meta["class_names"])
+    return MappedImages(
+        np.asarray(images), labels, key=key, num_classes=meta["num_classes"], class_names=names, notes=notes
+    )
 
 
 def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -> None:

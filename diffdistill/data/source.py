@@ -97,10 +97,15 @@ class MappedImages:
         key: str,
         num_classes: int,
         device: torch.device | None = None,
+        class_names: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
-        """images: [N, C, H, W]; labels: [N] int64, below num_classes.  notes: what was left out or changed."""
+        """images: [N, C, H, W]; labels: [N] int64, below num_classes.  notes: what was left out or changed.
+
+        class_names: by label; empty where labels are plain numbers.
+        """
         self.images, self.key, self.num_classes, self.notes = images, key, num_classes, notes
+        self.class_names = class_names
         self.device = device or torch.device("cpu")
         self.labels = None if labels is None else labels.to(self.device)
         self._reader: ThreadPoolExecutor | None = None
@@ -125,7 +130,13 @@ class MappedImages:
 
     def to(self, device: torch.device) -> "MappedImages":
         return MappedImages(
-            self.images, self.labels, key=self.key, num_classes=self.num_classes, device=device, notes=self.notes
+            self.images,
+            self.labels,
+            key=self.key,
+            num_classes=self.num_classes,
+            class_names=self.class_names,
+            device=device,
+            notes=self.notes,
         )
 
     def _read(self, index: Tensor) -> Tensor:
@@ -147,10 +158,11 @@ class LatentImages:
         *,
         key: str,
         num_classes: int,
+        class_names: tuple[str, ...] = (),
         device: torch.device | None = None,
     ) -> None:
         """shards: [n_i, C, h, w] each, one after the other; labels: [N] int64, below num_classes."""
-        self.shards, self.key, self.num_classes = tuple(shards), key, num_classes
+        self.shards, self.key, self.num_classes, self.class_names = tuple(shards), key, num_classes, class_names
         self.device = device or torch.device("cpu")
         self.labels = None if labels is None else labels.to(self.device)
         self._bounds = torch.tensor([0, *(len(shard) for shard in self.shards)]).cumsum(0)
@@ -174,7 +186,14 @@ class LatentImages:
         """Nothing: the operating system reads ahead."""
 
     def to(self, device: torch.device) -> "LatentImages":
-        return LatentImages(self.shards, self.labels, key=self.key, num_classes=self.num_classes, device=device)
+        return LatentImages(
+            self.shards,
+            self.labels,
+            key=self.key,
+            num_classes=self.num_classes,
+            class_names=self.class_names,
+            device=device,
+        )
 
 
 class NoImages:

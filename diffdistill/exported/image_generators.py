@@ -59,9 +59,10 @@ class CodeImageGenerator:
         self.pipeline: Any = loaded.to(asked.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.asked, model = asked, self.pipeline.model
+        labels = [int(label) if str(label).isdecimal() else label for label in asked.labels]
+        self.told: Sequence[Any] = asked.prompts or labels or range(model.num_classes)
         self._check(place, model)
         self.argument = "prompt" if model.takes_text else "class_labels"
-        self.told: Sequence[Any] = asked.prompts or asked.labels or range(model.num_classes)
         try:
             self.num_evaluations = int(model.sampler_for(asked.num_steps).num_evaluations)
         except ValueError as error:  # of the folder's own code
@@ -85,7 +86,7 @@ class CodeImageGenerator:
         if model.takes_text != bool(self.asked.prompts):
             raise UserError(f"--prompt: {place} {'needs one' if model.takes_text else 'takes none'}")
         classes = () if model.takes_text else tuple(range(model.num_classes))
-        check_labels(self.asked.labels, classes, model.num_classes)
+        check_labels(self.told if self.asked.labels else (), classes, model.num_classes)
 
 
 def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> TrainedModel:

@@ -9,7 +9,7 @@ from diffdistill.data.pictures import save_grid, save_panels
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.record import guidance_of, read_record
 from diffdistill.exported.image_generators import open_image_generator, timed_images
-from diffdistill.inference.image_generator import ImageGenerator, SampleRequest
+from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
 from diffdistill.models.load import find_checkpoint, first_student
 from diffdistill.models.places import find_again
 from diffdistill.settings.schema import UserError
@@ -37,13 +37,15 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Sampled:
-    """name: student, teacher, or nothing.  seconds: of one image, noise to pixels.  guidance: None: the model's own."""
+    """name: student, teacher, or nothing.  seconds: of one image, noise to pixels.  guidance: None: the model's own.
+    classes: those that images take in turn, where they have names."""
 
     name: str
     num_evaluations: int
     seconds: float
     images: Tensor
     guidance: Guidance | None = None
+    classes: str = ""
 
     @property
     def caption(self) -> str:
@@ -100,7 +102,8 @@ def teacher_of(place: str, *, now: str | None = None) -> tuple[str, float]:
 
 def _draw(name: str, imager: ImageGenerator, count: int, batch: int, guidance: Guidance | None) -> Sampled:
     images, seconds = timed_images(imager, count, batch)
-    return Sampled(name, imager.num_evaluations, seconds, images, guidance)
+    classes = imager.told_classes if isinstance(imager, ModelImageGenerator) else ""
+    return Sampled(name, imager.num_evaluations, seconds, images, guidance, classes)
 
 
 def _save(made: list[Sampled], options: SampleOptions, count: int) -> None:

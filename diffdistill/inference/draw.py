@@ -1,14 +1,17 @@
 """Sampling from models: classes, or prompts by number."""
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from diffdistill.data.classes import told_classes
+from diffdistill.data.names import composed
 from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.models.spec import TrainedModel
+from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.settings.schema import UserError
 
 NO_CLASS = "none: it is unconditional"
@@ -19,7 +22,7 @@ def sample_images(
     model: TrainedModel,
     *,
     count: int,
-    label: int | None = None,
+    label: int | str | None = None,
     seed: int = 0,
     guidance: Guidance = 1.0,
     batch: int = 256,
@@ -27,12 +30,12 @@ def sample_images(
     """[count, C, H, W] in [-1, 1]. Image i depends on (seed, i) and its class alone, not on the batch size."""
     num_classes = model.spec.num_classes
     classes = model.spec.classes or tuple(range(num_classes))
-    check_labels(() if label is None else (label,), classes, num_classes)
+    told = label_numbers(() if label is None else (label,), model.spec)
     known = torch.tensor(classes or (0,))
     made = []
     for first in range(0, count, batch):
         index = torch.arange(first, min(first + batch, count))
-        chosen = known[index % len(known)] if label is None else torch.full_like(index, label)
+        chosen = known[index % len(known)] if not told else torch.full_like(index, told[0])
         made.append(sample_rows(model, StepRandom(seed, 0, index), chosen, guidance=guidance))
     return torch.cat(made)
 
@@ -54,10 +57,31 @@ def sample_rows(model: TrainedModel, rng: StepRandom, labels: Tensor, *, guidanc
     )
 
 
-def check_labels(labels: Sequence[int], classes: Sequence[int], num_classes: int) -> None:
-    """Raise UserError on a class that is not among these."""
+def label_numbers(labels: Sequence[int | str], spec: ModelSpec) -> tuple[int, ...]:
+    """Classes by number; text is a number in digits, or else a class's name. Raises UserError as `check_labels`."""
+    classes = spec.classes or tuple(range(spec.num_classes))
+    found = tuple(_number_of(label, spec.class_names) for label in labels)
+    check_labels(found, classes, spec.num_classes, spec.class_names)
+    return tuple(int(label) for label in found)
+
+
+def _number_of(label: int | str, names: Sequence[str]) -> int | str:
+    """A class's number, or the text that is none's name."""
+    if isinstance(label, int):
+        return label
+    if re.fullmatch(r"-?[0-9]{1,9}", label):
+        return int(label)
+    alike = [number for number, name in enumerate(names) if composed(name) == composed(label)]
+    exact = [number for number in alike if names[number] == label] or alike
+    return exact[0] if len(exact) == 1 else label
+
+
+def check_labels(
+    labels: Sequence[int | str], classes: Sequence[int], num_classes: int, names: Sequence[str] = ()
+) -> None:
+    """Raise UserError on a class that is not among these.  names: of all classes, by number."""
     for label in labels:
         if label not in classes:
-            is_all = len(classes) == num_classes
-            several = f"0 to {num_classes - 1}" if is_all else ", ".join(map(str, classes))
+            is_all = len(classes) == num_classes and not names
+            several = f"0 to {num_classes - 1}" if is_all else told_classes(classes, names)
             raise UserError(f"--label {label}: unknown class; the model knows {several if classes else NO_CLASS}")

@@ -7,11 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffdistill.data.classes import told_classes
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.steps import with_steps
-from diffdistill.inference.draw import check_labels, sample_rows
+from diffdistill.inference.draw import label_numbers, sample_rows
 from diffdistill.models.encoders import encoder_of
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, pipeline_of
@@ -22,12 +23,12 @@ from diffdistill.settings.schema import UserError
 class SampleRequest:
     """What to draw. Image i is of noise (seed, i), and of the prompt or class i modulo their number.
 
-    labels: none for all classes in turn.  guidance, num_steps: None for the model's own.
+    labels: numbers or names; none for all classes in turn.  guidance, num_steps: None for the model's own.
     trusts_code: whether the code of a folder may run.
     """
 
     prompts: Sequence[str] = ()
-    labels: Sequence[int] = ()
+    labels: Sequence[int | str] = ()
     seed: int = 0
     guidance: Guidance | None = None
     num_steps: int | None = None
@@ -70,6 +71,12 @@ class ModelImageGenerator:
         made = sample_rows(self.model, StepRandom(self.asked.seed, 0, index), labels, guidance=self.guidance)
         return self.decode(made).float().cpu()
 
+    @property
+    def told_classes(self) -> str:
+        """The classes that images take in turn, for people; nothing where they have no names."""
+        names = self.model.spec.class_names
+        return told_classes(list(dict.fromkeys(self.labels.tolist())), names) if names else ""
+
     def _settle_labels(self) -> Tensor:
         """The classes, or the prompts' numbers, that images take in turn; prompts are encoded."""
         encoder, spec = encoder_of(self.model.spec), self.model.spec
@@ -77,8 +84,7 @@ class ModelImageGenerator:
             if self.asked.prompts:
                 raise UserError(f"--prompt: {self.model.source} takes no prompts")
             classes = spec.classes or tuple(range(spec.num_classes))
-            check_labels(self.asked.labels, classes, spec.num_classes)
-            return torch.tensor(tuple(self.asked.labels) or classes or (0,))
+            return torch.tensor(label_numbers(self.asked.labels, spec) or classes or (0,))
         if self.asked.labels:
             raise UserError(f"--label: {self.model.source} knows no classes; give it a --prompt")
         if not self.asked.prompts:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from diffdistill.data.classes import class_names_of
 from diffdistill.data.shards import MakeRows, Shard, build_table, files_key, table_key
 from diffdistill.data.source import ImageSource, LatentImages
 from diffdistill.diffusion.cond import Cond
@@ -136,7 +137,14 @@ def encode_images(pipeline: Pipeline, images: ImageSource, *, root: FilePath, de
     )
     _let_go()
     latents = [shard["latents"] for shard in shards]
-    return LatentImages(latents, images.labels, key=key, num_classes=images.num_classes, device=device)
+    return LatentImages(
+        latents,
+        images.labels,
+        key=key,
+        num_classes=images.num_classes,
+        class_names=class_names_of(images),
+        device=device,
+    )
 
 
 def files_of(folder: FilePath) -> list[FilePath]:

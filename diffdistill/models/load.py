@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
+from diffdistill.data.classes import same_names
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
 from diffdistill.models.given import describe_given, is_given, load_given
@@ -212,7 +213,8 @@ def _check_alike(models: Sequence[TrainedModel]) -> None:
     """Raise UserError unless the models differ in weights and classes alone."""
     first, *others = models
     for other in others:
-        if replace(other.spec, classes=()) != replace(first.spec, classes=()):
+        is_alike = replace(other.spec, classes=(), class_names=()) == replace(first.spec, classes=(), class_names=())
+        if not is_alike or not same_names(other.spec.class_names, first.spec.class_names):
             raise UserError(f"{other.source}: another network, image shape or sampler than {first.source}")
 
 

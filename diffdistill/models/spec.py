@@ -43,6 +43,7 @@ class ModelSpec:
     class_dropout: Fraction
     sampler: AnySampler
     classes: Annotated[tuple[Classes, ...], Field(max_length=MAX_CLASSES)] = ()  # that it was trained on; empty for all
+    class_names: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)] = ()  # by number; empty where nothing says
     pipeline: str | None = None  # diffusers' pipeline that it came from: its VAE, text encoders and scheduler
     base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
     negative_prompt: str | None = None  # that its attention steers away from

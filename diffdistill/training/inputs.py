@@ -10,6 +10,7 @@ import torch
 from diffdistill.data import AnyData
 from diffdistill.data import cache as kept
 from diffdistill.data.captions import Captioned
+from diffdistill.data.classes import note_empty, with_teachers_classes
 from diffdistill.data.shards import table_key
 from diffdistill.data.source import ImageSource, MappedImages, NoImages
 from diffdistill.diffusion.prompt_table import PromptTable
@@ -75,7 +76,11 @@ def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.devi
         if not needs_images and teacher is not None and _vae_of(teacher):
             return Inputs(NoImages(teacher.image_shape, device))
         loaded = _without_captions(data)
-        return Inputs(_prepared(loaded, teacher, root, device), notes=getattr(loaded, "notes", ()))
+        notes: tuple[str, ...] = getattr(loaded, "notes", ())
+        if needs_images:
+            loaded, more = _with_classes(loaded, teacher)
+            notes = (*notes, *more)
+        return Inputs(_prepared(loaded, teacher, root, device), notes=notes)
     assert isinstance(data, Captioned)
     captions = data.captions()
     conditions = encode_prompts(encoder, captions.different, root=root, device=device)
@@ -120,6 +125,17 @@ def _prepared(images: ImageSource, teacher: ModelSpec | None, root: FilePath, de
             f"data.resolution"
         )
     return encode_images(pipeline, images, root=root, device=device)
+
+
+def _with_classes(images: ImageSource, teacher: ModelSpec | None) -> tuple[ImageSource, tuple[str, ...]]:
+    """Images with the teacher's numbers of their classes, and notes, which are said."""
+    notes: tuple[str, ...] = ()
+    if teacher is not None and teacher.num_classes:
+        images, notes = with_teachers_classes(images, teacher.class_names)
+    notes = (*notes, *note_empty(images, has_teacher=teacher is not None))
+    for note in notes:
+        kept.warn(note)
+    return images, notes
 
 
 def _without_captions(data: AnyData) -> ImageSource:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffdistill.data.classes import class_names_of, classes_with_images, same_names, told_classes
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.guidance_rules import AnyGuidanceRule
 from diffdistill.distillation.method import Method, Problem
@@ -61,8 +62,8 @@ def resolve_models(
     spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
     if spec.model.path != problem.path:
         raise UserError("model.path: must be the teacher's")
-    problem = replace(problem, classes=method.classes(problem, source))
-    spec = replace(spec, classes=problem.classes)
+    problem = replace(problem, classes=settle_classes(method, problem, inputs, teacher))
+    spec = replace(spec, classes=problem.classes, class_names=settle_names(inputs, teacher, initial))
     if config.negative_prompt is not None:
         spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=config.negative_scale)
     if teacher and any(config.lora.values()):
@@ -87,6 +88,33 @@ def with_rule(teacher: TrainedModel, rule: AnyGuidanceRule | None) -> TrainedMod
         raise UserError("guidance_rule: the teacher takes the scale as its input, in one evaluation; leave it out")
     teacher.denoiser.run_with(guidance_rule=rule)
     return replace(teacher, spec=replace(teacher.spec, model=replace(teacher.spec.model, guidance_rule=rule)))
+
+
+def settle_classes(method: Method, problem: Problem, inputs: Inputs, teacher: TrainedModel | None) -> tuple[int, ...]:
+    """The classes that a run is about: the method's, or those that its teacher, or else a real image, knows."""
+    chosen = method.classes(problem, inputs.source)
+    if chosen or inputs.conditions is not None or not problem.num_classes:
+        return chosen
+    return teacher.spec.classes if teacher else classes_with_images(inputs.source)
+
+
+def settle_names(inputs: Inputs, teacher: TrainedModel | None, initial: TrainedPlayers | None) -> tuple[str, ...]:
+    """The names of a student's classes: its teacher's, or else the data's.
+
+    Raises UserError if the run of `init` has others.
+    """
+    if teacher is None:
+        return () if inputs.conditions is not None else class_names_of(inputs.source)
+    names = teacher.spec.class_names
+    check_same_classes("init", initial.spec.class_names if initial else (), names)
+    return names
+
+
+def check_same_classes(what: str, names: tuple[str, ...], teachers: tuple[str, ...]) -> None:
+    """Raise UserError if both sides name their classes, and otherwise."""
+    if not same_names(names, teachers):
+        told = " and ".join(told_classes(range(len(known)), known) for known in (names, teachers))
+        raise UserError(f"{what}: its classes are not those of `teacher`: {told}")
 
 
 def describe_student(
@@ -136,6 +164,7 @@ def check_teachers(config: RunConfig, first: TrainedModel | None, teachers: Mapp
         if not config.method.takes_teachers and f"teacher_{name}" not in config.starts.values():
             why = f"{config.method.name} asks one teacher, and no player starts as teacher_{name}"
             raise UserError(f"{key}: {why}; leave it out, or name it in `starts`")
+        check_same_classes(key, other.spec.class_names, first.spec.class_names)
         encoders = [encoder and encoder.files for encoder in (encoder_of(first.spec), encoder_of(other.spec))]
         for what, is_same in (
             ("path", other.spec.model.path == first.spec.model.path),

@@ -6,6 +6,7 @@ from pathlib import Path as FilePath
 from typing import Any
 from zlib import crc32
 
+from diffdistill.data.classes import class_names_of, same_names, told_classes
 from diffdistill.data.source import ImageSource
 from diffdistill.distributed.processes import Processes
 from diffdistill.models.given import is_given
@@ -189,5 +190,9 @@ def check_unchanged(
         if not allow_changes:
             raise UserError(f"{said}\nchange it back, or go on with --allow-changes")
         say(said)
+    names = tuple(state["model"].get("class_names") or ())
+    if not same_names(names, class_names_of(source)):
+        told = " and ".join(told_classes(range(len(known)), known) for known in (names, class_names_of(source)))
+        raise UserError(f"{origin}: the classes under `data` are named otherwise than when the run began: {told}")
     if state.get("data", source.key) != source.key:
         raise UserError(f"{origin}: the images or labels under `data` are not those that the run began with")

@@ -214,7 +214,14 @@ class Trainer:
         file = self.folder / "previews" / f"step-{self.step:08d}.png"
         student, sampler = self.method.student, self.method.sampler(self.problem)
         views = preview_panels(
-            self.players, student, self.student, sampler, self.problem, seed=self.config.train.seed, device=self.device
+            self.players,
+            student,
+            self.student,
+            sampler,
+            self.problem,
+            seed=self.config.train.seed,
+            device=self.device,
+            class_names=self.plan.spec.class_names,
         )
         refuse_link(file.parent)
         columns = 10 if self.problem.num_classes == 10 else 8

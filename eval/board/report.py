@@ -140,7 +140,10 @@ def tiles(
         found.append(
             ("Healthy signals", f"{well} of {len(health)}", shorten(", ".join(ill), 60) if ill else "all of them")
         )
-    skips = _skips(run)
+    state = _newest_state(run)
+    if told := _classes(state):
+        found.append(("Classes", told[0], told[1]))
+    skips = _skips(state)
     return [*found, ("Skipped updates", str(skips), "not finite")] if skips else found
 
 
@@ -262,14 +265,33 @@ def _score_row(record: Record, metrics: Sequence[str]) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def _skips(run: FilePath) -> int:
-    """Updates that were left out because a loss was not finite, by the newest checkpoint."""
+def _newest_state(run: FilePath) -> Mapping[str, Any]:
+    """What the newest checkpoint says of the run; nothing if there is none that can be read."""
     newest = list_checkpoints(run / "checkpoints")[-1:]
     try:
         state = read_json(newest[0] / "state.json")
+    except (IndexError, OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _skips(state: Mapping[str, Any]) -> int:
+    """Updates that were left out because a loss was not finite."""
+    try:
         return sum(int(number) for number in state["skips"].values())
-    except (IndexError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return 0
+
+
+def _classes(state: Mapping[str, Any]) -> tuple[str, str] | None:
+    """How many classes the run is about, and their names, where they have some."""
+    model = state.get("model")
+    names = model.get("class_names") if isinstance(model, dict) else None
+    if not isinstance(names, list) or not names or not isinstance(model, dict):
+        return None
+    chosen = model.get("classes") or range(len(names))
+    told = [str(names[n]) for n in chosen if isinstance(n, int) and 0 <= n < len(names)]
+    return str(len(told)), shorten(", ".join(told), 60)
 
 
 def _method(config: Mapping[str, Any]) -> str:

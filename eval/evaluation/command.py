@@ -23,7 +23,7 @@ from diffdistill.eval.evaluation.workers import find_workers
 from diffdistill.eval.features.resize import signed
 from diffdistill.eval.features.store import BLOCK
 from diffdistill.eval.images.diffusers_folder import is_diffusers, open_diffusers
-from diffdistill.eval.images.files import open_images
+from diffdistill.eval.images.files import in_number_order, open_images
 from diffdistill.eval.images.generate import SampledImages
 from diffdistill.eval.images.judged_files import FileImages
 from diffdistill.eval.images.places import SamplingOptions, is_run, open_run, parse_sampler
@@ -172,7 +172,8 @@ def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
     channels = protocol.image_shape[0] if protocol.image_shape else 3
     if not path.exists():
         raise UserError(f"{place}: no such folder or file; give a run's folder, one of its checkpoints, or images")
-    return FileImages(open_images(path, protocol.preparation, channels=channels), protocol)
+    images = open_images(path, protocol.preparation, channels=channels)
+    return FileImages(in_number_order(images) if bench.captions else images, protocol)
 
 
 def _protocol(places: Sequence[str], options: EvalOptions) -> Protocol:

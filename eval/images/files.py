@@ -7,11 +7,12 @@ not followed, no pickle is run. But where training leaves a damaged image out, h
 
 import hashlib
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -183,6 +184,22 @@ def open_images(
         items, left_out = listing.items, listing.notes(str(place))
         _refuse_two_formats(str(place), [item.name for item in items], is_judged=is_judged)
     return ImageFiles(str(place), items, preparation, channels, is_judged, left_out)
+
+
+def in_number_order(images: ImageFiles) -> ImageFiles:
+    """The same in the order of the numbers in their names, 2.png before 10.png: so that image i is caption i's."""
+    items = sorted(images.items, key=lambda item: (_by_number(item.name), item.name))
+    if [item.name for item in items] == [item.name for item in images.items]:
+        return images
+    first = ", ".join(shown(item.name) for item in items[:3])
+    note = f"{images.origin}: captions are taken for images by the numbers in their names: {first}, ..."
+    return replace(images, items=tuple(items), left_out=(*images.left_out, note))
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Text and numbers in turn; of two numbers the one of fewer digits is less."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def is_lossy(content: bytes) -> bool:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffdistill.data.classes import told_classes
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.diffusion.guidance.check import check_guidance
@@ -26,7 +27,8 @@ class SampledImages:
     """The images that `denoiser` makes by `protocol`. `take` gives them by number.
 
     image_shape: [C, H, W] of what the network makes.  around: what stands between that and images, and before it.
-    model: what a record says of it; its sha256 is of the weights.  method, seed, cost: of the training.
+    model: what a record says of it; its sha256 is of the weights.  classes: that it was trained on; empty for all.
+    method, seed, cost: of the training.
     Raises UserError if the protocol asks for what the model is not: other images, other classes, captions, guidance.
     """
 
@@ -40,7 +42,7 @@ class SampledImages:
     method: str | None = None
     seed: int | None = None
     cost: Cost | None = None
-    notes: str = field(default="", init=False)
+    classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where, protocol, net = self.model.source, self.protocol, self.denoiser.net
@@ -55,6 +57,15 @@ class SampledImages:
         if not classes and net.num_classes:
             raise UserError(f"{where}: knows {net.num_classes} classes, but {protocol.name} names no labels")
         check_guidance(self.denoiser, "--guidance", self.guidance)
+
+    @property
+    def notes(self) -> str:
+        """What the record should say: classes that are drawn, and that the model was not trained on."""
+        unknown = sorted(set(range(self.protocol.labels.num_classes)) - set(self.classes)) if self.classes else []
+        if not unknown:
+            return ""
+        what = f"was not trained on {len(unknown):,} of the classes that {self.protocol.name} draws"
+        return f"{self.model.source}: {what}: {told_classes(unknown)}"
 
     @property
     def sampler_record(self) -> SamplerRecord:

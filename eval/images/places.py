@@ -66,6 +66,7 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
         sampler=options.sampler or model.spec.sampler,
         protocol=protocol,
         image_shape=model.spec.image_shape,
+        classes=model.spec.classes,
         guidance=options.guidance,
         model=ModelRecord(
             source=str(place),

@@ -21,7 +21,7 @@ from support.pictures import encode, pictures, write_folder, write_zip
 
 from diffdistill.data import Digits
 from diffdistill.data.source import MappedImages
-from diffdistill.eval.images.files import DataImages, is_lossy, open_images
+from diffdistill.eval.images.files import DataImages, in_number_order, is_lossy, open_images
 from diffdistill.eval.images.preparation import prepare
 from diffdistill.eval.protocols.protocol import Preparation
 from diffdistill.settings.schema import UserError
@@ -324,3 +324,18 @@ def test_a_training_data_set_gives_its_own_grey_levels(real: torch.Tensor) -> No
     digits = Digits().load()
     floats = DataImages("digits", digits, Preparation(quantiser="none"))
     assert torch.equal(floats.rows(torch.arange(5)), digits.rows(torch.arange(5)))
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_captions_meet_images_in_the_order_of_the_numbers_in_their_names(
+    write: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    levels = {"s2/9.png": 3, "s10/0.png": 4, "s2/10.png": 30, "s2/09.png": 29, "x\u00b2.png": 60}
+    files = {name: encode(Image.new("L", (8, 8), level), "PNG") for name, level in levels.items()}
+    plain = open_images(write(tmp_path / "p", files), Preparation(), channels=1)
+    ordered = in_number_order(plain)
+    assert [item.name for item in ordered.items] == ["s2/09.png", "s2/9.png", "s2/10.png", "s10/0.png", "x\u00b2.png"]
+    assert ordered.rows(torch.arange(5))[:, 0, 0, 0].tolist() == [29, 3, 30, 4, 60]
+    assert "by the numbers in their names: s2/09.png, s2/9.png, s2/10.png" in ordered.notes
+    assert [item.name for item in plain.items] == sorted(levels)  # where position means nothing
+    assert in_number_order(ordered) is ordered

@@ -1,12 +1,17 @@
 """Pictures: grids of images, and the three views that tell a healthy distillation from a sick one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from diffdistill.data.collection import shown
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Players, Problem
+
+LONGEST_NAMES = 60
 
 
 @torch.no_grad()
@@ -19,12 +24,14 @@ def preview_panels(
     *,
     seed: int,
     device: torch.device,
+    class_names: Sequence[str] = (),
     count: int = 40,
 ) -> dict[str, Tensor]:
     """The student's samples and, where there are such players, the teacher's and the fake score's denoising of them,
     at one noise level and on the same noise.
 
     name: the student's among the players; student: its weights to look at.  Returns [count, C, H, W] by caption.
+    class_names: by number; the caption says which classes are shown, where they are few.
     """
     index = torch.arange(count, device=device)
     rng = StepRandom(seed, 0, index)
@@ -36,7 +43,9 @@ def preview_panels(
         cond,
         fresh_noise=rng.fresh_noise(problem.image_shape),
     )
-    panels = {f"{name} ({sampler.num_evaluations} ev.)": x}
+    names = ", ".join(class_names[number] for number in classes.tolist()) if class_names else ""
+    told = f": {shown(names)}" if 0 < len(names) <= LONGEST_NAMES else ""
+    panels = {f"{name} ({sampler.num_evaluations} ev.){told}": x}
     t = problem.path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=device))
     x_t = problem.path.diffuse(x, rng.normal("preview eps", problem.image_shape), t)
     for other in ("teacher", "fake"):

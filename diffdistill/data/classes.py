@@ -1,0 +1,100 @@
+"""Classes by name: a number means a class only together with the names that it was counted by."""
+
+from collections.abc import Sequence
+
+import torch
+
+from diffdistill.data.collection import listed, shown
+from diffdistill.data.names import composed
+from diffdistill.data.shards import table_key
+from diffdistill.data.source import ImageSource, MappedImages
+from diffdistill.settings.schema import UserError
+
+NUM_SHOWN = 20
+
+
+def class_names_of(source: object) -> tuple[str, ...]:
+    """The names of a source's classes, by label; empty where labels are plain numbers, or nothing says."""
+    names = tuple(getattr(source, "class_names", ()))
+    return () if names == tuple(map(str, range(len(names)))) else names
+
+
+def told_classes(numbers: Sequence[int], names: Sequence[str] = ()) -> str:
+    """Classes for people: 0 = cat, 2 = fox; the numbers alone where they have no names."""
+    told = [f"{number} = {names[number]}" if number < len(names) else str(number) for number in numbers]
+    return listed(told, most=NUM_SHOWN)
+
+
+def same_names(some: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether classes have the same names by number, as text; those that nothing names may be any."""
+    return not some or not others or tuple(map(composed, some)) == tuple(map(composed, others))
+
+
+def classes_with_images(source: ImageSource) -> tuple[int, ...]:
+    """The classes that have an image, in order; empty where all have one, or there are no labels."""
+    if source.labels is None:
+        return ()
+    found = tuple(source.labels.unique().tolist())
+    return () if len(found) == source.num_classes else found
+
+
+def with_teachers_classes(source: ImageSource, known: Sequence[str]) -> tuple[ImageSource, tuple[str, ...]]:
+    """The source with the numbers that the teacher has for its classes, and what the user should know.
+
+    known: the names of the teacher's classes by number; empty where its checkpoint holds none.
+    Classes are matched by their names, exactly or as the same text.  Raises UserError if the teacher has none of a
+    name. Where either side has no names the numbers are taken as they are.
+    """
+    names = class_names_of(source)
+    if source.labels is None or tuple(map(composed, names)) == tuple(map(composed, known)):
+        return source, ()
+    if not names:
+        return source, (f"data: labels are numbers, taken for the teacher's: {told_classes(range(len(known)), known)}",)
+    if not known:
+        told = told_classes(range(len(names)), names)
+        return source, (f"data: the teacher's checkpoint holds no names of its classes, which are taken to be {told}",)
+    numbers = numbers_among(names, known)
+    note = f"data: classes are matched with the teacher's by name: {told_classes(sorted(numbers), known)}"
+    if not isinstance(source, MappedImages):
+        told = told_classes(range(len(known)), known)
+        raise UserError(f"data: {type(source).__name__} must number its classes as the teacher does: {told}")
+    made = MappedImages(
+        source.images,
+        torch.tensor(numbers)[source.labels.cpu()],
+        key=source.key if numbers == tuple(range(len(numbers))) else table_key(source.key, numbers),
+        num_classes=len(known),
+        class_names=tuple(known),
+        device=source.device,
+        notes=source.notes,
+    )
+    return made, (note,)
+
+
+def numbers_among(names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]:
+    """Of each name its number in `known`. Raises UserError naming those that are not there."""
+    exact = {name: number for number, name in enumerate(known)}
+    alike: dict[str, list[int]] = {}
+    for number, name in enumerate(known):
+        alike.setdefault(composed(name), []).append(number)
+    near = {name: alike.get(composed(name), []) for name in names}
+    numbers = [exact.get(name, near[name][0] if len(near[name]) == 1 else -1) for name in names]
+    missing = [name for name, number in zip(names, numbers, strict=True) if number < 0]
+    if missing:
+        raise UserError(
+            f"data: the teacher knows no class {listed(missing)}; it knows {told_classes(range(len(known)), known)}. "
+            f"Rename the classes, leave them out, or give labels that are numbers"
+        )
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"data: two classes have the name of one of the teacher's: {listed(sorted(map(shown, names)))}")
+    return tuple(numbers)
+
+
+def note_empty(source: ImageSource, *, has_teacher: bool) -> tuple[str, ...]:
+    """A note of the classes that have no image."""
+    there = classes_with_images(source)
+    if not there:
+        return ()
+    empty = sorted(set(range(source.num_classes)) - set(there))
+    what = "the teacher's are drawn all the same" if has_teacher else "they are not drawn"
+    told = told_classes(empty, class_names_of(source))
+    return (f"data: {len(empty):,} of {source.num_classes:,} classes have no image; {what}: {told}",)

@@ -1,0 +1,124 @@
+"""Classes are matched by name, and those without an image are known."""
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.pictures import encode, write_folder
+
+from diffdistill.data import HuggingFace, ImageFolder, Npz
+from diffdistill.data.classes import (
+    class_names_of,
+    classes_with_images,
+    note_empty,
+    numbers_among,
+    same_names,
+    with_teachers_classes,
+)
+from diffdistill.data.source import LatentImages, MappedImages
+from diffdistill.settings.schema import UserError
+
+KNOWN = ("elk", "heron", "newt", "\u00fcnn")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+
+
+def folders(root: Path, *names: str) -> MappedImages:
+    files = {
+        f"{name}/{n}.png": encode(Image.new("RGB", (8, 8), (20 * n, len(name), ord(name[0]))), "PNG")
+        for name in names
+        for n in range(2)
+    }
+    return ImageFolder(path=str(write_folder(root, files)), labels="folders").load()
+
+
+def test_prepared_images_keep_the_names_of_their_classes(tmp_path: Path) -> None:
+    for _ in range(2):  # prepared, and opened again
+        source = folders(tmp_path / "f", "newt", "elk")
+        assert source.class_names == ("elk", "newt")
+    assert source.to(torch.device("cpu")).class_names == ("elk", "newt")
+
+
+def test_labels_of_a_table_and_of_class_labels_have_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    source = folders(tmp_path / "f", "newt")
+    (tmp_path / "l.csv").write_text("file,label\nnewt/0.png,b\nnewt/1.png,a\n")
+    by_table = ImageFolder(path=str(tmp_path / "f"), labels="csv", labels_file=str(tmp_path / "l.csv")).load()
+    assert by_table.class_names == ("a", "b")
+    cells = [{"bytes": encode(Image.fromarray(row.transpose(1, 2, 0)), "PNG"), "path": None} for row in source.images]
+    kinds = {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])}
+    table = datasets.Dataset.from_dict({"image": cells, "kind": [2, 0]}, features=datasets.Features(kinds))
+    table.save_to_disk(str(tmp_path / "h"))
+    found = HuggingFace(path=str(tmp_path / "h"), label_column="kind").load()
+    assert found.class_names == ("x", "y", "z")
+    assert classes_with_images(found) == (0, 2)
+
+
+def test_a_part_of_the_classes_gets_the_teachers_numbers(tmp_path: Path) -> None:
+    source = folders(tmp_path / "f", "newt", "heron")
+    made, (note,) = with_teachers_classes(source, KNOWN)
+    assert made.labels is not None
+    assert made.labels.tolist() == [1, 1, 2, 2]
+    assert (made.num_classes, class_names_of(made)) == (4, KNOWN)
+    assert torch.equal(made.rows(torch.arange(4)), source.rows(torch.arange(4)))
+    assert made.key != source.key
+    assert "matched with the teacher's by name: 1 = heron, 2 = newt" in note
+    assert note_empty(made, has_teacher=True)[0].endswith("the teacher's are drawn all the same: 0 = elk, 3 = \u00fcnn")
+
+
+def test_the_same_classes_are_left_as_they_are(tmp_path: Path) -> None:
+    source = folders(tmp_path / "f", *KNOWN)
+    assert with_teachers_classes(source, KNOWN) == (source, ())
+    assert with_teachers_classes(source, [unicodedata.normalize("NFD", name) for name in KNOWN]) == (source, ())
+
+
+def test_the_first_of_the_teachers_classes_keep_their_key(tmp_path: Path) -> None:
+    source = folders(tmp_path / "f", "elk", "heron")
+    made, _ = with_teachers_classes(source, KNOWN)
+    assert (made.key, made.num_classes) == (source.key, 4)
+
+
+def test_a_class_that_the_teacher_does_not_know_is_refused_with_those_that_it_does(tmp_path: Path) -> None:
+    source = folders(tmp_path / "f", "elk", "gnu", "newt", "\u00fcnn")
+    with pytest.raises(UserError, match=r"the teacher knows no class gnu; it knows 0 = elk, 1 = heron, 2 = newt, 3 = "):
+        with_teachers_classes(source, KNOWN)
+
+
+def test_without_names_on_one_side_numbers_are_taken_with_a_note(tmp_path: Path) -> None:
+    named, numbered = folders(tmp_path / "f", "elk", "newt"), folders(tmp_path / "g", "0", "1")
+    for source, known, said in ((named, (), "holds no names"), (numbered, KNOWN, "labels are numbers")):
+        same, (note,) = with_teachers_classes(source, known)
+        assert same is source
+        assert said in note
+
+
+def test_names_are_compared_as_text_where_that_is_the_only_one() -> None:
+    decomposed = unicodedata.normalize("NFD", "\u00fcnn")
+    assert numbers_among([decomposed], KNOWN) == (3,)
+    assert numbers_among(["\u00fcnn"], [decomposed, "\u00fcnn"]) == (1,)
+    with pytest.raises(UserError, match="two classes have the name of one"):
+        numbers_among([decomposed, "\u00fcnn"], KNOWN)
+    assert same_names(["a"], [])
+    assert not same_names(["a", "b"], ["b", "a"])
+
+
+def test_names_that_are_the_numbers_say_nothing() -> None:
+    images = LatentImages(
+        [torch.zeros(2, 1, 1, 1)], torch.tensor([0, 1]), key="k", num_classes=2, class_names=("0", "1")
+    )
+    assert class_names_of(images) == ()
+
+
+def test_classes_without_an_image_are_named(tmp_path: Path) -> None:
+    source = folders(tmp_path / "f", "1", "2", "5")
+    assert (source.num_classes, classes_with_images(source)) == (6, (1, 2, 5))
+    assert note_empty(source, has_teacher=False) == ("data: 3 of 6 classes have no image; they are not drawn: 0, 3, 4",)
+    file = tmp_path / "a.npz"
+    np.savez(file, images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
+    assert note_empty(Npz(path=str(file)).load(), has_teacher=False) == ()
