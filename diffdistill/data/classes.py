@@ -89,12 +89,17 @@ def numbers_among(names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]
     return tuple(numbers)
 
 
-def note_empty(source: ImageSource, *, has_teacher: bool) -> tuple[str, ...]:
-    """A note of the classes that have no image."""
-    there = classes_with_images(source)
-    if not there:
+def note_empty(source: ImageSource, *, of_teacher: Sequence[int] | None) -> tuple[str, ...]:
+    """A note of the classes that have no image.
+
+    of_teacher: those that a teacher knows, which are drawn all the same.
+    """
+    if source.labels is None:
         return ()
-    empty = sorted(set(range(source.num_classes)) - set(there))
-    what = "the teacher's are drawn all the same" if has_teacher else "they are not drawn"
+    known = range(source.num_classes) if of_teacher is None else of_teacher
+    empty = sorted(set(known) - set(source.labels.unique().tolist()))
+    if not empty:
+        return ()
+    what = "they are not drawn" if of_teacher is None else "the teacher's are drawn all the same"
     told = told_classes(empty, class_names_of(source))
-    return (f"data: {len(empty):,} of {source.num_classes:,} classes have no image; {what}: {told}",)
+    return (f"data: {len(empty):,} of {len(known):,} classes have no image; {what}: {told}",)

@@ -2,6 +2,7 @@
 once, into the cache, and leave memory before the networks come.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -130,9 +131,11 @@ def _prepared(images: ImageSource, teacher: ModelSpec | None, root: FilePath, de
 def _with_classes(images: ImageSource, teacher: ModelSpec | None) -> tuple[ImageSource, tuple[str, ...]]:
     """Images with the teacher's numbers of their classes, and notes, which are said."""
     notes: tuple[str, ...] = ()
-    if teacher is not None and teacher.num_classes:
-        images, notes = with_teachers_classes(images, teacher.class_names)
-    notes = (*notes, *note_empty(images, has_teacher=teacher is not None))
+    known: Sequence[int] | None = None
+    if teacher is not None:
+        known = teacher.classes or range(teacher.num_classes)
+        images, notes = with_teachers_classes(images, teacher.class_names) if known else (images, ())
+    notes = (*notes, *note_empty(images, of_teacher=known))
     for note in notes:
         kept.warn(note)
     return images, notes

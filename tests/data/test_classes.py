@@ -69,7 +69,9 @@ def test_a_part_of_the_classes_gets_the_teachers_numbers(tmp_path: Path) -> None
     assert torch.equal(made.rows(torch.arange(4)), source.rows(torch.arange(4)))
     assert made.key != source.key
     assert "matched with the teacher's by name: 1 = heron, 2 = newt" in note
-    assert note_empty(made, has_teacher=True)[0].endswith("the teacher's are drawn all the same: 0 = elk, 3 = \u00fcnn")
+    assert note_empty(made, of_teacher=range(4))[0].endswith(
+        "the teacher's are drawn all the same: 0 = elk, 3 = \u00fcnn"
+    )
 
 
 def test_the_same_classes_are_left_as_they_are(tmp_path: Path) -> None:
@@ -118,7 +120,9 @@ def test_names_that_are_the_numbers_say_nothing() -> None:
 def test_classes_without_an_image_are_named(tmp_path: Path) -> None:
     source = folders(tmp_path / "f", "1", "2", "5")
     assert (source.num_classes, classes_with_images(source)) == (6, (1, 2, 5))
-    assert note_empty(source, has_teacher=False) == ("data: 3 of 6 classes have no image; they are not drawn: 0, 3, 4",)
+    assert note_empty(source, of_teacher=None) == ("data: 3 of 6 classes have no image; they are not drawn: 0, 3, 4",)
+    assert note_empty(source, of_teacher=(1, 2, 5)) == ()
+    assert note_empty(source, of_teacher=()) == ()
     file = tmp_path / "a.npz"
     np.savez(file, images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
-    assert note_empty(Npz(path=str(file)).load(), has_teacher=False) == ()
+    assert note_empty(Npz(path=str(file)).load(), of_teacher=None) == ()
