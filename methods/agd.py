@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.diffusion.guidance.check import check_null_condition
-from diffdistill.diffusion.guidance.policies import Recorder
+from diffdistill.diffusion.guidance.policies import Call, Recorder
 from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.sampling import AnySampler, Heun
 from diffdistill.diffusion.step_random import StepRandom
@@ -28,6 +28,15 @@ from diffdistill.networks.registry import BaseNetwork
 from diffdistill.settings.schema import Number, PositiveInt, UserError, field, schema
 
 CHUNK = 256  # trajectories made at a time
+
+STORED: dict[str, Literal["eps", "v", "flow"]] = {
+    "eps": "eps",
+    "flow": "flow",
+    "v": "v",
+    **dict.fromkeys(("edm", "snr5", "truncated_snr"), "v"),
+}
+"""What of the guided estimate is stored for a weight, so that half precision costs no more than its own rounding: as x0
+the weight would multiply that, at little noise, by up to 1/r^2. The others store x0."""
 
 
 @schema
@@ -74,7 +83,10 @@ class AGD(Method):
         return {"adapted": student}
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
-        """Guided trajectories: x and target [N, calls, ...], t [N, calls], scale and label [N]."""
+        """Guided trajectories: x and what was said there [N, calls, ...], t [N, calls], scale and label [N].
+
+        The estimate is stored as `STORED` has it, under that name; x0 under the name of target.
+        """
         teacher = problem.teacher
         assert teacher is not None
         device = device_of(teacher)
@@ -91,9 +103,14 @@ class AGD(Method):
         fresh = StepRandom(rng.seed, 1, rng.index).fresh_noise(shape)
         self.steps(teacher, rng.normal("noise", shape), teacher.class_cond(label), guidance=seen, fresh_noise=fresh)
         dtype = torch.float16 if self.storage == "fp16" else torch.float32
+        kind = STORED.get(self.weight)
+
+        def said(call: Call) -> Tensor:
+            return teacher.convert(call.x0, kind, call.x, call.t) if kind else call.x0
+
         return {
             "x": torch.stack([call.x for call in seen.calls], 1).to(dtype),
-            "target": torch.stack([call.x0 for call in seen.calls], 1).to(dtype),
+            kind or "target": torch.stack([said(call) for call in seen.calls], 1).to(dtype),
             "t": torch.stack([call.t for call in seen.calls], 1),
             "scale": scale.float(),
             "label": label,
@@ -109,15 +126,17 @@ class AGD(Method):
     def adapter_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """w(t) ||D_adapted(x_t, t, c, w) - [D_u + w (D_c - D_u)](x_t, t)||^2 at what the teacher saw and said."""
         row, call, stored = draw["trajectory"], draw["call"], batch.stored
-        x, target, t = (stored[name][row, call] for name in ("x", "target", "t"))
         adapted: Denoiser = players.adapted
+        x, t = widen(stored["x"][row, call]), stored["t"][row, call]
+        kind: Prediction = next((kind for kind in ("eps", "v", "flow") if kind in stored), "x0")
+        target = adapted.path.to_x0(widen(stored["target" if kind == "x0" else kind][row, call]), kind, x, t)
         cond = replace(adapted.class_cond(stored["label"][row]), guidance_input=stored["scale"][row])
-        estimate = adapted(widen(x), t, cond)
+        estimate = adapted(x, t, cond)
         if self.weight == "end_points":
             share = end_point_weight(adapted.path, t, stored["scale"][row])
-            loss = (expand(share, estimate) * (estimate - widen(target)) ** 2).mean()
+            loss = (expand(share, estimate) * (estimate - target) ** 2).mean()
         else:
-            loss = denoising_error(adapted, estimate, widen(target), t, weight=self.weight)
+            loss = denoising_error(adapted, estimate, target, t, weight=self.weight)
         return Loss(loss, {"error": loss.detach()})
 
 

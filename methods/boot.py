@@ -15,26 +15,27 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffdistill.diffusion.guidance.check import check_guidance
-from diffdistill.diffusion.path import Prediction, expand
+from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.sampling import OneCall
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Uniform
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, even_times
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.registry import SignalBase
 from diffdistill.networks.signal import SignalConfig, signal_config, start_from
-from diffdistill.settings.schema import NonNegative, Number, UserError, field, schema
+from diffdistill.settings.schema import NonNegative, Number, UserError, schema
 
 Target = Literal["exponential", "euler"]
 
 
 @schema
 class Boot(Method):
-    """time_law: of the output's times, from the path's least to its greatest.  delta: step of the bootstrap, a share
-    of the law.  guidance: least and greatest w of the targets; takes_guidance: the student is told w."""
+    """time_law: of the output's times, from the path's least to its greatest; null: `even_times`.  delta: step of the
+    bootstrap, a share of the law.  guidance: least and greatest w of the targets; takes_guidance: the student is told
+    w."""
 
     name: Literal["boot"] = "boot"
-    time_law: AnyTimeDistribution = field(default_factory=Uniform)
+    time_law: AnyTimeDistribution | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.05
     target: Target = "exponential"
     bootstrap_weight: NonNegative = 1.0
@@ -68,7 +69,7 @@ class Boot(Method):
         if teacher is None:
             return problem.copies("generator")  # which says what is missing
         path = problem.path
-        ends = self.time_law(torch.tensor([0.0, 1.0], dtype=torch.float64), path).tolist()
+        ends = self.times(torch.tensor([0.0, 1.0], dtype=torch.float64), path).tolist()
         if not all(map(math.isclose, ends, (path.t_min, path.t_max))):
             raise UserError(
                 f"method.time_law: must go from {path.t_min:g} to {path.t_max:g}, not {ends[0]:g} to {ends[1]:g}"
@@ -80,13 +81,17 @@ class Boot(Method):
         start_from(student, teacher)
         return {"generator": student}
 
+    def times(self, uniform: Tensor, path: Path) -> Tensor:
+        """The law's quantiles [B], float64."""
+        return (self.time_law or even_times(path))(uniform, path)
+
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         """The times are a step of the law apart. Near t_max the step is shorter, so that no time goes untrained."""
         uniforms, (low, high) = rng.uniforms(["s", "label", "w"]), self.guidance
         share = uniforms["s"]
         return {
-            "s": self.time_law(share, problem.path),
-            "t": self.time_law((share + self.delta).clamp_max(1), problem.path),
+            "s": self.times(share, problem.path),
+            "t": self.times((share + self.delta).clamp_max(1), problem.path),
             "eps": rng.normal("eps", problem.image_shape),
             "label": problem.label_of(uniforms["label"]),
             "w": low + uniforms["w"] * (high - low),

@@ -46,10 +46,10 @@ class DisBack(Wrapper):
     base: AnyBase = field(default_factory=default_base)
     path_length: Annotated[int, Field(ge=0, le=MAX_SAMPLING_STEPS)] = 5
     recording_interval: PositiveInt = 100  # the released script for SDXL
-    recording_lr: Positive = 1e-4
+    recording_lr: Positive = 5e-7  # the same
     recording_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     recording_weight: DenoisingWeight = "edm"
-    backtracking_interval: PositiveInt = 1000  # the released script for SDXL
+    backtracking_interval: PositiveInt = 200  # the same: 1,000 iterations, of which each fifth is the generator's
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The base's, and where the path has inner points `target`, which holds the one that it distils from."""

@@ -19,6 +19,7 @@ from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
+from diffdistill.distillation.dropout_masks import masks_again
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.time_weight import TimeWeight
 from diffdistill.settings.schema import NonNegative, Number, Positive, UserError, field, schema
@@ -27,13 +28,14 @@ from diffdistill.settings.schema import NonNegative, Number, Positive, UserError
 @schema
 class SCM(Method):
     """velocity: of the trajectory, by the teacher (distillation) or from data and noise (training).  guidance: of the
-    teacher.  tangent: how it is bounded.  warmup: iterations over which its second part is faded in."""
+    teacher.  time_law: of the ratio, sigma_data tan(tau); the paper's std on ImageNet-64 is 1.6.  tangent: how it is
+    bounded.  warmup: iterations over which its second part is faded in."""
 
     name: Literal["scm"] = "scm"
     steps: FewSteps = field(default_factory=lambda: FewSteps(init_ratio=80.0))
     velocity: Literal["teacher", "data"] = "teacher"
     guidance: Number = 1.0
-    time_law: AnyTimeDistribution = field(default_factory=lambda: LogNormal(mean=-1.7, std=1.4))
+    time_law: AnyTimeDistribution = field(default_factory=lambda: LogNormal(mean=-1.0, std=1.4))
     tangent: Literal["normalise", "clip"] = "normalise"
     tangent_constant: Positive = 0.1
     warmup: NonNegative = 10_000
@@ -74,7 +76,8 @@ class SCM(Method):
         """e^w / N ||F_theta - sg[F_theta + g]||^2 - w, equation 8: F is to follow the tangent g, w(tau) is learned."""
         student, t, cond = players.generator, draw["t"], batch.cond
         x_t = student.path.diffuse(batch.images, draw["eps"], t)
-        tangent = self.tangent_of(players, draw, batch, x_t)
+        with masks_again(x_t):  # F and its derivative have the same dropout
+            tangent = self.tangent_of(players, draw, batch, x_t)
         tau = angle(student, t)
         estimate = student(x_t, t, cond)
         output = -estimate / expand(student.sigma_data * tau.sin(), estimate)  # F, but for what has no gradient

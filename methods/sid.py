@@ -8,6 +8,7 @@ Not implemented: EDM2's learned uncertainty u(sigma) and its forced weight norma
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -108,7 +109,10 @@ class SiD(Method):
         numbers = draw_step(rng, problem, self.steps, laws, samples=("", "fake "))
         numbers["fake is_dropped"] = rng.uniform("fake class dropout") < self.fake_class_dropout
         numbers["is_gan_on"] = torch.tensor(rng.step * problem.batch_size >= self.gan_start_images)
-        return numbers | ({"fake motion": draw_motion(rng, self.fake_augment)} if self.fake_augment else {})
+        if self.fake_augment:
+            numbers["fake motion"] = draw_motion(rng, self.fake_augment)
+            numbers["real motion"] = draw_motion(rng, self.fake_augment, "real ")
+        return numbers
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """The score identity loss, through both score networks, and SiDA's adversarial share."""
@@ -134,10 +138,10 @@ class SiD(Method):
         """Denoising on fresh samples, and SiDA's discrimination at the same time, noise and class as theirs."""
         if self.gan_weight and batch.cond.label is not None:
             draw = {**draw, "fake label": batch.cond.label}
-        x, cond = fake_sample(players, draw, self.steps)
+        # Without a condition for some, and their images too, the fake score knows their law as a whole (SiD-LSG).
         is_guided = {self.fake_training_guidance, self.fake_guidance, self.residual_guidance} != {1.0}
-        if is_guided and players.fake.net.has_null_condition:  # others are told w instead
-            cond = players.fake.drop_condition(cond, draw["fake is_dropped"])  # so that it knows their law as a whole
+        drops = is_guided and players.fake.net.has_null_condition  # others are told w instead
+        x, cond = fake_sample(players, draw, self.steps, is_dropped=draw["fake is_dropped"] if drops else None)
         path, t, eps, guidance = players.teacher.path, draw["fake t"], draw["fake eps"], self.fake_training_guidance
         ask = players.fake.with_features if self.gan_weight else players.fake
         seen = ask(path.diffuse(x, eps, t), t, cond, guidance=guidance)
@@ -146,8 +150,10 @@ class SiD(Method):
         logs, total = {"denoising": denoising.detach()}, x[0].numel() * denoising
         if features is None:
             return Loss(total, logs)
-        # Moved as the generated image, so that the augmentation does not tell them apart.
-        images = augment(batch.images, draw["fake motion"])[0] if self.fake_augment else batch.images
+        images = batch.images
+        if self.fake_augment:  # of its own, as in SiDA's code
+            images, labels = augment(images, draw["real motion"])
+            cond = replace(cond, augmentation=labels)
         tapped = players.fake.features(path.diffuse(images, eps, t), t, cond, guidance=guidance)
         discrimination = gan_discriminator_loss(bottleneck_logits(tapped), bottleneck_logits(features)) / 2
         weight = draw.get("all fake weight", self.fake_weights(players, draw, batch)["fake weight"]).mean()

@@ -29,24 +29,25 @@ def check_augmentation(denoiser: Denoiser, name: str, probability: float) -> Non
         )
 
 
-def draw_motion(rng: StepRandom, probability: float) -> Tensor:
+def draw_motion(rng: StepRandom, probability: float, images: str = "") -> Tensor:
     """What happens to each image, [B, 8] float64: x-flip and y-flip (0 or 1), scale, angle, the angle of the stretch,
     stretch, x- and y-translation. Zero is "nothing".
 
     probability: of each of the five transforms behind the x-flip, which is a fair coin wherever there is augmentation
     at all. Angles are even in (-pi, pi), but half of the stretches go along the sides; the rest is N(0, 1).
+    images: names random numbers of their own, where a step moves two sets of images.
     """
     transforms = ("y-flip", "scale", "rotation", "stretch", "translation")
-    uniform = rng.uniforms(
-        [f"augment {name}" for name in ("x-flip", *transforms, "y-coin", "angle", "stretch angle", "tilt")]
-    )
-    is_on = {name: uniform[f"augment {name}"] < probability for name in transforms}
-    x_flip = (uniform["augment x-flip"] < 0.5) & (probability > 0)
-    y_flip = (uniform["augment y-coin"] < 0.5) & is_on["y-flip"]
-    angle = (2 * uniform["augment angle"] - 1) * math.pi * is_on["rotation"]
-    is_tilted = (uniform["augment tilt"] < 0.5) & is_on["stretch"]
-    stretch_angle = (2 * uniform["augment stretch angle"] - 1) * math.pi * is_tilted
-    scale, stretch, x, y = rng.normal("augment sizes", (4,), torch.float64).unbind(1)
+    names = ("x-flip", *transforms, "y-coin", "angle", "stretch angle", "tilt")
+    prefix = f"{images}augment "
+    uniform = {k.removeprefix(prefix): v for k, v in rng.uniforms([prefix + name for name in names]).items()}
+    is_on = {name: uniform[name] < probability for name in transforms}
+    x_flip = (uniform["x-flip"] < 0.5) & (probability > 0)
+    y_flip = (uniform["y-coin"] < 0.5) & is_on["y-flip"]
+    angle = (2 * uniform["angle"] - 1) * math.pi * is_on["rotation"]
+    is_tilted = (uniform["tilt"] < 0.5) & is_on["stretch"]
+    stretch_angle = (2 * uniform["stretch angle"] - 1) * math.pi * is_tilted
+    scale, stretch, x, y = rng.normal(f"{prefix}sizes", (4,), torch.float64).unbind(1)
     scale, stretch = scale * is_on["scale"], stretch * is_on["stretch"]
     x, y = x * is_on["translation"], y * is_on["translation"]
     return torch.stack([x_flip.double(), y_flip.double(), scale, angle, stretch_angle, stretch, x, y], 1)

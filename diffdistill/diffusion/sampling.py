@@ -15,7 +15,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance, Guided, begin
-from diffdistill.diffusion.path import Path, VPDiscrete, expand
+from diffdistill.diffusion.path import EDM, Path, VPDiscrete, expand
 from diffdistill.settings.limits import MAX_SAMPLING_STEPS
 from diffdistill.settings.numbers import SamplingSteps
 from diffdistill.settings.schema import Fraction, Positive, Rates, field, schema
@@ -101,12 +101,13 @@ class Heun:
 class DDIM:
     """The transfer operator along `num_steps` times, the last of them giving x0.  Song et al. 2021.
 
-    spacing: "time", even in the path's time (on a discrete path diffusers' "trailing"), or "karras".
+    spacing: "time", even in the path's time (on a discrete path diffusers' "trailing"), "karras", or "auto": karras on
+    `edm`, where time is the noise level and even steps would all be noisier than the images, and time elsewhere.
     """
 
     name: Literal["ddim"] = "ddim"
     num_steps: SamplingSteps = 50
-    spacing: Literal["time", "karras"] = "time"
+    spacing: Literal["auto", "time", "karras"] = "auto"
 
     @property
     def num_evaluations(self) -> int:
@@ -114,7 +115,8 @@ class DDIM:
 
     def times(self, path: Path) -> Tensor:
         """The times [num_steps], noise first, float64."""
-        if self.spacing == "karras" and self.num_steps > 1:
+        is_karras = self.spacing == "karras" or (self.spacing == "auto" and isinstance(path, EDM))
+        if is_karras and self.num_steps > 1:
             return path.karras_times(self.num_steps)
         if isinstance(path, VPDiscrete):
             count = path.t_max + 1

@@ -1,6 +1,7 @@
 """Time distributions, each given by its quantile function: a uniform number in (0, 1) becomes a time of the path.
 
-One form serves sampling, stratification and bins of equal probability alike.
+One form serves sampling, stratification and bins of equal probability alike. What of a law lies beyond the path's range
+is cut off, by quantile: the rest keeps its shape, and no draw piles up at an end.
 """
 
 import math
@@ -10,11 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.diffusion.path import Path, karras_ratios
+from diffdistill.diffusion.path import EDM, Path, VPDiscrete, karras_ratios
 from diffdistill.diffusion.step_random import integer_of
 from diffdistill.settings.limits import MAX_LEVELS
 from diffdistill.settings.numbers import Number
-from diffdistill.settings.schema import Positive, schema
+from diffdistill.settings.schema import Positive, UserError, schema
+
+ROUNDING = 1e-9
+"""Relative: a level that misses an end of the path by less lies on it."""
 
 
 class TimeDistribution(Protocol):
@@ -25,22 +29,28 @@ class TimeDistribution(Protocol):
 
 @schema
 class LogNormal:
-    """Noise-to-signal ratio exp(mean + std n), n ~ N(0, 1).  Karras et al. 2022, table 1."""
+    """Noise-to-signal ratio exp(mean + std n), n ~ N(0, 1), within the path's range.  Karras et al. 2022, table 1."""
 
     name: Literal["lognormal"] = "lognormal"
     mean: Number = -1.2
     std: Positive = 1.2
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        normal = math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+        low, high = (self._share_below(ratio) for ratio in ratio_range(path))
+        if high - low < ROUNDING:
+            raise UserError(f"time_law: lognormal around {math.exp(self.mean):g} has no ratio in the path's range")
+        normal = math.sqrt(2) * torch.erfinv(2 * (low + uniform * (high - low)) - 1)
         return clamp_time(path.time_of_ratio(torch.exp(self.mean + self.std * normal)), path)
+
+    def _share_below(self, ratio: float) -> float:
+        return 0.5 * math.erfc((self.mean - math.log(ratio)) / (self.std * math.sqrt(2)))
 
 
 @schema
 class Karras:
-    """Ratio even in ratio^(1/rho) between two noise-to-signal ratios.  Karras et al. 2022, eq. 5.
+    """Ratio even in ratio^(1/rho) between two noise-to-signal ratios, or the path's ends where these are nearer.
 
-    With ratio_min 0.002 and ratio_max 24.41 it is SiD's law (its tmax 800).
+    Karras et al. 2022, eq. 5. With ratio_min 0.002 and ratio_max 24.41 it is SiD's law (its tmax 800).
     """
 
     name: Literal["karras"] = "karras"
@@ -49,13 +59,18 @@ class Karras:
     rho: Positive = 7.0
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        levels = karras_ratios(uniform, self.ratio_min, self.ratio_max, self.rho)
-        return clamp_time(path.time_of_ratio(levels), path)
+        least, greatest = ratio_range(path)
+        low, high = max(self.ratio_min, least), min(self.ratio_max, greatest)
+        if low > high:
+            raise UserError(
+                f"time_law: karras from {self.ratio_min:g} to {self.ratio_max:g} is not in the path's range"
+            )
+        return clamp_time(path.time_of_ratio(karras_ratios(uniform, low, high, self.rho)), path)
 
 
 @schema
 class KarrasIndex:
-    """One of `num_levels` Karras levels, those numbered low .. high, low noise first.
+    """One of `num_levels` Karras levels, those numbered low .. high that the path has, low noise first.
 
     DMD2 on EDM (0.002 to 80, rho 7): 20 .. 980 for the generator, 0 .. 999 for the fake score.
     """
@@ -73,9 +88,20 @@ class KarrasIndex:
             raise ValueError(f"need low <= high < num_levels, not {self.low}, {self.high}, {self.num_levels}")
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        index = self.low + integer_of(uniform, self.high - self.low + 1).double()
+        first, count = self._indices(path)
+        index = first + integer_of(uniform, count).double()
         levels = karras_ratios(index / (self.num_levels - 1), self.ratio_min, self.ratio_max, self.rho)
         return clamp_time(path.time_of_ratio(levels), path)
+
+    def _indices(self, path: Path) -> tuple[int, int]:
+        """The first of low .. high whose level is in the path's range, and how many are."""
+        index = torch.arange(self.low, self.high + 1, dtype=torch.float64)
+        levels = karras_ratios(index / (self.num_levels - 1), self.ratio_min, self.ratio_max, self.rho)
+        low, high = ratio_range(path)
+        inside = ((levels >= low * (1 - ROUNDING)) & (levels <= high * (1 + ROUNDING))).nonzero()[:, 0]
+        if not len(inside):
+            raise UserError(f"time_law: none of karras_index {self.low} to {self.high} is in the path's range")
+        return self.low + int(inside[0]), len(inside)
 
 
 @schema
@@ -93,14 +119,19 @@ class Uniform:
 
 @schema
 class UniformInteger:
-    """One of the indices low .. high of a discrete path. DMD2 on Stable Diffusion: 20 .. 980."""
+    """One of the indices low .. high that a discrete path has. DMD2 on Stable Diffusion: 20 .. 980."""
 
     name: Literal["uniform_integer"] = "uniform_integer"
     low: Annotated[int, Field(ge=0, le=MAX_LEVELS)] = 0
     high: Annotated[int, Field(ge=0, le=MAX_LEVELS)] = 999
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        return clamp_time(self.low + integer_of(uniform, self.high - self.low + 1).double(), path)
+        low, high = max(self.low, math.ceil(path.t_min)), min(self.high, math.floor(path.t_max))
+        if not isinstance(path, VPDiscrete) or low > high:
+            raise UserError(
+                f"time_law: uniform_integer {self.low} to {self.high} is of discrete paths, not of {_named(path)}"
+            )
+        return low + integer_of(uniform, high - low + 1).double()
 
 
 @schema
@@ -123,6 +154,26 @@ AnyTimeDistribution = Annotated[
 """The laws that a config may name."""
 
 
+def even_times(path: Path) -> TimeDistribution:
+    """A law over a path's whole range, both ends included, for methods that walk along it.
+
+    Even in time, but on `edm`, where time is the noise level itself and only one in eighty would be below the images'
+    own, even in ratio^(1/7).
+    """
+    low, high = ratio_range(path)
+    return Karras(ratio_min=low, ratio_max=high) if isinstance(path, EDM) else Uniform()
+
+
+def ratio_range(path: Path) -> tuple[float, float]:
+    """The noise-to-signal ratios of a path's ends."""
+    low, high = path.ratio(torch.tensor([path.t_min, path.t_max], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def clamp_time(t: Tensor, path: Path) -> Tensor:
-    """t kept inside the path's range."""
+    """t, which rounding may have put outside the path's range, inside it."""
     return t.clamp(path.t_min, path.t_max)
+
+
+def _named(path: Path) -> str:
+    return str(getattr(path, "name", type(path).__name__))

@@ -147,12 +147,12 @@ def condition(players: Players, draw: Draw, sample: str = "", *, role: Role = "g
     return cond
 
 
-def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "") -> Tensor:
+def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "", *, cond: Cond | None = None) -> Tensor:
     """The generator's image of the drawn step, [B, ...], its input simulated without gradient as at inference.
 
-    Yin et al. 2024, arXiv:2405.14867, section 4.4.
+    cond: None for the drawn classes.  Yin et al. 2024, arXiv:2405.14867, section 4.4.
     """
-    cond, step = condition(players, draw, sample), int(draw["step"])
+    cond, step = condition(players, draw, sample) if cond is None else cond, int(draw["step"])
     with torch.no_grad():
         start = steps.roll_out(
             players.generator,
@@ -174,14 +174,19 @@ def sample_at_hand(players: Players, draw: Draw, steps: StepSampler) -> Tensor:
         return generate(players, draw, steps)
 
 
-def fake_sample(players: Players, draw: Draw, steps: StepSampler) -> tuple[Tensor, Cond]:
+def fake_sample(
+    players: Players, draw: Draw, steps: StepSampler, *, is_dropped: Tensor | None = None
+) -> tuple[Tensor, Cond]:
     """A sample of its own for the fake score's loss, without gradient, and its condition.
 
+    is_dropped: [B], of samples that have no condition, neither when they are made nor afterwards.
     It is moved by EDM's augmentation where the draw holds "fake motion": on this side only, never the generator's.
     """
+    cond, made_with = condition(players, draw, "fake ", role="fake loss"), None
+    if is_dropped is not None:
+        cond = made_with = players.fake.drop_condition(cond, is_dropped)
     with torch.no_grad():
-        x = generate(players, draw, steps, "fake ")
-    cond = condition(players, draw, "fake ", role="fake loss")
+        x = generate(players, draw, steps, "fake ", cond=made_with)
     if "fake motion" in draw:
         x, labels = augment(x, draw["fake motion"])
         cond = replace(cond, augmentation=labels)

@@ -34,11 +34,11 @@ class OptimizerConfig:
     """One player's optimiser. clip_norm and clip_value bound its gradient; rates are per iteration of the run.
 
     decay: after `decay_start` of the run the rate falls to zero, linearly or as a cosine.
-    implementation: torch's; auto is fused for Adam and torch's own choice for SGD.
+    implementation: torch's; auto is fused for Adam and AdamW, and torch's own choice for SGD and RAdam.
     adam8bit, adamw8bit: bitsandbytes' on a CUDA GPU, a quarter of the moments' bytes.
     """
 
-    name: Literal["adam", "adamw", "sgd", "adam8bit", "adamw8bit"] = "adam"
+    name: Literal["adam", "adamw", "radam", "sgd", "adam8bit", "adamw8bit"] = "adam"
     implementation: Literal["auto", "fused", "foreach", "loop"] = "auto"
     lr: Positive
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.999)
@@ -53,6 +53,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name.endswith("8bit") and self.implementation != "auto":
             raise ValueError(f"implementation = {self.implementation!r}: {self.name} has only its own; use auto")
+        if self.name == "radam" and self.implementation == "fused":
+            raise ValueError("implementation = 'fused': torch has no fused radam; use auto, foreach or loop")
 
 
 @schema

@@ -7,6 +7,7 @@ from torch import nn
 
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.distillation.averages import follow
+from diffdistill.distillation.method import Update
 from diffdistill.settings.schema import NonNegative, Positive, schema
 
 
@@ -17,6 +18,19 @@ class EMAConfig:
 
     halflife_images: Positive = 500_000
     ramp: NonNegative = 0.05
+
+
+def share_of_start(config: EMAConfig, update: Update, *, num_steps: int, batch_images: int) -> float:
+    """How much of the average after `num_steps` iterations is still what it began as: 0 .. 1, ramp included.
+
+    update: the one that trains the module followed.  batch_images: of an iteration.  Exact if no update is skipped.
+    """
+    steps = torch.arange(0, num_steps, update.every)
+    seen = steps[(steps >= update.start) & (steps * batch_images >= update.start_images)].double() * batch_images
+    halflives = torch.full_like(seen, config.halflife_images)
+    if config.ramp:
+        halflives = halflives.minimum(config.ramp * seen)
+    return 0.5 ** float((batch_images * update.every / halflives.clamp_min(1e-8)).sum())
 
 
 class EMA:

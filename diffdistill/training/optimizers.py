@@ -44,6 +44,15 @@ def make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.O
             fused=use_fused,
             foreach=use_foreach,
         )
+    if options.name == "radam":  # Liu et al. 2020, arXiv:1908.03265
+        return torch.optim.RAdam(
+            parameters,
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            foreach=use_foreach,
+        )
     kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
     return kind(
         parameters,

@@ -28,6 +28,7 @@ from diffdistill.training.config import RunConfig
 from diffdistill.training.ema import EMA
 from diffdistill.training.iteration import MicroBatch
 from diffdistill.training.nonfinite import NonfiniteGuard
+from diffdistill.training.notes import notes_on_averages
 from diffdistill.training.objects import with_objects
 from diffdistill.training.optimizers import clip, learning_rate
 from diffdistill.training.plan import Plan, plan
@@ -141,6 +142,9 @@ class Trainer:
             log, stopping = held.enter_context(self._open_log()), held.enter_context(stop_signals())
             for note in self.plan.inputs.notes:
                 log.note(note)
+            for warning in notes_on_averages(self.config):
+                log.note(warning)
+                log.say(f"warning: {warning}")
             while self.step < train.steps:
                 self.train_step(log)
                 log.step(self.step)

@@ -33,15 +33,18 @@ def clip_score(images: Tensor, texts: Tensor, *, scale: float = 1.0, clamp: Lite
     images, texts: [N, d], features of one CLIP model.  Two conventions are in use: the plain cosine, about 0.3
     (GigaGAN, DMD2), and scale=100, clamp="zero", a negative cosine counting as 0 (Hessel et al. 2021,
     arXiv:2104.08718, with 2.5 for 100; torchmetrics cuts the mean instead).
-    Raises UserError for NaN, other shapes, and features that are all zero.
+    Raises UserError for NaN, other shapes, and features that are all zero or so large that they have no length.
     """
     check_pair(images, texts)
     if len(images) != len(texts):
         raise UserError(f"each image needs its text: {len(images)} images, {len(texts)} texts")
     images, texts = images.double(), texts.double()
     norms = images.norm(dim=1) * texts.norm(dim=1)
-    if not bool((norms > 0).all()):
-        raise UserError(f"the features of pair {int((norms == 0).nonzero()[0])} are all zero: no cosine")
+    is_usable = (norms > 0) & norms.isfinite()
+    if not bool(is_usable.all()):
+        pair = int((~is_usable).nonzero()[0])
+        what = "all zero" if float(norms[pair]) == 0 else "too large for a length"
+        raise UserError(f"the features of pair {pair} are {what}: no cosine")
     cosines = (images * texts).sum(1) / norms
     return scale * float((cosines.clamp_min(0) if clamp == "zero" else cosines).mean())
 

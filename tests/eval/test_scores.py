@@ -69,6 +69,14 @@ def test_each_image_needs_its_text_and_features_that_have_a_direction() -> None:
         clip_score(torch.tensor([[1.0], [0.0]]), torch.ones(2, 1))
 
 
+def test_features_too_large_for_a_length_are_refused_by_their_pair() -> None:
+    """Their squares overflow: infinite against a text of zeros is NaN, which is neither above zero nor equal to it."""
+    huge = torch.tensor([[1.0, 0.0], [1e200, 1e200], [1.0, 1.0]], dtype=torch.float64)
+    for texts in (torch.ones(3, 2).double(), torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]).double()):
+        with pytest.raises(ValueError, match="the features of pair 1 are too large for a length: no cosine"):
+            clip_score(huge, texts)
+
+
 def test_diversity_equals_brute_force_and_conditions_count_alike() -> None:
     features, conditions = normal(30, 5), torch.tensor([4] * 20 + [2] * 10)
     expected = {}

@@ -9,6 +9,7 @@ from support.closed_forms import on_every_path, random
 from support.tiny_players import CLASSES, small_teacher
 from torch import Tensor, nn
 
+from diffdistill.diffusion.augmentation import augment, draw_motion
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM, Flow, Path
@@ -214,3 +215,69 @@ def test_guidance_without_a_meaning_is_refused():
     problem = Problem(SHAPE, 0, EDM(), teacher=teacher, network=teacher)
     with pytest.raises(UserError, match=r"method\.guidance: 2\.0 .*class_dropout > 0"):
         MeanFlow(guidance=2.0).players(problem)
+
+
+# Dropout and augmentation
+
+
+class Masked(nn.Module):
+    """A denoiser of one weight behind dropout, which keeps its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path, self.weight, self.masks = EDM(), nn.Parameter(torch.ones(())), list[Tensor]()
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        self.masks.append(nn.functional.dropout(torch.ones(6, *SHAPE), 0.5, self.training))
+        return self.weight * x * self.masks[-1]
+
+    def unconditional(self, cond: Cond) -> Cond:
+        return cond
+
+    def drop_condition(self, cond: Cond, is_dropped: Tensor) -> Cond:
+        return cond
+
+
+def test_u_and_its_derivative_have_the_same_dropout_and_own_estimates_have_none() -> None:
+    method, generator = MeanFlow(velocity="data", guidance=2.0), Masked().train()
+    t = torch.linspace(0.2, 0.9, 6, dtype=torch.float64)
+    draw = {"t": t, "r": t / 2, "eps": random(6, *SHAPE).float(), "is_dropped": torch.zeros(6).bool()}
+    batch = Batch(random(6, *SHAPE, seed=1).float(), Cond(label=torch.zeros(6).long()))
+    method.generator_loss(Players(generator=generator), draw, batch)
+    of_u, free, own, of_change = generator.masks
+    assert 0 < int((of_u == 0).sum()) < of_u.numel()
+    assert torch.equal(of_u, of_change)
+    assert torch.equal(free, torch.ones_like(free))
+    assert torch.equal(own, torch.ones_like(own))
+    assert generator.training
+
+
+def test_the_next_loss_has_other_masks() -> None:
+    method, generator = MeanFlow(velocity="data"), Masked().train()
+    t = torch.linspace(0.2, 0.9, 6, dtype=torch.float64)
+    draw = {"t": t, "r": t / 2, "eps": random(6, *SHAPE).float()}
+    for _ in range(2):
+        method.generator_loss(Players(generator=generator), draw, Batch(random(6, *SHAPE, seed=1).float()))
+    assert not torch.equal(generator.masks[0], generator.masks[2])
+
+
+def test_moved_images_are_what_the_line_ends_at_and_the_student_is_told_how() -> None:
+    method = MeanFlow(velocity="data", augment=0.9)
+    rng = StepRandom(0, 0, torch.arange(6))
+    problem = Problem(SHAPE, CLASSES, EDM(), teacher=small_teacher())
+    draw = method.draw(rng, problem)
+    assert torch.equal(draw["motion"], draw_motion(rng, 0.9))
+    seen: list[tuple[Tensor, Cond]] = []
+    generator = Masked().eval()
+    generator.register_forward_pre_hook(lambda _, given: seen.append((given[0], given[2])))
+    images = random(6, *SHAPE, seed=1).float()
+    method.generator_loss(Players(generator=generator), draw, Batch(images))
+    moved, labels = augment(images, draw["motion"])
+    assert torch.equal(seen[0][1].augmentation, labels)
+    expected, _ = on_path(generator, line(moved, draw["eps"], draw["t"]), draw["t"])
+    assert torch.equal(seen[0][0], expected)
+
+
+def test_augmentation_is_refused_where_the_teacher_is_not_told_of_it() -> None:
+    with pytest.raises(UserError, match=r"method.augment = 0.12: this network takes no augmentation labels"):
+        scene(MeanFlow(velocity="data", augment=0.12))

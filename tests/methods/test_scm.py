@@ -1,5 +1,6 @@
 """sCM: the tangent against the exact Gaussian flow and the paper's own form, its bounds, the learned weight."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -194,3 +195,36 @@ def test_the_ramp_rises_over_the_warm_up(step, ramp):
 def test_guidance_without_a_meaning_is_refused():
     with pytest.raises(UserError, match=r"method\.guidance: 2\.0 needs velocity: teacher, which it guides; use 1"):
         scene(SCM(guidance=2.0, velocity="data"))
+
+
+class Masked(nn.Module):
+    """A denoiser of one weight behind dropout, which keeps its masks."""
+
+    sigma_data = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path, self.weight, self.masks = EDM(), nn.Parameter(torch.ones(())), list[Tensor]()
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        self.masks.append(nn.functional.dropout(torch.ones(5, 3), 0.5, self.training))
+        return self.weight * x * self.masks[-1]
+
+
+def test_the_output_and_its_derivative_have_the_same_dropout() -> None:
+    student = Masked().train()
+    draw = {"t": torch.linspace(0.1, 5, 5, dtype=torch.float64), "eps": torch.ones(5, 3), "ramp": torch.tensor(1.0)}
+    SCM(velocity="data", adaptive_weight=False).generator_loss(
+        Players(generator=student), draw, Batch(torch.ones(5, 3))
+    )
+    of_change, of_output = student.masks
+    assert 0 < int((of_output == 0).sum()) < of_output.numel()
+    assert torch.equal(of_change, of_output)
+
+
+def test_the_default_law_is_the_paper_s_of_the_ratio() -> None:
+    """Section 5.1 there: sigma_data tan(tau) is log-normal with -1.0 and 1.4, and sigma_data tan(tau) is the ratio."""
+    t = SCM().time_law(torch.tensor([0.5], dtype=torch.float64), EDM())
+    assert float(EDM().ratio(t)) == pytest.approx(math.exp(-1.0), rel=1e-4)
+    tau = torch.atan(t / 0.5)
+    assert float(0.5 * tau.tan()) == pytest.approx(math.exp(-1.0), rel=1e-4)

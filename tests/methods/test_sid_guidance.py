@@ -134,13 +134,17 @@ def test_the_fake_score_loses_classes_only_where_it_is_guided(scale: float, some
     assert bool((labels[0] == CLASSES).all()) == some
 
 
-def test_a_sample_keeps_its_class_in_the_image_that_the_fake_score_sees_without() -> None:
-    method = SiD(fake_guidance=2.0, residual_guidance=2.0, fake_class_dropout=1.0)
+def test_a_sample_that_loses_its_class_is_made_without_it_too() -> None:
+    """As in SiD-LSG's training loop, which empties prompts before it asks the generator."""
+    method = SiD(fake_guidance=2.0, residual_guidance=2.0)
     players, draw, batch = scene(method)
-    labels: list[Tensor] = []
-    players.generator.net.register_forward_hook(lambda _, given, __: labels.append(given[2].label))
+    draw |= {"fake is_dropped": torch.arange(BATCH) % 2 == 0}
+    asked: dict[str, list[Tensor]] = {"generator": [], "fake": []}
+    for name, labels in asked.items():
+        players[name].net.register_forward_hook(lambda _, given, __, labels=labels: labels.append(given[2].label))
     method.fake_loss(players, draw, batch)
-    assert labels[0].tolist() == draw["fake label"].tolist()
+    expected = torch.where(draw["fake is_dropped"], CLASSES, draw["fake label"]).tolist()
+    assert [labels[0].tolist() for labels in asked.values()] == [expected, expected]
 
 
 @pytest.mark.parametrize("name", sorted(GUIDED))

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from conftest import MakeConfig
 from support.short_runs import ACCUMULATION, trained, weights
 from support.tiny_players import BATCH, CLASSES, PATH, SHAPE, due, learned, scene, small_teacher
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffdistill.diffusion.augmentation import augment, draw_motion
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distillation.method import Problem
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods import sid
 from diffdistill.methods.sid import SiD, bottleneck_logits
 from diffdistill.training.trainer import Trainer
@@ -117,3 +119,47 @@ def test_two_micro_batches_of_8_train_as_one_batch_of_16(make_config: MakeConfig
 def test_a_guided_fake_score_is_refused_beside_the_discriminator() -> None:
     with pytest.raises(ValueError, match="the discriminator reads one condition"):
         SiD(gan_weight=0.01, fake_guidance=2.0)
+
+
+class Told(nn.Module):
+    """A `Network` whose bottleneck is its input, and which keeps what it is told of augmentation."""
+
+    accepts, num_classes, has_null_condition, resolution_multiple = frozenset({"label", "augmentation"}), 3, False, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        self.seen.append((x, cond.augmentation))
+        return self.scale * x
+
+    def features(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
+        return self(x, time_input, cond)
+
+    def forward_with_features(self, x: Tensor, time_input: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        return self(x, time_input, cond), x
+
+
+def test_real_images_are_moved_by_numbers_of_their_own_and_the_fake_score_is_told_how() -> None:
+    method = replace(METHOD, fake_augment=0.9)
+    made = {name: Denoiser(Told(), PATH, "x0") for name in ("teacher", "generator", "fake")}
+    problem = Problem(SHAPE, CLASSES, PATH, teacher=made["teacher"], batch_size=BATCH)
+    draw = method.draw(StepRandom(0, 0, torch.arange(BATCH)), problem)
+    assert not torch.equal(draw["fake motion"], draw["real motion"])
+    images, label = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(3)), torch.zeros(BATCH).long()
+    method.fake_loss(Players(**made), draw, Batch(images, Cond(label=label)))
+    (_, of_fake), (real, of_real) = made["fake"].net.seen
+    moved, expected = augment(images, draw["real motion"])
+    assert torch.equal(of_real, expected)
+    assert not torch.equal(of_fake, of_real)
+    torch.testing.assert_close(real, PATH.diffuse(moved, draw["fake eps"], draw["fake t"]))
+
+
+def test_numbers_of_one_set_of_images_do_not_depend_on_the_other_s() -> None:
+    rng = StepRandom(0, 0, torch.arange(5000))
+    plain, real = draw_motion(rng, 0.5), draw_motion(rng, 0.5, "real ")
+    assert torch.equal(plain, draw_motion(rng, 0.5, ""))
+    both = torch.stack([plain[:, 2], real[:, 2]])  # of the scale
+    assert float(torch.corrcoef(both)[0, 1].abs()) < 0.05

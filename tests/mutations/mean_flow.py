@@ -60,4 +60,18 @@ FAULTS = (
         'uniforms["equal"] > self.share_equal',
         "methods/test_mean_flow.py::test_three_quarters_have_r_at_t_and_the_others_below",
     ),
+    Fault(
+        "the derivative has dropout of its own",
+        METHOD,
+        "        with masks_again(z):\n            mean",
+        "        if True:\n            mean",
+        "methods/test_mean_flow.py::test_u_and_its_derivative_have_the_same_dropout_and_own_estimates_have_none",
+    ),
+    Fault(
+        "own estimates have dropout",
+        METHOD,
+        "        with without_dropout(players.generator):\n",
+        "        if True:\n",
+        "methods/test_mean_flow.py::test_u_and_its_derivative_have_the_same_dropout_and_own_estimates_have_none",
+    ),
 )

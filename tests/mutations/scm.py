@@ -53,4 +53,11 @@ FAULTS = (
         "1.0",
         "methods/test_scm.py::test_the_ramp_rises_over_the_warm_up",
     ),
+    Fault(
+        "the derivative has dropout of its own",
+        METHOD,
+        "        with masks_again(x_t):  # F and its derivative have the same dropout\n",
+        "        if True:\n",
+        "methods/test_scm.py::test_the_output_and_its_derivative_have_the_same_dropout",
+    ),
 )

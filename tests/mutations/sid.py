@@ -46,8 +46,8 @@ FAULTS = (
     Fault(
         "the fake score's loss reaches the generator",
         SHARED,
-        '    with torch.no_grad():\n        x = generate(players, draw, steps, "fake ")',
-        '    x = generate(players, draw, steps, "fake ")',
+        '    with torch.no_grad():\n        x = generate(players, draw, steps, "fake ", cond=made_with)',
+        '    x = generate(players, draw, steps, "fake ", cond=made_with)',
         "methods/test_sida.py::test_the_fake_score_s_loss_reaches_the_fake_score_alone",
     ),
     Fault(
@@ -77,5 +77,19 @@ FAULTS = (
         't, cond = draw["t"], condition(players, draw, role="fake")\n',
         't, cond = draw["t"], players.fake.drop_condition(condition(players, draw), draw["fake is_dropped"])\n',
         "methods/test_sid_guidance.py::test_the_generator_s_loss_leaves_out_no_class",
+    ),
+    Fault(
+        "the image keeps the class that the fake score loses",
+        SHARED,
+        '        x = generate(players, draw, steps, "fake ", cond=made_with)',
+        '        x = generate(players, draw, steps, "fake ")',
+        "methods/test_sid_guidance.py::test_a_sample_that_loses_its_class_is_made_without_it_too",
+    ),
+    Fault(
+        "real images are moved as the generated ones",
+        METHOD,
+        'augment(images, draw["real motion"])',
+        'augment(images, draw["fake motion"])',
+        "methods/test_sida.py::test_real_images_are_moved_by_numbers_of_their_own_and_the_fake_score_is_told_how",
     ),
 )

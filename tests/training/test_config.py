@@ -55,7 +55,11 @@ BAD_SETTINGS = [
     ("pretrain", ["optimizers.teacher.lr=fast"], ["optimizers.teacher.lr = 'fast'", "valid number"]),
     ("pretrain", ["optimizers.teacher.lr='1e-3'"], ["optimizers.teacher.lr = '1e-3'", "valid number"]),
     ("pretrain", ["optimizers.teacher.lr=-1e-3"], ["optimizers.teacher.lr = -0.001", "greater than 0"]),
-    ("pretrain", ["optimizers.teacher.name=adamm"], ["optimizers.teacher.name = 'adamm'", "'adam', 'adamw', 'sgd'"]),
+    (
+        "pretrain",
+        ["optimizers.teacher.name=adamm"],
+        ["optimizers.teacher.name = 'adamm'", "'adam', 'adamw', 'radam', 'sgd'"],
+    ),
     ("pretrain", ["run=3"], ["run = 3", "valid string"]),
     ("dmd2", ["method.fake_updates=0"], ["method.fake_updates = 0", "greater than or equal to 1"]),
     ("dmd2", ["method.guidance=.nan"], ["method.guidance = nan", "finite number"]),

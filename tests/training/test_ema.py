@@ -1,10 +1,18 @@
 """The moving average of weights: its first update, its half-life, and what it leaves alone."""
 
+from dataclasses import replace
+from pathlib import Path as FilePath
+
 import pytest
 import torch
+from conftest import MakeConfig
 from torch import nn
 
-from diffdistill.training.ema import EMA, EMAConfig
+from diffdistill.distillation.method import Update
+from diffdistill.training.config import find_config, load_config
+from diffdistill.training.ema import EMA, EMAConfig, share_of_start
+from diffdistill.training.notes import notes_on_averages
+from diffdistill.training.trainer import Trainer
 
 
 def weights(value: float) -> nn.Module:
@@ -71,3 +79,65 @@ def test_buffers_are_copied():
     source.running_mean.fill_(3.0)
     ema.update(source, images_seen=10**9, batch_images=1)
     assert torch.equal(ema.module.running_mean, source.running_mean)
+
+
+# How much of the start is left at the end
+
+
+def left_by_averaging(config: EMAConfig, update: Update, num_steps: int, batch: int) -> float:
+    """Start at 1 and follow weights of 0, as the trainer does."""
+    ema, source = EMA(weights(1.0), config), weights(0.0)
+    for step in range(num_steps):
+        if update.is_due(step, step * batch):
+            ema.update(source, images_seen=step * batch, batch_images=batch * update.every)
+    return ema.module.weight[0, 0].item()
+
+
+@pytest.mark.parametrize(
+    ("config", "update"),
+    [
+        (EMAConfig(halflife_images=2000, ramp=0), Update(("a",), "loss")),
+        (EMAConfig(halflife_images=2000, ramp=0), Update(("a",), "loss", every=3)),
+        (EMAConfig(halflife_images=2000, ramp=0.5), Update(("a",), "loss", start_images=250)),
+        (EMAConfig(halflife_images=100, ramp=0.9), Update(("a",), "loss", every=2, start=5)),
+        (EMAConfig(halflife_images=500, ramp=0.05), Update(("a",), "loss")),
+    ],
+)
+def test_the_share_of_the_start_is_what_averaging_leaves_of_it(config: EMAConfig, update: Update) -> None:
+    found = share_of_start(config, update, num_steps=37, batch_images=64)
+    assert found == pytest.approx(left_by_averaging(config, update, 37, 64), rel=1e-9, abs=1e-300)
+
+
+def test_a_ramp_from_the_first_image_on_leaves_nothing_of_the_start() -> None:
+    assert share_of_start(EMAConfig(ramp=0.05), Update(("a",), "loss"), num_steps=10, batch_images=64) == 0
+
+
+def test_the_recipes_averages_forget_the_start() -> None:
+    """f_distill/cifar10 once kept 13.5 % of it, by a half-life five times too long."""
+    for recipe in recipes():
+        assert not list(notes_on_averages(load_config(find_config(recipe)))), recipe
+    was = load_config(find_config("f_distill/cifar10"), ["ema.halflife_images=56800000"])
+    assert "ema: 13.5% of the average at step 80000 will be the untrained start" in next(notes_on_averages(was))
+
+
+def test_a_run_says_so_and_what_would_do(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("dmd2", "ema={halflife_images: 200, ramp: 0}", "train.steps=4", "more_emas={long: {ramp: 0}}")
+    first, second = notes_on_averages(config)
+    share = 0.5 ** (
+        2 * 2 * config.train.global_batch_size / 200
+    )  # two updates of the generator, of two iterations each
+    assert config.method.fake_updates == 2
+    assert first.startswith(
+        f"ema: {share:.1%} of the average at step 4 will be the untrained start; use a halflife_images"
+    )
+    assert second.startswith("more_emas.long: ")
+    advised = float(first.split("halflife_images of ")[1].split()[0])
+    assert not list(notes_on_averages(replace(config, ema=EMAConfig(halflife_images=advised, ramp=0), more_emas={})))
+    Trainer(config).run()
+    assert first in " ".join("".join(capsys.readouterr()).split())
+    assert (FilePath(config.run) / "warnings.txt").read_text().splitlines()[:2] == [first, second]
+
+
+def recipes() -> list[str]:
+    home = find_config("dmd2/digits").parent.parent
+    return sorted(str(file.relative_to(home).with_suffix("")) for file in home.glob("*/*.yaml"))

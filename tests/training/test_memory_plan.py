@@ -123,10 +123,11 @@ def test_planning_leaves_the_run_as_it_was(new_trainer: Callable[..., Trainer]) 
     [
         OptimizerConfig(lr=0.1),
         OptimizerConfig(lr=0.1, name="adamw", implementation="loop"),
+        OptimizerConfig(lr=0.1, name="radam"),
         OptimizerConfig(lr=0.1, name="sgd", betas=(0.9, 0.999)),
         OptimizerConfig(lr=0.1, name="sgd"),
     ],
-    ids=["adam", "adamw", "sgd with momentum", "sgd"],
+    ids=["adam", "adamw", "radam", "sgd with momentum", "sgd"],
 )
 def test_an_optimiser_s_state_is_known_to_the_byte(options: OptimizerConfig) -> None:
     module = nn.Sequential(nn.Linear(5, 7), nn.Conv2d(3, 4, 3))

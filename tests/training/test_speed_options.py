@@ -220,16 +220,40 @@ def test_a_bf16_teacher_is_refused_where_there_is_none(make_config: MakeConfig) 
         Trainer(make_config("pretrain", "speed.teacher_dtype=bf16"))
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam", "sgd"])
 def test_every_form_of_an_optimiser_takes_the_same_steps(make_config: MakeConfig, name: str) -> None:
     def by(form: str) -> dict[str, Tensor]:
         options = f"{{name: {name}, implementation: {form}, lr: 1e-3, betas: [0.9, 0.99], weight_decay: 0.01}}"
         return trained(make_config("pretrain", f"optimizers.teacher={options}"), 3)
 
     usual = by("auto")
-    assert_same(usual, by("loop" if name == "sgd" else "fused"))
-    for form in ("fused", "foreach", "loop"):
+    assert_same(usual, by("fused" if name.startswith("adam") else "loop"))
+    for form in ("foreach", "loop") if name == "radam" else ("fused", "foreach", "loop"):
         assert_close(usual, by(form), ROUNDING)
+
+
+def test_radam_steps_as_its_paper_says(make_config: MakeConfig) -> None:
+    """Liu et al. 2020, algorithm 2: by the first moment alone while the variance of the second is unknown."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = make_optimizer(nn.ParameterList([weight]), OptimizerConfig(name="radam", lr=0.1, betas=(0.9, 0.99)))
+    value, first, second = weight.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
+    limit = 2 / (1 - 0.99) - 1
+    for step in range(1, 12):
+        gradient = weight.detach() ** 3
+        weight.grad = gradient.clone()
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
+        move, length = first / (1 - 0.9**step), limit - 2 * step * 0.99**step / (1 - 0.99**step)
+        if length > 5:
+            rectified = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
+            move = move * rectified**0.5 * (1 - 0.99**step) ** 0.5 / (second.sqrt() + 1e-8)
+        value = value - 0.1 * move
+        torch.testing.assert_close(weight.detach(), value, rtol=1e-9, atol=0)
+
+
+def test_radam_has_no_fused_form() -> None:
+    with pytest.raises(ValueError, match=r"implementation = 'fused': torch has no fused radam"):
+        OptimizerConfig(name="radam", lr=1.0, implementation="fused")
 
 
 def test_an_8_bit_optimiser_names_the_package_that_is_missing(
