@@ -198,7 +198,7 @@ def rounding_of(weight: str, loss: AGD) -> float:
     count = method.steps.num_evaluations
     draw = {"trajectory": torch.arange(40).repeat_interleave(count), "call": torch.arange(count).repeat(40)}
     told = Denoiser(exact.net, path, "x0")
-    told.forward = lambda x, t, cond: exact(x, t, replace(cond, guidance_input=None))  # type: ignore[method-assign]
+    told.forward = lambda x, t, cond, **_: exact(x, t, replace(cond, guidance_input=None))  # type: ignore[method-assign]
     return float(loss.adapter_loss(Players(adapted=told), draw, Batch(torch.empty(0), NO_COND, stored)).total)
 
 
