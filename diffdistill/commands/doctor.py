@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path as FilePath
@@ -15,6 +15,7 @@ from diffdistill.settings.terminal import Console
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from diffdistill.training.assembly import Assembly
     from diffdistill.training.config import RunConfig
@@ -63,7 +64,7 @@ def examine(folder: FilePath) -> list[Finding]:
 def examine_config(
     config: "RunConfig", memory_gib: float | None = None, *, trusts_code: bool = False
 ) -> Iterator[Finding]:
-    """Predict a run's memory, say whether it fits, then take two real steps and count. Nothing is written.
+    """Say what players drop, predict a run's memory, then take two real steps and count. Nothing is written.
 
     memory_gib: of the device to fit into; default: this GPU's, or this machine's.  Raises UserError as a run would.
     """
@@ -74,6 +75,7 @@ def examine_config(
     from diffdistill.training.plan import plan
 
     assembly = assemble(plan(config, resume=None, trusts_code=trusts_code))
+    yield _dropout(config, assembly.plan.trained)
     needs = plan_memory(assembly.plan, assembly.iteration)
     available = _device_memory(assembly.plan.device)
     yield _fit(assembly, needs, available if memory_gib is None else int(memory_gib * 2**30))
@@ -198,6 +200,19 @@ def _windows_memory() -> int | None:
     if kernel is None or not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
     return int(status[1])
+
+
+def _dropout(config: "RunConfig", players: Mapping[str, "nn.Module"]) -> Finding:
+    """With which probability each trained player drops, and whether a config or the network it started as says so."""
+    from diffdistill.networks.dropout import dropout_of
+
+    parts = []
+    for name, module in players.items():
+        probability = dropout_of(module)
+        is_set = config.dropout.get(name, config.dropout.get("default")) is not None
+        source = "as set" if is_set else "of the network it starts as"
+        parts.append(f"{name} has none" if probability is None else f"{name} {probability:g}, {source}")
+    return Finding("dropout", "; ".join(parts))
 
 
 def _fit(assembly: "Assembly", plan: "MemoryPlan", memory: int | None) -> Finding:

@@ -162,6 +162,25 @@ def test_fastgen_clips_the_generator_alone(name: str) -> None:
     assert config.optimizer("fake").clip_norm is config.optimizer("discriminator").clip_norm is None
 
 
+DROP_NOTHING = ("dmd2", "f_distill", "disback", "msd", "scm")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.partition("/")[0] in DROP_NOTHING])
+def test_students_and_fake_scores_drop_nothing_where_their_authors_build_them_so(name: str) -> None:
+    """Whatever their teacher dropped: the setting is written out for every player that is a network like it."""
+    method, config = method_and_config(name)
+    trained = {player for update in method.updates for player in update.players} - {"discriminator", "weight"}
+    assert config.dropout == dict.fromkeys(trained, 0.0)
+    assert "generator" in trained
+
+
+def test_mean_flow_drops_a_fifth_and_sid_what_its_teacher_drops() -> None:
+    assert method_and_config("mean_flow/cifar10")[1].dropout == {"generator": 0.2}
+    for name in ("sid/cifar10", "sid/sida_cifar10", "sid/imagenet64"):
+        assert method_and_config(name)[1].dropout == {}
+        assert "Players keep its dropout" in find_config(name).read_text().replace("\n# ", " ")
+
+
 def test_disback_s_targets_last_a_thousand_of_the_base_s_iterations() -> None:
     for method in (DisBack(), *(method_and_config(f"disback/{name}")[0] for name in ("cifar10", "imagenet64"))):
         assert method.backtracking_interval * method.base.fake_updates == 1000

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.training.config import OptimizerConfig, RunConfig
+from diffdistill.training.config import OptimizerConfig, RunConfig, load_config
 from diffdistill.training.memory.advice import advise
 from diffdistill.training.memory.counting import LiveTensors, SavedTensors
 from diffdistill.training.memory.prediction import Growth, MemoryPlan, optimizer_bytes, plan_memory, rehearse
@@ -228,6 +228,16 @@ def test_doctor_predicts_counts_and_writes_nothing(write_config: WriteConfig, tm
         line for line in result.stdout.splitlines() if "generator: " in line and line.count("as predicted") != 3
     ] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dmd2.yaml"]
+
+
+def test_doctor_says_what_each_player_drops(write_config: WriteConfig, tmp_path: Path) -> None:
+    teacher = load_config(
+        write_config("pretrain"), ["model.network={name: unet, channels: [8, 16], dropout: 0.3}", "train.steps=1"]
+    )
+    Trainer(replace(teacher, run=str(tmp_path / "teacher")), quiet=True).run()
+    student = (write_config("dmd2"), f"teacher={tmp_path / 'teacher'}", "dropout={generator: 0}", "--memory", "0.0001")
+    said = " ".join(doctor(*student).stdout.split())
+    assert "ok dropout: generator 0, as set; fake 0.3, of the network it starts as; discriminator has none" in said
 
 
 def test_doctor_says_what_to_turn_on(write_config: WriteConfig) -> None:
