@@ -1,8 +1,9 @@
 """Write the tables that are made from the code into the pages: every setting, every command.
 
 Run as `python docs/settings.py` (or `make schema`) after a change of either. A table stands between two comments:
-`<!-- settings: DMD2 -->`, `<!-- commands -->`, `<!-- signals -->` or `<!-- methods -->`, and `<!-- end -->`. What a
-setting means stands in meanings.yaml by class and setting, or else in the code, as for every new method.
+`<!-- settings: DMD2 -->`, `<!-- commands -->`, `<!-- signals -->`, `<!-- methods -->` or `<!-- distributions -->`, and
+`<!-- end -->`. What a setting means stands in meanings.yaml by class and setting, or else in the code, as for every new
+method.
 """
 
 import inspect
@@ -14,10 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import typer
 import yaml
 
 from diffdistill.commands.cli import app
+from diffdistill.diffusion.path import EDM, Flow, VPCosine, VPDiscrete, VPLinear
+from diffdistill.diffusion.path import Path as NoisePath
+from diffdistill.diffusion.time_distributions import even_times
 from diffdistill.distillation.method import METHODS as METHODS_TABLE
 from diffdistill.settings.limits import MAX_COUNT, MAX_INTEGER, MAX_NUMBER
 from diffdistill.settings.registry import NameOf, OneOf
@@ -25,7 +30,7 @@ from diffdistill.training.config import RunConfig
 from diffdistill.training.reports.health import BANDS
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"<!-- (settings: [\w, ]+|commands|signals|methods) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (settings: [\w, ]+|commands|signals|methods|distributions) -->\n.*?<!-- end -->", re.DOTALL)
 METHODS = "diffdistill.methods."
 GROUPS = {
     "diffdistill.data.": "Data",
@@ -36,8 +41,20 @@ GROUPS = {
     "diffdistill.": "The run",
 }
 """Headings of the page of all settings, by the beginning of a class's module."""
+<<<<<<< /tmp/res/s_mine.py
+PATHS: dict[str, NoisePath] = {
+    "`edm`": EDM(),
+    "`vp_cosine`": VPCosine(),
+    "`vp_linear`": VPLinear(),
+    "`vp_discrete`": VPDiscrete(),
+    "Stable Diffusion's": VPDiscrete(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "`flow`": Flow(),
+    "`flow`, shift 3": Flow(shift=3.0),
+}
+=======
 MAXIMA = (MAX_COUNT, MAX_INTEGER, MAX_NUMBER)
 """Limits that no setting comes near: they are not said."""
+>>>>>>> /tmp/res/s_main.py
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
 
 
@@ -272,7 +289,28 @@ def _methods() -> Iterator[str]:
     yield "\n".join(rows)
 
 
-MADE = {"commands": _commands, "signals": _signals, "methods": _methods}
+def _distributions() -> Iterator[str]:
+    """Each method's own time distributions on each path: the greater share at an end, and that below ratio 1."""
+    rows = [("setting", *PATHS), ("---",) * (len(PATHS) + 1)]
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    for name in METHODS_TABLE.own:
+        made = METHODS_TABLE.find(name)()
+        for place in (f.name for f in fields(made) if f.name.endswith("time_law")):
+            cells = []
+            for path in PATHS.values():
+                times = (getattr(made, place) or even_times(path))(uniform, path)
+                nearby = 0.5 if isinstance(path, VPDiscrete) else 1e-6 * path.t_max
+                at_ends = [_share((times - end).abs() <= nearby) for end in (path.t_min, path.t_max)]
+                cells.append(f"{max(at_ends):.1%}, {_share(path.ratio(times) < 1):.0%}")
+            rows.append((f"`{name}.{place}`", *cells))
+    yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _share(is_so: torch.Tensor) -> float:
+    return float(is_so.double().mean())
+
+
+MADE = {"commands": _commands, "signals": _signals, "methods": _methods, "distributions": _distributions}
 
 
 if __name__ == "__main__":
