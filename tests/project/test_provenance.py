@@ -184,7 +184,7 @@ def test_mean_flow_drops_a_fifth_and_sid_what_its_teacher_drops() -> None:
 def test_disback_s_targets_last_a_thousand_of_the_base_s_iterations() -> None:
     for method in (DisBack(), *(method_and_config(f"disback/{name}")[0] for name in ("cifar10", "imagenet64"))):
         assert method.backtracking_interval * method.base.fake_updates == 1000
-    assert DisBack().recording_lr == 5e-7
+        assert method.recording_lr == 5e-7
 
 
 def test_dmd2_by_lora_is_of_the_generator_at_an_eighth_and_its_header_s_words_are_overrides() -> None:
