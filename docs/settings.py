@@ -41,7 +41,6 @@ GROUPS = {
     "diffdistill.": "The run",
 }
 """Headings of the page of all settings, by the beginning of a class's module."""
-<<<<<<< /tmp/res/s_mine.py
 PATHS: dict[str, NoisePath] = {
     "`edm`": EDM(),
     "`vp_cosine`": VPCosine(),
@@ -51,10 +50,8 @@ PATHS: dict[str, NoisePath] = {
     "`flow`": Flow(),
     "`flow`, shift 3": Flow(shift=3.0),
 }
-=======
 MAXIMA = (MAX_COUNT, MAX_INTEGER, MAX_NUMBER)
 """Limits that no setting comes near: they are not said."""
->>>>>>> /tmp/res/s_main.py
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
 
 

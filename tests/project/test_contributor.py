@@ -23,7 +23,7 @@ TOP = (
     "CONTRIBUTING.md",
 )
 MORE = ("pyproject.toml", "mkdocs.yml", "Makefile", "CHANGELOG.md", "LICENSE", "CITATION.cff", "constraints.txt")
-GENERATED = {"configs/schema.json", "README.md", "docs/settings.md"}
+GENERATED = {"configs/schema.json", "README.md", "docs/settings.md", "docs/time-distributions.md"}
 SCHEMA = 'from diffdistill.training.config import json_schema; print(json_schema(), end="")'
 CHECKS = ("tests/project/test_structure.py", "tests/project/test_docs.py")
 SLOW = "not tutorial and not python_of and not new_method"  # of the pages' programs, which no new file changes
