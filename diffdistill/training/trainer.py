@@ -217,15 +217,9 @@ class Trainer:
         they may hold parts of the players, and the first writes."""
         file = self.folder / "previews" / f"step-{self.step:08d}.png"
         student, sampler = self.method.student, self.method.sampler(self.problem)
+        names, seed = self.plan.spec.class_names, self.config.train.seed
         views = preview_panels(
-            self.players,
-            student,
-            self.student,
-            sampler,
-            self.problem,
-            seed=self.config.train.seed,
-            device=self.device,
-            class_names=self.plan.spec.class_names,
+            self.players, student, self.student, sampler, self.problem, seed=seed, device=self.device, class_names=names
         )
         refuse_link(file.parent)
         columns = 10 if self.problem.num_classes == 10 else 8
