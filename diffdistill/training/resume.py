@@ -190,7 +190,7 @@ def check_unchanged(
         if not allow_changes:
             raise UserError(f"{said}\nchange it back, or go on with --allow-changes")
         say(said)
-    names = tuple(state["model"].get("class_names") or ())
+    names = tuple(state.get("model", {}).get("class_names", ()))
     if not same_names(names, class_names_of(source)):
         told = " and ".join(told_classes(range(len(known)), known) for known in (names, class_names_of(source)))
         raise UserError(f"{origin}: the classes under `data` are named otherwise than when the run began: {told}")
