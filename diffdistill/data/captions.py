@@ -19,7 +19,7 @@ from diffdistill.data.collection import Classes, Collection, Item, UnreadableIma
 from diffdistill.data.decode import Sizing
 from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.limits import MAX_TABLE_BYTES
+from diffdistill.settings.limits import MAX_ROWS, MAX_TABLE_BYTES
 from diffdistill.settings.reading import read_bytes
 from diffdistill.settings.schema import UserError
 
@@ -89,9 +89,13 @@ class Captioned(Protocol):
 def read_file(file: FilePath, *, setting: str = "data.path") -> bytes:
     """A file's bytes. Raises UserError."""
     try:
-        return read_bytes(file, limit=MAX_TABLE_BYTES)
+        content = read_bytes(file, limit=MAX_TABLE_BYTES)
     except OSError as error:
         raise UserError(f"{setting} = {str(file)!r}: cannot be read: {error.strerror}") from None
+    count = max(content.count(b"\n"), content.count(b"\r"))
+    if count > MAX_ROWS:
+        raise UserError(f"{setting} = {str(file)!r}: {count:,} lines; at most {MAX_ROWS:,} are read")
+    return content
 
 
 def read_rows(text: str, *, suffix: str, origin: str) -> list[tuple[int, dict[str, Any]]]:

@@ -28,6 +28,8 @@ MAX_DEPTH = 1_024
 """Blocks of a network without resolutions."""
 MAX_PARAMETERS = 40 * 10**9
 """Of a network."""
+MAX_TENSORS = 30_000
+"""Of a network: a million small layers take hours to make."""
 MAX_CLASSES = 1_000_000
 MAX_SAMPLING_STEPS = 10_000
 MAX_LEVELS = 1_000_000
@@ -58,10 +60,12 @@ MAX_TEXT = 2**20
 """Characters of one text."""
 MAX_CONFIG_BYTES = 2**18
 """A config, a protocol, an override: YAML is read slowly."""
-MAX_JSON_BYTES = 2**24
+MAX_JSON_BYTES = 2**23
 """state.json, a manifest, a pipeline's index."""
 MAX_LINE_BYTES = 2**22
 """A record: one line."""
+MAX_ROWS = 10_000_000
+"""Lines of such a file."""
 MAX_TABLE_BYTES = 2**29
 """Prompts, captions, records: files that grow with the data."""
 

@@ -21,6 +21,7 @@ from diffdistill.models.teachers.family import Family
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.networks.diffusers_model import DiffusersConfig
+from diffdistill.networks.parameter_limit import limited_parameters
 from diffdistill.settings.reading import read_json as read_json_value
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.finite import find_dead, name_some
@@ -201,13 +202,16 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
 
     variant = _variant(folder)
     try:
-        model, about = getattr(import_module(library), name).from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            variant=variant,
-        )
+        with limited_parameters():
+            model, about = getattr(import_module(library), name).from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                variant=variant,
+            )
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     except (*READING, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read: {_short(error)}") from None
     missing = [*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])]
