@@ -5,9 +5,9 @@ from mutate import Fault
 FAULTS = (
     Fault(
         "guidance goes the wrong way",
-        "diffdistill/diffusion/denoiser.py",
-        "return without + scale * (with_cond - without)",
-        "return without - scale * (with_cond - without)",
+        "diffdistill/diffusion/guidance_rules.py",
+        "return without_cond + scale * (with_cond - without_cond)",
+        "return without_cond - scale * (with_cond - without_cond)",
         "methods/test_agd.py::test_a_target_is_the_guided_estimate_in_every_form",
     ),
     Fault(
