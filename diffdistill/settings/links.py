@@ -57,7 +57,10 @@ def open_plain(file: FilePath, mode: str, **options: Any) -> IO[Any]:
 
 
 def _is_endless(entry: FilePath) -> bool:
-    mode = entry.lstat().st_mode
+    try:
+        mode = entry.lstat().st_mode
+    except FileNotFoundError:  # another run that is ending removes what it was writing
+        return False
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 

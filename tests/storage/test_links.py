@@ -200,3 +200,11 @@ def test_images_of_an_evaluation_are_not_saved_through_links(tmp_path: Path, qui
     assert told.exit_code == 2, told.output
     assert "is a link" in told.output
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_file_that_another_run_removes_meanwhile_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(str(tmp_path), ["checkpoints"], [".state-1.tmp"])]
+    monkeypatch.setattr("diffdistill.settings.links.os.walk", lambda _: iter(found))
+    refuse_links(tmp_path)
