@@ -53,7 +53,7 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _stops.remove(received)
+        _stops.pop()  # lists are found by what they hold, not by which they are
 
 
 def end_with_launcher() -> None:

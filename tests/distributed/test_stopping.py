@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.distillation.method import Batch, Draw, Loss, Players
-from diffdistill.distributed.stopping import StopRequested
+from diffdistill.distributed.stopping import StopRequested, stop_signals
 from diffdistill.methods.pretrain import Pretrain
 from diffdistill.settings.values import dump_yaml
 from diffdistill.storage.checkpoint import list_checkpoints, load_checkpoint
@@ -244,3 +244,11 @@ def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_behind(make_c
     assert newest.name == "step-00000003"
     assert list_checkpoints(newest.parent) == [newest]
     assert reported_steps(config.run) == [1, 2, 3]
+
+
+def test_signals_may_be_collected_within_one_another() -> None:
+    with stop_signals() as outer:
+        with stop_signals() as inner:
+            pass
+        signal.raise_signal(signal.SIGTERM)
+    assert (outer, inner) == ([signal.SIGTERM], [])
