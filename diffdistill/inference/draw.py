@@ -67,8 +67,8 @@ def label_numbers(labels: Sequence[int | str], spec: ModelSpec) -> tuple[int, ..
 
 def _number_of(label: int | str, names: Sequence[str]) -> int | str:
     """A class's number, or the text that is none's name."""
-    if isinstance(label, int):
-        return label
+    if not isinstance(label, str):
+        return int(label)  # NumPy's integers, too
     if re.fullmatch(r"-?[0-9]{1,9}", label):
         return int(label)
     alike = [number for number, name in enumerate(names) if composed(name) == composed(label)]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_config
@@ -154,6 +155,7 @@ def test_a_sample_is_asked_for_by_name_or_number(named: Path) -> None:
     model = load_model(named)
     by_name = sample_images(model, count=2, label="newt")
     assert torch.equal(by_name, sample_images(model, count=2, label=1))
+    assert torch.equal(by_name, sample_images(model, count=2, label=np.int64(1)))  # type: ignore[arg-type]
     assert ModelImageGenerator(model, SampleRequest(labels=("owl", "0"))).labels.tolist() == [2, 0]
     with pytest.raises(UserError, match="--label gnu: unknown class; the model knows 0 = heron, 1 = newt, 2 = owl"):
         ModelImageGenerator(model, SampleRequest(labels=("gnu",)))
