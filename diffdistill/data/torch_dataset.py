@@ -13,6 +13,8 @@ from diffdistill.settings.faults import short
 from diffdistill.settings.schema import UserError
 
 Range = tuple[float, float]
+PICTURE_MODES = ("L", "RGB")
+"""Pillow's whose numbers are grey or colours."""
 READ_AGAIN = 16  # rows that are read twice: what a coin flips is found out but for one case in 65536
 
 
@@ -21,8 +23,9 @@ def as_source(
 ) -> ImageSource:
     """A Dataset of images, or of (image, label), as an ImageSource; what is one already is handed back.
 
-    An image is uint8 [C, H, W] as a tensor, [H, W, C] or [H, W] as an array, a PIL picture, or float [C, H, W].  All
-    rows are read once, for their labels and for the key that tells this content from another when a run is resumed.
+    An image is uint8 [C, H, W] as a tensor, [H, W, C] or [H, W] as an array, a PIL picture of mode L or RGB, or float
+    [C, H, W].  All rows are read once, for their labels and for the key that tells this content from another when a
+    run is resumed.
     value_range: of floats, (-1, 1) or (0, 1); need only be said where no value is negative.
     num_classes: where the labels do not name the last.  key: of the content, instead of one that is made by reading.
     Raises UserError for what has no numbered rows, whose rows differ, or are not the same when they are read again,
@@ -164,6 +167,8 @@ def _split(row: Any) -> tuple[Tensor, int | None]:
     parts = row if isinstance(row, (tuple, list)) and len(row) in (1, 2) else (row,)
     image, label = parts if len(parts) == 2 else (parts[0], None)
     if not isinstance(image, Tensor):
+        if (mode := getattr(image, "mode", "RGB")) not in PICTURE_MODES:  # numbers of a palette, say, are no colours
+            raise UserError(f"data: a picture is of the mode {mode!r}; give image.convert('RGB'), or convert('L')")
         try:
             array = np.array(image)
             image = torch.from_numpy(array[..., None] if array.ndim == 2 else array)

@@ -137,6 +137,11 @@ REFUSED: list[tuple[Any, str]] = [
     (Rows([(PIXELS[0], torch.tensor(0.5))]), r"a label is tensor\(0.5000\); give the number of its class"),
     (Rows([FLOATS[0] * 2]), r"values go from .* outside \[-1, 1\]"),
     (Rows([FLOATS[0] / 0]), "row 0 holds NaN or infinite values"),
+    (
+        Rows([Image.new("RGB", (4, 4), "red").convert("P")]),
+        r"a picture is of the mode 'P'; give image.convert\('RGB'\)",
+    ),
+    (Rows([Image.new("HSV", (4, 4))]), "a picture is of the mode 'HSV'"),
     (Rows([{"image": PIXELS[0]}]), "a row is dict|an image is|give an image"),
     (Rows([np.zeros((2, 2, 2, 2))]), r"an image is torch.float64 \[2, 2, 2, 2\]"),
 ]
