@@ -38,10 +38,13 @@ def classes_with_images(source: ImageSource) -> tuple[int, ...]:
     return () if len(found) == source.num_classes else found
 
 
-def with_teachers_classes(source: ImageSource, known: Sequence[str]) -> tuple[ImageSource, tuple[str, ...]]:
+def with_teachers_classes(
+    source: ImageSource, known: Sequence[str], *, num_classes: int = 0
+) -> tuple[ImageSource, tuple[str, ...]]:
     """The source with the numbers that the teacher has for its classes, and what the user should know.
 
-    known: the names of the teacher's classes by number; empty where its checkpoint holds none.
+    known: the names of the teacher's classes by number; empty where its checkpoint holds none.  num_classes: of the
+    teacher; data that names its classes by such numbers, "3" and "5", means these.
     Classes are matched by their names, exactly or as the same text.  Raises UserError if the teacher has none of a
     name. Where either side has no names the numbers are taken as they are.
     """
@@ -50,18 +53,20 @@ def with_teachers_classes(source: ImageSource, known: Sequence[str]) -> tuple[Im
         return source, ()
     if not names:
         return source, (f"data: labels are numbers, taken for the teacher's: {told_classes(range(len(known)), known)}",)
+    if not known and set(names) <= set(numbers := tuple(map(str, range(num_classes)))):
+        known = numbers
     if not known:
         told = told_classes(range(len(names)), names)
         return source, (f"data: the teacher's checkpoint holds no names of its classes, which are taken to be {told}",)
-    numbers = numbers_among(names, known)
-    note = f"data: classes are matched with the teacher's by name: {told_classes(sorted(numbers), known)}"
+    places = numbers_among(names, known)
+    note = f"data: classes are matched with the teacher's by name: {told_classes(sorted(places), known)}"
     if not isinstance(source, MappedImages):
         told = told_classes(range(len(known)), known)
         raise UserError(f"data: {type(source).__name__} must number its classes as the teacher does: {told}")
     made = MappedImages(
         source.images,
-        torch.tensor(numbers)[source.labels.cpu()],
-        key=source.key if numbers == tuple(range(len(numbers))) else table_key(source.key, numbers),
+        torch.tensor(places)[source.labels.cpu()],
+        key=source.key if places == tuple(range(len(places))) else table_key(source.key, places),
         num_classes=len(known),
         class_names=tuple(known),
         device=source.device,

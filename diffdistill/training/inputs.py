@@ -134,7 +134,8 @@ def _with_classes(images: ImageSource, teacher: ModelSpec | None) -> tuple[Image
     known: Sequence[int] | None = None
     if teacher is not None:
         known = teacher.classes or range(teacher.num_classes)
-        images, notes = with_teachers_classes(images, teacher.class_names) if known else (images, ())
+        if known:
+            images, notes = with_teachers_classes(images, teacher.class_names, num_classes=teacher.num_classes)
     notes = (*notes, *note_empty(images, of_teacher=known))
     for note in notes:
         kept.warn(note)

@@ -126,3 +126,17 @@ def test_classes_without_an_image_are_named(tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     np.savez(file, images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
     assert note_empty(Npz(path=str(file)).load(), of_teacher=None) == ()
+
+
+def test_names_that_are_numbers_mean_the_classes_of_a_teacher_without_names() -> None:
+    pixels = np.zeros((3, 1, 2, 2), np.uint8)
+    source = MappedImages(pixels, torch.tensor([0, 1, 1]), key="k", num_classes=2, class_names=("3", "5"))
+    made, (note,) = with_teachers_classes(source, (), num_classes=10)
+    assert made.labels is not None
+    assert made.labels.tolist() == [3, 5, 5]
+    assert (made.num_classes, class_names_of(made)) == (10, ())
+    assert made.key != source.key
+    assert note == "data: classes are matched with the teacher's by name: 3 = 3, 5 = 5"
+    same, (note,) = with_teachers_classes(source, (), num_classes=2)
+    assert same is source
+    assert note.endswith("holds no names of its classes, which are taken to be 0 = 3, 1 = 5")
