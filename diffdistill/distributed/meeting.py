@@ -15,7 +15,7 @@ from diffdistill.distributed.stopping import TrainingError, end_with_launcher
 
 T = TypeVar("T")
 
-MEETING = timedelta(minutes=3)  # for all to come once one is there
+MEETING = timedelta(minutes=10)  # for all to come once one is there: as long as torch lets NCCL wait
 PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; gloo knows a dead one at once
 LOOK_SECONDS = 0.1
 PLACE = "diffdistill/meeting/"  # of the keys in the store

@@ -59,7 +59,8 @@ def stop_signals() -> Iterator[list[int]]:
 def end_with_launcher() -> None:
     """From now on, when the launcher ends that started this process (by its word, or torchrun), stop as by SIGTERM, and
     at once if that takes too long. Without a launcher nothing is watched: a shell may end before its programs."""
-    waits: list[Callable[[int], None]] = [_wait_for_stdin] if os.environ.get(ON_STDIN) == "1" else []
+    is_told = os.environ.pop(ON_STDIN, "") == "1"  # what this process starts has another standard input
+    waits: list[Callable[[int], None]] = [_wait_for_stdin] if is_told else []
     if "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
         waits.append(_wait_for_parent)
     if waits and _watching.acquire(blocking=False):  # once in a process
