@@ -36,11 +36,14 @@ class LogNormal:
     std: Positive = 1.2
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        low, high = (self._share_below(ratio) for ratio in ratio_range(path))
+        ends = ratio_range(path)
+        low, high = (self._share_below(ratio) for ratio in ends)
         if high - low < ROUNDING:
             raise UserError(f"time_law: lognormal around {math.exp(self.mean):g} has no ratio in the path's range")
         normal = math.sqrt(2) * torch.erfinv(2 * (low + uniform * (high - low)) - 1)
-        return clamp_time(path.time_of_ratio(torch.exp(self.mean + self.std * normal)), path)
+        t = clamp_time(path.time_of_ratio(torch.exp(self.mean + self.std * normal).clamp(*ends)), path)
+        # A share next to 1 keeps few digits: at the ends themselves these are not asked.
+        return torch.where(uniform <= 0, path.t_min, torch.where(uniform >= 1, path.t_max, t))
 
     def _share_below(self, ratio: float) -> float:
         return 0.5 * math.erfc((self.mean - math.log(ratio)) / (self.std * math.sqrt(2)))

@@ -46,6 +46,14 @@ def test_a_law_without_ends_is_kept_within_the_path() -> None:
 
 
 @on_every_path
+@pytest.mark.parametrize("law", [LogNormal(), LogNormal(mean=1.0, std=0.8), LogNormal(mean=-4.0, std=0.5)])
+def test_a_log_normal_law_ends_where_the_path_does(law: LogNormal, path: Path) -> None:
+    """To the bit, as BOOT asks of its law, also where the share of what lies beyond rounds to nothing."""
+    assert law(numbers(0.0, 1.0), path).tolist() == [path.t_min, path.t_max]
+    assert bool(law(numbers(1e-300, 1 - 2.0**-53), path).isfinite().all())
+
+
+@on_every_path
 def test_a_karras_law_that_reaches_beyond_the_path_is_even_between_the_path_s_ends(path: Path) -> None:
     ends = path.ratio(numbers(path.t_min, path.t_max))
     ratios = path.ratio(Karras(ratio_min=1e-5, ratio_max=1e5, rho=5)(numbers(0.0, 0.25, 0.5, 0.75, 1.0), path))
