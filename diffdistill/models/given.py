@@ -36,7 +36,11 @@ def give_teacher(denoiser: Any, *, image_shape: tuple[int, ...], sampler: AnySam
     place = f"{PREFIX}{network.key}"
     _SPECS[place] = ModelSpec(
         model=ModelConfig(
-            network=network, path=denoiser.path, predicts=denoiser.predicts, sigma_data=denoiser.sigma_data
+            network=network,
+            path=denoiser.path,
+            predicts=denoiser.predicts,
+            sigma_data=denoiser.sigma_data,
+            guidance_rule=denoiser.runtime.guidance_rule,
         ),
         image_shape=image_shape,
         num_classes=denoiser.net.num_classes,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Network, Taps
+from diffdistill.diffusion.guidance_rules import LINEAR
 from diffdistill.diffusion.path import Path, Prediction
 from diffdistill.networks.taps import MIDDLE
 from diffdistill.settings.faults import did_you_mean
@@ -50,8 +51,10 @@ def keep(denoiser: Denoiser) -> GivenNetwork:
 
 
 def content_key(denoiser: Denoiser) -> str:
-    """The SHA-256, as 32 digits, of every weight and of what the network's output means."""
+    """The SHA-256, as 32 digits, of every weight, of what the network's output means and of how it is guided."""
     digest = hashlib.sha256(f"{denoiser.path!r} {denoiser.predicts} {denoiser.sigma_data}".encode())
+    if denoiser.runtime.guidance_rule != LINEAR:
+        digest.update(repr(denoiser.runtime.guidance_rule).encode())
     for name, tensor in denoiser.net.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().tobytes())

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import diffdistill as dd
 from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
+from diffdistill.diffusion.guidance_rules import Renormalised
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.models import given as given_models
 from diffdistill.networks import given as given_networks
@@ -236,3 +237,14 @@ def test_the_editors_schema_has_no_objects() -> None:
     assert "given" not in json_schema().lower().split('"')
     with pytest.raises(dd.UserError, match="network 'given': the name is diffdistill's own"):
         dd.register_network(given_networks.GivenNetwork)
+
+
+def test_a_given_teacher_keeps_its_rule_of_guidance_and_has_another_place_for_it() -> None:
+    teacher = plain_teacher()
+    linear = dd.give_teacher(teacher, image_shape=(1, 8, 8))
+    teacher.run_with(guidance_rule=Renormalised())
+    place = dd.give_teacher(teacher, image_shape=(1, 8, 8))
+    found = dd.load_model(place)
+    assert place != linear
+    assert found.denoiser.runtime.guidance_rule == found.spec.model.guidance_rule == Renormalised()
+    assert found.spec.build().runtime.guidance_rule == Renormalised()  # as a student of it is
