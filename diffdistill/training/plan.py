@@ -258,7 +258,7 @@ def build_players(
 
 
 def check_starts(method: Method, problem: Problem, players: Mapping[str, nn.Module]) -> None:
-    """Raise UserError if `starts` names what is no copy, or makes the student another network than its spec's."""
+    """Raise UserError if `starts` names what is no copy, or makes the student another model than its spec's."""
     for name in problem.teachers:
         if f"teacher_{name}" in players:
             raise UserError(f"teachers.{name}: the method has a player teacher_{name} of its own; choose another name")
@@ -266,12 +266,19 @@ def check_starts(method: Method, problem: Problem, players: Mapping[str, nn.Modu
     for name, start in problem.starts.items():
         if name not in copies or method.trains_network:
             raise UserError(f"starts.{name}: no player that is a copy; choose from {', '.join(copies)}")
-        if name == method.student and shapes_of(problem.start_of(name)) != shapes_of(
-            replace(problem, starts={}).start_of(name)
-        ):
-            raise UserError(
-                f"starts.{name} = {start!r}: is another network than the student's; name it by `teacher` or `init`"
+        if name != method.student:
+            continue
+        found, described = problem.start_of(name), replace(problem, starts={}).start_of(name)
+        if shapes_of(found) != shapes_of(described):
+            what = "is another network than the student's"
+        elif (found.predicts, found.sigma_data) != (described.predicts, described.sigma_data):
+            what = (
+                f"predicts {found.predicts} with sigma_data {found.sigma_data:g}, and the student would be saved as"
+                f" one that predicts {described.predicts} with {described.sigma_data:g}"
             )
+        else:
+            continue
+        raise UserError(f"starts.{name} = {start!r}: {what}; name it by `teacher` or `init`")
 
 
 def check_players(config: RunConfig, players: Mapping[str, nn.Module]) -> None:

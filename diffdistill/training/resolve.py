@@ -151,6 +151,8 @@ def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:
             raise UserError(f"{config.method.name} needs both: `model`, the student's, and `teacher`, a run's folder")
     elif (config.model is None) == (teacher is None):
         raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
+    if config.guidance_rule and teacher is None:
+        raise UserError("guidance_rule: is of the teachers, and there is none; say model.guidance_rule")
     if config.init and teacher is None:
         raise UserError("init: goes with a `teacher`; to go on with a run, use --resume")
 

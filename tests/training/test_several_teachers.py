@@ -179,3 +179,20 @@ def test_teachers_that_differ_are_refused(tmp_path: Path, quick_teacher: Path, t
     given = (*DATA_FREE, f"teachers.other={teacher}", "starts.generator=teacher_other")
     with pytest.raises(UserError, match=r"starts.generator = 'teacher_other': is another network than the student's"):
         plan(small_config("dmd2", tmp_path / "run", *given, teacher=quick_teacher), resume=None)
+
+
+def test_a_start_that_predicts_otherwise_than_the_student_is_described_is_refused(
+    tmp_path: Path, quick_teacher: Path
+) -> None:
+    """It would be saved, and loaded, as what it is not."""
+    Trainer(small_config("pretrain", tmp_path / "x0", "train.steps=1", "model.predicts=x0"), quiet=True).run()
+    given = (*DATA_FREE, f"teachers.other={tmp_path / 'x0'}")
+    with pytest.raises(UserError, match=r"starts.generator = 'teacher_other': predicts x0 .* that predicts edm"):
+        plan(
+            small_config("dmd2", tmp_path / "run", *given, "starts.generator=teacher_other", teacher=quick_teacher),
+            resume=None,
+        )
+    made = plan(
+        small_config("dmd2", tmp_path / "run", *given, "starts.fake=teacher_other", teacher=quick_teacher), resume=None
+    )
+    assert made.players.fake.predicts == "x0"
