@@ -113,8 +113,8 @@ def find_teachers(
     return Teachers(
         find("teacher", before.get("teacher"), config.teacher) if state["teacher"] else None,
         {
-            name: find(f"teachers.{name}", old.get(name), config.teachers.get(name))
-            for name in state.get("teachers", {})
+            name: find(f"teachers.{name}", old.get(name), now) if name in state.get("teachers", {}) else now
+            for name, now in config.teachers.items()
         },
     )
 

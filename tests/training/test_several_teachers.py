@@ -196,3 +196,16 @@ def test_a_start_that_predicts_otherwise_than_the_student_is_described_is_refuse
         small_config("dmd2", tmp_path / "run", *given, "starts.fake=teacher_other", teacher=quick_teacher), resume=None
     )
     assert made.players.fake.predicts == "x0"
+
+
+def test_a_resumed_run_has_the_further_teachers_that_its_config_names_now(tmp_path: Path, quick_teacher: Path) -> None:
+    def asked(*more: str) -> RunConfig:
+        return small_config("dmd2", tmp_path / "run", *DATA_FREE, *more, teacher=quick_teacher)
+
+    first = (f"teachers.sketch={quick_teacher}", "starts.fake=teacher_sketch")
+    Trainer(asked(*first, "train.steps=1"), quiet=True).run()
+    with pytest.raises(UserError, match=r"the config has changed since:(.|\n)*sketch"):
+        plan(asked("train.steps=2"), resume=True)
+    assert not plan(asked("train.steps=2"), resume=True, allow_changes=True).teachers_source
+    other = (f"teachers.other={quick_teacher}", "starts.fake=teacher_other", "train.steps=2")
+    assert set(plan(asked(*other), resume=True, allow_changes=True).teachers_source) == {"other"}
