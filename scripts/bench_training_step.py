@@ -41,7 +41,7 @@ class BareLoop:
         self.method, self.players, self.images, self.labels = (
             trainer.method,
             trainer.players,
-            trainer.images,
+            trainer.plan.source.rows(torch.arange(len(trainer.plan.source))),
             trainer.plan.source.labels,
         )
         self.optimizers = {

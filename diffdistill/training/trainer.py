@@ -124,11 +124,6 @@ class Trainer:
     def images_seen(self) -> int:
         return self.step * self.config.train.global_batch_size
 
-    @property
-    def images(self) -> Tensor:
-        """All real images at once: for small sets."""
-        return self.plan.source.rows(torch.arange(len(self.plan.source)))
-
     def run(self) -> FilePath:
         """Train to the last step. Returns the newest checkpoint's folder.
 

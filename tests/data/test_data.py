@@ -92,7 +92,7 @@ def test_folder_zip_with_broken_files_and_hugging_face_set_train_the_same(
     order = sorted(range(COUNT), key=lambda n: (NAMES[images[1][n]], n))
     expected = torch.from_numpy(images[0][order]).permute(0, 3, 1, 2).float() / 127.5 - 1
     for kind, trainer in trainers.items():
-        assert torch.equal(trainer.images, expected), kind
+        assert torch.equal(trainer.plan.source.rows(torch.arange(COUNT)), expected), kind
         assert torch.equal(batches[kind][0], batches["folder"][0])
         assert torch.equal(batches[kind][1], batches["folder"][1])
         assert equal(weights(trainer), weights(trainers["folder"])), kind
