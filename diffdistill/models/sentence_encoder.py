@@ -17,6 +17,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
+from diffdistill.networks.parameter_limit import limited_parameters
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 
@@ -97,9 +98,10 @@ class SentenceEncoder:
         folder = str(FilePath(self.place).expanduser())
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = BertModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False, dtype=torch.float32
-            )
+            with limited_parameters():
+                model = BertModel.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False, dtype=torch.float32
+                )
         except Exception as error:  # transformers and tokenizers have no class for all of theirs
             reason = " ".join(str(error).split())[:200]
             raise UserError(

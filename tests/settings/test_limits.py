@@ -354,3 +354,14 @@ def test_one_storage_is_not_made_into_tensor_upon_tensor(tmp_path: Path) -> None
     with pytest.raises(UserError, match="far more made than it holds"):
         read_pickle(file, calls=PLAIN_CALLS, records=frozenset())
     assert peak_bytes() - before < 2**28
+
+
+def test_a_text_encoder_has_the_same_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=10, **sizes)).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    assert SentenceEncoder(str(tmp_path)).load()
+    monkeypatch.setattr("diffdistill.networks.parameter_limit.MAX_TENSORS", 5)
+    with pytest.raises(UserError, match=r"text_encoder = .*more than 5 tensors"):
+        SentenceEncoder(str(tmp_path)).load()
