@@ -23,6 +23,7 @@ IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KNOWN = {"interpolation": get_args(Interpolation), "resize_mode": get_args(ResizeMode)}
 
 Features = TypeVar("Features", Torchvision, Timm, OpenClip)
+Classifier = TypeVar("Classifier", Torchvision, Timm)
 
 
 def completed(features: Features, said: Mapping[str, Any], *, facts: Sequence[str], origin: str) -> Features:
@@ -73,6 +74,15 @@ def library_input(features: Features) -> Callable[[Tensor], Tensor]:
         raise UserError(f"features.resize_side = {side}: must be features.size = {size} or more")
     resize = partial(framed, side=side, mode=features.resize_mode, interpolation=features.interpolation)
     return network_input(size, mean=features.mean, std=features.std, resize=resize)
+
+
+def as_before(asked: Classifier, features: Classifier) -> Classifier:
+    """What earlier versions took: ImageNet's mean and deviation unless others were asked for, and all of the image at
+    224."""
+    side = asked.size or 224
+    mean, std = asked.mean or IMAGENET[0], asked.std or IMAGENET[1]
+    squashed = replace(features, size=side, resize_side=side, resize_mode="squash", interpolation="bicubic")
+    return replace(squashed, mean=mean, std=std)
 
 
 def resize_side(features: Features) -> int:

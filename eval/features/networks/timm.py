@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdistill.eval.features.extractors import Extractor, Timm
 from diffdistill.eval.features.networks import ready
-from diffdistill.eval.features.stated import IMAGENET, OWN, completed, library_input, said_of_own, unknown_weights
+from diffdistill.eval.features.stated import OWN, as_before, completed, library_input, said_of_own, unknown_weights
 from diffdistill.eval.features.weights import WeightsFile, find_weights, load_state, load_strictly
 from diffdistill.settings.schema import UserError
 
@@ -39,7 +39,7 @@ def load(features: Timm, weights: FilePath | None, device: torch.device) -> Extr
         sha256=found.sha256,
         device=device,
         features=features,
-        earlier=earlier(asked, features),
+        earlier=as_before(asked, features),
     )
 
 
@@ -71,14 +71,6 @@ def complete(features: Timm) -> Timm:
     if features.pretrained == OWN:
         said |= said_of_own(features, FACTS)
     return completed(features, said, facts=FACTS, origin=f"timm of {features.model}, {config.tag},")
-
-
-def earlier(asked: Timm, features: Timm) -> Timm:
-    """ImageNet's mean and deviation unless others were asked for, and all of the image at 224."""
-    side = asked.size or 224
-    mean, std = asked.mean or IMAGENET[0], asked.std or IMAGENET[1]
-    squashed = replace(features, size=side, resize_side=side, resize_mode="squash", interpolation="bicubic")
-    return replace(squashed, mean=mean, std=std)
 
 
 def _config(features: Timm) -> Any:

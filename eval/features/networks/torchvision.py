@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdistill.eval.features.extractors import Extractor, Torchvision
 from diffdistill.eval.features.networks import ready
-from diffdistill.eval.features.stated import IMAGENET, OWN, completed, library_input, said_of_own, unknown_weights
+from diffdistill.eval.features.stated import OWN, as_before, completed, library_input, said_of_own, unknown_weights
 from diffdistill.eval.features.weights import Found, WeightsFile, find_weights, load_state, load_strictly
 from diffdistill.settings.schema import UserError
 
@@ -39,7 +39,7 @@ def load(features: Torchvision, weights: FilePath | None, device: torch.device) 
         sha256=found.sha256,
         device=device,
         features=features,
-        earlier=earlier(asked, features),
+        earlier=as_before(asked, features),
     )
 
 
@@ -68,14 +68,6 @@ def complete(features: Torchvision) -> Torchvision:
     if features.pretrained == OWN:
         said |= said_of_own(features, FACTS)
     return completed(features, said, facts=FACTS, origin=f"torchvision of {features.model}, {weights.name},")
-
-
-def earlier(asked: Torchvision, features: Torchvision) -> Torchvision:
-    """ImageNet's mean and deviation unless others were asked for, and all of the image at 224."""
-    side = asked.size or 224
-    mean, std = asked.mean or IMAGENET[0], asked.std or IMAGENET[1]
-    squashed = replace(features, size=side, resize_side=side, resize_mode="squash", interpolation="bicubic")
-    return replace(squashed, mean=mean, std=std)
 
 
 def _weights(features: Torchvision) -> Any:
