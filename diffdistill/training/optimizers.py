@@ -1,6 +1,7 @@
 """Optimisers by name, their rates as a function of the step, and their state as plain tensors."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -44,24 +45,19 @@ def make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.O
             fused=use_fused,
             foreach=use_foreach,
         )
-    if options.name == "radam":  # Liu et al. 2020, arXiv:1908.03265
-        return torch.optim.RAdam(
-            parameters,
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            foreach=use_foreach,
-        )
-    kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
-    return kind(
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "radam": torch.optim.RAdam,  # Liu et al. 2020, arXiv:1908.03265; torch has no fused one
+    }
+    return kinds[options.name](
         parameters,
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
-        fused=use_fused,
         foreach=use_foreach,
+        **({} if options.name == "radam" else {"fused": use_fused}),
     )
 
 
