@@ -9,12 +9,10 @@ side by another amount; so only the spread is taken from the replicates, around 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from diffdistill.eval.metrics.moments import Summary
+from diffdistill.eval.metrics.halves import Half, InMemory
 from diffdistill.eval.metrics.scoring import score
 from diffdistill.eval.metrics.settings import AnyMetric
 from diffdistill.eval.metrics.sides import Features, JudgedFeatures
@@ -61,10 +59,10 @@ def paired_differences(
     replicates: dict[str, list[float]] = {name: [] for name in of_a}
     rng = torch.Generator().manual_seed(seed)
     halved = [metric.of_at_most(count // 2) for metric in metrics]
-    sides = [{key: _InMemory(features) for key, features in side.items()} for side in (a, b)]
+    sides = [{key: InMemory(features) for key, features in side.items()} for side in (a, b)]
     for _ in range(num_replicates):
         chosen = torch.randperm(count, generator=rng)[: count // 2].sort().values
-        halves = [{key: _Half(features, chosen) for key, features in side.items()} for side in sides]
+        halves = [{key: Half(features, chosen) for key, features in side.items()} for side in sides]
         found = [score(halved, half, real).values for half in halves]
         for name, values in replicates.items():
             values.append(found[0][name] - found[1][name])
@@ -76,55 +74,3 @@ def _interval(a: float, b: float, replicates: list[float], tail: float) -> Diffe
     values = torch.tensor(replicates, dtype=torch.float64)
     low, high = torch.quantile(values - values.mean(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Difference(a, b, a - b, a - b + low, a - b + high)
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """Features that are read once."""
-
-    source: JudgedFeatures
-
-    @cached_property
-    def features(self) -> Tensor:
-        return self.source.rows()
-
-    @cached_property
-    def logits(self) -> Tensor:
-        return self.source.logits
-
-    @cached_property
-    def texts(self) -> Tensor:
-        return self.source.texts
-
-    @cached_property
-    def conditions(self) -> Tensor:
-        return self.source.conditions
-
-
-@dataclass(frozen=True)
-class _Half:
-    """Some of a side's images.  chosen: their numbers, ascending."""
-
-    side: _InMemory
-    chosen: Tensor
-
-    @cached_property
-    def summary(self) -> Summary:
-        return Summary.of(self.rows())
-
-    def rows(self, max_samples: int | None = None) -> Tensor:
-        """Of the first `max_samples` images those that are chosen."""
-        chosen = self.chosen if max_samples is None else self.chosen[self.chosen < max_samples]
-        return self.side.features[chosen.to(self.side.features.device)]
-
-    @property
-    def logits(self) -> Tensor:
-        return self.side.logits[self.chosen.to(self.side.logits.device)]
-
-    @property
-    def texts(self) -> Tensor:
-        return self.side.texts[self.chosen.to(self.side.texts.device)]
-
-    @property
-    def conditions(self) -> Tensor:
-        return self.side.conditions[self.chosen]
