@@ -1,5 +1,6 @@
 """Images before they are prepared: a name and a way to read each, in a stable order, with labels."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from diffdistill.settings.limits import MAX_CLASSES, MAX_NAMES_BYTES
 from diffdistill.settings.schema import UserError
 
 MAX_FILE_BYTES = 256 * 2**20
 """The most that one encoded image may hold, on disk or unpacked."""
 
-MAX_CLASSES = 1_000_000
-"""A label beyond this is taken for a mistake: networks hold a row for every class."""
+NAME_ROOM = 8
+"""Bytes around a name in state.json: a comma, a line break, and how far it is indented."""
 
 Content = bytes | NDArray[np.uint8]
 """An encoded image file, or pixels [H, W, C]."""
@@ -66,6 +68,7 @@ def numbered_classes(values: Sequence[str], *, origin: str) -> Classes:
     if all(re.fullmatch(r"[0-9]{1,9}", value) for value in values):
         return checked_classes([int(value) for value in values], origin=origin)
     names = sorted(set(values))
+    _check_names(names, origin)
     number = {name: i for i, name in enumerate(names)}
     return Classes(tuple(number[value] for value in values), len(names), tuple(names))
 
@@ -75,12 +78,22 @@ def checked_classes(values: Iterable[int], *, origin: str, names: tuple[str, ...
 
     Raises UserError if one is negative or too large.
     """
+    _check_names(names, origin)
     labels = tuple(int(value) for value in values)
     low, high = min(labels, default=0), max(labels, default=0)
     limit = len(names) or MAX_CLASSES
     if low < 0 or high >= limit:
         raise UserError(f"{origin}: labels go from {low} to {high}; they must lie in 0 to {limit - 1}")
     return Classes(labels, len(names) or high + 1, names)
+
+
+def _check_names(names: Sequence[str], origin: str) -> None:
+    """Raises UserError on more or longer names than a checkpoint's state.json holds: networks have a row for each."""
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{origin}: {len(names):,} classes; at most {MAX_CLASSES:,} are read")
+    size = sum(len(json.dumps(name)) + NAME_ROOM for name in names)
+    if size > MAX_NAMES_BYTES:
+        raise UserError(f"{origin}: the names of its classes take {size:,} bytes; at most {MAX_NAMES_BYTES:,} are kept")
 
 
 def shown(name: str) -> str:

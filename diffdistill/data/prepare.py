@@ -39,6 +39,7 @@ COLOUR_VERSION = 2  # of the decoding of what `may_be_converted`, whose key alon
 SOURCES_VERSION = 2  # of how a key is found: another one looks through every source again, once
 MAX_UNREADABLE = 0.01
 NUM_LISTED = 5
+MOST_KEPT = 10_000  # unreadable images in meta.json, which has a limit of its own
 CHUNK = 256  # images in flight
 LONG = 5_000  # images, from which on a log without a terminal gets a line
 
@@ -142,7 +143,7 @@ def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -
         "num_classes": classes.count if classes else 0,
         "class_names": list(classes.names) if classes else [],
         "warnings": [*collection.notes, *([warning] if warning else [])],
-        "unreadable": report.unreadable,
+        "unreadable": report.unreadable[:MOST_KEPT],
     }
     kept.seal(folder, meta)
 

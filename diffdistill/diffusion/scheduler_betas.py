@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffdistill.settings.limits import MAX_LEVELS
+from diffdistill.settings.limits import MAX_LISTED
 from diffdistill.settings.schema import UserError
 
 
@@ -18,8 +18,8 @@ def read_betas(config: Mapping[str, Any]) -> Tensor:
     from diffusers import DDPMScheduler
 
     count = config.get("num_train_timesteps", 1000)
-    if not isinstance(count, int) or not 2 <= count <= MAX_LEVELS:
-        raise UserError(f"scheduler config: num_train_timesteps = {count!r:.100}: must be 2 to {MAX_LEVELS:,}")
+    if not isinstance(count, int) or not 2 <= count <= MAX_LISTED:
+        raise UserError(f"scheduler config: num_train_timesteps = {count!r:.100}: must be 2 to {MAX_LISTED:,}")
     try:
         betas = DDPMScheduler.from_config(dict(config)).betas.double()
     except (ArithmeticError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:

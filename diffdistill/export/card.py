@@ -19,7 +19,8 @@ from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import is_pipeline, open_pipeline, pipeline_of
 from diffdistill.models.teachers.hub import is_hub_name
 from diffdistill.models.teachers.pipeline import read_json
-from diffdistill.settings.reading import read_log
+from diffdistill.settings.limits import MAX_TEXT
+from diffdistill.settings.reading import read_bytes
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import parse_yaml
 from diffdistill.storage.atomic import write_text_atomically
@@ -78,7 +79,11 @@ def teacher_licence(pipeline: str | None) -> dict[str, str]:
     file = open_pipeline(pipeline).folder / "README.md" if pipeline else None
     if file is None or not file.is_file():
         return {}
-    _, separator, rest = read_log(file).partition("---\n")
+    try:
+        text = read_bytes(file, limit=MAX_TEXT).decode("utf-8", errors="replace")
+    except OSError:
+        return {}
+    _, separator, rest = text.partition("---\n")
     try:
         front = parse_yaml(rest.partition("\n---")[0], origin=str(file)) if separator else None
     except UserError:

@@ -48,8 +48,8 @@ MAX_SHOWN_BITS = 512
 """Of an integer in a message: Python takes the square of them to write it."""
 MAX_ITEMS = MAX_CLASSES
 """Of a list or a group of settings."""
-MAX_TOTAL = 1_200_000
-"""Values in all lists and groups together."""
+MAX_TOTAL = 2 * MAX_CLASSES + 200_000
+"""Values in all lists and groups together: a model's classes are two lists."""
 MAX_FAULTS = 100
 """In one message."""
 MAX_CHOSEN = 1_000
@@ -60,10 +60,18 @@ MAX_TEXT = 2**20
 """Characters of one text."""
 MAX_CONFIG_BYTES = 2**18
 """A config, a protocol, an override: YAML is read slowly."""
-MAX_JSON_BYTES = 2**23
-"""state.json, a manifest, a pipeline's index."""
+MAX_LISTED = MAX_CONFIG_BYTES // 64
+"""Numbers in a list of a config: one takes 32 bytes of YAML at most, so that two such lists are read."""
+MAX_JSON_BYTES = 2**25
+"""state.json, a manifest, a pipeline's index: made of nothing but empty groups it takes 24 times as much memory."""
+MAX_NAMES_BYTES = MAX_JSON_BYTES // 2
+"""The names of all classes in such a file, beside their numbers, which take 14 bytes each."""
 MAX_LINE_BYTES = 2**22
 """A record: one line."""
+MAX_REPEATS = MAX_LINE_BYTES // 64
+"""Values of a metric in a record: one takes 26 bytes at most, so that two such metrics are read."""
+MAX_LOG_BYTES = 2**26
+"""Of a log, its end: some hundred thousand reports of a run."""
 MAX_ROWS = 10_000_000
 """Lines of such a file."""
 MAX_TABLE_BYTES = 2**29

@@ -13,6 +13,7 @@ from diffdistill.settings.limits import (
     MAX_DEPTH,
     MAX_INTEGER,
     MAX_LEVELS,
+    MAX_LISTED,
     MAX_NUMBER,
     MAX_PROCESSES,
     MAX_SAMPLING_STEPS,
@@ -27,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-Rates = Annotated[tuple[Positive, ...], Field(max_length=MAX_SAMPLING_STEPS)]
+Rates = Annotated[tuple[Positive, ...], Field(max_length=MAX_LISTED)]
 
 Resolution = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
@@ -41,4 +42,4 @@ Levels = Annotated[int, Field(ge=1, le=MAX_LEVELS)]
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Processes = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
 TableSize = Annotated[int, Field(ge=2, le=MAX_LEVELS)]
-Betas = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=MAX_LEVELS)]
+Betas = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=MAX_LISTED)]

@@ -7,11 +7,12 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.settings.faults import UserError
-from diffdistill.settings.limits import MAX_JSON_BYTES, MAX_NESTING, MAX_TABLE_BYTES
+from diffdistill.settings.limits import MAX_JSON_BYTES, MAX_LINE_BYTES, MAX_LOG_BYTES, MAX_NESTING
 
 
 def check_regular(file: str | FilePath, *, limit: int | None = None) -> int:
@@ -21,7 +22,7 @@ def check_regular(file: str | FilePath, *, limit: int | None = None) -> int:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file", str(file))
+        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file; save what it gives to a file", str(file))
     if limit is not None and found.st_size > limit:
         raise OSError(errno.EINVAL, f"{found.st_size:,} bytes; at most {limit:,} are read", str(file))
     return found.st_size
@@ -42,12 +43,35 @@ def read_text(file: str | FilePath, *, limit: int) -> str:
     return read_bytes(file, limit=limit).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_log(file: FilePath) -> str:
-    """What a run has written line by line, "" if it is not there; what is no UTF-8 is replaced. Raises UserError."""
+def read_log(file: FilePath, *, limit: int = MAX_LOG_BYTES) -> str:
+    """What a run has written line by line, "" if it is not there; what is no UTF-8 is replaced. Of more than `limit`
+    bytes the last whole lines: a log grows for as long as its run. Raises UserError."""
     if not file.exists():
         return ""
     try:
-        return read_bytes(file, limit=MAX_TABLE_BYTES).decode("utf-8", errors="replace")
+        size = check_regular(file)
+        with file.open("rb") as handle:
+            handle.seek(max(0, size - limit))
+            content = handle.read(limit)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    if size > limit:
+        content = content.partition(b"\n")[2]
+    return content.decode("utf-8", errors="replace")
+
+
+def lines_of_log(file: FilePath) -> Iterator[str]:
+    """Every line of a log of any size, one by one, without its end; those beyond MAX_LINE_BYTES are left out. Raises
+    UserError."""
+    try:
+        check_regular(file)
+        with file.open("rb") as handle:
+            is_rest = False  # of a line that is too long
+            while line := handle.readline(MAX_LINE_BYTES):
+                is_part = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
+                if not (is_part or is_rest):
+                    yield line.rstrip(b"\r\n").decode("utf-8", errors="replace")
+                is_rest = is_part
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 

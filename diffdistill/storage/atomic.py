@@ -6,7 +6,7 @@ Every OSError names the file.
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 
@@ -32,6 +32,11 @@ def write_text_atomically(file: FilePath, text: str) -> None:
 def write_bytes_atomically(file: FilePath, content: bytes) -> None:
     """The old content or the new one, never a part."""
     _write_atomically(file, lambda place: write_bytes(place, content))
+
+
+def write_lines_atomically(file: FilePath, lines: Iterable[str]) -> None:
+    """The old lines or the new ones, never a part; each is written as it comes."""
+    _write_atomically(file, lambda place: _write_parts(place, (line.encode() + b"\n" for line in lines)))
 
 
 def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> None:
@@ -77,8 +82,12 @@ def write_synced(file: FilePath, text: str) -> None:
 
 def write_bytes(file: FilePath, content: bytes) -> None:
     """Write through to the disk."""
+    _write_parts(file, [content])
+
+
+def _write_parts(file: FilePath, parts: Iterable[bytes]) -> None:
     with naming(file), open_plain(file, "wb") as handle:
-        handle.write(content)
+        handle.writelines(parts)
         handle.flush()
         if file.is_file():
             os.fsync(handle.fileno())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from diffdistill.distributed.stopping import ON_STDIN, TrainingError, stop_signals
+from diffdistill.settings.limits import MAX_LINE_BYTES
 from diffdistill.settings.links import open_plain, refuse_links
 from diffdistill.settings.lock import holder_of
 from diffdistill.settings.reading import read_log
@@ -44,7 +45,7 @@ class Group:
 
     @property
     def last_words(self) -> str:
-        lines = read_log(self.log).splitlines()
+        lines = read_log(self.log, limit=MAX_LINE_BYTES).splitlines()
         return next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "")
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import Field, JsonValue
 
 from diffdistill.eval.metrics.settings import better
-from diffdistill.settings.limits import MAX_ITEMS, MAX_LINE_BYTES, MAX_SAMPLING_STEPS, MAX_TABLE_BYTES
+from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_REPEATS, MAX_SAMPLING_STEPS, MAX_TABLE_BYTES
 from diffdistill.settings.links import open_plain
 from diffdistill.settings.lock import hold
 from diffdistill.settings.numbers import NonNegativeInt, Number, Seed
@@ -42,7 +42,7 @@ class Values:
     Raises ValidationError if these do not follow from the values.
     """
 
-    values: Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    values: Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_REPEATS)]
     min: Number
     mean: Number
     std: NonNegative | None

@@ -115,6 +115,13 @@ def test_pipes_and_devices_are_refused_not_waited_for(
         READERS[reader](odd, quick_teacher)
 
 
+def test_who_gives_a_pipe_is_told_what_to_do(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "odd")
+    for read in ("config", "prompts", "captions", "records"):
+        with pytest.raises(UserError, match=r"odd.*: a pipe or a device.*save what it gives to a file"):
+            READERS[read](tmp_path / "odd", tmp_path)
+
+
 def test_an_exported_folder_with_a_pipe_for_its_record_is_none(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / RECORD)
     assert read_record(tmp_path) is None
@@ -162,7 +169,7 @@ def test_a_pipeline_s_network_has_the_same_limits(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("count", [1, 10**10, 10**30, -1, "x", 2.5, None])
 def test_a_scheduler_s_config_makes_no_table_beyond_all(count: object) -> None:
-    with pytest.raises(UserError, match=r"num_train_timesteps = .*: must be 2 to 1,000,000"):
+    with pytest.raises(UserError, match=r"num_train_timesteps = .*: must be 2 to 4,096"):
         VPDiscrete.from_scheduler({"num_train_timesteps": count})
 
 

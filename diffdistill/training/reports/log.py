@@ -2,16 +2,17 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from diffdistill.settings.reading import read_log
+from diffdistill.settings.reading import lines_of_log, read_log
 from diffdistill.settings.terminal import Console, hide_secrets
-from diffdistill.storage.atomic import append_text, write_text_atomically
+from diffdistill.storage.atomic import append_text, write_lines_atomically
 from diffdistill.training.reports.curves import draw_curves
 from diffdistill.training.reports.trackers import Trackers
 
@@ -171,13 +172,13 @@ class RunLog:
             self._has_said_curves = True
 
     def _drop_after(self, step: int) -> None:
-        if not self.file.exists():
-            return
-        kept = []
-        for line in read_log(self.file).splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # the last line of a killed run
-        write_text_atomically(self.file, "".join(f"{line}\n" for line in kept))
+        if self.file.exists():
+            write_lines_atomically(self.file, _up_to(step, lines_of_log(self.file)))
+
+
+def _up_to(step: int, lines: Iterable[str]) -> Iterator[str]:
+    """Reports up to a step; what is none is left out: the last line of a killed run."""
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            if json.loads(line)["step"] <= step:
+                yield line
