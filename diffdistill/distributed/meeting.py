@@ -1,6 +1,7 @@
 """How processes find each other: soon, or with the names of those that did not come."""
 
 import atexit
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,14 @@ import torch
 import torch.distributed as dist
 
 from diffdistill.distributed.stopping import TrainingError, end_with_launcher
+from diffdistill.settings.schema import UserError
 
 T = TypeVar("T")
 
-MEETING = timedelta(minutes=10)  # for all to come once one is there: as long as torch lets NCCL wait
+MEETING_SECONDS = "DIFFDISTILL_MEETING_SECONDS"
+"""For all to come once one is there: of the environment, as processes meet before they compare their settings."""
+MEETING = timedelta(minutes=10)  # as long as torch lets NCCL wait
+LEAST, MOST = timedelta(seconds=1), timedelta(days=1)
 PATIENCE = timedelta(hours=3)  # for the first process to prepare, evaluate or save; gloo knows a dead one at once
 LOOK_SECONDS = 0.1
 PLACE = "diffdistill/meeting/"  # of the keys in the store
@@ -24,22 +29,40 @@ PLACE = "diffdistill/meeting/"  # of the keys in the store
 def meet(join: Callable[[timedelta], T]) -> T:
     """What `join` returns, which connects this process with the others of its launcher in the time that it is given.
 
-    Raises TrainingError, with the ranks that are missing after MEETING. Afterwards they wait for each other for
+    Raises TrainingError, with the ranks that are missing after `meeting_time`. Afterwards they wait for each other for
     PATIENCE. A launcher's end is theirs.
     """
     end_with_launcher()
+    limit = meeting_time()
     is_met, has_timeouts = dist.is_initialized(), is_cpu_fleet() or torch.cuda.is_available()
     with _naming():
-        store = None if is_met else _wait_for_all()  # the first one's serves the others until they are connected
-        made = join(MEETING if has_timeouts else PATIENCE)
+        store = None if is_met else _wait_for_all(limit)  # the first's serves the others until they are connected
+        made = join(limit if has_timeouts else PATIENCE)
         if not is_met and dist.is_initialized() and dist.get_world_size() > 1:
             if has_timeouts:
                 device = "cpu" if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
                 dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects with the first thing that is said
                 dist.distributed_c10d._set_pg_timeout(PATIENCE)
+                if store:  # a torchrun's outlives them: those that it starts again must not meet these
+                    store.delete_key(_key(dist.get_rank()))
             atexit.register(leave)
         del store
     return made
+
+
+def meeting_time() -> timedelta:
+    """How long the processes wait until all have come. Raises UserError for what is no time of the environment."""
+    text = os.environ.get(MEETING_SECONDS, "").strip()
+    if not text:
+        return MEETING
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not LEAST.total_seconds() <= seconds <= MOST.total_seconds():
+        most = f"{LEAST.total_seconds():g} to {MOST.total_seconds():g}"
+        raise UserError(f"{MEETING_SECONDS} = {text!r}: must be a number of seconds from {most}")
+    return timedelta(seconds=seconds)
 
 
 def leave() -> None:
@@ -65,7 +88,14 @@ def _naming() -> Iterator[None]:
         raise TrainingError(f"the processes do not find each other: {reason}{_stale_hint()}") from error
 
 
-def _wait_for_all() -> object | None:
+def _key(rank: int) -> str:
+    """In the store, of one process. torchrun on one machine counts how often it has started all again, and its store
+    may remember those before; of several machines each counts its own."""
+    is_one = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"{PLACE}{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one else '0'}/{rank}"
+
+
+def _wait_for_all(limit: timedelta) -> "dist.TCPStore | None":  # type: ignore[name-defined]
     """Return when all processes that the launcher counts are here, with the store by which they know it.
 
     None where the environment is no launcher's: then there is one process, or torch says what is missing.
@@ -76,26 +106,26 @@ def _wait_for_all() -> object | None:
         return None
     count, rank, port = (int(told[name]) for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
     of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    deadline = time.monotonic() + MEETING.total_seconds()
+    deadline = time.monotonic() + limit.total_seconds()
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             address,
             port,
             is_master=rank == 0 and not of_launcher,
-            timeout=MEETING,
+            timeout=limit,
             wait_for_workers=False,
             multi_tenant=True,
         )
     except dist.DistError as error:
         if rank == 0 or of_launcher:
             raise
-        raise _missing([0], count, f"{_in_time()}; it is asked for at {address}:{port}") from error
-    store.set(f"{PLACE}{rank}", "here")
+        raise _missing([0], count, f"{_in_time(limit)}; it is asked for at {address}:{port}") from error
+    store.set(_key(rank), "here")
     missing = [other for other in range(count) if other != rank]
     try:
-        while missing := [other for other in missing if not store.check([f"{PLACE}{other}"])]:
+        while missing := [other for other in missing if not store.check([_key(other)])]:
             if time.monotonic() > deadline:
-                raise _missing(missing, count, _in_time())
+                raise _missing(missing, count, _in_time(limit))
             time.sleep(LOOK_SECONDS)
     except dist.DistError as error:
         raise _missing(missing, count, ", and where they meet is gone") from error
@@ -108,8 +138,8 @@ def _missing(ranks: list[int], count: int, more: str) -> TrainingError:
     return TrainingError(f"the processes do not find each other: {said}{_stale_hint()}")
 
 
-def _in_time() -> str:
-    return f" within {MEETING.total_seconds():g} s"
+def _in_time(limit: timedelta) -> str:
+    return f" within {limit.total_seconds():g} s ({MEETING_SECONDS} sets how long they wait)"
 
 
 def _stale_hint() -> str:

@@ -57,15 +57,26 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def end_with_launcher() -> None:
-    """From now on, when the launcher ends that started this process (by its word, or torchrun), stop as by SIGTERM, and
-    at once if that takes too long. Without a launcher nothing is watched: a shell may end before its programs."""
+    """From now on, when the launcher ends that started this process (by its word, torchrun, `accelerate launch`), stop as
+    by SIGTERM, and at once if that takes too long. Without one nothing is watched: a shell may end before its programs.
+    """
     is_told = os.environ.pop(ON_STDIN, "") == "1"  # what this process starts has another standard input
     waits: list[Callable[[int], None]] = [_wait_for_stdin] if is_told else []
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
+    if os.name == "posix" and ("TORCHELASTIC_RUN_ID" in os.environ or _is_accelerate(os.getppid())):
         waits.append(_wait_for_parent)
     if waits and _watching.acquire(blocking=False):  # once in a process
         for wait in waits:
             Thread(target=_end_after, args=(wait, os.getppid()), name="launcher", daemon=True).start()
+
+
+def _is_accelerate(process: int) -> bool:
+    """Whether a process is `accelerate launch`, which starts a single one without torchrun: by its command line, where
+    Linux shows it. What accelerate sets in the environment, users and programs set as well."""
+    try:
+        words = FilePath(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:4]  # python -m accelerate... launch
+    except OSError:
+        return False
+    return any(os.path.basename(word).startswith(b"accelerate") for word in words)
 
 
 def _end_after(wait: Callable[[int], None], parent: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from conftest import MakeConfig, small_config
 from support.fleet import run_together
 
@@ -27,7 +28,7 @@ Find = Callable[[], object]
 def come_without(missing: int, find: Find) -> tuple[str, float]:
     """What the others say, and after how long."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(meeting, "MEETING", timedelta(seconds=2))
+        patched.setenv("DIFFDISTILL_MEETING_SECONDS", "2")
         if int(os.environ["RANK"]) == missing:
             return "", 0.0
         began = time.monotonic()
@@ -43,15 +44,28 @@ def test_a_process_that_does_not_come_is_named(find: Find, missing: int) -> None
     for said, seconds in told[:missing] + told[missing + 1 :]:
         assert said.startswith(f"the processes do not find each other: process {missing} of 3 did not come"), said
         assert seconds < 20
-    assert any("did not come within 2 s" in said for said, _ in told)
+    assert any("did not come within 2 s (DIFFDISTILL_MEETING_SECONDS sets " in said for said, _ in told)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "86401", "nan", "inf", "1e400"])
+def test_how_long_they_wait_is_a_number_with_limits(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFDISTILL_MEETING_SECONDS", text)
+    with pytest.raises(UserError, match=f"^DIFFDISTILL_MEETING_SECONDS = '{text}': must be .* from 1 to 86400$"):
+        find_processes("cpu")
+
+
+def test_without_a_word_they_wait_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, expected in (("", 600), ("90", 90), (" 1.5 ", 1.5), ("86400", 86400)):
+        monkeypatch.setenv("DIFFDISTILL_MEETING_SECONDS", text)
+        assert meeting.meeting_time() == timedelta(seconds=expected)
 
 
 def leave_at_once() -> str:
     """The second process is gone once it has said that it is there."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(meeting, "MEETING", timedelta(seconds=2))
+        patched.setenv("DIFFDISTILL_MEETING_SECONDS", "2")
         if os.environ["RANK"] == "1":
-            meeting._wait_for_all()
+            meeting._wait_for_all(meeting.meeting_time())
             return ""
         with pytest.raises(TrainingError) as raised:
             find_processes("cpu")
@@ -65,12 +79,32 @@ def test_a_process_that_goes_before_they_are_connected_is_not_waited_for() -> No
 def test_once_met_they_wait_for_each_other() -> None:
     def slow() -> int:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(meeting, "MEETING", timedelta(seconds=1))
+            patched.setenv("DIFFDISTILL_MEETING_SECONDS", "1")
             processes = find_processes("cpu")
             time.sleep(2.0 * processes.rank)
             return processes.largest(processes.rank)
 
     assert run_together(2, slow) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("machines", "restarts", "before"),
+    [("1", "1", lambda: meeting._wait_for_all(meeting.meeting_time())), ("2", "0", lambda: find_processes("cpu"))],
+)
+def test_processes_that_torchrun_starts_again_do_not_meet_those_before(
+    machines: str, restarts: str, before: Find
+) -> None:
+    """On one machine however those ended; on several, where restarts are not counted alike, once they had met."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+    def start(work: Find, count: str) -> object:
+        os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {"TORCHELASTIC_RESTART_COUNT": count, "GROUP_WORLD_SIZE": machines}
+        return work() and None
+
+    run_together(2, lambda: start(before, "0"))
+    _, (said, _) = run_together(2, lambda: come_without(0, lambda: start(find_processes, restarts)))
+    assert "process 0 of 2 did not come within 2 s" in said
 
 
 def fault(config: RunConfig) -> str:

@@ -36,6 +36,45 @@ cli.main()
 """The command line; the second process kills itself, once, before the eighth step."""
 
 
+LATE = """
+import os, pathlib, signal, time
+from diffdistill.distributed import meeting
+from diffdistill.distributed.processes import find_processes
+
+folder, rank, start = pathlib.Path(os.environ["FOLDER"]), os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+wait = meeting._wait_for_all
+
+def timed(limit):
+    if (start, rank) == ("0", "1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (start, rank) == ("1", "0"):
+        time.sleep(2)
+    began = time.monotonic()
+    store = wait(limit)
+    (folder / rank).write_text(f"{time.monotonic() - began}")
+    return store
+
+meeting._wait_for_all = timed
+assert find_processes("cpu").largest(int(rank)) == 1
+(folder / f"{rank}.met").touch()
+"""
+"""A process of two: the second dies before they meet, and the first then comes late."""
+
+
+@pytest.mark.full
+def test_processes_that_torchrun_starts_again_wait_for_each_other_and_not_for_the_dead(tmp_path: Path) -> None:
+    program = tmp_path / "late.py"
+    program.write_text(LATE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    environment = os.environ | {"FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(program)], capture_output=True, text=True, check=False, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / f"{rank}.met").exists() for rank in range(2))
+    assert float((tmp_path / "1").read_text()) > 1
+
+
 @pytest.mark.full
 def test_a_killed_process_is_replaced_and_the_run_ends_as_an_undisturbed_one(
     make_config: MakeConfig, tmp_path: Path

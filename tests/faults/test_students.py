@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -163,6 +163,7 @@ with stop_signals() as stopping:
         time.sleep(0.01)
     place.with_suffix(".saved").touch()
 """
+"""A process that notes itself, and saves when it is told to stop."""
 
 
 @pytest.mark.full
@@ -180,6 +181,53 @@ def test_processes_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
     while not all((tmp_path / f"{rank}.saved").exists() for rank in range(2)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2)), "they train on"
+
+
+LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[2:]]).wait()"
+"""As `accelerate launch` starts a single process."""
+
+
+def watch_after_kill(command: Sequence[object], folder: Path, number: signal.Signals, *, saves: bool) -> None:
+    """Kill the launcher of a single process, which must then save, or go on until it is told to."""
+    worker = folder / "worker.py"
+    worker.write_text(TORCHRUN_WORKER)
+    process = subprocess.Popen(
+        [*map(str, command), str(worker)], env=os.environ | {"FOLDERS": str(folder), "RANK": "0"}
+    )
+    told = folder / "0"
+    deadline = time.monotonic() + 120
+    while not (told.exists() and told.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.wait()
+    deadline = time.monotonic() + (20 if saves else 1.5)
+    while not (folder / "0.saved").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (folder / "0.saved").exists() == saves
+    if not saves:
+        os.kill(int(told.read_text()), signal.SIGTERM)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc says who started a process")
+@pytest.mark.parametrize(
+    ("name", "number", "saves"),
+    [
+        ("accelerate", signal.SIGKILL, True),
+        ("accelerate-launch", signal.SIGTERM, True),
+        ("nohup", signal.SIGKILL, False),
+    ],
+)
+def test_a_single_process_ends_with_accelerate_launch_and_with_nothing_else(
+    name: str, number: signal.Signals, saves: bool, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(LAUNCHER)
+    watch_after_kill([sys.executable, tmp_path / name, "launch"], tmp_path, number, saves=saves)
+
+
+@pytest.mark.full
+def test_a_single_process_ends_with_the_real_accelerate_launch(tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("accelerate"), "launch", "--num_processes", "1", "--cpu"]
+    watch_after_kill(command, tmp_path, signal.SIGKILL, saves=True)
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(write: Write, tmp_path: Path, quick_teacher: Path) -> None:
