@@ -57,9 +57,9 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def end_with_launcher() -> None:
-    """From now on, when the launcher ends that started this process (by its word, torchrun, `accelerate launch`), stop as
-    by SIGTERM, and at once if that takes too long. Without one nothing is watched: a shell may end before its programs.
-    """
+    """From now on, when the launcher of this process ends (by its word, torchrun, `accelerate launch`), stop
+    as by SIGTERM, and at once if that takes too long. Without one nothing is watched: a shell may end before its
+    programs."""
     is_told = os.environ.pop(ON_STDIN, "") == "1"  # what this process starts has another standard input
     waits: list[Callable[[int], None]] = [_wait_for_stdin] if is_told else []
     if os.name == "posix" and ("TORCHELASTIC_RUN_ID" in os.environ or _is_accelerate(os.getppid())):
