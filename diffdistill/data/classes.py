@@ -1,5 +1,6 @@
 """Classes by name: a number means a class only together with the names that it was counted by."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from diffdistill.data.collection import listed, shown
 from diffdistill.data.names import composed
 from diffdistill.data.shards import table_key
 from diffdistill.data.source import ImageSource, MappedImages
+from diffdistill.data.torch_dataset import DatasetImages
 from diffdistill.settings.schema import UserError
 
 NUM_SHOWN = 20
@@ -60,38 +62,44 @@ def with_teachers_classes(
         return source, (f"data: the teacher's checkpoint holds no names of its classes, which are taken to be {told}",)
     places = numbers_among(names, known)
     note = f"data: classes are matched with the teacher's by name: {told_classes(sorted(places), known)}"
-    if not isinstance(source, MappedImages):
+    if not isinstance(source, MappedImages | DatasetImages):
         told = told_classes(range(len(known)), known)
         raise UserError(f"data: {type(source).__name__} must number its classes as the teacher does: {told}")
-    made = MappedImages(
-        source.images,
+    made = source.with_classes(
         torch.tensor(places)[source.labels.cpu()],
-        key=source.key if places == tuple(range(len(places))) else table_key(source.key, places),
         num_classes=len(known),
         class_names=tuple(known),
-        device=source.device,
-        notes=source.notes,
+        key=source.key if places == tuple(range(len(places))) else table_key(source.key, places),
     )
     return made, (note,)
 
 
-def numbers_among(names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]:
-    """Of each name its number in `known`. Raises UserError naming those that are not there."""
-    exact = {name: number for number, name in enumerate(known)}
-    alike: dict[str, list[int]] = {}
+def numbers_among(
+    names: Sequence[str], known: Sequence[str], *, origin: str = "data", whose: str = "the teacher"
+) -> tuple[int, ...]:
+    """Of each name its number in `known`, by the name or else the same text; of several alike that of its own place.
+
+    origin, whose: for messages, whose names `names` and `known` are.
+    Raises UserError naming those that are not there, or that several have.
+    """
+    exact, alike = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
     for number, name in enumerate(known):
-        alike.setdefault(composed(name), []).append(number)
-    near = {name: alike.get(composed(name), []) for name in names}
-    numbers = [exact.get(name, near[name][0] if len(near[name]) == 1 else -1) for name in names]
-    missing = [name for name, number in zip(names, numbers, strict=True) if number < 0]
+        exact[name].append(number)
+        alike[composed(name)].append(number)
+    found = [exact.get(name) or alike.get(composed(name), []) for name in names]
+    missing = [name for name, numbers in zip(names, found, strict=True) if not numbers]
     if missing:
         raise UserError(
-            f"data: the teacher knows no class {listed(missing)}; it knows {told_classes(range(len(known)), known)}. "
+            f"{origin}: {whose} knows no class {listed(missing)}; it knows {told_classes(range(len(known)), known)}. "
             f"Rename the classes, leave them out, or give labels that are numbers"
         )
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"data: two classes have the name of one of the teacher's: {listed(sorted(map(shown, names)))}")
-    return tuple(numbers)
+    chosen = [numbers[0] if len(numbers) == 1 else own if own in numbers else -1 for own, numbers in enumerate(found)]
+    several = [name for name, number in zip(names, chosen, strict=True) if number < 0]
+    if several:
+        raise UserError(f"{origin}: {whose} knows several classes of the name {listed(several)}; rename them")
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"{origin}: two classes have the name of one of {whose}'s: {listed(sorted(map(shown, names)))}")
+    return tuple(chosen)
 
 
 def note_empty(source: ImageSource, *, of_teacher: Sequence[int] | None) -> tuple[str, ...]:

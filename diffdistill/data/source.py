@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -129,15 +129,17 @@ class MappedImages:
         self._expected = (index, self._reader.submit(self._read, index))
 
     def to(self, device: torch.device) -> "MappedImages":
-        return MappedImages(
-            self.images,
-            self.labels,
-            key=self.key,
-            num_classes=self.num_classes,
-            class_names=self.class_names,
-            device=device,
-            notes=self.notes,
-        )
+        return self._with(device=device)
+
+    def with_classes(
+        self, labels: Tensor, *, num_classes: int, class_names: tuple[str, ...], key: str
+    ) -> "MappedImages":
+        """The same images under other labels, [N] int64."""
+        return self._with(labels=labels, num_classes=num_classes, class_names=class_names, key=key)
+
+    def _with(self, **changes: Any) -> "MappedImages":
+        kept = ("labels", "key", "num_classes", "class_names", "device", "notes")
+        return MappedImages(self.images, **({name: getattr(self, name) for name in kept} | changes))
 
     def _read(self, index: Tensor) -> Tensor:
         # numpy, for it stays on one thread and lets go of the interpreter; torch would start a second team of threads.

@@ -1,6 +1,7 @@
 """A map-style torch Dataset as images to train on."""
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdistill.data.dataset_classes import names_of_dataset
 from diffdistill.data.source import ImageSource
 from diffdistill.settings.faults import short
 from diffdistill.settings.schema import UserError
@@ -15,21 +17,30 @@ from diffdistill.settings.schema import UserError
 Range = tuple[float, float]
 PICTURE_MODES = ("L", "RGB")
 """Pillow's whose numbers are grey or colours."""
+CHANNELS = (1, 3, 4)
+"""Of pictures. An array with more rows and columns than that shows by its axes which of them is the channels'."""
 READ_AGAIN = 16  # rows that are read twice: what a coin flips is found out but for one case in 65536
 
 
 def as_source(
-    dataset: Any, *, value_range: Range | None = None, num_classes: int | None = None, key: str | None = None
+    dataset: Any,
+    *,
+    value_range: Range | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    key: str | None = None,
 ) -> ImageSource:
     """A Dataset of images, or of (image, label), as an ImageSource; what is one already is handed back.
 
-    An image is uint8 [C, H, W] as a tensor, [H, W, C] or [H, W] as an array, a PIL picture of mode L or RGB, or float
-    [C, H, W].  All rows are read once, for their labels and for the key that tells this content from another when a
-    run is resumed.
+    An image is a PIL picture of mode L or RGB, a tensor [C, H, W], or an array [H, W, C], [C, H, W] or [H, W], uint8 or
+    float.  All rows are read once, for their labels and for the key that tells this content from another when a run is
+    resumed.
     value_range: of floats, (-1, 1) or (0, 1); need only be said where no value is negative.
-    num_classes: where the labels do not name the last.  key: of the content, instead of one that is made by reading.
+    num_classes: where the labels do not name the last.  class_names: by label; default the dataset's `classes`, () for
+    none.  key: of the content, instead of one that is made by reading.
     Raises UserError for what has no numbered rows, whose rows differ, or are not the same when they are read again,
-    as those of random transforms are: such a run could not be resumed.  With `key` the caller vouches for that.
+    as those of random transforms are: such a run could not be resumed.  With `key` the caller vouches for that.  Also
+    where it cannot be told which axis is the channels', or parts of the dataset number their classes in different ways.
     """
     if all(hasattr(dataset, name) for name in ("rows", "expect", "image_shape", "num_classes", "to")):
         return dataset
@@ -55,8 +66,17 @@ def as_source(
     if num_classes is not None and num_classes < known:
         raise UserError(f"data: num_classes = {num_classes}, but there is a label {known - 1}")
     told = hashlib.sha256(f"{found.digest}{(low, high) if found.is_float else ''}".encode()).hexdigest()
+    count = num_classes or known
+    names, notes = names_of_dataset(dataset, class_names, num_classes=count, num_used=known)
     return DatasetImages(
-        dataset, found.shape, labels, key=key or told, num_classes=num_classes or known, value_range=(low, high)
+        dataset,
+        found.shape,
+        labels,
+        key=key or told,
+        num_classes=count,
+        value_range=(low, high),
+        class_names=names,
+        notes=notes,
     )
 
 
@@ -72,9 +92,13 @@ class DatasetImages:
         key: str,
         num_classes: int,
         value_range: Range,
+        class_names: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
         device: torch.device | None = None,
     ) -> None:
-        """labels: [N] int64, below num_classes.  value_range: of floats, as the dataset has them."""
+        """labels: [N] int64, below num_classes.  value_range: of floats, as the dataset has them.  class_names, notes:
+        as of MappedImages."""
+        self.class_names, self.notes = class_names, notes
         self.dataset, self.image_shape, self.key, self.num_classes = dataset, image_shape, key, num_classes
         self.value_range, self.device = value_range, device or torch.device("cpu")
         self.labels = None if labels is None else labels.to(self.device)
@@ -95,15 +119,17 @@ class DatasetImages:
         self._expected = (index, self._reader.submit(self._read, index))
 
     def to(self, device: torch.device) -> "DatasetImages":
-        return DatasetImages(
-            self.dataset,
-            self.image_shape,
-            self.labels,
-            key=self.key,
-            num_classes=self.num_classes,
-            value_range=self.value_range,
-            device=device,
-        )
+        return self._with(device=device)
+
+    def with_classes(
+        self, labels: Tensor, *, num_classes: int, class_names: tuple[str, ...], key: str
+    ) -> "DatasetImages":
+        """The same images under other labels, [N] int64."""
+        return self._with(labels=labels, num_classes=num_classes, class_names=class_names, key=key)
+
+    def _with(self, **changes: Any) -> "DatasetImages":
+        kept = ("labels", "key", "num_classes", "value_range", "class_names", "notes", "device")
+        return DatasetImages(self.dataset, self.image_shape, **({name: getattr(self, name) for name in kept} | changes))
 
     def _read(self, index: Tensor) -> Tensor:
         low, high = self.value_range
@@ -170,16 +196,38 @@ def _split(row: Any) -> tuple[Tensor, int | None]:
         if (mode := getattr(image, "mode", "RGB")) not in PICTURE_MODES:  # numbers of a palette, say, are no colours
             raise UserError(f"data: a picture is of the mode {mode!r}; give image.convert('RGB'), or convert('L')")
         try:
-            array = np.array(image)
-            image = torch.from_numpy(array[..., None] if array.ndim == 2 else array)
+            image = torch.from_numpy(np.array(image))
         except (TypeError, ValueError):
             raise UserError(f"data: a row is {type(row).__name__}; give an image, or (image, label)") from None
-        image = image.permute(2, 0, 1) if image.ndim == 3 and image.dtype == torch.uint8 else image
+        image = _channels_first(image)
+    elif _ends_in_channels(image):
+        raise UserError(
+            f"data: an image is a tensor {list(image.shape)}; tensors are [C, H, W]: image.permute(2, 0, 1)"
+        )
     if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
         raise UserError(f"data: an image is {image.dtype} {list(image.shape)}; give uint8 or float [C, H, W]")
     if label is not None and not _is_number(label):
         raise UserError(f"data: a label is {short(label)}; give the number of its class")
     return (image if image.dtype == torch.uint8 else image.float()), None if label is None else int(label)
+
+
+def _channels_first(array: Tensor) -> Tensor:
+    """What was an array as [C, H, W]. Raises UserError if its axes do not show which one is the channels'."""
+    if array.ndim != 3:
+        return array[None] if array.ndim == 2 else array
+    starts, ends = (array.shape[axis] in CHANNELS for axis in (0, 2))
+    if array.dtype == torch.uint8:
+        return array if starts and not ends else array.permute(2, 0, 1)
+    if ends and not _ends_in_channels(array):
+        raise UserError(
+            f"data: an image is a float array {list(array.shape)}, [C, H, W] or [H, W, C]; give a tensor [C, H, W]"
+        )
+    return array.permute(2, 0, 1) if ends else array
+
+
+def _ends_in_channels(image: Tensor) -> bool:
+    """Whether an image can be nothing but [H, W, C]."""
+    return image.ndim == 3 and image.shape[2] in CHANNELS and min(image.shape[:2]) > max(CHANNELS)
 
 
 def _is_number(label: Any) -> bool:

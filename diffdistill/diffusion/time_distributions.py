@@ -129,11 +129,15 @@ class UniformInteger:
     high: Annotated[int, Field(ge=0, le=MAX_LEVELS)] = 999
 
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
-        low, high = max(self.low, math.ceil(path.t_min)), min(self.high, math.floor(path.t_max))
-        if not isinstance(path, VPDiscrete) or low > high:
-            raise UserError(
-                f"time_law: uniform_integer {self.low} to {self.high} is of discrete paths, not of {_named(path)}"
-            )
+        asked = f"time_law: uniform_integer {self.low} to {self.high}"
+        if not isinstance(path, VPDiscrete):
+            raise UserError(f"{asked} is of discrete paths, not of {_named(path)}")
+        if self.low > self.high:
+            raise UserError(f"{asked}: low is above high")
+        first, last = math.ceil(path.t_min), math.floor(path.t_max)
+        low, high = max(self.low, first), min(self.high, last)
+        if low > high:
+            raise UserError(f"{asked}: {_named(path)} has the indices {first} to {last}, none of these")
         return low + integer_of(uniform, high - low + 1).double()
 
 

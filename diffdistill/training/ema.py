@@ -3,7 +3,7 @@
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.distillation.averages import follow
@@ -25,12 +25,22 @@ def share_of_start(config: EMAConfig, update: Update, *, num_steps: int, batch_i
 
     update: the one that trains the module followed.  batch_images: of an iteration.  Exact if no update is skipped.
     """
-    steps = torch.arange(0, num_steps, update.every)
-    seen = steps[(steps >= update.start) & (steps * batch_images >= update.start_images)].double() * batch_images
+    seen = _due(update, num_steps, batch_images).double() * batch_images
     halflives = torch.full_like(seen, config.halflife_images)
     if config.ramp:
         halflives = halflives.minimum(config.ramp * seen)
     return 0.5 ** float((batch_images * update.every / halflives.clamp_min(1e-8)).sum())
+
+
+def images_followed(update: Update, *, num_steps: int, batch_images: int) -> int:
+    """How many images the average after `num_steps` iterations has moved by, as its half-life counts them."""
+    return len(_due(update, num_steps, batch_images)) * batch_images * update.every
+
+
+def _due(update: Update, num_steps: int, batch_images: int) -> Tensor:
+    """The iterations in which an update is due."""
+    steps = torch.arange(0, num_steps, update.every)
+    return steps[(steps >= update.start) & (steps * batch_images >= update.start_images)]
 
 
 class EMA:

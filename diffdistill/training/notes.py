@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from diffdistill.training.config import RunConfig
-from diffdistill.training.ema import share_of_start
+from diffdistill.training.ema import EMAConfig, images_followed, share_of_start
 
 MAX_SHARE_OF_START = 0.03
+RAMP = EMAConfig().ramp
 
 
 def notes_on_averages(config: RunConfig) -> Iterator[str]:
@@ -17,8 +19,12 @@ def notes_on_averages(config: RunConfig) -> Iterator[str]:
         share = share_of_start(settings, update, num_steps=steps, batch_images=batch)
         if share > MAX_SHARE_OF_START:
             place = group.replace("ema-", "more_emas.", 1)
-            enough = math.floor(steps * batch * math.log(2) / -math.log(MAX_SHARE_OF_START))
-            yield (
-                f"{place}: {share:.1%} of the average at step {steps} will be the untrained start; use a "
-                f"halflife_images of {enough} or less, or ramp: 0.05"
-            )
+            told = f"{place}: {share:.1%} of the average at step {steps} will be the untrained start"
+            followed = images_followed(update, num_steps=steps, batch_images=batch)
+            if not followed:
+                yield f"{told}; {config.method.student} is not trained before it"
+                continue
+            enough = math.floor(followed * math.log(2) / -math.log(MAX_SHARE_OF_START))
+            ramped = replace(settings, ramp=RAMP)
+            is_enough = share_of_start(ramped, update, num_steps=steps, batch_images=batch) <= MAX_SHARE_OF_START
+            yield f"{told}; use a halflife_images of {enough} or less{f', or ramp: {RAMP}' if is_enough else ''}"

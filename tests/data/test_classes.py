@@ -140,3 +140,12 @@ def test_names_that_are_numbers_mean_the_classes_of_a_teacher_without_names() ->
     same, (note,) = with_teachers_classes(source, (), num_classes=2)
     assert same is source
     assert note.endswith("holds no names of its classes, which are taken to be 0 = 3, 1 = 5")
+
+
+def test_of_classes_of_one_name_each_is_the_one_in_its_place() -> None:
+    """ImageNet has two that are called crane."""
+    known = ("crane", "newt", "crane")
+    assert numbers_among(("crane", "newt", "crane"), known) == (0, 1, 2)
+    assert numbers_among(("crane", "newt"), known) == (0, 1)
+    with pytest.raises(UserError, match="knows several classes of the name crane; rename them"):
+        numbers_among(("newt", "crane"), known)

@@ -39,6 +39,8 @@ FORMS: dict[str, Callable[[], Any]] = {
     "uint8 tensors": lambda: Rows(list(PIXELS)),
     "floats": lambda: Rows(list(FLOATS)),
     "arrays": lambda: Rows([image.permute(1, 2, 0).numpy() for image in PIXELS]),
+    "arrays with the channels first": lambda: Rows(list(PIXELS.numpy())),
+    "float arrays with the channels first": lambda: Rows(list(FLOATS.numpy())),
     "pictures": pictures,
     "a tensor dataset without labels": lambda: TensorDataset(PIXELS),
 }
@@ -50,6 +52,24 @@ def test_every_form_of_an_image_is_the_same_image(form: str) -> None:
     index = torch.tensor([3, 0, 3])
     torch.testing.assert_close(source.rows(index), FLOATS[index])
     assert (source.image_shape, source.num_classes, source.labels, len(source)) == ((3, 4, 5), 0, None, 6)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_an_arrays_axes_show_which_are_the_channels(channels: int, dtype: type) -> None:
+    pixels = np.arange(channels * 6 * 5, dtype=np.uint8).reshape(channels, 6, 5)
+    first = torch.from_numpy(pixels / 127.5 - 1).float()[None]
+    array = pixels if dtype == np.uint8 else (pixels / 127.5 - 1).astype(dtype)
+    forms = [array, np.moveaxis(array, 0, 2), *([array[0]] if channels == 1 else [])]
+    for form in forms:
+        torch.testing.assert_close(as_source(Rows([form])).rows(torch.tensor([0])), first)
+
+
+def test_arrays_of_latents_are_as_they_were() -> None:
+    latents = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8)).astype(np.float32)
+    torch.testing.assert_close(as_source(Rows([latents])).rows(torch.tensor([0]))[0], torch.from_numpy(latents))
+    points = torch.tensor([0.5, -0.5]).reshape(2, 1, 1)
+    assert torch.equal(as_source(Rows([points])).rows(torch.tensor([0]))[0], points)
 
 
 def test_labels_come_with_a_tensor_dataset() -> None:
@@ -143,6 +163,13 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (Rows([Image.new("HSV", (4, 4))]), "a picture is of the mode 'HSV'"),
     (Rows([{"image": PIXELS[0]}]), "a row is dict|an image is|give an image"),
+    (
+        Rows([np.zeros((4, 4, 3))]),
+        r"an image is a float array \[4, 4, 3\], \[C, H, W\] or \[H, W, C\]; give a tensor",
+    ),
+    (Rows([np.zeros((3, 8, 4))]), r"an image is a float array \[3, 8, 4\]"),
+    (Rows([PIXELS[0].new_zeros(9, 8, 3)]), r"an image is a tensor \[9, 8, 3\]; tensors are \[C, H, W\]"),
+    (Rows([torch.zeros(9, 8, 1)]), r"an image is a tensor \[9, 8, 1\]"),
     (Rows([np.zeros((2, 2, 2, 2))]), r"an image is torch.float64 \[2, 2, 2, 2\]"),
 ]
 

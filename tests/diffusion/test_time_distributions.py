@@ -87,7 +87,12 @@ def test_karras_indices_beyond_the_path_are_left_out_and_the_others_drawn_alike(
         (KarrasIndex(low=990), EDM(sigma_max=10), "none of karras_index 990 to 999 is in the path's range"),
         (LogNormal(mean=9, std=0.1), EDM(sigma_max=10), "lognormal around 8103.08 has no ratio in the path's range"),
         (UniformInteger(), Flow(), "uniform_integer 0 to 999 is of discrete paths, not of flow"),
-        (UniformInteger(low=990), VPDiscrete(num_steps=900), "uniform_integer 990 to 999 is of discrete paths"),
+        (
+            UniformInteger(low=990),
+            VPDiscrete(num_steps=900),
+            "uniform_integer 990 to 999: vp_discrete has the indices 0 to 899, none of these",
+        ),
+        (UniformInteger(low=5, high=3), VPDiscrete(num_steps=9), "uniform_integer 5 to 3: low is above high"),
     ],
 )
 def test_a_law_that_the_path_has_nothing_of_is_refused(law: TimeDistribution, path: Path, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,31 @@ def test_the_recipes_averages_forget_the_start() -> None:
         assert not list(notes_on_averages(load_config(find_config(recipe)))), recipe
     was = load_config(find_config("f_distill/cifar10"), ["ema.halflife_images=56800000"])
     assert "ema: 13.5% of the average at step 80000 will be the untrained start" in next(notes_on_averages(was))
+
+
+@pytest.mark.parametrize(("start", "advises_ramp"), [(10, True), (80, False), (100, False)])
+def test_a_late_updates_average_is_advised_by_the_images_it_follows(
+    make_config: MakeConfig, start: int, advises_ramp: bool
+) -> None:
+    """hyper_sd's critics begin late; a method of one's own may train its student so."""
+    config = make_config("dmd2", "ema={halflife_images: 1e6, ramp: 0}", "train.steps=100")
+    update = Update(("student",), "loss", start=start)
+    late = SimpleNamespace(
+        method=SimpleNamespace(student="student", updates=(update,)), train=config.train, emas={"ema": config.ema}
+    )
+    (note,) = notes_on_averages(late)  # type: ignore[arg-type]
+    assert note.endswith(f", or ramp: {EMAConfig().ramp}") == advises_ramp
+    if start == 100:
+        assert (
+            note
+            == "ema: 100.0% of the average at step 100 will be the untrained start; student is not trained before it"
+        )
+        return
+    advised = float(note.split("halflife_images of ")[1].split()[0])
+    batch = config.train.global_batch_size
+    for halflife, is_enough in ((advised, True), (advised + 2, False)):
+        share = share_of_start(EMAConfig(halflife_images=halflife, ramp=0), update, num_steps=100, batch_images=batch)
+        assert (share <= 0.03) == is_enough
 
 
 def test_a_run_says_so_and_what_would_do(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,8 @@ def preview_panels(
         cond,
         fresh_noise=rng.fresh_noise(problem.image_shape),
     )
-    names = ", ".join(class_names[number] for number in classes.tolist()) if class_names else ""
+    known = [class_names[number] if number < len(class_names) else str(number) for number in classes.tolist()]
+    names = ", ".join(known) if class_names else ""
     told = f": {shown(names)}" if 0 < len(names) <= LONGEST_NAMES else ""
     panels = {f"{name} ({sampler.num_evaluations} ev.){told}": x}
     t = problem.path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=device))
