@@ -9,9 +9,8 @@ import torch
 import yaml
 
 from diffdistill.data.pictures import save_grid
-from diffdistill.export.expected import PROMPTS
-from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
-from diffdistill.export.record import ExportRecord, without_home
+from diffdistill.export.record import ExportRecord
+from diffdistill.export.usage import PROMPTS, makes_pictures, takes_text, usage_code
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
 from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import find_checkpoint, first_student
@@ -47,14 +46,15 @@ class CardFacts:
     scores: Scores | None = None
 
 
-def write_card(folder: FilePath, facts: CardFacts, *, name: str, difference: float | None) -> None:
+def write_card(folder: FilePath, facts: CardFacts, *, name: str, place: str, difference: float | None) -> None:
     """Write README.md and, where there are images, a picture of samples.
 
-    difference: what `verify` found.  Raises UserError if nothing was measured of this model.
+    place: code for where the folder will be, or its name on the hub.  difference: what `verify` found.
+    Raises UserError if nothing was measured of this model.
     """
     licence = {"license": facts.licence} if facts.licence else teacher_licence(facts.model.spec.pipeline)
     front = yaml.safe_dump(_metadata(facts, licence), sort_keys=False)
-    parts = [f"---\n{front}---\n\n# {name}", _summary(facts), "## How to call it", _usage(facts)]
+    parts = [f"---\n{front}---\n\n# {name}", _summary(facts), "## How to call it", _usage(facts, place)]
     if draw_samples(facts.model, folder / PICTURE):
         parts.append(f"![Samples]({PICTURE})")
     if difference is not None:
@@ -94,11 +94,10 @@ def teacher_licence(pipeline: str | None) -> dict[str, str]:
 
 def draw_samples(model: TrainedModel, file: FilePath) -> bool:
     """Whether samples were drawn: points are no pictures."""
+    if not makes_pictures(model):
+        return False
     source = pipeline_of(model.spec)
     has_vae = source is not None and source.has_vae
-    shape = model.spec.image_shape
-    if not has_vae and (len(shape) != 3 or shape[0] not in (1, 3)):
-        return False
     imager = ModelImageGenerator(model, SampleRequest(prompts=PROMPTS if encoder_of(model.spec) else ()))
     images = torch.cat([imager(index) for index in torch.arange(PICTURED[has_vae]).split(4)])
     save_grid(file, images, columns=min(10, len(images)))
@@ -116,7 +115,7 @@ def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
     about: dict[str, Any] = {
         **licence,
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image" if _takes_text(facts) else "unconditional-image-generation",
+        "pipeline_tag": "text-to-image" if takes_text(facts.model) else "unconditional-image-generation",
         "tags": ["diffusion", "distillation", *([method] if method else []), *(["lora"] if facts.record.base else [])],
         "base_model": base if base and is_hub_name(base) else None,
         "model-index": facts.scores(facts.place) if facts.scores else None,
@@ -133,21 +132,9 @@ def _summary(facts: CardFacts) -> str:
     return f"Distilled with diffdistill{how}{teacher}: {shape} samples in {calls} of the network."
 
 
-def _usage(facts: CardFacts) -> str:
-    """The exact call."""
-    spec, record = facts.model.spec, facts.record
-    asked: dict[str, Any] = {"prompt": PROMPTS[0]} if _takes_text(facts) else {}
-    if spec.num_classes:
-        asked = {"class_labels": [spec.classes[0] if spec.classes else 0]}
-    shown = ", ".join(f"{name}={value!r}" for name, value in {**asked, **record.call}.items())
-    classes = [record.pipeline, *([record.scheduler] if record.scheduler else [])]
-    lines = [f"from diffusers import {', '.join(sorted(classes))}", ""]
-    if record.base is not None:
-        lines += _usage_of_lora(record)
-    else:
-        trust = ", trust_remote_code=True" if record.kind == "self-contained" else ""
-        lines.append(f'pipe = {record.pipeline}.from_pretrained("."{trust})')
-    lines.append(f"image = pipe({shown}).images[0]")
+def _usage(facts: CardFacts, place: str) -> str:
+    """The very program that `verify` ran, and what there is to know of it."""
+    record = facts.record
     if record.kind == "self-contained":
         note = (
             "Its steps, and no guidance beside what the network is told, are the defaults. The code in `pipeline.py` "
@@ -157,18 +144,7 @@ def _usage(facts: CardFacts) -> str:
         steps = {name: record.call[name] for name in ("timesteps", "sigmas") if name in record.call}
         note = "".join(f"It was trained for these {name}, {list(value)}. " for name, value in steps.items())
         note += "Guidance is off: the student has its teacher's in it."
-    code = "\n".join(lines)
-    return f"```python\n{code}\n```\n\n{note}"
-
-
-def _usage_of_lora(record: ExportRecord) -> list[str]:
-    file = KOHYA_FILE if record.kind == "kohya" else DIFFUSERS_FILE
-    assert record.base is not None
-    return [
-        f"pipe = {record.pipeline}.from_pretrained({without_home(record.base)!r})",
-        f'pipe.load_lora_weights(".", weight_name={file!r})',
-        f'pipe.scheduler = {record.scheduler}.from_pretrained(".", subfolder="scheduler")',
-    ]
+    return f"```python\n{usage_code(facts.model, record, place)}\n```\n\n{note}"
 
 
 def _licence_note(facts: CardFacts, licence: str | None) -> str:
@@ -182,7 +158,3 @@ def _licence_note(facts: CardFacts, licence: str | None) -> str:
 def _named(place: str | None) -> str | None:
     """A name on the hub, or the last part of a path."""
     return place if place is None or is_hub_name(place) else FilePath(place).name
-
-
-def _takes_text(facts: CardFacts) -> bool:
-    return bool({"text", "pooled_text"} & facts.model.denoiser.net.accepts)

@@ -1,11 +1,15 @@
 """What an exported folder takes over from the teacher's pipeline as it is: its other parts, and its licence."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path as FilePath
+from typing import Any
 
 from diffdistill.models.teachers import Pipeline
+from diffdistill.models.teachers.pipeline import read_json
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.atomic import write_text_atomically
 
 COPIED = (".json", ".txt", ".model", ".safetensors")
 """Endings of files that a pipeline's parts are made of. Pickles are left behind."""
@@ -45,6 +49,25 @@ def _copy_part(part: FilePath, target: FilePath) -> None:
         place = target / file.relative_to(part).with_name(plain)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
+        if place.name == "config.json":
+            _say_float32(place)
     pickles = [file.name for file in part.glob("*.bin")]
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{part}: its weights are a pickle, {pickles[0]}, which is neither read nor copied")
+
+
+def _say_float32(file: FilePath) -> None:
+    """Have transformers load a part in float32, as diffusers loads all others where it is told no dtype.
+
+    It takes what config.json names, and else what the weights are in: half precision, for many published encoders.
+    """
+    config = read_json(file)
+    if "_class_name" not in config:  # diffusers' configs have it
+        write_text_atomically(file, json.dumps(_with_float32(config) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def _with_float32(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with that dtype wherever it names one, those of its parts included."""
+    made = {name: _with_float32(value) if isinstance(value, dict) else value for name, value in config.items()}
+    named = made.pop("torch_dtype", None) or made.get("dtype")
+    return made | ({"dtype": "float32"} if named else {})

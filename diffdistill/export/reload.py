@@ -1,8 +1,8 @@
-"""Run by `verify` in a new process, as a script: load exported folders where this package cannot be imported.
+"""Run by `verify` in a new process, as a script: run cards' programs where this package cannot be imported.
 
-Argument: a JSON file of [{folder, output, call, lora}]: the arguments that the pipeline is called with, the safetensors
-file to write `images` to (or, where it fails, `error` to a text file of that name), and the folder and name of a LoRA
-file, with the scheduler beside it, or null.
+Argument: a JSON file of [{code, output, call}]: the program, which makes `pipe` and one `image`; the safetensors file
+to write that image to as `shown`, and as `images` what the pipeline makes of the arguments `call` (or, where it fails,
+the error to a text file of that name).
 """
 
 import json
@@ -23,29 +23,31 @@ class Blocker(MetaPathFinder):
 
 
 def call(request: dict[str, Any]) -> None:
-    """Load one folder, make images by seed 0, and write them."""
+    """Run one program, call its pipeline once more, by seed 0, and write all images."""
     import torch
-    from diffusers import DiffusionPipeline
     from safetensors.torch import save_file
 
-    pipeline = DiffusionPipeline.from_pretrained(
-        request["folder"], trust_remote_code=True, local_files_only=True, torch_dtype=torch.float32
-    )
-    if request["lora"]:
-        _load_lora(pipeline, *request["lora"])
+    made: dict[str, Any] = {}
+    exec(compile(request["code"], "README.md", "exec"), made)
+    pipeline = made["pipe"]
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(1)  # for schedulers that are not given the generator
-    made = pipeline(**request["call"], generator=torch.Generator().manual_seed(0)).images
-    images = made if isinstance(made, torch.Tensor) else torch.from_numpy(made)
-    save_file({"images": images.float().contiguous()}, request["output"])
+    images = pipeline(**request["call"], generator=torch.Generator().manual_seed(0)).images
+    found = {"images": _tensor(images), "shown": _tensor(made["image"])}
+    save_file({name: image.float().contiguous() for name, image in found.items()}, request["output"])
 
 
-def _load_lora(pipeline: Any, folder: str, file: str) -> None:
-    import diffusers
+def _tensor(image: Any) -> Any:
+    """Of a picture's 8 bits in [0, 1], [H, W, C], or of what the pipeline makes as it is."""
+    import numpy as np
+    import torch
 
-    pipeline.load_lora_weights(folder, weight_name=file)
-    config = json.loads((FilePath(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder, subfolder="scheduler")
+    if isinstance(image, torch.Tensor):
+        return image
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(image)
+    pixels = torch.from_numpy(np.array(image)) / 255
+    return pixels if pixels.ndim == 3 else pixels.unsqueeze(-1)
 
 
 if __name__ == "__main__":

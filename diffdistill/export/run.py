@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 
 from diffdistill import __version__
 from diffdistill.export.card import CardFacts, Scores, how_near, read_state, write_card
-from diffdistill.export.expected import check_lora, check_self_contained, check_stock
+from diffdistill.export.expected import check_of
 from diffdistill.export.lora_files import write_lora
 from diffdistill.export.push import check_push, push
 from diffdistill.export.record import RECORD, ExportRecord, Kind, guidance_of
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import NotStock, StockFolder, write_stock
+from diffdistill.export.usage import folder_code
 from diffdistill.export.verify import Check, verify
 from diffdistill.models.load import load_model, merge_model
 from diffdistill.models.spec import TrainedModel
@@ -97,7 +98,8 @@ def export(place: str, folder: FilePath, options: ExportOptions) -> Exported:
     with _built_beside(folder) as building:
         written = write(place, building, options)
         difference = verify([written.check])[0] if options.is_verified else None
-        write_card(building, written.facts, name=folder.resolve().name, difference=difference)
+        where = repr(options.push) if options.push else folder_code(folder)
+        write_card(building, written.facts, name=folder.resolve().name, place=where, difference=difference)
     address = push(folder, options.push, is_public=options.is_public) if options.push else None
     return Exported(folder, written.kind, difference, written.note, address)
 
@@ -157,12 +159,7 @@ def _written(
         teacher_guidance=guidance_of(config["method"]) if config else 1.0,
     )
     record.write(folder)
-    if stock is None:
-        check = check_self_contained(model, folder, guidance_scale=scale)
-    elif kind == "stock":
-        check = check_stock(model, folder, stock)
-    else:
-        check = check_lora(model, folder, stock, is_kohya=kind == "kohya")
+    check = check_of(model, folder, record, guidance_scale=scale)
     facts = CardFacts(place, model, record, config, options.licence, options.scores)
     return Written(kind, check, facts, note)
 

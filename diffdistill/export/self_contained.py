@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffdistill import __version__
@@ -135,7 +136,9 @@ def _save_sentence_encoder(place: str, folder: FilePath) -> dict[str, Any]:
     """Write tokenizer and encoder as a pipeline's parts. Returns their entries of its index."""
     tokenizer, encoder = SentenceEncoder(place).load()
     # With its pooler, which is not used, but whose weights its class would miss.
-    whole = type(encoder).from_pretrained(FilePath(place).expanduser(), local_files_only=True, use_safetensors=True)
+    whole = type(encoder).from_pretrained(
+        FilePath(place).expanduser(), local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
     loaded = {"tokenizer": tokenizer, "text_encoder": whole}
     for name, part in loaded.items():
         part.save_pretrained(folder / name)

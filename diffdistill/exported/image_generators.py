@@ -54,7 +54,7 @@ class CodeImageGenerator:
         from diffusers import DiffusionPipeline
 
         loaded = DiffusionPipeline.from_pretrained(
-            place, trust_remote_code=True, local_files_only=True, use_safetensors=True
+            place, trust_remote_code=True, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
         )
         self.pipeline: Any = loaded.to(asked.device)
         self.pipeline.set_progress_bar_config(disable=True)

@@ -26,14 +26,17 @@ from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
 from diffdistill.eval.board.files import model_index_of
 from diffdistill.export import run as command
-from diffdistill.export.expected import check_self_contained, check_stock
-from diffdistill.export.record import RECORD, read_record
+from diffdistill.export.expected import check_of
+from diffdistill.export.parts import _copy_part
+from diffdistill.export.record import RECORD, ExportRecord, read_record
 from diffdistill.export.run import ExportOptions, export, write
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import write_stock
+from diffdistill.export.usage import folder_code
 from diffdistill.export.verify import TOLERANCE, Check, ExportError, compare, verify
 from diffdistill.models.load import load_model
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
+from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks.unet import UNetConfig
 from diffdistill.settings.schema import UserError
 
@@ -95,6 +98,21 @@ def small_text_model(encoder: Path) -> TrainedModel:
     return TrainedModel(denoiser, spec, encoder)
 
 
+def stock_check(model: TrainedModel, folder: Path) -> Check:
+    stock = write_stock(model, folder)
+    record = ExportRecord(
+        version="0", kind="stock", pipeline=stock.kind, call=dict(stock.call), sampler=model.spec.sampler
+    )
+    return check_of(model, folder, record)
+
+
+def own_check(model: TrainedModel, folder: Path) -> Check:
+    write_self_contained(model, folder)
+    kind = "DiffusionPipeline"
+    record = ExportRecord(version="0", kind="self-contained", pipeline=kind, call={}, sampler=model.spec.sampler)
+    return check_of(model, folder, record)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("teachers")
@@ -107,18 +125,20 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     home, made = tmp_path_factory.mktemp("exported"), {}
     for number, (name, (family, sampler)) in enumerate(SAMPLERS.items()):
         model = with_sampler(places[family], sampler)
-        made[name] = check_stock(model, home / f"{number}", write_stock(model, home / f"{number}"))
+        made[name] = stock_check(model, home / f"{number}")
     for name, (family, sampler) in OF_OWN_CODE.items():
         model = with_sampler(places[family], sampler)
-        write_self_contained(model, home / name)
-        made[name] = check_self_contained(model, home / name, guidance_scale=1.0)
+        made[name] = own_check(model, home / name)
     sentences = small_text_model(save_sentence_encoder(home / "encoder"))
-    write_self_contained(sentences, home / "sentences")
-    made["sentences"] = check_self_contained(sentences, home / "sentences", guidance_scale=1.0)
+    made["sentences"] = own_check(sentences, home / "sentences")
     for name, (family, method, kind, *more) in STUDENTS.items():
         teacher = origin(family, method, home / f"{name}-teacher")
         place = train(method, teacher, home / f"{name}-run", *more)
         made[name] = write(str(place), home / name, ExportOptions(kind=kind)).check  # type: ignore[arg-type]
+    half = with_half_encoders(save_stand_in("sdxl", home / "half-teacher"))
+    made["half"] = stock_check(with_sampler(half, FewSteps(init_ratio=5)), home / "half")
+    lora = train("sid", half, home / "half-run", "lora.default={rank: 2, alpha: 4}")
+    made["half-lora"] = write(str(lora), home / "half-lora", ExportOptions(kind="lora")).check
     return made | {"planted": planted(made["signal"], home / "planted")}
 
 
@@ -132,13 +152,22 @@ STUDENTS = {
 """Family, method, kind of folder, overrides."""
 
 
+def with_half_encoders(place: Path) -> Path:
+    """As SDXL and SD3 are published: float32 networks, and encoders whose configs name half precision."""
+    for file in place.glob("text_encoder*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("dtype")
+        file.write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    return place
+
+
 @pytest.fixture(scope="module")
 def differences(checks: dict[str, Check]) -> dict[str, float | str]:
     """Of all folders, loaded in one process without this package."""
     return dict(zip(checks, compare(list(checks.values())), strict=True))
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS, "sentences"])
+@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS, "sentences", "half", "half-lora"])
 def test_a_folder_makes_the_runs_images_where_this_package_cannot_be_imported(
     differences: dict[str, float | str], name: str
 ) -> None:
@@ -169,29 +198,9 @@ def test_the_call_names_the_trained_times_and_turns_guidance_off(checks: dict[st
 
 def test_a_lora_file_changes_the_teachers_images(checks: dict[str, Check]) -> None:
     for name in ("lora", "kohya"):
-        check = checks[name]
-        assert check.lora is not None
-        folder, file = check.lora
+        folder = checks[name].folder
         assert not (folder / "model_index.json").exists()
-        plain = TrainedImages.of(check)
-        assert float((plain - check.expected).abs().max()) > 100 * TOLERANCE
-        assert all(float(t.abs().max()) > 0 for t in load_file(folder / file).values())
-
-
-class TrainedImages:
-    """What a LoRA check's pipeline makes without the factors."""
-
-    @staticmethod
-    def of(check: Check) -> torch.Tensor:
-        import diffusers
-
-        assert check.lora is not None
-        config = json.loads((check.lora[0] / "scheduler" / "scheduler_config.json").read_text())
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(check.folder)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        made = pipeline(**check.call, generator=torch.Generator().manual_seed(0)).images
-        return torch.from_numpy(made)
+        assert all(float(t.abs().max()) > 0 for t in load_file(next(folder.glob("*.safetensors"))).values())
 
 
 def test_an_exported_file_imports_torch_and_diffusers_only(checks: dict[str, Check]) -> None:
@@ -216,7 +225,7 @@ def test_two_folders_never_share_a_file_of_code_that_differs(checks: dict[str, C
 
 
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = Check(Path("there"), {}, torch.zeros(1))
+    check = Check(Path("there"), "", {}, torch.zeros(1), torch.zeros(1))
     monkeypatch.setattr("diffdistill.export.verify.compare", lambda _: [TOLERANCE, 2e-5])
     with pytest.raises(ExportError, match=r"there: its images differ from the run's by up to 2e-05"):
         verify([check, check])
@@ -234,7 +243,7 @@ def planted(check: Check, folder: Path) -> Check:
     file.with_name("network_planted.py").write_text(changed)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"model": ["network_planted", "Model"]}))
-    return replace(check, folder=folder)
+    return replace(check, folder=folder, code=check.code.replace(str(check.folder), str(folder)))
 
 
 # The command
@@ -291,7 +300,7 @@ def test_a_card_says_how_to_call_how_it_was_made_and_under_which_licence(
     assert "base_model" not in front  # a folder here is none of the hub's
     card = (tmp_path / "out" / "README.md").read_text()
     steps = read_record(tmp_path / "out").call["timesteps"]  # type: ignore[union-attr]
-    assert f"pipe(prompt='a red square', timesteps={steps}, guidance_scale=1.0)" in card
+    assert f"pipe(prompt='a red square', timesteps={steps}, guidance_scale=1.0, generator=" in card
     assert "name: sid" in card
     assert "The teacher's, `other`, holds for this student as well." in card
     assert (tmp_path / "out" / "LICENSE").read_text() == "Be kind."
@@ -414,6 +423,30 @@ def test_parts_in_half_precision_are_copied_under_the_name_that_diffusers_looks_
     assert not list((tmp_path / "out").rglob("*.fp16.*"))
 
 
+def test_encoders_in_half_precision_are_read_and_copied_in_the_precision_of_their_weights(
+    checks: dict[str, Check],
+) -> None:
+    folder = checks["half"].folder
+    teacher = folder.with_name("half-teacher")
+    for part in ("text_encoder", "text_encoder_2"):
+        assert json.loads((folder / part / "config.json").read_text())["dtype"] == "float32"
+        written = load_file(teacher / part / "model.safetensors")
+        loaded = dict(getattr(open_pipeline(teacher).load_encoder(), part).named_parameters())
+        assert loaded.keys() == written.keys()
+        assert all(torch.equal(loaded[name], weight) for name, weight in written.items())
+    nested = folder.parent / "nested"
+    (nested / "source" / "encoder").mkdir(parents=True)
+    (nested / "source" / "encoder" / "config.json").write_text(
+        json.dumps({"torch_dtype": "bfloat16", "text_config": {"torch_dtype": "float16", "width": 3}, "none": {}})
+    )
+    _copy_part(nested / "source" / "encoder", nested / "copy")
+    assert json.loads((nested / "copy" / "config.json").read_text()) == {
+        "text_config": {"width": 3, "dtype": "float32"},
+        "none": {},
+        "dtype": "float32",
+    }
+
+
 # The hub
 
 
@@ -468,3 +501,25 @@ def test_a_push_without_a_login_is_refused_before_any_work(
     assert result.exit_code == 2
     assert "set HF_TOKEN, or run `hf auth login`" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_program_of_the_card_is_the_one_that_is_verified_and_runs_in_any_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: type[Hub]
+) -> None:
+    ran: list[Check] = []
+    monkeypatch.setattr(command, "verify", lambda checks: ran.extend(checks) or [0.0])
+    built = repr(str(tmp_path / ".exporting-out"))
+    for push, place in (("me/digits", "'me/digits'"), (None, repr(str(tmp_path / "out")))):
+        export(str(run), tmp_path / "out", ExportOptions(push=push))
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert built in ran[-1].code
+        assert card.partition("```python\n")[2].partition("\n```")[0] == ran[-1].code.replace(built, place)
+
+
+def test_a_folder_of_the_users_home_is_shown_without_its_name_and_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code = folder_code(tmp_path / "out")
+    assert code == "str(Path('~/out').expanduser())"
+    assert eval(code, {"Path": Path}) == str(tmp_path / "out")

@@ -205,6 +205,7 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
         with limited_parameters():
             model, about = getattr(import_module(library), name).from_pretrained(
                 str(folder),
+                torch_dtype=torch.float32,  # without it transformers takes the config's, and rounds to it
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
