@@ -7,10 +7,7 @@ A record's `train_cpu_seconds` is of one process with one thread and counts what
 a recorded path. The teacher's own training is not in it.
 """
 
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,7 @@ from typing import Annotated
 
 import torch
 import typer
+from one_thread import train_alone
 from PIL import Image
 
 from diffdistill.diffusion.step_random import StepRandom
@@ -147,13 +145,7 @@ def _row(entry: Entry, seed: int, folder: Path, family: str) -> None:
 
 
 def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
-    """One run in a process of its own, with one thread; goes on where it was stopped."""
-    settings = [f"run={run}", *entry.overrides, *given, "train.num_threads=1", "train.preview_every=0", "health=null"]
-    command = [sys.executable, "-m", "diffdistill", "train", entry.config, *settings, "--resume"]
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | one, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{entry.name}: {done.stderr.strip()[-2000:]}")
+    train_alone(entry.config, run, [*entry.overrides, *given], name=entry.name)
 
 
 def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), teacher: Path | None = None) -> None:
