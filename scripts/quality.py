@@ -85,7 +85,7 @@ def _train_and_measure(variant: Variant, network: str, folder: Path, teacher: Pa
     overrides = [
         *base.overrides,
         *variant.overrides,
-        *([f"more_emas={{{averages}}}"] if variant.averages else []),
+        f"more_emas={{{averages}}}",
         *(f"train.{name}={value}" for name, value in _lengths(total).items()),
         f"train.seed={seed}",
     ]
@@ -112,8 +112,7 @@ def _measure(
     for length in LENGTHS:
         step = int(total * length)
         is_last = step == total
-        others = dict.fromkeys(AVERAGES) if variant.averages and is_last else {}
-        for number, average in [(None, ""), *enumerate(others)]:
+        for number, average in [(None, ""), *(enumerate(AVERAGES) if is_last else ())]:
             model = load_model(run / "checkpoints" / f"step-{step:08d}", ema=None if number is None else str(number))
             made = _samples(model, STUDENTS)
             quality = score(generate(model.denoiser, model.spec.sampler)) if is_last else None
@@ -121,8 +120,9 @@ def _measure(
                 network=network,
                 run=variant.slug,
                 method=variant.method,
-                factor="EMA" if average else variant.factor,
-                variant=average or variant.name,
+                factor=variant.factor,
+                variant=variant.name,
+                average=average,
                 config=config,
                 overrides=tuple(overrides),
                 seed=seed,

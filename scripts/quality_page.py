@@ -1,10 +1,125 @@
-"""The page of `scripts/quality.py`."""
+"""The page of `scripts/quality.py`: tables of the records, curves of distance against CPU-seconds, what was not run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from quality_records import Measured
+from quality_variants import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "what-decides-quality.md"
+IMAGES = ROOT / "docs" / "images"
+MARKS = ("<!-- quality: python scripts/quality.py page -->", "<!-- quality ends -->")
+LONG = "17,600 images"
+NETWORKS = {"mlp": "A residual MLP of 0.65 million weights", "unet": "A U-Net of 0.31 million weights"}
+METHODS = {"dmd2": "DMD2", "sid": "SiD"}
+INK, GRID = "#24292f", "#e7eaee"
+COLOURS = ("#1f5fa8", "#c8372d", "#17705f", "#9a4a00", "#6a4c93", "#b5467c", "#6e7781")
+COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.7
 
 
 def write_page(records: Sequence[Measured]) -> list[Path]:
-    return []
+    """The tables between the page's marks, and a picture for each network. Returns the files."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{''.join(tables(records))}{MARKS[1]}{after}", encoding="utf-8")
+    return [PAGE, *(_draw(network, of) for network, of in _by_network(records))]
+
+
+def tables(records: Sequence[Measured]) -> Iterator[str]:
+    """What stands between the marks."""
+    for network, of in _by_network(records):
+        teacher = next(record for record in of if record.run == "teacher")
+        fd, precision, recall = teacher.quality
+        yield f"### {NETWORKS[network]}\n\nThe teacher: {teacher.to_teacher:.3f} between two sets of its own samples "
+        yield f"(the floor), {teacher.to_data:.3f} to the data, FD by protocol {fd:.3f}, precision {precision:.2f}, recall "
+        yield f"{recall:.2f}.\n\n"
+        for method, name in METHODS.items():
+            if any(record.method == method for record in of):
+                yield from _table(name, [record for record in of if record.method == method])
+        yield f"![Distance to the teacher against CPU-seconds](images/{_picture(network).name})\n\n"
+        missing = [v for v in VARIANTS[network] if not any(record.run == v.slug for record in of)]
+        listed = "; ".join(f"{METHODS[v.method]}, {v.factor}: {v.name}" for v in missing)
+        yield f"Planned and not run: {listed}.\n\n" if missing else ""
+
+
+def _table(method: str, records: Sequence[Measured]) -> Iterator[str]:
+    """A row a run, in the order of the records; of several seeds the mean, with least and greatest distance."""
+    yield f"**{method}.**\n\n"
+    yield f"| factor | variant | to the teacher: a half, whole | EMA of {LONG} | to the data | FD, precision, recall "
+    yield "| CPU-seconds | seeds |\n|---|---|---|---|---|---|---|---|\n"
+    for run in dict.fromkeys(record.run for record in records):
+        own = [record for record in records if record.run == run and not record.average]
+        ends, half = [r for r in own if r.is_last], [r for r in own if 2 * r.step == r.total_steps]
+        longest = [r.to_teacher for r in records if r.run == run and r.average == LONG]
+        quality = ", ".join(f"{fmean(r.quality[i] for r in ends):.2f}" for i in range(3))
+        cells = (
+            ends[0].factor,
+            ends[0].variant,
+            f"{_spread([r.to_teacher for r in half])}, {_spread([r.to_teacher for r in ends])}",
+            _spread(longest),
+            _spread([r.to_data for r in ends]),
+            quality,
+            f"{fmean(r.cpu_seconds for r in ends):.0f}",
+            str(len(ends)),
+        )
+        yield f"| {' | '.join(cells)} |\n"
+    yield "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
+
+
+def _by_network(records: Sequence[Measured]) -> Iterator[tuple[str, list[Measured]]]:
+    for network in NETWORKS:
+        if of := [record for record in records if record.network == network]:
+            yield network, of
+
+
+def _picture(network: str) -> Path:
+    return IMAGES / f"quality-{network}.png"
+
+
+def _draw(network: str, records: Sequence[Measured]) -> Path:
+    """A panel for each method's factor, the base in each."""
+    teacher = next(record for record in records if record.run == "teacher")
+    students = [record for record in records if record.run != "teacher" and not record.average]
+    factors = list(dict.fromkeys((r.method, r.factor) for r in students if r.factor != "base"))
+    rows = -(-len(factors) // COLUMNS)
+    figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, (method, factor) in zip(panels, factors, strict=False):
+        base = [r for r in students if (r.method, r.factor) == (method, "base")]
+        _draw_runs(panel, base, [INK])
+        _draw_runs(panel, [r for r in students if (r.method, r.factor) == (method, factor)], COLOURS)
+        panel.axhline(teacher.to_teacher, color=INK, linewidth=0.8, linestyle=":")
+        panel.set_title(f"{METHODS[method]}: {factor}", fontsize=9, color=INK)
+        panel.set(xscale="log", yscale="log")
+        panel.grid(which="both", color=GRID, linewidth=0.6)
+        panel.legend(fontsize=6, frameon=False)
+        panel.tick_params(labelsize=7)
+    for panel in panels[len(factors) :]:
+        panel.set_axis_off()
+    figure.supxlabel("CPU-seconds of training", fontsize=8)
+    figure.supylabel("distance to the teacher (dotted: its floor)", fontsize=8)
+    IMAGES.mkdir(exist_ok=True)
+    figure.savefig(_picture(network), dpi=110, metadata={"Software": None})
+    return _picture(network)
+
+
+def _draw_runs(panel: Axes, records: Sequence[Measured], colours: Sequence[str]) -> None:
+    """A line a seed, one colour a run."""
+    for number, run in enumerate(dict.fromkeys(record.run for record in records)):
+        for seed in sorted({r.seed for r in records if r.run == run}):
+            points = [r for r in records if (r.run, r.seed) == (run, seed)]
+            label = points[0].variant if seed == 0 else None
+            x, y = [r.cpu_seconds for r in points], [r.to_teacher for r in points]
+            panel.plot(
+                x, y, color=colours[number % len(colours)], marker="o", markersize=2.5, linewidth=1.2, label=label
+            )

@@ -1,7 +1,6 @@
 """The records of `scripts/quality.py`: one checkpoint a line of JSON."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from diffdistill.settings.schema import schema
@@ -14,7 +13,8 @@ RECORDS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 class Measured:
     """A checkpoint of one run.
 
-    run: its name, one for all its lines.  overrides: of the packaged config, without the teacher's place.
+    run: its name, one for all its lines.  average: the half-life of the EMA, "" for that of the config itself.
+    overrides: of the packaged config, without the teacher's place.
     total_steps: of the whole run, to whose end the rates fall.  cpu_seconds: of training until `step`.
     to_teacher, to_data: Frechet distances in pixels of 6,000 samples, to 6,000 of the teacher's, to the training split.
     precision, recall, fd_pixels: of protocol digits-pixels, at a run's end.  commit: of the code that measured it.
@@ -25,6 +25,7 @@ class Measured:
     method: str
     factor: str
     variant: str
+    average: str = ""
     config: str
     overrides: tuple[str, ...]
     seed: int
@@ -42,6 +43,14 @@ class Measured:
     def is_last(self) -> bool:
         return self.step == self.total_steps
 
+    @property
+    def quality(self) -> tuple[float, float, float]:
+        """FD, precision and recall by protocol, of a run's end."""
+        assert self.fd_pixels is not None
+        assert self.precision is not None
+        assert self.recall is not None
+        return self.fd_pixels, self.precision, self.recall
+
 
 def read(file: Path) -> list[Measured]:
     """All records, in order; none where there is no file. Raises UserError on a line that is none."""
@@ -58,8 +67,3 @@ def append(file: Path, *records: Measured) -> None:
 
 def _rounded(values: dict[str, object]) -> dict[str, object]:
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
-
-
-def last_ones(records: Sequence[Measured]) -> list[Measured]:
-    """Those at the ends of their runs."""
-    return [record for record in records if record.is_last]

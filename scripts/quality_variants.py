@@ -15,7 +15,6 @@ class Variant:
     """A run of a base with some settings changed.
 
     length: its steps over the base's, so that what is cheaper or dearer a step costs about as much.
-    averages: whether the run's other averages are measured beside its own.
     """
 
     method: str
@@ -23,7 +22,6 @@ class Variant:
     name: str
     overrides: tuple[str, ...] = ()
     length: float = 1.0
-    averages: bool = False
     config: str = ""
 
     @property
@@ -84,8 +82,7 @@ def _sid(factor: str, name: str, *overrides: str, length: float = 1.0, config: s
     return Variant("sid", factor, name, overrides, length, config=config)
 
 
-BASE_DMD2 = Variant("dmd2", "base", "as packaged", averages=True)
-BASE_SID = Variant("sid", "base", "as packaged", averages=True)
+BASE_DMD2, BASE_SID = (Variant(method, "base", "as packaged") for method in ("dmd2", "sid"))
 
 # In the order in which they are run: the most telling ones first.
 ON_MLP = (

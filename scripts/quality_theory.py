@@ -1,0 +1,186 @@
+"""Why two losses of one student have two optima, and what a GAN does to the fake score: small exact experiments.
+
+The derivations stand in docs/what-decides-quality.md. Students on the line are a z, z ~ N(0, 1), so N(0, a^2); slopes
+are derivatives by a. Noise levels are ratios sigma of a path on which x_t = x + sigma eps.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import Karras
+from diffdistill.distillation.losses import denoising_loss, denoising_weight
+from diffdistill.distillation.method import Batch, Players
+from diffdistill.distillation.score_distillation import critics_loss
+from diffdistill.networks.analytic import mixture_denoiser
+from diffdistill.networks.discriminator import make_head
+from diffdistill.networks.mlp import MLPConfig
+
+PATH = EDM(sigma_min=0.01, sigma_max=80.0)
+
+
+def levels(least: float, greatest: float, *, rho: float = 5.0, count: int = 200) -> Tensor:
+    """Noise levels at even quantiles of a Karras law, [count] float64."""
+    law = Karras(ratio_min=least, ratio_max=greatest, rho=rho)
+    return law((torch.arange(count, dtype=torch.float64) + 0.5) / count, PATH)
+
+
+def normaliser(variance: float, sigma: Tensor) -> Tensor:
+    """nu of many pixels N(0, variance): the mean of |x - D(x_t)|, whose variance is that of x given x_t."""
+    return (2 / torch.pi * variance * sigma**2 / (variance + sigma**2)).sqrt()
+
+
+def compromise(teacher: float, data: float, matching: Tensor, gan: Tensor, *, weight: float, pixels: int) -> float:
+    """The variance of a Gaussian student at which DMD2's two slopes cancel, to first order in data - teacher.
+
+    v = (A teacher + B data) / (A + B) with A = E_sigma[sigma^2 / (nu (v + sigma^2)(teacher + sigma^2))] and
+    B = weight pixels / 2 E_tau[1 / ((v + tau^2)(data + tau^2))].  matching, gan: the levels sigma and tau.
+    """
+    v, nu = teacher, normaliser(teacher, matching)
+    for _ in range(100):
+        a = float((matching**2 / nu / ((v + matching**2) * (teacher + matching**2))).mean())
+        b = weight * pixels / 2 * float((1 / ((v + gan**2) * (data + gan**2))).mean())
+        v = (a * teacher + b * data) / (a + b)
+    return v
+
+
+class TwoModes(NamedTuple):
+    """The law of a teacher and its data, half N(-mean, variance) and half N(mean, variance): no Gaussian is it."""
+
+    mean: float = 1.0
+    variance: float = 0.09
+
+    def matching_slope(self, v: float, sigma: float) -> float:
+        """Of the reverse KL at one level, times sigma^2 as in D_fake - D_teacher, of the student N(0, v)."""
+        x, weights, log_q, score_q, score_p, _ = self._grid(v, sigma)
+        return sigma**2 * v**0.5 / (v + sigma**2) * float((weights * log_q.exp() * x * (score_q - score_p)).sum())
+
+    def gan_slope(self, v: float, tau: float) -> float:
+        """Of softplus(-l) at the best discriminator, l = log(p / q), read at one level."""
+        x, weights, log_q, score_q, score_p, log_p = self._grid(v, tau)
+        pull = torch.sigmoid(log_q - log_p) * (score_q - score_p)
+        return v**0.5 / (v + tau**2) * float((weights * log_q.exp() * x * pull).sum())
+
+    def _grid(self, v: float, sigma: float) -> tuple[Tensor, ...]:
+        total_q, total_p = v + sigma**2, self.variance + sigma**2
+        reach = 8 * total_q**0.5
+        x = torch.linspace(-reach, reach, 4001, dtype=torch.float64)
+        weights = torch.full_like(x, 2 * reach / 4000)
+        log_q = -(x**2) / (2 * total_q) - 0.5 * torch.log(torch.tensor(2 * torch.pi * total_q))
+        sides = torch.stack([-((x - side) ** 2) / (2 * total_p) for side in (-self.mean, self.mean)])
+        log_p = torch.logsumexp(sides, 0) - 0.5 * torch.log(torch.tensor(8 * torch.pi * total_p))
+        score_p = (self.mean * torch.tanh(self.mean * x / total_p) - x) / total_p
+        return x, weights, log_q, -x / total_q, score_p, log_p
+
+
+def root(slope: Callable[[float], float], low: float = 1e-3, high: float = 10.0) -> float:
+    """Where a slope that begins below zero crosses it, by bisection."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def optimum(
+    law: TwoModes, matching: Sequence[float] | Tensor, gan: Sequence[float] | Tensor, *, weight: float
+) -> float:
+    """The variance at which matching and weight times the GAN cancel; either may have no levels."""
+
+    def slope(v: float) -> float:
+        of_matching = [law.matching_slope(v, float(sigma)) for sigma in matching]
+        of_gan = [weight * law.gan_slope(v, float(tau)) for tau in gan]
+        return sum(of_matching) / max(len(of_matching), 1) + sum(of_gan) / max(len(of_gan), 1)
+
+    return root(slope)
+
+
+# The ring: eight modes on a circle, two a class.
+MODES, CLASSES, BATCH, DIM = 8, 4, 256, 2
+TIME_LAW = Karras(ratio_min=0.05, ratio_max=3.0, rho=200.0)
+
+
+def ring(radius: float, std: float) -> Denoiser:
+    """The exact denoiser of a ring."""
+    angle = torch.arange(MODES, dtype=torch.float64) * (2 * torch.pi / MODES)
+    means = radius * torch.stack([angle.cos(), angle.sin()], 1)
+    variances = torch.full((MODES,), std**2, dtype=torch.float64)
+    return mixture_denoiser(PATH, torch.ones(MODES), means, variances, torch.arange(MODES) * CLASSES // MODES)
+
+
+def _sample(law: Denoiser, rng: StepRandom, name: str) -> Batch:
+    cond = Cond(label=rng.integers(f"{name} label", CLASSES))
+    return Batch(law.net.sample(rng.uniform(name), rng.normal(f"{name} normal", (DIM,)), cond).float(), cond)  # type: ignore[operator]
+
+
+def fake_score_errors(
+    gan_weight: float | None, *, seed: int, features: str = "fake", steps: int = 600, every: int = 200
+) -> Iterator[float]:
+    """The fake score's mean EDM-weighted squared error to the exact one of a generator that stands still.
+
+    It starts at the teacher's score and learns the generator's law, a ring a little too small and too wide, beside the
+    GAN's share of this weight (None: none).  Given after every `every` steps.
+    """
+    torch.manual_seed(seed)
+    real, generated = ring(1.0, 0.12), ring(0.9, 0.2)
+    fake, teacher = _network(), _network()
+    _fit(teacher, real, steps=400)
+    fake.load_state_dict(teacher.state_dict())
+    head = make_head(fake, (DIM,))
+    players = Players(generator=None, teacher=teacher.requires_grad_(False), fake=fake, discriminator=head)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam([*fake.parameters(), *head.parameters()], lr=1e-3, betas=(0.0, 0.999))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - step / steps))
+        rng = StepRandom(seed, step, torch.arange(BATCH))
+        batch, made = _sample(real, rng, "real"), _sample(generated, rng, "made")
+        draw = {"label": made.cond.label} | {
+            f"{call} {part}": value
+            for call in ("fake", "gan real", "gan fake")
+            for part, value in (
+                ("t", TIME_LAW(rng.uniform(f"{call} t"), PATH)),
+                ("eps", rng.normal(f"{call} eps", (DIM,))),
+            )
+        }
+        optimizer.zero_grad()
+        loss = critics_loss(
+            players,
+            draw,
+            batch,
+            made.images,
+            weight="edm",
+            gan_weight=gan_weight,
+            features=features,  # type: ignore[arg-type]
+        )
+        loss.total.backward()
+        optimizer.step()
+        if (step + 1) % every == 0:
+            yield _error(fake, generated)
+
+
+@torch.no_grad()
+def _error(fake: Denoiser, exact: Denoiser) -> float:
+    rng = StepRandom(99, 0, torch.arange(8192))
+    batch, t = _sample(exact, rng, "test"), TIME_LAW(rng.uniform("t"), PATH)
+    x_t = PATH.diffuse(batch.images, rng.normal("eps", (DIM,)), t)
+    gap = (fake(x_t, t, batch.cond) - exact(x_t, t, batch.cond)).square().mean(1)
+    return float((denoising_weight("edm", PATH, t, fake.sigma_data) * gap).mean())
+
+
+def _network() -> Denoiser:
+    return Denoiser(MLPConfig(width=64, blocks=2).build((DIM,), CLASSES, 0.1), PATH, "edm", sigma_data=0.7)
+
+
+def _fit(score: Denoiser, law: Denoiser, *, steps: int) -> None:
+    optimizer = torch.optim.Adam(score.parameters(), lr=2e-3)
+    for step in range(steps):
+        rng = StepRandom(7, step, torch.arange(BATCH))
+        batch = _sample(law, rng, "real")
+        t, eps = TIME_LAW(rng.uniform("t"), PATH), rng.normal("eps", (DIM,))
+        optimizer.zero_grad()
+        denoising_loss(score, batch.images, eps, t, batch.cond, weight="edm").backward()
+        optimizer.step()
