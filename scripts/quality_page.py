@@ -6,6 +6,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from quality_records import Measured
 from quality_variants import VARIANTS
 
@@ -35,8 +36,8 @@ def tables(records: Sequence[Measured]) -> Iterator[str]:
         teacher = next(record for record in of if record.run == "teacher")
         fd, precision, recall = teacher.quality
         yield f"### {NETWORKS[network]}\n\nThe teacher: {teacher.to_teacher:.3f} between two sets of its own samples "
-        yield f"(the floor), {teacher.to_data:.3f} to the data, FD by protocol {fd:.3f}, precision {precision:.2f}, recall "
-        yield f"{recall:.2f}.\n\n"
+        yield f"(the floor), {teacher.to_data:.3f} to the data; FD by protocol {fd:.3f}, precision {precision:.2f}, "
+        yield f"recall {recall:.2f}.\n\n"
         for method, name in METHODS.items():
             if any(record.method == method for record in of):
                 yield from _table(name, [record for record in of if record.method == method])
@@ -101,6 +102,10 @@ def _draw(network: str, records: Sequence[Measured]) -> Path:
         panel.axhline(teacher.to_teacher, color=INK, linewidth=0.8, linestyle=":")
         panel.set_title(f"{METHODS[method]}: {factor}", fontsize=9, color=INK)
         panel.set(xscale="log", yscale="log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         panel.grid(which="both", color=GRID, linewidth=0.6)
         panel.legend(fontsize=6, frameon=False)
         panel.tick_params(labelsize=7)

@@ -138,6 +138,7 @@ def fake_score_errors(
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - step / steps))
         rng = StepRandom(seed, step, torch.arange(BATCH))
         batch, made = _sample(real, rng, "real"), _sample(generated, rng, "made")
+        assert made.cond.label is not None
         draw = {"label": made.cond.label} | {
             f"{call} {part}": value
             for call in ("fake", "gan real", "gan fake")

@@ -95,6 +95,8 @@ ON_MLP = (
     _dmd2("decay", "none", *_decay("constant", "generator", "default")),
     _dmd2("fake updates", "1", "method.fake_updates=1", length=0.7),
     _dmd2("fake updates", "5", "method.fake_updates=5", length=1.3),
+    _dmd2("decay", "of the generator alone", *_decay("constant", "default")),
+    _dmd2("decay", "none, no GAN", *NO_GAN, *_decay("constant", "generator", "default")),
     _dmd2("batch", "32", "train.global_batch_size=32", length=1.5),
     _dmd2("batch", "128", "train.global_batch_size=128", length=0.6),
     _dmd2("noise range", "to 20, from 10, no GAN", *NO_GAN, *WIDE, *FROM_10),
