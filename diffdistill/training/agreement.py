@@ -16,15 +16,16 @@ from diffdistill.training.config import RunConfig
 from diffdistill.training.resume import PLACES
 
 PACKAGES = ("diffdistill", "diffdistill.methods", "diffdistill.eval")
-OWN = (*PLACES, "teacher", "init", "train.num_threads")
-"""What a process may have of its own: places, whose contents are compared."""
+EVAL_PLACES = ("eval.protocol", "eval.weights", "eval.references", "eval.captions")
+OWN = (*PLACES, *EVAL_PLACES, "teacher", "teachers", "init", "trackers", "train.num_threads")
+"""What a process may have of its own: places, whose contents are compared; and what only the first one is told."""
 
 
 def check_same_settings(config: RunConfig, processes: Processes) -> None:
     """Raise UserError, in all processes, where they have different settings or code."""
     if processes.count > 1:
         flat = flatten(dump(config))
-        settings = {key: value for key, value in flat.items() if key not in OWN and not key.startswith("teachers.")}
+        settings = {key: value for key, value in flat.items() if not _is_own(key)}
         processes.check_same(settings | {"the code": code_version(config)})
 
 
@@ -33,6 +34,16 @@ def check_same_inputs(data: str, weights: Mapping[str, str], processes: Processe
     starts from.  data: the hash of the former.  weights: of the latter, by the settings that name them."""
     named = {f"the weights of {key}": sha256 for key, sha256 in weights.items()}
     processes.check_same({"the images, labels and prompts of data": data} | named)
+
+
+def check_same_protocol(protocol: Mapping[str, Any], processes: Processes) -> None:
+    """Raise UserError, in all processes, where they would evaluate otherwise.  protocol: of the evaluation while
+    training, with the hashes of its weights, references and captions; empty for none."""
+    processes.check_same(flatten({"the protocol of eval": protocol}))
+
+
+def _is_own(key: str) -> bool:
+    return any(key == own or key.startswith(f"{own}.") for own in OWN)
 
 
 def flatten(settings: Mapping[str, Any], place: str = "") -> dict[str, Any]:

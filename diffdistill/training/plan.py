@@ -23,7 +23,7 @@ from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
-from diffdistill.training.agreement import check_same_inputs, check_same_settings
+from diffdistill.training.agreement import check_same_inputs, check_same_protocol, check_same_settings
 from diffdistill.training.config import RunConfig, TrainConfig
 from diffdistill.training.inputs import Inputs, open_inputs
 from diffdistill.training.iteration import Iteration
@@ -184,6 +184,7 @@ def plan(
     evaluator = make_evaluator(
         config.eval, folder, trained[config.method.student], spec, processes, trusts_code=trusts_code
     )
+    check_same_protocol(evaluator.protocol, processes)
     if state:
         check_unchanged(config, inputs.source, state, origin=start, allow_changes=allow_changes, sha256=sha256)
     return Plan(

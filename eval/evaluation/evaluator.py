@@ -1,7 +1,7 @@
 """An evaluation while training: `eval:` of a run's config. What it finds goes to metrics.jsonl, and as records to
 eval.jsonl in the run's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -86,6 +86,11 @@ class StudentEvaluator:
         evaluator._source(student, step=0)
         return evaluator
 
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        found: dict[str, Any] = dump(self.bench.protocol)
+        return found
+
     def examine(self, run: EvaluatedRun, *, is_last: bool, log: Log) -> bool:
         if run.step % self.config.every and not is_last:
             return False
@@ -147,7 +152,7 @@ class StudentEvaluator:
 
     def _records(self) -> list[Record]:
         """Those of this protocol: a resumed run may have changed it."""
-        file, protocol = self.folder / RECORDS, dump(self.bench.protocol)
+        file, protocol = self.folder / RECORDS, self.protocol
         return [one for one in read_records(file) if one.protocol == protocol] if file.exists() else []
 
     def _forget_from(self, step: int) -> None:

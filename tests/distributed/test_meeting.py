@@ -3,9 +3,11 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -17,9 +19,14 @@ from diffdistill.distributed import meeting
 from diffdistill.distributed.processes import find_processes
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.eval.evaluation.workers import find_workers
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.settings.registry import OneOf
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import dump_yaml
+from diffdistill.training.agreement import OWN
 from diffdistill.training.config import RunConfig
 from diffdistill.training.plan import plan
+from diffdistill.training.reports.evaluator import EvalConfig
 from diffdistill.training.trainer import Trainer
 
 Find = Callable[[], object]
@@ -159,3 +166,58 @@ def test_processes_that_were_not_started_alike_are_refused_and_told_why(
     assert same == ""
     assert "the code: 'diffdistill " in code
     assert code.endswith("'another' in process 1")
+
+
+def places_of(kind: Any, place: str = "") -> Iterator[str]:
+    """Every setting of a schema that is text of any kind, as the dotted place where a config has it."""
+    if kind is str:
+        yield place
+    elif hasattr(kind, "__pydantic_validator__"):
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            yield from places_of(hint, f"{place}.{name}".lstrip("."))
+    elif get_origin(kind) is dict:
+        yield from places_of(get_args(kind)[1], place)
+    elif get_origin(kind) is not Literal:
+        for inner in get_args(kind):
+            for choice in inner.own_classes() if isinstance(inner, OneOf) else [inner]:
+                yield from places_of(choice, place) if choice != kind else ()
+
+
+NO_PLACES = {
+    *("data.caption_column", "data.captions_ending", "data.column", "data.image_column", "data.label_column"),
+    *("data.split", "data.subset", "eval.best_by", "method.reward", "method.gan_taps", "negative_prompt"),
+    *("lora.targets", "model.family", "model.targets", "starts"),
+}
+"""Settings that are text and no file or folder: compared as they are, with all others."""
+
+
+def test_every_setting_that_may_be_a_place_is_one_s_own_or_the_folder_of_all() -> None:
+    found = {place.partition(".")[0] + "." + place.rpartition(".")[2] for place in places_of(RunConfig)}
+    found = {place.removesuffix(f".{place.partition('.')[0]}") for place in found}  # a setting of no group
+    assert "eval.references" in found
+    assert found - set(OWN) == NO_PLACES | {"run"}  # in which all write
+    assert set(OWN) - found == {"data.download", "data.key", "data.kind", "train.num_threads"}
+
+
+def test_evaluations_are_compared_by_what_they_measure_and_not_by_where_it_lies(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    protocol = replace(find_protocol("digits-pixels"), name="mine")
+    for rank, other in enumerate((protocol, replace(protocol, metrics=protocol.metrics[:1]))):
+        (tmp_path / f"same-{rank}.yaml").write_text(dump_yaml(protocol))
+        (tmp_path / f"other-{rank}.yaml").write_text(dump_yaml(other))
+    config = make_config("pretrain")
+
+    def compare() -> list[str]:
+        rank = os.environ["RANK"]
+        watched = [
+            EvalConfig(protocol=str(tmp_path / f"{name}-{rank}.yaml"), num_images=number)
+            for name, number in (("same", 100), ("other", None))
+        ]
+        trackers = ("tensorboard",) if rank == "0" else ()
+        return [fault(replace(config, eval=one, trackers=trackers)) for one in watched]
+
+    for same, other in run_together(2, compare):
+        assert same == ""
+        assert other.startswith("the processes were not started alike:\n  the protocol of eval.metrics: ")
+        assert len(other.splitlines()) == 2

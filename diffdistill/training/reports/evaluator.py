@@ -1,7 +1,8 @@
 """A look at the student while it trains: a small evaluation every so many steps, and the best checkpoint by it."""
 
+from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field
 from torch import nn
@@ -54,6 +55,11 @@ class EvaluatedRun(Protocol):
 class Evaluator(Protocol):
     """What the trainer asks."""
 
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """What is measured, by settings and the hashes of files; empty for nothing."""
+        ...
+
     def examine(self, run: EvaluatedRun, *, is_last: bool, log: "Log") -> bool:
         """Evaluate the student if it is due. Returns whether it is the best so far, and so has to be saved."""
         ...
@@ -65,6 +71,10 @@ class Evaluator(Protocol):
 
 class NoEvaluator:
     """Never looks."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        return {}
 
     def examine(self, run: EvaluatedRun, *, is_last: bool, log: "Log") -> bool:
         return False
