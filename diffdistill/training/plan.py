@@ -27,6 +27,7 @@ from diffdistill.training.agreement import check_same_inputs, check_same_protoco
 from diffdistill.training.config import RunConfig, TrainConfig
 from diffdistill.training.inputs import Inputs, open_inputs
 from diffdistill.training.iteration import Iteration
+from diffdistill.training.objects import with_objects
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.reports.evaluator import Evaluator, make_evaluator
 from diffdistill.training.resolve import check_labels, resolve_models, seeded
@@ -148,13 +149,20 @@ class Plan:
 
 
 def plan(
-    config: RunConfig, *, resume: bool | str | None = False, allow_changes: bool = False, trusts_code: bool = False
+    config: RunConfig,
+    *,
+    resume: bool | str | None = False,
+    allow_changes: bool = False,
+    trusts_code: bool = False,
+    teacher: Denoiser | None = None,
+    data: object = None,
 ) -> Plan:
     """Load, check and build what a run needs. Nothing is written to its folder.
 
     resume: False for a new run (an existing run's folder is refused), True to go on from the newest checkpoint, a name
     ("step-00000500") for that one, None not to look at the folder.  allow_changes: from it, whatever has been changed
-    since.  trusts_code: whether features that are a program may run in `eval`.
+    since.  trusts_code: whether features that are a program may run in `eval`.  teacher, data: see `with_objects`; they
+    are read once all processes have met.
     Raises UserError for whatever the config asks that cannot be.
     """
     train, folder = config.train, FilePath(config.run)
@@ -162,6 +170,7 @@ def plan(
         torch.set_num_threads(train.num_threads)
     processes = find_processes(train.device)
     check_same_settings(config, processes)
+    config = with_objects(config, teacher, data)
     start = None if resume is None else find_start(folder, resume)
     state = read_start(start, processes)
     mesh = make_mesh(config, processes)
@@ -169,11 +178,11 @@ def plan(
     found = find_teachers(config, start, state, allow_changes=allow_changes)
     initial = find_initial(config, start)
     inputs = read_inputs(config, processes.device, found.teacher)
-    teacher, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
+    first, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
     check_batch(train, processes.count)
-    spec, problem = resolve_models(config, inputs, teacher, teachers, initial)
+    spec, problem = resolve_models(config, inputs, first, teachers, initial)
     sources = Teachers(
-        str(teacher.source) if teacher else None, {name: str(other.source) for name, other in teachers.items()}
+        str(first.source) if first else None, {name: str(other.source) for name, other in teachers.items()}
     )
     sha256 = contents_of(sources, initial, start, state)
     check_same_inputs(inputs.source.key, sha256, processes)
@@ -194,7 +203,7 @@ def plan(
         start=start,
         state=state,
         inputs=inputs,
-        teacher=teacher,
+        teacher=first,
         teacher_source=sources.teacher,
         teachers_source=sources.teachers,
         sha256=sha256,

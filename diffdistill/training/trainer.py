@@ -29,7 +29,6 @@ from diffdistill.training.ema import EMA
 from diffdistill.training.iteration import MicroBatch
 from diffdistill.training.nonfinite import NonfiniteGuard
 from diffdistill.training.notes import notes_on_averages
-from diffdistill.training.objects import with_objects
 from diffdistill.training.optimizers import clip, learning_rate
 from diffdistill.training.plan import Plan, plan
 from diffdistill.training.reports.log import Log, Meter, RunLog, Silence
@@ -53,11 +52,12 @@ class Trainer:
         teacher: Denoiser | None = None,
         data: object = None,
     ) -> None:
-        """Of a config: resume, allow_changes, trusts_code, see `plan`; teacher, data, see `with_objects`."""
+        """Of a config: resume, allow_changes, trusts_code, teacher, data, see `plan`."""
         self._cpu_began, self._meter, self.quiet = time.process_time(), Meter(), quiet
         if isinstance(run, RunConfig):
-            run = with_objects(run, teacher, data)
-            run = plan(run, resume=resume, allow_changes=allow_changes, trusts_code=trusts_code)
+            run = plan(
+                run, resume=resume, allow_changes=allow_changes, trusts_code=trusts_code, teacher=teacher, data=data
+            )
         self._assembly = run if isinstance(run, Assembly) else None
         self.plan: Plan = run.plan if isinstance(run, Assembly) else run
         train, self.step = self.plan.config.train, self.plan.step

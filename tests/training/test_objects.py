@@ -1,11 +1,14 @@
 """A teacher and data that a program gives as objects: trained, resumed with the same, refused with any others."""
 
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.fleet import run_together
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
@@ -248,3 +251,27 @@ def test_a_given_teacher_keeps_its_rule_of_guidance_and_has_another_place_for_it
     assert place != linear
     assert found.denoiser.runtime.guidance_rule == found.spec.model.guidance_rule == Renormalised()
     assert found.spec.build().runtime.guidance_rule == Renormalised()  # as a student of it is
+
+
+def test_rows_are_read_once_the_processes_have_met_and_agree(tmp_path: Path) -> None:
+    """Hours of reading else go before the word that another process was started otherwise, or not at all."""
+    read: list[int] = []
+
+    class Watched(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            read.append(index)
+            found: tuple[Tensor, ...] = super().__getitem__(index)
+            return found
+
+    watched = Watched(*dataset().tensors)
+
+    def apart() -> tuple[str, int]:
+        seed = int(os.environ["RANK"])
+        settings = replace(config(tmp_path / "run", 1), train=dd.TrainConfig(steps=1, global_batch_size=4, seed=seed))
+        with pytest.raises(dd.UserError) as raised:
+            dd.Trainer(settings, teacher=plain_teacher(), data=watched, quiet=True)
+        return str(raised.value), len(read)
+
+    for said, count in run_together(2, apart):
+        assert "train.seed: 0 in process 0, 1 in process 1" in said
+        assert count == 0
