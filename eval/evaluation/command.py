@@ -165,7 +165,11 @@ def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
     if is_run(path) or is_diffusers(path):
         sampler = parse_sampler(options.sampler) if options.sampler else None
         sampling = SamplingOptions(
-            guidance=parse_guidance(options.guidance), sampler=sampler, ema=options.ema, captions=bench.captions
+            guidance=parse_guidance(options.guidance),
+            sampler=sampler,
+            ema=options.ema,
+            captions=bench.captions,
+            class_names=bench.class_names,
         )
         opener = open_run if is_run(path) else open_diffusers
         return opener(path, protocol, sampling, bench.workers.device)

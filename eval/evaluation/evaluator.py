@@ -136,6 +136,9 @@ class StudentEvaluator:
             image_shape=self.spec.image_shape,
             guidance=self.config.guidance,
             around=self.around,
+            classes=self.spec.classes,
+            class_names=self.spec.class_names,
+            wanted=self.bench.class_names,
             model=ModelRecord(
                 source=str(self._checkpoint(step)),
                 sha256=hash_weights(student),

@@ -55,6 +55,7 @@ class Bench:
     """What judges: it is set up once and serves any number of sources.
 
     protocol: with the hashes of what is used.  extractors, real: by the features' label.  captions: one an image.
+    class_names: of the protocol's classes, by its numbers, where it or its reference says them.
     """
 
     protocol: Protocol
@@ -63,6 +64,7 @@ class Bench:
     workers: Workers
     batch_size: int
     captions: Sequence[str] | None = None
+    class_names: tuple[str, ...] = ()
 
     def judge(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """What every extractor finds: features, and of those that a metric asks for also logits and texts."""

@@ -7,6 +7,8 @@ from pathlib import Path as FilePath
 from torch import Tensor
 
 from diffdistill.data import AnyData, Digits
+from diffdistill.data.classes import NUM_SHOWN
+from diffdistill.data.collection import listed
 from diffdistill.eval.evaluation.extract import specifications
 from diffdistill.eval.evaluation.reference import (
     RealFeatures,
@@ -48,6 +50,9 @@ class FirstImages:
 
     def rows(self, index: Tensor) -> Tensor:
         return self.images.rows(index)
+
+    def class_names(self, count: int | None = None) -> tuple[str, ...]:
+        return self.images.class_names(self.count if count is None else min(count, self.count))
 
 
 def find_reference(protocol: Protocol, extractor: Extractor, *, place: str | FilePath | None = None) -> RealFeatures:
@@ -100,8 +105,10 @@ def write_references(
                 made = make_reference(known, images, extractor, batch_size=batch_size, advance=advance)
             written.append(reference_file(known, label, folder=folder))
             save_reference(made, written[-1])
-    if images.notes:
-        console.print(images.notes, highlight=False, soft_wrap=True, markup=False)
+    names = made.about.class_names
+    told = f"{images.origin}: the names of its classes are kept: {listed(names, most=NUM_SHOWN)}" if names else ""
+    for note in filter(None, (images.notes, told)):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     return written
 
 

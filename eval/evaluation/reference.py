@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 from torch import Tensor
 
 from diffdistill.data.files import check_unpacked_size
@@ -30,6 +30,7 @@ from diffdistill.eval.metrics.checks import check_finite
 from diffdistill.eval.metrics.moments import Moments, Summary
 from diffdistill.eval.metrics.sides import MissingFeaturesError
 from diffdistill.eval.protocols.protocol import Preparation
+from diffdistill.settings.limits import MAX_CLASSES
 from diffdistill.settings.links import open_plain, refuse_link
 from diffdistill.settings.schema import PositiveInt, UserError, schema
 from diffdistill.settings.values import differences, dump, validate
@@ -47,7 +48,8 @@ class About:
     """What a reference is of.  images_sha256: of the prepared pixels, in order; of an imported file, of its mean and
     covariance.  weights_sha256: of the extractor's; None where it has none, or an imported file does not say.
     features: all their settings, the library's included; None in an imported file, and in those of earlier versions,
-    which read less of what libraries say."""
+    which read less of what libraries say.  class_names: of the classes that the images are of, by label; empty where
+    nothing says, as in earlier versions."""
 
     version: int = VERSION
     label: Label
@@ -57,6 +59,7 @@ class About:
     weights_sha256: Sha256 | None = None
     features: dict[str, JsonValue] | None = None
     preparation: Preparation | None = None
+    class_names: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def compute_reference(
         weights_sha256=extractor.sha256,
         features=settings(extractor.features) if extractor.features else None,
         preparation=preparation,
+        class_names=images.class_names(),
     )
     return RealFeatures(about, moments.summary().to("cpu"), torch.cat(kept) if kept_features else None)
 

@@ -44,6 +44,8 @@ def open_diffusers(
         protocol=protocol,
         image_shape=pipeline.spec.image_shape,
         around=around,
+        class_names=pipeline.spec.class_names,
+        wanted=options.class_names,
         guidance=options.guidance,
         model=ModelRecord(
             source=str(place),

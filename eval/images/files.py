@@ -23,9 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffdistill.data.classes import class_names_of
 from diffdistill.data.collection import Item, UnreadableImage, listed, shown
 from diffdistill.data.decode import Sizing, decode
 from diffdistill.data.files import check_unpacked_size, list_images
+from diffdistill.data.image_folder import classes_of_folders
 from diffdistill.data.npz import array_items, arrays_left_out, channels_last
 from diffdistill.data.source import ImageSource, MappedImages
 from diffdistill.eval.images.preparation import prepare
@@ -53,6 +55,10 @@ class Images(Interface):
     @property
     def notes(self) -> str:
         """What was done to images that their owner may not expect, as far as they were read."""
+        ...
+
+    def class_names(self, count: int | None = None) -> tuple[str, ...]:
+        """Of the classes of all, or the first `count`, by label; () where nothing says, or they are all the numbers."""
         ...
 
 
@@ -94,6 +100,14 @@ class ImageFiles:
     def notes(self) -> str:
         parts = [f"{count:,} are {note}" for note, count in sorted(self._noted.items())]
         return "; ".join([*self.left_out, *([f"{self.origin}: {'; '.join(parts)}"] if parts else [])])
+
+    def class_names(self, count: int | None = None) -> tuple[str, ...]:
+        """Of the outermost folders, where all images are in such and they have other names than numbers."""
+        try:
+            classes = classes_of_folders([item.name for item in self.items], origin=self.origin)
+        except UserError:  # some are in none
+            return ()
+        return tuple(classes.names[number] for number in sorted(set(classes.labels[:count]))) if classes.names else ()
 
     @cached_property
     def sha256(self) -> str:
@@ -159,6 +173,16 @@ class DataImages:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def class_names(self, count: int | None = None) -> tuple[str, ...]:
+        """Where some numbers have no image those that have are told by them."""
+        if self.source.labels is None:
+            return ()
+        used = self.source.labels[:count].unique().tolist()
+        names = class_names_of(self.source)
+        if names:
+            return tuple(names[number] for number in used)
+        return () if used == list(range(len(used))) else tuple(map(str, used))
 
     def rows(self, index: Tensor) -> Tensor:
         if isinstance(self.source, MappedImages):  # uint8 as they lie on the disk

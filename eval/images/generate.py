@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.data.classes import told_classes
+from diffdistill.data.classes import numbers_among, told_classes
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.diffusion.guidance.check import check_guidance
@@ -28,6 +29,7 @@ class SampledImages:
 
     image_shape: [C, H, W] of what the network makes.  around: what stands between that and images, and before it.
     model: what a record says of it; its sha256 is of the weights.  classes: that it was trained on; empty for all.
+    class_names: of its classes, and wanted: of those that the protocol draws, each by number; they are matched.
     method, seed, cost: of the training.
     Raises UserError if the protocol asks for what the model is not: other images, other classes, captions, guidance.
     """
@@ -43,6 +45,8 @@ class SampledImages:
     seed: int | None = None
     cost: Cost | None = None
     classes: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where, protocol, net = self.model.source, self.protocol, self.denoiser.net
@@ -52,7 +56,7 @@ class SampledImages:
         if protocol.image_shape not in (None, made):
             raise UserError(f"{where}: makes {show(made)} images; {protocol.name} is for {show(protocol.image_shape)}")
         classes = protocol.labels.num_classes
-        if classes and net.num_classes not in (0, classes):
+        if classes and self._drawn is None and net.num_classes not in (0, classes):
             raise UserError(f"{where}: knows {net.num_classes} classes; {protocol.name} is for {classes}")
         if not classes and net.num_classes:
             raise UserError(f"{where}: knows {net.num_classes} classes, but {protocol.name} names no labels")
@@ -60,12 +64,44 @@ class SampledImages:
 
     @property
     def notes(self) -> str:
-        """What the record should say: classes that are drawn, and that the model was not trained on."""
-        unknown = sorted(set(range(self.protocol.labels.num_classes)) - set(self.classes)) if self.classes else []
-        if not unknown:
+        """What the record should say: how classes were matched, and those that the model was not trained on."""
+        count, drawn = self.protocol.labels.num_classes, self._drawn
+        if not count or not self.denoiser.net.num_classes:
             return ""
-        what = f"was not trained on {len(unknown):,} of the classes that {self.protocol.name} draws"
-        return f"{self.model.source}: {what}: {told_classes(unknown)}"
+        numbers = range(count) if drawn is None else drawn
+        notes = []
+        if self._is_renumbered:
+            told = told_classes(numbers, self.class_names)
+            notes.append(f"classes are drawn by the names that {self.protocol.name}'s reference has: {told}")
+        elif drawn is None and self.class_names:
+            told = told_classes(numbers, self.class_names)
+            notes.append(f"{self.protocol.name} and its reference name no classes, which are taken to be {told}")
+        elif drawn is None and self.wanted:
+            told = told_classes(numbers, self.wanted)
+            notes.append(f"the model holds no names of its classes, which are taken to be {told}")
+        unknown = sorted(set(numbers) - set(self.classes)) if self.classes else []
+        if unknown:
+            what = f"was not trained on {len(unknown):,} of the classes that {self.protocol.name} draws"
+            notes.append(f"{what}: {told_classes(unknown, self.class_names)}")
+        return "; ".join(f"{self.model.source}: {note}" for note in notes)
+
+    @cached_property
+    def _drawn(self) -> tuple[int, ...] | None:
+        """The model's number of each of the protocol's classes; None where one side has no names."""
+        known = self.denoiser.net.num_classes
+        if not self.wanted or not known or not self.protocol.labels.num_classes:
+            return None
+        are_numbers = all(name.isdecimal() and int(name) < known for name in self.wanted)
+        if are_numbers and not set(self.wanted) <= set(self.class_names):
+            return tuple(map(int, self.wanted))
+        if not self.class_names:
+            return None
+        origin = f"{self.model.source}: {self.protocol.name} draws the classes of its reference"
+        return numbers_among(self.wanted, self.class_names, origin=origin, whose="the model")
+
+    @property
+    def _is_renumbered(self) -> bool:
+        return self._drawn is not None and self._drawn != tuple(range(len(self._drawn)))
 
     @property
     def sampler_record(self) -> SamplerRecord:
@@ -75,6 +111,8 @@ class SampledImages:
         scale = self.guidance if isinstance(self.guidance, (int, float)) else None
         if scale is None:
             settings["guidance_policy"] = dump(self.guidance)
+        if self._is_renumbered:
+            settings["classes"] = list(self._drawn or ())
         return SamplerRecord(name=name, num_evaluations=self.sampler.num_evaluations, guidance=scale, settings=settings)
 
     @property
@@ -114,7 +152,10 @@ class SampledImages:
         if self.around and self.around.encode:
             return self.around.encode(index)
         labels = labels_of(self.protocol.labels, index, self.protocol.num_images, rng)
-        return NO_COND if labels is None else self.denoiser.class_cond(labels.to(device_of(self.denoiser)))
+        if labels is None:
+            return NO_COND
+        labels = labels if self._drawn is None else torch.tensor(self._drawn)[labels]
+        return self.denoiser.class_cond(labels.to(device_of(self.denoiser)))
 
 
 def labels_of(labels: Labels, index: Tensor, num_images: int, rng: StepRandom) -> Tensor | None:

@@ -28,12 +28,14 @@ from diffdistill.training.reports.log import METRICS
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How a model is sampled.  sampler: instead of its own.  ema: one of the run's `more_emas` by its name.
-    captions: one an image, where the protocol has some."""
+    captions: one an image, where the protocol has some.  class_names: of the classes that the protocol draws, where
+    it or its reference says them."""
 
     guidance: float | AnyPolicy = 1.0
     sampler: AnySampler | None = None
     ema: str | None = None
     captions: Sequence[str] | None = None
+    class_names: tuple[str, ...] = ()
 
 
 @schema
@@ -67,6 +69,8 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
         protocol=protocol,
         image_shape=model.spec.image_shape,
         classes=model.spec.classes,
+        class_names=model.spec.class_names,
+        wanted=options.class_names,
         guidance=options.guidance,
         model=ModelRecord(
             source=str(place),

@@ -9,11 +9,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from diffdistill.eval.features.extractors import Sha256
 from diffdistill.eval.metrics.settings import AnyMetric
-from diffdistill.settings.limits import MAX_CHOSEN
+from diffdistill.settings.limits import MAX_CHOSEN, MAX_CLASSES
 from diffdistill.settings.numbers import Channels, NonNegativeInt, Resolution, SamplingSteps
 from diffdistill.settings.schema import PositiveInt, field, schema
 
@@ -35,10 +35,22 @@ class Labels:
 
     none: nothing.  class_major: i // (N / classes), labels ascend.  cyclic: i mod classes (DMD2).
     random: drawn from the image's own seed (EDM).  captions: caption i.
+    names: of the classes, by number, where they are said: a model's are matched with them. Not written where there are
+    none, so that protocols of before are the same.
     """
 
     policy: Literal["none", "class_major", "cyclic", "random", "captions"]
     num_classes: NonNegativeInt = 0
+    names: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)] = ()
+
+    def __post_init__(self) -> None:
+        if self.names and (len(self.names) != self.num_classes or len(set(self.names)) < len(self.names)):
+            raise ValueError(f"names: {len(self.names)} for num_classes = {self.num_classes}; give each class its own")
+
+    @model_serializer(mode="wrap")
+    def _without_no_names(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = told(self)
+        return found if self.names else {key: value for key, value in found.items() if key != "names"}
 
 
 @schema
