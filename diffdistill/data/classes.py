@@ -1,5 +1,6 @@
 """Classes by name: a number means a class only together with the names that it was counted by."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from diffdistill.data.torch_dataset import DatasetImages
 from diffdistill.settings.schema import UserError
 
 NUM_SHOWN = 20
+IMAGENET_CLASSES = 1000
 
 
 def class_names_of(source: object) -> tuple[str, ...]:
@@ -78,10 +80,13 @@ def numbers_among(
     names: Sequence[str], known: Sequence[str], *, origin: str = "data", whose: str = "the teacher"
 ) -> tuple[int, ...]:
     """Of each name its number in `known`, by the name or else the same text; of several alike that of its own place.
+    ImageNet's thousand folders are in the order of its classes, whose names are words elsewhere.
 
     origin, whose: for messages, whose names `names` and `known` are.
     Raises UserError naming those that are not there, or that several have.
     """
+    if len(names) == len(known) == IMAGENET_CLASSES and _are_wordnets(names) != _are_wordnets(known):
+        return tuple(range(IMAGENET_CLASSES))
     exact, alike = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
     for number, name in enumerate(known):
         exact[name].append(number)
@@ -100,6 +105,11 @@ def numbers_among(
     if len(set(chosen)) < len(chosen):
         raise UserError(f"{origin}: two classes have the name of one of {whose}'s: {listed(sorted(map(shown, names)))}")
     return tuple(chosen)
+
+
+def _are_wordnets(names: Sequence[str]) -> bool:
+    """Whether names are ids of WordNet, as ImageNet's folders have them."""
+    return all(re.fullmatch(r"n[0-9]{8}", name) for name in names)
 
 
 def note_empty(source: ImageSource, *, of_teacher: Sequence[int] | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from diffdistill.data.classes import told_classes
 from diffdistill.data.pictures import save_grid
 from diffdistill.export.record import ExportRecord
 from diffdistill.export.usage import PROMPTS, makes_pictures, takes_text, usage_code
@@ -59,6 +60,8 @@ def write_card(folder: FilePath, facts: CardFacts, *, name: str, place: str, dif
         parts.append(f"![Samples]({PICTURE})")
     if difference is not None:
         parts.append(f"Loaded in a process without diffdistill, it made the run's own images {how_near(difference)}.")
+    if facts.model.spec.class_names:
+        parts += ["## Classes", _classes(facts)]
     if facts.config:
         shown = {name: value for name, value in facts.config.items() if name != "run"}
         recipe = yaml.safe_dump(shown | {"teacher": _named(shown.get("teacher"))}, sort_keys=False)
@@ -145,6 +148,14 @@ def _usage(facts: CardFacts, place: str) -> str:
         note = "".join(f"It was trained for these {name}, {list(value)}. " for name, value in steps.items())
         note += "Guidance is off: the student has its teacher's in it."
     return f"```python\n{usage_code(facts.model, record, place)}\n```\n\n{note}"
+
+
+def _classes(facts: CardFacts) -> str:
+    """Their names by number, of which a long list is cut."""
+    spec = facts.model.spec
+    told = told_classes(spec.classes or range(spec.num_classes), spec.class_names)
+    by_name = "a name may stand for its number" if facts.record.kind == "self-contained" else "a call takes the numbers"
+    return f"`class_labels`: {told}. All are in `diffdistill.json`; {by_name}."
 
 
 def _licence_note(facts: CardFacts, licence: str | None) -> str:

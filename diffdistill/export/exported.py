@@ -74,7 +74,8 @@ class Sentences:
 class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Students and how they make images. A folder's own `Model` says which, as attributes of the class.
 
-    guidance_scale: what is used where none is given.
+    guidance_scale: what is used where none is given.  class_names: of the classes, by number, where they are known.
+    classes: that it was trained on, where those are not all.
     """
 
     config_name = "config.json"
@@ -87,7 +88,12 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     source: Source | Sentences | None = None
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, guidance_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        guidance_scale: float = 1.0,
+        class_names: Sequence[str] = (),
+        classes: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         make = type(self).make_denoiser
         self.students = nn.ModuleList(make() for _ in range(self.num_students))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -51,7 +52,7 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -62,7 +63,8 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Make one image for each prompt or class, or `batch_size` images of one of them.
 
-        class_labels: default all classes in turn; a class-conditional model's "no class" is the number of its classes.
+        class_labels: by number or name; default all classes that it was trained on in turn; a class-conditional model's
+        "no class" is the number of its classes.
         num_inference_steps, guidance_scale: default those that the model was made for.
         latents: the noise to begin with, [B, *image_shape] of N(0, 1).
         output_type: "pil"; "np" and "pt" in [0, 1]; "latent": what the network makes, not clipped.
@@ -105,7 +107,7 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _labels(
         self,
         prompts: list[str] | None,
-        class_labels: int | list[int] | torch.Tensor | None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None,
         batch_size: int | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -113,10 +115,22 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
         known, device = len(prompts) if prompts else self.model.num_classes, self._execution_device
         if class_labels is None:
             count = batch_size or (len(latents) if latents is not None else len(prompts or [""]))
-            return torch.arange(count, device=device) % max(known, 1)
+            number = torch.arange(count, device=device)
+            classes = [] if prompts else list(self.model.config.get("classes", []))
+            return torch.tensor(classes, device=device)[number % len(classes)] if classes else number % max(known, 1)
+        if isinstance(class_labels, (str, list, tuple)):
+            class_labels = self._numbers([class_labels] if isinstance(class_labels, str) else class_labels)
         labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device).reshape(-1)
         if prompts or not known:
             raise ValueError("class_labels: this model has no classes")
         if bool(((labels < 0) | (labels > known)).any()):
             raise ValueError(f"class_labels: {labels.tolist()} must be among 0 to {known - 1}, or {known} for none")
         return labels.expand(batch_size) if batch_size and len(labels) == 1 else labels
+
+    def _numbers(self, class_labels: Any) -> list[Any]:
+        """Classes by number; text is a class's name, compared in Unicode's composed form."""
+        names = [normalize("NFC", name) for name in self.model.config.get("class_names", [])]
+        for label in class_labels:
+            if isinstance(label, str) and names.count(normalize("NFC", label)) != 1:
+                raise ValueError(f"class_labels: {label!r} is the name of no class, or of several, among {names[:20]}")
+        return [names.index(normalize("NFC", one)) if isinstance(one, str) else one for one in class_labels]

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from diffdistill.diffusion.sampling import AnySampler
-from diffdistill.settings.numbers import Number
+from diffdistill.settings.limits import MAX_CLASSES
+from diffdistill.settings.numbers import Classes, Number
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.values import dump, validate
@@ -24,7 +25,8 @@ class ExportRecord:
 
     pipeline: the class that loads it.  call: how that is called.  sampler: the same steps as ours.  base: the pipeline
     that LoRA's file goes over, with which scheduler.  teacher: what the student was distilled from, and
-    teacher_guidance: under which scale.
+    teacher_guidance: under which scale.  class_names: of the classes, by number.  classes: that it was trained on;
+    empty for all. Both are written where there are some.
     """
 
     format: Literal[1] = 1
@@ -37,6 +39,8 @@ class ExportRecord:
     scheduler: str | None = None
     teacher: str | None = None
     teacher_guidance: Number = 1.0
+    class_names: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)] = ()
+    classes: Annotated[tuple[Classes, ...], Field(max_length=MAX_CLASSES)] = ()
 
     @property
     def places(self) -> dict[str, str | None]:
@@ -45,7 +49,10 @@ class ExportRecord:
     def write(self, folder: FilePath) -> None:
         """As JSON."""
         places = {name: place and without_home(place) for name, place in self.places.items()}
-        write_text_atomically(folder / RECORD, json.dumps(dump(self) | places, indent=1) + "\n")
+        told = dump(self) | places
+        for name in ("class_names", "classes"):
+            told = told if told[name] else {key: value for key, value in told.items() if key != name}
+        write_text_atomically(folder / RECORD, json.dumps(told, indent=1) + "\n")
 
 
 def without_home(place: str) -> str:

@@ -157,6 +157,8 @@ def _written(
         scheduler=stock.scheduler if stock and kind != "stock" else None,
         teacher=state.get("teacher"),
         teacher_guidance=guidance_of(config["method"]) if config else 1.0,
+        class_names=model.spec.class_names,
+        classes=model.spec.classes,
     )
     record.write(folder)
     check = check_of(model, folder, record, guidance_scale=scale)

@@ -52,7 +52,8 @@ def write_self_contained(model: TrainedModel, folder: FilePath, *, guidance_scal
     place.mkdir(parents=True, exist_ok=True)
     write_text_atomically(place / f"{module}.py", code)
     config = {"_class_name": "Model", "_diffusers_version": diffusers.__version__, "guidance_scale": guidance_scale}
-    write_json(place / "config.json", config)
+    told = {"class_names": list(model.spec.class_names), "classes": list(model.spec.classes)}
+    write_json(place / "config.json", config | {name: value for name, value in told.items() if value})
     write_tensors(place / WEIGHTS, _weights(model), {"format": "pt"})
     template = FilePath(__file__).with_name("pipeline.py").read_text(encoding="utf-8")
     write_text_atomically(folder / "pipeline.py", template)

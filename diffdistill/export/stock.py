@@ -11,7 +11,7 @@ from diffdistill.export.schedulers import StockSteps, stock_steps
 from diffdistill.export.self_contained import write_json
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, open_pipeline
-from diffdistill.models.teachers.pipeline import INDEX, read_json
+from diffdistill.models.teachers.pipeline import ID2LABEL, INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.settings.schema import UserError
 
@@ -56,6 +56,8 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     parts = {name: source.index[name] for name in (source.family.network, *names)}
     settings = {name: value for name, value in source.index.items() if not isinstance(value, list)}
     settings.pop("_name_or_path", None)
+    if model.spec.class_names and kind == "DiTPipeline":
+        settings[ID2LABEL] = {str(number): name for number, name in enumerate(model.spec.class_names)}
     scheduler = {"scheduler": ["diffusers", type(steps.scheduler).__name__]}
     write_json(folder / INDEX, {**settings, **missing, **parts, **scheduler, "_class_name": kind})
     return describe(source, steps, kind)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.data.classes import told_classes
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.export.lora_files import DIFFUSERS_FILE
 from diffdistill.export.record import ExportRecord, read_record
-from diffdistill.inference.draw import check_labels
+from diffdistill.inference.draw import check_labels, number_of
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
 from diffdistill.models.load import load_model
 from diffdistill.models.negative_prompts import with_negative_prompt
@@ -59,9 +60,12 @@ class CodeImageGenerator:
         self.pipeline: Any = loaded.to(asked.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.asked, model = asked, self.pipeline.model
-        labels = [int(label) if str(label).isdecimal() else label for label in asked.labels]
-        self.told: Sequence[Any] = asked.prompts or labels or range(model.num_classes)
-        self._check(place, model)
+        record = read_record(FilePath(place))
+        self.names = record.class_names if record else ()
+        classes = (record.classes if record else ()) or range(model.num_classes)
+        labels = [number_of(label, self.names) for label in asked.labels]
+        self.told: Sequence[Any] = asked.prompts or labels or classes
+        self._check(place, model, classes)
         self.argument = "prompt" if model.takes_text else "class_labels"
         try:
             self.num_evaluations = int(model.sampler_for(asked.num_steps).num_evaluations)
@@ -82,11 +86,16 @@ class CodeImageGenerator:
         ).images
         return made.float().cpu() * 2 - 1
 
-    def _check(self, place: str, model: Any) -> None:
+    @property
+    def told_classes(self) -> str:
+        """As of ModelImageGenerator."""
+        return told_classes(list(dict.fromkeys(self.told)), self.names) if self.names and not self.asked.prompts else ""
+
+    def _check(self, place: str, model: Any, known: Sequence[int]) -> None:
         if model.takes_text != bool(self.asked.prompts):
             raise UserError(f"--prompt: {place} {'needs one' if model.takes_text else 'takes none'}")
-        classes = () if model.takes_text else tuple(range(model.num_classes))
-        check_labels(self.told if self.asked.labels else (), classes, model.num_classes)
+        classes = () if model.takes_text else tuple(known)
+        check_labels(self.told if self.asked.labels else (), classes, model.num_classes, self.names)
 
 
 def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> TrainedModel:
@@ -100,7 +109,9 @@ def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> Trai
         found = load_model(base)
         if record.base is not None:
             found = _with_lora_file(found, FilePath(place))
-        found = replace(found, spec=replace(found.spec, sampler=record.sampler), source=FilePath(place))
+        names = record.class_names or found.spec.class_names
+        spec = replace(found.spec, sampler=record.sampler, class_names=names, classes=record.classes)
+        found = replace(found, spec=spec, source=FilePath(place))
     return with_negative_prompt(found, asked.negative_prompt, asked.negative_scale)
 
 

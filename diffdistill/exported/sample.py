@@ -8,7 +8,7 @@ from torch import Tensor
 from diffdistill.data.pictures import save_grid, save_panels
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.record import guidance_of, read_record
-from diffdistill.exported.image_generators import open_image_generator, timed_images
+from diffdistill.exported.image_generators import CodeImageGenerator, open_image_generator, timed_images
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
 from diffdistill.models.load import find_checkpoint, first_student
 from diffdistill.models.places import find_again
@@ -102,7 +102,7 @@ def teacher_of(place: str, *, now: str | None = None) -> tuple[str, float]:
 
 def _draw(name: str, imager: ImageGenerator, count: int, batch: int, guidance: Guidance | None) -> Sampled:
     images, seconds = timed_images(imager, count, batch)
-    classes = imager.told_classes if isinstance(imager, ModelImageGenerator) else ""
+    classes = imager.told_classes if isinstance(imager, ModelImageGenerator | CodeImageGenerator) else ""
     return Sampled(name, imager.num_evaluations, seconds, images, guidance, classes)
 
 

@@ -60,20 +60,26 @@ def sample_rows(model: TrainedModel, rng: StepRandom, labels: Tensor, *, guidanc
 def label_numbers(labels: Sequence[int | str], spec: ModelSpec) -> tuple[int, ...]:
     """Classes by number; text is a number in digits, or else a class's name. Raises UserError as `check_labels`."""
     classes = spec.classes or tuple(range(spec.num_classes))
-    found = tuple(_number_of(label, spec.class_names) for label in labels)
+    found = tuple(number_of(label, spec.class_names) for label in labels)
     check_labels(found, classes, spec.num_classes, spec.class_names)
     return tuple(int(label) for label in found)
 
 
-def _number_of(label: int | str, names: Sequence[str]) -> int | str:
+def number_of(label: int | str, names: Sequence[str]) -> int | str:
     """A class's number, or the text that is none's name."""
     if not isinstance(label, str):
         return int(label)  # NumPy's integers, too
     if re.fullmatch(r"-?[0-9]{1,9}", label):
         return int(label)
     alike = [number for number, name in enumerate(names) if composed(name) == composed(label)]
-    exact = [number for number in alike if names[number] == label] or alike
+    exact = [number for number in alike if names[number] == label] or alike or _synonyms(label, names)
     return exact[0] if len(exact) == 1 else label
+
+
+def _synonyms(label: str, names: Sequence[str]) -> list[int]:
+    """The classes one of whose names it is, where they have several: "tench, Tinca tinca"."""
+    several = [[part.strip() for part in composed(name).split(",")] for name in names]
+    return [number for number, parts in enumerate(several) if len(parts) > 1 and composed(label) in parts]
 
 
 def check_labels(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.data.classes import same_names
+from diffdistill.data.classes import same_names, told_classes
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
 from diffdistill.models.given import describe_given, is_given, load_given
@@ -199,7 +199,8 @@ def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> Train
         raise UserError(f"{folder / ROUTER}: the router names student {min(unknown)}, of {len(models)} students")
     denoiser = RoutedDenoiser([model.denoiser for model in models], students.router)
     freeze(denoiser)
-    return TrainedModel(denoiser, replace(models[0].spec, classes=()), folder)
+    names = next((model.spec.class_names for model in models if model.spec.class_names), ())
+    return TrainedModel(denoiser, replace(models[0].spec, classes=(), class_names=names), folder)
 
 
 def _load_student(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
@@ -214,20 +215,28 @@ def _check_alike(models: Sequence[TrainedModel]) -> None:
     first, *others = models
     for other in others:
         is_alike = replace(other.spec, classes=(), class_names=()) == replace(first.spec, classes=(), class_names=())
-        if not is_alike or not same_names(other.spec.class_names, first.spec.class_names):
+        if not is_alike:
             raise UserError(f"{other.source}: another network, image shape or sampler than {first.source}")
+        if not same_names(other.spec.class_names, first.spec.class_names):
+            told = " and ".join(
+                told_classes(range(len(m.class_names)), m.class_names) for m in (first.spec, other.spec)
+            )
+            raise UserError(f"{other.source}: numbers its classes in another way than {first.source}: {told}")
 
 
 def _class_router(models: Sequence[TrainedModel]) -> ClassRouter:
     owner: dict[int, int] = {}
+    names = next((model.spec.class_names for model in models if model.spec.class_names), ())
     for number, model in enumerate(models):
         for label in model.spec.classes or range(model.spec.num_classes):
             if label in owner:
-                raise UserError(f"class {label} is of {models[owner[label]].source} and of {model.source}; give one")
+                told = told_classes([label], names)
+                raise UserError(f"class {told} is of {models[owner[label]].source} and of {model.source}; give one")
             owner[label] = number
     missing = sorted(set(range(models[0].spec.num_classes)) - owner.keys())
     if missing or not owner:
-        raise UserError(f"no student knows the classes {missing}" if owner else "these models know no classes")
+        told = told_classes(missing, names)
+        raise UserError(f"no student knows the classes {told}" if owner else "these models know no classes")
     return ClassRouter(table=tuple(owner[label] for label in sorted(owner)))
 
 

@@ -61,7 +61,7 @@ def _knowing_no_class(pipeline: Pipeline, num_classes: int) -> Denoiser:
     """The pipeline's denoiser; if it has one class more than the protocol, that one is "no class": a network that was
     trained here has one embedding more."""
     denoiser = pipeline.load_denoiser()
-    if 0 < num_classes == denoiser.num_classes - 1:
+    if 0 < num_classes == denoiser.num_classes - 1 and not pipeline.spec.class_names:
         assert isinstance(denoiser.net, DiffusersNetwork)
         return denoiser.with_net(pipeline.family.wrap(denoiser.net.model, num_classes, class_dropout=0.1))
     return denoiser

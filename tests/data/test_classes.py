@@ -149,3 +149,12 @@ def test_of_classes_of_one_name_each_is_the_one_in_its_place() -> None:
     assert numbers_among(("crane", "newt"), known) == (0, 1)
     with pytest.raises(UserError, match="knows several classes of the name crane; rename them"):
         numbers_among(("newt", "crane"), known)
+
+
+def test_imagenets_folders_are_in_the_order_of_its_classes() -> None:
+    folders = tuple(f"n{number:08d}" for number in range(1000))
+    words = tuple(f"thing {number}" for number in range(1000))
+    assert numbers_among(folders, words) == numbers_among(words, folders) == tuple(range(1000))
+    assert numbers_among(folders[::-1], folders) == tuple(range(999, -1, -1))
+    with pytest.raises(UserError, match="knows no class n00000000"):
+        numbers_among(folders[:10], words)

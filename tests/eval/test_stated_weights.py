@@ -360,6 +360,9 @@ class Few:
     def rows(self, index: Tensor) -> Tensor:
         return torch.arange(6 * 12, dtype=torch.uint8).view(6, 3, 2, 2)[index]
 
+    def class_names(self, count: int | None = None) -> tuple[str, ...]:
+        return ()
+
 
 def reference_of(features: OpenClip, file: Path, *, is_of_before: bool) -> Any:
     made = compute_reference(Few(), replace(pixels(), **about(features)), Preparation())

@@ -27,6 +27,7 @@ from diffdistill.settings.schema import UserError
 from diffdistill.storage.finite import find_dead, name_some
 
 INDEX = "model_index.json"
+ID2LABEL = "id2label"  # in the index: where DiTPipeline keeps the names of its classes
 LIBRARIES = ("diffusers", "transformers")
 WEIGHTS = ("diffusion_pytorch_model", "model")
 
@@ -95,10 +96,12 @@ class Pipeline:
             raise UserError(f"{file}: {error}") from None
         network = DiffusersConfig(family=self.family.name, options=self.options)
         rule = self.family.guidance_rule(self.index)
+        num_classes = self.family.num_classes(self.options)
         return ModelSpec(
             model=ModelConfig(network=network, path=path, predicts=predicts, guidance_rule=rule),
             image_shape=self.family.image_shape(self.options),
-            num_classes=self.family.num_classes(self.options),
+            num_classes=num_classes,
+            class_names=_names_in(self.index.get(ID2LABEL), num_classes),
             class_dropout=self.family.class_dropout,
             sampler=self.family.sampler,
             pipeline=self.place,
@@ -233,6 +236,14 @@ def read_json(file: FilePath) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: must be a JSON object")
     return found
+
+
+def _names_in(table: object, num_classes: int) -> tuple[str, ...]:
+    """The classes' names of an `id2label`, {"0": name, ...}, by number; () where it does not name each of them."""
+    if not num_classes or not isinstance(table, dict) or len(table) != num_classes:
+        return ()
+    names = tuple(table.get(str(number)) for number in range(num_classes))
+    return names if all(isinstance(name, str) for name in names) else ()  # type: ignore[return-value]
 
 
 def _check_part(pipeline: Pipeline, part: str, classes: tuple[str, ...]) -> None:
