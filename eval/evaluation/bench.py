@@ -81,8 +81,8 @@ def _labels_of(protocol: Protocol, names: Sequence[str]) -> Labels:
     if not labels.names:
         if labels.policy == "class_major" and protocol.num_images % len(names):
             raise UserError(
-                f"protocol {protocol.name}: its reference is of {len(names)} classes, {listed(names, most=NUM_SHOWN)}, of "
-                f"which num_images = {protocol.num_images} is no multiple"
+                f"protocol {protocol.name}: its reference is of {len(names)} classes, "
+                f"{listed(names, most=NUM_SHOWN)}, of which num_images = {protocol.num_images} is no multiple"
             )
         return replace(labels, num_classes=len(names), names=tuple(names))
     if set(map(composed, labels.names)) != set(map(composed, names)):
