@@ -22,7 +22,8 @@ from one_thread import train_alone
 from PIL import Image
 
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.eval.evaluation.command import EvalOptions, run_eval
+from diffdistill.eval.evaluation.command import run_eval
+from diffdistill.eval.evaluation.setup import EvalOptions
 from diffdistill.eval.images.places import seconds_until
 from diffdistill.eval.metrics.endpoints import endpoint_error
 from diffdistill.eval.records.record import Cost, Record, append_record, read_records

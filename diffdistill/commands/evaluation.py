@@ -32,6 +32,10 @@ GuidancePolicy = Annotated[
 def evaluate(
     places: Judged,
     protocol: ProtocolName = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A teacher, or any model: the distance to it, and its floor; or images to compare with."),
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(help="Ranges of image seeds; default: the protocol's.", min=1, max=MAX_SAMPLING_STEPS)
     ] = None,
@@ -53,7 +57,7 @@ def evaluate(
     trust_code: TrustCode = False,
     out: Annotated[str | None, typer.Option(help="Also write the table's rows to this JSON file.")] = None,
     replicates: Annotated[int, typer.Option(help="Of compare's bootstrap.", min=2, max=MAX_LEVELS)] = 200,
-    confidence: Annotated[float, typer.Option(help="Of compare's intervals.", min=0, max=1)] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Of compare's intervals, and of --against's.", min=0, max=1)] = 0.95,
 ) -> None:
     """Measure models or images by a protocol; or compare two on the same noise, with intervals.
 
@@ -61,13 +65,17 @@ def evaluate(
 
     Example: diffdistill eval runs/demo/teacher runs/demo/student --out table.json
 
+    Example: diffdistill eval runs/demo/student --against runs/demo/teacher
+
     Example: diffdistill eval compare runs/demo/teacher runs/demo/student --replicates 50
     """
-    from diffdistill.eval.evaluation.command import EvalOptions, run_compare, run_eval
+    from diffdistill.eval.evaluation.command import run_compare, run_eval
+    from diffdistill.eval.evaluation.setup import EvalOptions
     from diffdistill.settings.schema import UserError
 
     options = EvalOptions(
         protocol=protocol,
+        against=against,
         repeats=repeats,
         seed=seed,
         guidance=guidance,
@@ -86,10 +94,13 @@ def evaluate(
         efficiency=efficiency,
         trusts_code=trust_code,
         out=out,
+        confidence=confidence,
     )
     if places[0] != "compare":
         run_eval(places, options, console)
         return
+    if against:
+        raise UserError("--against: goes with eval, not with eval compare")
     if len(places) != 3:
         raise UserError(f"eval compare: takes two places, not {len(places) - 1}")
     run_compare((places[1], places[2]), options, console, num_replicates=replicates, confidence=confidence)

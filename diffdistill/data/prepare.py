@@ -106,6 +106,18 @@ class Report:
         return first + (f" and {more:,} more" if more > 0 else "")
 
 
+def is_prepared(folder: FilePath) -> bool:
+    """Whether a folder is one of the cache's prepared sets."""
+    return (folder / kept.META).is_file() and (folder / kept.IMAGES).is_file()
+
+
+def open_prepared(folder: FilePath) -> MappedImages:
+    """A prepared set by its folder. Raises UserError if it is damaged."""
+    if not kept.is_whole(folder):
+        raise UserError(f"{folder}: a prepared set that is damaged; prepare it again")
+    return _open(folder)
+
+
 def _open(folder: FilePath) -> MappedImages:
     meta = read_json(folder / kept.META)
     for line in meta["warnings"]:

@@ -10,30 +10,20 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from diffdistill.data.cache import cache_folder
 from diffdistill.data.pictures import save_grid, save_picture
-from diffdistill.diffusion.guidance.policies import parse_guidance
-from diffdistill.eval.evaluation.bench import make_bench
+from diffdistill.eval.evaluation.against import Opponent
 from diffdistill.eval.evaluation.efficiency import measure_efficiency
-from diffdistill.eval.evaluation.extract import Bench, Source, StoredFeatures, specifications
-from diffdistill.eval.evaluation.real import parse_weights
+from diffdistill.eval.evaluation.extract import Bench, Source, StoredFeatures
+from diffdistill.eval.evaluation.opponents import prepare_against
 from diffdistill.eval.evaluation.run import Evaluation, evaluate, own_images, progress_bar
-from diffdistill.eval.evaluation.table import rows_of, show_differences, show_evaluations
-from diffdistill.eval.evaluation.workers import find_workers
+from diffdistill.eval.evaluation.setup import EvalOptions, open_place, set_up
+from diffdistill.eval.evaluation.table import rows_of, show_against, show_differences, show_evaluations
 from diffdistill.eval.features.resize import signed
-from diffdistill.eval.features.store import BLOCK
-from diffdistill.eval.images.diffusers_folder import is_diffusers, open_diffusers
-from diffdistill.eval.images.files import in_number_order, open_images
 from diffdistill.eval.images.generate import SampledImages
-from diffdistill.eval.images.judged_files import FileImages
-from diffdistill.eval.images.places import SamplingOptions, is_run, open_run, parse_sampler
 from diffdistill.eval.images.preparation import picture, prepare, quantise
 from diffdistill.eval.metrics.compare import Difference, paired_differences
-from diffdistill.eval.protocols.captions import read_captions
-from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_protocol
 from diffdistill.eval.protocols.protocol import Preparation, Protocol
-from diffdistill.eval.records.record import Efficiency, Record, append_record
-from diffdistill.models.load import load_model
+from diffdistill.eval.records.record import Against, Efficiency, Record, append_record
 from diffdistill.settings.links import open_plain, refuse_link, refuse_links
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
@@ -41,42 +31,6 @@ from diffdistill.storage.atomic import write_text_atomically
 
 GRID = 100
 """Images of a grid, spread evenly over the first repeat: the same noise and labels for every model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """What the command line may say.
-
-    protocol: a name or a YAML file; None takes digits-pixels for what makes digits.  repeats, seed: another number of
-    repeats, and the first range of image seeds; either is another protocol.  weights, references: LABEL=FILE.
-    features: a folder where features are kept; None keeps them until the record is there.  records: a JSONL file.
-    out: the table's rows as JSON.  trusts_code: whether features that are a program may run.
-    """
-
-    protocol: str | None = None
-    repeats: int | None = None
-    seed: int = 0
-    guidance: str = "1"
-    sampler: str | None = None
-    ema: str | None = None
-    names: Sequence[str] = ()
-    batch_size: int = BLOCK
-    device: str = "auto"
-    weights: Sequence[str] = ()
-    references: Sequence[str] = ()
-    captions: str | None = None
-    features: str | None = None
-    records: str | None = None
-    out: str | None = None
-    grid: bool = False
-    save_images: str | None = None
-    efficiency: bool = False
-    trusts_code: bool = False
-
-    @property
-    def root(self) -> FilePath:
-        """Where features lie."""
-        return FilePath(self.features) if self.features else cache_folder(None) / "features"
 
 
 def run_eval(places: Sequence[str], options: EvalOptions, console: Console) -> list[Record]:
@@ -88,7 +42,11 @@ def run_eval(places: Sequence[str], options: EvalOptions, console: Console) -> l
         raise UserError(f"--name: {len(options.names)} names for {len(places)} places; give one for each")
     if options.grid and not options.records:
         raise UserError("--grid: lies beside the records; give --records as well")
-    bench = set_up(places, options)
+    if options.against:
+        _check_writable(options)
+    opponent, bench, told = prepare_against(places, options) if options.against else (None, set_up(places, options), "")
+    if told and bench.workers.is_main:
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     sources = [open_place(place, bench, options) for place in places]
     files = [source.model.source for source in sources if not isinstance(source, SampledImages)]
     if options.efficiency and files:
@@ -97,17 +55,27 @@ def run_eval(places: Sequence[str], options: EvalOptions, console: Console) -> l
     done = []
     for number, source in enumerate(sources):
         name = options.names[number] if options.names else places[number]
+        student = opponent.student(source) if opponent else source
+        against = _measure(opponent, student, options) if opponent else None
         found = _judge(source, bench, name, options)
         if found is None:
             continue
+        if opponent and not options.features:
+            opponent.forget(student)
+        found = replace(found, record=replace(found.record, against=against))
         done.append(found)
         if options.records:
             append_record(options.records, found.record)
     if done:
         show_evaluations(done, console)
+        show_against([one.record for one in done], console)
         if options.out:
             _write(FilePath(options.out), json.dumps(rows_of(done), indent=1) + "\n")
     return [one.record for one in done]
+
+
+def _measure(opponent: Opponent, student: Source, options: EvalOptions) -> Against | None:
+    return opponent.measure(student, num_replicates=options.replicates, confidence=options.confidence)
 
 
 def run_compare(
@@ -137,64 +105,6 @@ def run_compare(
     )
     show_differences(found, places, bench.protocol, console, confidence=confidence)
     return found
-
-
-def set_up(places: Sequence[str], options: EvalOptions) -> Bench:
-    """The protocol with its extractors and references, whose hashes it then carries. Raises UserError."""
-    if not 1 <= options.batch_size <= BLOCK:
-        raise UserError(f"--batch {options.batch_size}: must be 1 .. {BLOCK}, the images of a block")
-    protocol = _protocol(places, options)
-    workers, labels = find_workers(options.device), list(specifications(protocol))
-    weights = parse_weights(options.weights, labels)
-    references = parse_weights(options.references, labels, setting="--reference")
-    protocol, captions = read_captions(protocol, options.captions)
-    return make_bench(
-        protocol,
-        workers,
-        batch_size=options.batch_size,
-        weights=weights,
-        references=references,
-        captions=captions,
-        trusts_code=options.trusts_code,
-    )
-
-
-def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
-    """A run, a checkpoint, a diffusers folder, a folder or zip of images, or a .npz. Raises UserError."""
-    path, protocol = FilePath(place).expanduser(), bench.protocol
-    if is_run(path) or is_diffusers(path):
-        sampler = parse_sampler(options.sampler) if options.sampler else None
-        sampling = SamplingOptions(
-            guidance=parse_guidance(options.guidance),
-            sampler=sampler,
-            ema=options.ema,
-            captions=bench.captions,
-            class_names=bench.class_names,
-        )
-        opener = open_run if is_run(path) else open_diffusers
-        return opener(path, protocol, sampling, bench.workers.device)
-    channels = protocol.image_shape[0] if protocol.image_shape else 3
-    if not path.exists():
-        raise UserError(f"{place}: no such folder or file; give a run's folder, one of its checkpoints, or images")
-    images = open_images(path, protocol.preparation, channels=channels)
-    return FileImages(in_number_order(images) if bench.captions else images, protocol)
-
-
-def _protocol(places: Sequence[str], options: EvalOptions) -> Protocol:
-    protocol = find_protocol(options.protocol) if options.protocol else _default_protocol(places[0])
-    if options.repeats:
-        protocol = replace(protocol, repeats=options.repeats)
-    return replace(protocol, first_seed=protocol.first_seed + options.seed * protocol.num_images)
-
-
-def _default_protocol(place: str) -> Protocol:
-    """digits-pixels for a model of digits; for anything else the user has to choose."""
-    path = FilePath(place).expanduser()
-    if is_run(path) or not (path.exists() or is_diffusers(path)):
-        spec = load_model(path).spec
-        if spec.image_shape == DIGITS_PIXELS.image_shape and spec.num_classes == DIGITS_PIXELS.labels.num_classes:
-            return DIGITS_PIXELS
-    raise UserError(f"{place}: name a --protocol (choices: {', '.join(PROTOCOLS)}, or a YAML file)")
 
 
 def _judge(source: Source, bench: Bench, name: str, options: EvalOptions) -> Evaluation | None:

@@ -7,8 +7,12 @@ from pathlib import Path as FilePath
 from torch import Tensor
 
 from diffdistill.data import AnyData, Digits
+<<<<<<< HEAD
 from diffdistill.data.classes import NUM_SHOWN
 from diffdistill.data.collection import listed
+=======
+from diffdistill.data.prepare import is_prepared, open_prepared
+>>>>>>> 00335d2 (eval --against measures the distance to a model, or makes a protocol of images)
 from diffdistill.eval.evaluation.extract import specifications
 from diffdistill.eval.evaluation.reference import (
     RealFeatures,
@@ -23,7 +27,7 @@ from diffdistill.eval.evaluation.workers import exact_matmul, find_workers
 from diffdistill.eval.features.extractors import Extractor, load_extractor
 from diffdistill.eval.images.files import DataImages, Images, open_images
 from diffdistill.eval.protocols.packaged import find_protocol
-from diffdistill.eval.protocols.protocol import Protocol, Reference
+from diffdistill.eval.protocols.protocol import Preparation, Protocol, Reference
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.terminal import Console
 from diffdistill.settings.values import parse_yaml, validate
@@ -129,15 +133,21 @@ def make_reference(
 
 
 def open_real_images(place: str, protocol: Protocol) -> Images:
-    """Real images as the protocol prepares them: a folder, a zip, a .npz, or a data set as YAML.
+    """Real images as the protocol prepares them. See `open_pictures`. Raises UserError."""
+    return open_pictures(place, protocol.preparation, channels=protocol.image_shape[0] if protocol.image_shape else 3)
+
+
+def open_pictures(place: str, preparation: Preparation, *, channels: int) -> Images:
+    """Real images: a folder, a zip, a .npz, a prepared set's folder, or a data set as YAML.
 
     place: a path, or as in "{name: cifar10, root: data}".  Raises UserError.
     """
-    channels = protocol.image_shape[0] if protocol.image_shape else 3
     if place.lstrip().startswith("{"):
         holder = validate(_DataHolder, {"data": parse_yaml(place, origin=place)}, origin=place)
-        return DataImages(place, holder.data.load(), protocol.preparation)
-    return open_images(place, protocol.preparation, channels=channels, is_judged=False)
+        return DataImages(place, holder.data.load(), preparation)
+    if is_prepared(FilePath(place).expanduser()):
+        return DataImages(place, open_prepared(FilePath(place).expanduser()), preparation)
+    return open_images(place, preparation, channels=channels, is_judged=False)
 
 
 def parse_weights(options: Sequence[str], labels: Sequence[str], *, setting: str = "--weights") -> dict[str, str]:

@@ -22,8 +22,19 @@ def rows_of(evaluations: Sequence[Evaluation]) -> list[dict[str, str | int | flo
         values = {name.replace("-", "_"): record.headline(name) for name in record.metrics}
         evaluations_each = sampler.num_evaluations if sampler else None
         row: dict[str, str | int | float | None] = {"name": record.name, "num_evaluations": evaluations_each}
-        rows.append(row | values | {"ms_per_image": done.ms_per_image})
+        rows.append(row | values | _against_fields(record) | {"ms_per_image": done.ms_per_image})
     return rows
+
+
+def _against_fields(record: Record) -> dict[str, str | int | float | None]:
+    """The distance to a teacher and its floor, by metric."""
+    if record.against is None:
+        return {}
+    found: dict[str, str | int | float | None] = {"against": record.against.place}
+    for name, one in record.against.metrics.items():
+        key = name.replace("-", "_")
+        found |= {f"against_{key}": one.student.value, f"against_{key}_floor": one.floor.value}
+    return found
 
 
 def show_evaluations(evaluations: Sequence[Evaluation], console: Console) -> None:
@@ -38,6 +49,31 @@ def show_evaluations(evaluations: Sequence[Evaluation], console: Console) -> Non
     console.print(table if wide <= console.width else _table(title, zip(*rows, strict=True)))
     for note in dict.fromkeys(done.record.notes for done in evaluations if done.record.notes):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_against(records: Sequence[Record], console: Console) -> None:
+    """How far each model is from the one that it was measured against; nothing where none was."""
+    asked = [(record, record.against) for record in records if record.against]
+    if not asked:
+        return
+    first = asked[0][1]
+    heads = ["name", "distance", "to it", "its own floor", "above the floor", f"{first.confidence:.0%} interval"]
+    rows = [heads]
+    for record, against in asked:
+        for metric, one in against.metrics.items():
+            values = (number(metric, measured.value) for measured in (one.student, one.floor, one.excess))
+            interval = f"{number(metric, one.excess.low)} .. {number(metric, one.excess.high)}"
+            rows.append([record.name, metric_label(metric), *values, interval])
+    console.print(_table(f"against {first.place}: {first.num_images:,} images each, on independent noise", rows))
+    for record, against in asked:
+        ends = against.end_points
+        if ends:
+            same = ends.same_noise
+            told = (
+                f"{record.name}: on the same noise its pixels differ by {same.value:.3f} ({same.low:.3f} .. "
+                f"{same.high:.3f}) of {ends.unrelated:.3f} between unrelated images, RMS over {ends.count:,} pairs"
+            )
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_differences(

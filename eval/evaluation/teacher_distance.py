@@ -107,7 +107,8 @@ class TeacherSamples:
 
     def end_points(self, made: Tensor) -> EndPoints:
         """How far a student's images are from the teacher's of the same noise."""
-        return end_points(made.flatten(1), self.same_noise.flatten(1), self.independent.flatten(1))
+        classes = self.protocol.labels.num_classes
+        return end_points(made.flatten(1), self.same_noise.flatten(1), num_conditions=max(classes, 1))
 
     def _features(self, images: Tensor) -> Tensor:
         return torch.cat([self.extractor(part).features.cpu() for part in images.split(BATCH)])

@@ -11,6 +11,7 @@ from diffdistill.eval.images.places import SamplingOptions, count_parameters, li
 from diffdistill.eval.protocols.protocol import Protocol
 from diffdistill.eval.records.hashes import hash_weights
 from diffdistill.eval.records.record import ModelRecord
+from diffdistill.export.record import read_record
 from diffdistill.models.teachers import Pipeline, is_pipeline, open_pipeline
 from diffdistill.models.teachers.pipeline import INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
@@ -28,11 +29,12 @@ def is_diffusers(place: FilePath) -> bool:
 def open_diffusers(
     place: FilePath, protocol: Protocol, options: SamplingOptions, device: torch.device
 ) -> SampledImages:
-    """The images of a diffusers pipeline, behind its VAE and from captions where it has them; by 50 steps of DDIM if no
-    sampler is named.
+    """The images of a diffusers pipeline, behind its VAE and from captions where it has them; if no sampler is named by
+    that of the record of a folder that was exported here, or by 50 steps of DDIM.
 
     Raises UserError for anything else.
     """
+    record = read_record(place)
     if place.exists() and not (place / INDEX).exists():
         raise UserError(f"{place}: a network without its scheduler; give the pipeline's folder, with {INDEX}")
     pipeline = open_pipeline(place)
@@ -40,7 +42,7 @@ def open_diffusers(
     around = open_around(pipeline.spec, denoiser, options.captions, device, origin=str(place))
     return SampledImages(
         denoiser=denoiser,
-        sampler=options.sampler or pipeline.family.sampler,
+        sampler=options.sampler or (record.sampler if record else pipeline.family.sampler),
         protocol=protocol,
         image_shape=pipeline.spec.image_shape,
         around=around,

@@ -13,7 +13,6 @@ spread is then rather too large.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist, stdev
 
 import torch
@@ -23,29 +22,30 @@ from diffdistill.eval.metrics.halves import Half, InMemory
 from diffdistill.eval.metrics.scoring import score
 from diffdistill.eval.metrics.settings import AnyMetric
 from diffdistill.eval.metrics.sides import JudgedFeatures
-from diffdistill.settings.schema import UserError
+from diffdistill.settings.numbers import Number
+from diffdistill.settings.schema import NonNegative, PositiveInt, UserError, schema
 
 Sides = Mapping[str, JudgedFeatures]
 
 
-@dataclass(frozen=True)
+@schema
 class Measured:
     """A number and the interval in which it lies with the stated confidence."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
 
     @staticmethod
     def around(value: float, deviation: float, confidence: float) -> "Measured":
         """A normal interval."""
         reach = NormalDist().inv_cdf((1 + confidence) / 2) * deviation
-        return Measured(value, value - reach, value + reach)
+        return Measured(value=value, low=value - reach, high=value + reach)
 
 
-@dataclass(frozen=True)
+@schema
 class AboveFloor:
-    """One metric. student: against the teacher's independent set.  floor: the same of the teacher's samples on the
+    """One metric.  student: against the teacher's independent set.  floor: the same of the teacher's samples on the
     student's noise.  excess: student less floor."""
 
     student: Measured
@@ -94,28 +94,35 @@ def distances_above_floor(
         spread = stdev(of_student * both[0][name] + of_floor * both[1][name] for both in replicates)
         return Measured.around(of_student * whole[0][name] + of_floor * whole[1][name], spread, confidence)
 
-    return {name: AboveFloor(measured(name, 1, 0), measured(name, 0, 1), measured(name, 1, -1)) for name in whole[0]}
+    return {
+        name: AboveFloor(student=measured(name, 1, 0), floor=measured(name, 0, 1), excess=measured(name, 1, -1))
+        for name in whole[0]
+    }
 
 
-@dataclass(frozen=True)
+@schema
 class EndPoints:
     """The root mean square difference of pixels, in units of [-1, 1], between two sets of images.  same_noise: image
-    for image on the same noise and condition.  unrelated: the teacher's own images on other noise, at the same
-    condition, for scale.  count: pairs."""
+    for image on the same noise and condition.  unrelated: the teacher's own images of different noise, for scale.
+    count: pairs."""
 
     same_noise: Measured
-    unrelated: float
-    count: int
+    unrelated: NonNegative
+    count: PositiveInt
 
 
-def end_points(student: Tensor, same_noise: Tensor, independent: Tensor, *, confidence: float = 0.95) -> EndPoints:
-    """All [N, d], in one order of conditions.  The interval is the normal one of the mean square, over images."""
+def end_points(student: Tensor, same_noise: Tensor, *, num_conditions: int = 1, confidence: float = 0.95) -> EndPoints:
+    """student, same_noise: [N, d].  num_conditions: images so many apart have the same condition.
+
+    The interval is the normal one of the mean square, over images.
+    """
     _check(2, confidence)
     squares = (student.double() - same_noise.double()).square().mean(1)
-    unrelated = (independent.double() - same_noise.double()).square().mean().sqrt()
+    unrelated = (same_noise.roll(num_conditions, 0).double() - same_noise.double()).square().mean().sqrt()
     mean = Measured.around(float(squares.mean()), float(squares.std()) / math.sqrt(len(squares)), confidence)
-    root = Measured(*(math.sqrt(max(value, 0.0)) for value in (mean.value, mean.low, mean.high)))
-    return EndPoints(root, float(unrelated), len(squares))
+    value, low, high = (math.sqrt(max(square, 0.0)) for square in (mean.value, mean.low, mean.high))
+    root = Measured(value=value, low=low, high=high)
+    return EndPoints(same_noise=root, unrelated=float(unrelated), count=len(squares))
 
 
 def _check(num_replicates: int, confidence: float) -> None:

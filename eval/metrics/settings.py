@@ -25,10 +25,12 @@ CMMD_CLIP = ("clip-vit-l-14-336", "openai")
 
 
 class Metric(ABC):
-    """facts: of every name that its values can have.  needs: of the judged images, beside their features."""
+    """facts: of every name that its values can have.  needs: of the judged images, beside their features.
+    compares: whether it compares them with others."""
 
     facts: ClassVar[tuple[Fact, ...]]
     needs: ClassVar[frozenset[Literal["logits", "texts"]]] = frozenset()
+    compares: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -155,6 +157,7 @@ class InceptionScore(Metric):
     """
 
     facts = (Fact("is", "higher", "IS"),)
+    compares = False
     needs = frozenset({"logits"})
 
     name: Literal["inception_score"] = "inception_score"
@@ -200,6 +203,7 @@ class ClipScore(Metric):
     clamp: cosines below zero count as zero (torchmetrics) or as they are (GigaGAN, DMD2)."""
 
     facts = (Fact("clip-score", "higher", "CLIP score"),)
+    compares = False
     needs = frozenset({"texts"})
 
     name: Literal["clip_score"] = "clip_score"
@@ -225,6 +229,7 @@ class Diversity(Metric):
     """Mean distance between features of images of the same condition.  max_pairs: of one condition, drawn by `seed`."""
 
     facts = (Fact("diversity", "higher", "diversity"),)
+    compares = False
 
     name: Literal["diversity"] = "diversity"
     features: AnyFeatures

@@ -30,16 +30,28 @@ def read_captions(
         return protocol, None
     if file is None:
         raise UserError(f"protocol {protocol.name}: give its captions: {setting} FILE ({protocol.captions.name})")
-    try:
-        content = read_bytes(FilePath(file).expanduser(), limit=MAX_TABLE_BYTES)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    content = _content(file)
     lines = read_text(content, origin=file).splitlines()
     if content.startswith(codecs.BOM_UTF8):
         raise UserError(f"{file}: begins with a byte order mark, which is no part of caption 1; write it without one")
     _check(protocol.captions, file, content, lines)
     known = replace(protocol.captions, sha256=hashlib.sha256(content).hexdigest())
     return replace(protocol, captions=known), lines
+
+
+def captions_of(file: str) -> Captions:
+    """What a protocol says of a file of captions. Raises UserError if it cannot be read, or is empty."""
+    count = len(read_text(_content(file), origin=file).splitlines())
+    if not count:
+        raise UserError(f"{file}: holds no captions")
+    return Captions(name=FilePath(file).name, count=count)
+
+
+def _content(file: str) -> bytes:
+    try:
+        return read_bytes(FilePath(file).expanduser(), limit=MAX_TABLE_BYTES)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _check(wanted: Captions, file: str, content: bytes, lines: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, JsonValue
 
+from diffdistill.eval.metrics.against import AboveFloor, EndPoints
 from diffdistill.eval.metrics.settings import better
 from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_REPEATS, MAX_SAMPLING_STEPS, MAX_TABLE_BYTES
 from diffdistill.settings.links import open_plain
@@ -134,6 +135,29 @@ class Images:
 
 
 @schema
+class Against:
+    """The distance to a teacher, or to any other model.
+
+    place, sha256: of the model, its weights.  sampler: of it.  protocol: every field of how both were judged.
+    seeds: [first, end) of the student's images; floor and end points have the model's of the same.  independent_seeds:
+    of those of the model that both are compared with.  metrics: by name.  end_points: None where the student is files.
+    confidence: of every interval; replicates: the halves that those of `metrics` come from.
+    """
+
+    place: str
+    sha256: Sha256 | None = None
+    sampler: SamplerRecord | None = None
+    protocol: dict[str, JsonValue]
+    num_images: PositiveInt
+    seeds: tuple[Seed, Seed]
+    independent_seeds: tuple[Seed, Seed]
+    metrics: Annotated[dict[MetricName, AboveFloor], Field(min_length=1)]
+    end_points: EndPoints | None = None
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    replicates: PositiveInt
+
+
+@schema
 class Environment:
     """Where and how it was measured.  date: ISO 8601, UTC.  commit: of this package's source, if it is a checkout."""
 
@@ -163,6 +187,7 @@ class Record:
     """One line: `measured` here, or `reported` by someone else.
 
     protocol: every field of the protocol, with its name; of a reported one, what is known.  metrics: by name.
+    against: how far the model is from its teacher, where that was asked.
     Raises ValidationError if a measured record lacks its environment, or a reported one its source.
     """
 
@@ -178,6 +203,7 @@ class Record:
     cost: Cost | None = None
     efficiency: Efficiency | None = None
     images: Images | None = None
+    against: Against | None = None
     environment: Environment | None = None
     source: Source | None = None
     notes: Sentence = ""

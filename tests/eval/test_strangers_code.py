@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
-from diffdistill.eval.evaluation.command import EvalOptions, run_eval
+from diffdistill.eval.evaluation.command import run_eval
 from diffdistill.eval.evaluation.real import write_references
+from diffdistill.eval.evaluation.setup import EvalOptions
 from diffdistill.eval.features.extractors import Inception, OpenClip, Timm, TorchScript, load_extractor
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.eval.protocols.protocol import Protocol

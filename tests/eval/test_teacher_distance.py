@@ -79,15 +79,20 @@ def test_sets_that_are_no_equals_are_refused(counts: tuple[int, int, int], said:
 
 
 def test_end_points_are_the_root_mean_square_with_the_interval_of_the_mean_square() -> None:
-    same, other = normal("same", d=64), normal("other", d=64)
+    same = normal("same", d=64)
     shift = torch.linspace(0, 1, COUNT)[:, None]
-    one = end_points(same + shift, same, other)
+    one = end_points(same + shift, same)
     squares = shift.square().double()
     reach = 1.96 * float(squares.std()) / math.sqrt(COUNT)
     assert one.same_noise.value == pytest.approx(float(squares.mean().sqrt()), rel=1e-6)
     assert one.same_noise.high == pytest.approx(math.sqrt(float(squares.mean()) + reach), rel=1e-4)
     assert one.unrelated == pytest.approx(math.sqrt(2), rel=0.02)
     assert one.count == COUNT
+
+
+def test_unrelated_images_are_of_one_condition() -> None:
+    same = (torch.arange(12) % 3).float()[:, None] + 0.01 * normal("same", 12, d=1)
+    assert end_points(same, same, num_conditions=3).unrelated < 0.05 < end_points(same, same).unrelated
 
 
 def tiny_teacher(seed: int, num_classes: int = 3) -> TrainedModel:

@@ -23,7 +23,7 @@ from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Problem
 from diffdistill.distillation.partition import AnyPartition, KMeans, LabelRanges, Quadrants, class_means, equal_kmeans
-from diffdistill.eval.evaluation.command import EvalOptions, set_up
+from diffdistill.eval.evaluation.setup import EvalOptions, set_up
 from diffdistill.inference.draw import sample_images
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD

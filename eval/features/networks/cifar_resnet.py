@@ -54,11 +54,16 @@ class ResNet(nn.Module):
         return features, self.linear(features)
 
 
-def load(features: CifarResNet, weights: FilePath | None, device: torch.device) -> Extractor:
-    """Raises UserError if the weights are missing or others."""
+def weights_file(features: CifarResNet) -> WeightsFile:
+    """As its author publishes it."""
     digits = HASHES[features.depth]
     name = f"resnet{features.depth}-{digits}.th"
-    found = find_weights(WeightsFile(name, digits, HOME + name), weights)
+    return WeightsFile(name, digits, HOME + name)
+
+
+def load(features: CifarResNet, weights: FilePath | None, device: torch.device) -> Extractor:
+    """Raises UserError if the weights are missing or others."""
+    found = find_weights(weights_file(features), weights)
     network = ResNet(features.depth)
     load_strictly(network, load_state(found.path), origin=found.path)
     return Extractor(

@@ -1,0 +1,135 @@
+"""What `--against PLACE` makes ready: a model that makes two sets of images, or images with a protocol made of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path as FilePath
+
+from diffdistill.eval.evaluation.against import Opponent, check_fits, made_by, opponent_benches
+from diffdistill.eval.evaluation.against_images import is_images, protocol_of_images
+from diffdistill.eval.evaluation.extract import Bench
+from diffdistill.eval.evaluation.run import progress_bar
+from diffdistill.eval.evaluation.setup import EvalOptions, bench_of, default_protocol, open_place, set_up, with_seed
+from diffdistill.eval.evaluation.workers import find_workers
+from diffdistill.eval.features.store import hash_features
+from diffdistill.eval.images.diffusers_folder import is_diffusers
+from diffdistill.eval.images.files import open_images
+from diffdistill.eval.images.generate import SampledImages
+from diffdistill.eval.images.places import is_run
+from diffdistill.eval.protocols.captions import captions_of
+from diffdistill.eval.protocols.own import choose_features, make_protocol
+from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
+from diffdistill.eval.protocols.protocol import Preparation, Reference
+from diffdistill.export.record import guidance_of, read_record
+from diffdistill.models.load import find_checkpoint, first_student
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import Console
+from diffdistill.storage.checkpoint import read_state
+
+
+def prepare_against(places: Sequence[str], options: EvalOptions) -> tuple[Opponent | None, Bench, str]:
+    """The model to measure against, None for images; the bench of the records' own protocol; and what was chosen, in
+    a line or two for people.
+
+    Raises UserError, before any image is made, where a place does not fit.
+    """
+    assert options.against is not None
+    if is_model(options.against):
+        return _against_model(places, options, options.against)
+    if not is_images(options.against):
+        raise UserError(
+            f"--against {options.against}: no such folder or file; give a run, a pipeline, or images (a folder, a zip, "
+            "a .npz, a prepared set)"
+        )
+    if options.protocol:
+        raise UserError(
+            f"--against {options.against}: are images, of which a protocol is made; leave out --protocol, or give its "
+            "own references by --reference"
+        )
+    options, told = _against_images(places, options, options.against)
+    return None, set_up(places, options), told
+
+
+def is_model(place: str) -> bool:
+    """Whether a place is a run, a checkpoint, students behind a router, or a pipeline."""
+    path = FilePath(place).expanduser()
+    return is_run(path) or is_diffusers(path)
+
+
+def _against_images(places: Sequence[str], options: EvalOptions, place: str) -> tuple[EvalOptions, str]:
+    """The options with the protocol that was made of images."""
+    judged = places[0]
+    made = made_by(judged) if is_model(judged) else None
+    count = None if made else len(open_images(judged, Preparation()))
+    captions = captions_of(options.captions) if options.captions else None
+    kept = protocol_of_images(
+        place, made, find_workers(options.device), judged=count, weights=options.weights, captions=captions
+    )
+    references = (*options.references, *kept.references)
+    return replace(options, protocol=str(kept.file), references=references), kept.told
+
+
+def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> tuple[Opponent, Bench, str]:
+    made = made_by(place)
+    for judged in filter(is_model, places):
+        check_fits((judged, made_by(judged)), (place, made))
+    usual = options.protocol or (DIGITS_PIXELS.name if default_protocol(place) else None)
+    main = set_up(places, replace(options, protocol=usual)) if usual else None
+    if options.protocol:
+        assert main is not None
+        judging, told = main, f"by {main.protocol.name}"
+    else:
+        labels = [option.partition("=")[0] for option in options.weights]
+        choice = choose_features(made.shape, quantiser="none", weights=labels)
+        name = f"against-{choice.features.label}"
+        captions = captions_of(options.captions) if options.captions and made.takes_text else None
+        protocol = make_protocol(name, made, choice, reference=None, captions=captions)
+        used = replace(options, references=())
+        judging, told = bench_of(with_seed(protocol, options.seed), used), f"in {choice.why}"
+    sets, pairs = opponent_benches(judging)
+    guidance = _teacher_guidance(places)
+    source = open_place(place, sets, replace(options, guidance=str(guidance), sampler=None, ema=None))
+    if not isinstance(source, SampledImages):
+        raise UserError(f"--against {place}: is no model")
+    opponent = Opponent(place, source, sets, pairs, options.root)
+    with progress_bar(place, opponent.num_images, Console(stderr=True), is_shown=sets.workers.is_main) as advance:
+        opponent.prepare(advance)
+    scale = "" if guidance == 1 else f" at guidance {guidance:g}"
+    told = f"{place}{scale}: {sets.protocol.num_images:,} images a set, compared {told}"
+    has_reference = main is not None and main.protocol.reference is not None
+    return opponent, main if main and has_reference else _by_its_samples(judging, opponent), told
+
+
+def _by_its_samples(bench: Bench, opponent: Opponent) -> Bench:
+    """A bench whose reference is the model's own images: for records where no protocol compares with real ones."""
+    protocol, sha256 = bench.protocol, opponent.source.model.sha256 or ""
+    real = opponent.independent()
+    first, end = opponent.sets.protocol.seed_ranges[1]
+    reference = Reference(
+        name=f"samples-{sha256[:12]}",
+        dataset=opponent.place,
+        split=f"own samples {first} to {end - 1}",
+        num_images=end - first,
+    )
+    hashes = {label: hash_features([features.store], label) for label, features in real.items()}
+    named = replace(protocol, reference=reference, reference_sha256=hashes, repeats=1)
+    return replace(bench, protocol=named, real=real)
+
+
+def _teacher_guidance(places: Sequence[str]) -> float:
+    """The scale that the students were distilled under; 1 where nothing says. Raises UserError if they differ."""
+    found = {place: scale for place in places if (scale := _own_guidance(place)) is not None}
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{place} {scale:g}" for place, scale in found.items())
+        raise UserError(f"--against: the students were distilled at different guidance ({told}); measure them apart")
+    return next(iter(found.values()), 1.0)
+
+
+def _own_guidance(place: str) -> float | None:
+    path = FilePath(place).expanduser()
+    record = read_record(path)
+    if record is not None:
+        return float(record.teacher_guidance)
+    if not is_run(path):
+        return None
+    state = read_state(find_checkpoint(first_student(path)))
+    return guidance_of(state["config"]["method"]) if state.get("teacher") else None

@@ -1,0 +1,237 @@
+"""`diffdistill eval --against`: a model's distance to its teacher, images as a protocol, and what does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import Result
+from conftest import MakeConfig
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffdistill.commands.cli import app
+from diffdistill.data.digits import Digits
+from diffdistill.eval.evaluation.against_images import protocol_of_images
+from diffdistill.eval.evaluation.workers import find_workers
+from diffdistill.eval.protocols.own import Made
+from diffdistill.eval.protocols.packaged import find_protocol
+from diffdistill.eval.records.record import Record, read_records
+from diffdistill.models.load import find_checkpoint
+from diffdistill.training.trainer import Trainer
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["eval", *map(str, arguments)])
+
+
+def done(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def refused(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def quick_student(make_config: MakeConfig) -> Path:
+    config = make_config("dmd2")
+    Trainer(config, quiet=True).run()
+    return Path(config.run)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFDISTILL_REFERENCES", str(tmp_path / "references"))
+    monkeypatch.setenv("DIFFDISTILL_WEIGHTS", str(tmp_path / "weights"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def protocol(tmp_path: Path) -> Path:
+    """Few images, for speed."""
+    return write_protocol(tmp_path / "small.yaml")
+
+
+def write_protocol(file: Path, **changes: object) -> Path:
+    plain = {
+        "name": "small-digits",
+        "num_images": 60,
+        "image_shape": [1, 8, 8],
+        "labels": {"policy": "cyclic", "num_classes": 10},
+        "preparation": {"quantiser": "none"},
+        "metrics": [{"name": "frechet", "features": {"name": "pixels"}}],
+    }
+    file.write_text(yaml.safe_dump(plain | changes))
+    return file
+
+
+REAL = {"name": "digits-train", "dataset": "digits", "split": "train", "num_images": 1437}
+
+
+def only(file: Path) -> Record:
+    (record,) = read_records(file)
+    return record
+
+
+def test_a_teacher_against_itself_is_at_its_floor(quick_teacher: Path, tmp_path: Path) -> None:
+    protocol = write_protocol(tmp_path / "small.yaml", reference=REAL)
+    file, table = tmp_path / "records.jsonl", tmp_path / "table.json"
+    text = done(quick_teacher, "--against", quick_teacher, "--protocol", protocol, "--records", file, "--out", table)
+    assert f"against {quick_teacher}: 60 images each, on independent noise" in text
+    record = only(file)
+    assert record.against is not None
+    found = record.against.metrics["fd-pixels"]
+    assert found.excess.value == 0
+    assert found.student == found.floor
+    assert found.floor.value > 0
+    assert record.against.seeds == (0, 60)
+    assert record.against.independent_seeds == (60, 120)
+    assert record.against.place == str(quick_teacher)
+    assert record.against.sha256 == record.model.sha256  # type: ignore[union-attr]
+    assert record.against.end_points is not None
+    assert record.against.end_points.same_noise.value == 0
+    assert record.against.end_points.unrelated > 0
+    assert record.metrics["fd-pixels"].mean != found.student.value  # that one is to real images
+    (row,) = json.loads(table.read_text())
+    assert row["against_fd_pixels"] == row["against_fd_pixels_floor"] == found.floor.value
+
+
+def test_what_is_measured_against_changes_no_other_number(
+    quick_teacher: Path, quick_student: Path, tmp_path: Path
+) -> None:
+    protocol = write_protocol(tmp_path / "small.yaml", reference=REAL)
+    plain, both = tmp_path / "plain.jsonl", tmp_path / "both.jsonl"
+    done(quick_student, "--protocol", protocol, "--records", plain)
+    done(quick_student, "--protocol", protocol, "--records", both, "--against", quick_teacher)
+    assert only(plain).metrics == only(both).metrics
+    assert only(plain).protocol_id == only(both).protocol_id
+    assert only(plain).against is None
+    against = only(both).against
+    assert against is not None
+    assert against.metrics["fd-pixels"].excess.low > 0
+    assert against.end_points is not None
+    assert against.end_points.same_noise.value > 0
+
+
+def test_the_teacher_is_sampled_once(
+    quick_teacher: Path, quick_student: Path, protocol: Path, cache: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    done(quick_student, "--protocol", protocol, "--against", quick_teacher, "--records", first)
+    (kept,) = (folder for folder in (cache / "features").iterdir() if any(folder.glob("seeds-*")))
+    assert sorted(one.name for one in kept.glob("seeds-*")) == ["seeds-0-60", "seeds-60-120"]
+    times = {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors")}
+    done(quick_student, "--protocol", protocol, "--against", quick_teacher, "--records", second)
+    assert {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors")} == times
+    assert only(first).against == only(second).against
+
+
+def test_without_a_protocol_of_real_images_the_teachers_samples_are_the_reference(
+    quick_teacher: Path, quick_student: Path, protocol: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "records.jsonl"
+    done(quick_student, "--protocol", protocol, "--against", quick_teacher, "--records", file)
+    record = only(file)
+    assert record.against is not None
+    assert record.metrics["fd-pixels"].mean == record.against.metrics["fd-pixels"].student.value
+    assert record.protocol["reference"]["dataset"] == str(quick_teacher)  # type: ignore[index, call-overload]
+
+
+def test_images_are_measured_against_a_model_without_end_points(
+    quick_teacher: Path, protocol: Path, tmp_path: Path
+) -> None:
+    images, _ = Digits().tensors()
+    np.savez(tmp_path / "digits.npz", images=((images + 1) * 127.5).round().to(dtype=images.dtype).numpy().astype("u1"))
+    file = tmp_path / "records.jsonl"
+    done(tmp_path / "digits.npz", "--protocol", protocol, "--against", quick_teacher, "--records", file)
+    against = only(file).against
+    assert against is not None
+    assert against.end_points is None
+
+
+def save_digits(folder: Path, count: int = 100, side: int = 8) -> Path:
+    folder.mkdir()
+    images, _ = Digits().tensors()
+    for number in range(count):
+        pixels = ((images[number, 0] + 1) * 127.5).round().numpy().astype("u1")
+        Image.fromarray(pixels).resize((side, side)).save(folder / f"{number:04d}.png")
+    return folder
+
+
+def test_images_become_a_protocol_that_is_kept(quick_teacher: Path, tmp_path: Path) -> None:
+    folder, file = save_digits(tmp_path / "real"), tmp_path / "records.jsonl"
+    save_digits(tmp_path / "made", count=70)
+    first = done(tmp_path / "made", "--against", folder, "--records", file)
+    assert f"{folder}: 100 images; compared with 70 in pixels, as the images are tiny. Kept: " in first
+    second = done(tmp_path / "made", "--against", folder, "--records", file)
+    assert "as before (" in second
+    one, other = read_records(file)
+    assert one.metrics == other.metrics
+    assert list(one.metrics) == ["fd-pixels", "kid-pixels"]
+    assert one.against is None
+    (kept,) = (tmp_path / "references").rglob("protocol.yaml")
+    assert "protocol.yaml" in kept.name
+    again = done(tmp_path / "made", "--protocol", kept, "--reference", f"pixels={kept.parent / 'pixels.npz'}")
+    assert f"{one.metrics['fd-pixels'].mean:.3f}" in again
+
+
+def test_larger_images_come_to_the_models_size(quick_teacher: Path, tmp_path: Path) -> None:
+    """A class-conditional model; its 6,000 images are cut to few by the judged folder's size in the test above."""
+    folder = save_digits(tmp_path / "real", side=12)
+    kept = protocol_of_images(str(folder), Made((1, 8, 8), 10, False), find_workers("cpu"))
+    found = find_protocol(str(kept.file))
+    assert "their middle squares at 8 x 8" in kept.told
+    assert (found.preparation.crop, found.preparation.side, found.preparation.filter) == ("centre_square", 8, "lanczos")
+    assert (found.num_images, found.labels.policy, found.labels.num_classes) == (6000, "cyclic", 10)
+
+
+def test_other_images_make_another_protocol(tmp_path: Path) -> None:
+    one, other = save_digits(tmp_path / "real"), save_digits(tmp_path / "made", count=90)
+    done(other, "--against", one)
+    (one / "0000.png").unlink()
+    assert "99 images" in done(other, "--against", one)
+    assert len(list((tmp_path / "references").rglob("protocol.yaml"))) == 2
+
+
+def run_with(folder: Path, source: Path, **model: object) -> Path:
+    """A run whose newest checkpoint is `source`'s but for what its description says."""
+    checkpoint = find_checkpoint(source)
+    target = folder / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, target)
+    state = json.loads((target / "state.json").read_text())
+    state["model"] |= model
+    (target / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_shape": [1, 16, 16]}, "makes 1 x 16 x 16 images, and {student} makes 1 x 8 x 8"),
+        ({"image_shape": [3, 8, 8]}, "makes 3 x 8 x 8 images, and {student} makes 1 x 8 x 8"),
+        ({"num_classes": 7}, "knows 7 classes, and {student} knows 10 classes"),
+        ({"num_classes": 0}, "is unconditional, and {student} knows 10 classes"),
+    ],
+)
+def test_another_kind_of_model_is_refused_in_one_sentence(
+    quick_teacher: Path, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    other = run_with(tmp_path / "other", quick_teacher, **changes)
+    text = refused(quick_teacher, "--against", other)
+    assert f"--against {other}: {said.format(student=quick_teacher)}; give a model of the same images" in text
+
+
+def test_what_goes_not_with_against_is_refused(quick_teacher: Path, protocol: Path, tmp_path: Path) -> None:
+    folder = save_digits(tmp_path / "real", count=2)
+    assert "no such folder or file" in refused(quick_teacher, "--against", tmp_path / "nothing")
+    assert "leave out --protocol" in refused(quick_teacher, "--against", folder, "--protocol", protocol)
+    compared = ("compare", quick_teacher, quick_teacher, "--protocol", protocol)
+    assert "not with eval compare" in refused(*compared, "--against", quick_teacher)
