@@ -13,7 +13,7 @@ import yaml
 
 from diffdistill.eval.board.costs import cost_columns, evaluations
 from diffdistill.eval.board.figures import compact, decimals_of
-from diffdistill.eval.board.leaderboard import Board, Entry, Group, read_board
+from diffdistill.eval.board.leaderboard import Board, Entry, Group, against_values, read_board
 from diffdistill.eval.board.page import board_page
 from diffdistill.eval.metrics.settings import metric_label
 from diffdistill.settings.links import refuse_links_below
@@ -130,12 +130,19 @@ def model_index(name: str, found: Sequence[tuple[Group, Entry]]) -> dict[str, An
                     "values": list(score.values),
                     **({"std": score.std, "std_over": score.spread} if score.spread else {}),
                     **({"sampler": settings} if settings else {}),
+                    **(_against_args(entry) if metric in against_values(entry.first) else {}),
                 },
             }
             for metric, score in entry.scores.items()
         ]
         results.append({"task": _task(group), "dataset": _dataset(group), "metrics": metrics})
     return {"name": name, "results": results}
+
+
+def _against_args(entry: Entry) -> dict[str, Any]:
+    """What a distance to a teacher was measured against."""
+    against = entry.first.against
+    return {"against": against.place, "num_images": against.num_images} if against else {}
 
 
 def eval_results(group: Group, entry: Entry) -> list[dict[str, Any]]:

@@ -203,7 +203,23 @@ def _entry(sources: Sequence[Located]) -> Entry:
     for name in dict.fromkeys(name for held in metrics for name in held):
         headline = min if takes_minimum(sources[0].record.protocol, name) else fmean
         scores[name] = Score.of([held[name].values for held in metrics if name in held], headline=headline)
+    asked = [against_values(source.record) for source in sources]
+    for name in dict.fromkeys(name for held in asked for name in held):
+        scores[name] = Score.of([(held[name],) for held in asked if name in held])
     return Entry(tuple(sources), scores)
+
+
+def against_values(record: Record) -> dict[str, float]:
+    """How far a record's model is from its teacher, as columns: the first distance, its floor, and the end points'."""
+    if record.against is None:
+        return {}
+    against = record.against
+    metric = primary_metric(list(against.metrics))
+    found = {
+        f"to-teacher-{metric}": against.metrics[metric].student.value,
+        f"floor-{metric}": against.metrics[metric].floor.value,
+    }
+    return found | ({"same-noise-rms": against.end_points.same_noise.value} if against.end_points else {})
 
 
 def _without_copies(sources: Sequence[Located]) -> list[Located]:
@@ -211,6 +227,8 @@ def _without_copies(sources: Sequence[Located]) -> list[Located]:
     kept: dict[int | None, Located] = {}
     for source in sources:
         other = kept.setdefault(source.record.seed, source)
+        if other.record.against is None and source.record.against is not None:
+            kept[source.record.seed] = source
         if other is not source and _told(other.record) != _told(source.record):
             raise UserError(
                 f"{other.origin} and {source.origin}: both are {source.record.name!r} with seed {source.record.seed}, "
@@ -220,9 +238,9 @@ def _without_copies(sources: Sequence[Located]) -> list[Located]:
 
 
 def _told(record: Record) -> Any:
-    """What a second measurement of the same must repeat: all but when, where and how fast."""
+    """What a second measurement of the same must repeat: all but when, where, how fast, and against what else."""
     told = dump(record)
-    return {key: value for key, value in told.items() if key not in ("environment", "efficiency", "notes")}
+    return {key: value for key, value in told.items() if key not in ("against", "environment", "efficiency", "notes")}
 
 
 def _with_differences(group: Group, others: Sequence[Group]) -> Group:

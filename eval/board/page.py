@@ -347,7 +347,7 @@ def _score_row(name: str, score: Score) -> dict[str, str]:
 
 def _seed(source: Located) -> dict[str, Any]:
     told = dump(source.record)
-    parts = ("model", "sampler", "cost", "efficiency", "images", "environment")
+    parts = ("model", "sampler", "cost", "efficiency", "images", "against", "environment")
     return {
         "title": "Record" if source.record.seed is None else f"Seed {source.record.seed}",
         "fields": {part: told[part] for part in parts if told[part] is not None},

@@ -13,6 +13,8 @@ from diffdistill.eval.board.figures import compact, shorten
 from diffdistill.eval.board.leaderboard import Score
 from diffdistill.eval.board.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.board.panels import Panel, draw_panel
+from diffdistill.eval.metrics.against import AboveFloor, Measured
+from diffdistill.eval.metrics.settings import metric_label
 from diffdistill.eval.records.record import Record, read_records
 from diffdistill.settings.links import refuse_links
 from diffdistill.settings.reading import read_json, read_log
@@ -202,7 +204,41 @@ def read_scores(run: FilePath) -> list[Table]:
             rows = tuple(_score_row(record, metrics) for record in mine[-MOST_ROWS:])
             if rows:
                 found.append(Table(file.name, ("name", "protocol", *metrics), rows))
+            found += against_table(file.name, mine[-MOST_ROWS:])
     return found
+
+
+def against_table(origin: str, records: Sequence[Record]) -> list[Table]:
+    """The distances of a run to its teacher, each with its floor and interval; nothing where none was measured."""
+    rows = [
+        (record.name, record.against.place, f"{record.against.num_images:,}", metric_label(metric), *_interval(one))
+        for record in records
+        if record.against
+        for metric, one in record.against.metrics.items()
+    ]
+    heads = ("name", "against", "images", "distance", "to it", "its own floor", "above the floor")
+    pairs = [
+        (
+            record.name,
+            record.against.place,
+            f"{ends.count:,}",
+            "RMS of pixels, same noise",
+            _measured(ends.same_noise),
+            "–",
+            "–",
+        )
+        for record in records
+        if record.against and (ends := record.against.end_points)
+    ]
+    return [Table(f"{origin}: against its teacher", heads, (*rows, *pairs))] if rows else []
+
+
+def _interval(one: AboveFloor) -> tuple[str, str, str]:
+    return _measured(one.student), f"{one.floor.value:.4g}", _measured(one.excess)
+
+
+def _measured(one: Measured) -> str:
+    return f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})"
 
 
 def settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:

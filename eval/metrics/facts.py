@@ -30,3 +30,6 @@ PUBLISHED = (
     Fact("image-reward", "higher", "image reward"),
 )
 """Metrics of published numbers that nothing here computes."""
+
+AGAINST = (Fact("to-teacher", "lower", "To teacher"), Fact("same-noise-rms", "lower", "Same-noise RMS"))
+"""What boards show of the distance to a teacher, beside its floor."""

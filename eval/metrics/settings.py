@@ -11,7 +11,7 @@ from pydantic import Field
 
 from diffdistill.eval.features.extractors import AnyFeatures, Inception, OpenClip
 from diffdistill.eval.metrics.distances import frechet_from_features, frechet_from_few, frechet_from_summaries
-from diffdistill.eval.metrics.facts import PUBLISHED, Fact
+from diffdistill.eval.metrics.facts import AGAINST, PUBLISHED, Fact
 from diffdistill.eval.metrics.kernels import cmmd, kid
 from diffdistill.eval.metrics.neighbours import Prdc, prdc
 from diffdistill.eval.metrics.scores import clip_score, diversity, inception_score
@@ -253,7 +253,7 @@ AnyMetric = Annotated[
 
 CLASSES: tuple[type[Metric], ...] = get_args(get_args(AnyMetric)[0])
 
-FACTS = (*(fact for kind in CLASSES for fact in kind.facts), *PUBLISHED)
+FACTS = (*(fact for kind in CLASSES for fact in kind.facts), *PUBLISHED, *AGAINST)
 
 
 def fact_of(metric: str) -> Fact | None:
