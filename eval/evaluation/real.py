@@ -7,12 +7,9 @@ from pathlib import Path as FilePath
 from torch import Tensor
 
 from diffdistill.data import AnyData, Digits
-<<<<<<< HEAD
 from diffdistill.data.classes import NUM_SHOWN
 from diffdistill.data.collection import listed
-=======
 from diffdistill.data.prepare import is_prepared, open_prepared
->>>>>>> 00335d2 (eval --against measures the distance to a model, or makes a protocol of images)
 from diffdistill.eval.evaluation.extract import specifications
 from diffdistill.eval.evaluation.reference import (
     RealFeatures,
