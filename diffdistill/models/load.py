@@ -16,7 +16,7 @@ from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
 from diffdistill.models.given import describe_given, is_given, load_given
 from diffdistill.models.places import find_again, settle_places
-from diffdistill.models.spec import ModelSpec, TrainedModel
+from diffdistill.models.spec import ModelSpec, PlayerKind, TrainedModel
 from diffdistill.networks.lora import (
     LoRASettings,
     fingerprint,
@@ -46,6 +46,7 @@ from diffdistill.storage.checkpoint import (
 )
 
 ROUTER = "router.json"
+PLAYERS = "players"  # in a checkpoint's state: what those are that are of another kind than its student
 
 
 def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
@@ -106,6 +107,21 @@ def _spec_of(state: Mapping[str, Any], target: FilePath) -> ModelSpec:
     """What a checkpoint's model is."""
     spec = validate(ModelSpec, state.get("model"), origin=f"{target}/state.json", is_saved=True)
     return settle_places(spec, target, state)
+
+
+def _kinds_of(state: Mapping[str, Any], target: FilePath) -> dict[str, PlayerKind]:
+    """Of a checkpoint's players those that are of another kind than its student."""
+    origin = f"{target}/state.json: players"
+    return validate(dict[str, PlayerKind], state.get(PLAYERS, {}), origin=origin, is_saved=True)
+
+
+def _of_kind(spec: ModelSpec, kind: PlayerKind | None) -> ModelSpec:
+    """The student's description, of a player of another kind: that is trained in full, so without LoRA's factors."""
+    if kind is None:
+        return spec
+    network = without_lora(spec.model.network)
+    model = replace(spec.model, network=network, predicts=kind.predicts, sigma_data=kind.sigma_data)
+    return replace(spec, base=None, model=model)
 
 
 def merge_model(model: TrainedModel) -> TrainedModel:
@@ -257,12 +273,12 @@ def load_players(place: str | FilePath, *, base: Denoiser | None = None) -> Trai
     """
     target = find_checkpoint(FilePath(place))
     checkpoint = load_checkpoint(target, groups=("players", "ema"))
-    spec = _spec_of(checkpoint.state, target)
+    spec, kinds = _spec_of(checkpoint.state, target), _kinds_of(checkpoint.state, target)
     found = {}
     for name in sorted({key.split(".")[0] for key in checkpoint.tensors["players"]}):
         is_averaged = name == checkpoint.state["student"] and "ema" in checkpoint.tensors
         weights = select_group(checkpoint.tensors["ema" if is_averaged else "players"], name)
-        denoiser = _start(name, spec, checkpoint.state, weights, origin=target, base=base)
+        denoiser = _start(name, _of_kind(spec, kinds.get(name)), checkpoint.state, weights, origin=target, base=base)
         if denoiser.state_dict().keys() == weights.keys():
             load_strictly(denoiser, weights, origin=f"{target} ({name})", takes_tensors=True)
             freeze(denoiser)

@@ -68,6 +68,15 @@ class ModelSpec:
         return denoiser
 
 
+@schema
+class PlayerKind:
+    """What a saved player is beside its network, where it is not as its run's student: one that started as a teacher of
+    another kind."""
+
+    predicts: Prediction
+    sigma_data: Positive
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """denoiser: frozen.  spec: what it is.  source: the checkpoint it came from."""

@@ -15,10 +15,10 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.distillation.method import Method, Players, Problem, shapes_of
 from diffdistill.distributed.processes import Processes, find_processes
-from diffdistill.models.load import describe_model, is_routed, load_model, merge_model
+from diffdistill.models.load import PLAYERS, describe_model, is_routed, load_model, merge_model
 from diffdistill.models.negative_prompts import steer
 from diffdistill.models.places import SHA256
-from diffdistill.models.spec import ModelSpec, TrainedModel
+from diffdistill.models.spec import ModelSpec, PlayerKind, TrainedModel
 from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
 from diffdistill.settings.schema import UserError
@@ -110,9 +110,20 @@ class Plan:
     @property
     def described(self) -> dict[str, Any]:
         """What a checkpoint says of the run: its student, config, data and teachers."""
-        more = {"teachers": dict(self.teachers_source)} if self.teachers_source else {}
+        more: dict[str, Any] = {"teachers": dict(self.teachers_source)} if self.teachers_source else {}
+        more |= {PLAYERS: kinds} if (kinds := self._other_kinds()) else {}
         about = {"student": self.method.student, "model": dump(self.spec), "config": dump(self.config)}
         return {**about, "data": self.source.key, "teacher": self.teacher_source, SHA256: dict(self.sha256), **more}
+
+    def _other_kinds(self) -> dict[str, Any]:
+        """The players that are of another kind than the student."""
+        own = PlayerKind(predicts=self.spec.model.predicts, sigma_data=self.spec.model.sigma_data)
+        kinds = {
+            name: PlayerKind(predicts=module.predicts, sigma_data=module.sigma_data)
+            for name, module in {**self.trained, **self.followers}.items()
+            if isinstance(module, Denoiser) and name != self.method.student
+        }
+        return {name: dump(kind) for name, kind in kinds.items() if kind != own}
 
     @property
     def student(self) -> nn.Module:

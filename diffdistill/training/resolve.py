@@ -9,13 +9,14 @@ import torch
 
 from diffdistill.data.classes import class_names_of, classes_with_images, same_names, told_classes
 from diffdistill.data.source import ImageSource
-from diffdistill.diffusion.guidance_rules import AnyGuidanceRule
+from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
 from diffdistill.distillation.method import Method, Problem
 from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import TrainedPlayers, load_players
 from diffdistill.models.spec import ModelSpec, TrainedModel
-from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for
+from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for, without_lora
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.values import differences, dump
 from diffdistill.training.config import RunConfig
 from diffdistill.training.inputs import Inputs
 
@@ -60,6 +61,7 @@ def resolve_models(
         starts=config.starts,
     )
     spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
+    check_started_network(config, initial.spec if initial else teacher.spec if teacher else None, teachers)
     if spec.model.path != problem.path:
         raise UserError("model.path: must be the teacher's")
     problem = replace(problem, classes=settle_classes(method, problem, inputs, teacher))
@@ -123,15 +125,22 @@ def describe_student(
     """The student's network and sampler: the config's `model`, or what the method makes of its origin's."""
     method, sampler = config.method, config.method.sampler(problem)
     if config.model is not None:
+        model = config.model
+        if teacher and model.guidance_rule == LINEAR:  # unless `model` says another, it is guided as its teacher
+            model = replace(model, guidance_rule=teacher.model.guidance_rule)
         class_dropout = teacher.class_dropout if teacher else getattr(method, "class_dropout", 0.0)
         return ModelSpec(
-            model=config.model,
+            model=model,
             image_shape=problem.image_shape,
             num_classes=teacher.num_classes if teacher else 0 if config.text_encoder else problem.num_classes,
             class_dropout=class_dropout,
             sampler=sampler,
             text_encoder=teacher.text_encoder if teacher else config.text_encoder,
         )
+    started = problem.starts.get(method.student)
+    if teacher and started:
+        rule: Any = problem.start_of(method.student).runtime.guidance_rule
+        teacher = replace(teacher, model=replace(teacher.model, guidance_rule=rule))
     if initial:
         model = replace(initial.model, guidance_rule=teacher.model.guidance_rule) if teacher else initial.model
         return replace(initial, sampler=sampler, model=model)
@@ -142,6 +151,26 @@ def describe_student(
         origin = LoRAConfig(base=origin, lora=lora)
     network, predicts = method.student_model(origin, teacher.model.predicts, problem)
     return replace(teacher, sampler=sampler, model=replace(teacher.model, network=network, predicts=predicts))
+
+
+def check_started_network(config: RunConfig, described: ModelSpec | None, teachers: Mapping[str, TrainedModel]) -> None:
+    """Raise UserError where `starts` makes the student a network of equal shapes that means something else by them, as
+    by another number of heads.  described: what the student is said to start as, and would be saved as."""
+    start = config.starts.get(config.method.student, "")
+    other = teachers.get(start.removeprefix("teacher_"))
+    if other is None or described is None:
+        return
+    network, own = ({"network": dump(without_lora(spec.model.network))} for spec in (other.spec, described))
+    told = [
+        f"{key} = {was!r} and not {now!r}"
+        for key, was, now in differences(network, own)
+        if (last := key.rpartition(".")[2]) not in ("dropout", "key") and not last.startswith("_")
+    ]
+    if told:
+        raise UserError(
+            f"starts.{config.method.student} = {start!r}: is another network than the student's ({', '.join(told)});"
+            f" name it by `teacher` or `init`"
+        )
 
 
 def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:

@@ -10,10 +10,12 @@ from conftest import small_config
 from torch import Tensor, nn
 
 from diffdistill.commands.doctor import examine_config
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.guidance_rules import Renormalised, Rescaled
 from diffdistill.distillation.method import Draw, Players, Problem
 from diffdistill.distillation.score_distillation import condition, matching_field
 from diffdistill.methods.dmd2 import DMD2
-from diffdistill.models.load import load_model
+from diffdistill.models.load import load_model, load_players
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.training.assembly import assemble
 from diffdistill.training.config import RunConfig
@@ -209,3 +211,49 @@ def test_a_resumed_run_has_the_further_teachers_that_its_config_names_now(tmp_pa
     assert not plan(asked("train.steps=2"), resume=True, allow_changes=True).teachers_source
     other = (f"teachers.other={quick_teacher}", "starts.fake=teacher_other", "train.steps=2")
     assert set(plan(asked(*other), resume=True, allow_changes=True).teachers_source) == {"other"}
+
+
+def test_a_player_of_another_kind_than_the_student_is_loaded_as_what_it_is(tmp_path: Path, quick_teacher: Path) -> None:
+    Trainer(small_config("pretrain", tmp_path / "x0", "train.steps=1", "model.predicts=x0"), quiet=True).run()
+    given = (*DATA_FREE, f"teachers.other={tmp_path / 'x0'}", "starts.fake=teacher_other", "train.steps=1")
+    trainer = Trainer(small_config("dmd2", tmp_path / "run", *given, teacher=quick_teacher), quiet=True)
+    state = json.loads((trainer.run() / "state.json").read_text())
+    assert state["players"] == {"fake": {"predicts": "x0", "sigma_data": 0.75}}
+    fake = load_players(tmp_path / "run").denoisers["fake"]
+    x, t, cond = torch.randn(2, 1, 8, 8), torch.full((2,), 1.0), Cond(label=torch.tensor([3, 7]))
+    assert torch.equal(fake(x, t, cond), trainer.players.fake(x, t, cond))
+    again = small_config("dmd2", tmp_path / "again", *DATA_FREE, f"init={tmp_path / 'run'}", teacher=quick_teacher)
+    assert plan(again, resume=None).players.fake.predicts == "x0"
+    plain = Trainer(small_config("dmd2", tmp_path / "plain", *DATA_FREE, "train.steps=1", teacher=quick_teacher))
+    assert "players" not in json.loads((plain.run() / "state.json").read_text())
+
+
+def test_a_student_that_starts_as_a_further_teacher_is_guided_by_its_rule(tmp_path: Path, quick_teacher: Path) -> None:
+    rule = "model.guidance_rule={name: renormalised}"
+    Trainer(small_config("pretrain", tmp_path / "other", "train.steps=1", rule), quiet=True).run()
+    given = (*DATA_FREE, f"teachers.other={tmp_path / 'other'}", "starts.generator=teacher_other", "train.steps=1")
+    trainer = Trainer(small_config("dmd2", tmp_path / "run", *given, teacher=quick_teacher), quiet=True)
+    trainer.run()
+    student = load_model(tmp_path / "run")
+    assert student.spec.model.guidance_rule == student.denoiser.runtime.guidance_rule == Renormalised()
+    assert trainer.players.generator.runtime.guidance_rule == Renormalised()
+
+
+def test_a_new_student_s_rule_is_its_teacher_s_unless_model_says_another(tmp_path: Path, quick_teacher: Path) -> None:
+    def rule_of(*more: str) -> object:
+        config = small_config(
+            "tsm", tmp_path / "run", "guidance_rule={name: renormalised}", *more, teacher=quick_teacher
+        )
+        return plan(config, resume=None).spec.model.guidance_rule
+
+    assert rule_of() == Renormalised()
+    assert rule_of("model.guidance_rule={name: rescaled, share: 0.5}") == Rescaled(share=0.5)
+
+
+def test_a_start_of_equal_shapes_and_another_meaning_is_refused(tmp_path: Path, quick_teacher: Path) -> None:
+    for name, heads in (("two", 2), ("four", 4)):
+        network = f"model.network={{name: dit, width: 16, depth: 1, heads: {heads}, patch: 4}}"
+        Trainer(small_config("pretrain", tmp_path / name, "train.steps=1", network), quiet=True).run()
+    given = (*DATA_FREE, f"teachers.other={tmp_path / 'four'}", "starts.generator=teacher_other")
+    with pytest.raises(UserError, match=r"another network than the student's \(network.heads = 4 and not 2\)"):
+        plan(small_config("dmd2", tmp_path / "run", *given, teacher=tmp_path / "two"), resume=None)
