@@ -52,7 +52,7 @@ BASES = {
         "dmd2": Base("dmd2/digits", 2000, _SLOWER),
         "sid": Base("sid/digits", 1600, (*_SLOWER_SID, *_CLIPPED)),
     },
-    "unet": {"dmd2": Base("dmd2/digits", 4000), "sid": Base("sid/digits", 2000)},
+    "unet": {"dmd2": Base("dmd2/digits", 2000), "sid": Base("sid/digits", 1000)},
 }
 
 
@@ -68,6 +68,9 @@ WIDE_SID = _time("time_law", ratio_max=20)
 
 def _decay(value: str, *players: str) -> tuple[str, ...]:
     return tuple(f"optimizers.{player}.decay={value}" for player in players)
+
+
+CRITICS_KEEP = _decay("constant", "default")
 
 
 def _rates(generator: float, fake: float, player: str = "default") -> tuple[str, ...]:
@@ -95,15 +98,19 @@ ON_MLP = (
     _dmd2("decay", "none", *_decay("constant", "generator", "default")),
     _dmd2("fake updates", "1", "method.fake_updates=1", length=0.7),
     _dmd2("fake updates", "5", "method.fake_updates=5", length=1.3),
-    _dmd2("decay", "of the generator alone", *_decay("constant", "default")),
+    _dmd2("decay", "of the generator alone", *CRITICS_KEEP),
     _dmd2("decay", "none, no GAN", *NO_GAN, *_decay("constant", "generator", "default")),
-    _dmd2("batch", "32", "train.global_batch_size=32", length=1.5),
-    _dmd2("batch", "128", "train.global_batch_size=128", length=0.6),
-    _dmd2("noise range", "to 20, from 10, no GAN", *NO_GAN, *WIDE, *FROM_10),
+    _dmd2("pairs", "decay of the generator alone, 1 fake update", *CRITICS_KEEP, "method.fake_updates=1", length=0.7),
     _sid("noise range", "to 20, from 10", *WIDE_SID, *FROM_10),
     _sid("decay", "none", *_decay("constant", "generator", "fake")),
-    _sid("fake updates", "2", "method.fake_updates=2", length=1.3),
+    _sid("decay", "of the generator alone", *_decay("constant", "fake")),
     _dmd2("GAN", "weight 0.03", "method.gan_weight=0.03"),
+    _dmd2("batch", "128", "train.global_batch_size=128", length=0.6),
+    _dmd2("rates", "discriminator's four times", "optimizers.discriminator.lr=2e-3"),
+    _dmd2("pairs", "decay of the generator alone, GAN weight 0.03", *CRITICS_KEEP, "method.gan_weight=0.03"),
+    _dmd2("batch", "32", "train.global_batch_size=32", length=1.5),
+    _dmd2("noise range", "to 20, from 10, no GAN", *NO_GAN, *WIDE, *FROM_10),
+    _sid("fake updates", "2", "method.fake_updates=2", length=1.3),
     _dmd2("normaliser", "none, no GAN", *NO_GAN, "method.normaliser_minimum=10"),
     _sid("normaliser", "none", "method.weight=one"),
     _sid("alpha", "0.5", "method.alpha=0.5"),
@@ -132,7 +139,14 @@ ON_MLP = (
     _sid("batch", "128", "train.global_batch_size=128", length=0.6),
     _dmd2("fake score's loss", "unweighted, no GAN", *NO_GAN, "method.fake_weight=x0"),
 )
-ON_UNET: tuple[Variant, ...] = ()
+ON_UNET = (
+    BASE_DMD2,
+    _dmd2("decay", "of the generator alone", *CRITICS_KEEP),
+    _dmd2("pairs", "decay of the generator alone, 1 fake update", *CRITICS_KEEP, "method.fake_updates=1", length=0.7),
+    _dmd2("fake updates", "1", "method.fake_updates=1", length=0.7),
+    _dmd2("decay", "none", *_decay("constant", "generator", "default")),
+    BASE_SID,
+)
 VARIANTS = {"mlp": ON_MLP, "unet": ON_UNET}
 
 
