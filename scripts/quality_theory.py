@@ -4,7 +4,7 @@ The derivations stand in docs/what-decides-quality.md. Students on the line are 
 are derivatives by a. Noise levels are ratios sigma of a path on which x_t = x + sigma eps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM
-from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import Karras
 from diffdistill.distillation.losses import denoising_loss, denoising_weight
 from diffdistill.distillation.method import Batch, Players
-from diffdistill.distillation.score_distillation import critics_loss
-from diffdistill.networks.analytic import mixture_denoiser
+from diffdistill.distillation.score_distillation import Features, critics_loss
+from diffdistill.networks.analytic import Mixture, mixture_denoiser
 from diffdistill.networks.discriminator import make_head
 from diffdistill.networks.mlp import MLPConfig
 
@@ -100,9 +99,24 @@ def optimum(
     return root(slope)
 
 
+def critics_dynamics(
+    matching: float, variance: float, weight: float, rates: tuple[float, float]
+) -> tuple[complex, complex]:
+    """The eigenvalues of a generator's mean beside a critic l = psi x, both following their gradients at these rates.
+
+    matching: the slope of the matching by the mean.  variance: of what the critic reads.  weight: lambda_g.
+    With an imaginary part the two circle one another: the generator is early, the critic late.
+    """
+    generator, critic = rates
+    rows = [[-generator * matching, generator * weight / 2], [-critic / 2, -critic * variance / 2]]
+    first, second = torch.linalg.eigvals(torch.tensor(rows, dtype=torch.float64)).tolist()
+    return first, second
+
+
 # The ring: eight modes on a circle, two a class.
 MODES, CLASSES, BATCH, DIM = 8, 4, 256, 2
 TIME_LAW = Karras(ratio_min=0.05, ratio_max=3.0, rho=200.0)
+RATE = 2e-3
 
 
 def ring(radius: float, std: float) -> Denoiser:
@@ -113,61 +127,62 @@ def ring(radius: float, std: float) -> Denoiser:
     return mixture_denoiser(PATH, torch.ones(MODES), means, variances, torch.arange(MODES) * CLASSES // MODES)
 
 
-def _sample(law: Denoiser, rng: StepRandom, name: str) -> Batch:
-    cond = Cond(label=rng.integers(f"{name} label", CLASSES))
-    return Batch(law.net.sample(rng.uniform(name), rng.normal(f"{name} normal", (DIM,)), cond).float(), cond)  # type: ignore[operator]
+class _Drawn:
+    """Samples, times and noise from one stream."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, law: Denoiser, count: int = BATCH) -> Batch:
+        assert isinstance(law.net, Mixture)
+        cond = Cond(label=torch.randint(CLASSES, (count,), generator=self.generator))
+        return Batch(law.net.sample(self._uniform(count), self.eps(count).double(), cond).float(), cond)
+
+    def t(self, count: int = BATCH) -> Tensor:
+        return TIME_LAW(self._uniform(count), PATH)
+
+    def eps(self, count: int = BATCH) -> Tensor:
+        return torch.randn(count, DIM, generator=self.generator)
+
+    def _uniform(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator, dtype=torch.float64)
 
 
-def fake_score_errors(
-    gan_weight: float | None, *, seed: int, features: str = "fake", steps: int = 600, every: int = 200
-) -> Iterator[float]:
+def fake_score_error(
+    gan_weight: float | None, *, seed: int = 0, features: Features = "fake", steps: int = 600
+) -> float:
     """The fake score's mean EDM-weighted squared error to the exact one of a generator that stands still.
 
     It starts at the teacher's score and learns the generator's law, a ring a little too small and too wide, beside the
-    GAN's share of this weight (None: none).  Given after every `every` steps.
+    GAN's share of this weight (None: none).
     """
     torch.manual_seed(seed)
-    real, generated = ring(1.0, 0.12), ring(0.9, 0.2)
-    fake, teacher = _network(), _network()
-    _fit(teacher, real, steps=400)
+    real, generated, drawn = ring(1.0, 0.12), ring(0.9, 0.2), _Drawn(seed)
+    teacher, fake = _network(), _network()
+    _fit(teacher, real, drawn, steps=steps // 2)
     fake.load_state_dict(teacher.state_dict())
     head = make_head(fake, (DIM,))
-    players = Players(generator=None, teacher=teacher.requires_grad_(False), fake=fake, discriminator=head)  # type: ignore[arg-type]
-    optimizer = torch.optim.Adam([*fake.parameters(), *head.parameters()], lr=1e-3, betas=(0.0, 0.999))
+    players = Players(teacher=teacher.requires_grad_(False), fake=fake, discriminator=head)
+    optimizer = torch.optim.Adam([*fake.parameters(), *head.parameters()], lr=RATE, betas=(0.0, 0.999))
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - step / steps))
-        rng = StepRandom(seed, step, torch.arange(BATCH))
-        batch, made = _sample(real, rng, "real"), _sample(generated, rng, "made")
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, 2 * (1 - step / steps))
+        batch, made = drawn.batch(real), drawn.batch(generated)
         assert made.cond.label is not None
-        draw = {"label": made.cond.label} | {
-            f"{call} {part}": value
-            for call in ("fake", "gan real", "gan fake")
-            for part, value in (
-                ("t", TIME_LAW(rng.uniform(f"{call} t"), PATH)),
-                ("eps", rng.normal(f"{call} eps", (DIM,))),
-            )
-        }
+        draw = {"label": made.cond.label}
+        for call in ("fake", "gan real", "gan fake"):
+            draw |= {f"{call} t": drawn.t(), f"{call} eps": drawn.eps()}
         optimizer.zero_grad()
-        loss = critics_loss(
-            players,
-            draw,
-            batch,
-            made.images,
-            weight="edm",
-            gan_weight=gan_weight,
-            features=features,  # type: ignore[arg-type]
-        )
+        loss = critics_loss(players, draw, batch, made.images, weight="edm", gan_weight=gan_weight, features=features)
         loss.total.backward()
         optimizer.step()
-        if (step + 1) % every == 0:
-            yield _error(fake, generated)
+    return _error(fake, generated)
 
 
 @torch.no_grad()
-def _error(fake: Denoiser, exact: Denoiser) -> float:
-    rng = StepRandom(99, 0, torch.arange(8192))
-    batch, t = _sample(exact, rng, "test"), TIME_LAW(rng.uniform("t"), PATH)
-    x_t = PATH.diffuse(batch.images, rng.normal("eps", (DIM,)), t)
+def _error(fake: Denoiser, exact: Denoiser, count: int = 8192) -> float:
+    drawn = _Drawn(99)
+    batch, t = drawn.batch(exact, count), drawn.t(count)
+    x_t = PATH.diffuse(batch.images, drawn.eps(count), t)
     gap = (fake(x_t, t, batch.cond) - exact(x_t, t, batch.cond)).square().mean(1)
     return float((denoising_weight("edm", PATH, t, fake.sigma_data) * gap).mean())
 
@@ -176,12 +191,10 @@ def _network() -> Denoiser:
     return Denoiser(MLPConfig(width=64, blocks=2).build((DIM,), CLASSES, 0.1), PATH, "edm", sigma_data=0.7)
 
 
-def _fit(score: Denoiser, law: Denoiser, *, steps: int) -> None:
-    optimizer = torch.optim.Adam(score.parameters(), lr=2e-3)
-    for step in range(steps):
-        rng = StepRandom(7, step, torch.arange(BATCH))
-        batch = _sample(law, rng, "real")
-        t, eps = TIME_LAW(rng.uniform("t"), PATH), rng.normal("eps", (DIM,))
+def _fit(score: Denoiser, law: Denoiser, drawn: _Drawn, *, steps: int) -> None:
+    optimizer = torch.optim.Adam(score.parameters(), lr=RATE)
+    for _ in range(steps):
+        batch = drawn.batch(law)
         optimizer.zero_grad()
-        denoising_loss(score, batch.images, eps, t, batch.cond, weight="edm").backward()
+        denoising_loss(score, batch.images, drawn.eps(), drawn.t(), batch.cond, weight="edm").backward()
         optimizer.step()

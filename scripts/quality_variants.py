@@ -52,7 +52,7 @@ BASES = {
         "dmd2": Base("dmd2/digits", 2000, _SLOWER),
         "sid": Base("sid/digits", 1600, (*_SLOWER_SID, *_CLIPPED)),
     },
-    "unet": {"dmd2": Base("dmd2/digits", 2000), "sid": Base("sid/digits", 1000)},
+    "unet": {"dmd2": Base("dmd2/digits", 1048), "sid": Base("sid/digits", 496)},
 }
 
 
