@@ -8,12 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from quality_records import Measured
+from quality_theory import TwoModes, compromise, levels, optimum
 from quality_variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "what-decides-quality.md"
 IMAGES = ROOT / "docs" / "images"
 MARKS = ("<!-- quality: python scripts/quality.py page -->", "<!-- quality ends -->")
+OPTIMA_MARKS = ("<!-- optima: python scripts/quality.py page -->", "<!-- optima end -->")
 LONG = "17,600 images"
 NETWORKS = {"mlp": "A residual MLP of 0.65 million weights", "unet": "A U-Net of 0.31 million weights"}
 METHODS = {"dmd2": "DMD2", "sid": "SiD"}
@@ -24,10 +26,40 @@ COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.7
 
 def write_page(records: Sequence[Measured]) -> list[Path]:
     """The tables between the page's marks, and a picture for each network. Returns the files."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{''.join(tables(records))}{MARKS[1]}{after}", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    for marks, parts in ((MARKS, tables(records)), (OPTIMA_MARKS, optima())):
+        before, rest = text.split(marks[0])
+        after = rest.split(marks[1])[1]
+        text = f"{before}{marks[0]}\n\n{''.join(parts)}{marks[1]}{after}"
+    PAGE.write_text(text, encoding="utf-8")
     return [PAGE, *(_draw(network, of) for network, of in _by_network(records))]
+
+
+def optima() -> Iterator[str]:
+    """The closed forms' numbers: a restricted student's variance, the data's share, and a critic that lags."""
+    law, gan = TwoModes(), levels(0.03, 6, count=40)
+    weights = (0.03, 0.2, 1.0)
+    yield (
+        "| matching's levels | alone | "
+        + " | ".join(f"with the GAN at {w:g}" for w in weights)
+        + " |\n|---|---|---|---|---|\n"
+    )
+    for greatest in (4, 6, 20):
+        matching = levels(0.03, greatest, count=40)
+        found = [optimum(law, matching, gan if w else None, weight=w) for w in (0.0, *weights)]
+        yield f"| 0.03 to {greatest} | {' | '.join(f'{v:.3f}' for v in found)} |\n"
+    yield f"| none, the GAN alone | {optimum(law, None, gan):.3f} | | | |\n\n"
+    variances = (0.01, 0.1, 1.0, 4.0)
+    yield "| GAN's weight, pixels | " + " | ".join(f"variance {v:g}" for v in variances) + " |\n|---|---|---|---|---|\n"
+    for weight, pixels in ((0.2, 64), (0.03, 64), (0.003, 64), (0.003, 12288)):
+        yield f"| {weight:g}, {pixels:,} | {' | '.join(f'{_share(v, weight, pixels):.2f}' for v in variances)} |\n"
+    yield "\n"
+
+
+def _share(variance: float, weight: float, pixels: int) -> float:
+    """How far from the teacher's variance to the data's, 1 % away, DMD2's fixed point lies."""
+    of = (levels(0.03, 4), levels(0.03, 6))
+    return 100 * (compromise(variance, 1.01 * variance, *of, weight=weight, pixels=pixels) / variance - 1)
 
 
 def tables(records: Sequence[Measured]) -> Iterator[str]:

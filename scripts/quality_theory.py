@@ -4,7 +4,8 @@ The derivations stand in docs/what-decides-quality.md. Students on the line are 
 are derivatives by a. Noise levels are ratios sigma of a path on which x_t = x + sigma eps.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,46 +56,45 @@ class TwoModes(NamedTuple):
     mean: float = 1.0
     variance: float = 0.09
 
-    def matching_slope(self, v: float, sigma: float) -> float:
-        """Of the reverse KL at one level, times sigma^2 as in D_fake - D_teacher, of the student N(0, v)."""
-        x, weights, log_q, score_q, score_p, _ = self._grid(v, sigma)
-        return sigma**2 * v**0.5 / (v + sigma**2) * float((weights * log_q.exp() * x * (score_q - score_p)).sum())
+    def matching_slope(self, v: float, sigma: Tensor) -> float:
+        """Of the reverse KL of N(0, v), times sigma^2 as in D_fake - D_teacher; the mean over the levels."""
+        x, density, score_q, score_p, _ = self._grid(v, sigma)
+        slopes = v**0.5 / (v + sigma**2) * (density * x * (score_q - score_p)).sum(1)
+        return float((sigma**2 * slopes).mean())
 
-    def gan_slope(self, v: float, tau: float) -> float:
-        """Of softplus(-l) at the best discriminator, l = log(p / q), read at one level."""
-        x, weights, log_q, score_q, score_p, log_p = self._grid(v, tau)
-        pull = torch.sigmoid(log_q - log_p) * (score_q - score_p)
-        return v**0.5 / (v + tau**2) * float((weights * log_q.exp() * x * pull).sum())
+    def gan_slope(self, v: float, tau: Tensor) -> float:
+        """Of softplus(-l) at the best discriminator, l = log(p / q), read at these levels; their mean."""
+        x, density, score_q, score_p, log_ratio = self._grid(v, tau)
+        pull = torch.sigmoid(-log_ratio) * (score_q - score_p)
+        return float((v**0.5 / (v + tau**2) * (density * x * pull).sum(1)).mean())
 
-    def _grid(self, v: float, sigma: float) -> tuple[Tensor, ...]:
-        total_q, total_p = v + sigma**2, self.variance + sigma**2
-        reach = 8 * total_q**0.5
-        x = torch.linspace(-reach, reach, 4001, dtype=torch.float64)
-        weights = torch.full_like(x, 2 * reach / 4000)
-        log_q = -(x**2) / (2 * total_q) - 0.5 * torch.log(torch.tensor(2 * torch.pi * total_q))
+    def _grid(self, v: float, sigma: Tensor, count: int = 1601) -> tuple[Tensor, ...]:
+        """Points x of N(0, v) noised, their weights, both scores and log(p / q): each [levels, count]."""
+        total_q, total_p = v + sigma[:, None] ** 2, self.variance + sigma[:, None] ** 2
+        unit = torch.linspace(-8, 8, count, dtype=torch.float64)
+        x = total_q.sqrt() * unit
+        log_q = -(unit**2) / 2 - 0.5 * total_q.log()  # the constant of both densities cancels
         sides = torch.stack([-((x - side) ** 2) / (2 * total_p) for side in (-self.mean, self.mean)])
-        log_p = torch.logsumexp(sides, 0) - 0.5 * torch.log(torch.tensor(8 * torch.pi * total_p))
+        log_p = torch.logsumexp(sides, 0) - 0.5 * total_p.log() - math.log(2)
+        density = torch.softmax(-(unit**2) / 2, 0).expand_as(x)
         score_p = (self.mean * torch.tanh(self.mean * x / total_p) - x) / total_p
-        return x, weights, log_q, -x / total_q, score_p, log_p
+        return x, density, -x / total_q, score_p, log_p - log_q
 
 
 def root(slope: Callable[[float], float], low: float = 1e-3, high: float = 10.0) -> float:
     """Where a slope that begins below zero crosses it, by bisection."""
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return (low + high) / 2
 
 
-def optimum(
-    law: TwoModes, matching: Sequence[float] | Tensor, gan: Sequence[float] | Tensor, *, weight: float
-) -> float:
-    """The variance at which matching and weight times the GAN cancel; either may have no levels."""
+def optimum(law: TwoModes, matching: Tensor | None, gan: Tensor | None, *, weight: float = 1.0) -> float:
+    """The variance at which the matching's slope and weight times the GAN's cancel; either may be absent."""
 
     def slope(v: float) -> float:
-        of_matching = [law.matching_slope(v, float(sigma)) for sigma in matching]
-        of_gan = [weight * law.gan_slope(v, float(tau)) for tau in gan]
-        return sum(of_matching) / max(len(of_matching), 1) + sum(of_gan) / max(len(of_gan), 1)
+        of_matching = 0.0 if matching is None else law.matching_slope(v, matching)
+        return of_matching + (0.0 if gan is None else weight * law.gan_slope(v, gan))
 
     return root(slope)
 

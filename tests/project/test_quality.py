@@ -43,8 +43,9 @@ def test_no_two_variants_share_a_folder(quality):
 def test_the_page_says_what_the_records_say(quality):
     records = quality.records.read(quality.records.RECORDS)
     text = quality.page.PAGE.read_text(encoding="utf-8")
-    begin, end = quality.page.MARKS
-    assert text.split(begin)[1].split(end)[0].strip() == "".join(quality.page.tables(records)).strip()
+    parts = {quality.page.MARKS: quality.page.tables(records), quality.page.OPTIMA_MARKS: quality.page.optima()}
+    for (begin, end), made_now in parts.items():
+        assert text.split(begin)[1].split(end)[0].strip() == "".join(made_now).strip()
 
 
 def made(records: ModuleType, **changes: object) -> object:
