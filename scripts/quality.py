@@ -95,7 +95,7 @@ def _train_and_measure(variant: Variant, network: str, folder: Path, teacher: Pa
 
 
 def _lengths(total: int) -> dict[str, int]:
-    return {"steps": total, "checkpoint_every": total // 8, "keep_checkpoints": 8, "log_every": total // 8}
+    return {"steps": total, "checkpoint_every": total // 8, "keep_checkpoints": 16, "log_every": total // 8}
 
 
 def _measure(
