@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import typer
 from one_thread import train_alone
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from diffdistill.data.digits import Digits
 from diffdistill.eval.evaluation.digits import generate, score
-from diffdistill.eval.images.places import seconds_until
+from diffdistill.eval.images.places import seconds_until, weights_sha256
 from diffdistill.eval.metrics.distances import frechet_from_features
 from diffdistill.eval.records.environment import describe_environment
 from diffdistill.inference.draw import sample_images
@@ -165,7 +166,12 @@ def _measure_teacher(teacher: Path, network: str) -> Measured:
 
 @cache
 def _teachers(teacher: Path, seed: int) -> Tensor:
-    return _samples(load_model(teacher), seed)
+    """Its samples, kept beside its checkpoints by the hash of its weights: they take a minute."""
+    model = load_model(teacher)
+    file = teacher / f"samples-{weights_sha256(model.source)[:12]}-{seed}.npy"
+    if not file.exists():
+        np.save(file, _samples(model, seed).numpy())
+    return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
 def _samples(model: TrainedModel, seed: int) -> Tensor:
