@@ -15,6 +15,8 @@ from diffdistill.settings.schema import UserError
 
 NUM_SHOWN = 20
 IMAGENET_CLASSES = 1000
+IMAGENET_FOLDERS = ("n01440764", "n15075141")  # ILSVRC2012's first and last, and what these two are called
+IMAGENET_WORDS = ("tench", "toilet tissue")
 
 
 def class_names_of(source: object) -> tuple[str, ...]:
@@ -80,12 +82,15 @@ def numbers_among(
     names: Sequence[str], known: Sequence[str], *, origin: str = "data", whose: str = "the teacher"
 ) -> tuple[int, ...]:
     """Of each name its number in `known`, by the name or else the same text; of several alike that of its own place.
-    ImageNet's thousand folders are in the order of its classes, whose names are words elsewhere.
+    ImageNet's thousand folders are in the order of its classes, whose names are words elsewhere; words in another
+    order, as the alphabet's, are not matched with them.
 
     origin, whose: for messages, whose names `names` and `known` are.
     Raises UserError naming those that are not there, or that several have.
     """
-    if len(names) == len(known) == IMAGENET_CLASSES and _are_wordnets(names) != _are_wordnets(known):
+    if (_are_imagenets_folders(names) and _are_imagenets_words(known)) or (
+        _are_imagenets_words(names) and _are_imagenets_folders(known)
+    ):
         return tuple(range(IMAGENET_CLASSES))
     exact, alike = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
     for number, name in enumerate(known):
@@ -107,9 +112,17 @@ def numbers_among(
     return tuple(chosen)
 
 
-def _are_wordnets(names: Sequence[str]) -> bool:
-    """Whether names are ids of WordNet, as ImageNet's folders have them."""
-    return all(re.fullmatch(r"n[0-9]{8}", name) for name in names)
+def _are_imagenets_folders(names: Sequence[str]) -> bool:
+    """Whether names are the ids of WordNet that ImageNet's folders have, in order."""
+    if len(names) != IMAGENET_CLASSES or (names[0], names[-1]) != IMAGENET_FOLDERS:
+        return False
+    return all(re.fullmatch(r"n[0-9]{8}", name) for name in names) and list(names) == sorted(names)
+
+
+def _are_imagenets_words(names: Sequence[str]) -> bool:
+    """Whether names are words for ImageNet's classes in the order of its folders, synonyms after commas."""
+    ends = tuple(name.split(",")[0].strip().lower() for name in (*names[:1], *names[-1:]))
+    return len(names) == IMAGENET_CLASSES and ends == IMAGENET_WORDS
 
 
 def note_empty(source: ImageSource, *, of_teacher: Sequence[int] | None) -> tuple[str, ...]:

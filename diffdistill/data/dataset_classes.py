@@ -50,12 +50,19 @@ def _names(dataset: Any) -> Names:
 
 
 def _own_names(dataset: Any) -> Names:
-    """By `class_to_idx` where each number has one name, else by `classes`; nothing where neither is such a table."""
-    numbers = getattr(dataset, "class_to_idx", None)
+    """By `class_to_idx` where each number has one name, else by `classes` if that does not number them otherwise, as
+    from 1; nothing where neither is such a table."""
+    numbers, classes = getattr(dataset, "class_to_idx", None), getattr(dataset, "classes", None)
     if isinstance(numbers, Mapping) and sorted(numbers.values(), key=str) == sorted(range(len(numbers)), key=str):
         return _texts(sorted(numbers, key=numbers.__getitem__))
-    classes = getattr(dataset, "classes", None)
-    return _texts(classes) if isinstance(classes, list | tuple) else ()
+    if not isinstance(classes, list | tuple):
+        return ()
+    if isinstance(numbers, Mapping):
+        for place, name in enumerate(classes):
+            several = [one for one in (name if isinstance(name, tuple) else (name,)) if isinstance(one, str)]
+            if any(numbers.get(one, place) != place for one in several):
+                return ()
+    return _texts(classes)
 
 
 def _texts(names: Sequence[Any]) -> Names:
@@ -67,9 +74,9 @@ def _texts(names: Sequence[Any]) -> Names:
 
 
 def _is_renumbered(dataset: Any) -> bool:
-    """Whether something of the user's changes labels after the Dataset has numbered them."""
+    """Whether something of the user's changes labels after the Dataset has numbered and named them."""
     if type(dataset) is ConcatDataset:
         return any(map(_is_renumbered, dataset.datasets))
     if type(dataset) is Subset:
         return _is_renumbered(dataset.dataset)
-    return getattr(dataset, "target_transform", None) is not None
+    return getattr(dataset, "target_transform", None) is not None and bool(_own_names(dataset))

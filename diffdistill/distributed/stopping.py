@@ -18,6 +18,8 @@ ON_STDIN = "DIFFDISTILL_LAUNCHER_ON_STDIN"
 
 GRACE_SECONDS = 120.0  # to save in, once the launcher is gone
 LOOK_SECONDS = 0.5
+ACCELERATE = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"accelerate.commands.accelerate_cli"}
+"""As they are called, the last two by `python -m`."""
 _stops: list[list[int]] = []  # of the open `stop_signals`
 _watching = Lock()
 
@@ -71,12 +73,13 @@ def end_with_launcher() -> None:
 
 def _is_accelerate(process: int) -> bool:
     """Whether a process is `accelerate launch`, which starts a single one without torchrun: by its command line, where
-    Linux shows it. What accelerate sets in the environment, users and programs set as well."""
+    Linux shows it. What accelerate sets in the environment, users and programs set as well; and a script that has
+    accelerate in its name is a shell's, which may end before its programs."""
     try:
         words = FilePath(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:4]  # python -m accelerate... launch
     except OSError:
         return False
-    return any(os.path.basename(word).startswith(b"accelerate") for word in words)
+    return any(os.path.basename(word) in ACCELERATE for word in words)
 
 
 def _end_after(wait: Callable[[int], None], parent: int) -> None:

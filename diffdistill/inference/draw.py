@@ -71,9 +71,14 @@ def number_of(label: int | str, names: Sequence[str]) -> int | str:
         return int(label)  # NumPy's integers, too
     if re.fullmatch(r"-?[0-9]{1,9}", label):
         return int(label)
+    found = _called(label, names)
+    return found[0] if len(found) == 1 else label
+
+
+def _called(label: str, names: Sequence[str]) -> list[int]:
+    """The classes of that name, else of the same text, else with it among their synonyms."""
     alike = [number for number, name in enumerate(names) if composed(name) == composed(label)]
-    exact = [number for number in alike if names[number] == label] or alike or _synonyms(label, names)
-    return exact[0] if len(exact) == 1 else label
+    return [number for number in alike if names[number] == label] or alike or _synonyms(label, names)
 
 
 def _synonyms(label: str, names: Sequence[str]) -> list[int]:
@@ -85,9 +90,12 @@ def _synonyms(label: str, names: Sequence[str]) -> list[int]:
 def check_labels(
     labels: Sequence[int | str], classes: Sequence[int], num_classes: int, names: Sequence[str] = ()
 ) -> None:
-    """Raise UserError on a class that is not among these.  names: of all classes, by number."""
+    """Raise UserError on a class that is not among these, or a name of several.  names: of all classes, by number."""
     for label in labels:
         if label not in classes:
             is_all = len(classes) == num_classes and not names
             several = f"0 to {num_classes - 1}" if is_all else told_classes(classes, names)
+            called = _called(label, names) if isinstance(label, str) else []
+            if len(called) > 1:
+                raise UserError(f"--label {label}: the name of several, {told_classes(called, names)}; give the number")
             raise UserError(f"--label {label}: unknown class; the model knows {several if classes else NO_CLASS}")

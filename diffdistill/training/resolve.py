@@ -14,6 +14,8 @@ from diffdistill.distillation.method import Method, Problem
 from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import TrainedPlayers, load_players
 from diffdistill.models.spec import ModelSpec, TrainedModel
+from diffdistill.models.teachers import find_family
+from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.networks.lora import LoRAConfig, fingerprint, lora_of, settings_for, without_lora
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import differences, dump
@@ -61,7 +63,8 @@ def resolve_models(
         starts=config.starts,
     )
     spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
-    check_started_network(config, initial.spec if initial else teacher.spec if teacher else None, teachers)
+    if teacher and config.model is None:
+        check_started_network(config, initial.spec if initial else teacher.spec, teacher, teachers)
     if spec.model.path != problem.path:
         raise UserError("model.path: must be the teacher's")
     problem = replace(problem, classes=settle_classes(method, problem, inputs, teacher))
@@ -153,14 +156,16 @@ def describe_student(
     return replace(teacher, sampler=sampler, model=replace(teacher.model, network=network, predicts=predicts))
 
 
-def check_started_network(config: RunConfig, described: ModelSpec | None, teachers: Mapping[str, TrainedModel]) -> None:
+def check_started_network(
+    config: RunConfig, described: ModelSpec, teacher: TrainedModel, teachers: Mapping[str, TrainedModel]
+) -> None:
     """Raise UserError where `starts` makes the student a network of equal shapes that means something else by them, as
     by another number of heads.  described: what the student is said to start as, and would be saved as."""
     start = config.starts.get(config.method.student, "")
-    other = teachers.get(start.removeprefix("teacher_"))
-    if other is None or described is None:
+    other = {"teacher": teacher, **{f"teacher_{name}": one for name, one in teachers.items()}}.get(start)
+    if other is None:
         return
-    network, own = ({"network": dump(without_lora(spec.model.network))} for spec in (other.spec, described))
+    network, own = ({"network": dump(_in_full(without_lora(spec.model.network)))} for spec in (other.spec, described))
     told = [
         f"{key} = {was!r} and not {now!r}"
         for key, was, now in differences(network, own)
@@ -171,6 +176,13 @@ def check_started_network(config: RunConfig, described: ModelSpec | None, teache
             f"starts.{config.method.student} = {start!r}: is another network than the student's ({', '.join(told)});"
             f" name it by `teacher` or `init`"
         )
+
+
+def _in_full(network: Any) -> Any:
+    """A network's settings, those of a pipeline's with diffusers' defaults."""
+    if not isinstance(network, DiffusersConfig):
+        return network
+    return replace(network, options=find_family(network.family).full_options(network.options))
 
 
 def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:

@@ -112,13 +112,15 @@ class EndPoints:
 
 
 def end_points(student: Tensor, same_noise: Tensor, *, num_conditions: int = 1, confidence: float = 0.95) -> EndPoints:
-    """student, same_noise: [N, d].  num_conditions: images so many apart have the same condition.
+    """student, same_noise: [N, d].  num_conditions: images so many apart have the same condition; where there are no
+    two of them, unrelated images are of different ones.
 
     The interval is the normal one of the mean square, over images.
     """
     _check(2, confidence)
     squares = (student.double() - same_noise.double()).square().mean(1)
-    unrelated = (same_noise.roll(num_conditions, 0).double() - same_noise.double()).square().mean().sqrt()
+    apart = num_conditions if num_conditions % len(squares) else 1
+    unrelated = (same_noise.roll(apart, 0).double() - same_noise.double()).square().mean().sqrt()
     mean = Measured.around(float(squares.mean()), float(squares.std()) / math.sqrt(len(squares)), confidence)
     value, low, high = (math.sqrt(max(square, 0.0)) for square in (mean.value, mean.low, mean.high))
     root = Measured(value=value, low=low, high=high)

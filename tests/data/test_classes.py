@@ -152,9 +152,22 @@ def test_of_classes_of_one_name_each_is_the_one_in_its_place() -> None:
 
 
 def test_imagenets_folders_are_in_the_order_of_its_classes() -> None:
-    folders = tuple(f"n{number:08d}" for number in range(1000))
-    words = tuple(f"thing {number}" for number in range(1000))
+    folders = ("n01440764", *(f"n02{number:06d}" for number in range(998)), "n15075141")
+    words = ("tench, Tinca tinca", *(f"thing {number}" for number in range(998)), "toilet tissue, bathroom tissue")
     assert numbers_among(folders, words) == numbers_among(words, folders) == tuple(range(1000))
     assert numbers_among(folders[::-1], folders) == tuple(range(999, -1, -1))
-    with pytest.raises(UserError, match="knows no class n00000000"):
+    with pytest.raises(UserError, match="knows no class n01440764"):
         numbers_among(folders[:10], words)
+
+
+def test_words_in_another_order_than_imagenets_folders_are_not_taken_for_them() -> None:
+    """Folders named by words are counted by the alphabet, and a thousand other ids are other classes."""
+    folders = ("n01440764", *(f"n02{number:06d}" for number in range(998)), "n15075141")
+    words = ("tench", *(f"animal {number}" for number in range(998)), "toilet tissue")
+    swapped = (folders[0], folders[2], folders[1], *folders[3:])
+    others = tuple(f"n{number:08d}" for number in range(1000))
+    for names, known in ((sorted(words), folders), (folders, sorted(words, reverse=True)), (others, words)):
+        with pytest.raises(UserError, match="knows no class"):
+            numbers_among(names, known)
+    with pytest.raises(UserError, match="knows no class"):
+        numbers_among(swapped, words)

@@ -59,6 +59,13 @@ def test_what_says_no_names_of_the_labels_has_none() -> None:
         assert names(Pets(**said)) == (), said
 
 
+def test_classes_that_the_dataset_itself_numbers_otherwise_name_no_labels() -> None:
+    """Its first two are labelled 1 and 2; nothing tells a part with labels 0 and 1 from that."""
+    for numbers in ({"dog": 1, "fox": 2}, {"dog": 1, "fox": 0, "hen": 7}):
+        assert names(Pets(classes=["dog", "fox"], class_to_idx=numbers)) == (), numbers
+    assert names(Pets(classes=["dog", "fox"], class_to_idx={"dog": 0, "fox": 1, "hen": 7})) == ("dog", "fox")
+
+
 def test_an_image_folder_of_torchvision(tmp_path: Path) -> None:
     folders = pytest.importorskip("torchvision").datasets.ImageFolder
     picture = encode(Image.new("RGB", (4, 4), "red"), "PNG")
@@ -92,6 +99,8 @@ def test_labels_that_a_transform_changes_have_no_names() -> None:
         assert class_names_of(source) == ()
         (note,) = source.notes  # type: ignore[attr-defined]
         assert "has a target_transform, so its class names are not taken; give class_names=..." in note
+    nameless = Pets(target_transform=lambda label: 1 - label)
+    assert as_source(nameless).notes == ()  # type: ignore[attr-defined]
 
 
 def test_fewer_names_than_labels_are_refused() -> None:

@@ -93,6 +93,8 @@ def test_end_points_are_the_root_mean_square_with_the_interval_of_the_mean_squar
 def test_unrelated_images_are_of_one_condition() -> None:
     same = (torch.arange(12) % 3).float()[:, None] + 0.01 * normal("same", 12, d=1)
     assert end_points(same, same, num_conditions=3).unrelated < 0.05 < end_points(same, same).unrelated
+    for lone in (12, 24):  # no image is compared with itself
+        assert end_points(same, same, num_conditions=lone).unrelated == end_points(same, same).unrelated
 
 
 def tiny_teacher(seed: int, num_classes: int = 3) -> TrainedModel:

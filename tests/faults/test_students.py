@@ -215,6 +215,7 @@ def watch_after_kill(command: Sequence[object], folder: Path, number: signal.Sig
         ("accelerate", signal.SIGKILL, True),
         ("accelerate-launch", signal.SIGTERM, True),
         ("nohup", signal.SIGKILL, False),
+        ("accelerated.py", signal.SIGKILL, False),
     ],
 )
 def test_a_single_process_ends_with_accelerate_launch_and_with_nothing_else(

@@ -17,7 +17,7 @@ from diffdistill.eval.features.extractors import Pixels
 from diffdistill.eval.images.places import SamplingOptions, open_run
 from diffdistill.eval.metrics.settings import Frechet
 from diffdistill.eval.protocols.protocol import Labels, Protocol
-from diffdistill.inference.draw import sample_images
+from diffdistill.inference.draw import check_labels, number_of, sample_images
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
 from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
@@ -159,6 +159,15 @@ def test_a_sample_is_asked_for_by_name_or_number(named: Path) -> None:
     assert ModelImageGenerator(model, SampleRequest(labels=("owl", "0"))).labels.tolist() == [2, 0]
     with pytest.raises(UserError, match="--label gnu: unknown class; the model knows 0 = heron, 1 = newt, 2 = owl"):
         ModelImageGenerator(model, SampleRequest(labels=("gnu",)))
+
+
+def test_a_name_of_several_classes_is_not_called_unknown() -> None:
+    """ImageNet has two that are called crane; it is no synonym of another's."""
+    names = ("crane", "newt, eft", "crane", "owl, eft")
+    for label, told in (("crane", "0 = crane, 2 = crane"), ("eft", "1 = newt, eft, 3 = owl, eft")):
+        assert number_of(label, names) == label
+        with pytest.raises(UserError, match=f"--label {label}: the name of several, {told}; give the number"):
+            check_labels([label], range(4), 4, names)
 
 
 def test_the_command_line_and_the_report_show_the_names(named: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from support.stand_ins import save_stand_in
 from torch import Tensor, nn
 
 from diffdistill.commands.doctor import examine_config
@@ -257,3 +259,35 @@ def test_a_start_of_equal_shapes_and_another_meaning_is_refused(tmp_path: Path, 
     given = (*DATA_FREE, f"teachers.other={tmp_path / 'four'}", "starts.generator=teacher_other")
     with pytest.raises(UserError, match=r"another network than the student's \(network.heads = 4 and not 2\)"):
         plan(small_config("dmd2", tmp_path / "run", *given, teacher=tmp_path / "two"), resume=None)
+
+
+def test_a_teacher_whose_heads_are_not_those_of_init_is_no_start_of_its_student(
+    tmp_path: Path, quick_teacher: Path
+) -> None:
+    """The student would be saved as what `init` is."""
+    for name, heads in (("two", 2), ("four", 4)):
+        network = f"model.network={{name: dit, width: 16, depth: 1, heads: {heads}, patch: 4}}"
+        Trainer(small_config("pretrain", tmp_path / name, "train.steps=1", network), quiet=True).run()
+    once = small_config("dmd2", tmp_path / "once", *DATA_FREE, "train.steps=1", teacher=tmp_path / "four")
+    Trainer(once, quiet=True).run()
+    given = (*DATA_FREE, f"init={tmp_path / 'once'}", "starts.generator=teacher")
+    with pytest.raises(UserError, match=r"another network than the student's \(network.heads = 2 and not 4\)"):
+        plan(small_config("dmd2", tmp_path / "run", *given, teacher=tmp_path / "two"), resume=None)
+
+
+def test_configs_of_two_versions_of_diffusers_are_of_one_network(tmp_path: Path) -> None:
+    """One of them leaves out what is as by default."""
+    first, other = (save_stand_in("ddpm", tmp_path / name) for name in ("first", "other"))
+    file = other / "unet" / "config.json"
+    options = json.loads(file.read_text())
+    for name in ("downsample_type", "upsample_type", "add_attention", "time_embedding_type", "dropout"):
+        del options[name]
+    file.write_text(json.dumps(options))
+    np.savez(tmp_path / "data.npz", images=np.zeros((8, 8, 8, 3), np.uint8))
+    given = (*DATA_FREE, f"data={{name: npz, path: {tmp_path / 'data.npz'}}}", "method.guidance=1")
+    start = (f"teachers.other={other}", "starts.generator=teacher_other")
+    config = small_config("dmd2", tmp_path / "run", *given, *start, teacher=first)
+    assert plan(config, resume=None).spec.model.network.name == "diffusers"
+    file.write_text(json.dumps(options | {"flip_sin_to_cos": False}))
+    with pytest.raises(UserError, match=r"\(network.options.flip_sin_to_cos = False and not True\)"):
+        plan(config, resume=None)

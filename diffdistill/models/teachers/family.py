@@ -1,5 +1,7 @@
 """What one family of diffusers pipelines is: how its network, its noise, its prompts and its latents are read."""
 
+import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -83,6 +85,14 @@ class Family(ABC):
     def model_class(self, options: Mapping[str, Any]) -> str:
         """The class of a network with these options, where there are several."""
         return self.network_classes[0]
+
+    def full_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json with the defaults of what it leaves out, as those of earlier versions of diffusers do."""
+        import diffusers
+
+        arguments = inspect.signature(getattr(diffusers, self.model_class(options)).__init__).parameters.values()
+        defaults = {one.name: one.default for one in arguments if one.default is not one.empty}
+        return {**json.loads(json.dumps(defaults)), **options}  # its tuples are JSON's lists
 
     def build(
         self, options: Mapping[str, Any], image_shape: tuple[int, ...], num_classes: int, class_dropout: float
