@@ -1,8 +1,10 @@
 """From a plan to a run that can loop: what is made once, averages, optimisers, a checkpoint's numbers."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path as FilePath
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from diffdistill.distillation.method import Method, Problem
 from diffdistill.settings.lock import locked
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.values import dump_yaml
+from diffdistill.settings.values import dump, dump_yaml
 from diffdistill.storage.atomic import write_tensors_atomically, write_text_atomically
 from diffdistill.storage.checkpoint import clear_temporary, read_tensors
 from diffdistill.training.config import RunConfig
@@ -20,6 +22,7 @@ from diffdistill.training.iteration import Iteration
 from diffdistill.training.objective import Averaging, Replicas
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.plan import Plan
+from diffdistill.training.reports.distance import Sampling, TeacherDistance, affordable, distilled_guidance
 from diffdistill.training.reports.health import Health, Reference
 from diffdistill.training.resolve import seeded
 from diffdistill.training.run_state import RunState
@@ -35,6 +38,7 @@ class Assembly:
 
     iteration: the method's losses on the players.  emas: averages of the student by their group in a checkpoint.
     averaging: how gradients become the processes' means.  outline: of the student, where processes hold parts of it.
+    health, distance: None where they are not watched.
     """
 
     plan: Plan
@@ -43,6 +47,7 @@ class Assembly:
     emas: Mapping[str, EMA]
     averaging: Averaging
     health: Health | None
+    distance: TeacherDistance | None
     outline: nn.Module | None
 
     @property
@@ -81,6 +86,7 @@ def assemble(plan: Plan, folder: FilePath | None = None) -> Assembly:
         emas=emas,
         averaging=make_averaging(plan),
         health=health,
+        distance=make_distance(plan),
         outline=student_outline,
     )
 
@@ -204,3 +210,24 @@ def make_health(plan: Plan) -> Health | None:
     """Signals of a run whose teacher stays, if the config wants them."""
     settings = plan.config.health if plan.teacher and plan.method.keeps_teacher else None
     return Health(settings, Reference.of_source(plan.source, plan.order.members)) if settings else None
+
+
+def make_distance(plan: Plan) -> TeacherDistance | None:
+    """The distance to the teacher that a run with health signals and an average watches, where it can afford that."""
+    settings, train, method = plan.config.health, plan.config.train, plan.method
+    guidance = distilled_guidance(method)
+    if not (settings and settings.distance_every and plan.config.ema and plan.teacher and method.keeps_teacher):
+        return None
+    if guidance is None:
+        return None
+    student, teacher = method.sampler(plan.problem), plan.teacher.spec.sampler
+    images = train.global_batch_size // plan.processes.count  # every process makes all samples
+    count = min(
+        affordable(teacher.num_evaluations * (1 if guidance == 1 else 2), images * train.steps),
+        affordable(student.num_evaluations, images * settings.distance_every),
+    )
+    if not count:
+        return None
+    sampling = Sampling(plan.problem, student, teacher, guidance, train.seed, count, max(1, plan.share))
+    decides = [count, guidance, train.seed, dump(teacher), plan.problem.classes, dict(plan.sha256), plan.source.key]
+    return TeacherDistance(sampling, settings.distance_every, key=sha256(json.dumps(decides).encode()).hexdigest())

@@ -133,7 +133,9 @@ class Trainer:
         train, processes, evaluator = self.config.train, self.processes, self.plan.evaluator
         with others(), ExitStack() as held:
             processes.on_main_first(lambda: held.enter_context(own_folder(self.folder, self.config)))
-            self._assembled(self.folder)
+            distance = self._assembled(self.folder).distance
+            if distance:
+                distance.open(self.folder, self.step)
             log, stopping = held.enter_context(self._open_log()), held.enter_context(stop_signals())
             for note in self.plan.inputs.notes:
                 log.note(note)
@@ -178,11 +180,18 @@ class Trainer:
 
     def report(self, log: Log) -> None:
         """Log the means since the last report, and the health signals when they are due, with their warnings."""
-        values, health = self.processes.means(self._meter.means()), self.assembly.health
-        if health and health.is_due(self.step, self.config.train.log_every):
+        values, signals = self.processes.means(self._meter.means()), dict[str, float]()
+        health, distance, log_every = self.assembly.health, self.assembly.distance, self.config.train.log_every
+        means = values
+        if health and health.is_due(self.step, log_every):
             sampler, student, seed = self.method.sampler(self.problem), self.method.student, self.config.train.seed
-            signals = health.examine(self.players, student, sampler, self.problem, step=self.step, seed=seed)
-            for warning in health.judge(self.step, signals, values):
+            signals |= health.examine(self.players, student, sampler, self.problem, step=self.step, seed=seed)
+        else:
+            means = {}
+        if distance and distance.is_due(self.step, log_every):
+            signals |= distance.examine(self.student, self.step, self.processes)
+        if health and signals:
+            for warning in health.judge(self.step, signals, means):
                 log.warn(warning)
             values |= {f"health/{name}": value for name, value in signals.items()}
         log.report(self.step, self.images_seen, values)

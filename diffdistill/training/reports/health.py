@@ -34,12 +34,14 @@ REMEMBERED = 50  # readings of a gradient norm that its usual size is taken from
 @schema
 class HealthConfig:
     """every: steps between two examinations; samples: images for each; patience: readings in a row outside a band
-    before it is said; warmup_steps: the start, in which nothing is said."""
+    before it is said; warmup_steps: the start, in which nothing is said; distance_every: steps between two readings of
+    the distance to the teacher, 0 for none."""
 
     every: PositiveInt = 50
     samples: Annotated[int, Field(ge=8, le=MAX_BATCH)] = 64
     patience: PositiveInt = 2
     warmup_steps: NonNegativeInt = 100
+    distance_every: NonNegativeInt = 250
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ BANDS = {
         "",
         "the discriminator tells every sample from real data, so its gradient says little. Try a lower "
         "gan_fake_weight, or a higher gan_weight",
+    ),
+    "teacher_rise": Band(
+        0.0,
+        0.25,
+        "",
+        "the student's samples move away from the teacher's, to which they were nearer before. Take an earlier "
+        "checkpoint; try a smaller gan_weight, or gan_features: teacher",
     ),
     "gradient_jump": Band(
         0.0,
