@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.ring import INIT_RATIO, TIME_LAW, train_ring
+from support.ring import INIT_RATIO, TIME_LAW, ring_curve, train_ring
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.losses import denoising_loss
-from diffdistill.distillation.method import Batch, Draw, Loss, Players
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
 from diffdistill.distillation.score_distillation import condition, generate
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.settings.schema import schema
+from diffdistill.training.reports.distance import DistanceCurve
+from diffdistill.training.reports.health import Health, HealthConfig, Reference
 
 
 def right() -> DMD2:
@@ -28,8 +31,21 @@ def right() -> DMD2:
 
 
 def test_dmd2_learns_every_mode_of_the_ring_in_its_class() -> None:
-    result = train_ring(right())
+    curve = ring_curve()
+    result = train_ring(right(), curve=curve)
     assert result.passes, result
+    assert warnings_of(curve) == [], "the distance to the teacher"
+    assert abs(curve.value) < 0.005
+
+
+def warnings_of(curve: DistanceCurve) -> list[str]:
+    """What a run with these readings of the distance would have said."""
+    health, seen = Health(HealthConfig(warmup_steps=0), Reference(0.0, 1.0, 1.0)), DistanceCurve(curve.teacher)
+    said = []
+    for reading in curve.readings:
+        seen.readings.append(reading)
+        said += health.judge(reading.step, {"teacher_rise": seen.rise}, {})
+    return said
 
 
 @pytest.mark.full
@@ -158,6 +174,28 @@ class _Seen:
 def _blind(fake: Denoiser) -> Any:
     return lambda x_t, t, cond, **options: fake(x_t, t, fake.unconditional(cond), **options)
 
+
+@schema
+class GoesElsewhere(DMD2):
+    """Another term, such as a GAN's of other data, draws the samples to the middle from the half of the run on."""
+
+    def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
+        is_late = torch.full((len(rng.index),), float(rng.step >= 600))
+        return DMD2.draw(self, rng, problem) | {"is late": is_late}
+
+    def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
+        return DMD2.field(self, players, draw, x) + draw["is late"][:, None] * x
+
+
+@pytest.mark.full
+def test_the_distance_to_the_teacher_sees_a_run_that_goes_elsewhere() -> None:
+    curve = ring_curve()
+    train_ring(GoesElsewhere(**{name: getattr(right(), name) for name in SETTINGS}), curve=curve)
+    (said,) = warnings_of(curve)
+    assert "move away from the teacher's" in said
+
+
+SETTINGS = ("steps", "fake_updates", "gan_weight", "generator_time_law", "fake_time_law")
 
 FAULTS = [
     WrongSign,

@@ -20,6 +20,7 @@ from diffdistill.diffusion.time_distributions import Karras
 from diffdistill.distillation.losses import denoising_loss
 from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.networks.analytic import Mixture, mixture_denoiser
+from diffdistill.training.reports.distance import DistanceCurve
 
 NUM_MODES, NUM_CLASSES, STD = 8, 4, 0.12
 PATH = EDM(sigma_min=0.01, sigma_max=10.0)
@@ -96,15 +97,47 @@ class RingResult:
         return sharp and self.energy <= 0.0015 and self.class_energy <= 0.006
 
 
-def train_ring(method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3) -> RingResult:
+def train_ring(
+    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, curve: DistanceCurve | None = None
+) -> RingResult:
     """Run a method's own losses and updates from a Gaussian generator; num_steps generator updates."""
-    return measure_ring(trained_generator(method, seed=seed, num_steps=num_steps, lr=lr))
+    return measure_ring(trained_generator(method, seed=seed, num_steps=num_steps, lr=lr, curve=curve))
+
+
+def ring_curve(count: int = 1024) -> DistanceCurve:
+    """The distance of students to the ring, from as many of its samples."""
+    return DistanceCurve(ring_samples(count))
+
+
+def ring_samples(count: int, name: str = "teacher") -> Tensor:
+    """[count, 2], classes in turn."""
+    rng, mixture = StepRandom(7, 0, torch.arange(count)), ring_teacher().net
+    assert isinstance(mixture, Mixture)
+    cond = Cond(label=torch.arange(count) % NUM_CLASSES)
+    return mixture.sample(rng.uniform(name), rng.normal(f"{name} normal", (2,)), cond).float()
+
+
+def _samples(generator: nn.Module, average: list[Tensor], count: int = 1024) -> Tensor:
+    """Of the averaged generator, always of the same noise."""
+    rng = StepRandom(98, 0, torch.arange(count))
+    weights = dict(zip(dict(generator.named_parameters()), average, strict=True))
+    t = torch.full((count,), INIT_RATIO, dtype=torch.float64)
+    args = (rng.normal("z", (2,)) * INIT_RATIO, t, Cond(label=torch.arange(count) % NUM_CLASSES))
+    made: Tensor = torch.func.functional_call(generator, weights, args)
+    return made
 
 
 def trained_generator(
-    method: Method, *, seed: int = 0, num_steps: int = 400, lr: float = 2e-3, problem: Problem | None = None
+    method: Method,
+    *,
+    seed: int = 0,
+    num_steps: int = 400,
+    lr: float = 2e-3,
+    problem: Problem | None = None,
+    curve: DistanceCurve | None = None,
 ) -> nn.Module:
-    """The average of the generator's weights after `num_steps` of its updates.  problem: by default `ring_problem`."""
+    """The average of the generator's weights after `num_steps` of its updates.  problem: by default `ring_problem`.
+    curve: takes 16 readings of the average on its way."""
     torch.manual_seed(seed)
     problem = problem or ring_problem(method)
     players = Players(teacher=problem.teacher, **method.players(problem))  # type: ignore[arg-type]
@@ -136,6 +169,8 @@ def trained_generator(
                 torch._foreach_lerp_(average, [p.data for p in players.generator.parameters()], 0.02)
         with torch.no_grad():
             method.after_step(players, stored, step + 1)
+            if curve and (step + 1) % (total // 16) == 0:
+                curve.read(step + 1, _samples(players.generator, average))
     for parameter, value in zip(players.generator.parameters(), average, strict=True):
         parameter.data.copy_(value)
     return players.generator

@@ -13,6 +13,7 @@ the same ones in every reading.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -38,6 +39,8 @@ MOST, FEWEST = 1024, 256
 FEATURES = 64
 """Numbers that a sample is described by, at most: so few samples say nothing of more."""
 HALVES = 16
+SMOOTHED = 3
+"""Readings whose mean is compared."""
 SHARE, EVALUATIONS = 0.03, 8
 """Of the run's own evaluations of networks, counted as 8 for each image of a batch, what either side may take."""
 DEVIATIONS = 1.96
@@ -68,7 +71,7 @@ class DistanceCurve:
     readings: list[Reading] = field(default_factory=list)
 
     def read(self, step: int, student: Tensor) -> Reading:
-        """Take a reading of features [N, d], of the same noises every time."""
+        """Take a reading of features [N, d], of the same noises every time. What is not finite is infinitely far."""
         generator = torch.Generator().manual_seed(len(student))
         halves = []
         for _ in range(HALVES):
@@ -85,16 +88,28 @@ class DistanceCurve:
 
     @property
     def rise(self) -> float:
-        """By how much the newest reading is surely above the best before it, as a share of that, or of a hundredth of
-        the variance where that is more; 0 where it is not.  Surely: the low end of the difference's 95 % interval."""
-        *before, now = self.readings
-        best = min(before, key=lambda one: one.distance, default=now)
+        """By how much the mean of the newest readings is surely above the least such mean before them, as a share of
+        that, or of a hundredth of the variance where that is more; 0 where it is not, or there are too few.
+
+        Surely: the low end of the difference's 95 % interval.  The means are of SMOOTHED readings in a row, as a
+        student that goes nowhere swings.
+        """
+        if not math.isfinite(self.value):
+            return math.inf
+        means = [_mean(self.readings[end - SMOOTHED : end]) for end in range(SMOOTHED, len(self.readings) + 1)]
+        if len(means) <= SMOOTHED:
+            return 0.0
+        now, best = means[-1], min(means[:-SMOOTHED], key=lambda one: one.distance)
+        if not math.isfinite(now.distance + best.distance):
+            return 0.0
         apart = [a - b for a, b in zip(now.halves, best.halves, strict=True)]
         low = now.distance - best.distance - DEVIATIONS * stdev(apart)
         return max(low, 0.0) / max(best.distance, LEAST)
 
     def _of(self, student: Tensor) -> float:
         """The Frechet distance less its bias at so many samples, over the teacher's variance."""
+        if not bool(student.isfinite().all()):
+            return math.inf
         variance = float(self._moments[1].trace())
         expected = self._bias * (1 + len(self.teacher) / len(student)) / 2
         return (frechet(moments(student), self._moments) - expected) / max(variance, 1e-12)
@@ -112,6 +127,12 @@ class DistanceCurve:
         order = torch.randperm(len(self.teacher), generator=torch.Generator().manual_seed(0))
         halves = order.to(self.teacher.device).chunk(2)
         return frechet(*(moments(self.teacher[half]) for half in halves)) / 2
+
+
+def _mean(readings: Sequence[Reading]) -> Reading:
+    """Of several readings, half by half."""
+    halves = tuple(fmean(values) for values in zip(*(one.halves for one in readings), strict=True))
+    return Reading(readings[-1].step, readings[-1].count, fmean(one.distance for one in readings), halves)
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ BANDS = {
     ),
     "teacher_rise": Band(
         0.0,
-        0.25,
+        0.1,
         "",
         "the student's samples move away from the teacher's, to which they were nearer before. Take an earlier "
         "checkpoint; try a smaller gan_weight, or gan_features: teacher",
