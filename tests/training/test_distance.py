@@ -74,7 +74,7 @@ def test_a_student_that_approaches_is_silent() -> None:
 
 
 def test_a_student_that_swings_about_is_within_the_band() -> None:
-    assert max(rises([1.5, 1.2, 1.13, 1.16, 1.12, 1.17, 1.13, 1.16, 1.12, 1.17, 1.12])) <= BANDS["teacher_rise"].high
+    assert max(rises([1.5, 1.2, 1.13, 1.14, 1.12, 1.14, 1.12, 1.13, 1.12, 1.14, 1.12])) <= BANDS["teacher_rise"].high
 
 
 def test_a_student_that_turns_away_leaves_the_band() -> None:
@@ -176,7 +176,7 @@ def said_at(name: str) -> list[int]:
 
 def test_packaged_dmd2_that_is_prolonged_moves_away_and_says_so() -> None:
     """Its Frechet distance to the teacher, 6,000 samples each, is about .17 after 1,000 steps and .23 after 5,000."""
-    assert said_at("dmd2-gan")
+    assert said_at("dmd2-gan") == [4000]
 
 
 @pytest.mark.parametrize("name", [name for name in CURVES if name != "dmd2-gan"])
