@@ -203,7 +203,7 @@ class Health:
 
         means: the run's own logged means, of which gradient norms and the discriminator's accuracy are looked at.
         """
-        found = dict(signals) | self._gradient_jumps(means)
+        found = {name: value for name, value in signals.items() if name in BANDS} | self._gradient_jumps(means)
         if "fake/accuracy" in means:
             found["discriminator_accuracy"] = means["fake/accuracy"]
         said = []
