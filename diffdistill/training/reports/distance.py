@@ -89,7 +89,7 @@ class DistanceCurve:
     @property
     def rise(self) -> float:
         """By how much the mean of the newest readings is surely above the least such mean before them, as a share of
-        that, or of a hundredth of the variance where that is more; 0 where it is not, or there are too few.
+        that, or of a hundredth of the variance where that is more; 0 where it is not, comes back, or they are too few.
 
         Surely: the low end of the difference's 95 % interval.  The means are of SMOOTHED readings in a row, as a
         student that goes nowhere swings.
@@ -100,7 +100,7 @@ class DistanceCurve:
         if len(means) <= SMOOTHED:
             return 0.0
         now, best = means[-1], min(means[:-SMOOTHED], key=lambda one: one.distance)
-        if not math.isfinite(now.distance + best.distance):
+        if not math.isfinite(now.distance + best.distance) or now.distance < means[-2].distance:
             return 0.0
         apart = [a - b for a, b in zip(now.halves, best.halves, strict=True)]
         low = now.distance - best.distance - DEVIATIONS * stdev(apart)
