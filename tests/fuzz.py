@@ -14,8 +14,7 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 from support.edm_pickles import ARGUMENTS, SHAPE, network_of, waves, write_checkpoint
+from support.more_fuzzed import MORE_READERS, Reader
 from support.pictures import encode
 
 from diffdistill.data import ImageFolder, Npz, WebDataset
@@ -47,7 +47,7 @@ from diffdistill.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SLOW = 10.0  # seconds for one small file
-LARGE = 2**30  # bytes that reading all of them may add to this process at its peak
+LARGE = 2**30  # bytes that reading all files of one reader may add to its process at its peak
 HOSTILE = (
     *(
         b"9" * 4400,
@@ -105,14 +105,6 @@ def mutated(content: bytes, changes: Sequence[Mutation]) -> bytes:
         elif content:
             content = content[:at] + bytes([content[at] ^ (1 << piece[0] % 8)]) + content[at + 1 :]
     return content
-
-
-@dataclass(frozen=True)
-class Reader:
-    """seeds: good files.  read: of a file with this content, in an empty folder; may raise UserError alone."""
-
-    seeds: Callable[[Path], list[bytes]]
-    read: Callable[[Path, bytes], object]
 
 
 def _configs(_: Path) -> list[bytes]:
@@ -313,16 +305,13 @@ READERS = {
     "tar of samples": Reader(_shards, _read_shards),
     "npz": Reader(_arrays, _read_arrays),
     "protocol": Reader(_protocols, _read_protocol),
-    "prompts": Reader(_prompt_files, _read_prompts),
+    "prompts": Reader(_prompt_files, _read_prompts, is_named=True),
     "picture": Reader(_pictures, _read_picture),
     "reference": Reader(_references, _read_reference),
-    "checkpoint": Reader(_checkpoints, _read_checkpoint),
+    "checkpoint": Reader(_checkpoints, _read_checkpoint, is_named=True),
     "checkpoint in parts": Reader(_parts, _read_parts),
+    **MORE_READERS,
 }
-
-
-NAMED = (_read_checkpoint, _read_prompts)
-"""Readers whose files stand behind a name, which is not changed."""
 
 
 def peak_bytes() -> int:
@@ -372,7 +361,7 @@ class Fuzzer:
         @given(st.sampled_from(range(len(self.seeds))), mutations)
         def one(which: int, changes: list[Mutation]) -> None:
             name, head, body = b"", b"", self.seeds[which]
-            if self.reader.read in NAMED:
+            if self.reader.is_named:
                 name, head, body = body.partition(b"\n")
             self.feed(name + head + mutated(body, changes))
 
@@ -393,19 +382,40 @@ def main() -> None:
     parser.add_argument("readers", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    failed = False
-    for name in options.readers or READERS:
+    codes = [in_a_process_of_its_own(name, options.seconds) for name in options.readers or READERS]
+    sys.exit(any(codes))
+
+
+def in_a_process_of_its_own(name: str, seconds: float) -> int:
+    """Feed a reader and print its row of the table, so that its peak is no other's. Returns the exit status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    code = 1
+    try:
         with tempfile.TemporaryDirectory() as folder:
-            fuzzer, found = Fuzzer(name, Path(folder)), "nothing"
             os.environ["DIFFDISTILL_CACHE"] = folder
+            fuzzer, found = Fuzzer(name, Path(folder)), "nothing"
+            limit_memory()
             try:
-                feed_for(options.seconds, fuzzer)
+                feed_for(seconds, fuzzer)
+                code = 0
             except Exception as error:
-                failed, found = True, "see below"
+                found = "see below"
                 traceback.print_exception(error)
             told = f"{fuzzer.slowest:.1f} s | {fuzzer.added / 2**20:,.0f} MiB | {found}"
             print(f"| {name} | {fuzzer.tried:,} | {fuzzer.refused:,} | {told} |", flush=True)
-    sys.exit(failed)
+    finally:
+        os._exit(code)
+
+
+def limit_memory() -> None:
+    """Give this process two gigabytes of addresses more: who asks for more than it may fill is told so at once."""
+    import resource
+
+    if sys.platform == "linux":
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2 * LARGE, size + 2 * LARGE))
 
 
 if __name__ == "__main__":

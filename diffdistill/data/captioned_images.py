@@ -1,17 +1,21 @@
 """Images in a folder or a zip, with a caption each."""
 
+import io
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import BinaryIO, Literal
 
 from diffdistill.data.captions import (
     TABLES,
     Captions,
+    Row,
     checked_caption,
     find_column,
+    first_rows,
+    open_file,
     paired,
     read_column,
-    read_file,
     read_item,
     read_rows,
 )
@@ -80,18 +84,20 @@ class CaptionedImages:
     def _of_file(self, listing: Listing, names: list[str], captions_file: str) -> "_Found":
         """A caption for each image, or None, from the file that they are in."""
         root = FilePath(self.path).expanduser()
-        content, origin, files = _find(listing, root, captions_file)
+        handle, origin, files = _find(listing, root, captions_file)
         suffix = FilePath(captions_file).suffix.lower()
         if suffix not in TABLES:
             raise UserError(f"data.captions_file = {captions_file!r}: must end in {', '.join(TABLES)}")
-        rows = read_rows(read_text(content, origin=origin), suffix=suffix, origin=origin)
-        if not rows:
-            raise UserError(f"{origin}: holds no captions")
-        file_column = find_column(rows, None, FILE_COLUMNS, setting="the file's column to `file`", origin=origin)
-        caption_column = read_column(rows, self.caption_column, setting="data.caption_column", origin=origin)
+        with handle:
+            first, rows = first_rows(read_rows(handle, suffix=suffix, origin=origin))
+            if not first:
+                raise UserError(f"{origin}: holds no captions")
+            file_column = find_column(first, None, FILE_COLUMNS, setting="the file's column to `file`", origin=origin)
+            caption_column = read_column(first, self.caption_column, setting="data.caption_column", origin=origin)
+            found = _match(rows, names, file_column, caption_column, origin)
         inside = [file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)]
         used = tuple(inside) if files else (find_name(captions_file, listing.others) or captions_file,)
-        return replace(_match(rows, names, file_column, caption_column, origin), files=tuple(files), used=used)
+        return replace(found, files=tuple(files), used=used)
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,7 @@ class _Found:
     hint: str = ""
 
 
-def _match(
-    rows: list[tuple[int, dict[str, Any]]], names: list[str], file_column: str, caption_column: str, origin: str
-) -> _Found:
+def _match(rows: Iterable[Row], names: list[str], file_column: str, caption_column: str, origin: str) -> _Found:
     captions: dict[str, str] = {}
     for number, row in rows:
         place = f"{origin}, line {number}"
@@ -125,15 +129,15 @@ def _match(
     return _Found([None if key is None else captions[key] for key in keys], notes=tuple(notes), hint=hint)
 
 
-def _find(listing: Listing, root: FilePath, named: str) -> tuple[bytes, str, list[FilePath]]:
-    """A table's content and where it is: on disk, below the images' folder, or in their zip."""
+def _find(listing: Listing, root: FilePath, named: str) -> tuple[BinaryIO, str, list[FilePath]]:
+    """A table's bytes and where it is: on disk, below the images' folder, or in their zip."""
     inside = find_name(named, listing.others)
     for file in (FilePath(named).expanduser(), root / (inside or named)):
         if file.is_file():
-            return read_file(file, setting="data.captions_file"), str(file), [file]
+            return open_file(file, setting="data.captions_file"), str(file), [file]
     if inside is not None:
         origin = f"{root}:{inside}"
-        return read_item(listing.others[inside], origin=origin), origin, []
+        return io.BytesIO(read_item(listing.others[inside], origin=origin)), origin, []
     raise UserError(f"data.captions_file = {named!r}: no such file")
 
 

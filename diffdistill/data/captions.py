@@ -6,27 +6,32 @@ What captions are, and the reading and checking of them that all data sets share
 """
 
 import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain, count, islice
 from pathlib import Path as FilePath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from diffdistill.data.cache import warn
 from diffdistill.data.collection import Classes, Collection, Item, UnreadableImage, listed
 from diffdistill.data.decode import Sizing
 from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.limits import MAX_ROWS, MAX_TABLE_BYTES
-from diffdistill.settings.reading import read_bytes
+from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_TABLE_BYTES
+from diffdistill.settings.reading import check_regular
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.text import open_text
 
+Row = tuple[int, dict[str, Any]]
+"""A row of a table by its columns, and its line."""
 COLUMNS = ("caption", "text", "prompt")
 """What a column of captions is called, where none is named."""
 TABLES = (".csv", ".tsv", ".jsonl")
 """Files that `read_rows` reads."""
+NUM_LOOKED_AT = 100
+"""Rows by which the columns of a table are known."""
 MAX_CHARACTERS = 10_000
 """A longer caption is taken for a mistake: text encoders read some hundred tokens."""
 
@@ -86,25 +91,30 @@ class Captioned(Protocol):
         ...
 
 
-def read_file(file: FilePath, *, setting: str = "data.path") -> bytes:
-    """A file's bytes. Raises UserError."""
+def open_file(file: FilePath, *, setting: str = "data.path") -> BinaryIO:
+    """A table's bytes, a regular file of a bounded size. Raises UserError."""
     try:
-        content = read_bytes(file, limit=MAX_TABLE_BYTES)
+        check_regular(file, limit=MAX_TABLE_BYTES)
+        return file.open("rb")
     except OSError as error:
         raise UserError(f"{setting} = {str(file)!r}: cannot be read: {error.strerror}") from None
-    count = max(content.count(b"\n"), content.count(b"\r"))
-    if count > MAX_ROWS:
-        raise UserError(f"{setting} = {str(file)!r}: {count:,} lines; at most {MAX_ROWS:,} are read")
-    return content
 
 
-def read_rows(text: str, *, suffix: str, origin: str) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV, TSV or JSONL file, each with its line. Raises UserError on one that is damaged."""
-    return list(_rows_of_jsonl(text, origin) if suffix == ".jsonl" else _rows_of_csv(text, suffix, origin))
+def read_rows(handle: BinaryIO, *, suffix: str, origin: str) -> Iterator[Row]:
+    """The rows of a CSV, TSV or JSONL file one by one, each with its line. Raises UserError on one that is damaged."""
+    if suffix == ".jsonl":
+        return _rows_of_jsonl(handle, origin)
+    return _rows_of_csv(handle, suffix, origin)
+
+
+def first_rows(rows: Iterator[Row]) -> tuple[list[Row], Iterator[Row]]:
+    """Those that `find_column` looks at, and all of them."""
+    first = list(islice(rows, NUM_LOOKED_AT))
+    return first, chain(first, rows)
 
 
 def find_column(
-    rows: Sequence[tuple[int, dict[str, Any]]],
+    rows: Sequence[Row],
     named: str | None,
     known: Sequence[str],
     *,
@@ -112,7 +122,7 @@ def find_column(
     origin: str,
 ) -> str:
     """The column of this name, or the only one whose name is known. Raises UserError with the columns there are."""
-    columns = list(dict.fromkeys(key for _, row in rows[:100] for key in row))
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
     found = [name for name in ([named] if named else known) if name in columns]
     if len(found) == 1:
         return found[0]
@@ -129,11 +139,19 @@ def checked_caption(value: object, *, origin: str) -> str:
     return " ".join(value.split())
 
 
-def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers. Where no line feed is, carriage returns end them."""
-    for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
-        if line.strip():
-            yield number, line
+def lines_of(handle: BinaryIO, *, origin: str, newline: str | None = None) -> Iterator[str]:
+    """The lines of a table's text, with their ends. Raises UserError as `open_text`, and on one that is too long."""
+    text = open_text(handle, origin=origin, newline=newline)
+    for number in count(1):
+        try:
+            line = text.readline(MAX_LINE_BYTES)
+        except UnicodeDecodeError:
+            raise UserError(f"{origin}: has changed while it was read") from None
+        if not line:
+            return
+        if len(line) == MAX_LINE_BYTES:
+            raise UserError(f"{origin}, line {number}: more than {MAX_LINE_BYTES:,} characters")
+        yield line
 
 
 def paired(
@@ -161,8 +179,9 @@ def read_item(item: Item, *, origin: str) -> bytes:
     return content
 
 
-def _rows_of_csv(text: str, suffix: str, origin: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if suffix == ".tsv" else ",")
+def _rows_of_csv(handle: BinaryIO, suffix: str, origin: str) -> Iterator[Row]:
+    lines = lines_of(handle, origin=origin, newline="")
+    rows = csv.DictReader(lines, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
     try:
         for row in rows:
             if None in row or None in row.values():
@@ -172,8 +191,10 @@ def _rows_of_csv(text: str, suffix: str, origin: str) -> Iterator[tuple[int, dic
         raise UserError(f"{origin}, line {rows.line_num}: {error}") from None
 
 
-def _rows_of_jsonl(text: str, origin: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in lines_of(text):
+def _rows_of_jsonl(handle: BinaryIO, origin: str) -> Iterator[Row]:
+    for number, line in enumerate(lines_of(handle, origin=origin), 1):
+        if line.isspace():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

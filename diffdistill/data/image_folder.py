@@ -4,10 +4,10 @@ import csv
 import io
 from functools import partial
 from pathlib import Path as FilePath
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from diffdistill.data import cache as kept
-from diffdistill.data.captions import read_file, read_item
+from diffdistill.data.captions import lines_of, open_file, read_item
 from diffdistill.data.collection import Classes, Collection, listed, numbered_classes
 from diffdistill.data.decode import Sizing
 from diffdistill.data.files import Listing, list_images, without_common_folders
@@ -16,7 +16,6 @@ from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.numbers import Resolution
 from diffdistill.settings.schema import UserError, schema
-from diffdistill.settings.text import read_text
 
 CSV_COLUMNS = ("file", "label")
 
@@ -70,8 +69,9 @@ class ImageFolder:
         if self.labels == "folders":
             classes = classes_of_folders(names, origin=self.path)
         elif self.labels == "csv":
-            text, origin = self._labels_text(listing)
-            classes, notes = classes_of_csv(names, text, origin=origin)
+            handle, origin = self._open_labels(listing)
+            with handle:
+                classes, notes = classes_of_csv(names, handle, origin=origin)
         return Collection(self.path, listing.items, classes, tuple(notes))
 
     def _find_labels(self, listing: Listing) -> tuple[FilePath | None, str | None]:
@@ -82,14 +82,14 @@ class ImageFolder:
         places = (FilePath(self.labels_file), FilePath(self.path) / (inside or self.labels_file))
         return next((found for place in places if (found := place.expanduser()).is_file()), None), inside
 
-    def _labels_text(self, listing: Listing) -> tuple[str, str]:
-        """The CSV file's text, and where it was found."""
+    def _open_labels(self, listing: Listing) -> tuple[BinaryIO, str]:
+        """The CSV file's bytes, and where it was found."""
         found, inside = self._find_labels(listing)
         origin = str(found or f"{self.path}:{inside}")
         if found:
-            return read_text(read_file(found, setting="data.labels_file"), origin=origin), origin
+            return open_file(found, setting="data.labels_file"), origin
         if inside:
-            return read_text(read_item(listing.others[inside], origin=origin), origin=origin), origin
+            return io.BytesIO(read_item(listing.others[inside], origin=origin)), origin
         csvs = [name for name in listing.others if name.lower().endswith(".csv")]
         among = f"; among the images there is {listed(csvs)}" if csvs else ""
         raise UserError(f"data.labels_file = {self.labels_file!r}: no such file{among}")
@@ -104,9 +104,9 @@ def classes_of_folders(names: list[str], *, origin: str) -> Classes:
     return numbered_classes([p[0] for p in parts], origin=origin)
 
 
-def classes_of_csv(names: list[str], text: str, *, origin: str) -> tuple[Classes, list[str]]:
+def classes_of_csv(names: list[str], handle: BinaryIO, *, origin: str) -> tuple[Classes, list[str]]:
     """Labels by file name, and what the user should know. Raises UserError unless every image has just one."""
-    labels = _rows_of_csv(text, origin)
+    labels = _rows_of_csv(handle, origin)
     rows, notes = match_names(names, labels, origin=origin)
     missing = [name for name, row in zip(names, rows, strict=True) if row is None]
     if missing:
@@ -117,10 +117,10 @@ def classes_of_csv(names: list[str], text: str, *, origin: str) -> tuple[Classes
     return numbered_classes([labels[row] for row in rows if row is not None], origin=origin), notes
 
 
-def _rows_of_csv(text: str, origin: str) -> dict[str, str]:
+def _rows_of_csv(handle: BinaryIO, origin: str) -> dict[str, str]:
     """Labels by file name. Raises UserError if the table is not one of files and labels."""
     labels: dict[str, str] = {}
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.DictReader(lines_of(handle, origin=origin, newline=""), strict=True)
     try:
         header = rows.fieldnames or []
         if not set(CSV_COLUMNS) <= set(header):

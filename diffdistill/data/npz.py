@@ -1,6 +1,5 @@
 """Arrays in a .npz file."""
 
-import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as FilePath
@@ -9,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from diffdistill.data.arrays import read_arrays
 from diffdistill.data.collection import Classes, Collection, Item, checked_classes, listed
 from diffdistill.data.decode import Sizing
-from diffdistill.data.files import check_unpacked_size
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.numbers import Resolution
@@ -87,13 +86,11 @@ def _read(file: FilePath) -> tuple[NDArray[Any], NDArray[Any] | None, list[str]]
     Raises UserError if the file is damaged, a bomb, or not of this kind.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            check_unpacked_size(archive, file)
-        with np.load(file, allow_pickle=False) as arrays:
-            if "images" not in arrays:
-                raise UserError(f"{file}: has the arrays {', '.join(sorted(arrays)) or 'none'}; it needs `images`")
-            others = [name for name in arrays.files if name not in ("images", "labels")]
-            return arrays["images"], arrays.get("labels"), others
+        arrays, others = read_arrays(file, ("images", "labels"))
+        if "images" not in arrays:
+            names = ", ".join(sorted([*arrays, *others])) or "none"
+            raise UserError(f"{file}: has the arrays {names}; it needs `images`")
+        return arrays["images"], arrays.get("labels"), others
     except UserError:
         raise
     except Exception as error:  # a damaged zip, a pickle, a header that asks for more than there is

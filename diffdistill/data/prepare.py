@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path as FilePath
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
+from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffdistill.data import cache as kept
@@ -28,10 +29,13 @@ from diffdistill.data.collection import Collection, Item, UnreadableImage, is_mi
 from diffdistill.data.colour import may_be_converted
 from diffdistill.data.decode import Decoded, Sizing, decode
 from diffdistill.data.source import MappedImages
+from diffdistill.settings.limits import MAX_CLASSES
 from diffdistill.settings.links import open_plain
+from diffdistill.settings.numbers import NonNegativeInt
 from diffdistill.settings.reading import read_json
-from diffdistill.settings.schema import UserError
+from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.terminal import Console, say
+from diffdistill.settings.values import validate
 from diffdistill.storage.atomic import naming, write_bytes
 
 VERSION = 1  # of the decoding; another one makes another key
@@ -80,6 +84,18 @@ def _prepare(root: FilePath, collection: Collection, sizing: Sizing, key: str) -
                 _write(folder, collection, sizing, key)
 
 
+@schema
+class About:
+    """What is read of meta.json."""
+
+    num_classes: NonNegativeInt
+    class_names: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)]
+    warnings: tuple[str, ...]
+
+
+ABOUT = tuple(field.name for field in fields(About))
+
+
 @dataclass
 class Report:
     """What could not be read, and what was changed."""
@@ -119,19 +135,29 @@ def open_prepared(folder: FilePath) -> MappedImages:
 
 
 def _open(folder: FilePath) -> MappedImages:
-    meta = read_json(folder / kept.META)
-    for line in meta["warnings"]:
+    """A prepared set. Raises UserError on one that is not as we write them."""
+    try:
+        meta = read_json(folder / kept.META)
+        about = validate(About, {name: meta[name] for name in ABOUT}, origin=str(folder / kept.META))
+        images = np.load(folder / kept.IMAGES, mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / kept.LABELS, mmap_mode="r", allow_pickle=False) if about.num_classes else None
+    except UserError:
+        raise
+    except Exception as error:  # NumPy has no class for all of its own on damaged files
+        raise UserError(f"{folder}: is no prepared set ({type(error).__name__}: {error}); remove it") from None
+    fits = labels is None or (labels.dtype == np.int64 and labels.shape == images.shape[:1])
+    if images.dtype != np.uint8 or images.ndim != 4 or not fits:
+        raise UserError(f"{folder}: is no prepared set: its images or labels are not as they are written; remove it")
+    for line in about.warnings:
         kept.warn(line)
-    images = np.load(folder / kept.IMAGES, mmap_mode="r", allow_pickle=False)
-    labels = None
-    if meta["num_classes"]:
-        labels = torch.from_numpy(np.load(folder / kept.LABELS, allow_pickle=False))
-    content = json.dumps([meta["files"], meta["num_classes"]])
-    key = hashlib.sha256(content.encode()).hexdigest()  # of what is there, wherever it came from
-    notes = tuple(meta["warnings"])
-    names = tuple(meta["class_names"])
+    content = json.dumps([meta["files"], about.num_classes])
     return MappedImages(
-        np.asarray(images), labels, key=key, num_classes=meta["num_classes"], class_names=names, notes=notes
+        np.asarray(images),
+        None if labels is None else torch.from_numpy(np.array(labels)),
+        key=hashlib.sha256(content.encode()).hexdigest(),  # of what is there, wherever it came from
+        num_classes=about.num_classes,
+        class_names=about.class_names,
+        notes=about.warnings,
     )
 
 

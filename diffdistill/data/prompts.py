@@ -7,15 +7,15 @@ from diffdistill.data.captions import (
     TABLES,
     Captions,
     checked_caption,
+    first_rows,
     lines_of,
+    open_file,
     read_column,
-    read_file,
     read_rows,
 )
 from diffdistill.data.decode import Sizing
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.schema import UserError, schema
-from diffdistill.settings.text import read_text
 
 
 @schema
@@ -48,12 +48,13 @@ class Prompts:
             return Captions(self.path, read_prompts(self.path, setting="data.path"))
         if suffix not in TABLES:
             raise UserError(f"data.path = {self.path!r}: give a file that ends in .txt, {', '.join(TABLES)}")
-        rows = read_rows(read_text(read_file(file), origin=self.path), suffix=suffix, origin=self.path)
-        if not rows:
-            raise UserError(f"data.path = {self.path!r}: holds no prompts")
-        column = read_column(rows, self.column, setting="data.column", origin=self.path)
-        found = (checked_caption(row.get(column), origin=f"{self.path}, line {number}") for number, row in rows)
-        return Captions(self.path, tuple(found))
+        with open_file(file) as handle:
+            first, rows = first_rows(read_rows(handle, suffix=suffix, origin=self.path))
+            if not first:
+                raise UserError(f"data.path = {self.path!r}: holds no prompts")
+            column = read_column(first, self.column, setting="data.column", origin=self.path)
+            found = (checked_caption(row.get(column), origin=f"{self.path}, line {number}") for number, row in rows)
+            return Captions(self.path, tuple(found))
 
 
 def read_prompts(path: str, *, setting: str) -> tuple[str, ...]:
@@ -61,8 +62,10 @@ def read_prompts(path: str, *, setting: str) -> tuple[str, ...]:
 
     setting: what names the file, for messages.  Raises UserError unless it is UTF-8 text that holds some.
     """
-    text = read_text(read_file(FilePath(path).expanduser(), setting=setting), origin=path)
-    found = tuple(checked_caption(line, origin=f"{path}, line {number}") for number, line in lines_of(text))
+    with open_file(FilePath(path).expanduser(), setting=setting) as handle:
+        lines = enumerate(lines_of(handle, origin=path), 1)
+        texts = (checked_caption(line, origin=f"{path}, line {number}") for number, line in lines if line.strip())
+        found = tuple(texts)
     if not found:
         raise UserError(f"{setting} = {path!r}: holds no prompts")
     return found

@@ -3,6 +3,7 @@
 The format: github.com/webdataset/webdataset, README, "The WebDataset Format".
 """
 
+import io
 import re
 import tarfile
 from collections.abc import Iterator
@@ -139,7 +140,8 @@ class WebDataset:
         origin, is_json = f"{member.tar}:{member.name}", self.captions_ending == "json"
         try:
             text = read_text(read_item(Item(member.name, member.read), origin=member.name), origin=member.name)
-            rows = read_rows(" ".join(text.split("\n")), suffix=".jsonl", origin=member.name) if is_json else []
+            line = io.BytesIO(" ".join(text.split("\n")).encode())
+            rows = list(read_rows(line, suffix=".jsonl", origin=member.name)) if is_json else []
         except UserError as error:
             raise DamagedShard(str(error)) from None
         if not is_json:

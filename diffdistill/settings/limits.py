@@ -72,10 +72,12 @@ MAX_REPEATS = MAX_LINE_BYTES // 64
 """Values of a metric in a record: one takes 26 bytes at most, so that two such metrics are read."""
 MAX_LOG_BYTES = 2**26
 """Of a log, its end: some hundred thousand reports of a run."""
-MAX_ROWS = 10_000_000
-"""Lines of such a file."""
-MAX_TABLE_BYTES = 2**29
-"""Prompts, captions, records: files that grow with the data."""
+MAX_ROWS = 3_000_000
+"""Lines of a table."""
+MAX_TABLE_BYTES = 64 * MAX_ROWS
+"""Prompts, captions, labels: read line by line; what is kept of one is less than a gigabyte."""
+MAX_RECORDS_BYTES = 2**25
+"""Records, and the captions of a protocol: read whole."""
 
 
 def faults_of(data: Any) -> list[str]:

@@ -1,11 +1,15 @@
 """Text in files: UTF-8, and what a file that is none seems to be."""
 
 import codecs
+import io
+from typing import BinaryIO, TextIO
 
 from diffdistill.settings.faults import UserError
+from diffdistill.settings.limits import MAX_ROWS
 
 NUM_LOOKED_AT = 1_000
 """Bytes by which an encoding is guessed, for a message."""
+CHUNK = 2**20
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -37,6 +41,28 @@ def read_text(content: bytes, *, origin: str) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{origin}, line {line}: holds a NUL character, which is no text{_hint(text, content)}")
     return text
+
+
+def open_text(handle: BinaryIO, *, origin: str, newline: str | None = None) -> TextIO:
+    """The same text, of a table, to be read line by line; it is looked through first, in little memory.
+
+    newline: as of `open`; by default lines end by line feeds, by carriage returns where there are none.
+    Raises UserError as `read_text`, and on more than MAX_ROWS lines.
+    """
+    decoder, feeds, returns, is_text = codecs.getincrementaldecoder("utf-8")(), 0, 0, True
+    while is_text and (chunk := handle.read(CHUNK)):
+        feeds, returns = feeds + chunk.count(b"\n"), returns + chunk.count(b"\r")
+        try:
+            is_text = "\0" not in decoder.decode(chunk)
+        except UnicodeDecodeError:
+            is_text = False
+    handle.seek(0)
+    if not is_text or decoder.getstate()[0]:
+        read_text(handle.read(), origin=origin)
+        raise UserError(f"{origin}: has changed while it was read")
+    if max(feeds, returns) > MAX_ROWS:
+        raise UserError(f"{origin}: {max(feeds, returns):,} lines; at most {MAX_ROWS:,} are read")
+    return io.TextIOWrapper(handle, "utf-8-sig", newline=newline if newline is not None else ("\n" if feeds else "\r"))
 
 
 def why_not_utf8(error: UnicodeDecodeError, content: bytes | None = None) -> str:

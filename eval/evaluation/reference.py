@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import secrets
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from diffdistill.data.files import check_unpacked_size
+from diffdistill.data.arrays import read_arrays
 from diffdistill.eval.features.extractors import Extractor, Label, Sha256
 from diffdistill.eval.features.stated import differing, settings
 from diffdistill.eval.images.files import Images
@@ -271,12 +270,8 @@ def _arrays(path: FilePath, file: str) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UserError(f"{file}: no such file")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as zipped:
-                check_unpacked_size(zipped, path)
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files if name in wanted}
-            return found or dict.fromkeys(archive.files, np.empty(0))
+        found, others = read_arrays(path, wanted)
+        return found or dict.fromkeys(others, np.empty(0))
     except UserError:
         raise
     except Exception as error:  # a damaged zip, a pickle, a single array

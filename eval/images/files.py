@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffdistill.data.arrays import check_header, read_arrays
 from diffdistill.data.classes import class_names_of
 from diffdistill.data.collection import Item, UnreadableImage, listed, shown
 from diffdistill.data.decode import Sizing, decode
@@ -260,9 +261,7 @@ def _array(file: FilePath) -> tuple[NDArray[Any], list[str]]:
             info = archive.getinfo(f"{key}.npy")
             if info.compress_type == zipfile.ZIP_STORED:
                 return _mapped(file, info), others
-        with np.load(file, allow_pickle=False) as arrays:
-            images: NDArray[Any] = arrays[key]
-            return images, others
+        return read_arrays(file, (key,))[0][key], others
     except UserError:
         raise
     except Exception as error:  # a damaged zip, a pickle, a header that asks for more than there is
@@ -275,9 +274,5 @@ def _mapped(file: FilePath, info: zipfile.ZipInfo) -> NDArray[Any]:
         handle.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(handle.read(4), "<u2").tolist()
         handle.seek(name_length + extra_length, os.SEEK_CUR)
-        version = np.lib.format.read_magic(handle)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(handle)
-        if dtype.hasobject:
-            raise UserError(f"{file}: `{info.filename}` holds Python objects, which are not read")
+        shape, is_fortran, dtype = check_header(handle, file.stat().st_size, f"{file}: `{info.filename}`")
         return np.memmap(file, dtype, "r", handle.tell(), shape, "F" if is_fortran else "C")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 
 from diffdistill.eval.protocols.protocol import Captions, Protocol
-from diffdistill.settings.limits import MAX_TABLE_BYTES
+from diffdistill.settings.limits import MAX_RECORDS_BYTES
 from diffdistill.settings.reading import read_bytes
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.text import read_text
@@ -49,7 +49,7 @@ def captions_of(file: str) -> Captions:
 
 def _content(file: str) -> bytes:
     try:
-        return read_bytes(FilePath(file).expanduser(), limit=MAX_TABLE_BYTES)
+        return read_bytes(FilePath(file).expanduser(), limit=MAX_RECORDS_BYTES)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 

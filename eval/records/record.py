@@ -19,7 +19,7 @@ from pydantic import Field, JsonValue
 
 from diffdistill.eval.metrics.against import AboveFloor, EndPoints
 from diffdistill.eval.metrics.settings import better
-from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_REPEATS, MAX_SAMPLING_STEPS, MAX_TABLE_BYTES
+from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_RECORDS_BYTES, MAX_REPEATS, MAX_SAMPLING_STEPS
 from diffdistill.settings.links import open_plain
 from diffdistill.settings.lock import hold
 from diffdistill.settings.numbers import NonNegativeInt, Number, Seed
@@ -252,7 +252,7 @@ def read_records(file: str | FilePath) -> list[Record]:
     Raises UserError naming the file and the line of the first that is no record.
     """
     try:
-        text = read_text(file, limit=MAX_TABLE_BYTES)
+        text = read_text(file, limit=MAX_RECORDS_BYTES)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
