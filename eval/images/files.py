@@ -274,5 +274,5 @@ def _mapped(file: FilePath, info: zipfile.ZipInfo) -> NDArray[Any]:
         handle.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(handle.read(4), "<u2").tolist()
         handle.seek(name_length + extra_length, os.SEEK_CUR)
-        shape, is_fortran, dtype = check_header(handle, file.stat().st_size, f"{file}: `{info.filename}`")
+        shape, is_fortran, dtype = check_header(handle, file.stat().st_size, f"`{info.filename}`")
         return np.memmap(file, dtype, "r", handle.tell(), shape, "F" if is_fortran else "C")

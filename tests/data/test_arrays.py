@@ -47,7 +47,9 @@ def test_a_header_that_says_more_than_there_is_is_refused_before_numpy_makes_the
     monkeypatch.setattr(npy, "read_array", made)
     monkeypatch.setattr(np, "memmap", made)
     write(tmp_path / "a.npz", name, shape, kind)
-    with pytest.raises(UserError, match=rf"a\.npz: `{name}(\.npy)?` says that it is uint8 .*; it holds "):
+    with pytest.raises(
+        UserError, match=rf"a\.npz: cannot be read as \.npz: `{name}(\.npy)?` says that it is uint8 .*; it holds "
+    ):
         READERS[name](tmp_path / "a.npz")
 
 

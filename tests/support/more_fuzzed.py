@@ -1,9 +1,7 @@
 """Readers for the fuzzer: what we write ourselves and read again, tables, and folders of other libraries."""
 
-import functools
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.export.record import RECORD, ExportRecord, read_record
 from diffdistill.models.load import ROUTER, first_student
-from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 from diffdistill.training.reports.curves import read_metrics
@@ -147,32 +144,6 @@ def _read_scheduler(folder: Path, content: bytes) -> None:
         VPDiscrete.from_scheduler(found)
 
 
-@functools.cache
-def _encoder() -> Path:
-    """A text encoder of 8 numbers whose vocabulary is single letters."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = Path(tempfile.mkdtemp())
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
-    return folder
-
-
-def _encoders(_: Path) -> list[bytes]:
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    return [named(_encoder() / name) for name in names]
-
-
-def _read_encoder(folder: Path, content: bytes) -> None:
-    name, _, content = content.partition(b"\n")
-    for file in _encoder().iterdir():
-        (folder / file.name).write_bytes(content if file.name.encode() == name else file.read_bytes())
-    SentenceEncoder(str(folder)).load()
-
-
 MORE_READERS = {
     "prepared cache": Reader(_prepared, _read_prepared, is_named=True),
     "cached tensors": Reader(_tables_of_tensors, _read_table_of_tensors),
@@ -181,5 +152,4 @@ MORE_READERS = {
     "labels and captions": Reader(_labels, _read_labels, is_named=True),
     "log": Reader(_logs, _read_log, refuses=False),
     "scheduler": Reader(_schedulers, _read_scheduler),
-    "text encoder": Reader(_encoders, _read_encoder, is_named=True),
 }
