@@ -13,12 +13,9 @@ from safetensors.torch import save
 from diffdistill.data import ImageFolder
 from diffdistill.data.captioned_images import CaptionedImages
 from diffdistill.data.shards import _mapped
-from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.export.record import RECORD, ExportRecord, read_record
 from diffdistill.models.load import ROUTER, first_student
-from diffdistill.settings.reading import read_json
-from diffdistill.settings.schema import UserError
 from diffdistill.training.reports.curves import read_metrics
 from diffdistill.training.reports.log import METRICS, RunLog
 
@@ -128,22 +125,6 @@ def _read_log(folder: Path, content: bytes) -> None:
     RunLog(folder, title="a", start_step=3, num_steps=9, quiet=True)
 
 
-def _schedulers(_: Path) -> list[bytes]:
-    config = {"num_train_timesteps": 100, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-    return [json.dumps(config).encode(), json.dumps(config | {"trained_betas": [0.1] * 5}).encode()]
-
-
-def _read_scheduler(folder: Path, content: bytes) -> None:
-    """As the reader of a pipeline, which has a mapping."""
-    (folder / "scheduler_config.json").write_bytes(content)
-    try:
-        found = read_json(folder / "scheduler_config.json")
-    except (OSError, ValueError):
-        raise UserError("no JSON") from None
-    if isinstance(found, dict):
-        VPDiscrete.from_scheduler(found)
-
-
 MORE_READERS = {
     "prepared cache": Reader(_prepared, _read_prepared, is_named=True),
     "cached tensors": Reader(_tables_of_tensors, _read_table_of_tensors),
@@ -151,5 +132,4 @@ MORE_READERS = {
     "router": Reader(_routers, _read_router),
     "labels and captions": Reader(_labels, _read_labels, is_named=True),
     "log": Reader(_logs, _read_log, refuses=False),
-    "scheduler": Reader(_schedulers, _read_scheduler),
 }
