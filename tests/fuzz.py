@@ -128,9 +128,7 @@ def _read_override(folder: Path, content: bytes) -> None:
 def _records(_: Path) -> list[bytes]:
     from support.made_records import MEASURED
 
-    return [json.dumps(dump(MEASURED)).encode() + b"\n", *(f.read_bytes() for f in (ROOT / "results").glob("*.jsonl"))][
-        :3
-    ]
+    return [json.dumps(dump(MEASURED)).encode() + b"\n", (ROOT / "results" / "digits.jsonl").read_bytes()]
 
 
 def _read_records(folder: Path, content: bytes) -> None:
