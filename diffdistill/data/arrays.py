@@ -42,7 +42,7 @@ def check_header(member: IO[bytes], size: int, origin: str) -> tuple[tuple[int, 
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, is_fortran, dtype = read_header(member)
     if dtype.hasobject:
-        raise ValueError(f"{origin} holds Python objects, which are not read")
+        raise ValueError(f"{origin} holds Python objects, a pickle, which is not read")
     held, said = size - member.tell(), prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or said > held:
         raise ValueError(f"{origin} says that it is {dtype} {list(shape)}, {said:,} bytes; it holds {held:,}")
