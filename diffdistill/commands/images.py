@@ -118,6 +118,13 @@ def export(
             help="The scale of calls that name none, for a student that is told it.", min=-MAX_NUMBER, max=MAX_NUMBER
         ),
     ] = None,
+    own_pipeline: Annotated[
+        bool,
+        typer.Option(
+            "--own-pipeline",
+            help="Add a class of pipeline whose plain call is the student's to a stock folder; loading it runs code.",
+        ),
+    ] = False,
     licence: Annotated[str | None, typer.Option(help="The teacher's, where its own card does not say.")] = None,
     records: Annotated[str | None, typer.Option(help="JSONL of `diffdistill eval`: scores for the card.")] = None,
     verify: Annotated[
@@ -145,6 +152,7 @@ def export(
         kind=check_kind(kind),
         ema=ema,
         guidance_scale=guidance,
+        has_own_pipeline=own_pipeline,
         is_verified=verify,
         licence=licence,
         scores=partial(model_index_of, FilePath(records)) if records else None,

@@ -10,6 +10,7 @@ import yaml
 
 from diffdistill.data.classes import told_classes
 from diffdistill.data.pictures import save_grid
+from diffdistill.export.habits import Habits, show_habits
 from diffdistill.export.record import ExportRecord
 from diffdistill.export.usage import PROMPTS, makes_pictures, takes_text, usage_code
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
@@ -37,7 +38,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 @dataclass(frozen=True)
 class CardFacts:
     """place: what was exported.  config: of its run.  licence: the teacher's, default what its card says.
-    scores: gives the `model-index` of what was measured of a place."""
+    scores: gives the `model-index` of what was measured of a place.  habits: of pipelines of diffusers' classes."""
 
     place: str
     model: TrainedModel
@@ -45,6 +46,7 @@ class CardFacts:
     config: Mapping[str, Any]
     licence: str | None = None
     scores: Scores | None = None
+    habits: Habits | None = None
 
 
 def write_card(folder: FilePath, facts: CardFacts, *, name: str, place: str, difference: float | None) -> None:
@@ -147,7 +149,13 @@ def _usage(facts: CardFacts, place: str) -> str:
         steps = {name: record.call[name] for name in ("timesteps", "sigmas") if name in record.call}
         note = "".join(f"It was trained for these {name}, {list(value)}. " for name, value in steps.items())
         note += "Guidance is off: the student has its teacher's in it."
-    return f"```python\n{usage_code(facts.model, record, place)}\n```\n\n{note}"
+    habits = f"\n\n{show_habits(facts.habits, _asked(facts))}" if facts.habits else ""
+    return f"```python\n{usage_code(facts.model, record, place)}\n```\n\n{note}{habits}"
+
+
+def _asked(facts: CardFacts) -> str:
+    """What its pipeline is always told, as an argument without its value."""
+    return "prompt" if takes_text(facts.model) else "class_labels" if facts.model.spec.num_classes else ""
 
 
 def _classes(facts: CardFacts) -> str:

@@ -1,5 +1,6 @@
 """The images that an exported pipeline should make, from the run's own code: what `verify` compares with."""
 
+from collections.abc import Callable
 from pathlib import Path as FilePath
 
 import torch
@@ -14,6 +15,7 @@ from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, pipeline_of
 
 COUNT = 2
+Layout = Callable[[Callable[[tuple[int, ...]], Tensor], tuple[int, ...]], Tensor]
 
 
 def check_of(model: TrainedModel, folder: FilePath, record: ExportRecord, *, guidance_scale: float = 1.0) -> Check:
@@ -23,9 +25,10 @@ def check_of(model: TrainedModel, folder: FilePath, record: ExportRecord, *, gui
     """
     source = pipeline_of(model.spec)
     is_plain = record.kind == "self-contained" and not (source and source.has_vae)  # not clipped
-    cond, later_seed = _condition(model), LATER_SEED if draws_by_torch(model, record) else None
-    several = _sample(model, cond, COUNT, guidance_scale, later_seed)
-    one = _sample(model, cond[:1], 1, guidance_scale, later_seed)
+    cond, by_torch = _condition(model), draws_by_torch(model, record)
+    layout = source.family.later_noise if source and record.kind != "self-contained" else None
+    several = _sample(model, cond, COUNT, guidance_scale, layout, by_torch=by_torch)
+    one = _sample(model, cond[:1], 1, guidance_scale, layout, by_torch=by_torch)
     images = _decoded(source, torch.cat([several, one])) if makes_pictures(model) else torch.cat([several, one])
     return Check(
         folder=folder,
@@ -54,11 +57,21 @@ def _decoded(source: Pipeline | None, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _sample(model: TrainedModel, cond: Cond, count: int, scale: float, later_seed: int | None) -> Tensor:
-    """By the generators of `reload`.  later_seed: of the noise between steps, where that is not the first's."""
+def _sample(
+    model: TrainedModel, cond: Cond, count: int, scale: float, layout: Layout | None, *, by_torch: bool
+) -> Tensor:
+    """By the generators of `reload`.  layout: of the noise between steps.  by_torch: whether it is of torch's own."""
     shape, generator = (count, *model.spec.image_shape), torch.Generator().manual_seed(0)
     noise = torch.randn(shape, generator=generator)
-    later = generator if later_seed is None else torch.Generator().manual_seed(later_seed)
+    later = torch.Generator().manual_seed(LATER_SEED) if by_torch else generator
+
+    def draw(wanted: tuple[int, ...]) -> Tensor:
+        return torch.randn(wanted, generator=later)
+
     return model.spec.sampler(
-        model.denoiser, noise, cond, guidance=scale, fresh_noise=lambda step: torch.randn(shape, generator=later)
+        model.denoiser,
+        noise,
+        cond,
+        guidance=scale,
+        fresh_noise=lambda step: layout(draw, shape) if layout else draw(shape),
     )

@@ -34,14 +34,15 @@ def write_lora(model: TrainedModel, folder: FilePath, *, is_kohya: bool) -> Stoc
     net = model.denoiser.net
     if not isinstance(net, LoRA):
         raise UserError(f"{model.source}: was trained in full and has no LoRA factors; use --kind stock")
-    source, steps = fit_pipeline(_plain(model))
+    plain = _plain(model)
+    source, steps = fit_pipeline(plain)
     _check_loads(source, is_kohya=is_kohya)
     _check_base(model, source)
     tensors = kohya_keys(factors_of(net)) if is_kohya else diffusers_keys(factors_of(net), source.family.network)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / (KOHYA_FILE if is_kohya else DIFFUSERS_FILE), tensors, {"format": "pt"})
     steps.scheduler.save_pretrained(folder / "scheduler")
-    return describe(source, steps, str(source.index["_class_name"]))
+    return describe(source, steps, str(source.index["_class_name"]), plain.denoiser.net)  # type: ignore[arg-type]
 
 
 def factors_of(net: LoRA) -> dict[str, tuple[Tensor, Tensor]]:

@@ -65,7 +65,7 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         class_labels: by number or name; default all classes that it was trained on in turn; a class-conditional model's
         "no class" is the number of its classes.
-        num_inference_steps, guidance_scale: default those that the model was made for.
+        num_inference_steps, guidance_scale: default those that the model was made for. A scale of 0 is none, as 1 is.
         latents: the noise to begin with, [B, *image_shape] of N(0, 1).
         output_type: "pil"; "np" and "pt" in [0, 1]; "latent": what the network makes, not clipped.
         Raises ValueError on numbers of images that contradict each other, an unknown class, and a missing prompt.
@@ -84,7 +84,7 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
             noise,
             labels if self.model.num_classes or conditions else None,
             conditions=conditions,
-            guidance_scale=guidance_scale,
+            guidance_scale=1.0 if guidance_scale == 0 else guidance_scale,
             num_steps=num_inference_steps,
             fresh_noise=lambda step: normal(),
         )

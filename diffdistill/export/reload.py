@@ -1,8 +1,8 @@
 """Run by `verify` in a new process, as a script: run cards' programs where this package cannot be imported.
 
-Argument: a JSON file of [{code, output, call}]: the program, which makes `pipe` and one `image`; the safetensors file
-to write that image to as `shown`, and as `images` what the pipeline makes of the arguments `call` (or, where it fails,
-the error to a text file of that name).
+Argument: a JSON file of [{code, output, calls}]: the program, which makes `pipe` and one `image`; the safetensors file
+to write that image to as `shown`, and what the pipeline makes of the arguments in `calls` under their names. Errors go
+to text files of that name: of the program, and of each call.
 """
 
 import json
@@ -23,18 +23,27 @@ class Blocker(MetaPathFinder):
 
 
 def call(request: dict[str, Any]) -> None:
-    """Run one program, call its pipeline once more, by seed 0, and write all images."""
+    """Run one program, make its pipeline's other calls, by seed 0, and write all images."""
     import torch
     from safetensors.torch import save_file
 
     made: dict[str, Any] = {}
     exec(compile(request["code"], "README.md", "exec"), made)
-    pipeline = made["pipe"]
+    pipeline, found = made["pipe"], {"shown": _tensor(made["image"])}
     pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(1)  # for schedulers that are not given the generator
-    images = pipeline(**request["call"], generator=torch.Generator().manual_seed(0)).images
-    found = {"images": _tensor(images), "shown": _tensor(made["image"])}
+    for name, arguments in request["calls"].items():
+        torch.manual_seed(1)  # for schedulers that are not given the generator
+        try:
+            found[name] = _tensor(pipeline(**arguments, generator=torch.Generator().manual_seed(0)).images)
+        except Exception as error:
+            _write_error(request["output"], error, f".{name}.txt")
     save_file({name: image.float().contiguous() for name, image in found.items()}, request["output"])
+
+
+def _write_error(output: str, error: Exception, ending: str) -> None:
+    """Whatever it is, it is what the user is told."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    FilePath(output).with_suffix(ending).write_text(text, encoding="utf-8")
 
 
 def _tensor(image: Any) -> Any:
@@ -55,6 +64,5 @@ if __name__ == "__main__":
     for item in json.loads(FilePath(sys.argv[1]).read_text(encoding="utf-8")):
         try:
             call(item)
-        except Exception as error:  # whatever it is, it is what the user is told, and the other folders go on
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            FilePath(item["output"]).with_suffix(".txt").write_text(text, encoding="utf-8")
+        except Exception as error:  # the other folders go on
+            _write_error(item["output"], error, ".txt")

@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 from diffdistill import __version__
 from diffdistill.export.card import CardFacts, Scores, how_near, read_state, write_card
 from diffdistill.export.expected import check_of
+from diffdistill.export.habits import habits_of
 from diffdistill.export.lora_files import write_lora
+from diffdistill.export.own_pipeline import write_own_pipeline
 from diffdistill.export.push import check_push, push
 from diffdistill.export.record import RECORD, ExportRecord, Kind, guidance_of
 from diffdistill.export.self_contained import write_self_contained
@@ -32,13 +34,15 @@ AnyKind = Literal["auto", "stock", "self-contained", "lora", "kohya"]
 class ExportOptions:
     """kind: auto is stock where diffusers' classes can do what the student does, else self-contained.
     ema: one of the run's `more_emas`.  guidance_scale: of calls that name none, for a student that takes it as input;
-    default the middle of what it was trained on.  licence: of the teacher, where its own card does not say.
+    default the middle of what it was trained on.  has_own_pipeline: whether a stock folder gets a class of pipeline
+    whose plain call is right.  licence: of the teacher, where its own card does not say.
     scores: gives what was measured of a place.  push: a repository on the hub.
     """
 
     kind: AnyKind = "auto"
     ema: str | None = None
     guidance_scale: float | None = None
+    has_own_pipeline: bool = False
     is_verified: bool = True
     licence: str | None = None
     scores: Scores | None = None
@@ -113,12 +117,14 @@ def write(place: str, folder: FilePath, options: ExportOptions) -> Written:
     scale = default_scale(model) if options.guidance_scale is None else options.guidance_scale
     if options.guidance_scale is not None and not takes_scale(model):
         raise UserError(f"--guidance {scale:g}: this student does not take the scale as input; leave it out")
+    if options.has_own_pipeline and options.kind not in ("auto", "stock"):
+        raise UserError(f"--own-pipeline: is for --kind stock, not {options.kind}")
     kind, note = options.kind, None
     if kind in ("auto", "stock"):
         try:
             return _written(place, model, folder, "stock", write_stock(model, folder), options)
         except UserError as error:
-            if kind == "stock":
+            if kind == "stock" or options.has_own_pipeline:
                 raise UserError(f"--kind stock: {error}") from None
             kind, note = "self-contained", error.reason if isinstance(error, NotStock) else str(error)
     if kind == "self-contained":
@@ -154,15 +160,19 @@ def _written(
         call=call,
         sampler=model.spec.sampler,
         base=stock.source.place if stock and kind != "stock" else None,
-        scheduler=stock.scheduler if stock and kind != "stock" else None,
+        own_pipeline=options.has_own_pipeline,
+        scheduler=type(stock.scheduler).__name__ if stock and kind != "stock" else None,
         teacher=state.get("teacher"),
         teacher_guidance=guidance_of(config["method"]) if config else 1.0,
         class_names=model.spec.class_names,
         classes=model.spec.classes,
     )
     record.write(folder)
+    if options.has_own_pipeline and stock:
+        write_own_pipeline(folder, stock, model.spec.sampler.num_evaluations)
     check = check_of(model, folder, record, guidance_scale=scale)
-    facts = CardFacts(place, model, record, config, options.licence, options.scores)
+    habits = habits_of(stock) if stock else None
+    facts = CardFacts(place, model, record, config, options.licence, options.scores, habits)
     return Written(kind, check, facts, note)
 
 

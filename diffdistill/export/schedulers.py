@@ -2,6 +2,10 @@
 
 `timesteps` (or `sigmas`, on a flow) fix the times. What differs between schedulers is the noise that they begin with
 (unit, or sigma_t times it) and what they do between two steps. Where none does the same, that is said.
+
+Each is set up so that the calls of habit, `num_inference_steps=N` and nothing at all, make the same steps, or are
+refused by the scheduler, where it can be: the schedule ends behind the first step, and what a number of steps chooses
+from it are the trained times. What they really do is told by `habits`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,14 +47,19 @@ def stock_steps(
     times = [int(t) for t in _times(denoiser, sampler)]
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     common = {**_betas(config), "prediction_type": names[denoiser.predicts], "clip_sample": False}
+    settings = _up_to(times[0], common)
     if argument == "num_inference_steps":
-        return _counted(sampler, times, common)
-    if isinstance(sampler, TCD):
-        return _tcd(sampler, times, common)
-    if len(times) > 1 and isinstance(sampler, FewSteps) and sampler.later_noise != "ddim":
-        _refuse_unless(sampler.init_noise == "unit", "several steps with fresh noise from another start", "unit")
-        return StockSteps(_lcm(common), {"timesteps": times})
-    return StockSteps(_euler(common, starts_at_sigma=_starts_at_sigma(sampler)), {"timesteps": times})
+        return _counted(sampler, times, settings)
+    if isinstance(sampler, TCD) and len(times) > 1:
+        return _tcd(sampler, times, settings)
+    is_fresh = len(times) > 1 and isinstance(sampler, FewSteps) and sampler.later_noise != "ddim"
+    if is_fresh:
+        _refuse_unless(not _starts_at_sigma(sampler), "several steps with fresh noise from another start", "unit")
+    if _starts_at_sigma(sampler):
+        return StockSteps(_euler(settings), {"timesteps": times})
+    if is_fresh or len(times) == 1:
+        return StockSteps(_lcm(settings, times), {"timesteps": times})
+    return _ddim_from_unit(settings, times)
 
 
 def _times(denoiser: Denoiser, sampler: AnySampler) -> Sequence[float]:
@@ -64,75 +73,118 @@ def _times(denoiser: Denoiser, sampler: AnySampler) -> Sequence[float]:
 
 
 def _on_flow(denoiser: Denoiser, sampler: AnySampler, config: Mapping[str, Any]) -> StockSteps:
-    """Euler's steps on a rectified flow; with fresh noise between them it is told to be stochastic."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
+    """Euler's steps on a rectified flow, or with fresh noise between them."""
     times = _times(denoiser, sampler)
     _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise: another start", "unit")
     _refuse_unless(denoiser.predicts == "flow", f"a student that predicts {denoiser.predicts} on a flow", None)
     if isinstance(sampler, TCD):
         _refuse_unless(len(times) == 1 or not sampler.eta, "several TCD steps on a flow with noise between them", None)
-    is_fresh = isinstance(sampler, FewSteps) and sampler.later_noise == "fresh" and len(times) > 1
     total = int(config.get("num_train_timesteps", 1000))
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=total, shift=1.0, stochastic_sampling=is_fresh)
-    sigmas = denoiser.path.sigma(torch.tensor(times, dtype=torch.float64))  # the path's time is before its shift
-    return StockSteps(scheduler, {"sigmas": sigmas.tolist()})
+    sigmas = denoiser.path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()  # its time is before its shift
+    is_fresh = isinstance(sampler, FewSteps) and sampler.later_noise == "fresh" and len(times) > 1
+    return StockSteps(_flow_scheduler(sigmas, total, is_fresh=is_fresh), {"sigmas": sigmas})
 
 
-def _counted(sampler: AnySampler, times: Sequence[int], common: dict[str, Any]) -> StockSteps:
+def _flow_scheduler(sigmas: Sequence[float], total: int, *, is_fresh: bool) -> Any:
+    """A flow's schedule begins at sigma = 1, and shifts leave that as it is; `sigma_max` and `sigma_min` of its config
+    are the ends of an exponential one: for one step sigma itself, for two both. More steps have no such schedule.
+
+    Of one step all are the same: whatever the number of steps, the last one makes the image; pipelines that do not say
+    where they begin run out of steps before.
+    """
+    import diffusers
+
+    settings: dict[str, Any] = {"num_train_timesteps": total, "shift": 1.0, "use_exponential_sigmas": len(sigmas) < 3}
+    if is_fresh and hasattr(diffusers, "FlowMatchLCMScheduler"):
+        # It scales images between steps by these factors, and refuses another number of steps than it has factors for.
+        factors = {"scale_factors": [1.0] * (len(sigmas) - 1), "upscale_mode": "nearest"}
+        scheduler = diffusers.FlowMatchLCMScheduler(**settings, **factors)
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings, stochastic_sampling=is_fresh)
+    if len(sigmas) < 3:
+        scheduler.register_to_config(sigma_max=sigmas[0], sigma_min=sigmas[-1])
+    return scheduler
+
+
+def _counted(sampler: AnySampler, times: Sequence[int], settings: dict[str, Any]) -> StockSteps:
     """For a pipeline that takes a number of steps alone, and begins with unit noise.
 
-    The schedule is cut off behind the first step, and the grid that diffusers takes an even choice of is one where
-    that choice is these times. One step can always be had so, several only where they are even.
+    The grid that diffusers takes an even choice of is one where that choice is these times. One step can always be had
+    so, several only where they are even.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, TCDScheduler
+    from diffusers import DDIMScheduler
 
     _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise: another start", "unit")
     count, call = len(times), {"num_inference_steps": len(times)}
-    betas = DDPMScheduler.from_config(common).betas[: times[0] + 1].tolist()
-    settings = common | {"trained_betas": betas, "num_train_timesteps": len(betas)}
-    if isinstance(sampler, TCD):
+    if isinstance(sampler, TCD) and count > 1:
         # The pipeline does not hand on eta, whose default is this.
-        _refuse_unless(count == 1 or sampler.eta == TCD_ETA, f"this pipeline's TCD has eta {TCD_ETA}: another", None)
+        _refuse_unless(sampler.eta == TCD_ETA, f"this pipeline's TCD has eta {TCD_ETA}: another", None)
     elif count > 1 and getattr(sampler, "later_noise", "ddim") == "ddim":
         scheduler = DDIMScheduler.from_config(settings, timestep_spacing="trailing", set_alpha_to_one=True)
         scheduler.set_timesteps(count)
         _refuse_unless(scheduler.timesteps.tolist() == list(times), f"this pipeline takes no timesteps: {times}", None)
         return StockSteps(scheduler, call)
-    kind = TCDScheduler if isinstance(sampler, TCD) else LCMScheduler
-    grid = next(
-        (size for size in range(count, len(betas) + 1) if _choice(len(betas), size, count) == list(times)), None
-    )
+    grid = _grid(times)
     _refuse_unless(grid is not None, f"this pipeline takes no timesteps: the steps {list(times)}", None)
-    settings |= {"original_inference_steps": grid}
-    return StockSteps(kind.from_config(settings) if kind is TCDScheduler else _lcm(settings), call)
+    made = _tcd(sampler, times, settings).scheduler if isinstance(sampler, TCD) and count > 1 else _lcm(settings, times)
+    return StockSteps(made, call)
 
 
-def _choice(total: int, grid: int, count: int) -> list[int]:
-    """The times that diffusers' LCM and TCD schedulers choose for `count` steps on a grid of so many."""
-    return [(grid - index * grid // count) * (total // grid) - 1 for index in range(count)]
+def _grid(times: Sequence[int]) -> int | None:
+    """The smallest `original_inference_steps` with which so many steps of diffusers' LCM and TCD are these times, on a
+    schedule that ends at the first; None if there is none."""
+    total, count = times[0] + 1, len(times)
+
+    def choice(size: int) -> list[int]:
+        return [(size - index * size // count) * (total // size) - 1 for index in range(count)]
+
+    return next((size for size in range(count, total + 1) if choice(size) == list(times)), None)
 
 
-def _tcd(sampler: TCD, times: Sequence[int], common: Mapping[str, Any]) -> StockSteps:
+def _original_steps(times: Sequence[int]) -> int:
+    """The size of the grid. Where none fits, so small a one that this number of steps is refused, unless its times are
+    given."""
+    return _grid(times) or max(1, len(times) - 1)
+
+
+def _tcd(sampler: TCD, times: Sequence[int], settings: Mapping[str, Any]) -> StockSteps:
     from diffusers import TCDScheduler
 
     _refuse_unless(not _starts_at_sigma(sampler), "diffusers' TCD begins with unit noise: another start", "unit")
-    return StockSteps(TCDScheduler.from_config(common), {"timesteps": list(times), "eta": sampler.eta})
+    scheduler = TCDScheduler.from_config(settings, original_inference_steps=_original_steps(times))
+    return StockSteps(scheduler, {"timesteps": list(times), "eta": sampler.eta})
 
 
-def _lcm(settings: Mapping[str, Any]) -> Any:
+def _lcm(settings: Mapping[str, Any], times: Sequence[int]) -> Any:
     from diffusers import LCMScheduler
 
-    return LCMScheduler.from_config(settings, timestep_scaling=NEVER_SKIP)
+    steps = _original_steps(times)
+    return LCMScheduler.from_config(settings, timestep_scaling=NEVER_SKIP, original_inference_steps=steps)
 
 
-def _euler(settings: Mapping[str, Any], *, starts_at_sigma: bool) -> Any:
+def _euler(settings: Mapping[str, Any]) -> Any:
+    """From sigma_t times unit noise."""
     from diffusers import EulerDiscreteScheduler
 
-    # Its noise is sigma_t times unit noise with "trailing" times, and unit noise with "leading" ones. The offset does
-    # nothing where timesteps are given, and pipelines warn of any other.
-    spacing = "trailing" if starts_at_sigma else "leading"
-    return EulerDiscreteScheduler.from_config(settings, timestep_spacing=spacing, steps_offset=1)
+    # The offset does nothing with "trailing" times, and pipelines warn of any other.
+    return EulerDiscreteScheduler.from_config(settings, timestep_spacing="trailing", steps_offset=1)
+
+
+def _ddim_from_unit(settings: Mapping[str, Any], times: Sequence[int]) -> StockSteps:
+    """TCD's steps with eta = 0 are DDIM's, but that they end at time 0, which is therefore made the image itself; this
+    scheduler refuses more steps. Where it has no such times: of the first order DPM-Solver's steps are DDIM's too.
+    """
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, TCDScheduler
+
+    grid = _grid(times)
+    if grid is not None and times[-1] > 0:
+        first, second, *rest = DDPMScheduler.from_config(settings).betas.tolist()
+        betas = [0.0, 1 - (1 - first) * (1 - second), *rest]
+        scheduler = TCDScheduler.from_config(settings, trained_betas=betas, original_inference_steps=grid)
+        return StockSteps(scheduler, {"timesteps": list(times), "eta": 0.0})
+    order = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    solver = DPMSolverMultistepScheduler.from_config(settings, timestep_spacing="trailing", steps_offset=1, **order)
+    return StockSteps(solver, {"timesteps": list(times)})
 
 
 def _starts_at_sigma(sampler: AnySampler) -> bool:
@@ -143,6 +195,16 @@ def _betas(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a schedule of betas is made of."""
     names = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps")
     return {name: config[name] for name in names if name in config}
+
+
+def _up_to(time: int, common: Mapping[str, Any]) -> dict[str, Any]:
+    """The same schedule, cut off behind a time."""
+    from diffusers import DDPMScheduler
+
+    betas = DDPMScheduler.from_config(common).betas
+    if time + 1 == len(betas):
+        return dict(common)
+    return {**common, "trained_betas": betas[: time + 1].tolist(), "num_train_timesteps": time + 1}
 
 
 def _refuse_unless(is_met: bool, what: str, init_noise: str | None) -> None:

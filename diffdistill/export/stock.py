@@ -27,12 +27,13 @@ class NotStock(UserError):  # noqa: N818
 @dataclass(frozen=True)
 class StockFolder:
     """source: the teacher's pipeline.  kind: the class that loads the folder.  call: how it is called.
-    scheduler: the class of its scheduler."""
+    scheduler: of the student's steps.  net: the network that the pipeline is left with, for what it accepts."""
 
     source: Pipeline
     kind: str
     call: Mapping[str, Any]
-    scheduler: str
+    scheduler: Any
+    net: DiffusersNetwork
 
 
 def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
@@ -50,7 +51,8 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     kind = source.family.stock_pipeline or str(source.index["_class_name"])
     names = other_parts(source)
     copy_parts(source, folder, names)
-    net.model.save_pretrained(folder / source.family.network)  # type: ignore[operator]
+    written = source.family.stock_network(net.model)
+    written.save_pretrained(folder / source.family.network)  # type: ignore[operator]
     steps.scheduler.save_pretrained(folder / "scheduler")
     missing = {name: [None, None] for name, value in source.index.items() if isinstance(value, list)}
     parts = {name: source.index[name] for name in (source.family.network, *names)}
@@ -60,13 +62,13 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
         settings[ID2LABEL] = {str(number): name for number, name in enumerate(model.spec.class_names)}
     scheduler = {"scheduler": ["diffusers", type(steps.scheduler).__name__]}
     write_json(folder / INDEX, {**settings, **missing, **parts, **scheduler, "_class_name": kind})
-    return describe(source, steps, kind)
+    return describe(source, steps, kind, source.family.wrap(written, net.num_classes, 0.0))
 
 
-def describe(source: Pipeline, steps: StockSteps, kind: str) -> StockFolder:
-    """How a pipeline of class `kind` is called for a student's steps."""
+def describe(source: Pipeline, steps: StockSteps, kind: str, net: DiffusersNetwork) -> StockFolder:
+    """How a pipeline of class `kind` is called for the steps of a student, and its network."""
     call = {**steps.call, **source.family.call(source.image_size)}
-    return StockFolder(source, kind, call, type(steps.scheduler).__name__)
+    return StockFolder(source, kind, call, steps.scheduler, net)
 
 
 def fit_pipeline(model: TrainedModel) -> tuple[Pipeline, StockSteps]:

@@ -4,6 +4,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
+from diffdistill.export.own_pipeline import MODULE
 from diffdistill.export.record import ExportRecord, without_home
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import pipeline_of
@@ -24,14 +25,24 @@ def usage_code(model: TrainedModel, record: ExportRecord, place: str) -> str:
         lines.append(f"base = {repr(name) if is_hub_name(record.base) else folder_code(FilePath(name))}")
         lines += _loading_lora(record, revision)
     else:
-        trust = ", trust_remote_code=True" if record.kind == "self-contained" else ""
-        lines.append(f"pipe = {record.pipeline}.from_pretrained(place{trust})")
+        own = f", custom_pipeline={MODULE!r}" if record.own_pipeline else ""
+        trust = ", trust_remote_code=True" if has_code(record) else ""
+        lines.append(f"pipe = {_class(record)}.from_pretrained(place{own}{trust})")
     if draws_by_torch(model, record):
         lines.append(f"torch.manual_seed({LATER_SEED})  # of the noise between its steps")
     lines.append(f"image = pipe({_arguments(model, record)}).images[0]")
-    classes = sorted([record.pipeline, *([record.scheduler] if record.scheduler else [])])
+    classes = sorted([_class(record), *([record.scheduler] if record.scheduler else [])])
     head = ["from pathlib import Path", ""] if any("Path(" in line for line in lines) else []
     return "\n".join([*head, "import torch", f"from diffusers import {', '.join(classes)}", "", *lines])
+
+
+def has_code(record: ExportRecord) -> bool:
+    """Whether the program runs code out of the folder."""
+    return record.kind == "self-contained" or record.own_pipeline
+
+
+def _class(record: ExportRecord) -> str:
+    return "DiffusionPipeline" if record.own_pipeline else record.pipeline
 
 
 def folder_code(folder: FilePath) -> str:
@@ -82,6 +93,7 @@ def _loading_lora(record: ExportRecord, revision: str) -> list[str]:
 def _arguments(model: TrainedModel, record: ExportRecord) -> str:
     asked = asked_of(model, 1)
     asked = {"prompt": asked["prompt"][0]} if "prompt" in asked else asked
-    asked |= record.call | ({} if makes_pictures(model) else {"output_type": "latent"})
+    call = {} if record.own_pipeline else record.call
+    asked |= call | ({} if makes_pictures(model) else {"output_type": "latent"})
     shown = [f"{name}={value!r}" for name, value in asked.items()]
     return ", ".join([*shown, "generator=torch.Generator().manual_seed(0)"])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 TOLERANCE = 1e-5
 """The greatest difference of any value of two images in [-1, 1], float32."""
+CALL = "images"  # the name of `Check.call`
 HALF_STEP = 0.5 / 255  # of an image in [0, 1] with 8 bits
 
 
@@ -26,13 +27,24 @@ class ExportError(RuntimeError):
 @dataclass(frozen=True)
 class Check:
     """code: the card's program, which loads the folder as `pipe` and makes one `image`.  shown: that image, as the run
-    makes it.  call: how that pipeline is called once more, by seed 0.  expected: its images, as the run makes them."""
+    makes it.  call: how that pipeline is called once more, by seed 0.  expected: its images, as the run makes them.
+    habits: other calls by name, that may make these images too."""
 
     folder: FilePath
     code: str
     call: Mapping[str, Any]
     expected: Tensor
     shown: Tensor
+    habits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """difference: the greatest of a folder's images from those expected, or what went wrong with it.  habits: the same
+    of each other call."""
+
+    difference: float | str
+    habits: Mapping[str, float | str]
 
 
 def verify(checks: Sequence[Check], *, tolerance: float = TOLERANCE) -> list[float]:
@@ -50,36 +62,46 @@ def verify(checks: Sequence[Check], *, tolerance: float = TOLERANCE) -> list[flo
 
 
 def compare(checks: Sequence[Check]) -> list[float | str]:
-    """The greatest difference of each folder's images from those expected, or what went wrong with it.
+    """The greatest difference of each folder's images from those expected, or what went wrong with it."""
+    return [found.difference for found in measure(checks)]
+
+
+def measure(checks: Sequence[Check]) -> list[Found]:
+    """What all folders make, of their other calls too.
 
     The image of the card's program has 8 bits, and may be half a step of these away.
     """
     with tempfile.TemporaryDirectory() as name:
         made = _call(checks, FilePath(name))
-    return [_difference(check, images) for check, images in zip(checks, made, strict=True)]
+    return [_found(check, images) for check, images in zip(checks, made, strict=True)]
 
 
-def _difference(check: Check, made: Mapping[str, Tensor] | str) -> float | str:
+def _found(check: Check, made: Mapping[str, Tensor | str] | str) -> Found:
     if isinstance(made, str):
-        return made
-    shown, images = made["shown"], made["images"]
-    for found, expected in ((shown, check.shown), (images, check.expected)):
-        if found.shape != expected.shape:
-            return f"makes {tuple(found.shape)}, not {tuple(expected.shape)}"
-    off = _greatest(shown, check.shown)
-    if not off <= HALF_STEP + TOLERANCE:
-        return f"the card's own program makes another image, {off:.2g} away"
-    return _greatest(images, check.expected)
+        return Found(made, dict.fromkeys(check.habits, made))
+    off = _greatest(made["shown"], check.shown)
+    difference = _greatest(made[CALL], check.expected)
+    if isinstance(off, str) or not off <= HALF_STEP + TOLERANCE:
+        difference = off if isinstance(off, str) else f"the card's own program makes another image, {off:.2g} away"
+    return Found(difference, {name: _greatest(made[name], check.expected) for name in check.habits})
 
 
-def _greatest(images: Tensor, expected: Tensor) -> float:
+def _greatest(images: Tensor | str, expected: Tensor) -> float | str:
+    if isinstance(images, str):
+        return images
+    if images.shape != expected.shape:
+        return f"makes {tuple(images.shape)}, not {tuple(expected.shape)}"
     return float((images.double() - expected.double().cpu()).abs().max())
 
 
-def _call(checks: Sequence[Check], place: FilePath) -> list[Mapping[str, Tensor] | str]:
+def _call(checks: Sequence[Check], place: FilePath) -> list[Mapping[str, Tensor | str] | str]:
     """The images of each folder, or what went wrong."""
     requests = [
-        {"code": check.code, "output": str(place / f"{number}.safetensors"), "call": {**check.call}}
+        {
+            "code": check.code,
+            "output": str(place / f"{number}.safetensors"),
+            "calls": {CALL: check.call, **check.habits},
+        }
         for number, check in enumerate(checks)
     ]
     (place / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
@@ -99,6 +121,11 @@ def _call(checks: Sequence[Check], place: FilePath) -> list[Mapping[str, Tensor]
     return [_read(FilePath(str(request["output"]))) for request in requests]
 
 
-def _read(output: FilePath) -> Mapping[str, Tensor] | str:
+def _read(output: FilePath) -> Mapping[str, Tensor | str] | str:
     failed = output.with_suffix(".txt")
-    return failed.read_text(encoding="utf-8") if failed.exists() else load_file(output)
+    if failed.exists():
+        return failed.read_text(encoding="utf-8")
+    errors = {
+        file.name.split(".")[1]: file.read_text(encoding="utf-8") for file in output.parent.glob(f"{output.stem}.*.txt")
+    }
+    return {**load_file(output), **errors}

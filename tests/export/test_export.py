@@ -27,13 +27,15 @@ from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
 from diffdistill.eval.board.files import model_index_of
 from diffdistill.export import run as command
 from diffdistill.export.expected import check_of
+from diffdistill.export.habits import habitual_calls
+from diffdistill.export.own_pipeline import write_own_pipeline
 from diffdistill.export.parts import _copy_part
 from diffdistill.export.record import RECORD, ExportRecord, read_record
 from diffdistill.export.run import ExportOptions, export, write
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import write_stock
-from diffdistill.export.usage import folder_code
-from diffdistill.export.verify import TOLERANCE, Check, ExportError, compare, verify
+from diffdistill.export.usage import asked_of, folder_code
+from diffdistill.export.verify import TOLERANCE, Check, ExportError, Found, measure, verify
 from diffdistill.models.load import load_model
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers import open_pipeline
@@ -53,9 +55,21 @@ SAMPLERS: dict[str, tuple[str, AnySampler]] = {
     "sd3, fresh noise": ("sd3", FewSteps(init_ratio=20, later_ratios=(2, 0.5), **UNIT)),
     "sd3, TCD without noise": ("sd3", TCD(num_steps=2, eta=0, grid=DDIM(num_steps=4), **UNIT)),
     "sana, fresh noise": ("sana", FewSteps(init_ratio=20, later_ratios=(2,), **UNIT)),
+    "sd, DDIM from unit noise": ("sd", FewSteps(init_ratio=LAST, later_ratios=(HALF,), later_noise="ddim", **UNIT)),
+    "sd, DDIM at other times": ("sd", FewSteps(init_ratio=LAST, later_ratios=(1,), later_noise="ddim", **UNIT)),
+    "sd, one step from unit noise": ("sd", FewSteps(init_ratio=5, **UNIT)),
+    "flux, one step": ("flux", FewSteps(init_ratio=20, **UNIT)),
+    "flux, fresh noise": ("flux", FewSteps(init_ratio=20, later_ratios=(2, 0.5), **UNIT)),
     "pixart, fresh noise": ("pixart", FewSteps(init_ratio=5, later_ratios=(2,), **UNIT)),
     "ddpm, one step": ("ddpm", FewSteps(init_ratio=5, **UNIT)),
 }
+FAMILIES = ("sd", "dit", "sd3", "sana", "pixart", "ddpm", "flux")
+RIGHT = {  # also by a number of steps alone, with guidance_scale=0
+    *("sd, one step from sigma_t n", "sd, one step from unit noise", "sd, DDIM", "sd, DDIM from unit noise"),
+    *("dit, fresh noise at even times", "ddpm, one step", "flux, one step", "sana, fresh noise"),
+}
+REFUSES_PLAIN = {"sd, one step from unit noise", "sd, DDIM from unit noise", "ddpm, one step", "sana, fresh noise"}
+"""A prompt and nothing else is an error."""
 OF_OWN_CODE: dict[str, tuple[str, AnySampler]] = {
     "sd3-own": ("sd3", FewSteps(init_ratio=20, later_ratios=(2,))),
     "sd-own": ("sd", Heun(num_steps=2)),
@@ -98,12 +112,26 @@ def small_text_model(encoder: Path) -> TrainedModel:
     return TrainedModel(denoiser, spec, encoder)
 
 
-def stock_check(model: TrainedModel, folder: Path) -> Check:
+def stock_check(model: TrainedModel, folder: Path, name: str, *, has_pipeline: bool = False) -> Check:
+    """Of those calls of habit too that `name` stands for."""
     stock = write_stock(model, folder)
+    sampler, number = model.spec.sampler, model.spec.sampler.num_evaluations
     record = ExportRecord(
-        version="0", kind="stock", pipeline=stock.kind, call=dict(stock.call), sampler=model.spec.sampler
+        version="0",
+        kind="stock",
+        pipeline=stock.kind,
+        call=dict(stock.call),
+        sampler=sampler,
+        own_pipeline=has_pipeline,
     )
-    return check_of(model, folder, record)
+    if has_pipeline:
+        write_own_pipeline(folder, stock, number)
+    check, size = check_of(model, folder, record), ("height", "width", "use_resolution_binning")
+    asked = asked_of(model, 2) | {name: stock.call[name] for name in size if name in stock.call} | {"output_type": "np"}
+    calls = {name: asked | call for name, call in habitual_calls(stock.kind, number).items()}
+    kept = ["zero"] if name in RIGHT else []
+    kept += ["plain"] if name in REFUSES_PLAIN or has_pipeline else []
+    return replace(check, habits={call: calls[call] for call in kept})
 
 
 def own_check(model: TrainedModel, folder: Path) -> Check:
@@ -116,7 +144,7 @@ def own_check(model: TrainedModel, folder: Path) -> Check:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("teachers")
-    return {family: save_stand_in(family, home / family) for family in ("sd", "dit", "sd3", "sana", "pixart", "ddpm")}
+    return {family: save_stand_in(family, home / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +153,7 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     home, made = tmp_path_factory.mktemp("exported"), {}
     for number, (name, (family, sampler)) in enumerate(SAMPLERS.items()):
         model = with_sampler(places[family], sampler)
-        made[name] = stock_check(model, home / f"{number}")
+        made[name] = stock_check(model, home / f"{number}", name)
     for name, (family, sampler) in OF_OWN_CODE.items():
         model = with_sampler(places[family], sampler)
         made[name] = own_check(model, home / name)
@@ -136,7 +164,9 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         place = train(method, teacher, home / f"{name}-run", *more)
         made[name] = write(str(place), home / name, ExportOptions(kind=kind)).check  # type: ignore[arg-type]
     half = with_half_encoders(save_stand_in("sdxl", home / "half-teacher"))
-    made["half"] = stock_check(with_sampler(half, FewSteps(init_ratio=5)), home / "half")
+    made["half"] = stock_check(with_sampler(half, FewSteps(init_ratio=5)), home / "half", "half")
+    one = with_sampler(places["sd"], FewSteps(init_ratio=5))
+    made["own pipeline"] = stock_check(one, home / "own-pipeline", "own pipeline", has_pipeline=True)
     lora = train("sid", half, home / "half-run", "lora.default={rank: 2, alpha: 4}")
     made["half-lora"] = write(str(lora), home / "half-lora", ExportOptions(kind="lora")).check
     return made | {"planted": planted(made["signal"], home / "planted")}
@@ -162,18 +192,38 @@ def with_half_encoders(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def differences(checks: dict[str, Check]) -> dict[str, float | str]:
+def found(checks: dict[str, Check]) -> dict[str, Found]:
     """Of all folders, loaded in one process without this package."""
-    return dict(zip(checks, compare(list(checks.values())), strict=True))
+    return dict(zip(checks, measure(list(checks.values())), strict=True))
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS, "sentences", "half", "half-lora"])
+@pytest.fixture(scope="module")
+def differences(found: dict[str, Found]) -> dict[str, float | str]:
+    return {name: one.difference for name, one in found.items()}
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS, "sentences", "half", "half-lora", "own pipeline"])
 def test_a_folder_makes_the_runs_images_where_this_package_cannot_be_imported(
     differences: dict[str, float | str], name: str
 ) -> None:
     found = differences[name]
     assert isinstance(found, float), found
     assert found <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(RIGHT | {"own pipeline"}))
+def test_a_number_of_steps_alone_makes_the_same_images_and_a_prompt_alone_does_not_make_others(
+    found: dict[str, Found], name: str
+) -> None:
+    habits = found[name].habits
+    if name in RIGHT:
+        assert isinstance(habits["zero"], float), habits["zero"]
+        assert habits["zero"] <= TOLERANCE
+    if name in REFUSES_PLAIN:
+        assert str(habits["plain"]).startswith("ValueError")
+    if name == "own pipeline":
+        assert isinstance(habits["plain"], float), habits["plain"]
+        assert habits["plain"] <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", REFUSED)

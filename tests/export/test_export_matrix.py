@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from support.habits import Case, cases
 from support.method_matrix import METHODS, origin, train
 from support.stand_ins import STAND_INS
 
 from diffdistill.export.run import AnyKind, ExportOptions, write
-from diffdistill.export.verify import TOLERANCE, Check, compare
+from diffdistill.export.verify import TOLERANCE, Check, compare, measure
 from diffdistill.settings.schema import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "export-matrix.md"
@@ -93,11 +94,54 @@ def table(every: Sequence[Cell]) -> str:
     return "\n".join([*lines, "", "Why not:", "", *listed])
 
 
+CALLS = """
+## The three calls
+
+The same folders without training, by several kinds of steps: the card's own program; `pipe(prompt,
+num_inference_steps=N, guidance_scale=0)`, then with 1; and `pipe(prompt)`. As people call them, but that families whose
+pipelines have a size of their own are told the stand-in's. A number is the greatest difference from the student's
+images; **bold** ones are other images, of which diffusers warns by nothing. Each card says the same of its student.
+`--own-pipeline` makes all of them right.
+
+| family | steps | the card's | N, guidance 0 | N, guidance 1 | a prompt alone |
+|---|---|---|---|---|---|
+"""
+
+
+def call_rows(every: Sequence[Case]) -> str:
+    """A line for each family and kind of steps, measured; those that cannot be had are left out."""
+    return "\n".join(
+        f"| `{case.family}` | {case.steps} | " + " | ".join(map(shown_call, case.measured.values())) + " |"
+        for case in every
+        if case.check
+    )
+
+
+def shown_call(found: float | str) -> str:
+    if isinstance(found, str):
+        return "an error" if found.startswith(("ValueError", "IndexError")) else f"**{found}**"
+    return f"{found:.1g}" if found <= TOLERANCE else f"**{found:.1g}**"
+
+
+def measure_calls(folder: Path) -> list[Case]:
+    every = list(cases(folder))
+    written = [case for case in every if case.check]
+    for case, found in zip(written, measure([case.check for case in written if case.check]), strict=True):
+        case.measured = {"card": found.difference, **found.habits}
+    return every
+
+
+def verdict_of(found: float | str) -> str:
+    if isinstance(found, str):
+        return "refused" if found.startswith(("ValueError", "IndexError")) else "wrong"
+    return "right" if found <= TOLERANCE else "wrong"
+
+
 HEAD = """# What can be exported
 
 Written by `make test-full` (tests/export/test_export_matrix.py) on {date}. The teacher is each family's smallest
 architecture with random weights, or one of our own networks after three steps of training. Then come three steps of
-the method, the export, and all folders are loaded in one process where diffdistill cannot be imported. A number is the
+the method, the export, and the cards' programs run in one process where diffdistill cannot be imported. A number is the
 greatest difference of any value of two images from the run's own, in float32; {tolerance:g} is allowed. BOOT starts
 from a teacher that predicts v.
 
@@ -109,7 +153,14 @@ def test_every_student_is_exported_or_it_is_said_why_not(tmp_path: Path) -> None
     every = list(cells())
     fill(every, tmp_path)
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    PAGE.write_text(HEAD.format(date=date, tolerance=TOLERANCE) + table(every) + "\n", encoding="utf-8")
+    called = measure_calls(tmp_path / "calls")
+    text = HEAD.format(date=date, tolerance=TOLERANCE) + table(every) + "\n" + CALLS + call_rows(called) + "\n"
+    PAGE.write_text(text, encoding="utf-8")
+    for case in called:
+        if case.check and case.said:
+            assert verdict_of(case.measured["card"]) == "right", case
+            assert {verdict_of(case.measured[name]) for name in ("zero", "one")} == {case.said.counted}, case
+            assert verdict_of(case.measured["plain"]) == case.said.plain, case
     for cell in every:
         where = f"{cell.family} {cell.method} {cell.asked}: {cell.found}"
         if cell.asked == "auto" and cell.method in ON_EVERY_FAMILY:

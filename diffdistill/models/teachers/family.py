@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -47,6 +47,11 @@ class Family(ABC):
     names_size: ClassVar[bool] = False
     """Whether the pipeline must be told `height` and `width`, for it does not take them from its network."""
 
+    default_side: ClassVar[int] = 0
+    """Of the latents that such a pipeline makes where it is not told, if its call has no default of its own."""
+    names_sigmas: ClassVar[bool] = False
+    """Whether the pipeline itself tells the scheduler even sigmas and where to begin, for a number of steps."""
+
     hands_on_generator: ClassVar[bool] = True
     """Whether the noise between a pipeline's steps is of the generator that it is given, not of torch's own."""
 
@@ -54,6 +59,17 @@ class Family(ABC):
         """The pipeline's arguments for an exported student.  image_size: height and width in pixels."""
         size = {"height": image_size[0], "width": image_size[1]} if self.names_size else {}
         return {**self.plain_call, **size}
+
+    def later_noise(self, draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The noise between a pipeline's steps, [B, C, H, W], in the layout that it draws it in.
+
+        draw: gives unit noise of a shape.
+        """
+        return draw(shape)
+
+    def stock_network(self, model: nn.Module) -> nn.Module:
+        """A student's model of diffusers as an exported pipeline holds it: what it is always told may be part of it."""
+        return model
 
     def has_stock_pipeline(self, options: Mapping[str, Any]) -> bool:
         """Whether the pipeline gives a network with these options all that it takes."""

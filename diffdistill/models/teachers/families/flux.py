@@ -2,7 +2,7 @@
 2024; its architecture is diffusers' `FluxTransformer2DModel`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,8 @@ class Flux(Family):
     steps_argument = "sigmas"
     hands_on_generator = False
     names_size = True
+    names_sigmas = True
+    default_side = SIDE
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "FluxNetwork":
         return FluxNetwork(model)
@@ -49,6 +51,15 @@ class Flux(Family):
     def noise(self, scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[AnyPath, Prediction]:
         _, height, width = self.image_shape(options)
         return flow_path(scheduler, height * width // PATCH**2), "flow"
+
+    def later_noise(self, draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
+        batch, channels, height, width = shape
+        rows, columns = height // PATCH, width // PATCH
+        return _unpack(draw((batch, rows * columns, channels * PATCH**2)), rows, columns)
+
+    def stock_network(self, model: nn.Module) -> nn.Module:
+        """Without the input for guidance, of which a student is always told 1."""
+        return _told_one(model) if model.config.guidance_embeds else model  # type: ignore[union-attr]
 
     def encode(
         self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
@@ -101,6 +112,19 @@ class FluxNetwork(DiffusersTransformer):
             return_dict=False,
         )[0]
         return _unpack(output, rows, columns)
+
+
+@torch.no_grad()
+def _told_one(model: Any) -> nn.Module:
+    """The same network for guidance 1: what that adds to the embeddings of time and text, is always added."""
+    embedders = model.time_text_embed
+    told = embedders.guidance_embedder(embedders.time_proj(torch.full((1,), 1000.0)).to(model.dtype))[0]
+    with torch.device("meta"):
+        made: nn.Module = type(model).from_config({**model.config, "guidance_embeds": False})
+    weights = {name: weight for name, weight in model.state_dict().items() if ".guidance_embedder." not in name}
+    weights["time_text_embed.text_embedder.linear_2.bias"] = embedders.text_embedder.linear_2.bias + told
+    made.load_state_dict(weights, assign=True)
+    return made
 
 
 def _pack(x: Tensor) -> Tensor:

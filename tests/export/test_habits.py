@@ -1,0 +1,106 @@
+"""What a pipeline makes of a number of steps alone, and of nothing, as the card says it."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.habits import STEPS, sampler_of
+from support.stand_ins import save_stand_in
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.export.habits import Habits, habits_of, show_habits
+from diffdistill.export.lora_files import describe
+from diffdistill.export.run import ExportOptions, export
+from diffdistill.export.stock import fit_pipeline, write_stock
+from diffdistill.models.load import load_model
+from diffdistill.models.spec import TrainedModel
+from diffdistill.settings.schema import UserError
+
+R, X, W = "right", "refused", "wrong"
+SAID = {  # by family and kind of steps: of a number of steps, of a prompt alone; None: no such folder
+    "sd": [(R, X), (R, W), (R, X), (R, X), (X, X), (R, X), (R, X)],
+    "sd3": [(R, X), None, (R, X), (W, X), (W, X), (W, W), (R, W)],
+    "flux": [(R, R), None, (R, X), (W, X), (W, X), (W, W), (R, W)],
+    "dit": [(R, X), None, (R, X), (R, X), None, (R, W), None],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedModel]:
+    home = tmp_path_factory.mktemp("teachers")
+    return {family: load_model(save_stand_in(family, home / family)) for family in (*SAID, "sana")}
+
+
+def cells() -> Iterator[tuple[str, str, tuple[str, str]]]:
+    for family, row in SAID.items():
+        yield from ((family, name, cell) for name, cell in zip(STEPS, row, strict=True) if cell)
+
+
+def habits(model: TrainedModel, steps: str, *, is_told_size: bool = True) -> Habits:
+    model = replace(model, spec=replace(model.spec, sampler=sampler_of(model, steps)))
+    source, found = fit_pipeline(model)
+    kind = source.family.stock_pipeline or str(source.index["_class_name"])
+    net = source.family.wrap(source.family.stock_network(model.denoiser.net.model), 0, 0.0)
+    return habits_of(describe(source, found, kind, net), is_told_size=is_told_size)
+
+
+@pytest.mark.parametrize(("family", "steps", "said"), list(cells()))
+def test_what_is_said_of_the_calls(
+    models: dict[str, TrainedModel], family: str, steps: str, said: tuple[str, str]
+) -> None:
+    """Whether it is so is measured where docs/export-matrix.md is written."""
+    found = habits(models[family], steps)
+    assert (found.counted, found.plain) == said
+    assert found.reasons.keys() == {
+        name for name, verdict in zip(("counted", "plain"), said, strict=True) if verdict != R
+    }
+
+
+def test_a_pipeline_with_a_size_of_its_own_is_said_to_make_it(models: dict[str, TrainedModel]) -> None:
+    found = habits(models["sana"], "one, unit", is_told_size=False)
+    assert found.counted == W
+    assert found.reasons["counted"] == "images of 1024 x 1024"
+
+
+def test_flux_is_left_without_the_input_for_guidance_and_makes_the_same(
+    models: dict[str, TrainedModel], tmp_path: Path
+) -> None:
+    model = models["flux"]
+    model = replace(model, spec=replace(model.spec, sampler=sampler_of(model, "one, unit")))
+    write_stock(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["guidance_embeds"] is False
+    after = load_model(tmp_path / "out").denoiser.net
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *model.spec.image_shape, generator=generator)
+    cond = Cond(text=torch.randn(2, 5, 32, generator=generator), pooled_text=torch.randn(2, 16, generator=generator))
+    told = replace(cond, guidance_input=torch.ones(2))
+    time = torch.tensor([300.0, 900.0])
+    with torch.no_grad():
+        before, other = (
+            model.denoiser.net(x, time, replace(told, guidance_input=torch.full((2,), s))) for s in (1.0, 0.0)
+        )
+        torch.testing.assert_close(after(x, time, cond), before, atol=1e-6, rtol=0)
+    assert float((other - before).abs().max()) > 1e-4
+
+
+def test_wrong_images_are_marked_loudly() -> None:
+    shown = show_habits(Habits(4, "wrong", "refused", {"counted": "other steps", "plain": "too many"}), "prompt")
+    assert (
+        "| `pipe(prompt, num_inference_steps=4, guidance_scale=0)`, or `1` | **WRONG IMAGES**: other steps |" in shown
+    )
+    assert "| `pipe(prompt)` | an error: too many |" in shown
+    assert shown.endswith("**Diffusers warns of none of the wrong ones. Call it as in the program above.**")
+    right = show_habits(Habits(1, "right", "right", {}), "")
+    assert "| `pipe()` | the student's images |" in right
+    assert "WRONG" not in right
+
+
+def test_a_pipeline_of_its_own_is_for_stock_folders_alone(models: dict[str, TrainedModel], tmp_path: Path) -> None:
+    place = str(models["sd"].source)
+    said = re.escape("--own-pipeline: is for --kind stock, not lora")
+    with pytest.raises(UserError, match=said):
+        export(place, tmp_path / "out", ExportOptions(kind="lora", has_own_pipeline=True))
