@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path as FilePath
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -14,6 +14,9 @@ from diffdistill.commands.images import export, sample
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.limits import MAX_GIB, MAX_INTEGER, MAX_PROCESSES
 from diffdistill.settings.terminal import Console
+
+if TYPE_CHECKING:
+    from diffdistill.training.plan import Plan
 
 app = typer.Typer(
     help="One-step image generators, distilled from diffusion models.",
@@ -122,9 +125,20 @@ def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str
         resume=start.checkpoint or start.resume,
         allow_changes=start.allow_changes,
         trusts_code=start.trusts_code,
+        look=_say_if_it_cannot_leave,
     )
     if this_rank() == 0:
         console.print(f"done: {done}", highlight=False, soft_wrap=True)
+
+
+def _say_if_it_cannot_leave(plan: "Plan") -> None:
+    """Say before the first step what would otherwise be said after the last."""
+    from diffdistill.export.leaving import how_it_leaves
+    from diffdistill.settings.terminal import say
+
+    leaving = how_it_leaves(plan.spec)
+    if leaving.kind is None and this_rank() == 0:
+        say(f"`diffdistill export` will not export this student: {leaving.note}")
 
 
 def _sweep(

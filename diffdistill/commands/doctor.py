@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from diffdistill.models.spec import ModelSpec
     from diffdistill.training.assembly import Assembly
     from diffdistill.training.config import RunConfig
     from diffdistill.training.memory.prediction import MemoryPlan, Rehearsal
@@ -76,6 +77,7 @@ def examine_config(
 
     assembly = assemble(plan(config, resume=None, trusts_code=trusts_code))
     yield _dropout(config, assembly.plan.trained)
+    yield _leaving(assembly.plan.spec)
     needs = plan_memory(assembly.plan, assembly.iteration)
     available = _device_memory(assembly.plan.device)
     yield _fit(assembly, needs, available if memory_gib is None else int(memory_gib * 2**30))
@@ -88,6 +90,16 @@ def examine_config(
         yield Finding("two steps", f"out of memory, though predicted to fit: {error}", is_fault=True)
     else:
         yield from _compare(needs, counted)
+
+
+def _leaving(spec: "ModelSpec") -> Finding:
+    """What `export` will make of the student."""
+    from diffdistill.export.leaving import how_it_leaves
+
+    leaving = how_it_leaves(spec)
+    if leaving.kind is None:
+        return Finding("export", f"none can be made: {leaving.note}", is_fault=True)
+    return Finding("export", leaving.kind + (f" ({leaving.note})" if leaving.note else ""))
 
 
 def show(findings: Sequence[Finding], console: Console) -> bool:

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 from diffdistill import PLACES, attention
 from diffdistill.export import substitutes
-from diffdistill.settings import schema
+from diffdistill.settings import schema, values
 
 PACKAGE = "diffdistill"
 SUBSTITUTES = substitutes.__name__
 REPLACED = {
     (schema.__name__, "schema"): (SUBSTITUTES, "schema"),
     (schema.__name__, "field"): (SUBSTITUTES, "field"),
+    (values.__name__, "validate"): (SUBSTITUTES, "validate"),
     (PACKAGE, "register_network"): (SUBSTITUTES, "register_network"),
     (PACKAGE, "register_family"): (SUBSTITUTES, "register_family"),
     (attention.__name__, "attention"): (SUBSTITUTES, "attention"),

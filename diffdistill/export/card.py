@@ -167,6 +167,13 @@ def _classes(facts: CardFacts) -> str:
 
 
 def _licence_note(facts: CardFacts, licence: str | None) -> str:
+    source = pipeline_of(facts.model.spec)
+    has_checker = source is not None and source.class_of("safety_checker") is not None
+    checker = " The teacher's safety checker is not part of this pipeline." if has_checker else ""
+    return _terms(facts, licence) + checker
+
+
+def _terms(facts: CardFacts, licence: str | None) -> str:
     if licence is not None:
         return f"The teacher's, `{licence}`, holds for this student as well."
     if facts.model.spec.pipeline and is_pipeline(facts.model.spec.pipeline):

@@ -58,7 +58,7 @@ def habits_of(stock: StockFolder, *, is_told_size: bool = False) -> Habits:
             reasons[name] = wrong
         return "wrong" if wrong else "right"
 
-    size = None if is_told_size else _wrong_size(source, defaults)
+    size = None if is_told_size else _wrong_size(stock, defaults)
     is_told = "guidance_input" in net.accepts
     scale = defaults.get("guidance_scale") or 1.0
     is_guided = scale > 1 and (is_told or net.has_null_condition)
@@ -103,10 +103,11 @@ def show_habits(habits: Habits, asked: str) -> str:
     return "\n".join(lines)
 
 
-def _wrong_size(source: Pipeline, defaults: Mapping[str, Any]) -> str | None:
+def _wrong_size(stock: StockFolder, defaults: Mapping[str, Any]) -> str | None:
     """Where the pipeline makes images of another size than the student's, unless it is told."""
+    source = stock.source
     if not source.family.names_size:
-        return None
+        return "its pipeline has to be told the size of images that are no squares" if "height" in stock.call else None
     side = defaults.get("height") or source.family.default_side * source.vae_factor
     return None if source.image_size == (side, side) else f"images of {side} x {side}"
 

@@ -1,11 +1,11 @@
 """A class of pipeline for a stock folder, whose plain call makes the student's images. Loading it runs its file."""
 
+import hashlib
 from pathlib import Path as FilePath
 
 from diffdistill.export.stock import StockFolder
 from diffdistill.storage.atomic import write_text_atomically
 
-MODULE = "pipeline"
 TEXT = '''"""{kind} for a student: its plain call takes the steps that the student was trained for, without guidance."""
 
 from diffusers import {kind}
@@ -27,7 +27,12 @@ class StudentPipeline({kind}):
 '''
 
 
-def write_own_pipeline(folder: FilePath, stock: StockFolder, number: int) -> None:
-    """Write the file.  number: of the student's steps."""
+def write_own_pipeline(folder: FilePath, stock: StockFolder, number: int) -> str:
+    """Write the file.  number: of the student's steps.
+
+    Returns the module's name, which depends on its text: diffusers keeps the modules of all folders in one place.
+    """
     text = TEXT.format(kind=stock.kind, steps=number, call=repr(dict(stock.call)))
-    write_text_atomically(folder / f"{MODULE}.py", text)
+    module = f"student_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    write_text_atomically(folder / f"{module}.py", text)
+    return module

@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.models.teachers import Pipeline
-from diffdistill.models.teachers.pipeline import read_json
+from diffdistill.models.teachers.pipeline import read_json, refuse_quantised, variant_in, variant_of
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_text_atomically
 
@@ -19,8 +19,10 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 def copy_parts(source: Pipeline, folder: FilePath, names: Iterable[str]) -> None:
     """Copy these parts of a pipeline, each a folder of its own, and the files of its licence.
 
-    Raises UserError if a part has no weights that can be copied.
+    Raises UserError, before anything is written, if a part has no weights that can be copied.
     """
+    names = list(names)
+    check_parts(source, names)
     for name in names:
         _copy_part(source.folder / name, folder / name)
     for pattern in LICENCES:
@@ -30,30 +32,54 @@ def copy_parts(source: Pipeline, folder: FilePath, names: Iterable[str]) -> None
 
 
 def other_parts(source: Pipeline) -> list[str]:
-    """All parts that the pipeline's index names and its folder holds, but for the network and the scheduler."""
-    found = (part.name for part in source.folder.iterdir() if part.is_dir() and source.index.get(part.name))
-    return sorted(name for name in found if name not in (source.family.network, "scheduler"))
+    """The parts that its family uses and the pipeline has, but for the network. Others, such as a safety checker, are
+    left out."""
+    return sorted(name for name in source.family.parts if source.class_of(name) and (source.folder / name).is_dir())
+
+
+def check_parts(source: Pipeline, names: Iterable[str]) -> None:
+    """Raise UserError if a part has no weights that can be copied, or quantised ones."""
+    for name in names:
+        part = source.folder / name
+        if (part / "config.json").is_file():
+            refuse_quantised(read_json(part / "config.json"), part / "config.json")
+        pickles = sorted(file.name for file in part.glob("*.bin"))
+        if pickles and not any(part.glob("*.safetensors")):
+            raise UserError(f"{part}: its weights are a pickle, {pickles[0]}, which is neither read nor copied")
 
 
 def _copy_part(part: FilePath, target: FilePath) -> None:
     """Weights of a variant ("fp16") are copied where there are no others, under the name without it."""
     target.mkdir(parents=True, exist_ok=True)
-    files = [file for file in sorted(part.rglob("*")) if file.is_file() and file.name.endswith(COPIED)]
-    names = {file.name for file in files}
-    for file in files:
-        plain = file.name.replace(".fp16.", ".")
-        if plain != file.name and plain in names:
+    variant = variant_of(part)
+    for file in sorted(part.rglob("*")):
+        name = _plain_name(file.name, variant)
+        if not file.is_file() or not file.name.endswith(COPIED) or name is None:
             continue
-        if plain != file.name and "-of-" in file.name:
-            raise UserError(f"{part}: weights in half precision in several files are not copied; give it them in full")
-        place = target / file.relative_to(part).with_name(plain)
+        place = target / file.relative_to(part).with_name(name)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
         if place.name == "config.json":
             _say_float32(place)
-    pickles = [file.name for file in part.glob("*.bin")]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{part}: its weights are a pickle, {pickles[0]}, which is neither read nor copied")
+        elif variant and place.name.endswith(".safetensors.index.json"):
+            _rename_in_index(place, variant)
+
+
+def _plain_name(name: str, variant: str | None) -> str | None:
+    """A file's name without the variant; None for weights, and the index of weights, of another variant."""
+    _, is_index, ending = name.partition(".safetensors.index")
+    found = ending.removesuffix(".json").removeprefix(".") if is_index else ""
+    found = found or (variant_in(name.replace(".index.json", "")) if ".safetensors" in name else "")
+    if found != (variant or ""):
+        return None if ".safetensors" in name else name
+    return name.replace(f".{variant}", "") if variant else name
+
+
+def _rename_in_index(file: FilePath, variant: str) -> None:
+    """Have an index of weights in several files name them without the variant."""
+    index = read_json(file)
+    names = {key: str(value).replace(f".{variant}", "") for key, value in index.get("weight_map", {}).items()}
+    write_text_atomically(file, json.dumps(index | {"weight_map": names}, indent=2) + "\n")
 
 
 def _say_float32(file: FilePath) -> None:

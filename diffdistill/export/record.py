@@ -24,9 +24,10 @@ class ExportRecord:
     """What a folder is.
 
     pipeline: the class that loads it.  call: how that is called.  sampler: the same steps as ours.  base: the pipeline
-    that LoRA's file goes over, with which scheduler.  own_pipeline: whether a stock folder holds a class of pipeline as
-    well.  teacher: what the student was distilled from, and
-    teacher_guidance: under which scale.
+    that LoRA's file goes over, with which scheduler.  absent: the parts that the class is loaded without.
+    own_pipeline: the module of a class of pipeline that a stock folder holds as well.  teacher: what the student was
+    distilled from, and teacher_guidance: under which scale.  class_names: of the classes, by number.  classes: that it
+    was trained on; empty for all. Both are written where there are some.
     """
 
     format: Literal[1] = 1
@@ -37,7 +38,8 @@ class ExportRecord:
     sampler: AnySampler
     base: str | None = None
     scheduler: str | None = None
-    own_pipeline: bool = False
+    absent: tuple[str, ...] = ()
+    own_pipeline: str | None = None
     teacher: str | None = None
     teacher_guidance: Number = 1.0
     class_names: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)] = ()

@@ -153,6 +153,8 @@ def _written(
     state = read_state(model)
     config = state.get("config", {})
     call: dict[str, Any] = dict(stock.call) if stock else {}
+    count = model.spec.sampler.num_evaluations
+    own = write_own_pipeline(folder, stock, count) if stock and options.has_own_pipeline else None
     record = ExportRecord(
         version=__version__,
         kind=kind,
@@ -160,7 +162,8 @@ def _written(
         call=call,
         sampler=model.spec.sampler,
         base=stock.source.place if stock and kind != "stock" else None,
-        own_pipeline=options.has_own_pipeline,
+        absent=_absent(stock, kind),
+        own_pipeline=own,
         scheduler=type(stock.scheduler).__name__ if stock and kind != "stock" else None,
         teacher=state.get("teacher"),
         teacher_guidance=guidance_of(config["method"]) if config else 1.0,
@@ -168,12 +171,18 @@ def _written(
         classes=model.spec.classes,
     )
     record.write(folder)
-    if options.has_own_pipeline and stock:
-        write_own_pipeline(folder, stock, model.spec.sampler.num_evaluations)
     check = check_of(model, folder, record, guidance_scale=scale)
     habits = habits_of(stock) if stock else None
     facts = CardFacts(place, model, record, config, options.licence, options.scores, habits)
     return Written(kind, check, facts, note)
+
+
+def _absent(stock: StockFolder | None, kind: Kind) -> tuple[str, ...]:
+    """The parts that a pipeline is loaded without. A LoRA's is the teacher's, whose safety checker blackens images."""
+    if stock is None:
+        return ()
+    has_checker = kind != "stock" and stock.source.class_of("safety_checker") is not None
+    return (*stock.absent, *(["safety_checker"] if has_checker else []))
 
 
 def takes_scale(model: TrainedModel) -> bool:

@@ -172,18 +172,22 @@ def _euler(settings: Mapping[str, Any]) -> Any:
 
 def _ddim_from_unit(settings: Mapping[str, Any], times: Sequence[int]) -> StockSteps:
     """TCD's steps with eta = 0 are DDIM's, but that they end at time 0, which is therefore made the image itself; this
-    scheduler refuses more steps. Where it has no such times: of the first order DPM-Solver's steps are DDIM's too.
+    scheduler refuses more steps, and where these times are not even their number. Of the first order DPM-Solver's steps
+    are DDIM's too: they round even times otherwise.
     """
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, TCDScheduler
 
-    grid = _grid(times)
-    if grid is not None and times[-1] > 0:
-        first, second, *rest = DDPMScheduler.from_config(settings).betas.tolist()
-        betas = [0.0, 1 - (1 - first) * (1 - second), *rest]
-        scheduler = TCDScheduler.from_config(settings, trained_betas=betas, original_inference_steps=grid)
-        return StockSteps(scheduler, {"timesteps": list(times), "eta": 0.0})
     order = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
     solver = DPMSolverMultistepScheduler.from_config(settings, timestep_spacing="trailing", steps_offset=1, **order)
+    solver.set_timesteps(len(times))
+    is_trailing = solver.timesteps.tolist() == list(times)
+    if times[-1] > 0 and (_grid(times) is not None or not is_trailing):
+        first, second, *rest = DDPMScheduler.from_config(settings).betas.tolist()
+        betas = [0.0, 1 - (1 - first) * (1 - second), *rest]
+        scheduler = TCDScheduler.from_config(
+            settings, trained_betas=betas, original_inference_steps=_original_steps(times)
+        )
+        return StockSteps(scheduler, {"timesteps": list(times), "eta": 0.0})
     return StockSteps(solver, {"timesteps": list(times)})
 
 

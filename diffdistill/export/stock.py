@@ -1,12 +1,13 @@
 """A pipeline of diffusers' own classes with a student for its network: no code of ours is needed to load it."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.diffusion.router import RoutedDenoiser
-from diffdistill.export.parts import copy_parts, other_parts
+from diffdistill.export.parts import check_parts, copy_parts, other_parts
 from diffdistill.export.schedulers import StockSteps, stock_steps
 from diffdistill.export.self_contained import write_json
 from diffdistill.models.spec import TrainedModel
@@ -27,13 +28,24 @@ class NotStock(UserError):  # noqa: N818
 @dataclass(frozen=True)
 class StockFolder:
     """source: the teacher's pipeline.  kind: the class that loads the folder.  call: how it is called.
-    scheduler: of the student's steps.  net: the network that the pipeline is left with, for what it accepts."""
+    scheduler: of the student's steps.  net: the network that the pipeline is left with, for what it accepts.
+    """
 
     source: Pipeline
     kind: str
     call: Mapping[str, Any]
     scheduler: Any
     net: DiffusersNetwork
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The parts that its class has to be told are not there."""
+        import diffusers
+
+        kind: Any = getattr(diffusers, self.kind)
+        asked = inspect.signature(kind.__init__).parameters.values()
+        needed = {given.name for given in asked if given.default is given.empty} - {"self", *kind._optional_components}
+        return tuple(sorted(name for name in needed if self.source.index.get(name) in (None, [None, None])))
 
 
 def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
@@ -42,12 +54,8 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     model: without LoRA.  Raises UserError, before anything is written, if diffusers' classes cannot say what the
     student does.
     """
-    net = model.denoiser.net
-    if isinstance(model.denoiser, RoutedDenoiser):
-        raise NotStock("several students behind a router are no pipeline of diffusers")
-    if not isinstance(net, DiffusersNetwork):
-        raise NotStock(f"{type(net).__name__} is not one of diffusers' networks")
     source, steps = fit_pipeline(model)
+    net: Any = model.denoiser.net
     kind = source.family.stock_pipeline or str(source.index["_class_name"])
     names = other_parts(source)
     copy_parts(source, folder, names)
@@ -60,6 +68,8 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     settings.pop("_name_or_path", None)
     if model.spec.class_names and kind == "DiTPipeline":
         settings[ID2LABEL] = {str(number): name for number, name in enumerate(model.spec.class_names)}
+    if "requires_safety_checker" in settings:
+        settings["requires_safety_checker"] = False
     scheduler = {"scheduler": ["diffusers", type(steps.scheduler).__name__]}
     write_json(folder / INDEX, {**settings, **missing, **parts, **scheduler, "_class_name": kind})
     return describe(source, steps, kind, source.family.wrap(written, net.num_classes, 0.0))
@@ -74,12 +84,18 @@ def describe(source: Pipeline, steps: StockSteps, kind: str, net: DiffusersNetwo
 def fit_pipeline(model: TrainedModel) -> tuple[Pipeline, StockSteps]:
     """The teacher's pipeline, and the scheduler and the call by which it makes the student's steps.
 
-    Raises NotStock if there are none, UserError where the steps have no scheduler.
+    Raises NotStock if there are none, UserError where the steps have no scheduler, or the other parts cannot be copied.
     """
+    net = model.denoiser.net
+    if isinstance(model.denoiser, RoutedDenoiser):
+        raise NotStock("several students behind a router are no pipeline of diffusers")
+    if not isinstance(net, DiffusersNetwork):
+        raise NotStock(f"{type(net).__name__} is not one of diffusers' networks")
     if model.spec.pipeline is None:
         raise NotStock(f"{model.source}: comes from no pipeline of diffusers")
     source = open_pipeline(model.spec.pipeline)
     if not source.family.has_stock_pipeline(source.options):
         raise NotStock("diffusers has no pipeline that gives this network its classes")
+    check_parts(source, other_parts(source))
     scheduler = read_json(source.folder / "scheduler" / "scheduler_config.json")
     return source, stock_steps(model.denoiser, model.spec.sampler, scheduler, source.family.steps_argument)

@@ -22,6 +22,11 @@ def field(*, default_factory: Callable[[], Any]) -> Any:
     return dataclasses.field(default_factory=default_factory)
 
 
+def validate(cls: type, value: dict[str, Any], *, origin: str) -> Any:
+    """The settings of these values, which were checked when the model was exported."""
+    return cls(**value)
+
+
 def register_network(cls: type) -> type:
     """The class: here nothing is found by name."""
     return cls

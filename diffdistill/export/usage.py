@@ -4,7 +4,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.export.lora_files import DIFFUSERS_FILE, KOHYA_FILE
-from diffdistill.export.own_pipeline import MODULE
 from diffdistill.export.record import ExportRecord, without_home
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import pipeline_of
@@ -25,9 +24,9 @@ def usage_code(model: TrainedModel, record: ExportRecord, place: str) -> str:
         lines.append(f"base = {repr(name) if is_hub_name(record.base) else folder_code(FilePath(name))}")
         lines += _loading_lora(record, revision)
     else:
-        own = f", custom_pipeline={MODULE!r}" if record.own_pipeline else ""
+        own = f", custom_pipeline={record.own_pipeline!r}" if record.own_pipeline else ""
         trust = ", trust_remote_code=True" if has_code(record) else ""
-        lines.append(f"pipe = {_class(record)}.from_pretrained(place{own}{trust})")
+        lines.append(f"pipe = {_class(record)}.from_pretrained(place{_without(record)}{own}{trust})")
     if draws_by_torch(model, record):
         lines.append(f"torch.manual_seed({LATER_SEED})  # of the noise between its steps")
     lines.append(f"image = pipe({_arguments(model, record)}).images[0]")
@@ -38,7 +37,7 @@ def usage_code(model: TrainedModel, record: ExportRecord, place: str) -> str:
 
 def has_code(record: ExportRecord) -> bool:
     """Whether the program runs code out of the folder."""
-    return record.kind == "self-contained" or record.own_pipeline
+    return record.kind == "self-contained" or record.own_pipeline is not None
 
 
 def _class(record: ExportRecord) -> str:
@@ -79,12 +78,16 @@ def draws_by_torch(model: TrainedModel, record: ExportRecord) -> bool:
     return is_stock and model.spec.sampler.num_evaluations > 1
 
 
+def _without(record: ExportRecord) -> str:
+    return "".join(f", {name}=None" for name in record.absent)
+
+
 def _loading_lora(record: ExportRecord, revision: str) -> list[str]:
     """The lines that make `pipe`. Without a dtype transformers would take the one that each part's config names."""
     file = KOHYA_FILE if record.kind == "kohya" else DIFFUSERS_FILE
     pinned = f", revision={revision!r}" if revision else ""
     return [
-        f"pipe = {record.pipeline}.from_pretrained(base{pinned}, torch_dtype=torch.float32)",
+        f"pipe = {record.pipeline}.from_pretrained(base{pinned}{_without(record)}, torch_dtype=torch.float32)",
         f"pipe.load_lora_weights(place, weight_name={file!r})",
         f'pipe.scheduler = {record.scheduler}.from_pretrained(place, subfolder="scheduler")',
     ]

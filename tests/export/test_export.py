@@ -43,6 +43,11 @@ from diffdistill.networks.unet import UNetConfig
 from diffdistill.settings.schema import UserError
 
 UNIT = {"init_noise": "unit"}
+SD_LAST, SD_HALF = (
+    VPDiscrete.from_scheduler({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    .ratio(torch.tensor([999.0, 499.0]))
+    .tolist()
+)
 LAST, HALF = VPDiscrete().ratio(torch.tensor([999.0, 499.0])).tolist()
 SAMPLERS: dict[str, tuple[str, AnySampler]] = {
     "sd, one step from sigma_t n": ("sd", FewSteps(init_ratio=5)),
@@ -55,7 +60,10 @@ SAMPLERS: dict[str, tuple[str, AnySampler]] = {
     "sd3, fresh noise": ("sd3", FewSteps(init_ratio=20, later_ratios=(2, 0.5), **UNIT)),
     "sd3, TCD without noise": ("sd3", TCD(num_steps=2, eta=0, grid=DDIM(num_steps=4), **UNIT)),
     "sana, fresh noise": ("sana", FewSteps(init_ratio=20, later_ratios=(2,), **UNIT)),
-    "sd, DDIM from unit noise": ("sd", FewSteps(init_ratio=LAST, later_ratios=(HALF,), later_noise="ddim", **UNIT)),
+    "sd, DDIM from unit noise": (
+        "sd",
+        FewSteps(init_ratio=SD_LAST, later_ratios=(SD_HALF,), later_noise="ddim", **UNIT),
+    ),
     "sd, DDIM at other times": ("sd", FewSteps(init_ratio=LAST, later_ratios=(1,), later_noise="ddim", **UNIT)),
     "sd, one step from unit noise": ("sd", FewSteps(init_ratio=5, **UNIT)),
     "flux, one step": ("flux", FewSteps(init_ratio=20, **UNIT)),
@@ -69,6 +77,7 @@ RIGHT = {  # also by a number of steps alone, with guidance_scale=0
     *("dit, fresh noise at even times", "ddpm, one step", "flux, one step", "sana, fresh noise"),
 }
 REFUSES_PLAIN = {"sd, one step from unit noise", "sd, DDIM from unit noise", "ddpm, one step", "sana, fresh noise"}
+REFUSES_PLAIN |= {"sd, DDIM at other times"}
 """A prompt and nothing else is an error."""
 OF_OWN_CODE: dict[str, tuple[str, AnySampler]] = {
     "sd3-own": ("sd3", FewSteps(init_ratio=20, later_ratios=(2,))),
@@ -122,10 +131,9 @@ def stock_check(model: TrainedModel, folder: Path, name: str, *, has_pipeline: b
         pipeline=stock.kind,
         call=dict(stock.call),
         sampler=sampler,
-        own_pipeline=has_pipeline,
+        own_pipeline=write_own_pipeline(folder, stock, number) if has_pipeline else None,
+        absent=stock.absent,
     )
-    if has_pipeline:
-        write_own_pipeline(folder, stock, number)
     check, size = check_of(model, folder, record), ("height", "width", "use_resolution_binning")
     asked = asked_of(model, 2) | {name: stock.call[name] for name in size if name in stock.call} | {"output_type": "np"}
     calls = {name: asked | call for name, call in habitual_calls(stock.kind, number).items()}

@@ -69,7 +69,9 @@ def _case(case: Case, plain: TrainedModel, folder: Path) -> Case:
     except UserError as error:
         case.refusal = str(error)
         return case
-    record = ExportRecord(version="0", kind="stock", pipeline=stock.kind, call=dict(stock.call), sampler=sampler)
+    record = ExportRecord(
+        version="0", kind="stock", pipeline=stock.kind, call=dict(stock.call), sampler=sampler, absent=stock.absent
+    )
     case.said = habits_of(stock, is_told_size=True)
     own = {name: stock.call[name] for name in ("height", "width", "use_resolution_binning") if name in stock.call}
     asked = {**asked_of(model, 2), **own, "output_type": "np"}

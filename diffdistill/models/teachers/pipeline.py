@@ -82,8 +82,7 @@ class Pipeline:
             raise UserError(
                 f"{file}: _class_name = {config.get('_class_name')!r}, not {self.family.network_classes[0]}"
             )
-        if config.get("quantization_config"):
-            raise UserError(f"{file}: quantised weights are not read; give the pipeline's unquantised ones")
+        refuse_quantised(config, file)
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     @cached_property
@@ -201,9 +200,11 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     from safetensors import SafetensorError
 
     if (folder / "config.json").is_file():
-        refuse_foreign_kernels(read_json(folder / "config.json"), folder / "config.json")
+        config = read_json(folder / "config.json")
+        refuse_foreign_kernels(config, folder / "config.json")
+        refuse_quantised(config, folder / "config.json")
 
-    variant = _variant(folder)
+    variant = variant_of(folder)
     try:
         with limited_parameters():
             model, about = getattr(import_module(library), name).from_pretrained(
@@ -225,6 +226,12 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     if dead:
         raise UserError(f"{folder}: its weights are not finite: {name_some(dead)}")
     return model.float()
+
+
+def refuse_quantised(config: Mapping[str, Any], file: FilePath) -> None:
+    """Raise UserError on a part's config.json that names a quantisation."""
+    if config.get("quantization_config"):
+        raise UserError(f"{file}: quantised weights are not read; give the pipeline's unquantised ones")
 
 
 def read_json(file: FilePath) -> dict[str, Any]:
@@ -275,11 +282,16 @@ def _is_part(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
 
 
-def _variant(folder: FilePath) -> str | None:
+def variant_of(folder: FilePath) -> str | None:
     """The variant of the weights, where there are none without one ("fp16")."""
     names = [file.name for kind in WEIGHTS for file in folder.glob(f"{kind}*.safetensors")]
-    found = {re.sub(r"-\d+-of-\d+", "", name).removesuffix(".safetensors").partition(".")[2] for name in names}
+    found = {variant_in(name) for name in names}
     return None if not found or "" in found else min(found)
+
+
+def variant_in(name: str) -> str:
+    """What a name of weights has for its variant; "" for none."""
+    return re.sub(r"-\d+-of-\d+", "", name).removesuffix(".safetensors").partition(".")[2]
 
 
 def _short(error: BaseException) -> str:

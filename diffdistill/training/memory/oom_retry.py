@@ -1,5 +1,6 @@
 """A run that meets the end of its memory: it says what would fit, or goes on with smaller micro-batches."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path as FilePath
 
@@ -9,6 +10,7 @@ from diffdistill.distributed.stopping import TrainingError
 from diffdistill.settings.terminal import say
 from diffdistill.training.config import RunConfig
 from diffdistill.training.memory.prediction import plan_memory, show_bytes
+from diffdistill.training.plan import Plan
 from diffdistill.training.trainer import Trainer
 
 
@@ -19,15 +21,19 @@ def run_with_oom_retry(
     allow_changes: bool = False,
     quiet: bool = False,
     trusts_code: bool = False,
+    look: Callable[[Plan], None] | None = None,
 ) -> FilePath:
     """A `Trainer`'s run. Out of memory, and if the config says so, it goes on from its last checkpoint with half the
     micro-batch: the batch stays, and so does the result, but for rounding.
 
+    look: is shown the plan before the first step.
     Raises TrainingError where it does not say so, or there is nothing left to halve. Of several processes one alone
     cannot go on: they all stop.
     """
     while True:
         trainer = Trainer(config, resume=resume, allow_changes=allow_changes, quiet=quiet, trusts_code=trusts_code)
+        if look:
+            look(trainer.plan)
         try:
             return trainer.run()
         except torch.OutOfMemoryError as error:

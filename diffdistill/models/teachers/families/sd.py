@@ -41,7 +41,7 @@ class StableDiffusionUNet(DiffusersUNetBlocks):
             model,
             accepts=accepts,
             has_null_condition=True,
-            resolution_multiple=2 ** (len(model.config.down_block_types) - 1),  # type: ignore[union-attr, arg-type]
+            resolution_multiple=1,  # on its way up it takes the sizes from its way down
         )
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:

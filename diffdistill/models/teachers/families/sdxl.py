@@ -31,6 +31,11 @@ class StableDiffusionXL(Family):
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionXLUNet":
         return StableDiffusionXLUNet(model, accepts=frozenset({"text", "pooled_text", "size"}))
 
+    def call(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        """Of images that are no squares the pipeline has to be told the size."""
+        height, width = image_size
+        return super().call(image_size) | ({"height": height, "width": width} if height != width else {})
+
     def guidance_rule(self, index: Mapping[str, Any]) -> AnyGuidanceRule:
         """Rescaled where model_index.json holds `guidance_rescale`, an argument of the pipeline's call."""
         share = index.get("guidance_rescale", 0.0)
