@@ -27,7 +27,7 @@ class ExportRecord:
     that LoRA's file goes over, with which scheduler.  absent: the parts that the class is loaded without.
     own_pipeline: the module of a class of pipeline that a stock folder holds as well.  teacher: what the student was
     distilled from, and teacher_guidance: under which scale.  class_names: of the classes, by number.  classes: that it
-    was trained on; empty for all. Both are written where there are some.
+    was trained on; empty for all. What there is none of is not written.
     """
 
     format: Literal[1] = 1
@@ -53,7 +53,7 @@ class ExportRecord:
         """As JSON."""
         places = {name: place and without_home(place) for name, place in self.places.items()}
         told = dump(self) | places
-        for name in ("class_names", "classes"):
+        for name in ("class_names", "classes", "absent", "own_pipeline"):
             told = told if told[name] else {key: value for key, value in told.items() if key != name}
         write_text_atomically(folder / RECORD, json.dumps(told, indent=1) + "\n")
 
