@@ -116,13 +116,13 @@ def how_near(difference: float) -> str:
 
 def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
     """The front matter that the hub reads."""
-    base, method = facts.model.spec.pipeline, facts.config.get("method", {}).get("name")
+    method = facts.config.get("method", {}).get("name")
     about: dict[str, Any] = {
         **licence,
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image" if takes_text(facts.model) else "unconditional-image-generation",
         "tags": ["diffusion", "distillation", *([method] if method else []), *(["lora"] if facts.record.base else [])],
-        "base_model": base if base and is_hub_name(base) else None,
+        "base_model": _base_model(facts.model),
         "model-index": facts.scores(facts.place) if facts.scores else None,
     }
     return {name: value for name, value in about.items() if value is not None}
@@ -131,10 +131,28 @@ def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
 def _summary(facts: CardFacts) -> str:
     spec, count, config = facts.model.spec, facts.model.spec.sampler.num_evaluations, facts.config
     how = f" by `{config['method']['name']}`" if config else ""
-    teacher = f", from `{_named(config['teacher'])}`" if config.get("teacher") else ""
-    shape = " x ".join(map(str, spec.image_shape))
+    named, base = _named(config.get("teacher") or facts.record.teacher), _base_model(facts.model)
+    known = f" ({base})" if base and named and base != named.partition("@")[0] else ""
+    teacher = f", from `{named}`{known}" if named else f", from {base}" if base else ""
     calls = "one call" if count == 1 else f"{count} calls"
-    return f"Distilled with diffdistill{how}{teacher}: {shape} samples in {calls} of the network."
+    return f"Distilled with diffdistill{how}{teacher}: {_what(facts.model)} in {calls} of the network."
+
+
+def _what(model: TrainedModel) -> str:
+    """Images, with their height and width in pixels, or points."""
+    source, shape = pipeline_of(model.spec), model.spec.image_shape
+    if not makes_pictures(model):
+        return f"{' x '.join(map(str, shape))} samples"
+    height, width = source.image_size if source else shape[1:]
+    return f"images of {height} x {width} pixels"
+
+
+def _base_model(model: TrainedModel) -> str | None:
+    """The name on the hub of the pipeline that it came from: that it was fetched by, or that its own folder tells."""
+    source = pipeline_of(model.spec)
+    told = source.index.get("_name_or_path") if source else None
+    names = [source.place.partition("@")[0] if source else None, told]
+    return next((name for name in names if isinstance(name, str) and is_hub_name(name)), None)
 
 
 def _usage(facts: CardFacts, place: str) -> str:

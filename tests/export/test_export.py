@@ -26,6 +26,7 @@ from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps, Heun
 from diffdistill.eval.board.files import model_index_of
 from diffdistill.export import run as command
+from diffdistill.export.card import CardFacts, _metadata, _summary
 from diffdistill.export.expected import check_of
 from diffdistill.export.habits import habitual_calls
 from diffdistill.export.own_pipeline import write_own_pipeline
@@ -175,19 +176,30 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     made["half"] = stock_check(with_sampler(half, FewSteps(init_ratio=5)), home / "half", "half")
     one = with_sampler(places["sd"], FewSteps(init_ratio=5))
     made["own pipeline"] = stock_check(one, home / "own-pipeline", "own pipeline", has_pipeline=True)
-    lora = train("sid", half, home / "half-run", "lora.default={rank: 2, alpha: 4}")
+    lora = train("sid", half, home / "half-run", *VISIBLE)
     made["half-lora"] = write(str(lora), home / "half-lora", ExportOptions(kind="lora")).check
+    made |= {f"{name} not loaded": without_lora_file(made[name]) for name in ("lora", "kohya", "half-lora")}
     return made | {"planted": planted(made["signal"], home / "planted")}
 
 
+VISIBLE = ("lora.default={rank: 2, alpha: 4}", "optimizers.default.lr=0.1")
+"""LoRA that changes the images: at a common learning rate three steps do so by 1e-6."""
 STUDENTS = {
     "router": ("unet", "msd", "auto"),
     "signal": ("mlp", "boot", "auto"),
     "adapters-on-text": ("sd", "agd", "auto"),
-    "lora": ("sd", "sid", "lora", "lora.default={rank: 2, alpha: 4}"),
-    "kohya": ("sdxl", "sid", "kohya", "lora.default={rank: 2, alpha: 4}"),
+    "lora": ("sd", "sid", "lora", *VISIBLE),
+    "kohya": ("sdxl", "sid", "kohya", *VISIBLE),
 }
 """Family, method, kind of folder, overrides."""
+
+
+def without_lora_file(check: Check) -> Check:
+    """Planted: the program does not load the file. Its pipeline's images stand as another call, too."""
+    lines = check.code.splitlines()
+    kept = [line for line in lines if "load_lora_weights" not in line]
+    assert len(kept) == len(lines) - 1
+    return replace(check, code="\n".join(kept), habits={"the teacher": check.call})
 
 
 def with_half_encoders(place: Path) -> Path:
@@ -254,7 +266,14 @@ def test_the_call_names_the_trained_times_and_turns_guidance_off(checks: dict[st
     assert checks["dit, TCD"].call["num_inference_steps"] == 4
 
 
-def test_a_lora_file_changes_the_teachers_images(checks: dict[str, Check]) -> None:
+@pytest.mark.parametrize("name", ["lora", "kohya", "half-lora"])
+def test_a_lora_file_that_is_not_loaded_is_found(found: dict[str, Found], name: str) -> None:
+    """The students of these checks are far enough from their teachers."""
+    assert "another image" in str(found[f"{name} not loaded"].difference)
+    assert float(found[f"{name} not loaded"].habits["the teacher"]) > 1000 * TOLERANCE
+
+
+def test_a_lora_file_holds_its_factors_alone(checks: dict[str, Check]) -> None:
     for name in ("lora", "kohya"):
         folder = checks[name].folder
         assert not (folder / "model_index.json").exists()
@@ -360,9 +379,27 @@ def test_a_card_says_how_to_call_how_it_was_made_and_under_which_licence(
     steps = read_record(tmp_path / "out").call["timesteps"]  # type: ignore[union-attr]
     assert f"pipe(prompt='a red square', timesteps={steps}, guidance_scale=1.0, generator=" in card
     assert "name: sid" in card
+    assert "Distilled with diffdistill by `sid`, from `teacher`: images of 16 x 16 pixels in one call" in card
+    assert "| `pipe(prompt, num_inference_steps=1, guidance_scale=0)`, or `1` | the student's images |" in card
     assert "The teacher's, `other`, holds for this student as well." in card
     assert (tmp_path / "out" / "LICENSE").read_text() == "Be kind."
     assert (tmp_path / "out" / "samples.png").stat().st_size > 0
+
+
+def test_a_card_names_the_teacher_that_its_folder_was_of(places: dict[str, Path], tmp_path: Path) -> None:
+    teacher = shutil.copytree(places["sd"], tmp_path / "copy")
+    index = json.loads((teacher / "model_index.json").read_text())
+    (teacher / "model_index.json").write_text(json.dumps(index | {"_name_or_path": "their/diffusion"}))
+    for place, named in ((teacher, "their/diffusion"), (places["sd"], None)):
+        model = with_sampler(place, FewSteps(init_ratio=5))
+        record = ExportRecord(
+            version="0", kind="stock", pipeline="x", call={}, sampler=model.spec.sampler, teacher="a/b"
+        )
+        facts = CardFacts(str(place), model, record, {})
+        assert _metadata(facts, {}).get("base_model") == named
+        assert _summary(facts).startswith(
+            f"Distilled with diffdistill, from `a/b`{' (their/diffusion)' * bool(named)}:"
+        )
 
 
 def test_a_card_without_a_licence_tells_to_look_it_up(places: dict[str, Path], run: Path, tmp_path: Path) -> None:

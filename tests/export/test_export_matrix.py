@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from support.method_matrix import METHODS, origin, train
 from support.stand_ins import STAND_INS
 
 from diffdistill.export.run import AnyKind, ExportOptions, write
-from diffdistill.export.verify import TOLERANCE, Check, compare, measure
+from diffdistill.export.verify import TOLERANCE, Check, measure
 from diffdistill.settings.schema import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "export-matrix.md"
-LORA = "lora.default={rank: 2, alpha: 4}"
+LORA = ("lora.default={rank: 2, alpha: 4}", "optimizers.default.lr=0.1")
+"""With a student that differs visibly from its teacher, so that a file that is not loaded is found."""
 ON_EVERY_FAMILY = ("dmd2", "hyper_sd", "agd")
 ALL_METHODS_ON = ("dit", "unet")
 NO_GUIDANCE = {"ddpm": "has no class that stands for none", "flux": "has it in its network already, as an input"}
@@ -25,13 +26,15 @@ NO_GUIDANCE = {"ddpm": "has no class that stands for none", "flux": "has it in i
 
 @dataclass
 class Cell:
-    """found: the greatest difference of its images, or why there are none.  kind: of the folder."""
+    """found: the greatest difference of its images, or why there are none.  kind: of the folder.
+    without_file: the same of a LoRA's program that does not load the file."""
 
     family: str
     method: str
     asked: AnyKind = "auto"
     kind: str = ""
     found: float | str = ""
+    without_file: float | str | None = None
 
 
 def cells() -> Iterator[Cell]:
@@ -50,7 +53,7 @@ def fill(every: Sequence[Cell], folder: Path) -> None:
         try:
             if not (folder / name).exists():
                 teacher = origin(cell.family, cell.method, folder / f"{name}-teacher")
-                train(cell.method, teacher, folder / name, *([LORA] if name.endswith("lora") else []))
+                train(cell.method, teacher, folder / name, *(LORA if name.endswith("lora") else ()))
             options = ExportOptions(kind=cell.asked)
             written = write(str(folder / name), folder / f"{name}-{cell.asked}", options)
         except UserError as error:
@@ -58,8 +61,18 @@ def fill(every: Sequence[Cell], folder: Path) -> None:
             continue
         cell.kind = written.kind
         checks.append((cell, written.check))
-    for (cell, _), found in zip(checks, compare([check for _, check in checks]), strict=True):
-        cell.found = found
+    planted = [(cell, without_lora_file(check)) for cell, check in checks if cell.asked in ("lora", "kohya")]
+    made = measure([check for _, check in [*checks, *planted]])
+    for (cell, _), found in zip(checks, made, strict=False):
+        cell.found = found.difference
+    for (cell, _), found in zip(planted, made[len(checks) :], strict=True):
+        cell.without_file = found.habits["the teacher"]
+
+
+def without_lora_file(check: Check) -> Check:
+    """The program without the line that loads the factors."""
+    kept = [line for line in check.code.splitlines() if "load_lora_weights" not in line]
+    return replace(check, code="\n".join(kept), habits={"the teacher": check.call})
 
 
 def why_not(cell: Cell, message: str) -> str:
@@ -165,6 +178,9 @@ def test_every_student_is_exported_or_it_is_said_why_not(tmp_path: Path) -> None
         where = f"{cell.family} {cell.method} {cell.asked}: {cell.found}"
         if cell.asked == "auto" and cell.method in ON_EVERY_FAMILY:
             assert isinstance(cell.found, str) == (cell.method == "agd" and cell.family in NO_GUIDANCE), where
+        if isinstance(cell.found, float) and cell.asked in ("lora", "kohya"):
+            assert isinstance(cell.without_file, float), where
+            assert cell.without_file > 100 * TOLERANCE, where
         if cell.family == "unet" or isinstance(cell.found, float):
             assert isinstance(cell.found, float), where
             assert cell.found <= TOLERANCE, where
