@@ -129,7 +129,7 @@ def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _summary(facts: CardFacts) -> str:
-    spec, count, config = facts.model.spec, facts.model.spec.sampler.num_evaluations, facts.config
+    count, config = facts.model.spec.sampler.num_evaluations, facts.config
     how = f" by `{config['method']['name']}`" if config else ""
     named, base = _named(config.get("teacher") or facts.record.teacher), _base_model(facts.model)
     known = f" ({base})" if base and named and base != named.partition("@")[0] else ""
