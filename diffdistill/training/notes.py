@@ -24,7 +24,8 @@ def notes_on_averages(config: RunConfig) -> Iterator[str]:
             if not followed:
                 yield f"{told}; {config.method.student} is not trained before it"
                 continue
-            enough = math.floor(followed * math.log(2) / -math.log(MAX_SHARE_OF_START))
+            most = followed * math.log(2) / -math.log(MAX_SHARE_OF_START)
+            enough = math.floor(most) if most >= 1 else math.floor(1000 * most) / 1000
             ramped = replace(settings, ramp=RAMP)
             is_enough = share_of_start(ramped, update, num_steps=steps, batch_images=batch) <= MAX_SHARE_OF_START
             yield f"{told}; use a halflife_images of {enough} or less{f', or ramp: {RAMP}' if is_enough else ''}"

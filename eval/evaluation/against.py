@@ -94,8 +94,11 @@ class Opponent:
         return self._features(self._store(self.source, self.sets, 1), 1)
 
     def student(self, source: Source) -> Source:
-        """A judged source, as it is measured here."""
-        changed: Source = replace(source, protocol=replace(self.sets.protocol, repeats=1))  # type: ignore[type-var]
+        """A judged source, as it is measured here: a model by the names that this one has for its classes."""
+        protocol = replace(self.sets.protocol, repeats=1)
+        if isinstance(source, SampledImages):
+            return replace(source, protocol=protocol, wanted=self.sets.class_names)
+        changed: Source = replace(source, protocol=protocol)  # type: ignore[type-var]
         return changed
 
     def measure(self, student: Source, *, num_replicates: int = 50, confidence: float = 0.95) -> Against | None:

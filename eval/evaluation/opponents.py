@@ -20,7 +20,7 @@ from diffdistill.eval.protocols.own import choose_features, make_protocol
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.eval.protocols.protocol import Preparation, Reference
 from diffdistill.export.record import guidance_of, read_record
-from diffdistill.models.load import find_checkpoint, first_student
+from diffdistill.models.load import describe_model, find_checkpoint, first_student
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 from diffdistill.storage.checkpoint import read_state
@@ -85,6 +85,9 @@ def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> t
         protocol = make_protocol(name, made, choice, reference=None, captions=captions)
         used = replace(options, references=())
         judging, told = bench_of(with_seed(protocol, options.seed), used), f"in {choice.why}"
+    names = describe_model(place).class_names
+    if not judging.class_names and len(names) == judging.protocol.labels.num_classes:
+        judging = replace(judging, class_names=names)  # students may number the same classes otherwise
     sets, pairs = opponent_benches(judging)
     guidance = _teacher_guidance(places)
     source = open_place(place, sets, replace(options, guidance=str(guidance), sampler=None, ema=None))

@@ -20,6 +20,7 @@ from diffdistill.eval.protocols.own import Made
 from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.eval.records.record import Record, read_records
 from diffdistill.models.load import find_checkpoint
+from diffdistill.storage.checkpoint import load_checkpoint, save_checkpoint
 from diffdistill.training.trainer import Trainer
 
 
@@ -119,6 +120,30 @@ def test_what_is_measured_against_changes_no_other_number(
     assert against.metrics["fd-pixels"].excess.low > 0
     assert against.end_points is not None
     assert against.end_points.same_noise.value > 0
+
+
+def test_models_that_number_the_same_classes_otherwise_are_compared_by_name(
+    quick_teacher: Path, protocol: Path, tmp_path: Path
+) -> None:
+    """Equal weights under the reverse names are another model."""
+    names = list("abcdefghij")
+    for place, given in (("student", names), ("teacher", names[::-1])):
+        whole = load_checkpoint(find_checkpoint(quick_teacher))
+        whole.state["model"]["class_names"] = given
+        save_checkpoint(tmp_path / place / "checkpoints", whole, keep=None)
+    file = tmp_path / "records.jsonl"
+    done(tmp_path / "student", "--against", tmp_path / "teacher", "--protocol", protocol, "--records", file)
+    record = only(file)
+    assert record.sampler is not None
+    assert record.sampler.settings["classes"] == list(range(9, -1, -1))
+    assert record.against is not None
+    assert record.against.end_points is not None
+    assert record.against.end_points.same_noise.value > 0
+    done(tmp_path / "teacher", "--against", tmp_path / "teacher", "--protocol", protocol, "--records", file)
+    itself = read_records(file)[1].against
+    assert itself is not None
+    assert itself.end_points is not None
+    assert itself.end_points.same_noise.value == 0
 
 
 def test_the_teacher_is_sampled_once(

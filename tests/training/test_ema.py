@@ -146,6 +146,13 @@ def test_a_late_updates_average_is_advised_by_the_images_it_follows(
         assert (share <= 0.03) == is_enough
 
 
+def test_a_run_of_a_few_images_is_not_told_to_have_a_halflife_of_none(make_config: MakeConfig) -> None:
+    config = make_config("pretrain", "ema={halflife_images: 1e6, ramp: 0}", "train.steps=2")
+    few = replace(config, train=replace(config.train, global_batch_size=2))
+    (note,) = notes_on_averages(few)
+    assert "use a halflife_images of 0.79 or less" in note
+
+
 def test_a_run_says_so_and_what_would_do(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config("dmd2", "ema={halflife_images: 200, ramp: 0}", "train.steps=4", "more_emas={long: {ramp: 0}}")
     first, second = notes_on_averages(config)
