@@ -59,7 +59,8 @@ def protocol_of_images(
     reference = Reference(name=_slug(place), dataset=place, split="whole", num_images=len(images))
     usual = make_protocol("against", made, choice, reference=reference, preparation=how, captions=captions)
     count = min(usual.num_images, judged or usual.num_images)
-    key = hashlib.sha256(f"{_content(images)} {dump_yaml(usual)} {count}".encode()).hexdigest()[:12]
+    told = f"{_content(images)} {dump_yaml(usual)} {count} {' '.join(map(repr, images.class_names()))}".rstrip()
+    key = hashlib.sha256(told.encode()).hexdigest()[:12]
     name = f"{_slug(place)[:40]}-{key}"
     protocol = make_protocol(
         name,

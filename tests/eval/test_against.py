@@ -10,11 +10,13 @@ import yaml
 from click.testing import Result
 from conftest import MakeConfig
 from PIL import Image
+from support.pictures import encode, write_folder
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
 from diffdistill.eval.evaluation.against_images import protocol_of_images
+from diffdistill.eval.evaluation.reference import open_reference
 from diffdistill.eval.evaluation.workers import find_workers
 from diffdistill.eval.protocols.own import Made
 from diffdistill.eval.protocols.packaged import find_protocol
@@ -260,3 +262,17 @@ def test_what_goes_not_with_against_is_refused(quick_teacher: Path, protocol: Pa
     assert "leave out --protocol" in refused(quick_teacher, "--against", folder, "--protocol", protocol)
     compared = ("compare", quick_teacher, quick_teacher, "--protocol", protocol)
     assert "not with eval compare" in refused(*compared, "--against", quick_teacher)
+
+
+def test_images_whose_classes_are_renamed_are_another_reference(tmp_path: Path) -> None:
+    """The reference holds the names that a model's classes are drawn by."""
+    picture = encode(Image.new("L", (8, 8), 90), "PNG")
+    place = write_folder(tmp_path / "pets", {f"{name}/{n}.png": picture for name in ("ant", "bee") for n in range(4)})
+
+    def names() -> tuple[str, ...]:
+        kept = protocol_of_images(str(place), Made((1, 8, 8), 2, False), find_workers("cpu"))
+        return open_reference(Path(kept.references[0].partition("=")[2]), label="pixels").about.class_names
+
+    assert names() == ("ant", "bee")
+    (place / "ant").rename(place / "cat")
+    assert names() == ("bee", "cat")
