@@ -8,6 +8,7 @@ from diffdistill.export.record import ExportRecord, without_home
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import pipeline_of
 from diffdistill.models.teachers.hub import is_hub_name
+from diffdistill.settings.schema import UserError
 
 PROMPTS = ("a red square", "two dogs")
 LATER_SEED = 1  # of torch's own generator, for pipelines that draw their later noise by it
@@ -16,8 +17,12 @@ LATER_SEED = 1  # of torch's own generator, for pipelines that draw their later 
 def usage_code(model: TrainedModel, record: ExportRecord, place: str) -> str:
     """A program that loads the folder as `pipe` and makes one `image`.
 
-    place: code for the folder, or its name on the hub.  It runs in any folder.
+    place: code for the folder, or its name on the hub.  It runs in any folder. Everything else that stands in it is a
+    value's `repr` or a name; raises UserError where a name is none, since `verify` runs the program.
     """
+    named = (record.pipeline, record.scheduler or record.pipeline, *record.absent, *record.call)
+    if wrong := [name for name in named if not name.isidentifier()]:
+        raise UserError(f"export: {wrong[0]!r} is no name that a program can call; is the teacher's folder changed?")
     lines = [f"place = {place}"]
     if record.base:
         name, _, revision = record.base.partition("@") if is_hub_name(record.base) else (record.base, "", "")

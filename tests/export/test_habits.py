@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from support.stand_ins import save_stand_in
 from diffdistill.diffusion.cond import Cond
 from diffdistill.export.habits import Habits, habits_of, show_habits
 from diffdistill.export.lora_files import describe
+from diffdistill.export.record import ExportRecord
 from diffdistill.export.run import ExportOptions, export
 from diffdistill.export.stock import fit_pipeline, write_stock
+from diffdistill.export.usage import usage_code
 from diffdistill.models.load import load_model
 from diffdistill.models.spec import TrainedModel
 from diffdistill.settings.schema import UserError
@@ -104,3 +107,24 @@ def test_a_pipeline_of_its_own_is_for_stock_folders_alone(models: dict[str, Trai
     said = re.escape("--own-pipeline: is for --kind stock, not lora")
     with pytest.raises(UserError, match=said):
         export(place, tmp_path / "out", ExportOptions(kind="lora", has_own_pipeline=True))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pipeline": "print(1) or DiffusionPipeline"},
+        {"scheduler": "X; print(1)"},
+        {"absent": ("vae=print(1), unet",)},
+        {"call": {"a=print(1), b": 1}},
+    ],
+)
+def test_a_program_of_a_card_holds_names_and_values_alone(
+    models: dict[str, TrainedModel], changed: dict[str, Any]
+) -> None:
+    """`verify` runs it, so that nothing of a stranger's folder may stand in it as code."""
+    record = ExportRecord(
+        version="0", kind="stock", pipeline="StableDiffusionPipeline", call={}, sampler=models["sd"].spec.sampler
+    )
+    assert "from_pretrained(place)" in usage_code(models["sd"], record, "'here'")
+    with pytest.raises(UserError, match="no name that a program can call"):
+        usage_code(models["sd"], replace(record, **changed), "'here'")
