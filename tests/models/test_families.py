@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import math
+import re
 import struct
 from dataclasses import replace
 from functools import cache
@@ -498,6 +499,22 @@ def test_damaged_configs_are_refused_by_file(file: str, text: str, said: str, tm
     (save_stand_in("sd", tmp_path) / file).write_text(text)
     with pytest.raises(UserError, match=said):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_network_that_needs_what_is_not_given_to_it_is_refused(family: str, tmp_path: Path) -> None:
+    """LCM's networks are told the guidance scale by an embedding; without it they are others."""
+    place = save_stand_in(family, tmp_path / "teacher")
+    file = place / "unet" / "config.json"
+    plain = json.loads(file.read_text())
+    for key, value in (
+        ("time_cond_proj_dim", 32),
+        ("class_embed_type", "timestep"),
+        ("encoder_hid_dim_type", "text_proj"),
+    ):
+        file.write_text(json.dumps(plain | {key: value}))
+        with pytest.raises(UserError, match=re.escape(f"unet/config.json: {key} = {value!r}: is not read")):
+            load_model(place)
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:

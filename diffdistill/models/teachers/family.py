@@ -37,6 +37,8 @@ class Family(ABC):
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The other parts that are loaded, and the classes of diffusers or transformers that each may be: "vae", and
     those that encode prompts. A pipeline may lack them."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Options of the network that the family does not read: with a value of their own it is another network."""
     class_dropout: ClassVar[float] = 0.0
     """The share of its training samples that had no condition; 0 if it was never trained so."""
     stock_pipeline: ClassVar[str | None] = None

@@ -83,6 +83,9 @@ class Pipeline:
                 f"{file}: _class_name = {config.get('_class_name')!r}, not {self.family.network_classes[0]}"
             )
         refuse_quantised(config, file)
+        for name in self.family.unread:
+            if config.get(name):
+                raise UserError(f"{file}: {name} = {config[name]!r}: is not read, and this network needs it")
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     @cached_property

@@ -21,6 +21,7 @@ class StableDiffusion(Family):
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
         "text_encoder": ("CLIPTextModel",),
     }
+    unread = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
     class_dropout = 0.1
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionUNet":

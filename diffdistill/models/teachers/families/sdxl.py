@@ -26,6 +26,7 @@ class StableDiffusionXL(Family):
         "text_encoder": ("CLIPTextModel",),
         "text_encoder_2": ("CLIPTextModelWithProjection",),
     }
+    unread = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
     class_dropout = 0.1
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionXLUNet":
