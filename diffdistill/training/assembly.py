@@ -230,4 +230,6 @@ def make_distance(plan: Plan) -> TeacherDistance | None:
         return None
     sampling = Sampling(plan.problem, student, teacher, guidance, train.seed, count, max(1, plan.share))
     decides = [count, guidance, train.seed, dump(teacher), plan.problem.classes, dict(plan.sha256), plan.source.key]
+    if plan.config.guidance_rule:
+        decides.append(dump(plan.config.guidance_rule))
     return TeacherDistance(sampling, settings.distance_every, key=sha256(json.dumps(decides).encode()).hexdigest())

@@ -14,11 +14,13 @@ from diffdistill.eval.images.preparation import prepare
 from diffdistill.eval.metrics.against import AboveFloor, EndPoints, distances_above_floor, end_points
 from diffdistill.eval.metrics.moments import Summary
 from diffdistill.eval.metrics.settings import Frechet
+from diffdistill.eval.metrics.sides import MissingFeaturesError
 from diffdistill.eval.protocols.protocol import Labels, Preparation, Protocol
 from diffdistill.eval.records.record import ModelRecord
 from diffdistill.models.spec import TrainedModel
 
 BATCH = 256
+IMAGES_ALONE = "a distance to a teacher is of images alone: there are no logits, captions or classes"
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,15 @@ class TensorFeatures:
 
     @property
     def logits(self) -> Tensor:
-        raise NotImplementedError("distances to a teacher ask for no logits")
+        raise MissingFeaturesError(IMAGES_ALONE)
 
     @property
     def texts(self) -> Tensor:
-        raise NotImplementedError("distances to a teacher ask for no texts")
+        raise MissingFeaturesError(IMAGES_ALONE)
 
     @property
     def conditions(self) -> Tensor:
-        raise NotImplementedError("distances to a teacher ask for no conditions")
+        raise MissingFeaturesError(IMAGES_ALONE)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from torch import Tensor
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.methods.agd import AGD
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.training.assembly import make_distance
 from diffdistill.training.config import find_config, load_config
+from diffdistill.training.plan import plan
 from diffdistill.training.reports import distance
 from diffdistill.training.reports.distance import (
     FEATURES,
@@ -151,6 +153,16 @@ def test_a_run_is_the_same_with_the_distance_and_without_and_when_it_is_resumed(
     assert tensors(watched) == tensors(plain)
     assert {file.name: file.stat().st_mtime_ns for file in watched.glob("distance-*.safetensors")} == kept
     assert len(kept) == 1
+
+
+@pytest.mark.usefixtures("_affords_all")
+def test_another_rule_of_guidance_is_another_teacher(make_config: MakeConfig) -> None:
+    rules = (None, "guidance_rule={name: rescaled, share: 0.7}", "guidance_rule={name: rescaled, share: 0.2}")
+    keys = [
+        make_distance(plan(make_config("dmd2", "health.distance_every=1", *filter(None, [rule])))).key  # type: ignore[union-attr]
+        for rule in rules
+    ]
+    assert len(set(keys)) == 3
 
 
 def test_a_short_run_pays_for_no_distance(make_config: MakeConfig) -> None:

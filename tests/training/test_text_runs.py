@@ -17,12 +17,14 @@ from support.stand_ins import save_sentence_encoder, save_stand_in
 from torch import Tensor, nn
 
 from diffdistill.data.source import LatentImages, NoImages
+from diffdistill.diffusion.cond import Cond
 from diffdistill.models import encoders
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers import Pipeline, open_pipeline
 from diffdistill.settings.schema import UserError
 from diffdistill.training import plan as plan_module
 from diffdistill.training.config import RunConfig
+from diffdistill.training.reports import distance
 from diffdistill.training.trainer import Trainer
 
 PROMPTS = ["a red fox", "two blue birds", "three dogs"]
@@ -82,6 +84,30 @@ def test_prompts_alone_train_a_method_that_needs_no_images(shared: Path, tmp_pat
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("fake"))
     student = load_model(tmp_path / "run")
     assert (student.spec.pipeline, student.spec.num_classes) == (str(shared / "sd"), 0)
+
+
+def test_the_distance_to_a_teacher_that_takes_text_is_of_the_run_s_own_prompts(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SHARE", 1e9), ("MOST", 4), ("FEWEST", 4)):
+        monkeypatch.setattr(distance, name, value)
+    asked: list[Tensor] = []
+    cond_of = distance.Sampling._cond
+
+    def noted(self: distance.Sampling, index: Tensor) -> Cond:
+        cond = cond_of(self, index)
+        assert cond.label is not None
+        asked.append(cond.label)
+        return cond
+
+    monkeypatch.setattr(distance.Sampling, "_cond", noted)
+    Trainer(
+        config("dmd2", shared, tmp_path / "run", "prompts", *DATA_FREE, "health.distance_every=1", "train.log_every=1"),
+        quiet=True,
+    ).run()
+    assert torch.cat(asked[:2]).tolist() == [0, 1, 2, 0]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["health/teacher_distance"] > 0 for line in lines)
 
 
 def test_a_resumed_run_on_prompts_is_the_same_bit_for_bit(shared: Path, tmp_path: Path) -> None:
