@@ -27,7 +27,8 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from diffdistill.eval.metrics.distances import frechet_distance, frechet_from_features
+from diffdistill.diffusion.gaussians import frechet_distance
+from diffdistill.eval.metrics.distances import frechet_from_features
 
 Gaussian = tuple[Tensor, Tensor]
 """Mean [d] and covariance [d, d]."""

@@ -22,10 +22,10 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from diffdistill.data.arrays import read_arrays
+from diffdistill.diffusion.gaussians import check_finite
 from diffdistill.eval.features.extractors import Extractor, Label, Sha256
 from diffdistill.eval.features.stated import differing, settings
 from diffdistill.eval.images.files import Images
-from diffdistill.eval.metrics.checks import check_finite
 from diffdistill.eval.metrics.moments import Moments, Summary
 from diffdistill.eval.metrics.sides import MissingFeaturesError
 from diffdistill.eval.protocols.protocol import Preparation

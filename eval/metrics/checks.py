@@ -1,8 +1,8 @@
 """What every metric asks of the features it is given, and the words in which it refuses them."""
 
-import torch
 from torch import Tensor
 
+from diffdistill.diffusion.gaussians import check_finite
 from diffdistill.settings.schema import UserError
 
 
@@ -21,11 +21,3 @@ def check_pair(a: Tensor, b: Tensor, *, min_samples: int = 1) -> None:
         raise UserError(f"features must be [N, d] and [M, d], not {list(a.shape)} and {list(b.shape)}")
     check_features(a, "the first features", min_samples=min_samples)
     check_features(b, "the second features", min_samples=min_samples)
-
-
-def check_finite(values: Tensor, name: str) -> None:
-    """Raise UserError for NaN or infinity, with the place of the first one."""
-    finite = values.isfinite()
-    if not bool(finite.all()):
-        place = torch.nonzero(~finite)[0].tolist()
-        raise UserError(f"{name}: NaN or infinite values, the first at {place}")

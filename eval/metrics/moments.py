@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffdistill.eval.metrics.checks import check_finite
+from diffdistill.diffusion.gaussians import check_finite
 from diffdistill.settings.schema import UserError
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.made_features import covariance, linear_pair, normal
 
+from diffdistill.diffusion.gaussians import frechet_distance
 from diffdistill.eval.metrics.distances import (
-    frechet_distance,
     frechet_from_features,
     frechet_from_few,
     frechet_from_summaries,

@@ -17,7 +17,8 @@ import torchmetrics.image.kid
 from support.made_features import covariance, normal
 from torch import Tensor, nn
 
-from diffdistill.eval.metrics.distances import frechet_distance, frechet_from_features
+from diffdistill.diffusion.gaussians import frechet_distance
+from diffdistill.eval.metrics.distances import frechet_from_features
 from diffdistill.eval.metrics.kernels import kid
 from diffdistill.eval.metrics.moments import Moments, Summary
 from diffdistill.eval.metrics.neighbours import precision_recall

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import device_of
+from diffdistill.diffusion.gaussians import frechet_distance
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Method, Problem
@@ -112,7 +113,7 @@ class DistanceCurve:
             return math.inf
         variance = float(self._moments[1].trace())
         expected = self._bias * (1 + len(self.teacher) / len(student)) / 2
-        return (frechet(moments(student), self._moments) - expected) / max(variance, 1e-12)
+        return (frechet_distance(*moments(student), *self._moments) - expected) / max(variance, 1e-12)
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -126,7 +127,8 @@ class DistanceCurve:
         """
         order = torch.randperm(len(self.teacher), generator=torch.Generator().manual_seed(0))
         halves = order.to(self.teacher.device).chunk(2)
-        return frechet(*(moments(self.teacher[half]) for half in halves)) / 2
+        a, b = (moments(self.teacher[half]) for half in halves)
+        return frechet_distance(*a, *b) / 2
 
 
 def _mean(readings: Sequence[Reading]) -> Reading:
@@ -138,18 +140,7 @@ def _mean(readings: Sequence[Reading]) -> Reading:
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [d] and covariance [d, d] of [N, d], in float64."""
     features = features.double()
-    mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / max(len(features) - 1, 1)
-
-
-def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """The squared Wasserstein-2 distance of two Gaussians, from their moments.  Dowson and Landau 1982."""
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = torch.linalg.eigh(cov_b)
-    root = vectors * values.clamp_min(0).sqrt()
-    shared = torch.linalg.eigvalsh(root.T @ cov_a @ root).clamp_min(0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * shared)
+    return features.mean(0), torch.cov(features.T)
 
 
 @dataclass(frozen=True)
