@@ -74,7 +74,7 @@ class Bench:
             found[label] = seen.features
             if label in self.with_logits:
                 if seen.logits is None:
-                    raise UserError(f"inception_score: needs logits, and {label} has none")
+                    raise UserError(f"protocol {self.protocol.name}: a metric needs logits, and {label} has none")
                 found[logits_name(label)] = seen.logits
             if label in self.with_texts:
                 found[texts_name(label)] = self._texts(extractor, captions)
@@ -95,10 +95,20 @@ class Bench:
         asking = (m for m in self.protocol.metrics if "texts" in m.needs)
         return frozenset(metric.features.label for metric in asking)
 
+    @cached_property
+    def text_prefixes(self) -> dict[str, str]:
+        """What is put before every caption, by label. Raises UserError for two under one label."""
+        found: dict[str, str] = {}
+        for metric in self.protocol.metrics:
+            label = metric.features.label
+            if "texts" in metric.needs and found.setdefault(label, metric.text_prefix) != metric.text_prefix:
+                raise UserError(f"protocol {self.protocol.name}: metrics: two prefixes of the captions for {label}")
+        return found
+
     def _texts(self, extractor: Extractor, captions: Sequence[str]) -> Tensor:
         if extractor.encode_text is None:
-            raise UserError(f"clip-score: {extractor.label} knows no text")
-        prefix = next(m.text_prefix for m in self.protocol.metrics if "texts" in m.needs)
+            raise UserError(f"protocol {self.protocol.name}: a metric needs texts, and {extractor.label} knows none")
+        prefix = self.text_prefixes[extractor.label]
         return extractor.encode_text([prefix + caption for caption in captions])
 
 

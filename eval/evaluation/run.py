@@ -123,7 +123,7 @@ def store_key(source: Source, bench: Bench) -> str:
             "images": dict(source.key),
             "protocol": {name: protocol[name] for name in chosen},
             "features": {label: dump(spec) for label, spec in bench.specifications.items()},
-            "logits and texts": [sorted(bench.with_logits), sorted(bench.with_texts)],
+            "logits and texts": [sorted(bench.with_logits), sorted(bench.text_prefixes.items())],
             "batch_size": bench.batch_size,
             "block": BLOCK,
             "device": bench.workers.device.type,

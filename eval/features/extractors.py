@@ -249,6 +249,47 @@ class OpenClip:
 
 
 @schema
+class PickScore:
+    """PickScore's CLIP (ViT-H-14, in transformers' names): what people chose in Pick-a-Pic. Its texts come times the
+    model's logit scale, so that a product with an image is the score.  Kirstain et al. 2023, arXiv:2305.01569."""
+
+    name: Literal["pickscore"] = "pickscore"
+    sha256: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        return "pickscore"
+
+
+@schema
+class Hps:
+    """Human Preference Score v2's CLIP (ViT-H-14, in open_clip's names). v2.0 and v2.1 are different weights.
+    Wu et al. 2023, arXiv:2306.09341."""
+
+    name: Literal["hps"] = "hps"
+    version: Literal["v2.0", "v2.1"] = "v2.1"
+    sha256: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        return f"hps-{self.version}"
+
+
+@schema
+class LaionAesthetic:
+    """OpenAI's CLIP ViT-L-14, whose embedding LAION's "improved aesthetic predictor" reads: its score is the logit.
+    Schuhmann et al. 2022, arXiv:2210.08402.  sha256: of CLIP's weights; head_sha256: of the predictor's."""
+
+    name: Literal["laion_aesthetic"] = "laion_aesthetic"
+    sha256: Sha256 | None = None
+    head_sha256: Sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+    @property
+    def label(self) -> str:
+        return "laion-aesthetic"
+
+
+@schema
 class TorchScript:
     """Anyone's network as a TorchScript file: float [B, 3, size, size], (x / 255 - mean) / std, to [B, d].
 
@@ -283,7 +324,9 @@ class FeaturesConfig(Protocol):
         ...
 
 
-_OWN = (Pixels, Inception, EfficientNetLite0, CifarResNet, Torchvision, Timm, DinoV2, OpenClip, TorchScript, Registered)
+_NETWORKS = (Inception, EfficientNetLite0, CifarResNet, Torchvision, Timm, DinoV2, OpenClip, TorchScript)
+_PREFERENCES = (PickScore, Hps, LaionAesthetic)
+_OWN = (Pixels, *_NETWORKS, *_PREFERENCES, Registered)
 FEATURES: Registry[type[FeaturesConfig]] = Registry(
     "features",
     {str(kind.name): f"{__name__}:{kind.__name__}" for kind in _OWN},

@@ -14,6 +14,10 @@ Triple = tuple[Number, Number, Number]
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "squash"]
 
+CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+"""Of OpenAI's CLIP, and of those that went on from its recipe."""
+
 
 def levels(images: Tensor) -> Tensor:
     """Grey levels 0 .. 255 in float32.  images: uint8, or float in [-1, 1]."""
@@ -63,6 +67,7 @@ def _resized(image: Tensor, to_height: int, to_width: int, interpolation: Interp
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves gradients, too
 def _filter(length: int, size: int, dtype: torch.dtype, interpolation: Interpolation) -> Tensor:
     """Pillow's weights from `length` pixels to `size`, [size, length], sparse, computed in float64.
 
@@ -98,6 +103,22 @@ def framed(values: Tensor, size: int, *, side: int, mode: ResizeMode, interpolat
     return resized[..., top : top + size, left : left + size]
 
 
+def letterboxed(values: Tensor, size: int) -> Tensor:
+    """[B, C, size, size]: all of each image, its longer side resized to `size`, in the middle of black.
+
+    values: [B, C, H, W] float grey levels.  Bicubic and free of aliasing, not cut to 0 .. 255, as torchvision resizes
+    tensors.
+    """
+    height, width = values.shape[-2:]
+    scale = size / max(height, width)
+    rows, columns = round(height * scale), round(width * scale)
+    if (rows, columns) != (height, width):
+        wide = F.interpolate(values.double(), (rows, columns), mode="bicubic", antialias=True)
+        values = wide.to(values.dtype)
+    top, left = (size - rows) // 2, (size - columns) // 2
+    return F.pad(values, (left, size - columns - left, top, size - rows - top))
+
+
 def bilinear_resize(values: Tensor, size: int) -> Tensor:
     """[B, C, size, size] by the nearest four pixels, whatever the scale: pytorch-fid's, which aliases."""
     return F.interpolate(values, (size, size), mode="bilinear", align_corners=False)
@@ -113,12 +134,15 @@ def network_input(
 ) -> Callable[[Tensor], Tensor]:
     """How images become a network's input: [B, 3, size, size], (x / 255 - mean) / std, channels last.
 
-    mean, std: in units of the full range.  The resize runs before the normalisation, on grey levels.
+    mean, std: in units of the full range.  The resize runs before the normalisation, on grey levels. Images that
+    require a gradient get one.
     """
 
     def prepare(images: Tensor) -> Tensor:
         """On a CPU one by one: what an image needs then stays in the cache."""
         shift, scale = (torch.tensor(triple, device=images.device).view(3, 1, 1) * 255 for triple in (mean, std))
+        if images.requires_grad and torch.is_grad_enabled():
+            return (resize(levels(colours(images)), size) - shift) / scale
         made = torch.empty((len(images), 3, size, size), device=images.device, memory_format=torch.channels_last)
         for place in range(0, len(images), step := 1 if images.device.type == "cpu" else max(len(images), 1)):
             values = resize(levels(colours(images[place : place + step])), size)

@@ -1,4 +1,4 @@
-"""Scores of one set of images: Inception Score, CLIP score, diversity. In float64."""
+"""Scores of one set of images: Inception Score, CLIP score, preference, diversity. In float64."""
 
 from itertools import pairwise
 from typing import Literal
@@ -47,6 +47,15 @@ def clip_score(images: Tensor, texts: Tensor, *, scale: float = 1.0, clamp: Lite
         raise UserError(f"the features of pair {pair} are {what}: no cosine")
     cosines = (images * texts).sum(1) / norms
     return scale * float((cosines.clamp_min(0) if clamp == "zero" else cosines).mean())
+
+
+def mean_product(images: Tensor, texts: Tensor) -> float:
+    """The mean over pairs of an image's features times its own text's, [N, d] each: what preference models call their
+    score. Raises UserError for NaN and other shapes."""
+    check_pair(images, texts)
+    if len(images) != len(texts):
+        raise UserError(f"each image needs its text: {len(images)} images, {len(texts)} texts")
+    return float((images.double() * texts.double()).sum(1).mean())
 
 
 def diversity(features: Tensor, conditions: Tensor, *, max_pairs: int | None = None, seed: int = 0) -> float:

@@ -9,16 +9,16 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
 
-from diffdistill.eval.features.extractors import AnyFeatures, Inception, OpenClip
+from diffdistill.eval.features.extractors import AnyFeatures, Hps, Inception, LaionAesthetic, OpenClip, PickScore
 from diffdistill.eval.metrics.distances import frechet_from_features, frechet_from_few, frechet_from_summaries
 from diffdistill.eval.metrics.facts import AGAINST, PUBLISHED, Fact
 from diffdistill.eval.metrics.kernels import cmmd, kid
 from diffdistill.eval.metrics.neighbours import Prdc, prdc
-from diffdistill.eval.metrics.scores import clip_score, diversity, inception_score
+from diffdistill.eval.metrics.scores import clip_score, diversity, inception_score, mean_product
 from diffdistill.eval.metrics.sides import Found, MissingFeaturesError, Sides
 from diffdistill.settings.limits import MAX_LEVELS
 from diffdistill.settings.numbers import Levels, SamplingSteps, Seed
-from diffdistill.settings.schema import Positive, PositiveInt, schema
+from diffdistill.settings.schema import Positive, PositiveInt, field, schema
 
 CMMD_CLIP = ("clip-vit-l-14-336", "openai")
 """CMMD's CLIP: the features' label, and whose weights."""
@@ -225,6 +225,45 @@ class ClipScore(Metric):
 
 
 @schema
+class Preference(Metric):
+    """The mean score that a model of people's choices gives each image and its caption: PickScore (about 22), HPS
+    (about 0.28). Students can score above their teacher, so that it says what pleases, not what is learned."""
+
+    facts = (Fact("pickscore", "higher", "PickScore"), Fact("hps", "higher", "HPS", decimals=4))
+    compares = False
+    needs = frozenset({"texts"})
+
+    name: Literal["preference"] = "preference"
+    features: Annotated[PickScore | Hps, Field(discriminator="name")]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.features.label,)
+
+    def compute(self, sides: Sides) -> Found:
+        return Found((mean_product(sides.fake.rows(), sides.fake.texts),))
+
+
+@schema
+class Aesthetic(Metric):
+    """The mean of LAION's aesthetic predictor, 1 to 10 as people voted. It reads no caption."""
+
+    facts = (Fact("laion-aesthetic", "higher", "LAION aesthetic"),)
+    compares = False
+    needs = frozenset({"logits"})
+
+    name: Literal["aesthetic"] = "aesthetic"
+    features: LaionAesthetic = field(default_factory=LaionAesthetic)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.features.label,)
+
+    def compute(self, sides: Sides) -> Found:
+        return Found((float(sides.fake.logits.double().mean()),))
+
+
+@schema
 class Diversity(Metric):
     """Mean distance between features of images of the same condition.  max_pairs: of one condition, drawn by `seed`."""
 
@@ -246,7 +285,16 @@ class Diversity(Metric):
 
 
 AnyMetric = Annotated[
-    Frechet | KernelDistance | PrecisionRecall | DensityCoverage | InceptionScore | Cmmd | ClipScore | Diversity,
+    Frechet
+    | KernelDistance
+    | PrecisionRecall
+    | DensityCoverage
+    | InceptionScore
+    | Cmmd
+    | ClipScore
+    | Preference
+    | Aesthetic
+    | Diversity,
     Field(discriminator="name"),
 ]
 """What a protocol may name under `metrics`."""

@@ -1,7 +1,17 @@
 """The protocols that come along, by name, and users' own from YAML."""
 
-from diffdistill.eval.features.extractors import CifarResNet, DinoV2, EfficientNetLite0, Inception, OpenClip, Pixels
+from diffdistill.eval.features.extractors import (
+    CifarResNet,
+    DinoV2,
+    EfficientNetLite0,
+    Hps,
+    Inception,
+    OpenClip,
+    PickScore,
+    Pixels,
+)
 from diffdistill.eval.metrics.settings import (
+    Aesthetic,
     ClipScore,
     Cmmd,
     DensityCoverage,
@@ -9,6 +19,7 @@ from diffdistill.eval.metrics.settings import (
     InceptionScore,
     KernelDistance,
     PrecisionRecall,
+    Preference,
 )
 from diffdistill.eval.protocols.protocol import Captions, Labels, Preparation, Protocol, Reference
 from diffdistill.settings.schema import UserError
@@ -114,6 +125,15 @@ COCO_CLIP = Protocol(
 )
 """GigaGAN's and DMD2's: the raw cosine, with their prefix."""
 
+COCO_PREFERENCE = Protocol(
+    name="coco-preference",
+    num_images=5_000,
+    labels=Labels(policy="captions"),
+    captions=COCO_CAPTIONS,
+    metrics=(Preference(features=PickScore()), Preference(features=Hps()), Aesthetic()),
+)
+"""What people prefer, by three models of it, on the first 5,000 captions and images of any size."""
+
 COCO2014_CMMD30K = Protocol(
     name="coco2014-cmmd30k",
     num_images=30_000,
@@ -189,6 +209,7 @@ PROTOCOLS = {
         *IMAGENET64,
         COCO2014_FID30K,
         COCO_CLIP,
+        COCO_PREFERENCE,
         COCO2014_CMMD30K,
         FD_DINOV2_50K,
     )

@@ -213,7 +213,7 @@ def test_a_score_that_needs_logits_says_so(tmp_path: Path) -> None:
     protocol = toy_protocol(metrics=(InceptionScore(features=TOY),))
     plain = Extractor(label="toy", network=lambda x: x.flatten(1), prepare=Tensor.float, num_features=16)
     bench = replace(toy_bench(protocol), extractors={"toy": plain})
-    with pytest.raises(UserError, match="inception_score: needs logits, and toy has none"):
+    with pytest.raises(UserError, match="a metric needs logits, and toy has none"):
         evaluate(NoiseImages(protocol), bench, name="noise", root=tmp_path)
 
 

@@ -10,7 +10,7 @@ from support.judged import NoiseImages
 from diffdistill.eval.board.leaderboard import Located, make_board
 from diffdistill.eval.board.page import board_page
 from diffdistill.eval.evaluation.table import number, show_differences
-from diffdistill.eval.features.extractors import OpenClip, Pixels
+from diffdistill.eval.features.extractors import Hps, LaionAesthetic, OpenClip, Pixels
 from diffdistill.eval.metrics import settings
 from diffdistill.eval.metrics.compare import Difference
 from diffdistill.eval.metrics.facts import PUBLISHED, Fact
@@ -26,6 +26,7 @@ from diffdistill.settings.terminal import Console
         *((name, "lower") for name in ("fid", "fd-pixels", "kid-x", "cmmd", "mmd-x", "fid-teacher")),
         *((name, "higher") for name in ("recall", "precision", "density", "coverage", "is", "is-x", "clip-score")),
         *((name, "higher") for name in ("diversity", "geneval", "vbench", "image-reward")),
+        *((name, "higher") for name in ("pickscore", "hps-v2.1", "hps-v2.0", "laion-aesthetic")),
         *((name, "unknown") for name in ("energy-pixels", "clip-distance", "fidelity", "recall_at_5", "image")),
     ],
 )
@@ -41,6 +42,7 @@ def test_what_is_better_is_known_or_said_to_be_unknown(metric: str, side: str) -
         ("clip-score", "CLIP score"),
         ("recall", "recall"),
         ("image-reward", "image reward"),
+        ("hps-v2.1", "HPS v2.1"),
         ("energy-pixels", "energy pixels"),
     ],
 )
@@ -50,8 +52,12 @@ def test_a_metric_is_spoken_with_its_features_as_they_are_called(metric: str, la
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_class_states_the_facts_of_all_its_names(kind: type) -> None:
-    clip = OpenClip(model="ViT-B-32", pretrained="openai")
-    made = kind(features=clip) if kind is settings.ClipScore else kind(features=Pixels())
+    own = {
+        settings.ClipScore: OpenClip(model="ViT-B-32", pretrained="openai"),
+        settings.Preference: Hps(),
+        settings.Aesthetic: LaionAesthetic(),
+    }
+    made = kind(features=own.get(kind, Pixels()))
     assert {fact_of(key) for key in made.keys} <= set(kind.facts)  # type: ignore[attr-defined]
 
 

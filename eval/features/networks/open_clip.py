@@ -32,7 +32,12 @@ def load(features: OpenClip, weights: FilePath | None, device: torch.device) -> 
         prepare=library_input(features),
         num_features=_open_clip().get_model_config(features.model)["embed_dim"],
         sha256=found.sha256,
-        encode_text=partial(_encode, model, cache(partial(_tokenizer, features.model)), scale),
+        encode_text=partial(
+            encode_texts,
+            lambda tokens: scale(model.encode_text(tokens)),
+            cache(partial(tokenizer_of, features.model)),
+            device,
+        ),
         device=device,
         features=features,
         earlier=_earlier(features),
@@ -104,14 +109,15 @@ def _network(features: OpenClip) -> Any:
 
 
 @torch.inference_mode()
-def _encode(model: Any, tokenizer: Callable[[], Any], scale: Any, captions: Sequence[str]) -> Tensor:
+def encode_texts(
+    encode: Callable[[Tensor], Tensor], tokenizer: Callable[[], Any], device: torch.device, captions: Sequence[str]
+) -> Tensor:
     """Captions to [B, d]; what is longer than the model's context is cut, as open_clip does it."""
-    device = next(model.parameters()).device
-    encoded: Tensor = scale(model.encode_text(tokenizer()(list(captions)).to(device)))
-    return encoded
+    return encode(tokenizer()(list(captions)).to(device))
 
 
-def _tokenizer(model: str) -> Any:
+def tokenizer_of(model: str) -> Any:
+    """Captions to tokens [B, L] as a model of open_clip reads them. Raises UserError if they cannot be had."""
     try:
         return _open_clip().get_tokenizer(model)
     except Exception as error:  # a tokenizer of transformers that is not on this machine
