@@ -1,6 +1,7 @@
 """How processes find each other: soon, or with the names of those that did not come."""
 
 import atexit
+import gc
 import math
 import os
 import time
@@ -66,9 +67,17 @@ def meeting_time() -> timedelta:
 
 
 def leave() -> None:
-    """Close what connects this process with the others: a thread of it that outlives the interpreter aborts."""
+    """Close what connects this process with the others, and end the threads of it.
+
+    A gloo thread drops a collective's tensors when the collective is done already, and needs the interpreter for it:
+    one that outlives the interpreter aborts the process. A group ends its threads when its last reference goes, and
+    lets them have the interpreter meanwhile only if that reference is Python's: it is kept until here.
+    """
     if dist.is_initialized():
+        groups = list(dist.distributed_c10d._world.pg_map)
         dist.destroy_process_group()
+        gc.collect()  # models in DDP hold their group, and are parts of circles
+        del groups
 
 
 def is_cpu_fleet() -> bool:
@@ -104,6 +113,8 @@ def _wait_for_all(limit: timedelta) -> "dist.TCPStore | None":  # type: ignore[n
     address = os.environ.get("MASTER_ADDR")
     if not address or not all(text.isdecimal() for text in told.values()) or int(told["WORLD_SIZE"]) == 1:
         return None
+    import torch.distributed.nn  # noqa: F401  # now, as its functions' defaults are the group that there is by then
+
     count, rank, port = (int(told[name]) for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
     of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + limit.total_seconds()

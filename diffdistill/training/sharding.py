@@ -4,6 +4,7 @@ A block's weights are whole in a process only while it computes.  Zhao et al. 20
 torch's package takes half a second of CPU time to import: so it is imported where something is sharded.
 """
 
+import atexit
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,11 +43,18 @@ def make_mesh(config: "RunConfig", processes: Processes) -> DeviceMesh | None:
         return None
     device = processes.device.type
     if kind == "all":
-        return init_device_mesh(device, (processes.count,), mesh_dim_names=("shard",))
+        return _mesh(device, shard=processes.count)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the launcher: torchrun, accelerate
     if here == 1 or processes.count % here:
         raise UserError(f"speed.shard = 'machine': {here} of {processes.count} processes are here; use all or none")
-    return init_device_mesh(device, (processes.count // here, here), mesh_dim_names=("replicate", "shard"))
+    return _mesh(device, replicate=processes.count // here, shard=here)
+
+
+def _mesh(device: str, **sizes: int) -> DeviceMesh:
+    """torch's caches of sharded tensors hold their mesh for ever; what it holds, groups and their threads, may end."""
+    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    atexit.register(getattr(mesh, "_pg_registry", {}).clear)  # torch before 2.10 holds names
+    return mesh
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
