@@ -20,7 +20,7 @@ from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import teacher_pairs
-from diffdistill.distillation.scales import Scale, scale_in
+from diffdistill.distillation.scales import FakeScale, Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
     GanTaps,
@@ -47,7 +47,7 @@ class DMD2(Method):
     steps: FewSteps = field(default_factory=FewSteps)
     levels: DrawnLevels | None = None  # of the calls in training; null: those of `steps`
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
-    fake_guidance: Scale = 1.0  # of the fake score; the paper has none
+    fake_guidance: FakeScale = 1.0  # of the fake score; the paper has none
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
     fake_updates: SamplingSteps = 5  # exactly this many to one generator update
     generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
@@ -71,7 +71,7 @@ class DMD2(Method):
             raise ValueError("regression_weight: stored pairs are of one scale; give `guidance` one, not a range")
 
     @property
-    def scales(self) -> dict[str, Scale]:
+    def scales(self) -> dict[str, FakeScale]:
         return {"guidance": self.guidance, "fake_guidance": self.fake_guidance}
 
     @property
@@ -137,7 +137,7 @@ class DMD2(Method):
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
         """(D_fake - D_teacher) / nu at x noised: down it, the samples' law moves to the teacher's."""
         path, t = players.teacher.path, draw["t"]
-        guidance, fake_guidance = (scale_in(draw, name, scale) for name, scale in self.scales.items())
+        guidance, fake_guidance = (scale_in(draw, self.scales, name) for name in self.scales)
         x_t = path.diffuse(x, draw["eps"], t)
         real = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
         fake = players.fake(x_t, t, condition(players, draw, role="fake"), guidance=fake_guidance)

@@ -21,7 +21,7 @@ from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras
 from diffdistill.distillation.divergences import WEIGHTS, Divergence, RatioMeans, density_ratio, mean_by_bin
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.scales import Scale, scale_in
+from diffdistill.distillation.scales import FakeScale, Scale, scale_in, scale_of
 from diffdistill.distillation.score_distillation import (
     Features,
     GanTaps,
@@ -50,7 +50,7 @@ class FDistill(Method):
     divergence: Divergence = "js"
     steps: FewSteps = field(default_factory=FewSteps)
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
-    fake_guidance: Scale = 1.0  # of the fake score; the paper has none
+    fake_guidance: FakeScale = 1.0  # of the fake score; the paper has none
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
     fake_updates: SamplingSteps = 5  # exactly this many to one generator update
     generator_time_law: AnyTimeDistribution = field(default_factory=Karras)
@@ -77,7 +77,7 @@ class FDistill(Method):
             raise ValueError("ratio_memory: remembers the means of bins; give ratio_bins, or 0")
 
     @property
-    def scales(self) -> dict[str, Scale]:
+    def scales(self) -> dict[str, FakeScale]:
         return {"guidance": self.guidance, "fake_guidance": self.fake_guidance}
 
     @property
@@ -138,7 +138,7 @@ class FDistill(Method):
         """
         path, t = players.teacher.path, draw["t"]
         x_t = path.diffuse(x, draw["eps"], t)
-        guidance = scale_in(draw, "guidance", self.guidance)
+        guidance = scale_in(draw, self.scales, "guidance")
         teacher = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
         matching = matching_field(x, fake, teacher, minimum=self.normaliser_minimum)
         return zero_nonfinite(expand(weight, x) * (matching * expand(path.alpha(t) ** self.alpha_power, x)))
@@ -163,12 +163,12 @@ class FDistill(Method):
 
     def _look(self, players: Players, draw: Draw, x: Tensor) -> tuple[Tensor, Tensor]:
         """D_fake at x noised, and the discriminator's logits [B] there (none without one), with a graph to x."""
-        cond, t, guidance = condition(players, draw, role="fake"), draw["t"], self.fake_guidance
+        cond, t, guidance = condition(players, draw, role="fake"), draw["t"], scale_of(self.scales, "fake_guidance")
         x_t = players.teacher.path.diffuse(x, draw["eps"], t)
         if self.has_discriminator and self.gan_features == "fake" and guidance == 1:
             fake, features = players.fake.with_features(x_t, t, cond, taps=self.gan_taps)
             return fake, players.discriminator(features)
-        fake = players.fake(x_t, t, cond, guidance=scale_in(draw, "fake_guidance", guidance))
+        fake = players.fake(x_t, t, cond, guidance=scale_in(draw, self.scales, "fake_guidance"))
         if not self.has_discriminator:
             return fake, x.new_zeros(0)
         judged = condition(players, draw, role=self.gan_features)

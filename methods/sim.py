@@ -16,7 +16,7 @@ from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.losses import DenoisingWeight, denoising_loss
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.scales import Scale, scale_in
+from diffdistill.distillation.scales import FakeScale, Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     SampleWeight,
     check_groups,
@@ -46,7 +46,7 @@ class SIM(Method):
     normaliser_minimum: Positive = 1e-5  # of weight: nu
     samples_per_condition: PositiveInt = 1  # so many samples after one another share their class
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
-    fake_guidance: Scale = 1.0  # of the fake score; the paper has none
+    fake_guidance: FakeScale = 1.0  # of the fake score; the paper has none
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
     time_law: AnyTimeDistribution = field(default_factory=lambda: Karras(ratio_max=24.41))
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
@@ -58,7 +58,7 @@ class SIM(Method):
     needs_images = False
 
     @property
-    def scales(self) -> dict[str, Scale]:
+    def scales(self) -> dict[str, FakeScale]:
         return {"guidance": self.guidance, "fake_guidance": self.fake_guidance}
 
     @property
@@ -91,7 +91,7 @@ class SIM(Method):
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Score implicit matching: the gradient of E d(s_generator - s_teacher) with the law of x_t held fixed."""
-        guidance, fake_guidance = (scale_in(draw, name, scale) for name, scale in self.scales.items())
+        guidance, fake_guidance = (scale_in(draw, self.scales, name) for name in self.scales)
         x, x_t, teacher, weights = judged_sample(
             players, draw, self.steps, guidance=guidance, weight=self.weight, minimum=self.normaliser_minimum
         )

@@ -34,7 +34,7 @@ from diffdistill.distillation.losses import (
     zero_nonfinite,
 )
 from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
-from diffdistill.distillation.scales import Scale, draw_scales, other_than_one
+from diffdistill.distillation.scales import FakeScale, Scale, Scales, draw_scales, other_than_one, scale_of
 from diffdistill.settings.limits import MAX_CHOSEN
 from diffdistill.settings.schema import UserError
 
@@ -63,7 +63,7 @@ TIME_POWERS = {
 """The powers of alpha_t and sigma_t in each weight of time."""
 
 
-def start_players(problem: Problem, **guidances: Scale) -> dict[str, nn.Module]:
+def start_players(problem: Problem, **guidances: FakeScale) -> dict[str, nn.Module]:
     """Generator and fake score, which start as the teacher or as in an earlier run.
 
     guidances: the scales that will be asked of these networks, by the setting's name.
@@ -72,7 +72,8 @@ def start_players(problem: Problem, **guidances: Scale) -> dict[str, nn.Module]:
     copies = problem.copies("generator", "fake")
     assert problem.teacher is not None
     for name, scale in guidances.items():
-        check_guidance(problem.teacher, f"method.{name}", scale)
+        if scale != "same":  # it is asked of the teacher already
+            check_guidance(problem.teacher, f"method.{name}", scale)
     return copies
 
 
@@ -91,7 +92,7 @@ def draw_step(
     *,
     samples: Sequence[str] = ("",),
     levels: DrawnLevels | None = None,
-    scales: Mapping[str, Scale] | None = None,
+    scales: Scales | None = None,
     fake_class_dropout: float = 0.0,
     samples_per_condition: int = 1,
 ) -> dict[str, Tensor]:
@@ -109,7 +110,7 @@ def draw_step(
         uniforms |= rng.grouped(samples_per_condition).uniforms(labels)
     drawn = {label: problem.label_of(uniforms[label]) for label in labels}
     drawn |= {"times": levels.draw(rng, problem.path, steps)} if levels else {}
-    if fake_class_dropout and needs_no_class(problem, (scales or {}).get("fake_guidance", 1.0)):
+    if fake_class_dropout and needs_no_class(problem, scale_of(scales or {}, "fake_guidance")):
         is_dropped = rng.uniform("fake class dropout") < fake_class_dropout
         drawn[f"{labels[-1]} for fake loss"] = torch.where(is_dropped, problem.num_classes, drawn[labels[-1]])
     num_calls = drawn["times"].shape[1] if levels else steps.num_evaluations

@@ -58,4 +58,18 @@ FAULTS = (
         'role="teacher"))',
         "methods/test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
     ),
+    Fault(
+        "the fake score has a scale of its own where it is to have the teacher's",
+        "diffdistill/distillation/scales.py",
+        'return scale_in(draw, scales, "guidance")',
+        "return 1.0",
+        "distillation/test_scales.py::test_same_is_the_teacher_s_scale_in_every_sample",
+    ),
+    Fault(
+        "the fake score's scale is the teacher's",
+        METHOD,
+        'role="fake"), guidance=fake_guidance)',
+        'role="fake"), guidance=guidance)',
+        "distillation/test_scales.py::test_esd_descends_the_kl_of_each_class_less_the_information_about_it",
+    ),
 )
