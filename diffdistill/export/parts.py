@@ -24,7 +24,11 @@ def copy_parts(source: Pipeline, folder: FilePath, names: Iterable[str]) -> None
     names = list(names)
     check_parts(source, names)
     for name in names:
-        _copy_part(source.folder / name, folder / name)
+        if name == "scheduler":  # of the oldest pipelines beside model_index.json
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.scheduler_file, folder / name / source.scheduler_file.name)
+        else:
+            _copy_part(source.folder / name, folder / name)
     for pattern in LICENCES:
         for file in source.folder.glob(pattern):
             if file.is_file():

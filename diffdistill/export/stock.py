@@ -54,6 +54,8 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     model: without LoRA.  Raises UserError, before anything is written, if diffusers' classes cannot say what the
     student does.
     """
+    import diffusers
+
     source, steps = fit_pipeline(model)
     net: Any = model.denoiser.net
     kind = source.family.stock_pipeline or str(source.index["_class_name"])
@@ -66,6 +68,9 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     parts = {name: source.index[name] for name in (source.family.network, *names)}
     settings = {name: value for name, value in source.index.items() if not isinstance(value, list)}
     settings.pop("_name_or_path", None)
+    if source.is_variant:  # whose settings its plain pipeline does not take
+        taken = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        settings = {name: value for name, value in settings.items() if name in taken or name.startswith("_")}
     if model.spec.class_names and kind == "DiTPipeline":
         settings[ID2LABEL] = {str(number): name for number, name in enumerate(model.spec.class_names)}
     if "requires_safety_checker" in settings:
@@ -97,5 +102,5 @@ def fit_pipeline(model: TrainedModel) -> tuple[Pipeline, StockSteps]:
     if not source.family.has_stock_pipeline(source.options):
         raise NotStock("diffusers has no pipeline that gives this network its classes")
     check_parts(source, other_parts(source))
-    scheduler = read_json(source.folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(source.scheduler_file)
     return source, stock_steps(model.denoiser, model.spec.sampler, scheduler, source.family.steps_argument)

@@ -58,7 +58,7 @@ class PipelineEncoder:
     def files(self) -> list[FilePath]:
         """The encoders', and what says which there are and how large images are, which some conditions tell."""
         folder, family = self.pipeline.folder, self.pipeline.family
-        about = (folder / INDEX, folder / family.network / "config.json", folder / "vae" / "config.json")
+        about = (folder / INDEX, self.pipeline.part(family.network) / "config.json", folder / "vae" / "config.json")
         parts = filter(self.pipeline.class_of, family.text_parts)
         return [*filter(FilePath.is_file, about), *(file for part in parts for file in files_of(folder / part))]
 

@@ -59,10 +59,7 @@ def content_of(place: str | FilePath) -> str:
     from diffdistill.models.teachers import is_pipeline, open_pipeline
 
     if is_pipeline(place):
-        pipeline = open_pipeline(place)
-        folder = pipeline.folder / pipeline.family.network
-        files = sorted(file for file in folder.iterdir() if file.is_file())
-        return files_key(files, root=kept.cache_folder(None))
+        return files_key(open_pipeline(place).network_files, root=kept.cache_folder(None))
     if is_given(place):
         return str(place)
     target = FilePath(place)

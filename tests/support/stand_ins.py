@@ -56,12 +56,13 @@ def dit() -> Any:
     return diffusers.DiTPipeline(transformer, autoencoder(), diffusers.DDIMScheduler(clip_sample=False))
 
 
-def sd(prediction_type: str = "epsilon") -> Any:
+def sd(prediction_type: str = "epsilon", **network: Any) -> Any:
+    """network: further options of its UNet."""
     return diffusers.StableDiffusionPipeline(
         vae=autoencoder(),
         text_encoder=clip("CLIPTextModel"),
         tokenizer=clip_tokenizer(),
-        unet=unet(cross_attention_dim=WIDTH),
+        unet=unet(cross_attention_dim=WIDTH, **network),
         scheduler=latent_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
@@ -69,7 +70,8 @@ def sd(prediction_type: str = "epsilon") -> Any:
     )
 
 
-def sdxl() -> Any:
+def sdxl(**network: Any) -> Any:
+    """network: further options of its UNet."""
     return diffusers.StableDiffusionXLPipeline(
         vae=autoencoder(),
         text_encoder=clip("CLIPTextModel"),
@@ -81,6 +83,7 @@ def sdxl() -> Any:
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+            **network,
         ),
         scheduler=latent_scheduler("epsilon"),
     )

@@ -4,6 +4,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class Family(ABC):
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     """The classes of diffusers in model_index.json that are of this family."""
+    variants: ClassVar[Mapping[str, str]] = {}
+    """Further classes (image to image, other guidance) of the same parts, with the one of `pipelines` that each is read
+    as."""
     network: ClassVar[str] = "unet"
     """The part of a pipeline that is the network."""
     network_classes: ClassVar[tuple[str, ...]]
@@ -37,8 +41,10 @@ class Family(ABC):
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The other parts that are loaded, and the classes of diffusers or transformers that each may be: "vae", and
     those that encode prompts. A pipeline may lack them."""
-    unread: ClassVar[tuple[str, ...]] = ()
-    """Options of the network that the family does not read: with a value of their own it is another network."""
+    told: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    """Options of the network that say what it is told, with the values at which this family tells it all."""
+    learns_variance: ClassVar[bool] = False
+    """Whether the second half of the output may be a variance, which is not used."""
     class_dropout: ClassVar[float] = 0.0
     """The share of its training samples that had no condition; 0 if it was never trained so."""
     stock_pipeline: ClassVar[str | None] = None
@@ -138,6 +144,22 @@ class Family(ABC):
         if not all(isinstance(n, int) and n > 0 for n in (channels, height, width)):
             raise UserError(f"network: in_channels = {channels!r}, sample_size = {side!r}: must be whole numbers")
         return channels, height, width  # type: ignore[return-value]
+
+    def check_index(self, index: Mapping[str, Any], file: FilePath) -> None:
+        """Raise UserError on a model_index.json whose pipeline tells the network more than this family does."""
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise UserError, naming the option, on a network that is told more than this family tells it."""
+        for name, values in self.told.items():
+            if options.get(name) not in values:
+                raise UserError(f"{name} = {options.get(name)!r}: a network that is told other things than here")
+        taken: Any = options.get("in_channels")
+        made = options.get("out_channels")
+        if None not in (taken, made) and made not in ((taken, 2 * taken) if self.learns_variance else (taken,)):
+            raise UserError(
+                f"in_channels = {taken!r}, out_channels = {made!r}: a network that is also given an image or a mask "
+                "(for inpainting or editing), which it is not here"
+            )
 
     def num_classes(self, options: Mapping[str, Any]) -> int:
         """How many classes the network knows; 0 for one that takes none, or text."""

@@ -18,6 +18,7 @@ from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers.family import Family
+from diffdistill.models.teachers.fields import NETWORKS, SCHEDULER, VAES, check_fields
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.networks.diffusers_model import DiffusersConfig
@@ -45,11 +46,14 @@ def open_pipeline(place: str | FilePath) -> "Pipeline":
     folder = FilePath(place) if FilePath(place).is_dir() else fetch_pipeline(str(place))
     index = read_json(folder / INDEX)
     family = detect_family(index.get("_class_name"), origin=str(folder / INDEX))
-    made = Pipeline(place=str(place), folder=folder, index=index, family=family)
+    kind = str(index["_class_name"])
+    index = {**index, "_class_name": family.variants.get(kind, kind)}
+    made = Pipeline(str(place), folder, index, family, is_variant=kind in family.variants)
     for part, classes in {family.network: family.network_classes, **family.parts}.items():
         _check_part(made, part, classes)
     if made.class_of(family.network) is None:
         raise UserError(f"{folder / INDEX}: names no {family.network}, which is the network")
+    family.check_index(index, folder / INDEX)
     return made
 
 
@@ -66,36 +70,45 @@ def load_pipeline(place: str | FilePath) -> TrainedModel:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """place: as it was named.  folder: where it lies.  index: its model_index.json."""
+    """place: as it was named.  folder: where it lies.  index: its model_index.json, with the plain class of its family.
+    is_variant: whether the folder names another (image to image, other guidance)."""
 
     place: str
     folder: FilePath
     index: Mapping[str, Any]
     family: Family
+    is_variant: bool = False
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """The network's own arguments, from its config.json. Raises UserError."""
-        file = self.folder / self.family.network / "config.json"
+        file = self.part(self.family.network) / "config.json"
         config = read_json(file)
         if config.get("_class_name") not in self.family.network_classes:
             raise UserError(
                 f"{file}: _class_name = {config.get('_class_name')!r}, not {self.family.network_classes[0]}"
             )
         refuse_quantised(config, file)
-        for name in self.family.unread:
-            if config.get(name):
-                raise UserError(f"{file}: {name} = {config[name]!r}: is not read, and this network needs it")
+        if known := NETWORKS.get(str(config["_class_name"])):
+            check_fields(config, known, file)
+        try:
+            self.family.check_options(config)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     @cached_property
     def spec(self) -> ModelSpec:
         """What the network is. Raises UserError."""
-        file = self.folder / "scheduler" / "scheduler_config.json"
+        file, options = self.scheduler_file, self.options
+        scheduler = read_json(file)
+        check_fields(scheduler, SCHEDULER, file)
         try:
-            path, predicts = self.family.noise(read_json(file), self.options)
+            path, predicts = self.family.noise(scheduler, options)
         except READING as error:
             raise UserError(f"{file}: {error}") from None
+        if self.has_vae and (self.folder / "vae" / "config.json").is_file():
+            assert self.vae_config is not None  # which is checked
         network = DiffusersConfig(family=self.family.name, options=self.options)
         rule = self.family.guidance_rule(self.index)
         num_classes = self.family.num_classes(self.options)
@@ -109,6 +122,27 @@ class Pipeline:
             pipeline=self.place,
         )
 
+    def part(self, name: str) -> FilePath:
+        """The folder of a part; the pipeline's own where its network lies there, as in the oldest ones."""
+        folder = self.folder / name
+        is_in_root = not folder.is_dir() and name == self.family.network and (self.folder / "config.json").is_file()
+        return self.folder if is_in_root else folder
+
+    @property
+    def scheduler_file(self) -> FilePath:
+        """The scheduler's config; of the oldest pipelines beside model_index.json."""
+        file = FilePath("scheduler_config.json")
+        folders = (self.folder / "scheduler", self.folder)
+        return next((folder / file for folder in folders if (folder / file).is_file()), folders[0] / file)
+
+    @property
+    def network_files(self) -> list[FilePath]:
+        """The config and the weights of the network."""
+        folder = self.part(self.family.network)
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        own = ("config.json", *WEIGHTS)
+        return files if folder != self.folder else [file for file in files if file.name.startswith(own)]
+
     @property
     def has_vae(self) -> bool:
         """Whether its network makes latents."""
@@ -117,7 +151,16 @@ class Pipeline:
     @property
     def vae_factor(self) -> int:
         """Pixels of an image for one of the latents, on each side; 1 without a VAE."""
-        return self.family.vae_factor(read_json(self.folder / "vae" / "config.json")) if self.has_vae else 1
+        return self.family.vae_factor(self.vae_config) if self.has_vae else 1
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's config.json. Raises UserError."""
+        file, name = self.folder / "vae" / "config.json", str(self.class_of("vae"))
+        config = read_json(file)
+        if name in VAES:
+            check_fields(config, VAES[name], file)
+        return config
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -132,7 +175,7 @@ class Pipeline:
 
     def load_denoiser(self) -> Denoiser:
         """The frozen network with its weights, in float32, on the CPU. Raises UserError."""
-        spec, folder = self.spec, self.folder / self.family.network
+        spec, folder = self.spec, self.part(self.family.network)
         model = load_model_of(self.family.model_class(self.options), folder)
         net = self.family.wrap(model, spec.num_classes, spec.class_dropout)
         denoiser = Denoiser(net, spec.model.path, spec.model.predicts)
@@ -145,6 +188,7 @@ class Pipeline:
         name = self.class_of("vae")
         if name is None or "vae" not in self.family.parts:
             raise UserError(f"{self.place}: has no VAE; its network makes pixels")
+        assert self.vae_config is not None  # which is checked
         return freeze(load_model_of(name, self.folder / "vae"))
 
     def load_encoder(self, device: torch.device | str = "cpu") -> Any:

@@ -39,14 +39,19 @@ def detect_family(pipeline: object, *, origin: str) -> Family:
 
     Ours come first; only where none of them knows the class are others' loaded.
     """
-    known = {name: family for family in map(find_family, FAMILIES.own) for name in family.pipelines}
+    known = {name: family for family in map(find_family, FAMILIES.own) for name in _kinds(family)}
     faults: list[str] = []
     if isinstance(pipeline, str) and pipeline not in known and FAMILIES.others():
         others, faults = FAMILIES.listed()
         for family in map(_made, others.values()):
-            known = dict.fromkeys(family.pipelines, family) | known
+            known = dict.fromkeys(_kinds(family), family) | known
     if not isinstance(pipeline, str) or pipeline not in known:
         broken = "".join(f"; {fault}" for fault in faults)
         choices = ", ".join(known)
         raise UserError(f"{origin}: _class_name = {pipeline!r}: no family of teachers; choose from {choices}{broken}")
     return known[pipeline]
+
+
+def _kinds(family: Family) -> tuple[str, ...]:
+    """The classes of pipelines that a family reads."""
+    return (*family.pipelines, *family.variants)

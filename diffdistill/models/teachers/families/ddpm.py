@@ -15,6 +15,7 @@ class DDPM(Family):
     name = "ddpm"
     pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
     network_classes = ("UNet2DModel",)
+    learns_variance = True
     stock_pipeline = "DDPMPipeline"  # DDIMPipeline would put a scheduler of its own in the place of any
     steps_argument = "num_inference_steps"
     plain_call: ClassVar = {}

@@ -17,6 +17,7 @@ class DiT(Family):
     pipelines = ("DiTPipeline",)
     network = "transformer"
     network_classes = ("DiTTransformer2DModel", "Transformer2DModel")  # the second: of diffusers before 0.29
+    learns_variance = True
     parts: ClassVar = {"vae": ("AutoencoderKL",)}
     class_dropout = 0.1
     steps_argument = "num_inference_steps"

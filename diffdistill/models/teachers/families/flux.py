@@ -25,6 +25,7 @@ class Flux(Family):
 
     name = "flux"
     pipelines = ("FluxPipeline",)
+    variants: ClassVar = dict.fromkeys(("FluxImg2ImgPipeline", "FluxInpaintPipeline"), "FluxPipeline")
     network = "transformer"
     network_classes = ("FluxTransformer2DModel",)
     parts: ClassVar = {

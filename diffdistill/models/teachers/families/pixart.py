@@ -20,8 +20,10 @@ class PixArt(Family):
 
     name = "pixart"
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    variants: ClassVar = {"PixArtSigmaPAGPipeline": "PixArtSigmaPipeline"}
     network = "transformer"
     network_classes = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second: of diffusers before 0.29
+    learns_variance = True
     parts: ClassVar = {
         "vae": ("AutoencoderKL",),
         "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),

@@ -22,8 +22,10 @@ class Sana(Family):
 
     name = "sana"
     pipelines = ("SanaPipeline",)
+    variants: ClassVar = {"SanaPAGPipeline": "SanaPipeline"}
     network = "transformer"
     network_classes = ("SanaTransformer2DModel",)
+    learns_variance = True
     parts: ClassVar = {
         "vae": ("AutoencoderDC",),
         "tokenizer": ("GemmaTokenizer", "GemmaTokenizerFast"),

@@ -22,6 +22,13 @@ class StableDiffusion3(Family):
 
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline",)
+    variants: ClassVar = dict.fromkeys(
+        (
+            *("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3PAGPipeline"),
+            "StableDiffusion3PAGImg2ImgPipeline",
+        ),
+        "StableDiffusion3Pipeline",
+    )
     network = "transformer"
     network_classes = ("SD3Transformer2DModel",)
     parts: ClassVar = {

@@ -1,6 +1,7 @@
 """Stable Diffusion XL: two text encoders, a pooled text, and sizes.  Podell et al. 2023, arXiv:2307.01952."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule, Rescaled
-from diffdistill.models.teachers.families.sd import StableDiffusionUNet
+from diffdistill.models.teachers.families.sd import StableDiffusionUNet, told_one
 from diffdistill.models.teachers.family import Family
+from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import validate
 
 
@@ -18,6 +20,13 @@ class StableDiffusionXL(Family):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
+    variants: ClassVar = dict.fromkeys(
+        (
+            *("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusionXLPAGPipeline"),
+            *("StableDiffusionXLPAGImg2ImgPipeline", "StableDiffusionXLPAGInpaintPipeline"),
+        ),
+        "StableDiffusionXLPipeline",
+    )
     network_classes = ("UNet2DConditionModel",)
     parts: ClassVar = {
         "vae": ("AutoencoderKL",),
@@ -26,11 +35,22 @@ class StableDiffusionXL(Family):
         "text_encoder": ("CLIPTextModel",),
         "text_encoder_2": ("CLIPTextModelWithProjection",),
     }
-    unread = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    told: ClassVar = {"addition_embed_type": ("text_time",)}
     class_dropout = 0.1
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionXLUNet":
         return StableDiffusionXLUNet(model, accepts=frozenset({"text", "pooled_text", "size"}))
+
+    def check_index(self, index: Mapping[str, Any], file: FilePath) -> None:
+        if index.get("requires_aesthetics_score"):
+            raise UserError(
+                f"{file}: requires_aesthetics_score = true: a refiner, which is told a score and goes on from another "
+                "network's images; name the base model"
+            )
+
+    def stock_network(self, model: nn.Module) -> nn.Module:
+        """As Stable Diffusion's."""
+        return told_one(model) if model.config.time_cond_proj_dim else model  # type: ignore[union-attr]
 
     def call(self, image_size: tuple[int, int]) -> dict[str, Any]:
         """Of images that are no squares the pipeline has to be told the size."""
