@@ -117,6 +117,11 @@ class Denoiser(nn.Module):
         """What a label stands for, for a network that takes text."""
         return self.runtime.conditions
 
+    @conditions.setter
+    def conditions(self, table: PromptTable | None) -> None:
+        """`run_with(conditions=table)`, in programs that use a model; nothing here assigns it."""
+        self.run_with(conditions=table)
+
     @property
     def offload_device(self) -> torch.device | None:
         """Where it computes, if its weights are elsewhere."""
