@@ -50,7 +50,7 @@ def stock_steps(
     settings = _up_to(times[0], common)
     if argument == "num_inference_steps":
         return _counted(sampler, times, settings)
-    if isinstance(sampler, TCD) and len(times) > 1:
+    if isinstance(sampler, TCD):  # one step as well: its end is time 0, where there is noise left
         return _tcd(sampler, times, settings)
     is_fresh = len(times) > 1 and isinstance(sampler, FewSteps) and sampler.later_noise != "ddim"
     if is_fresh:
@@ -116,9 +116,9 @@ def _counted(sampler: AnySampler, times: Sequence[int], settings: dict[str, Any]
 
     _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise: another start", "unit")
     count, call = len(times), {"num_inference_steps": len(times)}
-    if isinstance(sampler, TCD) and count > 1:
-        # The pipeline does not hand on eta, whose default is this.
-        _refuse_unless(sampler.eta == TCD_ETA, f"this pipeline's TCD has eta {TCD_ETA}: another", None)
+    if isinstance(sampler, TCD):
+        # The pipeline does not hand on eta, whose default is this; one step has no use for it.
+        _refuse_unless(count == 1 or sampler.eta == TCD_ETA, f"this pipeline's TCD has eta {TCD_ETA}: another", None)
     elif count > 1 and getattr(sampler, "later_noise", "ddim") == "ddim":
         scheduler = DDIMScheduler.from_config(settings, timestep_spacing="trailing", set_alpha_to_one=True)
         scheduler.set_timesteps(count)
@@ -126,7 +126,7 @@ def _counted(sampler: AnySampler, times: Sequence[int], settings: dict[str, Any]
         return StockSteps(scheduler, call)
     grid = _grid(times)
     _refuse_unless(grid is not None, f"this pipeline takes no timesteps: the steps {list(times)}", None)
-    made = _tcd(sampler, times, settings).scheduler if isinstance(sampler, TCD) and count > 1 else _lcm(settings, times)
+    made = _tcd(sampler, times, settings).scheduler if isinstance(sampler, TCD) else _lcm(settings, times)
     return StockSteps(made, call)
 
 

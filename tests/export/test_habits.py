@@ -25,10 +25,10 @@ from diffdistill.settings.schema import UserError
 
 R, X, W = "right", "refused", "wrong"
 SAID = {  # by family and kind of steps: of a number of steps, of a prompt alone; None: no such folder
-    "sd": [(R, X), (R, W), (R, X), (R, X), (X, X), (R, X), (R, X)],
-    "sd3": [(R, X), None, (R, X), (W, X), (W, X), (W, W), (R, W)],
-    "flux": [(R, R), None, (R, X), (W, X), (W, X), (W, W), (R, W)],
-    "dit": [(R, X), None, (R, X), (R, X), None, (R, W), None],
+    "sd": [(R, X), (R, W), (R, X), (R, X), (X, X), (R, X), (R, X), (R, X)],
+    "sd3": [(R, X), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, X)],
+    "flux": [(R, R), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, R)],
+    "dit": [(R, X), None, (R, X), (R, X), None, (R, W), None, (R, X)],
 }
 
 

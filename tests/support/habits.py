@@ -21,7 +21,7 @@ from diffdistill.settings.schema import UserError
 from support.stand_ins import STAND_INS, save_stand_in
 
 TIMES = (999.0, 749.0, 499.0, 249.0)
-STEPS = ("one, unit", "one, sigma", "two, fresh", "four, fresh", "four, uneven", "four, DDIM", "TCD")
+STEPS = ("one, unit", "one, sigma", "two, fresh", "four, fresh", "four, uneven", "four, DDIM", "TCD", "one, TCD")
 
 
 @dataclass
@@ -49,6 +49,7 @@ def sampler_of(model: TrainedModel, steps: str) -> AnySampler:
         "four, uneven": FewSteps(init_ratio=5, later_ratios=(3, 1, 0.3), **unit),
         "four, DDIM": FewSteps(init_ratio=ratios[0], later_ratios=tuple(ratios[1:]), later_noise="ddim", **unit),
         "TCD": TCD(num_steps=2, eta=0, grid=DDIM(num_steps=4), **unit),
+        "one, TCD": TCD(num_steps=1, grid=DDIM(num_steps=4), **unit),
     }[steps]
 
 
