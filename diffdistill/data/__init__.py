@@ -7,11 +7,12 @@ from diffdistill.data.image_folder import ImageFolder
 from diffdistill.data.npz import Npz
 from diffdistill.data.prompts import Prompts
 from diffdistill.data.registry import DATA, AnyData, DataConfig
-from diffdistill.data.torchvision_sets import Cifar10, FashionMNIST
+from diffdistill.data.torchvision_sets import MNIST, Cifar10, FashionMNIST
 from diffdistill.data.web_dataset import WebDataset
 
 __all__ = [
     "DATA",
+    "MNIST",
     "AnyData",
     "CaptionedImages",
     "Cifar10",

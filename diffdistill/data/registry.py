@@ -22,6 +22,7 @@ DATA: Registry[type[DataConfig]] = Registry(
     {
         "digits": "diffdistill.data.digits:Digits",
         "cifar10": "diffdistill.data.torchvision_sets:Cifar10",
+        "mnist": "diffdistill.data.torchvision_sets:MNIST",
         "fashion_mnist": "diffdistill.data.torchvision_sets:FashionMNIST",
         "image_folder": "diffdistill.data.image_folder:ImageFolder",
         "huggingface": "diffdistill.data.huggingface:HuggingFace",

@@ -17,9 +17,9 @@ from diffdistill.settings.schema import UserError, schema
 CIFAR10_FILES = tuple(
     f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
 )
-FASHION_FILES = tuple(
-    f"FashionMNIST/raw/{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-)
+IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+MNIST_FILES = tuple(f"MNIST/raw/{name}" for name in IDX_FILES)
+FASHION_FILES = tuple(f"FashionMNIST/raw/{name}" for name in IDX_FILES)
 
 
 @schema
@@ -43,6 +43,26 @@ class Cifar10:
 
 
 @schema
+class MNIST:
+    """MNIST: 60,000 + 10,000 grey images of handwritten digits, 28 x 28.  LeCun et al. 1998.
+
+    root: the folder that holds MNIST/raw.  download: fetch it there if it is missing.
+    """
+
+    name: Literal["mnist"] = "mnist"
+    root: str = "data"
+    split: Literal["train", "test"] = "train"
+    download: bool = False
+    cache: str | None = None
+
+    def load(self) -> MappedImages:
+        """The prepared images. Raises UserError if they are not there, saying what belongs where."""
+        how = "put its four files there, each through gunzip"
+        open_set = partial(_open, "MNIST", root=self.root, split=self.split, download=self.download)
+        return _load(self, MNIST_FILES, open_set, how, channels=1)
+
+
+@schema
 class FashionMNIST:
     """Fashion-MNIST: 60,000 + 10,000 grey images 28 x 28 of 10 classes.  Xiao et al. 2017, arXiv:1708.07747.
 
@@ -63,7 +83,12 @@ class FashionMNIST:
 
 
 def _load(
-    config: Cifar10 | FashionMNIST, names: tuple[str, ...], open_set: Callable[[], Any], how: str, *, channels: int
+    config: Cifar10 | MNIST | FashionMNIST,
+    names: tuple[str, ...],
+    open_set: Callable[[], Any],
+    how: str,
+    *,
+    channels: int,
 ) -> MappedImages:
     root = FilePath(config.root).expanduser()
     missing = [name for name in names if not (root / name).is_file()]

@@ -24,6 +24,7 @@ from diffdistill.storage.atomic import write_text_atomically
 
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
+    "mnist": "ylecun/mnist",
     "fashion_mnist": "zalando-datasets/fashion_mnist",
     "imagenet": "ILSVRC/imagenet-1k",
     "coco2014": "HuggingFaceM4/COCO",

@@ -18,7 +18,7 @@ from conftest import small_config
 from support.pictures import NAMES, Pixels, by_class, encode, pictures, write_folder, write_hugging_face, write_zip
 from torch import Tensor
 
-from diffdistill.data import Cifar10, Digits, FashionMNIST, HuggingFace, ImageFolder, Npz
+from diffdistill.data import MNIST, Cifar10, Digits, FashionMNIST, HuggingFace, ImageFolder, Npz
 from diffdistill.data import prepare as preparation
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import MappedImages
@@ -436,20 +436,21 @@ def test_cifar10_through_torchvision(
     assert Cifar10(root=str(tmp_path)).load().key == train.key
 
 
-def test_fashion_mnist_through_torchvision(tmp_path: Path) -> None:
-    raw = tmp_path / "FashionMNIST" / "raw"
+@pytest.mark.parametrize("of", [MNIST, FashionMNIST])
+def test_mnist_and_fashion_mnist_through_torchvision(tmp_path: Path, of: type[MNIST | FashionMNIST]) -> None:
+    raw = tmp_path / of.__name__ / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (10, 28, 28), np.uint8)
     for part in ("train", "t10k"):
         head = np.array([0x803, 10, 28, 28], ">i4").tobytes()
         (raw / f"{part}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, 10], ">i4").tobytes() + bytes(range(10)))
-    source = FashionMNIST(root=str(tmp_path)).load()
+    source = of(root=str(tmp_path)).load()
     assert np.array_equal(source.images, pixels[:, None])
     assert source.image_shape == (1, 28, 28)
     (raw / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(UserError, match="train-labels-idx1-ubyte"):
-        FashionMNIST(root=str(tmp_path)).load()
+        of(root=str(tmp_path)).load()
 
 
 @pytest.mark.parametrize(

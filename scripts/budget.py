@@ -1,11 +1,12 @@
-"""CIFAR-10 in an hour of one GPU: a teacher, then any methods, in slices that can be resumed.
+"""A teacher, then any methods, within a budget of time, in slices that can be resumed.
 
-    python scripts/cifar10_budget.py --data "{name: cifar10, root: data, download: true}" --weights resnet20.th
+    python scripts/budget.py cifar10 --data "{name: cifar10, root: data, download: true}" --weights resnet20.th
+    python scripts/budget.py mnist --data "{name: mnist, root: data, download: true}"
 
-Call it again until it says that all is done: a call takes one slice. The budget is of seconds in which training or
-measuring ran, written down every few seconds, so that a killed slice counts, too. The teacher has half of it, a tenth
-is for measuring, and the methods share the rest; each one's steps follow from the time that its first ones take. The
-records, of `fd-resnet20-cifar` and `fd-efficientnet-lite0`, go to FOLDER/records.jsonl.
+CIFAR-10's budget is an hour of one GPU, MNIST's three hours of two CPU cores. Call it again until it says that all is
+done: a call takes one slice. The budget is of seconds in which training or measuring ran, written down every few
+seconds, so that a killed slice counts, too. The teacher has half of it, a tenth is for measuring, and the methods share
+the rest; each one's steps follow from the time that its first ones take. The records go to FOLDER/records.jsonl.
 
 --smoke: 50 steps of tiny networks and 60 images: does everything work here? It says nothing about any method.
 """
@@ -16,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,30 @@ from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.training.config import find_config
 
 TEACHER, PROBE, BEAT = "pretrain", 30, 5  # phases' name, steps that are timed, seconds
-LABELS = {"cifar10-resnet20": "resnet20-cifar", "cifar10-efficientnet-lite0": "efficientnet-lite0"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one set of images gets: recipes NAME_budget of these methods, within so many minutes; protocols, and the
+    features' label of each."""
+
+    minutes: float
+    methods: tuple[str, ...]
+    protocols: Mapping[str, str]
+
+
+PLANS = {
+    "cifar10": Plan(
+        minutes=60,
+        methods=("dmd2", "sid", "f_distill"),
+        protocols={"cifar10-resnet20": "resnet20-cifar", "cifar10-efficientnet-lite0": "efficientnet-lite0"},
+    ),
+    "mnist": Plan(
+        minutes=180,
+        methods=("regression", "dmd2", "sid", "f_distill", "sim"),
+        protocols={"mnist-pixels": "pixels", "mnist-efficientnet-lite0": "efficientnet-lite0"},
+    ),
+}
 SMOKE = ("train.global_batch_size=8", "train.checkpoint_every=20", "train.preview_every=0", "train.precision=fp32")
 SMOKE_TEACHER = ("model.network={name: ddpmpp, channels: 16, multipliers: [1, 2], blocks: 1, dropout: 0}",)
 
@@ -94,31 +118,34 @@ class Slice:
 
 
 def main(
-    data: Annotated[
-        str, typer.Option(help="CIFAR-10's training images, as under `data` of a config.")
-    ] = "{name: cifar10}",
+    images: Annotated[str, typer.Argument(help=f"Of which set: {', '.join(PLANS)}.")],
+    data: Annotated[str | None, typer.Option(help="Its training images, as under `data` of a config.")] = None,
     weights: Annotated[str | None, typer.Option(help="The ResNet-20's file, resnet20.th.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Default: dmd2, sid and f_distill.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/cifar10-budget"),
-    minutes: Annotated[float, typer.Option(help="Of training and measuring, in all.")] = 60.0,
+    method: Annotated[list[str] | None, typer.Option(help="May be given again. Default: the plan's.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Default: runs/IMAGES-budget.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Of training and measuring, in all.")] = None,
     slice_minutes: Annotated[float, typer.Option(help="Of one call.")] = 9.0,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps only.")] = False,
 ) -> None:
     """One slice."""
-    methods = method or ["dmd2", "sid", "f_distill"]
+    if images not in PLANS:
+        sys.exit(f"error: {images}: choose from {', '.join(PLANS)}")
+    plan = PLANS[images]
+    methods, data = method or list(plan.methods), data or f"{{name: {images}}}"
     try:
-        configs = {name: find_config(f"{name}/cifar10_budget") for name in (TEACHER, *methods)}
+        configs = {name: find_config(f"{name}/{images}_budget") for name in (TEACHER, *methods)}
     except UserError as error:
         sys.exit(f"error: {error}")
+    folder = folder or Path(f"runs/{images}-budget")
     folder.mkdir(parents=True, exist_ok=True)
-    budget = Budget(folder, minutes, methods)
+    budget = Budget(folder, minutes or plan.minutes, methods)
     part = Slice(slice_minutes, budget)
     for phase, config in configs.items():
         given = [f"data={data}", *(SMOKE if smoke else ()), *(SMOKE_TEACHER if smoke and phase == TEACHER else ())]
         given += [] if phase == TEACHER else [f"teacher={folder / TEACHER}"]
         if not _train(phase, config, given, folder, part, steps=50 if smoke else None):
             return _say_rest(budget, phase)
-    for protocol, label in LABELS.items():
+    for protocol, label in plan.protocols.items():
         if not _measure(protocol, label, [TEACHER, *methods], folder, part, data, weights, is_smoke=smoke):
             return _say_rest(budget, "measuring")
     print(f"all is done: {folder}/records.jsonl; {sum(budget.seconds.values()) / 60:.1f} minutes were used")
