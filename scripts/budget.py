@@ -38,11 +38,12 @@ TEACHER, PROBE, BEAT = "pretrain", 30, 5  # phases' name, steps that are timed, 
 @dataclass(frozen=True)
 class Plan:
     """What one set of images gets: recipes NAME_budget of these methods, within so many minutes; protocols, and the
-    features' label of each."""
+    features' label of each.  tiny: the teacher's network where all is to be tried only."""
 
     minutes: float
     methods: tuple[str, ...]
     protocols: Mapping[str, str]
+    tiny: str
 
 
 PLANS = {
@@ -50,15 +51,16 @@ PLANS = {
         minutes=60,
         methods=("dmd2", "sid", "f_distill"),
         protocols={"cifar10-resnet20": "resnet20-cifar", "cifar10-efficientnet-lite0": "efficientnet-lite0"},
+        tiny="{name: ddpmpp, channels: 16, multipliers: [1, 2], blocks: 1, dropout: 0}",
     ),
     "mnist": Plan(
         minutes=180,
         methods=("regression", "dmd2", "sid", "f_distill", "sim"),
         protocols={"mnist-pixels": "pixels", "mnist-efficientnet-lite0": "efficientnet-lite0"},
+        tiny="{name: unet, channels: [8, 16], attention: [false, true]}",
     ),
 }
 SMOKE = ("train.global_batch_size=8", "train.checkpoint_every=20", "train.preview_every=0", "train.precision=fp32")
-SMOKE_TEACHER = ("model.network={name: ddpmpp, channels: 16, multipliers: [1, 2], blocks: 1, dropout: 0}",)
 
 
 class Budget:
@@ -141,8 +143,11 @@ def main(
     budget = Budget(folder, minutes or plan.minutes, methods)
     part = Slice(slice_minutes, budget)
     for phase, config in configs.items():
-        given = [f"data={data}", *(SMOKE if smoke else ()), *(SMOKE_TEACHER if smoke and phase == TEACHER else ())]
-        given += [] if phase == TEACHER else [f"teacher={folder / TEACHER}"]
+        given = [f"data={data}", *(SMOKE if smoke else ())]
+        if phase != TEACHER:
+            given.append(f"teacher={folder / TEACHER}")
+        elif smoke:
+            given.append(f"model.network={plan.tiny}")
         if not _train(phase, config, given, folder, part, steps=50 if smoke else None):
             return _say_rest(budget, phase)
     for protocol, label in plan.protocols.items():

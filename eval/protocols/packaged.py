@@ -167,13 +167,18 @@ FD_DINOV2_50K = Protocol(
 """EDM2's second column (Karras et al. 2023, arXiv:2312.02696)."""
 
 
-def _small_cifar10(
-    name: str, features: CifarResNet | EfficientNetLite0, num_images: int, reference: Reference
+def _small(
+    name: str,
+    shape: tuple[int, int, int],
+    features: Pixels | CifarResNet | EfficientNetLite0,
+    num_images: int,
+    reference: Reference,
 ) -> Protocol:
+    """Of ten classes in turn."""
     return Protocol(
         name=name,
         num_images=num_images,
-        image_shape=(3, 32, 32),
+        image_shape=shape,
         labels=Labels(policy="cyclic", num_classes=10),
         reference=reference,
         metrics=(
@@ -185,18 +190,14 @@ def _small_cifar10(
     )
 
 
-CIFAR10_RESNET20 = _small_cifar10(
-    "cifar10-resnet20",
-    CifarResNet(depth=20),
-    10_000,
-    Reference(name="cifar10-train", dataset="cifar10", split="train", num_images=50_000),
-)
-CIFAR10_EFFICIENTNET = _small_cifar10(
-    "cifar10-efficientnet-lite0",
-    EfficientNetLite0(),
-    5_000,
-    Reference(name="cifar10-train-10k", dataset="cifar10", split="train, the first images", num_images=10_000),
-)
+FIRST = "train, the first images"
+CIFAR10 = Reference(name="cifar10-train", dataset="cifar10", split="train", num_images=50_000)
+CIFAR10_10K = Reference(name="cifar10-train-10k", dataset="cifar10", split=FIRST, num_images=10_000)
+MNIST_10K = Reference(name="mnist-train-10k", dataset="mnist", split=FIRST, num_images=10_000)
+CIFAR10_RESNET20 = _small("cifar10-resnet20", (3, 32, 32), CifarResNet(depth=20), 10_000, CIFAR10)
+CIFAR10_EFFICIENTNET = _small("cifar10-efficientnet-lite0", (3, 32, 32), EfficientNetLite0(), 5_000, CIFAR10_10K)
+MNIST_PIXELS = _small("mnist-pixels", (1, 28, 28), Pixels(), 5_000, MNIST_10K)
+MNIST_EFFICIENTNET = _small("mnist-efficientnet-lite0", (1, 28, 28), EfficientNetLite0(), 5_000, MNIST_10K)
 """Real features from a package, or from a file of 1 MB: some minutes on a CPU."""
 
 PROTOCOLS = {
@@ -205,6 +206,8 @@ PROTOCOLS = {
         DIGITS_PIXELS,
         CIFAR10_RESNET20,
         CIFAR10_EFFICIENTNET,
+        MNIST_PIXELS,
+        MNIST_EFFICIENTNET,
         CIFAR10_FID50K,
         *IMAGENET64,
         COCO2014_FID30K,

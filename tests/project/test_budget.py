@@ -1,0 +1,73 @@
+"""The plans of `scripts/budget.py`: what they name exists, and a small one goes from its images to its records."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from diffdistill.eval.protocols.packaged import PROTOCOLS
+from diffdistill.training.config import find_config, load_config
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PLANS = ("cifar10", "mnist")
+
+
+@pytest.fixture(scope="module")
+def budget() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module("budget")
+    sys.path.remove(str(SCRIPTS))
+
+
+def test_these_are_all_plans(budget: ModuleType) -> None:
+    assert set(budget.PLANS) == set(PLANS)
+
+
+@pytest.mark.parametrize("images", PLANS)
+def test_a_plan_s_recipes_and_protocols_exist_and_fit_one_another(budget: ModuleType, images: str) -> None:
+    plan = budget.PLANS[images]
+    teacher = load_config(find_config(f"pretrain/{images}_budget"))
+    for method in plan.methods:
+        config = load_config(find_config(f"{method}/{images}_budget"))
+        assert config.method.name == method
+        assert config.teacher == teacher.run
+        assert config.data.name == teacher.data.name == images
+    for name, label in plan.protocols.items():
+        assert PROTOCOLS[name].reference.dataset == images
+        assert {metric.features.label for metric in PROTOCOLS[name].metrics} == {label}
+
+
+def test_the_shares_of_a_budget_are_all_of_it_and_what_was_used_is_kept(budget: ModuleType, tmp_path: Path) -> None:
+    first = budget.Budget(tmp_path, 10, ["sid", "sim"])
+    assert sum(first.shares.values()) == pytest.approx(1)
+    assert first.left("sid") == pytest.approx(0.2 * 600)
+    first.charge("sid", 30)
+    assert budget.Budget(tmp_path, 10, ["sid", "sim"]).left("sid") == pytest.approx(0.2 * 600 - 30)
+
+
+@pytest.mark.full
+def test_a_small_budget_is_spent_in_slices(tmp_path: Path) -> None:
+    """Teacher, student and both of their records; a slice that is too short ends in the teacher."""
+    numbers = np.random.default_rng(0)
+    images = numbers.integers(0, 256, (300, 28, 28, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(300) % 10)
+    data = f"{{name: npz, path: {tmp_path}/images.npz, cache: {tmp_path}/cache}}"
+
+    def said_in(minutes: str) -> str:
+        script, folder = str(SCRIPTS / "budget.py"), str(tmp_path / "runs")
+        options = ["--data", data, "--method", "sid", "--smoke", "--folder", folder, "--slice-minutes", minutes]
+        return subprocess.run(
+            [sys.executable, script, "mnist", *options], capture_output=True, text=True, check=True
+        ).stdout
+
+    assert said_in("0.02").startswith("this slice ended in pretrain; ")
+    assert said_in("60").splitlines()[-1].startswith("all is done: ")
+    records = [json.loads(line)["name"] for line in (tmp_path / "runs" / "records.jsonl").read_text().splitlines()]
+    protocols = ("mnist-pixels", "mnist-efficientnet-lite0")
+    assert records == [f"{name}, {protocol}" for protocol in protocols for name in ("pretrain", "sid")]
