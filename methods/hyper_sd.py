@@ -1,8 +1,8 @@
 """Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis.  Ren et al. 2024, arXiv:2404.13686.
 
-Implemented: trajectory-segmented consistency distillation (TSCD) in stages of fewer and fewer segments, its MSE and
-adversarial losses, guidance inside the teacher's step, the one-step stage by score distillation, and feedback by any
-differentiable reward. `ends: fixed` is phased consistency (PCM, Wang et al. 2024, arXiv:2405.18407).
+Implemented: trajectory-segmented consistency distillation (TSCD) in stages of fewer and fewer segments, with MSE and
+adversarial losses, guidance in the teacher's step, the one-step stage by score distillation, and feedback by rewards.
+`ends: fixed` is phased consistency (PCM, Wang et al. 2024, arXiv:2405.18407).
 Not implemented: the merging of LoRAs trained apart, the perceptual loss of a segmentation model, noise perturbation.
 Unknown from the paper, so settings with defaults of ours: every weight, grid, threshold and `target_decay`.
 """
@@ -27,7 +27,7 @@ from diffdistill.distillation.losses import (
     zero_nonfinite,
 )
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.rewards import Feedback, find_reward
+from diffdistill.distillation.rewards import Feedback, check_feedback, need_pixels
 from diffdistill.distillation.score_distillation import (
     condition,
     critics_loss,
@@ -87,13 +87,16 @@ class HyperSD(Method):
             *(Update((n,), f"{n}_loss", start=first) for n, first in critics.items() if first is not None),
         )
 
+    @property
+    def judges_pixels(self) -> bool:
+        return need_pixels(self.feedback)
+
     def sampler(self, problem: Problem) -> TCD:
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, guidance=next((w for w in self.guidance if w != 1), 1.0))
-        for feedback in self.feedback:
-            find_reward(feedback.reward)
+        check_feedback(self.feedback, problem.teacher)
         if self._start("score_weight") is None:
             del players["fake"]
         if self._start("adversarial_weight") is not None:
@@ -136,9 +139,8 @@ class HyperSD(Method):
                 total = total + stage.score_weight * field_loss(x, push)
                 logs["field"] = push.abs().mean()
             for feedback in self.feedback:
-                loss = feedback.loss(x, condition(players, draw))
-                total = total + loss
-                logs[feedback.reward] = loss.detach()
+                loss = feedback.loss(x, condition(players, draw), players.teacher)
+                total, logs[feedback.reward] = total + loss, loss.detach()
             carry["x"] = x.detach()
         return Loss(total, logs, carry)
 
@@ -185,8 +187,7 @@ class HyperSD(Method):
         """The head on the teacher's bottleneck, at a level of the same segment, as PCM does it."""
         t = draw["judged"]
         noised = players.teacher.path.renoise(x, draw[noise], draw["end"], t)
-        logits: Tensor = players.discriminator(players.teacher.features(noised, t, cond))
-        return logits
+        return players.discriminator(players.teacher.features(noised, t, cond))
 
     def _distance(self, gap: Tensor) -> Tensor:
         """Mean square, or PCM's Huber distance of every value."""

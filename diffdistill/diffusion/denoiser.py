@@ -4,6 +4,7 @@ Teacher, generator and fake score are all `Denoiser`s. A network is a `Network`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, overload
 
@@ -73,7 +74,8 @@ class Runtime:
 
     conditions: what a label stands for, for a network that takes text.  negative: what its attention steers away from.
     autocast: of the network alone; None: as around it.  offload_device: where it computes with weights elsewhere.
-    guidance_rule: how its two estimates become one; saved with the model.
+    guidance_rule: how its two estimates become one; saved with the model.  decode: what it makes to pixels, for who
+    judges these; None where it makes pixels, or nobody does.
     """
 
     conditions: PromptTable | None = None
@@ -81,6 +83,7 @@ class Runtime:
     autocast: torch.dtype | None = None
     offload_device: torch.device | None = None
     guidance_rule: GuidanceRule = LINEAR
+    decode: Callable[[Tensor], Tensor] | None = None
 
 
 class Denoiser(nn.Module):

@@ -16,12 +16,15 @@ from diffdistill.diffusion.cond import Cond
 class PromptTable:
     """N conditions and the empty one. Copies of a denoiser share it, and it is no part of their weights."""
 
-    def __init__(self, shards: Sequence[Cond], empty: Cond, *, key: str | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[Cond], empty: Cond, *, key: str | None = None, texts: Sequence[str] = ()
+    ) -> None:
         """shards: parts of [n_i, ...], one after the other, N = sum of n_i; in memory or memory-mapped.
         empty: the same parts, [1, ...].  key: tells one table from another; default the hash of all numbers.
+        texts: the N prompts, where who made the table kept them.
         Raises ValueError if they differ in their parts or in a part's shape.
         """
-        self.shards, self.empty = tuple(shards), empty
+        self.shards, self.empty, self.texts = tuple(shards), empty, texts
         shapes = {name: part.shape[1:] for name, part in empty.parts().items()}
         for shard in self.shards:
             other = {name: part.shape[1:] for name, part in shard.parts().items()}
@@ -49,6 +52,10 @@ class PromptTable:
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                 digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def words(self, index: Tensor) -> list[str]:
+        """The prompts with these numbers, [B]; N is the empty one."""
+        return ["" if number == len(self) else self.texts[number] for number in index.tolist()]
 
     def rows(self, index: Tensor) -> Cond:
         """The conditions with these numbers, on the numbers' device.

@@ -197,6 +197,11 @@ class Method(ABC):
         return False
 
     @property
+    def judges_pixels(self) -> bool:
+        """Whether a loss looks at the student's images as pixels. Then the VAE stays in memory."""
+        return False
+
+    @property
     @abstractmethod
     def updates(self) -> tuple[Update, ...]:
         """Who steps, in which order, how often."""

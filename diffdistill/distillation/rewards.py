@@ -1,22 +1,40 @@
 """Rewards: differentiable judges of images, by name, for methods that learn from feedback.
 
 A reward is a function (images [B, C, H, W] in [-1, 1], cond) -> [B], the higher the better, with a gradient to the
-images. `register` adds one in Python; an installed package adds one to every command by an entry point of the group
-`diffdistill.rewards`. The models of the papers (LAION's aesthetic score, ImageReward) are not part of this package.
+images: what the student makes, latents where it makes latents. A `Judge` sees what people see instead, pixels and the
+prompt's words. `register` adds one in Python; an installed package adds one to every command by an entry point of the
+group `diffdistill.rewards`. PickScore, HPS and LAION's aesthetic score are judges of ours.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.settings.numbers import Number
 from diffdistill.settings.registry import Registry
 from diffdistill.settings.schema import NonNegative, UserError, schema
 
 Reward = Callable[[Tensor, Cond], Tensor]
+
+
+class Judge(ABC):
+    """A reward that looks at pixels, and where `reads_text` at the prompts."""
+
+    name: str
+    reads_text = True
+
+    @abstractmethod
+    def load(self, device: torch.device) -> None:
+        """Make ready on a device. Raises UserError where something is missing."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """images: [B, 1 or 3, H, W], about in [-1, 1].  captions: [B], empty ones where it reads none.  Returns [B]."""
 
 
 def contrast(images: Tensor, cond: Cond) -> Tensor:
@@ -34,21 +52,23 @@ def _fault(item: object) -> str | None:
     return None if callable(item) else "cannot be called with images and cond"
 
 
-REWARDS: Registry[Reward] = Registry(
+JUDGES = "diffdistill.eval.features.judges"
+REWARDS: Registry[Reward | Judge] = Registry(
     "reward",
-    {reward.__name__: f"{__name__}:{reward.__name__}" for reward in (contrast, sharpness)},
+    {reward.__name__: f"{__name__}:{reward.__name__}" for reward in (contrast, sharpness)}
+    | {name: f"{JUDGES}:{name.upper()}" for name in ("pickscore", "hps", "laion_aesthetic")},
     group="diffdistill.rewards",
     check=_fault,
 )
 """Every reward, by name."""
 
 
-def register(name: str, reward: Reward) -> None:
+def register(name: str, reward: Reward | Judge) -> None:
     """Make a reward known to this process. Raises UserError if another has the name."""
     REWARDS.register(reward, name=name)
 
 
-def find_reward(name: str) -> Reward:
+def find_reward(name: str) -> Reward | Judge:
     """A reward by name: ours, registered, or an entry point. Raises UserError naming those that are known."""
     if name not in REWARDS.names():
         raise UserError(f"reward: {name!r} is unknown; choose from {', '.join(sorted(REWARDS.names()))}")
@@ -67,7 +87,46 @@ class Feedback:
     threshold: Number
     weight: NonNegative = 1.0
 
-    def loss(self, images: Tensor, cond: Cond) -> Tensor:
-        """Scalar, with the graph of images [B, ...]. Raises UserError for an unknown reward."""
-        reward = find_reward(self.reward)(images, cond)
-        return self.weight * F.relu(self.threshold - reward.to(torch.promote_types(reward.dtype, torch.float32))).mean()
+    def check(self, teacher: Denoiser | None) -> None:
+        """Raise UserError for an unknown reward, and for a judge that this teacher's students give nothing to see; make
+        a judge ready.  teacher: knows the prompts, and the VAE where it makes latents."""
+        reward = find_reward(self.reward)
+        if not isinstance(reward, Judge):
+            return
+        if teacher is None or (reward.reads_text and (teacher.conditions is None or not teacher.conditions.texts)):
+            raise UserError(f"reward: {self.reward!r} reads prompts, and the teacher takes none")
+        reward.load(teacher.offload_device or device_of(teacher))
+
+    def loss(self, images: Tensor, cond: Cond, teacher: Denoiser | None = None) -> Tensor:
+        """Scalar, with the graph of images [B, ...]. Raises UserError for an unknown reward.
+
+        cond: the samples', for a judge with the numbers of their prompts.  teacher: as for `check`.
+        """
+        reward = find_reward(self.reward)
+        if isinstance(reward, Judge):
+            if teacher is None:
+                raise UserError(f"reward: {self.reward!r} is a judge of pixels and prompts; give `loss` the teacher")
+            decode = teacher.runtime.decode
+            found = reward(images if decode is None else decode(images), _captions(reward, teacher, cond, len(images)))
+        else:
+            found = reward(images, cond)
+        return self.weight * F.relu(self.threshold - found.to(torch.promote_types(found.dtype, torch.float32))).mean()
+
+
+def check_feedback(feedback: Iterable[Feedback], teacher: Denoiser | None) -> None:
+    """`Feedback.check` of each."""
+    for one in feedback:
+        one.check(teacher)
+
+
+def need_pixels(feedback: Iterable[Feedback]) -> bool:
+    """Whether a judge is among them."""
+    return any(isinstance(find_reward(one.reward), Judge) for one in feedback)
+
+
+def _captions(judge: Judge, teacher: Denoiser, cond: Cond, count: int) -> list[str]:
+    if not judge.reads_text:
+        return [""] * count
+    if teacher.conditions is None or cond.label is None:
+        raise UserError(f"reward: {judge.name!r} needs the numbers of the prompts, and the condition holds none")
+    return teacher.conditions.words(cond.label)

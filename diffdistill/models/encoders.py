@@ -106,7 +106,7 @@ def encode_prompts(
     _let_go()
     *whole, last = (Cond(**shard) for shard in shards)
     rest = last[:-1]
-    return PromptTable([*whole, rest] if len(prompts) % TEXT_SHARD else whole, last[-1:], key=key)
+    return PromptTable([*whole, rest] if len(prompts) % TEXT_SHARD else whole, last[-1:], key=key, texts=prompts)
 
 
 def encode_images(pipeline: Pipeline, images: ImageSource, *, root: FilePath, device: torch.device) -> LatentImages:
@@ -145,6 +145,20 @@ def encode_images(pipeline: Pipeline, images: ImageSource, *, root: FilePath, de
         class_names=class_names_of(images),
         device=device,
     )
+
+
+class PixelDecoder:
+    """A pipeline's VAE, for a gradient from pixels to latents; copies of a denoiser share it."""
+
+    def __init__(self, pipeline: Pipeline, device: torch.device) -> None:
+        self._family, self._vae = pipeline.family, pipeline.load_vae().to(device)
+
+    def __deepcopy__(self, memo: object) -> "PixelDecoder":
+        return self
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] as the network makes them to images [B, 3, H, W], about in [-1, 1]."""
+        return self._family.to_images(self._vae, latents)
 
 
 def files_of(folder: FilePath) -> list[FilePath]:

@@ -15,10 +15,12 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.distillation.method import Method, Players, Problem, shapes_of
 from diffdistill.distributed.processes import Processes, find_processes
+from diffdistill.models.encoders import PixelDecoder
 from diffdistill.models.load import PLAYERS, describe_model, is_routed, load_model, merge_model
 from diffdistill.models.negative_prompts import steer
 from diffdistill.models.places import SHA256
 from diffdistill.models.spec import ModelSpec, PlayerKind, TrainedModel
+from diffdistill.models.teachers import pipeline_of
 from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
 from diffdistill.settings.schema import UserError
@@ -192,6 +194,7 @@ def plan(
     first, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
     check_batch(train, processes.count)
     spec, problem = resolve_models(config, inputs, first, teachers, initial)
+    show_pixels(config.method, first, processes.device)
     sources = Teachers(
         str(first.source) if first else None, {name: str(other.source) for name, other in teachers.items()}
     )
@@ -252,6 +255,13 @@ def load_frozen(key: str, place: str, device: torch.device) -> TrainedModel:
     model = merge_model(load_model(place))
     model.denoiser.to(device)
     return model
+
+
+def show_pixels(method: Method, teacher: TrainedModel | None, device: torch.device) -> None:
+    """Let the teacher's latents be decoded, where a loss looks at pixels."""
+    pipeline = pipeline_of(teacher.spec) if teacher and method.judges_pixels else None
+    if teacher and pipeline and pipeline.has_vae:
+        teacher.denoiser.run_with(decode=PixelDecoder(pipeline, device))
 
 
 def read_inputs(config: RunConfig, device: torch.device, teacher: str | None) -> Inputs:

@@ -42,7 +42,7 @@ def load(features: LaionAesthetic, weights: FilePath | None, device: torch.devic
     assert made.num_features
     head = Head(made.num_features)
     load_strictly(head, load_state(found.path), origin=found.path)
-    head, embed = head.eval().to(device), made.network
+    head, embed = head.eval().requires_grad_(False).to(device), made.network
 
     def network(values: Tensor) -> tuple[Tensor, Tensor]:
         embedded = embed(values)

@@ -24,7 +24,7 @@ def load(features: OpenClip, weights: FilePath | None, device: torch.device) -> 
     found = find_weights(WeightsFile(f"{features.label}-{features.pretrained}.safetensors", features.sha256), weights)
     model = _network(features)
     load_strictly(model, load_state(found.path), origin=found.path)
-    model = model.eval().to(device)
+    model = model.eval().requires_grad_(False).to(device)
     scale = partial(F.normalize, dim=-1) if features.normalise == "unit" else torch.nn.Identity()
     return Extractor(
         label=features.label,

@@ -36,7 +36,7 @@ def load(features: PickScore, weights: FilePath | None, device: torch.device) ->
     model = network()
     state = {name: value for name, value in load_state(found.path).items() if not name.endswith(POSITIONS)}
     load_strictly(model, state, origin=found.path)
-    model, size = model.eval().to(device), IMAGE["image_size"]
+    model, size = model.eval().requires_grad_(False).to(device), IMAGE["image_size"]
     scale = math.exp(model.logit_scale.item())
     resize = partial(framed, side=size, mode="shortest", interpolation="bicubic")
     return Extractor(
