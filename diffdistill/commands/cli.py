@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from diffdistill import __version__
+from diffdistill.commands.benchmark import benchmark
 from diffdistill.commands.checkpoints import gather, import_edm, join
 from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
 from diffdistill.commands.exit_codes import guarded
@@ -163,6 +164,7 @@ def _sweep(
 
 app.command()(sample)
 app.command()(export)
+app.command()(benchmark)
 
 
 @app.command()

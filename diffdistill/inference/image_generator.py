@@ -24,7 +24,7 @@ class SampleRequest:
     """What to draw. Image i is of noise (seed, i), and of the prompt or class i modulo their number.
 
     labels: numbers or names; none for all classes in turn.  guidance, num_steps: None for the model's own.
-    trusts_code: whether the code of a folder may run.
+    trusts_code: whether the code of a folder may run.  encode_batch: prompts that are encoded at a time; None: all.
     """
 
     prompts: Sequence[str] = ()
@@ -37,6 +37,7 @@ class SampleRequest:
     negative_scale: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     trusts_code: bool = False
+    encode_batch: int | None = None
 
 
 class ImageGenerator(Protocol):
@@ -91,7 +92,9 @@ class ModelImageGenerator:
             raise UserError(f"--prompt: {self.model.source} draws what a prompt says; give one, or a file of --prompts")
         loaded = encoder.load(self.asked.device)
         prompts = list(self.asked.prompts)
-        conditions = PromptTable([encoder.encode(loaded, prompts)], encoder.encode_empty(loaded))
+        step = self.asked.encode_batch or len(prompts)
+        shards = [encoder.encode(loaded, prompts[place : place + step]) for place in range(0, len(prompts), step)]
+        conditions = PromptTable(shards, encoder.encode_empty(loaded))
         self.model.denoiser.run_with(conditions=conditions)
         return torch.arange(len(prompts))
 
