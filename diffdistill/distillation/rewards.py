@@ -52,11 +52,15 @@ def _fault(item: object) -> str | None:
     return None if callable(item) else "cannot be called with images and cond"
 
 
-JUDGES = "diffdistill.eval.features.judges"
 REWARDS: Registry[Reward | Judge] = Registry(
     "reward",
-    {reward.__name__: f"{__name__}:{reward.__name__}" for reward in (contrast, sharpness)}
-    | {name: f"{JUDGES}:{name.upper()}" for name in ("pickscore", "hps", "laion_aesthetic")},
+    {
+        "contrast": "diffdistill.distillation.rewards:contrast",
+        "sharpness": "diffdistill.distillation.rewards:sharpness",
+        "pickscore": "diffdistill.eval.features.judges:PICKSCORE",
+        "hps": "diffdistill.eval.features.judges:HPS",
+        "laion_aesthetic": "diffdistill.eval.features.judges:LAION_AESTHETIC",
+    },
     group="diffdistill.rewards",
     check=_fault,
 )

@@ -24,6 +24,7 @@ TABLES = (
     "diffdistill/settings/registry.py",
     "diffdistill/data/registry.py",
     "diffdistill/distillation/method.py",
+    "diffdistill/distillation/rewards.py",
     "diffdistill/models/teachers/registry.py",
     "diffdistill/networks/registry.py",
 )
@@ -35,7 +36,7 @@ def linked(file: Path) -> bool:
     return file.relative_to(ROOT / "diffdistill").parts[0] in TOP_LEVEL_ROOMS
 
 
-COMMAND_FILES = ("cli", "exit_codes", "images", "checkpoints", "evaluation")
+COMMAND_FILES = ("benchmark", "cli", "exit_codes", "images", "checkpoints", "evaluation")
 LIGHT = (
     "diffdistill.settings.terminal",
     "diffdistill.settings.launcher",
