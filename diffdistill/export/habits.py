@@ -23,13 +23,19 @@ NEAR = 1e-4  # of values of about 1
 
 @dataclass(frozen=True)
 class Habits:
-    """number: N, of the student's steps.  counted: of `num_inference_steps=N, guidance_scale=0` and of 1.  plain: of a
-    prompt and nothing else.  reasons: why it is not right, by the name of the call."""
+    """number: N, of the student's steps.  counted: of `num_inference_steps=N, guidance_scale=0`.  plain: of a prompt
+    and nothing else.  reasons: why it is not right, by the call's name.  guides_at_one: whether the scale 1 guides."""
 
     number: int
     counted: Verdict
     plain: Verdict
     reasons: Mapping[str, str]
+    guides_at_one: bool = False
+
+    @property
+    def one(self) -> Verdict:
+        """Of `guidance_scale=1` in the place of 0."""
+        return "wrong" if self.counted == "right" and self.guides_at_one else self.counted
 
 
 def habits_of(stock: StockFolder, *, is_told_size: bool = False) -> Habits:
@@ -68,6 +74,7 @@ def habits_of(stock: StockFolder, *, is_told_size: bool = False) -> Habits:
         counted=judge("counted", number, size or ("its network is told guidance_scale=0" if is_told else None)),
         plain=judge("plain", defaults["num_inference_steps"], size or guided),
         reasons=reasons,
+        guides_at_one=source.family.guides_above < 1 and net.has_null_condition,
     )
 
 
@@ -92,13 +99,17 @@ def _defaults(kind: str) -> dict[str, Any]:
 
 def show_habits(habits: Habits, asked: str) -> str:
     """A table for the card.  asked: what the pipeline is always told, by the name of its argument."""
-    counted = [f"{asked}, " if asked else "", f"num_inference_steps={habits.number}, guidance_scale=0"]
-    calls = {"counted": f"`pipe({''.join(counted)})`, or `1`", "plain": f"`pipe({asked})`"}
+    counted = f"{asked}{', ' if asked else ''}num_inference_steps={habits.number}, guidance_scale="
+    is_one_alike = habits.one == habits.counted
+    calls = {"counted": f"`pipe({counted}0)`" + (", or `1`" if is_one_alike else "")}
+    calls |= {} if is_one_alike else {"one": f"`pipe({counted}1)`"}
+    calls["plain"] = f"`pipe({asked})`"
+    reasons = {"one": "this pipeline guides at 1 already"} | dict(habits.reasons)
     lines = ["| another call | what it makes |", "|---|---|"]
     for name, call in calls.items():
-        verdict = getattr(habits, name)
-        lines.append(f"| {call} | {SHOWN[verdict].format(habits.reasons.get(name))} |")
-    if "wrong" in (habits.counted, habits.plain):
+        verdict: Verdict = getattr(habits, name)
+        lines.append(f"| {call} | {SHOWN[verdict].format(reasons.get(name))} |")
+    if "wrong" in (habits.one, habits.plain):
         lines += ["", "**Diffusers warns of none of the wrong ones. Call it as in the program above.**"]
     return "\n".join(lines)
 
@@ -123,7 +134,7 @@ def _run(source: Pipeline, scheduler: Any, steps: Mapping[str, Any], eta: float 
         torch.manual_seed(0)
         x = torch.randn(1, 2, 2, 2) * float(getattr(scheduler, "init_noise_sigma", 1.0))
         scheduler.set_timesteps(**told)
-        if family.names_sigmas:
+        if family.names_sigmas or family.sets_begin:
             scheduler.set_begin_index(0)
         takes_eta = eta is not None and "eta" in inspect.signature(scheduler.step).parameters
         for t in scheduler.timesteps:

@@ -11,7 +11,7 @@ from diffdistill.models.teachers.pipeline import read_json, refuse_quantised, va
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_text_atomically
 
-COPIED = (".json", ".txt", ".model", ".safetensors")
+COPIED = (".json", ".txt", ".model", ".jinja", ".safetensors")
 """Endings of files that a pipeline's parts are made of. Pickles are left behind."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 

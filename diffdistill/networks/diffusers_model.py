@@ -97,8 +97,11 @@ class DiffusersNetwork(Network):
         it; at least one, and the first always called."""
         return [next(part for part in self.model.modules() if type(part).__name__ == "TimestepEmbedding")]
 
-    def read_tap(self, output: Any, x: Tensor) -> Tensor:
-        """A block's output for input x [B, C, H, W] as a map [B, C', h, w]; of several outputs the first."""
+    def read_tap(self, output: Any, x: Tensor, cond: Cond) -> Tensor:
+        """A block's output for input x [B, C, H, W] as a map [B, C', h, w]; of several outputs the first.
+
+        cond: what the network was given.
+        """
         tapped: Tensor = output[0] if isinstance(output, tuple) else output
         return tapped
 
@@ -106,7 +109,7 @@ class DiffusersNetwork(Network):
         """The middle's output, or the taps; what comes after them does not run."""
         with self._tapped(taps, stops=True) as tapped, suppress(_StopForwardError):
             self(x, time_input, cond)
-        return tapped.features(lambda output: self.read_tap(output, x))
+        return tapped.features(lambda output: self.read_tap(output, x, cond))
 
     def forward_with_features(
         self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None
@@ -114,7 +117,7 @@ class DiffusersNetwork(Network):
         """Output and `features` from one pass."""
         with self._tapped(taps, stops=False) as tapped:
             output = self(x, time_input, cond)
-        return output, tapped.features(lambda output: self.read_tap(output, x))
+        return output, tapped.features(lambda output: self.read_tap(output, x, cond))
 
     @contextmanager
     def _tapped(self, taps: Taps | None, *, stops: bool) -> Iterator[Tapped]:
@@ -156,12 +159,17 @@ class DiffusersTransformer(DiffusersNetwork):
     def middle(self) -> nn.Module:
         return self.blocks[len(self.blocks) // 2]
 
-    def read_tap(self, output: Any, x: Tensor) -> Tensor:
+    def read_tap(self, output: Any, x: Tensor, cond: Cond) -> Tensor:
         """Tokens [B, N, C'], row by row, as a map; of several outputs the one whose tokens are the image's."""
         rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
-        outputs = output if isinstance(output, tuple) else (output,)
-        tokens = next(part for part in reversed(outputs) if part.shape[1] == rows * columns)
+        outputs = [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None]
+        own = [part for part in outputs if part.shape[1] == rows * columns]
+        tokens = own[-1] if own else self.image_tokens(outputs[-1], rows * columns, cond)
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+    def image_tokens(self, tokens: Tensor, count: int, cond: Cond) -> Tensor:
+        """The image's tokens [B, count, C'] among those of a text and an image; here the text's come first."""
+        return tokens[:, -count:]
 
 
 class DiffusersUNetBlocks(DiffusersNetwork):

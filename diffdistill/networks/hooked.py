@@ -8,13 +8,15 @@ from torch.utils.hooks import RemovableHandle
 
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 
+QUERIES = ("to_q", "to_qkv_mlp_proj")  # where attention, and what is beside it, reads the tokens
+
 
 class Embedding:
     """What the model last made of time, and of what it adds to it: [B, width]. Watched while a block asks for it."""
 
     def __init__(self, network: DiffusersNetwork) -> None:
         self.modules = network.embedders
-        self.width = int(next(width for width in map(_width, self.modules[0].modules()) if width))
+        self.width = _width(self.modules[0])
         self._seen: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._watchers = 0
@@ -40,7 +42,7 @@ class Embedding:
 
     def _see(self, number: int) -> Callable[..., None]:
         def see(_: nn.Module, __: Any, output: Tensor) -> None:
-            self._seen[number] = output
+            self._seen[number] = output if output.ndim == 2 else output.mean(1)  # of Chroma's, one for each use
 
         return see
 
@@ -56,7 +58,7 @@ class HookedBlock:
 
     def __init__(self, block: nn.Module, embedding: Embedding) -> None:
         self.block, self.embedding = block, embedding
-        query: Any = next(part.to_q for part in block.modules() if hasattr(part, "to_q"))
+        query: Any = next(getattr(part, name) for part in block.modules() for name in QUERIES if hasattr(part, name))
         self.channels = int(query.in_features)
         self.embedding_width = embedding.width
         self._handle: RemovableHandle | None = None
@@ -91,6 +93,7 @@ def hooked_blocks(network: DiffusersNetwork) -> list[HookedBlock]:
 
 
 def _width(module: nn.Module) -> int:
-    """Channels that diffusers' `TimestepEmbedding` gives; 0 for other modules."""
-    last = getattr(module, "linear_2", None)
-    return last.out_features if isinstance(last, nn.Linear) else 0
+    """Channels that an embedder gives: its first `TimestepEmbedding`'s, where it holds some."""
+    layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    last = next((part.linear_2 for part in module.modules() if hasattr(part, "linear_2")), layers[-1])
+    return int(last.out_features)  # type: ignore[union-attr, arg-type]

@@ -31,6 +31,7 @@ FINGERPRINT_NUMBERS = 256  # of each weight
 ATTENTION = (
     *("qkv", "project", "query", "key_value"),  # ours
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # diffusers'
+    "to_qkv_mlp_proj",  # FLUX.2's, which are the MLP's as well
 )
 
 Targets = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_CHOSEN)]

@@ -28,6 +28,7 @@ SAID = {  # by family and kind of steps: of a number of steps, of a prompt alone
     "sd": [(R, X), (R, W), (R, X), (R, X), (X, X), (R, X), (R, X), (R, X)],
     "sd3": [(R, X), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, X)],
     "flux": [(R, R), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, R)],
+    "z_image": [(R, W), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, W)],
     "dit": [(R, X), None, (R, X), (R, X), None, (R, W), None, (R, X)],
 }
 
@@ -61,6 +62,15 @@ def test_what_is_said_of_the_calls(
     assert found.reasons.keys() == {
         name for name, verdict in zip(("counted", "plain"), said, strict=True) if verdict != R
     }
+
+
+def test_a_pipeline_that_guides_at_one_is_said_to(models: dict[str, TrainedModel]) -> None:
+    found = {family: habits(models[family], "one, unit") for family in ("z_image", "sd3")}
+    assert found["z_image"].one == W
+    assert found["sd3"].one == R
+    shown = show_habits(found["z_image"], "prompt")
+    assert "| `pipe(prompt, num_inference_steps=1, guidance_scale=0)` | the student's images |" in shown
+    assert "guidance_scale=1)` | **WRONG IMAGES**: this pipeline guides at 1 already |" in shown
 
 
 def test_a_pipeline_with_a_size_of_its_own_is_said_to_make_it(models: dict[str, TrainedModel]) -> None:

@@ -20,7 +20,9 @@ from diffdistill.settings.schema import UserError
 
 OWN_FAMILIES = [find_family(name) for name in FAMILIES.own]
 TABLES = {**NETWORKS, **VAES}
-IN_CONFIGS_ALONE = {"FluxTransformer2DModel": {"sample_size"}}
+IN_CONFIGS_ALONE = {
+    f"{name}Transformer2DModel": {"sample_size"} for name in ("Flux", "ZImage", "QwenImage", "Chroma", "Flux2")
+}
 """Fields that no argument of the installed class has, and that are read all the same."""
 GONE = {"tensor_format", "timestep_values", "predict_epsilon"}
 """Fields of schedulers that older versions of diffusers wrote."""
@@ -108,6 +110,9 @@ REFUSED = [
     ("flux", "transformer/config.json", {"in_channels": 24, "out_channels": 16}, "in_channels = 24, out_channels = 16"),
     ("sana", "transformer/config.json", {"guidance_embeds": True}, "guidance_embeds = True: a student already"),
     ("pixart", "transformer/config.json", {"attention_type": "gated"}, "attention_type = 'gated'"),
+    ("z_image", "transformer/config.json", {"siglip_feat_dim": 8}, "siglip_feat_dim = 8: a network that is also given"),
+    ("qwen_image", "transformer/config.json", {"zero_cond_t": True}, "zero_cond_t = True: the network is told more"),
+    ("qwen_image", "transformer/config.json", {"in_channels": 32}, "in_channels = 32, out_channels = 4: a network"),
 ]
 
 

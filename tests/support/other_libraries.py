@@ -67,14 +67,27 @@ def packed(channels: int, height: int, width: int) -> Layout:
     )
 
 
+def as_tokens(height: int, width: int) -> Layout:
+    """FLUX.2's: each of the latents is a token."""
+    return Layout(lambda x: x.mT.unflatten(2, (height, width)), lambda x: x.flatten(2).mT)
+
+
+def layout_of(family: str, shape: tuple[int, int, int]) -> Layout:
+    """How the pipeline of a family holds latents [C, H, W]."""
+    if family == "flux2":
+        return as_tokens(*shape[1:])
+    return packed(*shape) if family in ("flux", "qwen_image", "chroma") else Layout()
+
+
 def assert_steps_agree(
     denoiser: Denoiser, steps: list[Step], cond: Cond, *, guidance: float, layout: Layout | None = None
-) -> None:
+) -> float:
     """Our denoiser's x0 is the pipeline's, and the scheduler's step with our prediction leads where the pipeline went.
 
+    Returns the greatest difference of an x0 over all steps, as a share of that step's greatest value.
     Predictions are not compared as such: eps read back from x0 in float32 has its rounding times alpha / sigma.
     """
-    layout = layout or Layout()
+    layout, greatest = layout or Layout(), 0.0
     assert steps
     path, predicts = denoiser.path, denoiser.predicts
     for step in steps:
@@ -83,9 +96,12 @@ def assert_steps_agree(
         t = path.time_of_input(torch.full((len(x),), step.time, dtype=torch.float64))
         with torch.no_grad():
             x0 = denoiser(x, t, cond, guidance=guidance)
-        torch.testing.assert_close(x0, path.to_x0(output, predicts, x, t), atol=TOLERANCE, rtol=ROUNDING)
+        theirs = path.to_x0(output, predicts, x, t)
+        greatest = max(greatest, float((x0 - theirs).abs().max() / theirs.abs().max()))
+        torch.testing.assert_close(x0, theirs, atol=TOLERANCE, rtol=ROUNDING)
         own = path.from_x0(x0, predicts, x, t).repeat(copies, *[1] * (x.ndim - 1))
         torch.testing.assert_close(step.repeat(layout.write(own)), step.following, atol=TOLERANCE, rtol=ROUNDING)
+    return greatest
 
 
 def _copies(x: Tensor, cond: Cond) -> int:

@@ -1,12 +1,9 @@
 """Each family's smallest architecture with random weights, made and saved by diffusers' own classes, offline.
 
 `save_stand_in(family, folder)` writes the pipeline's folder as a user would find it: 8 x 8 latents (ddpm: pixels) of
-16 x 16 pixels, for sana 32 x 32.
+16 x 16 pixels, for sana and flux2 32 x 32, for lumina2 64 x 64.
 """
 
-import json
-import string
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,21 @@ from typing import Any
 import diffusers
 import torch
 
-LENGTH = 16  # tokens of a prompt
-WIDTH = 16  # of text encoders
+from support.tiny_parts import (
+    WIDTH,
+    autoencoder,
+    clip,
+    clip_tokenizer,
+    gemma,
+    gemma_tokenizer,
+    latent_scheduler,
+    qwen3,
+    qwen_tokenizer,
+    qwen_vl,
+    t5,
+    t5_tokenizer,
+    unet,
+)
 
 
 def save_stand_in(family: str, folder: Path, **options: Any) -> Path:
@@ -193,6 +203,134 @@ def sana() -> Any:
     return diffusers.SanaPipeline(gemma_tokenizer(), gemma(), vae, transformer, scheduler)
 
 
+def z_image() -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[2, 2, 4],
+        axes_lens=[1024, 8, 8],
+    )
+    transformer.register_to_config(sample_size=8)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    vae = autoencoder(shift_factor=0.06)
+    return diffusers.ZImagePipeline(scheduler, vae, qwen3(), qwen_tokenizer(), transformer)
+
+
+def qwen_image() -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )
+    transformer.register_to_config(sample_size=8)
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.75, 0.1, 0.9, 1.5],
+        latents_std=[2.8, 1.4, 2.3, 1.2],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return diffusers.QwenImagePipeline(scheduler, vae, qwen_vl(), qwen_tokenizer(), transformer)
+
+
+def chroma() -> Any:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=16,
+        approximator_hidden_dim=24,
+        approximator_layers=1,
+    )
+    transformer.register_to_config(sample_size=8)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.ChromaPipeline(scheduler, autoencoder(shift_factor=0.06), t5(), t5_tokenizer(), transformer)
+
+
+def flux2() -> Any:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    transformer.register_to_config(sample_size=8)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    torch.nn.init.normal_(vae.bn.running_mean)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    encoder = qwen3("Qwen3ForCausalLM", num_layers=28)  # of which the pipeline reads the 27th
+    return diffusers.Flux2KleinPipeline(scheduler, vae, encoder, qwen_tokenizer(), transformer)
+
+
+def lumina2() -> Any:
+    """Its pipeline takes its VAE to halve sides three times."""
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(2, 2, 4),
+        axes_lens=(300, 8, 8),
+        cap_feat_dim=WIDTH,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    vae = autoencoder(num_halvings=3, shift_factor=0.06)
+    return diffusers.Lumina2Pipeline(transformer, scheduler, vae, gemma(2), gemma_tokenizer())
+
+
+def auraflow() -> Any:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=16,
+    )
+    for weight in transformer.parameters():  # its own are so small that attention would change nothing
+        torch.nn.init.normal_(weight, std=0.2)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return diffusers.AuraFlowPipeline(t5_tokenizer(), t5("UMT5"), autoencoder(), transformer, scheduler)
+
+
 STAND_INS: dict[str, Callable[..., Any]] = {
     "ddpm": ddpm,
     "dit": dit,
@@ -203,137 +341,14 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "sd3": sd3,
     "flux": flux,
     "sana": sana,
+    "z_image": z_image,
+    "qwen_image": qwen_image,
+    "chroma": chroma,
+    "flux2": flux2,
+    "lumina2": lumina2,
+    "auraflow": auraflow,
 }
 """A new pipeline by family."""
-
-
-def autoencoder(latent_channels: int = 4, **options: Any) -> Any:
-    """A VAE that halves each side."""
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=16,
-        **options,
-    )
-
-
-def unet(**options: Any) -> Any:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        **options,
-    )
-
-
-def latent_scheduler(prediction_type: str) -> Any:
-    """Stable Diffusion's."""
-    return diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-
-
-def clip(name: str, width: int = WIDTH) -> Any:
-    """A CLIP text encoder of transformers' class `name`."""
-    import transformers
-
-    size = len(clip_tokens())
-    config = transformers.CLIPTextConfig(
-        vocab_size=size,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        projection_dim=width,
-        bos_token_id=size - 2,
-        eos_token_id=size - 1,
-        pad_token_id=size - 1,
-    )
-    return getattr(transformers, name)(config)
-
-
-def clip_tokenizer() -> Any:
-    """CLIP's tokenizer with single letters for its vocabulary."""
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = {token: number for number, token in enumerate(clip_tokens())}
-        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary))
-        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
-        return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
-
-
-def clip_tokens() -> list[str]:
-    letters = [*string.ascii_lowercase, *string.digits, *",.-'"]
-    return [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-
-
-def t5() -> Any:
-    """Of twice the width, to hold two CLIPs side by side."""
-    import transformers
-
-    config = transformers.T5Config(
-        vocab_size=len(t5_tokens()),
-        d_model=2 * WIDTH,
-        d_kv=8,
-        d_ff=2 * WIDTH,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    return transformers.T5EncoderModel(config)
-
-
-def t5_tokenizer() -> Any:
-    """T5's tokenizer with single letters for its vocabulary."""
-    import transformers
-
-    return transformers.T5Tokenizer(vocab=[(token, 0.0) for token in t5_tokens()], extra_ids=0)
-
-
-def t5_tokens() -> list[str]:
-    return ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_letters, *string.digits, *string.punctuation]
-
-
-def gemma() -> Any:
-    import transformers
-
-    config = transformers.Gemma2Config(
-        vocab_size=len(gemma_tokens()),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    return transformers.Gemma2Model(config)
-
-
-def gemma_tokenizer() -> Any:
-    """Gemma's tokenizer with single letters for its vocabulary."""
-    import transformers
-
-    return transformers.GemmaTokenizer(vocab={token: number for number, token in enumerate(gemma_tokens())})
-
-
-def gemma_tokens() -> list[str]:
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", "\n"]
-    return [*special, *string.ascii_letters, *string.digits, *string.punctuation]
 
 
 def save_sentence_encoder(folder: Path) -> Path:

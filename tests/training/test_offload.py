@@ -67,7 +67,11 @@ def test_an_offloaded_network_computes_on_the_gpu_and_lies_on_the_cpu(
     assert device_of(teacher) == GPU
 
 
-@pytest.mark.parametrize("family", STAND_INS)
+READ_NUMBERS = ("z_image", "qwen_image", "lumina2")
+"""Their networks ask a mask how long its texts are, and tensors without numbers cannot say."""
+
+
+@pytest.mark.parametrize("family", [family for family in STAND_INS if family not in READ_NUMBERS])
 def test_every_family_of_pipelines_can_lie_on_the_cpu(family: str, tmp_path: Path) -> None:
     opened = open_pipeline(save_stand_in(family, tmp_path))
     cond = Cond(label=torch.zeros(2, dtype=torch.int64)) if opened.spec.num_classes else NO_COND

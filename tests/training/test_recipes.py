@@ -13,6 +13,7 @@ from support.stand_ins import save_stand_in
 
 from diffdistill.methods.agd import AGD
 from diffdistill.methods.hyper_sd import HyperSD
+from diffdistill.models.teachers import open_pipeline
 from diffdistill.models.teachers.hub import is_hub_name
 from diffdistill.settings.values import dump
 from diffdistill.training.config import RunConfig, find_config, load_config
@@ -21,9 +22,13 @@ from diffdistill.training.trainer import Trainer
 FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "dit256": "dit"}
 """The stand-in's family by the recipe's teacher."""
 METHODS = ("dmd2", "sid", "sim", "f_distill", "hyper_sd", "agd")
-RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, FAMILIES)]
-QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256")
-"""Of three methods, on three teachers, the ones that the quick tests train."""
+FLOWS = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow")
+"""Families whose recipes are named as they are, of four calls and, with an ending, of one."""
+FAMILIES |= {f"{family}{end}": family for family, end in product(FLOWS, ("", "_one"))}
+RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, ("sd15", "sdxl", "pixart", "sd3", "dit256"))]
+RECIPES += [f"{method}/{family}{end}" for method, family, end in product(("dmd2", "sid"), FLOWS, ("", "_one"))]
+QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256", "dmd2/z_image")
+"""Those that the quick tests train."""
 
 PROMPTS = ("a red fox", "two blue birds", "a hat")
 
@@ -32,7 +37,7 @@ PROMPTS = ("a red fox", "two blue birds", "a hat")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every stand-in by its family."""
     folder = tmp_path_factory.mktemp("teachers")
-    for family in FAMILIES.values():
+    for family in set(FAMILIES.values()):
         save_stand_in(family, folder / family)
     return folder
 
@@ -61,10 +66,11 @@ def small(recipe: str, teachers: Path, data: Path, run: Path) -> RunConfig:
     if isinstance(config.method, HyperSD):  # a step of each stage
         stages = [dump(replace(stage, num_steps=1)) for stage in config.method.stages]
         overrides, num_steps = [f"method.stages={json.dumps(stages)}"], len(stages)
+    side = open_pipeline(teachers / FAMILIES[teacher]).image_size[0]
     places = {
         "prompts": f"{{name: prompts, path: {data}/prompts.txt}}",
-        "webdataset": f"{{name: captioned_images, path: {data}/captioned, resolution: 16}}",
-        "image_folder": f"{{name: image_folder, path: {data}/classes, labels: folders, resolution: 16}}",
+        "webdataset": f"{{name: captioned_images, path: {data}/captioned, resolution: {side}}}",
+        "image_folder": f"{{name: image_folder, path: {data}/classes, labels: folders, resolution: {side}}}",
     }
     if config.data.name in places:
         overrides.append(f"data={places[config.data.name]}")

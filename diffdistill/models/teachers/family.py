@@ -52,6 +52,8 @@ class Family(ABC):
     steps_argument: ClassVar[StepsArgument] = "timesteps"
     plain_call: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
     """The pipeline's arguments that turn off what a student does without: guidance, and changes to size or prompt."""
+    guides_above: ClassVar[float] = 1.0
+    """The greatest `guidance_scale` with which the pipeline does not guide."""
     names_size: ClassVar[bool] = False
     """Whether the pipeline must be told `height` and `width`, for it does not take them from its network."""
 
@@ -59,6 +61,8 @@ class Family(ABC):
     """Of the latents that such a pipeline makes where it is not told, if its call has no default of its own."""
     names_sigmas: ClassVar[bool] = False
     """Whether the pipeline itself tells the scheduler even sigmas and where to begin, for a number of steps."""
+    sets_begin: ClassVar[bool] = False
+    """Whether it tells it where to begin, and no sigmas."""
 
     hands_on_generator: ClassVar[bool] = True
     """Whether the noise between a pipeline's steps is of the generator that it is given, not of torch's own."""
@@ -215,3 +219,12 @@ class Family(ABC):
         config: Any = vae.config
         mean = like.new_full((1, 1, 1, 1), float(getattr(config, "shift_factor", None) or 0.0))
         return mean, like.new_full((1, 1, 1, 1), 1 / float(config.scaling_factor))
+
+
+def channel_statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of each channel, [1, C, 1, 1], where the VAE's config names both."""
+    config: Any = vae.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return None
+    return like.new_tensor(mean).reshape(1, -1, 1, 1), like.new_tensor(std).reshape(1, -1, 1, 1)

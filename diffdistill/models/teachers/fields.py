@@ -132,6 +132,59 @@ NETWORKS: Mapping[str, Fields] = {
         {"guidance_embeds_scale": "of networks that are told the guidance scale, which are refused"},
         {"guidance_embeds": Only((False,), "a student already (Sprint), which is told a guidance scale")},
     ),
+    "ZImageTransformer2DModel": Fields(
+        _names(
+            "in_channels dim n_layers n_refiner_layers n_heads n_kv_heads norm_eps qk_norm cap_feat_dim rope_theta "
+            "t_scale axes_dims axes_lens sample_size"
+        ),
+        only={
+            "all_patch_size": Only(((2,), [2]), "tokens are of 2 x 2 latents"),
+            "all_f_patch_size": Only(((1,), [1]), "tokens are of one frame"),
+            "siglip_feat_dim": Only((None,), "a network that is also given images"),
+        },
+    ),
+    "QwenImageTransformer2DModel": Fields(
+        _names(
+            "in_channels out_channels num_layers attention_head_dim num_attention_heads joint_attention_dim "
+            "axes_dims_rope sample_size"
+        ),
+        only={
+            "patch_size": Only((2,), "its tokens are packed by the pipeline, by 2 x 2"),
+            "guidance_embeds": Only((False,), "a student already, which is told a guidance scale"),
+            **dict.fromkeys(("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"), Only((False,), NOT_TOLD)),
+        },
+    ),
+    "ChromaTransformer2DModel": Fields(
+        _names(
+            "in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads "
+            "joint_attention_dim axes_dims_rope approximator_num_channels approximator_hidden_dim approximator_layers "
+            "sample_size"
+        ),
+        only={"patch_size": Only((1,), "its tokens are packed by the pipeline")},
+    ),
+    "Flux2Transformer2DModel": Fields(
+        _names(
+            "in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads "
+            "joint_attention_dim timestep_guidance_channels mlp_ratio axes_dims_rope rope_theta eps sample_size"
+        ),
+        {"guidance_embeds": "of an input that the pipeline gives no number"},
+        {"patch_size": Only((1,), "its tokens are packed by the pipeline")},
+    ),
+    "Lumina2Transformer2DModel": Fields(
+        _names(
+            "sample_size patch_size in_channels out_channels hidden_size num_layers num_refiner_layers "
+            "num_attention_heads num_kv_heads multiple_of ffn_dim_multiplier norm_eps axes_dim_rope axes_lens "
+            "cap_feat_dim"
+        ),
+        {"scaling_factor": "that its class does not use"},
+    ),
+    "AuraFlowTransformer2DModel": Fields(
+        _names(
+            "patch_size in_channels num_mmdit_layers num_single_dit_layers attention_head_dim num_attention_heads "
+            "joint_attention_dim caption_projection_dim out_channels pos_embed_max_size"
+        ),
+        {"sample_size": "half of what its pipeline makes; the positions tell how large images may be"},
+    ),
 }
 """Of the networks, by class."""
 
@@ -153,6 +206,21 @@ VAES: Mapping[str, Fields] = {
             "scaling_factor"
         ),
     ),
+    "AutoencoderKLQwenImage": Fields(
+        _names(
+            "base_dim z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout input_channels "
+            "latents_mean latents_std"
+        ),
+    ),
+    "AutoencoderKLFlux2": Fields(
+        _names(
+            "in_channels out_channels down_block_types up_block_types block_out_channels decoder_block_out_channels "
+            "layers_per_block act_fn latent_channels norm_num_groups sample_size use_quant_conv use_post_quant_conv "
+            "mid_block_add_attention batch_norm_eps"
+        ),
+        {"batch_norm_momentum": "of training"},
+        {"patch_size": Only(((2, 2), [2, 2]), "latents are patches of 2 x 2")},
+    ),
 }
 """Of the VAEs, by class."""
 
@@ -170,7 +238,7 @@ SCHEDULER = Fields(
             "disable_corrector original_inference_steps timestep_scaling eta s_noise "
             "predictor_order corrector_order tau_func sigma_schedule rho scale_factors upscale_mode "
             "stochastic_sampling clip_sample clip_sample_range sample_max_value dynamic_thresholding_ratio "
-            "tensor_format timestep_values"
+            "tensor_format timestep_values shift_terminal"
         ),
         STEPS,
     ),
@@ -178,7 +246,6 @@ SCHEDULER = Fields(
         "thresholding": Only((False, None), "its pipeline moves each estimate by the quantiles of its pixels"),
         "timestep_type": Only(("discrete", None), "the network is told noise levels, not steps"),
         "invert_sigmas": Only((False, None), "is not read; use a scheduler without it"),
-        "shift_terminal": Only((None,), "is not read; use a scheduler without it"),
         "predict_epsilon": Only((True, None), "is of an older diffusers; say prediction_type: sample"),
         "snr_shift_scale": Only((None, 1.0), "moves the schedule of betas"),
         **dict.fromkeys(("stages", "stage_range", "gamma", "scheduler_type"), _OF_STUDENTS),

@@ -4,17 +4,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from diffdistill.diffusion.path import Flow
 from diffdistill.settings.schema import UserError
 
 STEPS = 1000  # num_train_timesteps, by which diffusers multiplies the time that a network is told
-UNREAD = ("invert_sigmas", "shift_terminal")
+UNREAD = ("invert_sigmas",)
 
 
-def flow_path(scheduler: Mapping[str, Any], num_tokens: int, *, max_shift: float = 1.15) -> Flow:
+def flow_path(
+    scheduler: Mapping[str, Any], num_tokens: int, *, max_shift: float = 1.15, mu: float | None = None
+) -> Flow:
     """The path of a scheduler's config.
 
     num_tokens: of the image, which a dynamic shift depends on.  max_shift: the pipeline's, where the config has none.
+    mu: of pipelines that do not ask the config for the dynamic shift.
+    `shift_terminal` stretches the steps of a run so that the last has this sigma: a choice of steps, none of the path.
     Raises UserError if the scheduler is of no flow, or does what a path cannot say.
     """
     name = scheduler.get("_class_name")
@@ -29,13 +35,21 @@ def flow_path(scheduler: Mapping[str, Any], num_tokens: int, *, max_shift: float
     if scheduler.get("num_train_timesteps", STEPS) != STEPS:
         raise UserError(f"scheduler: num_train_timesteps = {scheduler['num_train_timesteps']!r}: must be {STEPS}")
     if scheduler.get("use_dynamic_shifting"):
-        return Flow(shift=_dynamic_shift(scheduler, num_tokens, max_shift))
+        mu = _linear_mu(scheduler, num_tokens, max_shift) if mu is None else mu
+        return Flow(shift=mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
     return Flow(shift=float(scheduler.get("shift", scheduler.get("flow_shift", 1.0))))
 
 
-def _dynamic_shift(scheduler: Mapping[str, Any], num_tokens: int, max_shift: float) -> float:
-    """mu linear in the number of tokens, as in the pipelines; the shift is exp(mu), or mu itself."""
+def reversed_time(time_input: Tensor) -> Tensor:
+    """The time of networks that count from the noise, 1 - sigma, [B]; what they predict is minus the flow.
+
+    time_input: [B], a thousand times sigma.
+    """
+    return 1 - time_input / STEPS
+
+
+def _linear_mu(scheduler: Mapping[str, Any], num_tokens: int, max_shift: float) -> float:
+    """mu linear in the number of tokens, as in most pipelines; the shift is exp(mu), or mu itself."""
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", max_shift)
-    mu = float(least + (most - least) / (high - low) * (num_tokens - low))
-    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+    return float(least + (most - least) / (high - low) * (num_tokens - low))

@@ -11,7 +11,7 @@ NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 LOCAL = ("runs", ".", "..")
 
 FILES = (
-    *("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"),
+    *("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),  # for the card of what is made of it
 )
 NOT_FILES = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule, Rescaled
 from diffdistill.models.teachers.families.sd import StableDiffusionUNet, told_one
-from diffdistill.models.teachers.family import Family
+from diffdistill.models.teachers.family import Family, channel_statistics
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import validate
 
@@ -78,12 +78,8 @@ class StableDiffusionXL(Family):
     def vae_statistics(self, vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         """Some VAEs of this family name them by channel."""
         mean, std = super().vae_statistics(vae, like)
-        config: Any = vae.config
-        if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
-            return mean, std
-        return like.new_tensor(config.latents_mean).reshape(1, -1, 1, 1), std * like.new_tensor(
-            config.latents_std
-        ).reshape(1, -1, 1, 1)
+        named = channel_statistics(vae, like)
+        return (mean, std) if named is None else (named[0], std * named[1])
 
 
 class StableDiffusionXLUNet(StableDiffusionUNet):
