@@ -17,7 +17,7 @@ from diffdistill.models.teachers.flow_family import SIDE, FlowFamily
 from diffdistill.models.teachers.packing import PATCH, positions
 from diffdistill.networks.diffusers_model import DiffusersTransformer
 
-STEPS = 50  # of the pipeline's call, on whose number its shift depends
+NUM_STEPS = 50  # of the pipeline's call, on whose number its shift depends
 
 
 class Flux2(FlowFamily):
@@ -44,7 +44,7 @@ class Flux2(FlowFamily):
 
     def noise(self, scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[AnyPath, Prediction]:
         _, height, width = self.image_shape(options)
-        return flow_path(scheduler, height * width, mu=_mu(height * width, STEPS)), "flow"
+        return flow_path(scheduler, height * width, mu=_mu(height * width, NUM_STEPS)), "flow"
 
     def later_noise(self, draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
         batch, channels, height, width = shape
