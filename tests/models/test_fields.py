@@ -112,7 +112,7 @@ REFUSED = [
     ("pixart", "transformer/config.json", {"attention_type": "gated"}, "attention_type = 'gated'"),
     ("z_image", "transformer/config.json", {"siglip_feat_dim": 8}, "siglip_feat_dim = 8: a network that is also given"),
     ("qwen_image", "transformer/config.json", {"zero_cond_t": True}, "zero_cond_t = True: the network is told more"),
-    ("qwen_image", "transformer/config.json", {"in_channels": 32}, "in_channels = 32, out_channels = 4: a network"),
+    ("qwen_image", "transformer/config.json", {"in_channels": 32}, "in_channels = 32, out_channels = 16: a network"),
 ]
 
 
