@@ -18,6 +18,7 @@ from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import find_checkpoint, first_student
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import is_pipeline, open_pipeline, pipeline_of
+from diffdistill.models.teachers.compose import tell_made_of
 from diffdistill.models.teachers.hub import is_hub_name
 from diffdistill.models.teachers.pipeline import read_json
 from diffdistill.settings.limits import MAX_TEXT
@@ -66,7 +67,7 @@ def write_card(folder: FilePath, facts: CardFacts, *, name: str, place: str, dif
         parts += ["## Classes", _classes(facts)]
     if facts.config:
         shown = {name: value for name, value in facts.config.items() if name != "run"}
-        recipe = yaml.safe_dump(shown | {"teacher": _named(shown.get("teacher"))}, sort_keys=False)
+        recipe = yaml.safe_dump(shown | {"teacher": _shown_teacher(shown.get("teacher"))}, sort_keys=False)
         parts += ["## Recipe", f"```yaml\n{recipe}```"]
     parts += ["## Licence", _licence_note(facts, licence.get("license"))]
     write_text_atomically(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -131,9 +132,13 @@ def _metadata(facts: CardFacts, licence: Mapping[str, str]) -> dict[str, Any]:
 def _summary(facts: CardFacts) -> str:
     count, config = facts.model.spec.sampler.num_evaluations, facts.config
     how = f" by `{config['method']['name']}`" if config else ""
-    named, base = _named(config.get("teacher") or facts.record.teacher), _base_model(facts.model)
+    place = config.get("teacher") or facts.record.teacher
+    named, base = _named(place if isinstance(place, str) else None), _base_model(facts.model)
     known = f" ({base})" if base and named and base != named.partition("@")[0] else ""
     teacher = f", from `{named}`{known}" if named else f", from {base}" if base else ""
+    source = pipeline_of(facts.model.spec)
+    if told := source and tell_made_of(source):
+        teacher = f", from {told}"
     calls = "one call" if count == 1 else f"{count} calls"
     return f"Distilled with diffdistill{how}{teacher}: {_what(facts.model)} in {calls} of the network."
 
@@ -197,6 +202,15 @@ def _terms(facts: CardFacts, licence: str | None) -> str:
     if facts.model.spec.pipeline and is_pipeline(facts.model.spec.pipeline):
         return "The teacher's card names no licence. Its terms hold for this student as well: look them up."
     return "The teacher's, which was trained here: that of the images and texts that it was trained on."
+
+
+def _shown_teacher(teacher: Any) -> Any:
+    """The setting, with places as `_named` shows them."""
+    if isinstance(teacher, dict):
+        return {key: _named(v) if key in ("name", "file", "place") else _shown_teacher(v) for key, v in teacher.items()}
+    if isinstance(teacher, (list, tuple)):
+        return [_shown_teacher(one) for one in teacher]
+    return _named(teacher) if isinstance(teacher, str) and ("/" in teacher or FilePath(teacher).is_dir()) else teacher
 
 
 def _named(place: str | None) -> str | None:

@@ -13,6 +13,7 @@ from diffdistill.export.stock import StockFolder, describe, fit_pipeline
 from diffdistill.models.load import find_teacher, merge_model
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, is_pipeline
+from diffdistill.models.teachers.compose import tell_made_of
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import LoRA
 from diffdistill.settings.schema import UserError
@@ -105,3 +106,5 @@ def _check_base(model: TrainedModel, source: Pipeline) -> None:
         raise UserError(
             f"{model.source}: its factors stand over {teacher}, which differs from {source.place}; use --kind stock"
         )
+    if told := tell_made_of(source):
+        raise UserError(f"{model.source}: its factors stand over {told}, which nobody else has; use --kind stock")

@@ -7,6 +7,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.models.teachers import Pipeline
+from diffdistill.models.teachers.compose import MADE_OF
 from diffdistill.models.teachers.pipeline import read_json, refuse_quantised, variant_in, variant_of
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_text_atomically
@@ -29,6 +30,8 @@ def copy_parts(source: Pipeline, folder: FilePath, names: Iterable[str]) -> None
             shutil.copyfile(source.scheduler_file, folder / name / source.scheduler_file.name)
         else:
             _copy_part(source.folder / name, folder / name)
+    if (source.folder / MADE_OF).is_file():
+        shutil.copyfile(source.folder / MADE_OF, folder / MADE_OF)
     for pattern in LICENCES:
         for file in source.folder.glob(pattern):
             if file.is_file():

@@ -14,10 +14,12 @@ from typing import Any
 
 from diffdistill.data import cache as kept
 from diffdistill.data.shards import files_key
+from diffdistill.models.composed import ComposedTeacher
 from diffdistill.models.given import is_given
 from diffdistill.models.spec import ModelSpec
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.values import read_yaml
+from diffdistill.settings.terminal import say
+from diffdistill.settings.values import read_yaml, validate
 from diffdistill.storage.checkpoint import BEST, MANIFEST, STATE, find_best, list_checkpoints, read_hashes, read_state
 
 CHECKPOINTS = "checkpoints"
@@ -41,6 +43,7 @@ def find_again(key: str, checkpoint: FilePath, state: Mapping[str, Any], *, give
     """
     said, expected = str(_under(key, state)), (state.get(SHA256) or {}).get(key)
     starts = [given] if given else [*_places(said, checkpoint, state), *_told_now(key, checkpoint, state)]
+    starts += [] if given else _made_again(key, said, state)
     looked = list(dict.fromkeys(place for start in starts for place in _checkpoints_of(start, said)))
     there = [place for place in looked if is_there(place)]
     if expected is None and not given:  # then the name is all there is to go by
@@ -76,7 +79,9 @@ def settle_places(spec: ModelSpec, checkpoint: FilePath, state: Mapping[str, Any
     for name in ("pipeline", "text_encoder"):
         said = getattr(spec, name)
         if said is not None and not FilePath(said).expanduser().exists():
-            now[name] = next((at for at in _places(said, checkpoint, state) if FilePath(at).exists()), said)
+            places = [*_places(said, checkpoint, state)]
+            places += _made_again("teacher", said, state) if said == state.get("teacher") else []
+            now[name] = next((at for at in places if FilePath(at).exists()), said)
     return replace(spec, **now) if now else spec
 
 
@@ -99,6 +104,20 @@ def _places(said: str, checkpoint: FilePath, state: Mapping[str, Any]) -> Iterat
     run = (state.get("config") or {}).get("run")
     if isinstance(run, str) and FilePath(run).is_absolute() == FilePath(said).is_absolute():
         yield os.path.normpath(run_of(checkpoint) / os.path.relpath(said, run))
+
+
+def _made_again(key: str, said: str, state: Mapping[str, Any]) -> list[str]:
+    """The folder of a teacher that was made of several files, where the cache has lost it: from the same files."""
+    from diffdistill.models.teachers.compose import place_of
+
+    settings = _under(key, state.get("config") or {})
+    if not isinstance(settings, Mapping) or FilePath(said).is_dir():
+        return []
+    try:
+        return [place_of(validate(ComposedTeacher, settings, origin=key, is_saved=True))]
+    except UserError as error:
+        say(f"{said}: the teacher that was made of several files is gone, and cannot be made again: {error}")
+        return []
 
 
 def _told_now(key: str, checkpoint: FilePath, state: Mapping[str, Any]) -> Iterable[str]:

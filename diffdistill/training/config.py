@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 from diffdistill.data import AnyData, Digits
 from diffdistill.diffusion.guidance_rules import AnyGuidanceRule
 from diffdistill.distillation.method import AnyMethod
+from diffdistill.models.composed import AnyTeacher
 from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.dropout import Dropout
 from diffdistill.networks.lora import LoRASettings
@@ -79,7 +80,8 @@ class TrainConfig:
 
 @schema
 class RunConfig:
-    """Everything about one run. `model` is for pretrain, `teacher` (a run's folder) for every other method.
+    """Everything about one run. `model` is for pretrain, `teacher` for every other method: a place, or a pipeline with
+    what is added to it.
 
     teachers: further ones by name, for a method that asks several or for players that start as them; each is of the
     first one's path, images and conditions.
@@ -99,8 +101,8 @@ class RunConfig:
     method: AnyMethod
     data: AnyData = field(default_factory=Digits)
     model: ModelConfig | None = None
-    teacher: str | None = None
-    teachers: dict[Name, str] = field(default_factory=dict)
+    teacher: AnyTeacher | None = None
+    teachers: dict[Name, AnyTeacher] = field(default_factory=dict)
     text_encoder: str | None = None
     negative_prompt: str | None = None
     negative_scale: NonNegative = 0.3

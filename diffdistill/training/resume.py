@@ -9,9 +9,11 @@ from zlib import crc32
 from diffdistill.data.classes import class_names_of, same_names, told_classes
 from diffdistill.data.source import ImageSource
 from diffdistill.distributed.processes import Processes
+from diffdistill.models.composed import AnyTeacher, ComposedTeacher
 from diffdistill.models.given import is_given
 from diffdistill.models.load import find_checkpoint
 from diffdistill.models.places import SHA256, content_of, find_again, is_there
+from diffdistill.models.teachers.compose import place_of
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.settings.values import differences, dump
@@ -100,32 +102,37 @@ def find_teachers(
 
     allow_changes: those of other weights are taken, which is said.  Raises UserError where there is none.
     """
+    places = {name: place_of(teacher) for name, teacher in config.teachers.items()}
+    first = None if config.teacher is None else place_of(config.teacher)
     if start is None or state is None:
-        return Teachers(config.teacher, config.teachers)
+        return Teachers(first, places)
 
-    def find(key: str, before: str | None, now: str | None) -> str:
+    def find(key: str, before: object, setting: AnyTeacher | None, now: str | None) -> str:
         if is_given(before) or is_given(now):
             return _same_object(key, before, now)
-        return _find_teacher(key, start, state, given=now if now != before else None, allow_changes=allow_changes)
+        is_same = (dump(setting) if isinstance(setting, ComposedTeacher) else setting) == before
+        return _find_teacher(key, start, state, given=None if is_same else now, allow_changes=allow_changes)
 
     before = state["config"]
     old = before.get("teachers") or {}
     return Teachers(
-        find("teacher", before.get("teacher"), config.teacher) if state["teacher"] else None,
+        find("teacher", before.get("teacher"), config.teacher, first) if state["teacher"] else None,
         {
-            name: find(f"teachers.{name}", old.get(name), now) if name in state.get("teachers", {}) else now
-            for name, now in config.teachers.items()
+            name: find(f"teachers.{name}", old.get(name), config.teachers[name], now)
+            if name in state.get("teachers", {})
+            else now
+            for name, now in places.items()
         },
     )
 
 
-def _same_object(key: str, before: str | None, now: str | None) -> str:
-    if before is None or before != now:
+def _same_object(key: str, before: object, now: str | None) -> str:
+    if now is None or before != now:
         raise UserError(
             f"{key}: the run began with {before!r}, and now has {now!r}; an object is named by its weights; give the "
             f"same again, as in dd.Trainer(config, teacher=..., resume=True)"
         )
-    return before
+    return now
 
 
 def _find_teacher(

@@ -51,3 +51,18 @@ def fetch_pipeline(place: str) -> FilePath:
             f"{place}: no such folder, and not to be had from the Hugging Face hub: {type(error).__name__}: {reason}"
         ) from None
     return FilePath(folder)
+
+
+@cache
+def fetch_file(repo: str, file: str, revision: str | None) -> FilePath:
+    """One file of a repository, in the hub's cache. Raises UserError where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return FilePath(hf_hub_download(repo, file, revision=revision))
+    except Exception as error:  # as above
+        raise UserError(f"{repo}/{file}: not to be had from the Hugging Face hub: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -140,7 +140,7 @@ class Pipeline:
         """The config and the weights of the network."""
         folder = self.part(self.family.network)
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        own = ("config.json", *WEIGHTS)
+        own = ("config.json", "diffusion_pytorch_model")
         return files if folder != self.folder else [file for file in files if file.name.startswith(own)]
 
     @property
@@ -267,6 +267,11 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     except (*READING, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read: {_short(error)}") from None
     missing = [*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])]
+    if missing and any(".base_layer." in str(key) for key in about["unexpected_keys"]):
+        raise UserError(
+            f"{folder}: was saved with a LoRA left loaded, whose weight is in no file; save it after fuse_lora() and "
+            "unload_lora_weights(), or name its base and the LoRA's file: teacher: {name: BASE, lora: [{place: FILE}]}"
+        )
     if missing:
         raise UserError(f"{folder}: the weights are of another architecture: {missing[0]} ({len(missing)} in all)")
     dead = find_dead(dict(model.named_parameters()))

@@ -1,0 +1,51 @@
+"""A teacher as people have it: a pipeline, with a single-file checkpoint, LoRA files or learned tokens over it."""
+
+from typing import Annotated
+
+from pydantic import Discriminator, Tag
+
+from diffdistill.settings.numbers import Number
+from diffdistill.settings.schema import schema
+
+
+@schema
+class LoRAFile:
+    """place: a .safetensors file, or a folder or a name on the hub with one.  weight: multiplies its factors."""
+
+    place: str
+    weight: Number = 1.0
+
+
+@schema
+class TokenFile:
+    """A token of textual inversion.  place: as a LoRA's.  token: what prompts call it; null: as its file says."""
+
+    place: str
+    token: str | None = None
+
+
+@schema
+class ComposedTeacher:
+    """name: a pipeline's folder or its name on the hub, which says what everything is.
+
+    file: a single-file checkpoint (.safetensors) whose weights take the place of the pipeline's.
+    lora: files whose factors are added, in any number.
+    textual_inversion: learned tokens that prompts may hold.
+    """
+
+    name: str
+    file: str | None = None
+    lora: tuple[LoRAFile, ...] = ()
+    textual_inversion: tuple[TokenFile, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is added."""
+        return not (self.file or self.lora or self.textual_inversion)
+
+
+AnyTeacher = Annotated[
+    Annotated[str, Tag("place")] | Annotated[ComposedTeacher, Tag("composed")],
+    Discriminator(lambda value: "place" if isinstance(value, str) else "composed"),
+]
+"""A run's folder, a pipeline's, or its name on the hub; or what a pipeline's is made with."""
