@@ -181,12 +181,14 @@ def read_item(item: Item, *, origin: str) -> bytes:
 
 def _rows_of_csv(handle: BinaryIO, suffix: str, origin: str) -> Iterator[Row]:
     lines = lines_of(handle, origin=origin, newline="")
-    rows = csv.DictReader(lines, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
+    rows = csv.reader(lines, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
     try:
+        header = next(rows, [])
         for row in rows:
-            if None in row or None in row.values():
+            if row and len(row) != len(header):
                 raise UserError(f"{origin}, line {rows.line_num}: has not as many cells as the header")
-            yield rows.line_num, row
+            if row:
+                yield rows.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{origin}, line {rows.line_num}: {error}") from None
 
