@@ -3,7 +3,7 @@
 A sampler turns unit noise [B, ...] into images. All work on any path and take any guidance: a number or a policy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal, Protocol
@@ -216,12 +216,29 @@ class FewSteps:
         times = _each_sample_s(self.times(generator.path), noise) if times is None else times.T
         return self._run(generator.path, begin(guidance, generator, cond), noise, times, step, fresh_noise)
 
+    def trajectory(
+        self, generator: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, fresh_noise: FreshNoise | None = None
+    ) -> list["StepInput"]:
+        """What each call is given when the generator makes the image itself, of one roll-out.
+
+        noise: [B, ...] unit.  Raises ValueError as `roll_out`.
+        """
+        guided, times = begin(1.0, generator, cond), _each_sample_s(self.times(generator.path), noise)
+        return list(self._inputs(generator.path, guided, noise, times, self.num_evaluations - 1, fresh_noise))
+
     def _run(
         self, path: Path, guided: Guided, noise: Tensor, times: Tensor, step: int, fresh_noise: FreshNoise | None
     ) -> "StepInput":
-        """times: [calls, B]."""
+        *_, last = self._inputs(path, guided, noise, times, step, fresh_noise)
+        return last
+
+    def _inputs(
+        self, path: Path, guided: Guided, noise: Tensor, times: Tensor, last: int, fresh_noise: FreshNoise | None
+    ) -> Iterator["StepInput"]:
+        """Of the calls up to number `last`.  times: [calls, B]."""
         x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
-        for i in range(step):
+        yield StepInput(x, times[0])
+        for i in range(last):
             x0 = guided(x, times[i])
             if self.later_noise == "ddim":
                 x = transfer(path, x, x0, times[i], times[i + 1])
@@ -231,7 +248,7 @@ class FewSteps:
                 raise ValueError("several steps need fresh_noise")
             else:
                 x = path.diffuse(x0, fresh_noise(i), times[i + 1])
-        return StepInput(x, times[step])
+            yield StepInput(x, times[i + 1])
 
 
 @schema

@@ -5,6 +5,7 @@ is cut off, by quantile: the rest keeps its shape, and no draw piles up at an en
 """
 
 import math
+from functools import lru_cache
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -155,10 +156,49 @@ class LogitNormal:
         return path.t_min + fraction * (path.t_max - path.t_min)
 
 
+@schema
+class UShaped:
+    """Both ends of a flow more than its middle: density cosh(a (s - 1/2)), s = ratio / (1 + ratio) the flow's time.
+
+    a: how much; 0 is nearly even.  Lee et al. 2024, arXiv:2405.20320, section 4.1: 4.
+    """
+
+    name: Literal["u_shaped"] = "u_shaped"
+    a: Annotated[float, Field(gt=0, le=100)] = 4.0
+
+    def __call__(self, uniform: Tensor, path: Path) -> Tensor:
+        low, high = (self._share_below(ratio / (1 + ratio)) for ratio in ratio_range(path))
+        share = low + uniform * (high - low)
+        s = 0.5 + torch.asinh((2 * share - 1) * math.sinh(self.a / 2)) / self.a
+        return clamp_time(path.time_of_ratio(s / (1 - s)), path)
+
+    def _share_below(self, s: float) -> float:
+        return 0.5 * (1 + math.sinh(self.a * (s - 0.5)) / math.sinh(self.a / 2))
+
+
 AnyTimeDistribution = Annotated[
-    LogNormal | Karras | KarrasIndex | Uniform | UniformInteger | LogitNormal, Field(discriminator="name")
+    LogNormal | Karras | KarrasIndex | Uniform | UniformInteger | LogitNormal | UShaped, Field(discriminator="name")
 ]
 """The laws that a config may name."""
+
+
+@lru_cache(maxsize=4096)
+def shares_between(law: AnyTimeDistribution, path: Path, low: float, high: float) -> tuple[float, float]:
+    """The uniform numbers at which a law's times are `low` and `high`, by bisection; 0 and 1 where it lies inside.
+
+    Raises UserError where the law has no time between them.
+    """
+    goals = torch.tensor([low, high], dtype=torch.float64)
+    below, above = torch.zeros_like(goals), torch.ones_like(goals)
+    for _ in range(60):
+        middle = (below + above) / 2
+        is_below = law(middle, path) < goals
+        below, above = torch.where(is_below, middle, below), torch.where(is_below, above, middle)
+    first, last = ((below + above) / 2).tolist()
+    if last - first < ROUNDING:
+        ends = path.ratio(goals).tolist()
+        raise UserError(f"time_law: {law.name} has no ratio between {ends[0]:.3g} and {ends[1]:.3g}")
+    return first, last
 
 
 def even_times(path: Path) -> TimeDistribution:
