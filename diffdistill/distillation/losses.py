@@ -102,6 +102,16 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.softplus(-widen(real_logits)).mean() + F.softplus(widen(fake_logits)).mean()
 
 
+def pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:
+    """sqrt(||x - target||^2 + c^2) - c of each sample, [B]; with c = 0 the norm, whose gradient at x = target is zero.
+
+    x, target: [B, ...].  The norm is of the whole sample, not of an element.
+    Song & Dhariwal 2023, arXiv:2310.14189, section 3.3.
+    """
+    squared = (widen(x) - widen(target)).square().flatten(1).sum(1)
+    return (squared + max(c**2, 1e-24)).sqrt() - c
+
+
 def widen(x: Tensor) -> Tensor:
     """x in float32, or in its own type if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -94,6 +94,13 @@ def test_two_processes_with_a_half_each_train_as_one(
     assert apart(*ends) <= ROUNDING
 
 
+def test_consistency_needs_no_derivative_that_stands_against_shares(make_config: MakeConfig) -> None:
+    """Unlike `scm` and `mean_flow`."""
+    alone, two = (make_config("consistency", SGD, "train.steps=2", *more) for more in ((), (SHARDED,)))
+    ends = [run_together(n, partial(train, config, is_wide=False))[0] for n, config in ((1, alone), (2, two))]
+    assert apart(*ends) <= ROUNDING
+
+
 def test_in_bf16_a_half_each_trains_as_all_in_both(make_config: MakeConfig) -> None:
     """It is as near to float32. It cannot be the same: autocast keeps a rounded copy only of weights that are no views,
     and so the gradients of several calls are added up before or after rounding."""
