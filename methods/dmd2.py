@@ -2,20 +2,20 @@
 
 Implemented: the normalised field with the guided teacher, `fake_updates` fake-score steps to each generator step,
 the GAN on diffused bottleneck features, several steps by backward simulation, and the original DMD's regression on
-stored teacher pairs (arXiv:2311.18828). `gan_features: fake` is the paper; `teacher` is what some others do.
-Not implemented: LPIPS as the regression's distance (it is the mean squared error here).
+stored teacher pairs (arXiv:2311.18828), by squares or LPIPS. `gan_features: fake` is the paper; `teacher` is what some
+others do.  Not implemented: a discriminator on clean images.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
+from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
@@ -63,6 +63,7 @@ class DMD2(Method):
     regression_weight: NonNegative = 0.0
     regression_pairs: PositiveInt = 1000
     regression_sampler: AnySampler = field(default_factory=Heun)
+    regression_distance: PairDistance = field(default_factory=SquaredError)
 
     student = "generator"
 
@@ -128,7 +129,7 @@ class DMD2(Method):
             pair = {name: value[draw["pair"]] for name, value in batch.stored.items()}
             start = self.steps.roll_out(players.generator, pair["noise"], step=0)
             estimate = players.generator(start.x, start.t, players.teacher.class_cond(pair["label"]))
-            regression = mse_loss(estimate, pair["image"])
+            regression = self.regression_distance(estimate, pair["image"])
             total = total + self.regression_weight * regression
             logs["regression"] = regression.detach()
         return Loss(total, logs, carry={"x": x.detach()})

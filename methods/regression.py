@@ -1,19 +1,19 @@
 """Regression on pairs of noise and image: the baseline to beat.  Luhman & Luhman 2021, arXiv:2101.02388.
 
 The student learns, in one step, what the teacher's ODE makes of each noise. The pairs are made once, before training;
-then the teacher leaves memory. Implemented: the mean squared error in pixels, where Liu et al. 2023 (arXiv:2209.03003,
-section 3) prefer LPIPS.
+then the teacher leaves memory. Implemented: the mean squared error in pixels, and LPIPS, which Liu et al. 2023
+(arXiv:2209.03003, section 3) prefer.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
+from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import teacher_pairs
 from diffdistill.settings.schema import Number, PositiveInt, field, schema
@@ -28,6 +28,8 @@ class Regression(Method):
     pairs: PositiveInt = 10_000
     pair_sampler: AnySampler = field(default_factory=Heun)
     guidance: Number = 1.0
+    distance: PairDistance = field(default_factory=SquaredError)  # of the student's image from the pair's
+    pairs_folder: str | None = None  # keeps them in shards, for stopped and further runs; `null`: the run's
 
     student = "generator"
     needs_images = False
@@ -48,16 +50,17 @@ class Regression(Method):
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
-        return teacher_pairs(problem, seed, self.pairs, self.pair_sampler, guidance=self.guidance)
+        count, folder = self.pairs, self.pairs_folder
+        return teacher_pairs(problem, seed, count, self.pair_sampler, guidance=self.guidance, folder=folder)
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         return {"pair": integer_of(rng.uniform("pair"), self.pairs)}
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
-        """||G(z, c) - x||^2 over stored pairs (z, x) of class c."""
+        """The distance of G(z, c) from x over stored pairs (z, x) of class c."""
         pair = {name: value[draw["pair"]] for name, value in batch.stored.items()}
         with torch.no_grad():
             start = self.steps.roll_out(players.generator, pair["noise"], step=0)
         made = players.generator(start.x, start.t, players.generator.class_cond(pair["label"]))
-        loss = mse_loss(made, pair["image"])
+        loss = self.distance(made, pair["image"])
         return Loss(loss, {"distance": loss.detach()})

@@ -106,6 +106,28 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "consistency": f"""
+method: {{name: consistency, steps: {{init_ratio: 10}}, guidance: 2, curriculum: {{name: doubling, first: 4, last: 8}}}}
+optimizers:
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "tdm": f"""
+method:
+  name: tdm
+  steps: {{init_ratio: 10, later_ratios: [2], later_noise: ddim}}
+  guidance: [1, 3]
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "rectified_flow": f"""
+method: {{name: rectified_flow, pairs: 12, pair_sampler: {{name: heun, num_steps: 3, rho: 5}}}}
+optimizers:
+  generator: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "mean_flow": f"""
 method: {{name: mean_flow, steps: {{init_ratio: 10}}, velocity: data, guidance: 2, kappa: 0.5, width: 8}}
 optimizers:

@@ -1,31 +1,85 @@
 """Pairs of noise and the image that a teacher's ODE makes of it."""
 
+import json
+from pathlib import Path as FilePath
+
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.denoiser import device_of
+from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.diffusion.sampling import Sampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Problem
+from diffdistill.networks.given import content_key
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.atomic import write_tensors_atomically, write_text_atomically
+from diffdistill.storage.checkpoint import read_tensors
 
 CHUNK = 256  # noises in the teacher at once
+SHARD = 16 * CHUNK  # pairs of one file
+FACTS = "pairs.json"
+
+Pairs = dict[str, Tensor]
 
 
 @torch.no_grad()
-def teacher_pairs(problem: Problem, seed: int, count: int, sampler: Sampler, *, guidance: float) -> dict[str, Tensor]:
+def teacher_pairs(
+    problem: Problem, seed: int, count: int, sampler: Sampler, *, guidance: float, folder: str | None = None
+) -> Pairs:
     """noise, unit: [N, ...]; image: [N, ...]; label: [N] int64, of all classes, whatever the run is about.
 
-    sampler: deterministic, so that an image is a function of its noise.  Raises UserError without a teacher.
+    sampler: deterministic, so that an image is a function of its noise.  folder: keeps what is made, in shards: what
+    was stopped goes on there, and a later run takes what fits.
+    Raises UserError without a teacher, and where the folder holds pairs of another teacher, sampler, scale or seed.
     """
     teacher = problem.teacher
     if teacher is None:
         raise UserError("teacher: the pairs are made by one; name a pretrained run")
-    rng = StepRandom(seed, 0, torch.arange(count, device=device_of(teacher)))
+    if folder is None:
+        return _made(teacher, problem, seed, range(count), sampler, guidance)
+    place = FilePath(folder).expanduser()
+    _open(place, _facts(teacher, problem, seed, sampler, guidance))
+    shards = []
+    for number, first in enumerate(range(0, count, SHARD)):
+        file, indices = place / f"pairs-{number:06d}.safetensors", range(first, min(first + SHARD, count))
+        shard = read_tensors(file, str(device_of(teacher))) if file.exists() else {}
+        if len(shard.get("label", ())) < len(indices):
+            shard = _made(teacher, problem, seed, indices, sampler, guidance)
+            write_tensors_atomically(file, shard)
+        shards.append({name: value[: len(indices)] for name, value in shard.items()})
+    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def _made(teacher: Denoiser, problem: Problem, seed: int, indices: range, sampler: Sampler, guidance: float) -> Pairs:
+    """The pairs of these numbers, each a function of (seed, number) and of what makes it."""
+    rng = StepRandom(seed, 0, torch.arange(indices.start, indices.stop, device=device_of(teacher)))
     noise = rng.normal("pair noise", problem.image_shape)
     label = rng.integers("pair label", max(problem.num_classes, 1))
     parts = [
         sampler(teacher, noise[i : i + CHUNK], teacher.class_cond(label[i : i + CHUNK]), guidance=guidance)
-        for i in range(0, count, CHUNK)
+        for i in range(0, len(noise), CHUNK)
     ]
     return {"noise": noise, "image": torch.cat(parts), "label": label}
+
+
+def _facts(teacher: Denoiser, problem: Problem, seed: int, sampler: Sampler, guidance: float) -> dict[str, object]:
+    """Whatever a pair depends on, besides its number."""
+    classes, shape = problem.num_classes, list(problem.image_shape)
+    made_by = {"teacher": content_key(teacher), "sampler": repr(sampler), "guidance": guidance}
+    return {"seed": seed, **made_by, "num_classes": classes, "image_shape": shape, "shard": SHARD}
+
+
+def _open(folder: FilePath, facts: dict[str, object]) -> None:
+    """Make the folder, or see that its pairs are these."""
+    file = folder / FACTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if found is None:
+            write_text_atomically(file, json.dumps(facts, indent=1))
+    except (OSError, ValueError) as error:
+        raise UserError(f"pairs_folder = {str(folder)!r}: cannot be used: {error}") from None
+    if found is not None and found != facts:
+        known = found if isinstance(found, dict) else {}
+        other = ", ".join(name for name in facts if known.get(name) != facts[name])
+        raise UserError(f"pairs_folder = {str(folder)!r}: holds pairs of another {other}; name another folder")

@@ -1,37 +1,42 @@
-"""Hyper-SD and BOOT on the mixture ring: one call arrives where the exact teacher's DDIM arrives from the same noise.
+"""Methods that follow trajectories on the mixture ring: one call arrives where the exact teacher's DDIM does.
 
 Unlike the methods that match laws, these have a right answer for each noise. The bar is the width of a mode: a student
 that only finds the right mode misses by more.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import pytest
 import torch
 from support.ring import (
-    INIT_RATIO,
     NUM_CLASSES,
     NUM_MODES,
     PATH,
     STD,
     RingResult,
-    _mlp,
-    _one_hot,
     measure_ring,
     ring_problem,
     ring_teacher,
     trained_generator,
 )
+from support.trajectory_ring import RingSignal, Sampled, fitted_student
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.sampling import DDIM, TCD, OneCall, Sampler
+from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, OneCall, Sampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import Karras
+from diffdistill.distillation.curricula import Doubling
+from diffdistill.distillation.method import Problem
 from diffdistill.distillation.segments import Stage
 from diffdistill.methods.boot import Boot
+from diffdistill.methods.consistency import Consistency
 from diffdistill.methods.hyper_sd import HyperSD
+from diffdistill.methods.rectified_flow import RectifiedFlow
 
+EVEN = Karras(ratio_min=PATH.sigma_min, ratio_max=PATH.sigma_max)
 SOLVER = DDIM(num_steps=16, spacing="karras")
 
 
@@ -45,35 +50,6 @@ class Arrival:
     @property
     def passes(self) -> bool:
         return self.error <= STD and self.ring.coverage == NUM_MODES and self.ring.accuracy >= 0.97
-
-
-class RingSignal(nn.Module):
-    """An MLP of (noise and its waves, log sigma, class): a `Network` for BOOT's student."""
-
-    accepts = frozenset({"label"})
-    num_classes = NUM_CLASSES
-    has_null_condition = True
-    resolution_multiple = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = _mlp(11 + NUM_CLASSES, 128, 2)
-
-    def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
-        waves = [wave(k * x) for k in (2, 5) for wave in (torch.sin, torch.cos)]
-        output: Tensor = self.layers(torch.cat([x, *waves, 4 * time_input[:, None], _one_hot(cond)], 1))
-        return output
-
-
-class Sampled(nn.Module):
-    """A student with its sampler, as `measure_ring` asks a generator."""
-
-    def __init__(self, student: nn.Module, sampler: Sampler) -> None:
-        super().__init__()
-        self.student, self.sampler = student, sampler
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.sampler(self.student, x / INIT_RATIO, cond)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -106,4 +82,33 @@ def test_boot_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
     assert not arrival(student, OneCall()).passes
     problem = replace(problem, initial={"generator": student})
     result = arrival(trained_generator(method, num_steps=900, lr=4e-3, problem=problem), OneCall())
+    assert result.passes, result
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("velocity", ["teacher", "data"])
+def test_consistency_s_one_call_arrives_where_the_teacher_s_sixteen_do(velocity: Literal["teacher", "data"]) -> None:
+    steps = FewSteps(init_ratio=PATH.sigma_max)
+    method = Consistency(velocity=velocity, steps=steps, curriculum=Doubling(first=8, last=64), time_law=EVEN)
+    start = fitted_student()
+    assert not arrival(start, steps).passes
+    problem = replace(ring_problem(method), initial={"generator": start}, num_steps=600)
+    result = arrival(trained_generator(method, num_steps=600, problem=problem), steps)
+    assert result.passes, result
+
+
+class SinglePrecision(RectifiedFlow):
+    """Its pairs as a run's are: the ring's teacher answers in float64."""
+
+    def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
+        made = RectifiedFlow.prepare(self, problem, seed)
+        return made | {"image": made["image"].float()}
+
+
+@pytest.mark.full
+def test_rf_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
+    steps = FewSteps(init_ratio=PATH.sigma_max, later_noise="fixed")
+    method = SinglePrecision(steps=steps, pairs=10_000, pair_sampler=SOLVER, huber_constant=1.0)
+    problem = replace(ring_problem(method), initial={"generator": fitted_student()})
+    result = arrival(trained_generator(method, num_steps=1500, problem=problem), steps)
     assert result.passes, result

@@ -1,6 +1,8 @@
 """Whole runs of the methods that follow trajectories: resume, what is on disk, feedback, rewards."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,20 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig, 
         for name, module in modules.items():
             for key, value in module.state_dict().items():
                 assert torch.equal(value, others[name].state_dict()[key]), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("method", ["tdm", "consistency", "rectified_flow"])
+def test_a_run_that_lost_its_end_comes_to_the_same_end_again(make_config: MakeConfig, method: str) -> None:
+    """Of the same length: the curriculum of `consistency` goes by it."""
+    config = make_config(method, "train.steps=4", "train.checkpoint_every=2")
+    first = Trainer(config, quiet=True)
+    first.run()
+    shutil.rmtree(Path(config.run) / "checkpoints" / "step-00000004")
+    resumed = Trainer(config, resume=True, quiet=True)
+    resumed.run()
+    for name, module in first.trained.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, resumed.trained[name].state_dict()[key]), f"{name}.{key}"
 
 
 def test_a_hyper_sd_run_moves_every_player_and_samples_by_tcd(make_config: MakeConfig) -> None:

@@ -32,6 +32,10 @@ METHODS = {
     "regression": f"{{name: regression, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8, pair_sampler: {HEUN}}}",
     "guidance_distill": "{name: guidance_distill, steps: {name: ddim, num_steps: 3}, width: 8}",
     "scm": "{name: scm, steps: {init_ratio: 5, init_noise: unit}}",
+    "consistency": "{name: consistency, steps: {init_ratio: 5, init_noise: unit}}",
+    "tdm": "{name: tdm, steps: {init_ratio: 5, init_noise: unit}}",
+    "rectified_flow": f"""{{name: rectified_flow, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8,
+        pair_sampler: {HEUN}}}""",
     "mean_flow": "{name: mean_flow, steps: {init_ratio: 5, init_noise: unit}, width: 8}",
 }
 """The settings of each method that distils a teacher, for one step from unit noise where it is a generator's."""

@@ -27,7 +27,18 @@ WITH_LORA = (
     *("dmd2", "hyper_sd", "boot", "disback", "guidance_distill"),
     *(
         pytest.param(name, marks=pytest.mark.full)
-        for name in ("sid", "sim", "f_distill", "regression", "msd", "scm", "mean_flow")
+        for name in (
+            "sid",
+            "sim",
+            "f_distill",
+            "regression",
+            "msd",
+            "scm",
+            "mean_flow",
+            "tdm",
+            "consistency",
+            "rectified_flow",
+        )
     ),
 )
 TINY = ("train.steps=2", "train.global_batch_size=4")

@@ -1,0 +1,88 @@
+"""Stored pairs in shards: the same pairs, made once, resumed, and refused where they are something else's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_players import CLASSES, PATH, SHAPE, small_teacher
+from torch import Tensor
+
+from diffdistill.diffusion.sampling import Heun
+from diffdistill.distillation import pairs
+from diffdistill.distillation.method import Problem
+from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.settings.schema import UserError
+
+SAMPLER = Heun(num_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "CHUNK", 4)
+    monkeypatch.setattr(pairs, "SHARD", 8)
+
+
+def problem() -> Problem:
+    return Problem(SHAPE, CLASSES, PATH, teacher=small_teacher().float())
+
+
+def made(folder: Path | None, count: int = 20, seed: int = 0, guidance: float = 1.0) -> dict[str, Tensor]:
+    place = None if folder is None else str(folder)
+    return teacher_pairs(problem(), seed, count, SAMPLER, guidance=guidance, folder=place)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_pairs_in_shards_are_those_of_one_piece(tmp_path: Path) -> None:
+    whole = made(None)
+    assert same(made(tmp_path), whole)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "pairs-000000.safetensors",
+        "pairs-000001.safetensors",
+        "pairs-000002.safetensors",
+        "pairs.json",
+    ]
+    assert same(made(tmp_path), whole)
+
+
+def test_what_is_there_is_not_made_again_and_what_is_missing_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(tmp_path, count=28)
+    asked: list[range] = []
+    original = pairs._made
+    monkeypatch.setattr(pairs, "_made", lambda *args: asked.append(args[3]) or original(*args))
+    (tmp_path / "pairs-000001.safetensors").unlink()
+    assert same(made(tmp_path, count=28), whole)
+    fewer = made(tmp_path, count=9)
+    assert asked == [range(8, 16)]
+    assert same(fewer, {name: value[:9] for name, value in whole.items()})
+    made(tmp_path, count=30)  # the last shard was cut short
+    assert asked == [range(8, 16), range(24, 30)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"), [({"seed": 1}, "seed"), ({"guidance": 2.0}, "guidance"), ({}, "teacher")]
+)
+def test_pairs_of_something_else_are_refused(
+    tmp_path: Path, changed: dict[str, float], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path)
+    if not changed:
+        other = small_teacher().float()
+        next(other.parameters()).data += 1
+        monkeypatch.setitem(globals(), "small_teacher", lambda: other)
+    with pytest.raises(UserError, match=rf"pairs_folder = .*: holds pairs of another {named}; name another folder"):
+        made(tmp_path, **changed)  # type: ignore[arg-type]
+
+
+def test_a_damaged_shard_and_a_folder_that_is_none_are_named(tmp_path: Path) -> None:
+    made(tmp_path)
+    (tmp_path / "pairs-000001.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"pairs-000001\.safetensors: cannot be read"):
+        made(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"pairs_folder = .*file.*: cannot be used"):
+        made(tmp_path / "file")
