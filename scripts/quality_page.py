@@ -18,7 +18,7 @@ MARKS = ("<!-- quality: python scripts/quality.py page -->", "<!-- quality ends 
 OPTIMA_MARKS = ("<!-- optima: python scripts/quality.py page -->", "<!-- optima end -->")
 LONG = "17,600 images"
 NETWORKS = {"mlp": "A residual MLP of 0.65 million weights", "unet": "A U-Net of 0.31 million weights"}
-METHODS = {"dmd2": "DMD2", "sid": "SiD"}
+METHODS = {"dmd2": "DMD2", "sid": "SiD", "sim": "SIM", "f_distill": "f-distill", "disback": "DisBack"}
 INK, GRID = "#24292f", "#e7eaee"
 COLOURS = ("#1f5fa8", "#c8372d", "#17705f", "#9a4a00", "#6a4c93", "#b5467c", "#6e7781")
 COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.7
@@ -124,9 +124,10 @@ def _draw(network: str, records: Sequence[Measured]) -> Path:
     teacher = next(record for record in records if record.run == "teacher")
     students = [record for record in records if record.run != "teacher" and not record.average]
     factors = list(dict.fromkeys((r.method, r.factor) for r in students if r.factor != "base"))
-    rows = -(-len(factors) // COLUMNS)
-    figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
-    panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
+    columns = min(COLUMNS, len(factors))
+    rows = -(-len(factors) // columns)
+    figure = Figure(figsize=(columns * WIDTH, rows * HEIGHT), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, (method, factor) in zip(panels, factors, strict=False):
         base = [r for r in students if (r.method, r.factor) == (method, "base")]
         _draw_runs(panel, base, [INK])

@@ -39,6 +39,8 @@ class Base:
     overrides: tuple[str, ...] = ()
 
 
+# The screen's base of DMD2: what was packaged while it was made.
+_FAKE_S_FEATURES = ("method.gan_features=fake",)
 # The MLP's rates are half the U-Net's and SiD's gradients are bounded, as on the digits board.
 _SLOWER = ("optimizers.generator.lr=3e-4", "optimizers.default.lr=5e-4")
 _SLOWER_SID = ("optimizers.generator.lr=3e-4", "optimizers.fake.lr=5e-4")
@@ -49,10 +51,16 @@ TEACHERS: dict[str, tuple[str, ...]] = {
 }
 BASES = {
     "mlp": {
-        "dmd2": Base("dmd2/digits", 2000, _SLOWER),
+        "dmd2": Base("dmd2/digits", 2000, (*_FAKE_S_FEATURES, *_SLOWER)),
         "sid": Base("sid/digits", 1600, (*_SLOWER_SID, *_CLIPPED)),
     },
-    "unet": {"dmd2": Base("dmd2/digits", 1048), "sid": Base("sid/digits", 496)},
+    "unet": {
+        "dmd2": Base("dmd2/digits", 1048, _FAKE_S_FEATURES),
+        "sid": Base("sid/digits", 496),
+        "sim": Base("sim/digits", 496),
+        "f_distill": Base("f_distill/digits", 600),
+        "disback": Base("disback/digits", 560),
+    },
 }
 
 
@@ -85,13 +93,15 @@ def _sid(factor: str, name: str, *overrides: str, length: float = 1.0, config: s
     return Variant("sid", factor, name, overrides, length, config=config)
 
 
-BASE_DMD2, BASE_SID = (Variant(method, "base", "as packaged") for method in ("dmd2", "sid"))
+BASE_DMD2 = Variant("dmd2", "base", "GAN on the fake score's features")
+BASE_SID = Variant("sid", "base", "as packaged")
+TEACHERS_FEATURES = "on the teacher's features"
 
 # In the order in which they are run: the most telling ones first.
 ON_MLP = (
     BASE_DMD2,
     _dmd2("GAN", "without", *NO_GAN),
-    _dmd2("GAN", "on the teacher's features", "method.gan_features=teacher"),
+    _dmd2("GAN", TEACHERS_FEATURES, "method.gan_features=teacher"),
     _dmd2("GAN", "in the fake score's loss alone", "method.gan_weight=1e-6"),
     BASE_SID,
     _dmd2("noise range", "to 20, from 10", *WIDE, *FROM_10),
@@ -146,6 +156,11 @@ ON_UNET = (
     _dmd2("fake updates", "1", "method.fake_updates=1", length=0.7),
     _dmd2("decay", "none", *_decay("constant", "generator", "default")),
     BASE_SID,
+    _dmd2("GAN", TEACHERS_FEATURES, "method.gan_features=teacher", length=1200 / 1048),
+    _dmd2("GAN", "weight 0.03", "method.gan_weight=0.03"),
+    Variant("f_distill", "GAN", TEACHERS_FEATURES, ("method.gan_features=teacher",)),
+    Variant("disback", "GAN", TEACHERS_FEATURES, ("method.base.gan_features=teacher",)),
+    Variant("sim", "base", "as packaged"),
 )
 VARIANTS = {"mlp": ON_MLP, "unet": ON_UNET}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.digits_runs import train_digits_teacher
 
 from diffdistill.settings.values import apply_overrides, dump_yaml, parse_yaml
 from diffdistill.training.config import RunConfig, parse_config
@@ -217,6 +218,12 @@ def quick_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared") / "quick-teacher"
     Trainer(small_config("pretrain", folder, "train.steps=10"), quiet=True).run()
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real one, the packaged U-Net after 600 steps: for the full tests, as it takes a minute."""
+    return train_digits_teacher(tmp_path_factory.mktemp("digits") / "teacher")
 
 
 @pytest.fixture(scope="session")

@@ -71,18 +71,19 @@ def made(records: ModuleType, **changes: object) -> object:
 
 
 def test_a_row_is_the_mean_of_its_seeds_and_lists_what_is_missing(quality):
+    base = quality.variants.BASE_DMD2
     ends = [
-        made(quality.records, run="dmd2-base-as-packaged", method="dmd2", variant="as packaged", seed=i, to_teacher=x)
+        made(quality.records, run=base.slug, method="dmd2", variant=base.name, seed=i, to_teacher=x)
         for i, x in enumerate((0.2, 0.4))
     ]
     half = replace(ends[0], step=4, to_teacher=0.5, precision=None, recall=None, fd_pixels=None)
     smooth = replace(ends[0], average=quality.page.LONG, to_teacher=0.15)
     text = "".join(quality.page.tables([made(quality.records), *ends, half, smooth]))
-    row = "as packaged | 0.500, 0.300 (0.200 to 0.400) | 0.150 | 0.080 (0.080 to 0.080) | 0.10, 0.60, 0.90 | 2 | 2"
+    row = f"{base.name} | 0.500, 0.300 (0.200 to 0.400) | 0.150 | 0.080 (0.080 to 0.080) | 0.10, 0.60, 0.90 | 2 | 2"
     assert f"| base | {row} |" in text
     missing = text.split("Planned and not run: ")[1]
     assert "DMD2, GAN: without" in missing
-    assert "DMD2, base: as packaged" not in missing
+    assert f"DMD2, base: {base.name}" not in missing
 
 
 def test_records_come_back_as_they_were_and_a_broken_line_is_named(quality, tmp_path):

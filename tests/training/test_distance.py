@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeConfig
+from support.digits_runs import DigitsRun
 from support.ring import ring_curve, ring_samples
 from torch import Tensor
 
@@ -171,14 +172,14 @@ def test_a_short_run_pays_for_no_distance(make_config: MakeConfig) -> None:
     assert not any("teacher_distance" in key for line in logged(run) for key in line)
 
 
-CURVES = json.loads((Path(__file__).parent / "distance_curves.json").read_text())
-"""Readings of long runs on digits, every 250 steps: step, count, distance, halves."""
+LONG_RUNS = json.loads((Path(__file__).parent / "distance_curves.json").read_text())
+"""Of runs on digits from one teacher: config, settings, is_away, and readings: step, count, distance, halves."""
 
 
 def said_at(name: str) -> list[int]:
     """The steps at which a long run speaks, by the band and two readings in a row."""
     curve, outside, found = DistanceCurve(torch.zeros(2, 1)), 0, []
-    for told in CURVES[name]:
+    for told in LONG_RUNS[name]["readings"]:
         curve.readings.append(distance.Reading(told["step"], told["count"], told["distance"], tuple(told["halves"])))
         outside = outside + 1 if curve.rise > BANDS["teacher_rise"].high else 0
         if outside == 2:
@@ -186,33 +187,37 @@ def said_at(name: str) -> list[int]:
     return found
 
 
-def test_packaged_dmd2_that_is_prolonged_moves_away_and_says_so() -> None:
+def test_dmd2_with_the_fake_score_s_features_moves_away_and_says_so() -> None:
     """Its Frechet distance to the teacher, 6,000 samples each, is about .17 after 1,000 steps and .23 after 5,000."""
     assert said_at("dmd2-gan") == [4000]
 
 
-@pytest.mark.parametrize("name", [name for name in CURVES if name != "dmd2-gan"])
+@pytest.mark.parametrize("name", [name for name, run in LONG_RUNS.items() if not run["is_away"]])
 def test_runs_that_approach_their_teacher_are_silent(name: str) -> None:
     assert said_at(name) == []
 
 
+@pytest.mark.parametrize("name", LONG_RUNS)
+def test_a_long_run_s_settings_are_a_config_s_and_its_readings_go_to_its_end(name: str) -> None:
+    run = LONG_RUNS[name]
+    config = load_config(find_config(run["config"]), run["settings"])
+    steps = [reading["step"] for reading in run["readings"]]
+    assert steps == sorted(set(steps))
+    assert steps[-1] > 0.8 * config.train.steps
+    assert {len(reading["halves"]) for reading in run["readings"]} == {distance.HALVES}
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("config", "settings", "is_away"),
-    [
-        ("dmd2/digits", ["train.steps=5000"], True),
-        ("dmd2/digits", ["train.steps=4000", "method.gan_weight=0"], False),
-        ("dmd2/digits", ["train.steps=4000", "method.gan_features=teacher"], False),
-        ("dmd2/digits", ["train.steps=4000", "method.gan_weight=0.03"], False),
-        ("sid/digits", ["train.steps=4000"], False),
-    ],
-)
-def test_long_runs_on_digits(config: str, settings: list[str], is_away: bool, tmp_path: Path) -> None:
-    common = ["train.preview_every=0", "train.num_threads=1", "trackers=[]"]
-    teacher, run = tmp_path / "teacher", tmp_path / "run"
-    Trainer(load_config(find_config("pretrain/digits"), [f"run={teacher}", *common]), quiet=True).run()
-    Trainer(
-        load_config(find_config(config), [f"run={run}", f"teacher={teacher}", *common, *settings]), quiet=True
-    ).run()
-    file = run / "warnings.txt"
-    assert ("teacher_rise" in (file.read_text() if file.exists() else "")) == is_away
+def test_a_run_on_digits_is_silent_while_it_approaches_and_speaks_when_it_is_turned_away(
+    digits_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("method.gan_features=teacher", "train.steps=2000", "health.distance_every=50")
+    run = DigitsRun(digits_teacher, tmp_path / "run", *settings)
+    run.train(800)
+    assert run.said == []
+
+    right = DMD2.field
+    monkeypatch.setattr(DMD2, "field", lambda *given: -right(*given))
+    run.train(1000, until_said="teacher_rise")
+    print(f"step {run.trainer.step}: {run.said}")
+    assert run.has_said("teacher_rise")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.digits_runs import DigitsRun
 from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
@@ -13,13 +14,10 @@ from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Draw, Players, Problem
-from diffdistill.distributed.stopping import TrainingError
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.networks.mlp import MLPConfig
-from diffdistill.training.config import find_config, load_config
 from diffdistill.training.reports.health import BANDS, Health, HealthConfig, Reference, compare_scores, mean_distance
-from diffdistill.training.trainer import Trainer
 
 SHAPE = (1, 4, 4)
 NO_REFERENCE = Reference(mean=0.0, std=1.0, distance=1.0)
@@ -164,40 +162,6 @@ WRONG = {
 }
 
 
-@pytest.fixture(scope="module")
-def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("health") / "teacher"
-    settings = [f"run={folder}", "train.steps=600", "train.preview_every=0", "train.num_threads=1"]
-    Trainer(load_config(find_config("pretrain/digits"), settings), quiet=True).run()
-    return folder
-
-
-def warnings_of(teacher: Path, folder: Path, *overrides: str, until_first: bool) -> list[str]:
-    """What a run of 500 steps said."""
-    common = [f"run={folder}", f"teacher={teacher}", "train.preview_every=0", "train.num_threads=1"]
-    trainer = Trainer(load_config(find_config("dmd2/digits"), [*common, *overrides]), quiet=True)
-    lines: list[str] = []
-    log = _Log(lines)
-    try:
-        while trainer.step < 500 and not (lines and until_first):
-            trainer.train_step(log)  # type: ignore[arg-type]
-            if trainer.step % 50 == 0:
-                trainer.report(log)  # type: ignore[arg-type]
-    except TrainingError as error:
-        lines.append(str(error))
-    return lines
-
-
-class _Log:
-    """Keeps warnings; the rest of a run's log is not looked at."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.warn = lines.append
-
-    def report(self, *_: object) -> None: ...
-    def say(self, *_: object) -> None: ...
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_fault_on_digits_warns_within_500_steps(
@@ -210,12 +174,15 @@ def test_a_fault_on_digits_warns_within_500_steps(
             return -right(self, players, draw, x)
 
         monkeypatch.setattr(DMD2, "field", wrong)
-    lines = warnings_of(digits_teacher, tmp_path / "run", *WRONG[fault], until_first=True)
-    print(f"{fault}: {lines}")
-    assert lines
+    run = DigitsRun(digits_teacher, tmp_path / "run", *WRONG[fault])
+    run.train(500, until_said="")
+    print(f"{fault}: {run.said}")
+    assert run.said
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", RIGHT)
 def test_a_right_run_on_digits_says_nothing_in_500_steps(digits_teacher: Path, tmp_path: Path, seed: int) -> None:
-    assert warnings_of(digits_teacher, tmp_path / "run", f"train.seed={seed}", until_first=False) == []
+    run = DigitsRun(digits_teacher, tmp_path / "run", f"train.seed={seed}")
+    run.train(500)
+    assert run.said == []
