@@ -17,6 +17,7 @@ import torch
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import Flow, VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, TCD, AnySampler, FewSteps
+from diffdistill.diffusion.scheduler_betas import read_betas
 from diffdistill.models.teachers.family import PREDICTIONS, StepsArgument
 from diffdistill.settings.schema import UserError
 
@@ -197,6 +198,9 @@ def _starts_at_sigma(sampler: AnySampler) -> bool:
 
 def _betas(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a schedule of betas is made of."""
+    if config.get("rescale_betas_zero_snr"):  # with what is left of the signal at its end
+        betas = read_betas(config).tolist()
+        return {"trained_betas": betas, "num_train_timesteps": len(betas)}
     names = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps")
     return {name: config[name] for name in names if name in config}
 

@@ -124,8 +124,22 @@ def test_from_scheduler_reads_trained_betas():
     torch.testing.assert_close(path.alpha(torch.arange(20)) ** 2, (1 - betas).cumprod(0), rtol=1e-6, atol=0)
 
 
-def test_from_scheduler_refuses_a_schedule_that_ends_without_signal():
-    with pytest.raises(UserError, match="rescale_betas_zero_snr"):
+def test_a_schedule_that_ends_without_signal_keeps_what_diffusers_keeps():
+    """Of networks that predict v; eps says nothing there."""
+    asked = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    zero = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **asked).config
+    path, t = VPDiscrete.from_scheduler(zero), torch.tensor([999.0, 998.0, 500.0], dtype=torch.float64)
+    kept = EulerDiscreteScheduler.from_config(zero).alphas_cumprod.double()
+    torch.testing.assert_close(path.alpha(t)[0] ** 2, kept[-1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(path.alpha(t) ** 2, kept[t.long()], rtol=1e-3, atol=1e-9)  # its table is in float32
+    x, v = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    x0 = path.to_x0(v, "v", x, t[:1])
+    torch.testing.assert_close(x0, -v, rtol=0, atol=2.5e-4 * float(x.abs().max()))
+    assert torch.isfinite(path.from_x0(x0, "score", x, t[:1])).all()
+    assert float(path.time_of_ratio(path.ratio(t[:1]))) == pytest.approx(999)
+    steep = VPDiscrete.from_scheduler(DDPMScheduler(**asked).config)
+    assert (steep.ratio(torch.arange(1000)).diff() > 0).all()
+    with pytest.raises(UserError, match="rescale_betas_zero_snr leaves no signal at the last step"):
         VPDiscrete.from_scheduler(DDPMScheduler(rescale_betas_zero_snr=True).config)
 
 

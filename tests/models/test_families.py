@@ -234,6 +234,51 @@ def test_v_predictions_are_read(tmp_path: Path) -> None:
     assert_pipeline_agrees(tmp_path, 2.0)
 
 
+@pytest.mark.parametrize("w", [1.0, 3.5])
+def test_networks_on_a_schedule_that_ends_without_signal_are_read(w: float, tmp_path: Path) -> None:
+    """Its first step is at the last index, with what diffusers' Euler keeps of the signal."""
+    place = save_stand_in("sd", tmp_path, prediction_type="v_prediction")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(place)
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0}
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **settings)
+    scheduler.save_pretrained(place / "scheduler")
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}))
+    teacher, opened = load_model(place).denoiser, open_pipeline(place)
+    assert teacher.path.t_max == 999
+    teacher.run_with(conditions=numbered(place))
+    loaded = diffusers.DiffusionPipeline.from_pretrained(place)
+    steps = watched_steps(loaded, **asked(opened) | {"guidance_scale": w})
+    assert steps[0].time == 999
+    cond = teacher.class_cond(torch.arange(2))
+    for step, ratio in zip(steps, loaded.scheduler.sigmas.double(), strict=False):
+        t = torch.full((2,), step.time, dtype=torch.float64)
+        x = (step.x.double() / (1 + ratio**2).sqrt()).float()  # Euler's x is in units of the signal
+        x0 = teacher(x, t, cond, guidance=w)
+        expected = teacher.path.to_x0(step.output, "v", x, t)
+        torch.testing.assert_close(x0, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_networks_in_edms_preconditioning_are_read(kind: str, tmp_path: Path) -> None:
+    """As playground-v2.5's: each x0 is what the scheduler makes of the network's output."""
+    place = save_stand_in("sdxl", tmp_path)
+    made = getattr(diffusers, kind)(sigma_data=0.6, sigma_max=50.0)
+    made.save_pretrained(place / "scheduler")
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", kind]}))
+    teacher, opened = load_model(place), open_pipeline(place)
+    assert (teacher.spec.model.predicts, teacher.spec.model.sigma_data) == ("edm", 0.6)
+    assert (teacher.denoiser.path.t_min, teacher.denoiser.path.t_max) == (0.002, 50.0)
+    teacher.denoiser.run_with(conditions=numbered(place))
+    loaded = diffusers.DiffusionPipeline.from_pretrained(place)
+    for step in watched_steps(loaded, **asked(opened) | {"guidance_scale": 1.0}):
+        sigma = torch.full((2,), math.exp(4 * step.time), dtype=torch.float64)
+        x0 = teacher.denoiser(step.x, sigma, teacher.denoiser.class_cond(torch.arange(2)))
+        expected = made.precondition_outputs(step.x, step.output, float(sigma[0]))
+        torch.testing.assert_close(x0, expected.float(), atol=1e-3, rtol=1e-4)
+
+
 def test_a_model_is_built_again_from_its_description_alone(place: Path) -> None:
     teacher = load_model(place)
     spec = validate(ModelSpec, json.loads(json.dumps(dump(teacher.spec))), origin="state.json")

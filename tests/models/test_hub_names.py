@@ -1,5 +1,6 @@
 """Teachers by their name on the Hugging Face hub, which is a folder here: what would be downloaded is copied."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_a_name_on_the_hub_is_a_teacher(hub: Hub) -> None:
     teacher, own = load_model(NAME), load_model(hub.repository)
-    assert hub.asked == [(NAME, None)]
+    assert set(hub.asked) == {(NAME, None)}
     assert teacher.spec.pipeline == NAME
     assert str(teacher.source) == NAME
     for name, weight in own.denoiser.state_dict().items():
@@ -69,13 +70,77 @@ def test_its_prompts_and_latents_come_from_there_too(hub: Hub) -> None:
 
 def test_the_hub_is_asked_once_whoever_opens_the_pipeline(hub: Hub) -> None:
     load_model(NAME)
+    before = list(hub.asked)
     open_pipeline(NAME)
-    assert hub.asked == [(NAME, None)]
+    assert hub.asked == before
 
 
 def test_a_revision_is_asked_for(hub: Hub) -> None:
     load_model(f"{NAME}@refs/pr/1")
-    assert hub.asked == [(NAME, "refs/pr/1")]
+    assert set(hub.asked) == {(NAME, "refs/pr/1")}
+
+
+def test_all_files_are_of_the_commit_that_was_there_at_first(hub: Hub, tmp_path: Path) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    hub.cache = tmp_path / commit
+    load_model(NAME)
+    assert hub.asked == [(NAME, None), (NAME, commit)]
+
+
+def as_variants(repository: Path, *variants: str) -> None:
+    """Leave the weights of these variants alone."""
+    for file in repository.rglob("*.safetensors"):
+        for variant in variants:
+            shutil.copy(file, file.with_name(f"{file.stem}.{variant}.safetensors"))
+        file.unlink()
+
+
+@pytest.mark.parametrize(("variants", "taken"), [(("fp16",), "fp16"), (("bf16", "fp16"), "bf16"), (("fp32",), "fp32")])
+def test_weights_of_one_variant_are_fetched_where_there_are_no_others(
+    hub: Hub, variants: tuple[str, ...], taken: str
+) -> None:
+    as_variants(hub.repository, *variants)
+    for part in ("unet", "vae"):
+        shutil.copy(
+            hub.repository / part / f"diffusion_pytorch_model.{taken}.safetensors",
+            hub.repository / part / "diffusion_pytorch_model.non_ema.safetensors",
+        )
+    teacher = load_model(NAME).denoiser
+    assert open_pipeline(NAME).load_vae() is not None
+    assert len(open_pipeline(NAME).conditions(["a red fox"])) == 1
+    got = sorted(file.name for file in hub.cache.rglob("*.safetensors"))
+    assert got == [f"diffusion_pytorch_model.{taken}.safetensors"] * 2 + [f"model.{taken}.safetensors"]
+    own = load_model(hub.cache).denoiser.state_dict()
+    assert all(torch.equal(own[name], weight) for name, weight in teacher.state_dict().items())
+
+
+def test_parts_that_the_family_does_not_load_are_not_fetched(hub: Hub) -> None:
+    for part in ("safety_checker", "image_encoder", "text_encoders"):
+        (hub.repository / part).mkdir()
+        (hub.repository / part / "config.json").write_text("{}")
+        (hub.repository / part / "model.safetensors").write_bytes(b"large")
+    index = json.loads((hub.repository / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    (hub.repository / "model_index.json").write_text(json.dumps(index))
+    load_model(NAME)
+    assert {file.name for file in hub.cache.iterdir() if file.is_dir()} == {
+        *("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+    }
+
+
+def test_nothing_is_fetched_of_a_pipeline_of_no_family(hub: Hub) -> None:
+    (hub.repository / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(UserError, match="_class_name = 'KandinskyPipeline': no family of teachers"):
+        load_model(NAME)
+    assert [file.name for file in hub.cache.rglob("*")] == ["model_index.json"]
+
+
+def test_a_network_in_the_root_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.repository = save_stand_in("ddpm", tmp_path / "ddpm")
+    for file in [*(hub.repository / "unet").iterdir(), *(hub.repository / "scheduler").iterdir()]:
+        shutil.move(file, hub.repository / file.name)
+    assert load_model(NAME).spec.image_shape == (3, 8, 8)
+    assert (hub.cache / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_neither_pickles_nor_code_nor_second_copies_are_downloaded(hub: Hub) -> None:

@@ -11,13 +11,26 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
-from diffdistill.diffusion.path import AnyPath, Prediction, VPDiscrete
+from diffdistill.diffusion.path import EDM, AnyPath, Prediction, VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, AnySampler
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.settings.schema import UserError
 
 PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 """diffusers' names of what a network predicts on a schedule of betas, and ours."""
+
+
+def edm_noise(scheduler: Mapping[str, Any]) -> tuple[EDM, Prediction]:
+    """The path of an EDM scheduler, whose preconditioning is the `edm` of Karras et al. 2022, table 1.
+
+    Raises UserError on another prediction.
+    """
+    kind = scheduler.get("prediction_type", "epsilon")  # so diffusers calls the raw output of that preconditioning
+    if kind != "epsilon":
+        raise UserError(f"scheduler: prediction_type = {kind!r}: of an EDM scheduler choose epsilon")
+    low, high = (float(scheduler.get(name, default)) for name, default in (("sigma_min", 0.002), ("sigma_max", 80.0)))
+    return EDM(sigma_min=low, sigma_max=high), "edm"
+
 
 ImageShape = tuple[int, int, int]
 
@@ -174,6 +187,8 @@ class Family(ABC):
 
         Raises UserError if the scheduler is of another kind.
         """
+        if str(scheduler.get("_class_name")).startswith("EDM"):
+            return edm_noise(scheduler)
         if not {"beta_schedule", "trained_betas"} & scheduler.keys():
             raise UserError(f"scheduler: {scheduler.get('_class_name')}: has no schedule of betas")
         kind = scheduler.get("prediction_type", "epsilon")

@@ -1,23 +1,27 @@
 """Pipelines by their name on the Hugging Face hub: safetensors and text files only, into its cache."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path as FilePath
 
+from diffdistill.models.teachers.registry import detect_family
+from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 
 NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 """`organisation/model`, or `organisation/model@revision`."""
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+"""What the hub's cache calls the folder of one revision."""
 LOCAL = ("runs", ".", "..")
 
-FILES = (
-    *("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"),
-    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),  # for the card of what is made of it
-)
-NOT_FILES = (
-    *("*.fp16*.safetensors", "*.non_ema*.safetensors", "*.fp16.safetensors.index.json", "*/openvino*", "*/flax*"),
-    "text_encoders/*",  # the same encoders once more, for other programs
-)
+CARDS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # for the card of what is made of it
+INDEX = ("model_index.json", "config.json", "scheduler_config.json")  # the last two: of networks in the root
+TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
+WEIGHTS = "*.safetensors"
+VARIANTS = ("bf16", "fp16")
+"""Of weights, where there are none without: the first that is there is taken, and else any."""
+NOT_WEIGHTS = ("*.non_ema*", "*/openvino*", "*/flax*")
 
 
 def is_hub_name(place: str) -> bool:
@@ -30,27 +34,63 @@ def is_hub_name(place: str) -> bool:
 
 @cache
 def fetch_pipeline(place: str) -> FilePath:
-    """The folder of a pipeline in the hub's cache, downloaded first where it is not there.
+    """The folder of a pipeline in the hub's cache, downloaded first where it is not there: the parts that its family
+    loads and no others, of each the weights without a variant, or of one variant where there are no others.
 
-    SampleRequest once a process, so that all parts are of one revision, whatever becomes of `main` meanwhile.
+    Asked once a process, so that all parts are of one revision, whatever becomes of `main` meanwhile.
     Raises UserError if there is none of this name, or it cannot be reached.
     """
     if not is_hub_name(place):
         raise UserError(f"{place}: no such folder; give a run's, a diffusers pipeline's, or a name on the hub")
+    folder = _fetch(place, [*INDEX, *CARDS])
+    parts = _wanted(folder)
+    pinned = f"{place.partition('@')[0]}@{folder.name}" if COMMIT.match(folder.name) else place
+    if parts:
+        texts = [f"{part}/{text}" for part in parts for text in TEXTS]
+        weights = [f"{part}/{WEIGHTS}" for part in parts] + ([WEIGHTS] if (folder / "config.json").is_file() else [])
+        folder = _fetch(pinned, [*texts, *weights], [f"*.{name}*" for name in VARIANTS])
+        _fetch_variants(pinned, folder, parts)
+    return folder
+
+
+def _fetch_variants(place: str, folder: FilePath, parts: list[str]) -> None:
+    """The weights of one variant, for parts that have no others."""
+    for ending in (*(f"*.{name}*" for name in VARIANTS), "*"):
+        lacking = [part for part in parts if _lacks_weights(folder / part)]
+        if lacking:
+            _fetch(place, [f"{part}/{ending}{end}" for part in lacking for end in (".safetensors", ".json")])
+
+
+def _lacks_weights(folder: FilePath) -> bool:
+    """Whether a part's config.json is there, of a model therefore, and no weights."""
+    return (folder / "config.json").is_file() and not any(folder.glob(WEIGHTS))
+
+
+def _wanted(folder: FilePath) -> list[str]:
+    """The parts that the pipeline's family loads; none where the family is not known, which is said elsewhere."""
+    try:
+        index = read_json(folder / "model_index.json")
+        family = detect_family(index.get("_class_name"), origin="")
+    except (OSError, ValueError):
+        return []
+    named = (family.network, *family.parts, "scheduler")
+    return [part for part in named if index.get(part) not in (None, [None, None])]
+
+
+def _fetch(place: str, wanted: list[str], unwanted: Sequence[str] = ()) -> FilePath:
     from huggingface_hub import snapshot_download
 
     found = NAME.match(place)
     assert found is not None
+    ignored = [*unwanted, *NOT_WEIGHTS]
     try:
-        folder = snapshot_download(
-            found["repo"], revision=found["revision"], allow_patterns=list(FILES), ignore_patterns=list(NOT_FILES)
+        return FilePath(
+            snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted, ignore_patterns=ignored)
         )
     except Exception as error:  # its own, requests', httpx' and the operating system's: it has no class for all
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{place}: no such folder, and not to be had from the Hugging Face hub: {type(error).__name__}: {reason}"
+            f"{place}: no such folder, and not to be had from the Hugging Face hub: {_reason(error)}"
         ) from None
-    return FilePath(folder)
 
 
 @cache

@@ -113,7 +113,13 @@ class Pipeline:
         rule = self.family.guidance_rule(self.index)
         num_classes = self.family.num_classes(self.options)
         return ModelSpec(
-            model=ModelConfig(network=network, path=path, predicts=predicts, guidance_rule=rule),
+            model=ModelConfig(
+                network=network,
+                path=path,
+                predicts=predicts,
+                sigma_data=float(scheduler.get("sigma_data") or 0.5),
+                guidance_rule=rule,
+            ),
             image_shape=self.family.image_shape(self.options),
             num_classes=num_classes,
             class_names=_names_in(self.index.get(ID2LABEL), num_classes),
@@ -178,7 +184,7 @@ class Pipeline:
         spec, folder = self.spec, self.part(self.family.network)
         model = load_model_of(self.family.model_class(self.options), folder)
         net = self.family.wrap(model, spec.num_classes, spec.class_dropout)
-        denoiser = Denoiser(net, spec.model.path, spec.model.predicts)
+        denoiser = Denoiser(net, spec.model.path, spec.model.predicts, sigma_data=spec.model.sigma_data)
         denoiser.run_with(guidance_rule=spec.model.guidance_rule)
         freeze(denoiser)
         return denoiser
