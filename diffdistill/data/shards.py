@@ -28,7 +28,17 @@ from diffdistill.storage.atomic import write_bytes
 
 HASH_LENGTH = 16
 LIMIT_HEADER_BYTES = 2**20
-DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
+BF16 = "BF16"
+"""NumPy has no such type: mapped as 16 bits, which torch takes for what they are."""
+DTYPES = {
+    BF16: np.int16,
+    "F32": np.float32,
+    "F16": np.float16,
+    "F64": np.float64,
+    "I64": np.int64,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 Shard = Mapping[str, Tensor]
 MakeRows = Callable[[int, int], Shard]
@@ -136,20 +146,24 @@ def _mapped(file: FilePath) -> dict[str, Tensor]:
     start = 8 + length
     parts: dict[str, Tensor] = {}
     for name, (kind, shape, first, last) in about.items():
-        if last - first != np.dtype(kind).itemsize * math.prod(shape) or start + last > size:
+        if last - first != np.dtype(DTYPES[kind]).itemsize * math.prod(shape) or start + last > size:
             raise UserError(f"{file}: {shown(name)} does not fit the file")
         # "c": torch wants memory that could be written; what is written stays in memory.
-        parts[name] = torch.from_numpy(np.memmap(file, kind, "c", start + first, shape))
+        part = torch.from_numpy(np.memmap(file, DTYPES[kind], "c", start + first, shape))
+        parts[name] = part.view(torch.bfloat16) if kind == BF16 else part
     return parts
 
 
-def _place(about: Mapping[str, Any]) -> tuple[type[np.generic], tuple[int, ...], int, int]:
+def _place(about: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     """What a header says of a tensor: its type, its shape, and where it begins and ends. Raises anything."""
     first, last = about["data_offsets"]
     shape = tuple(about["shape"])
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
         raise ValueError
-    return DTYPES[about["dtype"]], shape, first, last
+    kind = about["dtype"]
+    if kind not in DTYPES:
+        raise ValueError
+    return kind, shape, first, last
 
 
 def table_key(*parts: object) -> str:

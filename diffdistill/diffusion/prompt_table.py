@@ -4,8 +4,9 @@ A label in 0 .. N - 1 stands for a prompt, and N for "no condition", the empty p
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +14,25 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 
 
+class Rows(Protocol):
+    """A part of n conditions: a tensor [n, ...], or what gives its rows as if it were one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor) -> Tensor: ...
+
+
 class PromptTable:
     """N conditions and the empty one. Copies of a denoiser share it, and it is no part of their weights."""
 
     def __init__(
-        self, shards: Sequence[Cond], empty: Cond, *, key: str | None = None, texts: Sequence[str] = ()
+        self,
+        shards: Sequence[Cond | Mapping[str, Rows]],
+        empty: Cond,
+        *,
+        key: str | None = None,
+        texts: Sequence[str] = (),
     ) -> None:
         """shards: parts of [n_i, ...], one after the other, N = sum of n_i; in memory or memory-mapped.
         empty: the same parts, [1, ...].  key: tells one table from another; default the hash of all numbers.
@@ -27,12 +42,23 @@ class PromptTable:
         self.shards, self.empty, self.texts = tuple(shards), empty, texts
         shapes = {name: part.shape[1:] for name, part in empty.parts().items()}
         for shard in self.shards:
-            other = {name: part.shape[1:] for name, part in shard.parts().items()}
-            if other != shapes or len({len(part) for part in shard.parts().values()}) != 1:
+            other = {name: part.shape[1:] for name, part in _parts(shard).items()}
+            if other != shapes or len({len(part) for part in _parts(shard).values()}) != 1:
                 raise ValueError(f"conditions: a shard has {other}, the empty condition {shapes}")
-        sizes = torch.tensor([0, *(len(next(iter(shard.parts().values()))) for shard in self.shards)])
+        sizes = torch.tensor([0, *(len(next(iter(_parts(shard).values()))) for shard in self.shards)])
         self._bounds = sizes.cumsum(0)
         self._key = key
+        self._take: Callable[[Sequence[int]], Mapping[str, Tensor]] | None = None
+
+    @staticmethod
+    def on_demand(
+        take: Callable[[Sequence[int]], Mapping[str, Tensor]], empty: Cond, *, key: str, texts: Sequence[str]
+    ) -> "PromptTable":
+        """One that holds no rows.  take: makes those of some numbers below N, [B, ...] each part.  texts: the N
+        prompts."""
+        table = PromptTable([], empty, key=key, texts=texts)
+        table._bounds, table._take = torch.tensor([0, len(texts)]), take
+        return table
 
     def __len__(self) -> int:
         """N: the empty condition is not counted."""
@@ -48,7 +74,8 @@ class PromptTable:
             return self._key
         digest = hashlib.sha256()
         for table in (*self.shards, self.empty):
-            for name, part in table.parts().items():
+            for name, part in _parts(table).items():
+                assert isinstance(part, Tensor)
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                 digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -67,11 +94,26 @@ class PromptTable:
             raise ValueError(
                 f"conditions: numbers go from 0 to {len(self)}, which is the empty one; got {number.tolist()}"
             )
-        which = torch.searchsorted(self._bounds, number, right=True) - 1
         parts = {name: part.new_empty(len(number), *part.shape[1:]) for name, part in self.empty.parts().items()}
+        if self._take is not None:
+            is_known = number < len(self)
+            self._fill(parts, ~is_known, self.empty.parts(), torch.zeros_like(number[~is_known]))
+            if bool(is_known.any()):
+                found = self._take(number[is_known].tolist())
+                self._fill(parts, is_known, found, torch.arange(int(is_known.sum())))
+            return Cond(**{name: part.to(index.device) for name, part in parts.items()})
+        which = torch.searchsorted(self._bounds, number, right=True) - 1
         for shard in which.unique().tolist():
             is_here = which == shard
             table = self.empty if shard == len(self.shards) else self.shards[shard]
-            for name, part in table.parts().items():
-                parts[name][is_here] = part[number[is_here] - self._bounds[shard]]
+            self._fill(parts, is_here, _parts(table), number[is_here] - self._bounds[shard])
         return Cond(**{name: part.to(index.device) for name, part in parts.items()})
+
+    @staticmethod
+    def _fill(parts: dict[str, Tensor], is_here: Tensor, found: Mapping[str, Any], index: Tensor) -> None:
+        for name, part in found.items():
+            parts[name][is_here] = part[index].to(parts[name].device)
+
+
+def _parts(shard: Cond | Mapping[str, Rows]) -> Mapping[str, Any]:
+    return shard.parts() if isinstance(shard, Cond) else shard

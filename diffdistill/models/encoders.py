@@ -14,6 +14,7 @@ from diffdistill.data.source import ImageSource, LatentImages
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.models.prompt_storage import ALL, PromptsConfig, Streamed, check_room, first_rows, pack, unpack
 from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, pipeline_of
@@ -81,13 +82,26 @@ def encoder_of(spec: ModelSpec) -> PromptEncoder | None:
 
 
 def encode_prompts(
-    encoder: PromptEncoder, prompts: Sequence[str], *, root: FilePath, device: torch.device | str = "cpu"
+    encoder: PromptEncoder,
+    prompts: Sequence[str],
+    *,
+    root: FilePath,
+    device: torch.device | str = "cpu",
+    config: PromptsConfig = ALL,
 ) -> PromptTable:
-    """Prompts by number, from the cache; the encoder is in memory only while some are missing. Raises UserError."""
+    """Prompts by number, from the cache; the encoder is in memory only while some are missing. Or as `config` says.
+
+    Raises UserError, also where the disk has no room for the cache.
+    """
     key = table_key("prompts", VERSION, type(encoder).__name__, files_key(encoder.files, root=root), list(prompts))
+    if config.encode == "streaming":
+        return _streamed(encoder, prompts, key=key, device=device)
+    if config.is_packed:
+        key = table_key(key, config.dtype, config.tokens)
 
     def start() -> MakeRows:
         loaded = encoder.load(device)
+        check_room(lambda sample: encoder.encode(loaded, sample), prompts, config, root / key)
 
         def make(first: int, last: int) -> Shard:
             """The row behind the last prompt is the empty one."""
@@ -95,7 +109,8 @@ def encode_prompts(
             parts = [encoder.encode(loaded, prompts[place : min(place + TEXT_BATCH, last)]) for place in places]
             if last > len(prompts):
                 parts.append(encoder.encode_empty(loaded))
-            return {name: torch.cat([part.parts()[name].cpu() for part in parts]) for name in parts[0].parts()}
+            rows = {name: torch.cat([part.parts()[name].cpu() for part in parts]) for name in parts[0].parts()}
+            return pack(rows, config)
 
         return make
 
@@ -104,9 +119,18 @@ def encode_prompts(
         root, key, len(prompts) + 1, rows_per_shard=TEXT_SHARD, start=start, title=title, about={"kind": "prompts"}
     )
     _let_go()
-    *whole, last = (Cond(**shard) for shard in shards)
-    rest = last[:-1]
-    return PromptTable([*whole, rest] if len(prompts) % TEXT_SHARD else whole, last[-1:], key=key, texts=prompts)
+    *whole, last = (unpack(shard, config) for shard in shards)
+    count = len(prompts) % TEXT_SHARD
+    empty = Cond(**{name: part[torch.tensor([count])] for name, part in last.items()})
+    rest = [first_rows(last, count)] if count else []
+    return PromptTable([*whole, *rest], empty, key=key, texts=prompts)
+
+
+def _streamed(encoder: PromptEncoder, prompts: Sequence[str], *, key: str, device: torch.device | str) -> PromptTable:
+    """Nothing is kept on disk; the encoder stays. The key is that of the cache, whose numbers these are."""
+    loaded = encoder.load(device)
+    take = Streamed(lambda some: encoder.encode(loaded, some), prompts, at_once=TEXT_BATCH)
+    return PromptTable.on_demand(take, encoder.encode_empty(loaded), key=key, texts=prompts)
 
 
 def encode_images(pipeline: Pipeline, images: ImageSource, *, root: FilePath, device: torch.device) -> LatentImages:

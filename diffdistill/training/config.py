@@ -12,6 +12,7 @@ from diffdistill.data import AnyData, Digits
 from diffdistill.diffusion.guidance_rules import AnyGuidanceRule
 from diffdistill.distillation.method import AnyMethod
 from diffdistill.models.composed import AnyTeacher
+from diffdistill.models.prompt_storage import PromptsConfig
 from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.dropout import Dropout
 from diffdistill.networks.lora import LoRASettings
@@ -86,6 +87,7 @@ class RunConfig:
     teachers: further ones by name, for a method that asks several or for players that start as them; each is of the
     first one's path, images and conditions.
     text_encoder: the folder of a sentence encoder, for a `model` that takes text.
+    prompts: how encoded prompts reach the networks.
     negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     starts: by player, what it starts as: `teacher`, `teacher_<name>` or `init.<player>`.
@@ -104,6 +106,7 @@ class RunConfig:
     teacher: AnyTeacher | None = None
     teachers: dict[Name, AnyTeacher] = field(default_factory=dict)
     text_encoder: str | None = None
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     negative_prompt: str | None = None
     negative_scale: NonNegative = 0.3
     init: str | None = None

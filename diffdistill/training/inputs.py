@@ -84,7 +84,7 @@ def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.devi
         return Inputs(_prepared(loaded, teacher, root, device), notes=notes)
     assert isinstance(data, Captioned)
     captions = data.captions()
-    conditions = encode_prompts(encoder, captions.different, root=root, device=device)
+    conditions = encode_prompts(encoder, captions.different, root=root, device=device, config=config.prompts)
     if not needs_images:
         assert teacher is not None
         for note in captions.notes:
