@@ -15,6 +15,7 @@ from diffdistill.data.classes import same_names, told_classes
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.router import AnyRouter, ClassRouter, RoutedDenoiser
 from diffdistill.models.given import describe_given, is_given, load_given
+from diffdistill.models.mistaken import no_run
 from diffdistill.models.places import find_again, settle_places
 from diffdistill.models.spec import ModelSpec, PlayerKind, TrainedModel
 from diffdistill.networks.lora import (
@@ -319,6 +320,8 @@ def find_checkpoint(place: FilePath) -> FilePath:
         )
     if place.name == BEST and place.is_file():
         place = find_best(place.parent) or place
+    if said := no_run(place):
+        raise CheckpointError(f"{place}: {said}")
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; give a run's folder or one of its checkpoints")
     if (place / STATE).exists() or (place / MANIFEST).exists():

@@ -257,6 +257,7 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
         refuse_foreign_kernels(config, folder / "config.json")
         refuse_quantised(config, folder / "config.json")
 
+    _check_weights(folder)
     variant = variant_of(folder)
     try:
         with limited_parameters():
@@ -284,6 +285,22 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     if dead:
         raise UserError(f"{folder}: its weights are not finite: {name_some(dead)}")
     return model.float()
+
+
+def _check_weights(folder: FilePath) -> None:
+    """Raise UserError, with what to do, on a part whose weights are pickles, or those without training's average."""
+    found = [file.name for kind in WEIGHTS for file in folder.glob(f"{kind}*.safetensors")]
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if pickles and not found:
+        raise UserError(
+            f"{folder}: its weights are a pickle, {pickles[0]}, which is not opened, for it may be a program; load "
+            "the pipeline with diffusers where you trust it, and save it with safe_serialization=True"
+        )
+    if found and all(".non_ema" in name for name in found):
+        raise UserError(
+            f"{folder}: holds the weights without their average alone, {found[0]}; where those are what you mean, rename "
+            f"it to {found[0].replace('.non_ema', '')}"
+        )
 
 
 def refuse_quantised(config: Mapping[str, Any], file: FilePath) -> None:
@@ -343,7 +360,7 @@ def _is_part(value: object) -> bool:
 def variant_of(folder: FilePath) -> str | None:
     """The variant of the weights, where there are none without one ("fp16")."""
     names = [file.name for kind in WEIGHTS for file in folder.glob(f"{kind}*.safetensors")]
-    found = {variant_in(name) for name in names}
+    found = {variant for variant in map(variant_in, names) if "non_ema" not in variant}
     return None if not found or "" in found else min(found)
 
 

@@ -21,6 +21,7 @@ class Chroma(FlowFamily):
 
     name = "chroma"
     pipelines = ("ChromaPipeline",)
+    variants: ClassVar = dict.fromkeys(("ChromaImg2ImgPipeline", "ChromaInpaintPipeline"), "ChromaPipeline")
     network_classes = ("ChromaTransformer2DModel",)
     parts: ClassVar = {
         "vae": ("AutoencoderKL",),

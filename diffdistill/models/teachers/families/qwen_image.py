@@ -23,6 +23,7 @@ class QwenImage(FlowFamily):
 
     name = "qwen_image"
     pipelines = ("QwenImagePipeline",)
+    variants: ClassVar = dict.fromkeys(("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"), "QwenImagePipeline")
     network_classes = ("QwenImageTransformer2DModel",)
     parts: ClassVar = {
         "vae": ("AutoencoderKLQwenImage",),

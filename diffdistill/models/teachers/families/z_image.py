@@ -21,6 +21,7 @@ class ZImage(FlowFamily):
 
     name = "z_image"
     pipelines = ("ZImagePipeline",)
+    variants: ClassVar = dict.fromkeys(("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"), "ZImagePipeline")
     network_classes = ("ZImageTransformer2DModel",)
     parts: ClassVar = {
         "vae": ("AutoencoderKL",),
