@@ -151,6 +151,30 @@ optimizers:
   generator: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "pso": f"""
+method: {{name: pso, steps: {{init_ratio: 5, later_ratios: [1]}}, form: online, beta: 50}}
+optimizers:
+  generator: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "preference_field": f"""
+method: {{name: preference_field, steps: {{init_ratio: 2.5}}, fake_updates: 2}}
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
+    "forget": f"""
+method:
+  name: forget
+  base: {{name: dmd2, steps: {{init_ratio: 2.5}}, fake_updates: 2, gan_weight: 0}}
+  forgotten: [3]
+  share: 0.5
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "msd": f"""
 method:
   name: msd

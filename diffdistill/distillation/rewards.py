@@ -79,6 +79,38 @@ def find_reward(name: str) -> Reward | Judge:
     return REWARDS.find(name)
 
 
+def check_reward(name: str, teacher: Denoiser | None) -> None:
+    """Raise UserError for an unknown reward, and for a judge that this teacher's students give nothing to see; make a
+    judge ready.  teacher: knows the prompts, and the VAE where it makes latents."""
+    reward = find_reward(name)
+    if not isinstance(reward, Judge):
+        return
+    if teacher is None or (reward.reads_text and (teacher.conditions is None or not teacher.conditions.texts)):
+        raise UserError(f"reward: {name!r} reads prompts, and the teacher takes none")
+    reward.load(teacher.offload_device or device_of(teacher))
+
+
+def reward_of(name: str, images: Tensor, cond: Cond, teacher: Denoiser | None = None) -> Tensor:
+    """The reward of images [B, ...], [B], in float32 or wider. Raises UserError for an unknown reward.
+
+    cond: the samples', for a judge with the numbers of their prompts.  teacher: as for `check_reward`.
+    """
+    reward = find_reward(name)
+    if isinstance(reward, Judge):
+        if teacher is None:
+            raise UserError(f"reward: {name!r} is a judge of pixels and prompts; give `loss` the teacher")
+        decode = teacher.runtime.decode
+        found = reward(images if decode is None else decode(images), _captions(reward, teacher, cond, len(images)))
+    else:
+        found = reward(images, cond)
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def is_judge(name: str) -> bool:
+    """Whether a reward looks at pixels. Raises UserError for an unknown one."""
+    return isinstance(find_reward(name), Judge)
+
+
 @schema
 class Feedback:
     """A reward as a loss: weight E[relu(threshold - r(x, c))].
@@ -92,29 +124,12 @@ class Feedback:
     weight: NonNegative = 1.0
 
     def check(self, teacher: Denoiser | None) -> None:
-        """Raise UserError for an unknown reward, and for a judge that this teacher's students give nothing to see; make
-        a judge ready.  teacher: knows the prompts, and the VAE where it makes latents."""
-        reward = find_reward(self.reward)
-        if not isinstance(reward, Judge):
-            return
-        if teacher is None or (reward.reads_text and (teacher.conditions is None or not teacher.conditions.texts)):
-            raise UserError(f"reward: {self.reward!r} reads prompts, and the teacher takes none")
-        reward.load(teacher.offload_device or device_of(teacher))
+        """As `check_reward`."""
+        check_reward(self.reward, teacher)
 
     def loss(self, images: Tensor, cond: Cond, teacher: Denoiser | None = None) -> Tensor:
-        """Scalar, with the graph of images [B, ...]. Raises UserError for an unknown reward.
-
-        cond: the samples', for a judge with the numbers of their prompts.  teacher: as for `check`.
-        """
-        reward = find_reward(self.reward)
-        if isinstance(reward, Judge):
-            if teacher is None:
-                raise UserError(f"reward: {self.reward!r} is a judge of pixels and prompts; give `loss` the teacher")
-            decode = teacher.runtime.decode
-            found = reward(images if decode is None else decode(images), _captions(reward, teacher, cond, len(images)))
-        else:
-            found = reward(images, cond)
-        return self.weight * F.relu(self.threshold - found.to(torch.promote_types(found.dtype, torch.float32))).mean()
+        """Scalar, with the graph of images [B, ...]; arguments and errors as of `reward_of`."""
+        return self.weight * F.relu(self.threshold - reward_of(self.reward, images, cond, teacher)).mean()
 
 
 def check_feedback(feedback: Iterable[Feedback], teacher: Denoiser | None) -> None:
@@ -125,7 +140,7 @@ def check_feedback(feedback: Iterable[Feedback], teacher: Denoiser | None) -> No
 
 def need_pixels(feedback: Iterable[Feedback]) -> bool:
     """Whether a judge is among them."""
-    return any(isinstance(find_reward(one.reward), Judge) for one in feedback)
+    return any(is_judge(one.reward) for one in feedback)
 
 
 def _captions(judge: Judge, teacher: Denoiser, cond: Cond, count: int) -> list[str]:

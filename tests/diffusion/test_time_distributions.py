@@ -153,6 +153,7 @@ def test_every_method_s_laws_are_looked_at() -> None:
         "consistency",
         "tdm",
         "rectified_flow",
+        "preference_field",
         "mean_flow",
         "disback",
         "pretrain",

@@ -34,6 +34,8 @@ GUIDED = {
     "scm": ("method.guidance=2",),
     "consistency": ("method.guidance=2",),
     "tdm": ("method.guidance=[1, 2]",),
+    "preference_field": ("method.guidance=2",),
+    "forget": ("method.base.guidance=2",),
     "rectified_flow": ("method.guidance=2",),
     "mean_flow": ("method.guidance=2",),
     "disback": ("method.base.guidance=2",),
@@ -58,7 +60,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_method_that_distils_is_tried() -> None:
-    assert GUIDED.keys() == METHODS.keys()
+    assert GUIDED.keys() == METHODS.keys() - {"pso"}  # which distils no more, and asks no teacher
 
 
 @pytest.mark.parametrize("method", sorted(GUIDED.keys() - NEEDS_NO_CLASS.keys()))

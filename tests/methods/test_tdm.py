@@ -122,9 +122,12 @@ def test_in_one_step_tdm_is_dmd2() -> None:
     method, other = TDM(steps=steps, guidance=2.0), DMD2(steps=steps, gan_weight=0.0, guidance=2.0)
     players, draw, batch = scene(method)
     draw |= {"step": torch.tensor(0)}
-    for name in ("fake_loss", "generator_loss"):
-        found, wanted = (made.call(name, players, draw, batch).total for made in (method, other))
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    for name, player in (("fake_loss", players.fake), ("generator_loss", players.generator)):
+        losses = [made.call(name, players, draw, batch).total for made in (method, other)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-12)
+        gradients = [torch.autograd.grad(loss, list(player.parameters()), allow_unused=True) for loss in losses]
+        for found, wanted in zip(*gradients, strict=True):  # the loss alone does not know the field's sign
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
     for importance in ("sum", "mean"):
         image = replace(method, target="image", importance=importance)
         torch.testing.assert_close(

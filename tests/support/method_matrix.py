@@ -36,6 +36,9 @@ METHODS = {
     "tdm": "{name: tdm, steps: {init_ratio: 5, init_noise: unit}}",
     "rectified_flow": f"""{{name: rectified_flow, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8,
         pair_sampler: {HEUN}}}""",
+    "pso": "{name: pso, steps: {init_ratio: 5, init_noise: unit}, winners: reward}",
+    "preference_field": "{name: preference_field, steps: {init_ratio: 5, init_noise: unit}, fake_updates: 1}",
+    "forget": f"{{name: forget, base: {SCORE}}}",
     "mean_flow": "{name: mean_flow, steps: {init_ratio: 5, init_noise: unit}, width: 8}",
 }
 """The settings of each method that distils a teacher, for one step from unit noise where it is a generator's."""
