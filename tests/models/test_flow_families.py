@@ -1,5 +1,7 @@
 """Families of flows in the manner of Flux: their VAEs, texts of many lengths, and what each does of its own."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import Renormalised
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.export.leaving import Leaving, how_it_leaves
 from diffdistill.models.load import load_model
-from diffdistill.models.teachers import Pipeline, open_pipeline
+from diffdistill.models.teachers import Pipeline, find_family, open_pipeline
+from diffdistill.models.teachers.families.flux2 import _mu
 from diffdistill.models.teachers.packing import padded, texts_of, trimmed
+from diffdistill.networks.negative_prompts import NegativePrompt, steer_away
+from diffdistill.settings.schema import UserError
 
 PROMPTS = ["a red fox", "two blue birds in a tree"]
 FAMILIES = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow")
@@ -79,6 +86,57 @@ def test_a_sample_sees_its_own_prompt_however_long_the_others_are(opened: Pipeli
         other = teacher.denoiser(x, t, Cond(label=label.flip(0)))
     torch.testing.assert_close(alone, found[:1], atol=1e-5, rtol=0)
     assert (other - found).abs().max() > 1e-4
+
+
+def test_a_student_of_each_leaves_as_a_stock_folder_and_it_is_said_before_the_first_step(opened: Pipeline) -> None:
+    spec = replace(opened.spec, sampler=FewSteps(init_ratio=5, init_noise="unit"))
+    assert how_it_leaves(spec) == Leaving("stock")
+
+
+def test_text_and_image_attend_jointly_so_that_no_negative_prompt_can_steer(opened: Pipeline) -> None:
+    with pytest.raises(UserError, match="has no cross-attention to a text"):
+        steer_away(load_model(opened.folder).denoiser, NegativePrompt(Cond(), 0.3))
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 5000])
+@pytest.mark.parametrize("steps", [4, 50])
+def test_flux2s_shift_is_its_pipelines(tokens: int, steps: int) -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    assert _mu(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps), rel=1e-9)
+
+
+def test_flux2s_path_has_the_shift_of_fifty_steps_at_its_own_size() -> None:
+    options = {"in_channels": 128}
+    path, _ = find_family("flux2").noise({"shift": 1.0, "use_dynamic_shifting": True}, options)
+    assert path.shift == pytest.approx(math.exp(_mu(64 * 64, 50)))
+
+
+def test_lumina2s_dynamic_shift_is_of_as_many_tokens_as_its_latents_have_channels() -> None:
+    """As its pipeline counts them."""
+    options = {"in_channels": 16, "sample_size": 128}
+    path, _ = find_family("lumina2").noise({"shift": 1.0, "use_dynamic_shifting": True}, options)
+    assert path.shift == pytest.approx(math.exp(0.5 + 0.65 * (16 - 256) / 3840))
+
+
+def test_auraflow_is_taken_for_what_its_positions_allow_whatever_its_sample_size() -> None:
+    family = find_family("auraflow")
+    assert family.image_shape({"pos_embed_max_size": 9216, "sample_size": 64}) == (4, 128, 128)
+    assert family.image_shape({"pos_embed_max_size": 1024, "sample_size": 64}) == (4, 64, 64)
+
+
+def test_chromas_mask_is_added_to_attentions_scores(tmp_path: Path) -> None:
+    """As diffusers does it, so that what the mask does not count is seen; and it is seen by blocks of one stream."""
+    teacher = load_model(save_stand_in("chroma", tmp_path)).denoiser
+    cond = open_pipeline(tmp_path).conditions(["a hat"]).rows(torch.tensor([0]))
+    x, t = torch.randn(1, 4, 8, 8, generator=seeded(1)), torch.tensor([0.4], dtype=torch.float64)
+    count = int(cond.text_mask.sum())
+    assert count == len("a hat") + 3  # a space before it, its end, and the first token behind
+    moved = replace(cond, text=torch.where(cond.text_mask[..., None] == 1, cond.text, cond.text + 1))
+    with torch.no_grad():
+        plain = teacher(x, t, cond)
+        assert (teacher(x, t, moved) - plain).abs().max() > 1e-4
+        assert (teacher(x, t, replace(cond, text_mask=torch.ones_like(cond.text_mask))) - plain).abs().max() > 1e-5
 
 
 def test_texts_of_many_lengths_are_one_table() -> None:
