@@ -23,6 +23,8 @@ TABLES = {**NETWORKS, **VAES}
 IN_CONFIGS_ALONE = {
     f"{name}Transformer2DModel": {"sample_size"} for name in ("Flux", "ZImage", "QwenImage", "Chroma", "Flux2")
 }
+IN_CONFIGS_ALONE["QwenImageTransformer2DModel"] |= {"pooled_projection_dim"}
+IN_CONFIGS_ALONE["AutoencoderKLFlux2"] = {"force_upcast"}
 """Fields that no argument of the installed class has, and that are read all the same."""
 GONE = {"tensor_format", "timestep_values", "predict_epsilon"}
 """Fields of schedulers that older versions of diffusers wrote."""

@@ -231,7 +231,7 @@ def qwen_image() -> Any:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(2, 2, 4),
     )
-    transformer.register_to_config(sample_size=8)
+    transformer.register_to_config(sample_size=8, pooled_projection_dim=768)  # the second as published
     vae = diffusers.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
@@ -286,6 +286,7 @@ def flux2() -> Any:
         norm_num_groups=4,
         sample_size=32,
     )
+    vae.register_to_config(force_upcast=True)  # as published
     torch.nn.init.normal_(vae.bn.running_mean)
     torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -326,7 +327,7 @@ def auraflow() -> Any:
         pos_embed_max_size=16,
     )
     for weight in transformer.parameters():  # its own are so small that attention would change nothing
-        torch.nn.init.normal_(weight, std=0.2)
+        torch.nn.init.normal_(weight, std=0.15)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
     return diffusers.AuraFlowPipeline(t5_tokenizer(), t5("UMT5"), autoencoder(), transformer, scheduler)
 

@@ -148,7 +148,8 @@ NETWORKS: Mapping[str, Fields] = {
             "in_channels out_channels num_layers attention_head_dim num_attention_heads joint_attention_dim "
             "axes_dims_rope sample_size"
         ),
-        only={
+        {"pooled_projection_dim": "of before it was published; no layer has it"},
+        {
             "patch_size": Only((2,), "its tokens are packed by the pipeline, by 2 x 2"),
             "guidance_embeds": Only((False,), "a student already, which is told a guidance scale"),
             **dict.fromkeys(("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"), Only((False,), NOT_TOLD)),
@@ -218,7 +219,7 @@ VAES: Mapping[str, Fields] = {
             "layers_per_block act_fn latent_channels norm_num_groups sample_size use_quant_conv use_post_quant_conv "
             "mid_block_add_attention batch_norm_eps"
         ),
-        {"batch_norm_momentum": "of training"},
+        {"batch_norm_momentum": "of training", "force_upcast": "of half precision"},
         {"patch_size": Only(((2, 2), [2, 2]), "latents are patches of 2 x 2")},
     ),
 }
