@@ -13,6 +13,7 @@ class Cond:
 
     label: [B] int64 in 0 .. num_classes - 1, or num_classes for "no class".
     text: [B, L, C] token embeddings.  text_mask: [B, L], bool or int64, which of them count.  pooled_text: [B, C].
+    text_bias: [B, L], a mask in the place of text_mask that is added to attention's scores: all tokens are seen.
     size: in pixels: [B, 6], SDXL's added sizes, or [B, 2], PixArt's height and width.
     guidance_input: [B], a guidance scale that the network takes as input.
     end_time: [B], an end time (trajectory students).  augmentation: [B, A], EDM's augmentation labels.
@@ -21,6 +22,7 @@ class Cond:
     label: Tensor | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    text_bias: Tensor | None = None
     pooled_text: Tensor | None = None
     size: Tensor | None = None
     guidance_input: Tensor | None = None

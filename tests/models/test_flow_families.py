@@ -130,13 +130,14 @@ def test_chromas_mask_is_added_to_attentions_scores(tmp_path: Path) -> None:
     teacher = load_model(save_stand_in("chroma", tmp_path)).denoiser
     cond = open_pipeline(tmp_path).conditions(["a hat"]).rows(torch.tensor([0]))
     x, t = torch.randn(1, 4, 8, 8, generator=seeded(1)), torch.tensor([0.4], dtype=torch.float64)
-    count = int(cond.text_mask.sum())
+    assert cond.text_mask is None  # by which a cache of counted tokens would drop what is seen
+    count = int(cond.text_bias.sum())
     assert count == len("a hat") + 3  # a space before it, its end, and the first token behind
-    moved = replace(cond, text=torch.where(cond.text_mask[..., None] == 1, cond.text, cond.text + 1))
+    moved = replace(cond, text=torch.where(cond.text_bias[..., None] == 1, cond.text, cond.text + 1))
     with torch.no_grad():
         plain = teacher(x, t, cond)
         assert (teacher(x, t, moved) - plain).abs().max() > 1e-4
-        assert (teacher(x, t, replace(cond, text_mask=torch.ones_like(cond.text_mask))) - plain).abs().max() > 1e-5
+        assert (teacher(x, t, replace(cond, text_bias=torch.ones_like(cond.text_bias))) - plain).abs().max() > 1e-5
 
 
 def test_texts_of_many_lengths_are_one_table() -> None:

@@ -32,7 +32,7 @@ class Chroma(FlowFamily):
     is_packed = True
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "ChromaNetwork":
-        return ChromaNetwork(model, accepts=frozenset({"text", "text_mask"}))
+        return ChromaNetwork(model, accepts=frozenset({"text", "text_bias"}))
 
     def encode(
         self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Chroma(FlowFamily):
         text, _, mask, *_ = pipeline.encode_prompt(
             list(prompts), device=pipeline.device, do_classifier_free_guidance=False
         )
-        return Cond(text=text, text_mask=mask.long())
+        return Cond(text=text, text_bias=mask)
 
 
 class ChromaNetwork(PackedTransformer):
@@ -54,9 +54,9 @@ class ChromaNetwork(PackedTransformer):
         """x: [B, C, H, W]; time_input: [B], a thousand times sigma.  Returns [B, C, H, W]."""
         self.require(cond)
         assert cond.text is not None
-        assert cond.text_mask is not None
+        assert cond.text_bias is not None
         rows, columns = x.shape[2] // PATCH, x.shape[3] // PATCH
-        mask = torch.cat([cond.text_mask.to(x.dtype), x.new_ones(len(x), rows * columns)], 1)
+        mask = torch.cat([cond.text_bias.to(x.dtype), x.new_ones(len(x), rows * columns)], 1)
         with _recomputed_with(self.model, mask):
             output: Tensor = self.model(
                 hidden_states=pack(x),
