@@ -298,8 +298,8 @@ def _check_weights(folder: FilePath) -> None:
         )
     if found and all(".non_ema" in name for name in found):
         raise UserError(
-            f"{folder}: holds the weights without their average alone, {found[0]}; where those are what you mean, rename "
-            f"it to {found[0].replace('.non_ema', '')}"
+            f"{folder}: holds the weights without their average alone, {found[0]}; where those are what you mean, "
+            f"rename it to {found[0].replace('.non_ema', '')}"
         )
 
 
