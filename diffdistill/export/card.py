@@ -10,6 +10,7 @@ import yaml
 
 from diffdistill.data.classes import told_classes
 from diffdistill.data.pictures import save_grid
+from diffdistill.export.comfyui import WORKFLOW
 from diffdistill.export.habits import Habits, show_habits
 from diffdistill.export.record import ExportRecord
 from diffdistill.export.usage import PROMPTS, makes_pictures, takes_text, usage_code
@@ -61,6 +62,11 @@ def write_card(folder: FilePath, facts: CardFacts, *, name: str, place: str, dif
     parts = [f"---\n{front}---\n\n# {name}", _summary(facts), "## How to call it", _usage(facts, place)]
     if draw_samples(facts.model, folder / PICTURE):
         parts.append(f"![Samples]({PICTURE})")
+    if (folder / WORKFLOW).is_file():
+        parts.append(
+            f"For ComfyUI: `{WORKFLOW}` is a workflow in the format of its API, for the file of factors in "
+            "`models/loras` and the base model's checkpoint, whose name is to be put in."
+        )
     if difference is not None:
         parts.append(f"Loaded in a process without diffdistill, it made the run's own images {how_near(difference)}.")
     if facts.model.spec.class_names:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, tensor
 
+from diffdistill.export.comfyui import write_workflow
 from diffdistill.export.stock import StockFolder, describe, fit_pipeline
 from diffdistill.models.load import find_teacher, merge_model
 from diffdistill.models.spec import TrainedModel
@@ -41,7 +42,9 @@ def write_lora(model: TrainedModel, folder: FilePath, *, is_kohya: bool) -> Stoc
     _check_base(model, source)
     tensors = kohya_keys(factors_of(net)) if is_kohya else diffusers_keys(factors_of(net), source.family.network)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / (KOHYA_FILE if is_kohya else DIFFUSERS_FILE), tensors, {"format": "pt"})
+    file = KOHYA_FILE if is_kohya else DIFFUSERS_FILE
+    write_tensors(folder / file, tensors, {"format": "pt"})
+    write_workflow(plain, source, folder, file)
     steps.scheduler.save_pretrained(folder / "scheduler")
     return describe(source, steps, str(source.index["_class_name"]), plain.denoiser.net)  # type: ignore[arg-type]
 
