@@ -72,6 +72,10 @@ BOARD = (
     Entry("MSD, 2 students", "msd/digits", (), ("method.student_index=0", "method.student_index=1")),
     Entry("AGD, 18 steps", "agd/digits"),
     Entry("regression on pairs", "regression/digits"),
+    Entry("TDM, 4 steps", "tdm/digits"),
+    Entry("consistency (iCD)", "consistency/digits"),
+    Entry("consistency (ECT)", "consistency/digits-ect"),
+    Entry("RF++", "rectified_flow/digits"),
 )
 # At the rates of the U-Net's rows an MLP's fake score can blow up.
 _HALF, _FAKE, _REST = "optimizers.generator.lr=3e-4", "optimizers.fake.lr=5e-4", "optimizers.default.lr=5e-4"
