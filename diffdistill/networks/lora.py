@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
 from diffdistill.networks.empty import empty_weights
+from diffdistill.networks.quantised import dequantised, is_quantised, stored
 from diffdistill.networks.registry import PlainNetwork
 from diffdistill.settings.limits import MAX_CHOSEN
 from diffdistill.settings.numbers import Width
@@ -122,9 +123,13 @@ class LoRA(Network):
         return [tensor for tensor in _tensors(self.shared_tree) if id(tensor) not in own]
 
     def merged(self) -> Network:
-        """The base with B A added to its weights: a plain network, with weights of its own."""
-        net = deepcopy(self.shared_tree)
+        """The base with B A added to its weights: a plain network, with weights of its own, where it has factors also
+        in place of quantised ones."""
+        quantised = {id(tensor): tensor for tensor in self.base_tensors() if len(stored(tensor)) > 1}
+        net = deepcopy(self.shared_tree, quantised)
         for name, layer in _lora_layers(net):
+            if is_quantised(layer.get_base_layer()):
+                layer.base_layer = dequantised(layer.get_base_layer())
             layer.merge()
             net.set_submodule(name, layer.get_base_layer())
         return net

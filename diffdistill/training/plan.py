@@ -191,7 +191,8 @@ def plan(
     found = find_teachers(config, start, state, allow_changes=allow_changes)
     initial = find_initial(config, start)
     inputs = read_inputs(config, processes.device, found.teacher)
-    first, teachers = load_teacher(found.teacher, home, state), load_teachers(found.teachers, home)
+    shelf = torch.device("cpu") if config.speed.is_quantised else home  # it comes to its device layer by layer
+    first, teachers = load_teacher(found.teacher, shelf, state), load_teachers(found.teachers, shelf)
     check_batch(train, processes.count)
     spec, problem = resolve_models(config, inputs, first, teachers, initial)
     show_pixels(config.method, first, processes.device)

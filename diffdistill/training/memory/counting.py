@@ -12,10 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffdistill.networks.quantised import stored
+
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes behind some tensors, each storage once."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    storages = [part.untyped_storage() for tensor in tensors for part in stored(tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -27,7 +29,7 @@ class SavedTensors:
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         self.live = self.peak = 0
-        self._uses = {tensor.untyped_storage().data_ptr(): math.inf for tensor in known}
+        self._uses = {part.untyped_storage().data_ptr(): math.inf for tensor in known for part in stored(tensor)}
         self._hooks = saved_tensors_hooks(partial(_Kept, self), lambda kept: kept.tensor)
 
     def __enter__(self) -> "SavedTensors":
@@ -39,7 +41,10 @@ class SavedTensors:
 
     def use(self, tensor: Tensor, change: int) -> None:
         """One more or one less node of the graph keeps this tensor."""
-        storage = tensor.untyped_storage()
+        for part in stored(tensor):
+            self._use(part.untyped_storage(), change)
+
+    def _use(self, storage: torch.UntypedStorage, change: int) -> None:
         before = self._uses.get(storage.data_ptr(), 0)
         after = self._uses[storage.data_ptr()] = before + change
         if not before or not after:

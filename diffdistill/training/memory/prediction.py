@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffdistill.distillation.method import Players, Update
 from diffdistill.networks.lora import lora_of
+from diffdistill.networks.quantised import stored
 from diffdistill.networks.recompute import recomputable_blocks
 from diffdistill.training.assembly import Assembly
 from diffdistill.training.config import OptimizerConfig, RunConfig
@@ -142,7 +143,7 @@ def block_growth(plan: Plan, iteration: Iteration) -> dict[str, Growth]:
 
 def module_bytes(module: nn.Module) -> int:
     """Weights and buffers."""
-    return sum(tensor.nbytes for tensor in _tensors(module))
+    return sum(part.nbytes for tensor in _tensors(module) for part in stored(tensor))
 
 
 @dataclass(frozen=True)

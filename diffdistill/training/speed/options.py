@@ -3,7 +3,7 @@
 docs/memory.md has what each saves and costs; `diffdistill doctor CONFIG` says what a config needs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import lora_of
+from diffdistill.networks.quantised import is_quantised, quantise
 from diffdistill.networks.recompute import parts_of, set_recompute
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.training.speed.offload import offload
@@ -28,8 +29,9 @@ class SpeedConfig:
     layout of convolutions; on many GPUs faster in bf16.  ema_device: cpu keeps the averages off the GPU and costs a
     copy of the weights at each update.  teacher_device: cpu keeps the teacher's weights off the GPU, to which each
     layer comes when it is called.  teacher_dtype: bf16 stores the teacher's convolutions and linear layers in it and
-    computes them as autocast would; its D, and so the score difference, stays in float32.  shard: the processes share
-    out weights, gradients, moments and averages, those of one machine or all, each block gathered for its own length.
+    computes them as autocast would; its D, and so the score difference, stays in float32. nf4, int8 and fp8 store its
+    large linear layers so, and the rest as bf16 does; LoRA's factors stand over them.  shard: the processes share out
+    weights, gradients, moments and averages, those of one machine or all, each block gathered for its own length.
     """
 
     activation_checkpointing: bool = False
@@ -37,8 +39,13 @@ class SpeedConfig:
     channels_last: bool = False
     ema_device: Literal["same", "cpu"] = "same"
     teacher_device: Literal["same", "cpu"] = "same"
-    teacher_dtype: Literal["fp32", "bf16"] = "fp32"
+    teacher_dtype: Literal["fp32", "bf16", "nf4", "int8", "fp8"] = "fp32"
     shard: Literal["none", "machine", "all"] = "none"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the teacher's weights are in fewer than 16 bits."""
+        return self.teacher_dtype not in ("fp32", "bf16")
 
 
 def apply_speed(
@@ -58,12 +65,15 @@ def apply_speed(
     players = {**teachers, **trained}
     denoisers = {name: module for name, module in players.items() if isinstance(module, Denoiser)}
     _check(speed, denoisers, has_teacher=bool(teachers))
-    if speed.teacher_dtype == "bf16":
+    if speed.teacher_dtype != "fp32":
+        over = [player for player in (*trained.values(), *(followers or {}).values()) if isinstance(player, Denoiser)]
+        over = [player for player in over if lora_of(player)]
+        if speed.is_quantised:
+            _quantise(speed, teachers, over, device)
         for teacher in teachers.values():
             store_in_bf16(teacher)
-        for player in (*trained.values(), *(followers or {}).values()):
-            if isinstance(player, Denoiser) and lora_of(player):
-                player.run_with(autocast=torch.bfloat16)
+        for player in over:
+            player.run_with(autocast=torch.bfloat16)
     if speed.channels_last:
         for module in players.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -76,10 +86,23 @@ def apply_speed(
                 part.compile(backend=speed.compile)
 
 
+def _quantise(
+    speed: SpeedConfig, teachers: Mapping[str, Denoiser], over: Sequence[Denoiser], device: torch.device | None
+) -> None:
+    """The teachers, and what stands over the first one's weights, on the device."""
+    trees = [found.shared_tree for found in map(lora_of, over) if found]
+    for teacher in teachers.values():
+        place = device or device_of(teacher)
+        quantise(teacher.net, trees, speed.teacher_dtype, dtype=torch.bfloat16, device=place)  # type: ignore[arg-type]
+
+
 def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: bool) -> None:
     """Raise UserError for what cannot be; blocks that can be recomputed are told to be."""
-    if speed.teacher_dtype == "bf16" and not has_teacher:
-        raise UserError("speed.teacher_dtype = 'bf16': this method has no teacher; use fp32")
+    if speed.teacher_dtype != "fp32" and not has_teacher:
+        raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: this method has no teacher; use fp32")
+    if speed.is_quantised and (speed.teacher_device == "cpu" or speed.shard != "none" or speed.channels_last):
+        why = "speed.teacher_device, speed.shard and speed.channels_last"
+        raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: does not go with {why}; leave them out")
     for name, denoiser in players.items():
         network = type(denoiser.net).__name__
         if speed.activation_checkpointing and not set_recompute(denoiser.net):
@@ -101,7 +124,7 @@ def store_in_bf16(denoiser: Denoiser) -> None:
     Norms, embeddings of time and the arithmetic around the network stay as they are.
     """
     for module in denoiser.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and not is_quantised(module):
             module.to(torch.bfloat16)
     denoiser.run_with(autocast=torch.bfloat16)
 
