@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from support.stand_ins import LENGTH, save_stand_in
+from support.stand_ins import save_stand_in
+from support.tiny_parts import LENGTH
 
 from diffdistill.models.encoders import PipelineEncoder, encode_prompts
 from diffdistill.models.teachers import open_pipeline
