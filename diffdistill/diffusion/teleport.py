@@ -53,10 +53,11 @@ class LowRankGaussian:
 
     def mean(self, cond: Cond, guidance: float | Tensor, batch: int) -> Tensor:
         """mu_u + w (mu_c - mu_u), [B, D]: with one covariance, guided scores are those of a Gaussian with this mean."""
-        overall = self.means[-1].expand(batch, -1)
+        means = self.means if cond.label is None else self.means.to(cond.label.device)
+        overall = means[-1].expand(batch, -1)
         if cond.label is None:
             return overall
-        own = self.means.to(cond.label.device)[cond.label.clamp_max(len(self.means) - 1)]
+        own = means[cond.label.clamp_max(len(means) - 1)]
         scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
         return overall + scale * (own - overall)
 
