@@ -19,6 +19,7 @@ method = DMD2(
     gan_time_law=Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0),
     gan_weight=0.2,
     gan_fake_weight=0.1,
+    gan_features="teacher",  # not the fake score's, as in the paper: docs/what-decides-quality.md
 )
 config = RunConfig(
     run="runs/digits-dmd2",
@@ -30,7 +31,7 @@ config = RunConfig(
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
     health=HealthConfig(warmup_steps=25),
-    train=TrainConfig(steps=1050, global_batch_size=64, checkpoint_every=300),
+    train=TrainConfig(steps=1200, global_batch_size=64, checkpoint_every=300),
 )
 
 if __name__ == "__main__":
