@@ -64,7 +64,11 @@ BAD_SETTINGS = [
     ("dmd2", ["method.fake_updates=0"], ["method.fake_updates = 0", "greater than or equal to 1"]),
     ("dmd2", ["method.guidance=.nan"], ["method.guidance = nan", "finite number"]),
     ("dmd2", ["method.guidance=-.inf"], ["method.guidance = -inf", "finite number"]),
-    ("dmd2", ["method.name=dmd3"], ["method.name = 'dmd3'", "did you mean 'dmd2'?", "choices: agd, boot, consistency, dmd2"]),
+    (
+        "dmd2",
+        ["method.name=dmd3"],
+        ["method.name = 'dmd3'", "did you mean 'dmd2'?", "choices: agd, boot, consistency, dmd2"],
+    ),
     ("dmd2", ["method=dmd2"], ["method = 'dmd2'", "should be an object"]),
     ("dmd2", ["method.steps.later_ratios=[9.0]"], ["method.steps", "must decrease: [2.5, 9.0]"]),
     ("pretrain", ["model.network.name=vit"], ["model.network.name = 'vit'", "choices: unet, "]),
