@@ -69,8 +69,8 @@ class Way:
 
 WAYS = {
     "SGD": Way(1e-6, is_sgd=True),
-    # It divides a gradient by its own size, so that those near zero, which are rounding's, count as much as any: a single
-    # weight may go a part of the rate of 1e-3 another way. That it is rounding is seen in float64.
+    # It divides a gradient by its own size, so that those near zero, which are rounding's, count as much as any: a
+    # single weight may go a part of the rate of 1e-3 another way. That it is rounding is seen in float64.
     "Adam": Way(1e-4),
     "Adam, equal pieces": Way(1e-4, has_equal_pieces=True),
     "Adam, float64": Way(1e-12, is_wide=True),
