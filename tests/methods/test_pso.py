@@ -19,7 +19,7 @@ from diffdistill.distillation.rewards import REWARDS, register
 from diffdistill.methods.pso import PSO
 from diffdistill.settings.schema import UserError
 
-TWO = FewSteps(init_ratio=3.0, later_ratios=(1.0,))
+TWO = FewSteps(init_ratio=3.0, later_ratios=(0.8,))
 OFFLINE = PSO(steps=TWO)
 ONLINE = PSO(steps=TWO, form="online", beta=50.0)
 
@@ -69,7 +69,7 @@ def test_the_likelihood_of_a_step_is_that_of_its_gaussian() -> None:
     )
     t = torch.full((BATCH,), 3.0, dtype=torch.float64)
     means = [players[who](first, t, cond) for who in ("generator", "reference")]
-    log_probs = [Normal(mean, 1.0).log_prob(second).flatten(1).mean(1) for mean in means]
+    log_probs = [Normal(mean, 0.8).log_prob(second).flatten(1).mean(1) for mean in means]
     found = ONLINE.log_ratios(players, states, cond)
     assert found.shape == (BATCH, 1)
     torch.testing.assert_close(found[:, 0], log_probs[0] - log_probs[1])
