@@ -44,7 +44,8 @@ def write_lora(model: TrainedModel, folder: FilePath, *, is_kohya: bool) -> Stoc
     folder.mkdir(parents=True, exist_ok=True)
     file = KOHYA_FILE if is_kohya else DIFFUSERS_FILE
     write_tensors(folder / file, tensors, {"format": "pt"})
-    write_workflow(plain, source, folder, file)
+    if is_kohya:  # of diffusers' keys ComfyUI passes over those of attention
+        write_workflow(plain, source, folder, file)
     steps.scheduler.save_pretrained(folder / "scheduler")
     return describe(source, steps, str(source.index["_class_name"]), plain.denoiser.net)  # type: ignore[arg-type]
 

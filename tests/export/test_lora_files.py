@@ -1,5 +1,7 @@
 """LoRA's factors in the keys of diffusers and of kohya."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -11,7 +13,10 @@ from support.stand_ins import save_stand_in
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.export.lora_files import diffusers_keys, factors_of, kohya_keys
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.export import lora_files
+from diffdistill.export.comfyui import WORKFLOW
+from diffdistill.export.lora_files import diffusers_keys, factors_of, kohya_keys, write_lora
 from diffdistill.export.run import ExportOptions, export
 from diffdistill.models.load import load_model
 from diffdistill.networks.lora import LoRA, LoRASettings, lora_of, merge_lora, with_lora
@@ -80,6 +85,33 @@ def test_a_file_in_diffusers_keys_is_what_its_own_pipeline_writes(
     ours = diffusers_keys(factors_of(found), "unet")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], value) for key, value in ours.items())
+
+
+def keys_of_comfyui(layers: Iterable[str]) -> set[str]:
+    """Of a UNet's layers in diffusers' names, in LoRA files: `model_lora_keys_unet` in its comfy/lora.py."""
+    found = {f"lora_unet_{name.replace('.', '_')}" for name in layers}
+    for name in layers:
+        processed = name.replace(".to_", ".processor.to_")
+        found.add(f"unet.{processed.removesuffix('.0') if processed.endswith('.to_out.0') else processed}")
+    return found
+
+
+@pytest.mark.parametrize("is_kohya", [True, False])
+def test_a_workflow_for_comfyui_lies_beside_keys_that_it_reads_alone(
+    is_kohya: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    plain = load_model(save_stand_in("sd", tmp_path / "sd"))
+    plain = replace(plain, spec=replace(plain.spec, sampler=FewSteps(init_ratio=2.5)))
+    model = replace(plain, denoiser=with_lora(plain.denoiser, LoRASettings(rank=2)))
+    monkeypatch.setattr(lora_files, "_check_base", lambda *_: None)  # it looks at a run
+    write_lora(model, tmp_path / "out", is_kohya=is_kohya)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    written = {key.rpartition(".lora_")[0] for key in load_file(file) if not key.endswith(".alpha")}
+    layers = [name for name, _ in plain.denoiser.net.model.named_modules()]
+    assert (written <= keys_of_comfyui(layers)) is is_kohya
+    assert (tmp_path / "out" / WORKFLOW).exists() is is_kohya
 
 
 ENDS = ("lora_A.weight", "lora_B.weight")
