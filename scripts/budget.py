@@ -91,12 +91,14 @@ class Slice:
 
     def __init__(self, minutes: float, budget: Budget) -> None:
         self.end, self.budget = time.monotonic() + 60 * minutes, budget
+        self.is_whole = True  # nothing has run in it
 
     def run(self, phase: str, *command: str) -> bool:
         """Run a command of ours to its end, or until the slice ends; charged as it goes. Returns whether it ended.
 
         Ends the program with the command's message if it fails.
         """
+        self.is_whole = False
         process = subprocess.Popen([sys.executable, "-m", "diffdistill", *command], stderr=subprocess.PIPE, text=True)
         try:
             while True:
@@ -162,18 +164,23 @@ def _train(phase: str, config: Path, given: Sequence[str], folder: Path, part: S
     command = "pretrain" if phase == TEACHER else "train"
     budget = part.budget
     if phase not in budget.steps:
-        budget.steps[phase] = steps or _affordable(phase, command, config, given, folder, part)
+        found = steps or _affordable(phase, command, config, given, folder, part)
+        if found is None:
+            return False
+        budget.steps[phase] = found
         budget.save()
     last = folder / phase / "checkpoints" / f"step-{budget.steps[phase]:08d}"
     place = [f"run={folder / phase}", f"train.steps={budget.steps[phase]}"]
     return last.exists() or part.run(phase, command, str(config), *given, *place, "--resume")
 
 
-def _affordable(phase: str, command: str, config: Path, given: Sequence[str], folder: Path, part: Slice) -> int:
-    """How many steps fit into the phase's share, by the time of the later half of a few."""
-    run = folder / "timing" / f"{phase}-{os.getpid()}"
-    if not part.run(phase, command, str(config), *given, f"run={run}", f"train.steps={PROBE}", "train.preview_every=0"):
-        sys.exit(f"{phase}: {PROBE} steps do not fit into a slice")
+def _affordable(phase: str, command: str, config: Path, given: Sequence[str], folder: Path, part: Slice) -> int | None:
+    """How many steps fit into the phase's share, by the time of the later half of a few; None where the slice ends
+    first.  Ends the program where a whole slice is too short for them."""
+    run, was_whole = folder / "timing" / f"{phase}-{os.getpid()}", part.is_whole
+    few = (f"run={run}", f"train.steps={PROBE}", f"train.log_every={PROBE // 6}", "train.preview_every=0")
+    if not part.run(phase, command, str(config), *given, *few):
+        return sys.exit(f"{phase}: {PROBE} steps do not fit into a slice") if was_whole else None
     reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     half = reports[len(reports) // 2 - 1]
     seconds = (reports[-1]["seconds"] - half["seconds"]) / (reports[-1]["step"] - half["step"])

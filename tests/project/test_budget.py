@@ -51,6 +51,42 @@ def test_the_shares_of_a_budget_are_all_of_it_and_what_was_used_is_kept(budget: 
     assert budget.Budget(tmp_path, 10, ["sid", "sim"]).left("sid") == pytest.approx(0.2 * 600 - 30)
 
 
+class Stub:
+    """A slice whose runs take half a second a step, or end with the slice."""
+
+    def __init__(self, budget: ModuleType, folder: Path, *, is_whole: bool = True, ends: bool = True) -> None:
+        self.budget, self.is_whole, self.ends = budget.Budget(folder, 10, ["sid"]), is_whole, ends
+
+    def run(self, phase: str, command: str, config: str, *given: str) -> bool:
+        if self.ends:
+            found = load_config(config, given)
+            steps = range(found.train.log_every, found.train.steps + 1, found.train.log_every)
+            Path(found.run).mkdir(parents=True)
+            lines = [json.dumps({"step": step, "seconds": 3 + step / 2}) + "\n" for step in steps]
+            (Path(found.run) / "metrics.jsonl").write_text("".join(lines))
+        return self.ends
+
+
+@pytest.mark.parametrize("images", PLANS)
+def test_the_steps_of_every_recipe_can_be_timed(budget: ModuleType, images: str, tmp_path: Path) -> None:
+    for phase in (budget.TEACHER, *budget.PLANS[images].methods):
+        config = find_config(f"{phase}/{images}_budget")
+        part = Stub(budget, tmp_path)
+        part.budget.shares[phase] = 0.4
+        assert budget._affordable(phase, "train", config, [], tmp_path, part) == int(0.95 * 0.4 * 600 / 0.5)
+
+
+def test_a_slice_s_tail_that_is_too_short_for_the_timing_ends_it_and_a_whole_one_is_an_error(
+    budget: ModuleType, tmp_path: Path
+) -> None:
+    given = ("sid", find_config("sid/mnist_budget"), [], tmp_path)
+    tail = Stub(budget, tmp_path, is_whole=False, ends=False)
+    assert budget._train(*given, tail, steps=None) is False
+    assert tail.budget.steps == {}
+    with pytest.raises(SystemExit, match="30 steps do not fit into a slice"):
+        budget._train(*given, Stub(budget, tmp_path, ends=False), steps=None)
+
+
 @pytest.mark.full
 def test_a_small_budget_is_spent_in_slices(tmp_path: Path) -> None:
     """Teacher, student and both of their records; a slice that is too short ends in the teacher."""
