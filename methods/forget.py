@@ -34,7 +34,7 @@ class Forget(Wrapper):
     name: Literal["forget"] = "forget"
     base: AnyBase = field(default_factory=default_base)  # the method that distils
     forgotten: Annotated[tuple[NonNegativeInt, ...], Field(max_length=MAX_CHOSEN)] = ()  # the classes, by number
-    becomes: NonNegativeInt | Literal["any"] = "any"  # the class that they become; `any` of those that stay
+    becomes: NonNegativeInt | None = None  # the class that they become; null: any of those that stay
     share: Fraction = 0.1  # of samples that are of forgotten classes
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
@@ -47,8 +47,8 @@ class Forget(Wrapper):
         unknown = [c for c in self.forgotten if c >= problem.num_classes]
         if unknown or len(set(self.forgotten)) >= problem.num_classes:
             raise UserError(f"method.forgotten = {list(self.forgotten)}: the teacher has {problem.num_classes} classes")
-        if isinstance(self.becomes, int) and (self.becomes >= problem.num_classes or self.becomes in self.forgotten):
-            raise UserError(f"method.becomes = {self.becomes}: must be a class that stays, or any")
+        if self.becomes is not None and (self.becomes >= problem.num_classes or self.becomes in self.forgotten):
+            raise UserError(f"method.becomes = {self.becomes}: must be a class that stays, or null for any")
         if self.base.needs_images:
             raise UserError("method.base: forget goes around a method without real images; set its gan_weight to 0")
 
@@ -69,7 +69,7 @@ class Forget(Wrapper):
             is_forgotten = uniforms[f"{name} is forgotten"] < self.share
             forgotten = self._one_of(self.forgotten, uniforms[f"{name} forgotten"])
             stays = problem.label_of(uniforms[f"{name} becomes"])
-            becomes = stays if self.becomes == "any" else torch.full_like(stays, self.becomes)
+            becomes = stays if self.becomes is None else torch.full_like(stays, self.becomes)
             label = torch.where(is_forgotten, forgotten, drawn[name])
             told = {f"{name} for teacher": torch.where(is_forgotten, becomes, drawn[name])}
             for role in [other for other in drawn if other.startswith(f"{name} for ")]:  # dropped stays dropped

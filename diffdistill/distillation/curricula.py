@@ -56,7 +56,7 @@ class Nearing:
     """
 
     name: Literal["nearing"] = "nearing"
-    q: Annotated[float, Field(gt=1)] = 2.0
+    q: Annotated[float, Field(gt=1, le=1000)] = 2.0
     k: NonNegative = 8.0
     b: NonNegative = 1.0
     stages: PositiveInt = 8

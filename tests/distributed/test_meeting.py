@@ -23,7 +23,7 @@ from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.settings.registry import OneOf
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump_yaml
-from diffdistill.training.agreement import OWN
+from diffdistill.training.agreement import OWN, _is_own
 from diffdistill.training.config import RunConfig
 from diffdistill.training.plan import plan
 from diffdistill.training.reports.evaluator import EvalConfig
@@ -186,16 +186,18 @@ def places_of(kind: Any, place: str = "") -> Iterator[str]:
 NO_PLACES = {
     *("data.caption_column", "data.captions_ending", "data.column", "data.image_column", "data.label_column"),
     *("data.split", "data.subset", "eval.best_by", "method.reward", "method.gan_taps", "negative_prompt"),
-    *("lora.targets", "model.family", "model.targets", "starts"),
+    *("lora.targets", "method.sha256", "model.family", "model.targets", "starts"),
 }
 """Settings that are text and no file or folder: compared as they are, with all others."""
+ALIKE = {"run", "method.pairs_folder", "method.weights"}
+"""Places that all processes have alike: in which all write, or whose content has its hash beside it."""
 
 
 def test_every_setting_that_may_be_a_place_is_one_s_own_or_the_folder_of_all() -> None:
     found = {place.partition(".")[0] + "." + place.rpartition(".")[2] for place in places_of(RunConfig)}
     found = {place.removesuffix(f".{place.partition('.')[0]}") for place in found}  # a setting of no group
     assert "eval.references" in found
-    assert found - set(OWN) == NO_PLACES | {"run"}  # in which all write
+    assert {place for place in found if not _is_own(place)} == NO_PLACES | ALIKE
     assert set(OWN) - found == {"data.download", "data.key", "data.kind", "train.num_threads"}
 
 

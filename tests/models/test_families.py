@@ -545,7 +545,7 @@ def test_half_precision_weights_are_read_where_there_are_no_others(tmp_path: Pat
 HOSTILE = [
     ({"_class_name": "os.system"}, "_class_name = 'os.system': no family of teachers"),
     ({"_class_name": ["pipeline", "Mine"]}, r"_class_name = \['pipeline', 'Mine'\]: no family"),
-    ({"_class_name": "KandinskyPipeline"}, "no family of teachers; choose from DDPMPipeline"),
+    ({"_class_name": "KandinskyPipeline"}, "no family of teachers; choose from .*DDPMPipeline"),
     ({"unet": ["subprocess", "Popen"]}, "unet: names subprocess.Popen, which is not loaded"),
     ({"unet": ["diffusers", "UNet2DModel"]}, "unet: names diffusers.UNet2DModel, which is not loaded"),
     ({"text_encoder": ["planted", "CLIPTextModel"]}, "text_encoder: names planted.CLIPTextModel"),
@@ -669,7 +669,7 @@ def test_a_lying_safetensors_header_is_refused(family: str, lie: Any, tmp_path: 
 def test_a_header_longer_than_its_file_is_refused(family: str, tmp_path: Path) -> None:
     file = save_stand_in(family, tmp_path) / f"{LYING[family]}.safetensors"
     file.write_bytes(struct.pack("<Q", 2**62) + file.read_bytes()[8:])
-    with pytest.raises(UserError, match=f"{file.parent.name}: its weights are a pickle"):
+    with pytest.raises(UserError, match=f"{file.parent.name}: cannot be read"):
         load_all(tmp_path)
 
 

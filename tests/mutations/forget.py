@@ -24,7 +24,7 @@ FAULTS = (
     Fault(
         "a fixed class is not kept to",
         METHOD,
-        'stays if self.becomes == "any" else',
+        "stays if self.becomes is None else",
         "stays if self.becomes else",
         SHARES,
     ),

@@ -198,6 +198,8 @@ RAW: dict[str, str] = {
     "diffdistill/export/self_contained.py": NEW,
     "diffdistill/export/stock.py": NEW,
     "diffdistill/export/verify.py": "into a temporary folder",
+    "diffdistill/models/teachers/compose.py": "into a new folder of the cache, whose name is kept until it is whole",
+    "diffdistill/models/teachers/single_file.py": "into the same",
     "diffdistill/storage/atomic.py": "where a file of ours has just been made, and a link refused",
     "eval/evaluation/reference.py": "into a file that open_plain has opened",
 }
