@@ -10,9 +10,15 @@ from torch import Tensor
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.time_distributions import ratio_range
 from diffdistill.settings.limits import MAX_LEVELS
-from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, schema
+from diffdistill.settings.schema import NonNegative, Positive, schema
 
 Intervals = Annotated[int, Field(ge=1, le=MAX_LEVELS)]
+
+LEAST_ABOVE = 1.01
+"""The least ratio that ECT trains, over that of the path's end: at the end itself no level is below."""
+
+GREATEST_SHARE = 1 - 1e-6
+"""Of the lower level in ECT's upper one, which must not round to it."""
 
 
 @schema
@@ -35,7 +41,7 @@ class Doubling:
 
     def intervals(self, step: int, num_steps: int) -> int:
         """N(k) - 1 at iteration `step` of `num_steps`: min(s_0 2^floor(k / K'), s_1)."""
-        stages = math.floor(math.log2(self.last // self.first)) + 1
+        stages = math.ceil(math.log2(self.last / self.first)) + 1
         length = max(1, num_steps // stages)
         return min(self.first * 2 ** min(step // length, stages), self.last)
 
@@ -59,17 +65,22 @@ class Nearing:
     q: Annotated[float, Field(gt=1, le=1000)] = 2.0
     k: NonNegative = 8.0
     b: NonNegative = 1.0
-    stages: PositiveInt = 8
+    stages: Annotated[int, Field(ge=1, le=30)] = 8
 
     def share(self, ratio: Tensor, stage: int) -> Tensor:
-        """r / t at a stage from 0 on, for ratios [B]."""
-        return (1 - self.q ** -(stage + 1) * (1 + self.k * torch.sigmoid(-self.b * ratio))).clamp_min(0)
+        """r / t at a stage from 0 on, for ratios [B], below 1."""
+        return (1 - self.q ** -(stage + 1) * (1 + self.k * torch.sigmoid(-self.b * ratio))).clamp(0, GREATEST_SHARE)
 
     def pair(self, t: Tensor, path: Path, step: int, num_steps: int) -> tuple[Tensor, Tensor]:
-        """t [B] of a law as the levels (t, r), r the lower one.  Where r would be below the path's end it is that."""
+        """t [B] of a law as the levels (t, r), r the lower one.  Where r would be below the path's end it is that.
+
+        A t at the path's end, which has no level below it, is raised by a hundredth of its ratio.
+        """
+        lowest = ratio_range(path)[0]
+        t = t.maximum(path.time_of_ratio(torch.full_like(t, LEAST_ABOVE * lowest)))
         ratio = path.ratio(t)
         stage = min(self.stages * step // max(num_steps, 1), self.stages - 1)
-        lower, lowest = ratio * self.share(ratio, stage), ratio_range(path)[0]
+        lower = ratio * self.share(ratio, stage)
         r = path.time_of_ratio(lower.clamp_min(lowest)).clamp_min(path.t_min)
         return t, torch.where(lower <= lowest, path.t_min, r)
 

@@ -87,6 +87,14 @@ def test_the_grid_doubles_at_the_paper_s_iterations(step: int, num_intervals: in
     assert Doubling().intervals(step, 400_000) == num_intervals
 
 
+@pytest.mark.parametrize(("first", "last"), [(10, 1000), (2, 3), (3, 10), (5, 5)])
+def test_the_grid_reaches_its_last_size_before_the_end(first: int, last: int) -> None:
+    sizes = [Doubling(first=first, last=last).intervals(step, 280) for step in range(280)]
+    assert sizes[0] == first
+    assert sizes[-1] == last
+    assert all(b in (a, min(2 * a, last)) for a, b in pairwise(sizes))
+
+
 def test_ect_starts_at_the_image_and_ends_next_to_the_level() -> None:
     ratio = torch.logspace(-2, 2, 50, dtype=torch.float64)
     shares = [Nearing().share(ratio, stage) for stage in range(12)]
@@ -107,6 +115,28 @@ def test_pairs_of_levels_are_in_the_path_and_apart(path: Path) -> None:
             t, r = curriculum.pair(LogNormal(mean=-1.1, std=2.0)(uniform, path), path, step, 100)
             assert path.t_min <= float(r.min()) < float(t.max()) <= path.t_max
             assert bool((path.ratio(t) > path.ratio(r)).all())
+
+
+@on_every_path
+@pytest.mark.parametrize("curriculum", [Nearing(), Nearing(stages=30), Nearing(stages=30, q=1e6, k=0.0)])
+def test_ect_s_levels_are_apart_at_the_lowest_of_all_and_in_the_last_of_many_stages(
+    path: Path, curriculum: Nearing
+) -> None:
+    lowest_and_others = torch.cat([numbers(path.t_min, path.t_min), path.karras_times(50, 7.0)]).clamp(
+        path.t_min, path.t_max
+    )
+    for step in (0, 50, 99):
+        t, r = curriculum.pair(lowest_and_others, path, step, 100)
+        assert path.t_min <= float(r.min()) < float(t.max()) <= path.t_max
+        weight = 1 / (path.ratio(t) - path.ratio(r))
+        assert bool(torch.isfinite(weight).all())
+        assert float(weight.min()) > 0
+        assert torch.equal(t[3:-1], lowest_and_others[3:-1])  # of the others none is moved
+
+
+def test_more_stages_than_a_level_has_digits_are_refused() -> None:
+    with pytest.raises(UserError, match="less than or equal to 30"):
+        Nearing(stages=31)
 
 
 def test_the_distance_is_of_a_sample_s_norm() -> None:
