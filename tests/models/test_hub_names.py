@@ -139,8 +139,25 @@ def test_a_network_in_the_root_is_fetched(hub: Hub, tmp_path: Path) -> None:
     hub.repository = save_stand_in("ddpm", tmp_path / "ddpm")
     for file in [*(hub.repository / "unet").iterdir(), *(hub.repository / "scheduler").iterdir()]:
         shutil.move(file, hub.repository / file.name)
+    (hub.repository / "ema").mkdir()
+    (hub.repository / "ema" / "diffusion_pytorch_model.safetensors").write_bytes(b"large")
     assert load_model(NAME).spec.image_shape == (3, 8, 8)
-    assert (hub.cache / "diffusion_pytorch_model.safetensors").is_file()
+    assert [str(file.relative_to(hub.cache)) for file in hub.cache.rglob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "custom"}, {"_class_name": "AutoencoderKL"}])
+def test_of_files_beside_the_parts_none_is_fetched(hub: Hub, config: dict[str, str] | None) -> None:
+    """Whatever a config.json in the root is of."""
+    others = ["mine.safetensors", "diffusion_pytorch_model.safetensors", "lora/style.safetensors", "onnx/u.safetensors"]
+    for file in others:
+        (hub.repository / file).parent.mkdir(exist_ok=True)
+        (hub.repository / file).write_bytes(b"large")
+    if config:
+        (hub.repository / "config.json").write_text(json.dumps(config))
+    load_model(NAME)
+    assert not [file for file in others if (hub.cache / file).exists()]
 
 
 def test_neither_pickles_nor_code_nor_second_copies_are_downloaded(hub: Hub) -> None:

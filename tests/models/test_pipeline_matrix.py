@@ -4,11 +4,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import diffusers
 import pytest
 from support.pipeline_matrix import PAGE, ROWS, Row, page_with
 from support.stand_ins import save_stand_in
 
 from diffdistill.models.load import describe_model, load_model
+from diffdistill.models.teachers import FAMILIES, find_family
 from diffdistill.settings.schema import UserError
 
 
@@ -31,6 +33,13 @@ def test_a_row(row: Row, made: Callable[[str], Path], tmp_path: Path) -> None:
     assert spec.pipeline == str(place)
     named = row.told.partition("`")[2].partition("`")[0]
     assert named in ("", spec.model.network.family)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", FAMILIES.own)
+def test_each_folder_is_read_as_a_class_that_diffusers_has(name: str) -> None:
+    family = find_family(name)
+    kinds = (*family.pipelines, *family.variants.values())
+    assert [kind for kind in kinds if not hasattr(diffusers, kind)] == []
 
 
 def test_the_matrix_is_wide_and_its_page_is_of_now() -> None:

@@ -218,6 +218,12 @@ ROWS = [
         edited("sdxl", INDEX, {"requires_aesthetics_score": True}),
     ),
     Row(
+        "FLUX.2 klein, distilled",
+        "refused",
+        "is_distilled = true: a student already, which takes no guidance; name the base model",
+        edited("flux2", INDEX, {"is_distilled": True}),
+    ),
+    Row(
         "a UNet with class embeddings",
         "refused",
         "class_embed_type = 'timestep': the network is told more",

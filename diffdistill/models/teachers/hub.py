@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path as FilePath
 
+from diffdistill.models.teachers.family import Family
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
@@ -19,6 +20,7 @@ CARDS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # for t
 INDEX = ("model_index.json", "config.json", "scheduler_config.json")  # the last two: of networks in the root
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = "*.safetensors"
+ROOT_WEIGHTS = "diffusion_pytorch_model*.safetensors"  # a pattern's * goes on behind a "/" on the hub
 VARIANTS = ("bf16", "fp16")
 """Of weights, where there are none without: the first that is there is taken, and else any."""
 NOT_WEIGHTS = ("*.non_ema*", "*/openvino*", "*/flax*")
@@ -43,11 +45,11 @@ def fetch_pipeline(place: str) -> FilePath:
     if not is_hub_name(place):
         raise UserError(f"{place}: no such folder; give a run's, a diffusers pipeline's, or a name on the hub")
     folder = _fetch(place, [*INDEX, *CARDS])
-    parts = _wanted(folder)
+    family, parts = _wanted(folder)
     pinned = f"{place.partition('@')[0]}@{folder.name}" if COMMIT.match(folder.name) else place
-    if parts:
+    if family and parts:
         texts = [f"{part}/{text}" for part in parts for text in TEXTS]
-        weights = [f"{part}/{WEIGHTS}" for part in parts] + ([WEIGHTS] if (folder / "config.json").is_file() else [])
+        weights = [f"{part}/{WEIGHTS}" for part in parts] + ([ROOT_WEIGHTS] if _is_network(folder, family) else [])
         folder = _fetch(pinned, [*texts, *weights], [f"*.{name}*" for name in VARIANTS])
         _fetch_variants(pinned, folder, parts)
     return folder
@@ -66,15 +68,23 @@ def _lacks_weights(folder: FilePath) -> bool:
     return (folder / "config.json").is_file() and not any(folder.glob(WEIGHTS))
 
 
-def _wanted(folder: FilePath) -> list[str]:
-    """The parts that the pipeline's family loads; none where the family is not known, which is said elsewhere."""
+def _is_network(folder: FilePath, family: Family) -> bool:
+    """Whether the config.json in the root is of the family's network."""
+    try:
+        return read_json(folder / "config.json").get("_class_name") in family.network_classes
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _wanted(folder: FilePath) -> tuple[Family | None, list[str]]:
+    """The pipeline's family, and the parts that it loads; none where it is not known, which is said elsewhere."""
     try:
         index = read_json(folder / "model_index.json")
         family = detect_family(index.get("_class_name"), origin="")
     except (OSError, ValueError):
-        return []
+        return None, []
     named = (family.network, *family.parts, "scheduler")
-    return [part for part in named if index.get(part) not in (None, [None, None])]
+    return family, [part for part in named if index.get(part) not in (None, [None, None])]
 
 
 def _fetch(place: str, wanted: list[str], unwanted: Sequence[str] = ()) -> FilePath:

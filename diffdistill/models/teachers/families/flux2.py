@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from diffdistill.models.teachers.flow import flow_path
 from diffdistill.models.teachers.flow_family import SIDE, FlowFamily
 from diffdistill.models.teachers.packing import PATCH, positions
 from diffdistill.networks.diffusers_model import DiffusersTransformer
+from diffdistill.settings.schema import UserError
 
 NUM_STEPS = 50  # of the pipeline's call, on whose number its shift depends
 
@@ -38,6 +40,12 @@ class Flux2(FlowFamily):
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "Flux2Network":
         return Flux2Network(model)
+
+    def check_index(self, index: Mapping[str, Any], file: FilePath) -> None:
+        if index.get("is_distilled"):
+            raise UserError(
+                f"{file}: is_distilled = true: a student already, which takes no guidance; name the base model"
+            )
 
     def image_shape(self, options: Mapping[str, Any]) -> ImageShape:
         return super().image_shape({"sample_size": self.default_side, **options})

@@ -22,7 +22,8 @@ class Lumina2(FlowFamily):
     """
 
     name = "lumina2"
-    pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")  # the second: of diffusers before 0.34
+    pipelines = ("Lumina2Pipeline",)
+    variants: ClassVar = {"Lumina2Text2ImgPipeline": "Lumina2Pipeline"}  # its name in old folders
     network_classes = ("Lumina2Transformer2DModel",)
     parts: ClassVar = {
         "vae": ("AutoencoderKL",),
