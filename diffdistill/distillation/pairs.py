@@ -30,7 +30,8 @@ def teacher_pairs(
 
     sampler: deterministic, so that an image is a function of its noise.  folder: keeps what is made, in shards: what
     was stopped goes on there, and a later run takes what fits.
-    Raises UserError without a teacher, and where the folder holds pairs of another teacher, sampler, scale or seed.
+    Raises UserError without a teacher, and where the folder holds pairs of another teacher, sampler, scale, seed or
+    list of prompts.
     """
     teacher = problem.teacher
     if teacher is None:
@@ -66,7 +67,8 @@ def _facts(teacher: Denoiser, problem: Problem, seed: int, sampler: Sampler, gui
     """Whatever a pair depends on, besides its number."""
     classes, shape = problem.num_classes, list(problem.image_shape)
     made_by = {"teacher": content_key(teacher), "sampler": repr(sampler), "guidance": guidance}
-    return {"seed": seed, **made_by, "num_classes": classes, "image_shape": shape, "shard": SHARD}
+    prompts = {} if teacher.conditions is None else {"conditions": teacher.conditions.key}  # a label is a prompt's
+    return {"seed": seed, **made_by, **prompts, "num_classes": classes, "image_shape": shape, "shard": SHARD}
 
 
 def _open(folder: FilePath, facts: dict[str, object]) -> None:
@@ -81,5 +83,5 @@ def _open(folder: FilePath, facts: dict[str, object]) -> None:
         raise UserError(f"pairs_folder = {str(folder)!r}: cannot be used: {error}") from None
     if found is not None and found != facts:
         known = found if isinstance(found, dict) else {}
-        other = ", ".join(name for name in facts if known.get(name) != facts[name])
+        other = ", ".join(name for name in known | facts if known.get(name) != facts.get(name))
         raise UserError(f"pairs_folder = {str(folder)!r}: holds pairs of another {other}; name another folder")

@@ -94,16 +94,23 @@ def reward_of(name: str, images: Tensor, cond: Cond, teacher: Denoiser | None = 
     """The reward of images [B, ...], [B], in float32 or wider. Raises UserError for an unknown reward.
 
     cond: the samples', for a judge with the numbers of their prompts.  teacher: as for `check_reward`.
+    A judge, and the VAE before it, compute without autocast.
     """
     reward = find_reward(name)
     if isinstance(reward, Judge):
         if teacher is None:
             raise UserError(f"reward: {name!r} is a judge of pixels and prompts; give `loss` the teacher")
-        decode = teacher.runtime.decode
-        found = reward(images if decode is None else decode(images), _captions(reward, teacher, cond, len(images)))
+        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 images tie that differ
+            seen = _wide(images)
+            seen = seen if teacher.runtime.decode is None else _wide(teacher.runtime.decode(seen))
+            found = reward(seen, _captions(reward, teacher, cond, len(images)))
     else:
         found = reward(images, cond)
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    return _wide(found)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def is_judge(name: str) -> bool:

@@ -7,6 +7,8 @@ import torch
 from support.tiny_players import CLASSES, PATH, SHAPE, small_teacher
 from torch import Tensor
 
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.distillation import pairs
 from diffdistill.distillation.method import Problem
@@ -76,6 +78,26 @@ def test_pairs_of_something_else_are_refused(
         monkeypatch.setitem(globals(), "small_teacher", lambda: other)
     with pytest.raises(UserError, match=rf"pairs_folder = .*: holds pairs of another {named}; name another folder"):
         made(tmp_path, **changed)  # type: ignore[arg-type]
+
+
+def test_pairs_of_other_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label is the number of a prompt; the same teacher knows other prompts by the same numbers."""
+    one = {"noise": torch.zeros(4), "image": torch.zeros(4), "label": torch.zeros(4, dtype=torch.int64)}
+    monkeypatch.setattr(pairs, "_made", lambda *args: one)
+
+    def pairs_of(*prompts: float) -> dict[str, Tensor]:
+        teacher = small_teacher().float()
+        if prompts:
+            rows = Cond(text=torch.tensor(prompts)[:, None, None])
+            teacher.run_with(conditions=PromptTable([rows], Cond(text=torch.zeros(1, 1, 1))))
+        told = Problem(SHAPE, CLASSES, PATH, teacher=teacher)
+        return teacher_pairs(told, 0, 4, SAMPLER, guidance=1.0, folder=str(tmp_path))
+
+    assert same(pairs_of(1, 2), pairs_of(1, 2))
+    for others in ((2, 1), (1, 3), ()):
+        with pytest.raises(UserError, match="holds pairs of another conditions; name another folder"):
+            pairs_of(*others)
+    assert "conditions" not in pairs._facts(small_teacher(), problem(), 0, SAMPLER, 1.0)
 
 
 def test_a_damaged_shard_and_a_folder_that_is_none_are_named(tmp_path: Path) -> None:

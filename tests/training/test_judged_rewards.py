@@ -11,7 +11,8 @@ from support.stand_ins import save_stand_in
 from support.tiny_preference import Judges, write_judges
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.distillation.rewards import Feedback, find_reward
+from diffdistill.distillation.preferences import preference
+from diffdistill.distillation.rewards import Feedback, find_reward, reward_of
 from diffdistill.eval.features import judges as ours
 from diffdistill.eval.features.extractors import LaionAesthetic
 from diffdistill.models.encoders import encode_prompts, encoder_of
@@ -60,6 +61,30 @@ def test_a_judge_sees_the_decoded_latents_and_the_prompt_of_each_sample(
     other = judge(images.detach(), ["two blue birds"] * 3)  # type: ignore[call-arg, arg-type]
     assert torch.allclose(other, scores) == (name == "laion_aesthetic")
     assert all(weight.grad is None for weight in vae.parameters())
+
+
+def test_scores_and_preferences_of_judges_are_the_same_under_autocast(judges: Judges, tmp_path: Path) -> None:
+    pipeline = open_pipeline(save_stand_in("sd", tmp_path / "sd"))
+    teacher = pipeline.load_denoiser()
+    encoder, vae = encoder_of(pipeline.spec), pipeline.load_vae()
+    assert encoder is not None
+    table = encode_prompts(encoder, PROMPTS, root=tmp_path / "cache")
+    teacher.run_with(conditions=table, decode=lambda latents: pipeline.family.to_images(vae, latents))
+    first, change = torch.randn(2, 8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    second, cond = first + 1e-3 * change, Cond(label=torch.arange(8) % 3)
+
+    def found(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = reward_of(name, first, cond, teacher)
+        assert scores.dtype == torch.float32
+        return scores, preference(name, first, second, cond, teacher)
+
+    for name in ("pickscore", "hps", "laion_aesthetic"):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = found(name)
+        for half, full in zip(inside, found(name), strict=True):
+            assert torch.equal(half, full)
+        assert bool(inside[1].all())  # no ties
+        assert torch.isfinite(reward_of(name, first.bfloat16(), cond, teacher)).all()
 
 
 def test_a_run_learns_from_a_judge_and_is_saved_without_it(judges: Judges, tmp_path: Path) -> None:
