@@ -66,6 +66,7 @@ class DMD2(Method):
     regression_distance: PairDistance = field(default_factory=SquaredError)
 
     student = "generator"
+    tells_teacher_class = True
 
     def __post_init__(self) -> None:
         if self.regression_weight and isinstance(self.guidance, tuple):

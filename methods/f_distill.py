@@ -69,6 +69,7 @@ class FDistill(Method):
     ratio_memory: Annotated[float, Field(ge=0, lt=1)] = 0.0  # rho; ImageNet-64: 0.5
 
     student = "generator"
+    tells_teacher_class = True
 
     def __post_init__(self) -> None:
         if self.ratio_min >= self.ratio_max:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.step_random import StepRandom, integer_of
-from diffdistill.distillation.method import Method, Problem
+from diffdistill.distillation.method import METHODS, Method, Problem
 from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
 from diffdistill.settings.limits import MAX_CHOSEN
 from diffdistill.settings.numbers import NonNegativeInt
@@ -49,6 +49,12 @@ class Forget(Wrapper):
             raise UserError(f"method.forgotten = {list(self.forgotten)}: the teacher has {problem.num_classes} classes")
         if self.becomes is not None and (self.becomes >= problem.num_classes or self.becomes in self.forgotten):
             raise UserError(f"method.becomes = {self.becomes}: must be a class that stays, or null for any")
+        if not self.base.tells_teacher_class:
+            telling = ", ".join(sorted(n for n in METHODS.own if vars(METHODS.find(n)).get("tells_teacher_class")))
+            said = "tells its teacher no class of its own, so that nothing would be forgotten"
+            raise UserError(f"method.base.name = {self.base.name!r}: {said}; choose from {telling}")
+        if weight := getattr(self.base, "regression_weight", 0):
+            raise UserError(f"method.base.regression_weight = {weight}: the pairs are of forgotten classes too; use 0")
         if self.base.needs_images:
             raise UserError("method.base: forget goes around a method without real images; set its gan_weight to 0")
 
@@ -64,8 +70,9 @@ class Forget(Wrapper):
         drawn = self.base.draw(rng, problem)
         if not self.forgotten:
             return drawn
+        of_groups = rng.grouped(getattr(self.base, "samples_per_condition", 1))  # which share a condition
         for name in [name for name in drawn if name.endswith("label")]:
-            uniforms = rng.uniforms([f"{name} is forgotten", f"{name} forgotten", f"{name} becomes"])
+            uniforms = of_groups.uniforms([f"{name} is forgotten", f"{name} forgotten", f"{name} becomes"])
             is_forgotten = uniforms[f"{name} is forgotten"] < self.share
             forgotten = self._one_of(self.forgotten, uniforms[f"{name} forgotten"])
             stays = problem.label_of(uniforms[f"{name} becomes"])

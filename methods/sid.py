@@ -73,6 +73,7 @@ class SiD(Method):
     gan_start_images: Images = 0  # SiDA: 200_000
 
     student = "generator"
+    tells_teacher_class = True
 
     def __post_init__(self) -> None:
         if self.gan_weight and not {self.fake_training_guidance, self.fake_guidance} <= {0.0, 1.0}:

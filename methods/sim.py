@@ -55,6 +55,7 @@ class SIM(Method):
     fake_augment: Fraction = 0.0
 
     student = "generator"
+    tells_teacher_class = True
     needs_images = False
 
     @property

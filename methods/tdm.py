@@ -54,6 +54,7 @@ class TDM(Method):
     normaliser_minimum: Positive = 1e-5  # least value of the normaliser nu
 
     student = "generator"
+    tells_teacher_class = True
     needs_images = False
 
     def __post_init__(self) -> None:

@@ -187,6 +187,12 @@ class Method(ABC):
         return False
 
     @property
+    def tells_teacher_class(self) -> bool:
+        """Whether the teacher is asked the draw's "<sample>label for teacher" where there is one, and each class that
+        the losses see is a label of the draw."""
+        return False
+
+    @property
     def trains_network(self) -> bool:
         """Whether the student is the config's `model`, new and untrained, although there is a teacher."""
         return False

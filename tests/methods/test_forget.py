@@ -13,11 +13,12 @@ from diffdistill.data.source import TensorImages
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distillation.method import Problem
+from diffdistill.distillation.method import METHODS, WRAPPERS, Problem
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.forget import Forget
 from diffdistill.methods.sid import SiD
+from diffdistill.methods.sim import SIM
 from diffdistill.settings.schema import UserError
 
 BASES: dict[str, Any] = {
@@ -25,6 +26,9 @@ BASES: dict[str, Any] = {
     "dmd2": DMD2(gan_weight=0.0),
     "f_distill": FDistill(divergence="rkl", gan_weight=0.0),
 }
+TELLING = ("dmd2", "f_distill", "sid", "sim", "tdm")
+"""Ours that tell the teacher another class than the student."""
+
 every_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 
 
@@ -95,6 +99,46 @@ def test_the_teacher_s_answer_for_the_other_class_is_what_moves_a_forgotten_samp
     assert not torch.equal(found, base.call("generator_loss", players, draw, batch).total)
 
 
+@pytest.mark.parametrize("name", TELLING)
+def test_no_network_that_stands_for_the_teacher_sees_a_forgotten_class(name: str) -> None:
+    kind = METHODS.find(name)
+    base = BASES.get(name) or kind()
+    method, problem = Forget(base=base, forgotten=(1,), share=0.5), Problem(SHAPE, CLASSES, PATH, classes=(0, 2))
+    players, _, batch = scene(method)
+    draw = method.draw(StepRandom(0, 0, torch.arange(64)), problem)
+    draw = {name: value.double() if value.is_floating_point() else value for name, value in draw.items()}
+    assert set(draw["label"].tolist()) == {0, 1, 2}
+    seen = set[int]()
+    forward = players.teacher.net.forward
+
+    def watched(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        assert cond.label is not None
+        seen.update(cond.label.tolist())
+        answer: Tensor = forward(x, t, cond)
+        return answer
+
+    players.teacher.net.forward = watched
+    for update in method.updates:
+        draw |= method.call(update.loss, players, draw, batch).carry
+    assert seen == {0, 2}
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS.own) - set(WRAPPERS) - set(TELLING)))
+def test_a_base_whose_teacher_is_told_no_class_of_its_own_is_refused(name: str) -> None:
+    problem = Problem(SHAPE, CLASSES, PATH, teacher=small_teacher().float())
+    said = f"method.base.name = '{name}': .* choose from dmd2, f_distill, sid, sim, tdm$"
+    with pytest.raises(UserError, match=said):
+        Forget(base=METHODS.find(name)(), forgotten=(1,)).players(problem)
+
+
+def test_samples_that_share_a_condition_are_forgotten_together() -> None:
+    draw = drawn(Forget(base=SIM(samples_per_condition=4), forgotten=(1, 3), share=0.5), count=64)
+    for name in (name for name in draw if "label" in name):
+        groups = draw[name].reshape(16, 4)
+        assert torch.equal(groups, groups[:, :1].expand(16, 4))
+    assert 0 < float((draw["label"] % 2).double().mean()) < 1  # some are forgotten, some not
+
+
 def test_the_forgetting_term_vanishes_at_the_other_class_s_law_and_points_to_it_before() -> None:  # D1
     """One dimension: the forgotten class is N(0.7, 0.5^2), the other N(-0.6, 0.4^2)."""
     other = (-0.6, 0.4)
@@ -121,6 +165,10 @@ def test_the_forgetting_term_vanishes_at_the_other_class_s_law_and_points_to_it_
         (
             {"forgotten": (1,), "base": DMD2()},
             "forget goes around a method without real images; set its gan_weight to 0",
+        ),
+        (
+            {"forgotten": (1,), "base": DMD2(gan_weight=0.0, regression_weight=0.25)},
+            "method.base.regression_weight = 0.25: .* use 0",
         ),
     ],
 )

@@ -35,4 +35,18 @@ FAULTS = (
         "label",
         f"{TEST}what_the_fake_score_s_loss_drops_stays_dropped_and_the_rest_has_its_own_class",
     ),
+    Fault(
+        "a group of one condition is torn",
+        METHOD,
+        "uniforms = of_groups.uniforms(",
+        "uniforms = rng.uniforms(",
+        f"{TEST}samples_that_share_a_condition_are_forgotten_together",
+    ),
+    Fault(
+        "a base that tells the teacher nothing is taken",
+        METHOD,
+        "if not self.base.tells_teacher_class:",
+        "if self.base is None:",
+        f"{TEST}a_base_whose_teacher_is_told_no_class_of_its_own_is_refused",
+    ),
 )
