@@ -19,7 +19,7 @@ from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
 from diffdistill.distillation.scales import FakeScale, Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
@@ -71,6 +71,8 @@ class DMD2(Method):
     def __post_init__(self) -> None:
         if self.regression_weight and isinstance(self.guidance, tuple):
             raise ValueError("regression_weight: stored pairs are of one scale; give `guidance` one, not a range")
+        if self.regression_weight:
+            check_deterministic("regression_sampler", self.regression_sampler)
 
     @property
     def scales(self) -> dict[str, FakeScale]:
@@ -90,6 +92,8 @@ class DMD2(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, **self.scales)
+        if self.regression_weight and problem.teacher:
+            self.regression_distance.check("method.regression_distance", problem.image_shape, problem.teacher)
         if self.gan_weight:
             judge = tapped(problem, players, self.gan_features)
             players["discriminator"] = make_head(judge, problem.image_shape, self.gan_taps)

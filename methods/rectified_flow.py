@@ -21,7 +21,7 @@ from diffdistill.diffusion.time_distributions import AnyTimeDistribution, UShape
 from diffdistill.distillation.distances import LPIPS
 from diffdistill.distillation.losses import pseudo_huber
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
 from diffdistill.settings.schema import NonNegative, Number, PositiveInt, field, schema
 
 
@@ -45,6 +45,9 @@ class RectifiedFlow(Method):
     keeps_teacher = False
     updates = (Update(("generator",), "generator_loss"),)
 
+    def __post_init__(self) -> None:
+        check_deterministic("pair_sampler", self.pair_sampler)
+
     def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
@@ -52,6 +55,8 @@ class RectifiedFlow(Method):
         players = problem.copies("generator")
         assert problem.teacher is not None
         check_guidance(problem.teacher, "method.guidance", self.guidance)
+        if self.perceptual:
+            self.perceptual.check("method.perceptual", problem.image_shape, problem.teacher)
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
 from diffdistill.settings.schema import Number, PositiveInt, field, schema
 
 
@@ -37,6 +37,7 @@ class Regression(Method):
     updates = (Update(("generator",), "generator_loss"),)
 
     def __post_init__(self) -> None:
+        check_deterministic("pair_sampler", self.pair_sampler)
         if self.steps.num_evaluations > 1:
             raise ValueError("steps: a pair is of one step; use a single one")
 
@@ -47,6 +48,7 @@ class Regression(Method):
         players = problem.copies("generator")
         assert problem.teacher is not None
         check_guidance(problem.teacher, "method.guidance", self.guidance)
+        self.distance.check("method.distance", problem.image_shape, problem.teacher)
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.settings.numbers import Resolution
 from diffdistill.settings.schema import UserError, schema
 
@@ -26,6 +28,9 @@ class SquaredError:
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
         """The mean over x, target: [B, ...]."""
         return F.mse_loss(x, target)
+
+    def check(self, setting: str, image_shape: Sequence[int], teacher: Denoiser) -> None:
+        """It needs nothing."""
 
 
 @schema
@@ -49,13 +54,23 @@ class LPIPS:
 
     def of_each(self, x: Tensor, target: Tensor) -> Tensor:
         """[B], float32 or wider.  Raises UserError for images that are not grey or in colour."""
-        if x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise UserError(f"distance: lpips looks at images of 1 or 3 channels, not at {list(x.shape[1:])}")
+        _need_pixels(x.shape[1:])
         network = _network(self.network, self.weights, self.sha256, str(x.device))
         both = [self._prepared(image) for image in (x, target)]
         with torch.autocast(x.device.type, enabled=False):
             distance: Tensor = network(*both)
         return distance.flatten()
+
+    def check(self, setting: str, image_shape: Sequence[int], teacher: Denoiser) -> None:
+        """Read the file, for where the teacher's images [C, H, W] are made.
+
+        Raises UserError naming the setting where it cannot be used, and for images that are not grey or in colour.
+        """
+        try:
+            _need_pixels(image_shape)
+            _network(self.network, self.weights, self.sha256, str(device_of(teacher)))
+        except UserError as error:
+            raise UserError(f"{setting}: {error}") from None
 
     def _prepared(self, image: Tensor) -> Tensor:
         image = image.float().expand(-1, 3, -1, -1)
@@ -64,6 +79,11 @@ class LPIPS:
 
 PairDistance = Annotated[SquaredError | LPIPS, Field(discriminator="name")]
 """The distances that a config may name."""
+
+
+def _need_pixels(shape: Sequence[int]) -> None:
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise UserError(f"lpips looks at images of 1 or 3 channels, not at {list(shape)}")
 
 
 @lru_cache(maxsize=4)
@@ -75,27 +95,25 @@ def _network(backbone: Backbone, weights: str, digest: str, device: str) -> nn.M
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError:
-        raise UserError(
-            "distance: lpips needs torchmetrics and torchvision: pip install 'diffdistill[lpips]'"
-        ) from None
+        raise UserError("lpips needs torchmetrics and torchvision: pip install 'diffdistill[lpips]'") from None
     file = FilePath(weights).expanduser()
     if not file.is_file():
-        raise UserError(f"distance.weights = {weights!r}: no such file; it should be torchvision's {backbone}")
+        raise UserError(f"weights = {weights!r}: no such file; it should be torchvision's {backbone}")
     with file.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if not found.startswith(digest):
-        raise UserError(f"distance.weights = {weights!r}: another file: its SHA-256 is {found}, not {digest}")
+        raise UserError(f"weights = {weights!r}: another file: its SHA-256 is {found}, not {digest}")
     network = _LPIPS(pretrained=True, net=backbone, pnet_rand=True)
     state = _read(file)
     # A slice keeps the number of its layers in torchvision's `features`.
     names = {name: re.sub(r"^slices?\.?\d+\.", "features.", name) for name in network.net.state_dict()}
     missing = [name for name in names.values() if name not in state]
     if missing:
-        raise UserError(f"distance.weights = {weights!r}: not weights of {backbone}: it has no {missing[0]}")
+        raise UserError(f"weights = {weights!r}: not weights of {backbone}: it has no {missing[0]}")
     try:
         network.net.load_state_dict({name: state[other] for name, other in names.items()})
     except RuntimeError as error:
-        raise UserError(f"distance.weights = {weights!r}: not weights of {backbone}: {error}") from None
+        raise UserError(f"weights = {weights!r}: not weights of {backbone}: {error}") from None
     return network.eval().requires_grad_(False).to(device)
 
 
@@ -108,4 +126,4 @@ def _read(file: FilePath) -> dict[str, Tensor]:
         read: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
         return read
     except Exception as error:  # torch and safetensors raise many kinds on damaged files
-        raise UserError(f"distance.weights = {str(file)!r}: cannot be read: {error}") from None
+        raise UserError(f"weights = {str(file)!r}: cannot be read: {error}") from None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of
-from diffdistill.diffusion.sampling import Sampler
+from diffdistill.diffusion.sampling import TCD, AnySampler, FewSteps, Sampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Problem
 from diffdistill.networks.given import content_key
@@ -49,6 +49,14 @@ def teacher_pairs(
             write_tensors_atomically(file, shard)
         shards.append({name: value[: len(indices)] for name, value in shard.items()})
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def check_deterministic(setting: str, sampler: AnySampler) -> None:
+    """Raise ValueError, naming the setting, for a sampler whose image is no function of its noise."""
+    is_fresh = isinstance(sampler, FewSteps) and sampler.later_noise == "fresh"
+    is_fresh = is_fresh or (isinstance(sampler, TCD) and sampler.eta > 0)
+    if is_fresh and sampler.num_evaluations > 1:
+        raise ValueError(f"{setting}: {sampler.name} adds fresh noise between its steps; take heun or ddim")
 
 
 def _made(teacher: Denoiser, problem: Problem, seed: int, indices: range, sampler: Sampler, guidance: float) -> Pairs:

@@ -1,15 +1,22 @@
 """Distances between a student's images and stored ones; LPIPS by a library, on a backbone of random weights."""
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support.closed_forms import random
+from support.tiny_players import CLASSES, PATH, SHAPE, small_teacher
 from torch import Tensor
 
 from diffdistill.distillation.distances import LPIPS, SquaredError
+from diffdistill.distillation.method import Method, Problem
+from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.rectified_flow import RectifiedFlow
+from diffdistill.methods.regression import Regression
 from diffdistill.settings.schema import UserError
 
 lpips = pytest.importorskip("torchmetrics.functional.image.lpips")
@@ -82,6 +89,28 @@ def test_other_files_are_refused(backbone: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             wrong(images(0, 4) if "channels" in said else x, images(0, 4) if "channels" in said else x)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda lpips: Regression(distance=lpips),
+        lambda lpips: RectifiedFlow(perceptual=lpips),
+        lambda lpips: DMD2(gan_weight=0.0, regression_weight=1.0, regression_distance=lpips),
+    ],
+    ids=["regression", "rectified_flow", "dmd2"],
+)
+def test_a_file_that_is_another_and_latents_are_found_before_pairs_are_made(
+    backbone: Path, method: Callable[[LPIPS], Method]
+) -> None:
+    teacher = small_teacher().float()
+    of = partial(Problem, num_classes=CLASSES, path=PATH, teacher=teacher)
+    method(settings(backbone)).players(of(SHAPE))
+    with pytest.raises(UserError, match=r"method\.\w+: weights = .*: another file: its SHA-256 is"):
+        method(settings(backbone, sha256="0" * 8)).players(of(SHAPE))
+    with pytest.raises(UserError, match=r"method\.\w+: lpips looks at .* not at \[4, 4, 4\]"):
+        method(settings(backbone)).players(of((4, *SHAPE[1:])))
+    DMD2(gan_weight=0.0, regression_distance=settings(backbone, sha256="0" * 8)).players(of(SHAPE))  # no pairs
 
 
 def test_the_squared_error_is_torch_s_bit_for_bit() -> None:

@@ -1,5 +1,6 @@
 """Stored pairs in shards: the same pairs, made once, resumed, and refused where they are something else's."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from diffdistill.distillation import pairs
 from diffdistill.distillation.method import Problem
 from diffdistill.distillation.pairs import teacher_pairs
 from diffdistill.settings.schema import UserError
+from diffdistill.training.config import RunConfig
 
+MakeConfig = Callable[..., RunConfig]
 SAMPLER = Heun(num_steps=2)
 
 
@@ -98,6 +101,28 @@ def test_pairs_of_other_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(UserError, match="holds pairs of another conditions; name another folder"):
             pairs_of(*others)
     assert "conditions" not in pairs._facts(small_teacher(), problem(), 0, SAMPLER, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("regression", "pair_sampler"), ("rectified_flow", "pair_sampler"), ("dmd2", "regression_sampler")],
+)
+def test_a_sampler_with_fresh_noise_is_refused_by_the_config(
+    make_config: MakeConfig, method: str, setting: str
+) -> None:
+    def ask(sampler: str, weight: int = 1) -> None:
+        pairs_of = (f"method.regression_weight={weight}",) if method == "dmd2" else ()
+        make_config(method, *pairs_of, f"method.{setting}={sampler}")
+
+    several = "{name: few_steps, later_ratios: [1.0], later_noise: %s}"
+    for sampler in (several % "fresh", "{name: tcd}"):
+        with pytest.raises(UserError, match=rf"method.*{setting}: (few_steps|tcd) adds fresh noise"):
+            ask(sampler)
+    for sampler in ("{name: few_steps}", several % "fixed", several % "ddim", "{name: tcd, eta: 0}", "{name: ddim}"):
+        ask(sampler)
+    ask("{name: tcd, num_steps: 1}")
+    if method == "dmd2":
+        ask("{name: tcd}", weight=0)  # it makes no pairs
 
 
 def test_a_damaged_shard_and_a_folder_that_is_none_are_named(tmp_path: Path) -> None:
