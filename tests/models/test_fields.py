@@ -13,8 +13,8 @@ import diffusers
 import pytest
 from support.stand_ins import save_stand_in
 
-from diffdistill.models.load import describe_model
-from diffdistill.models.teachers import FAMILIES, find_family
+from diffdistill.models.load import describe_model, load_model
+from diffdistill.models.teachers import FAMILIES, find_family, open_pipeline
 from diffdistill.models.teachers.fields import NETWORKS, SCHEDULER, VAES, Fields, check_fields
 from diffdistill.settings.schema import UserError
 
@@ -90,6 +90,7 @@ def edit(file: Path, change: dict[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
 
 
+SCHEDULER_FILE, DYNAMIC = "scheduler/scheduler_config.json", {"use_dynamic_shifting": True, "base_image_seq_len": 256}
 REFUSED = [
     ("sd", "unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep': the network is told"),
     ("sd", "unet/config.json", {"num_class_embeds": 1000}, "num_class_embeds = 1000: the network is told"),
@@ -115,6 +116,23 @@ REFUSED = [
     ("z_image", "transformer/config.json", {"siglip_feat_dim": 8}, "siglip_feat_dim = 8: a network that is also given"),
     ("qwen_image", "transformer/config.json", {"zero_cond_t": True}, "zero_cond_t = True: the network is told more"),
     ("qwen_image", "transformer/config.json", {"in_channels": 32}, "in_channels = 32, out_channels = 16: a network"),
+    (
+        "qwen_image",
+        "transformer/config.json",
+        {"out_channels": None},
+        "in_channels = 16, out_channels = 64: a network",
+    ),
+    (
+        "sd",
+        "unet/config.json",
+        {"time_cond_proj_dim": 2},
+        "time_cond_proj_dim = 2: must be a whole number of at least 4",
+    ),
+    ("sdxl", "unet/config.json", {"time_cond_proj_dim": 3}, "time_cond_proj_dim = 3: must be"),
+    ("z_image", SCHEDULER_FILE, {"time_shift_type": "cubic"}, "time_shift_type = 'cubic': is not read"),
+    ("z_image", SCHEDULER_FILE, DYNAMIC | {"base_shift": 1e9}, "base_shift, max_shift: a dynamic shift of exp("),
+    ("z_image", SCHEDULER_FILE, DYNAMIC | {"base_shift": None}, "scheduler_config.json"),
+    ("z_image", SCHEDULER_FILE, DYNAMIC | {"max_image_seq_len": 256}, "base_image_seq_len = max_image_seq_len = 256"),
 ]
 
 
@@ -138,3 +156,54 @@ def test_fields_of_other_programs_and_schedulers_are_harmless(made: Callable[[st
     found, plain = describe_model(place), describe_model(made("sd"))
     assert found.model.path == plain.model.path
     assert (found.image_shape, found.model.predicts) == (plain.image_shape, plain.model.predicts)
+
+
+AXES = {"axes_dims": [4, 4, 4]}  # which diffusers asserts to be a head's width in all
+
+
+def test_a_config_that_diffusers_asserts_to_be_another_is_refused(made: Callable[[str], Path], tmp_path: Path) -> None:
+    place = linked(made("z_image"), tmp_path / "teacher")
+    edit(place / "transformer/config.json", AXES)
+    with pytest.raises(UserError, match=r"transformer: cannot be read: AssertionError"):
+        load_model(place)
+    spec = describe_model(place)
+    with pytest.raises(UserError, match=r"network\.options: ZImageTransformer2DModel: "):
+        spec.model.network.build(spec.image_shape, 0, 0.0)
+
+
+@pytest.mark.parametrize("blocks", [None, 3, []])
+@pytest.mark.parametrize(("family", "field"), [("sd", "block_out_channels"), ("qwen_image", "temperal_downsample")])
+def test_a_vae_that_does_not_say_its_size_is_refused(
+    family: str, field: str, blocks: object, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    place = linked(made(family), tmp_path / "teacher")
+    edit(place / "vae/config.json", {field: blocks})
+    opened = open_pipeline(place)
+    if (family, blocks) == ("qwen_image", []):  # which downsamples nowhere
+        assert opened.vae_factor == 1
+        return
+    with pytest.raises(UserError, match=r"vae/config\.json: does not say how many pixels are one latent"):
+        _ = opened.image_size
+
+
+@pytest.mark.parametrize("kind", ["ZImageTransformer2DModel", "ZImagePipeline"])
+def test_a_class_that_the_installed_diffusers_lacks_asks_for_a_newer_one(
+    kind: str, made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_pipeline(made("z_image"))
+    spec = opened.spec
+    monkeypatch.delitem(diffusers._class_to_module, kind)
+    monkeypatch.delattr(diffusers, kind, raising=False)
+    asked: list[Callable[[], object]] = [opened.load_encoder]
+    if kind == "ZImageTransformer2DModel":
+        asked = [
+            lambda: describe_model(made("z_image")),
+            opened.load_denoiser,
+            lambda: opened.family.full_options({}),
+            lambda: spec.model.network.build(spec.image_shape, 0, 0.0),
+        ]
+    for call in asked:
+        with pytest.raises(UserError) as error:
+            call()
+        version = diffusers.__version__
+        assert str(error.value) == f"this family needs a newer diffusers, which has {kind}; {version} is installed"

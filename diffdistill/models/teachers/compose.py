@@ -20,6 +20,7 @@ from diffdistill.data import cache as kept
 from diffdistill.data.shards import files_key, table_key
 from diffdistill.models.composed import ComposedTeacher
 from diffdistill.models.teachers.added_files import find_added
+from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.pipeline import INDEX, READING, Pipeline, load_model_of, open_pipeline, read_json
 from diffdistill.models.teachers.single_file import save_part, write_single_file
 from diffdistill.settings.schema import UserError
@@ -154,12 +155,10 @@ def _add(teacher: ComposedTeacher, files: _Files, folder: FilePath) -> None:
 
 def _assemble(made: Pipeline, *, has_network: bool, has_text: bool) -> Any:
     """diffusers' own pipeline with the parts alone that files are added to."""
-    import diffusers
-
     if has_text:
         pipe = made.load_encoder()
     else:
-        kind = getattr(diffusers, str(made.index["_class_name"]))
+        kind = diffusers_class(str(made.index["_class_name"]))
         absent = {name for name, value in made.index.items() if isinstance(value, list)} | made.family.parts.keys()
         pipe = kind.from_pretrained(str(made.folder), **dict.fromkeys(absent), local_files_only=True)
     if has_network:

@@ -13,6 +13,7 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
 from diffdistill.diffusion.path import EDM, AnyPath, Prediction, VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, AnySampler
+from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.settings.schema import UserError
 
@@ -31,6 +32,9 @@ def edm_noise(scheduler: Mapping[str, Any]) -> tuple[EDM, Prediction]:
     low, high = (float(scheduler.get(name, default)) for name, default in (("sigma_min", 0.002), ("sigma_max", 80.0)))
     return EDM(sigma_min=low, sigma_max=high), "edm"
 
+
+BUILDING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+"""What diffusers and transformers raise on a config that they cannot build."""
 
 ImageShape = tuple[int, int, int]
 
@@ -129,9 +133,7 @@ class Family(ABC):
 
     def full_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json with the defaults of what it leaves out, as those of earlier versions of diffusers do."""
-        import diffusers
-
-        arguments = inspect.signature(getattr(diffusers, self.model_class(options)).__init__).parameters.values()
+        arguments = inspect.signature(diffusers_class(self.model_class(options)).__init__).parameters.values()
         defaults = {one.name: one.default for one in arguments if one.default is not one.empty}
         return {**json.loads(json.dumps(defaults)), **options}  # its tuples are JSON's lists
 
@@ -139,13 +141,12 @@ class Family(ABC):
         self, options: Mapping[str, Any], image_shape: tuple[int, ...], num_classes: int, class_dropout: float
     ) -> DiffusersNetwork:
         """A new network from its config.json. Raises UserError on what diffusers refuses, and on another shape."""
-        import diffusers
-
-        kind = getattr(diffusers, self.model_class(options))
+        kind = diffusers_class(self.model_class(options))
         try:
             model = kind.from_config(dict(options))
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"network.options: {kind.__name__}: {' '.join(str(error).split())[:200]}") from error
+        except BUILDING as error:
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"network.options: {kind.__name__}: {said}") from error
         net = self.wrap(model, num_classes, class_dropout)
         channels = net.channels
         if image_shape[0] != channels or any(side % net.resolution_multiple for side in image_shape[1:]):

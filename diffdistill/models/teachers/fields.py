@@ -229,7 +229,7 @@ SCHEDULER = Fields(
     _names(
         "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr "
         "shift flow_shift use_flow_sigmas use_dynamic_shifting base_shift max_shift base_image_seq_len "
-        "max_image_seq_len time_shift_type sigma_data sigma_min sigma_max"
+        "max_image_seq_len sigma_data sigma_min sigma_max"
     ),
     dict.fromkeys(
         _names(
@@ -244,6 +244,7 @@ SCHEDULER = Fields(
         STEPS,
     ),
     {
+        "time_shift_type": Only(("exponential", "linear", None), "is not read; choose from exponential, linear"),
         "thresholding": Only((False, None), "its pipeline moves each estimate by the quantiles of its pixels"),
         "timestep_type": Only(("discrete", None), "the network is told noise levels, not steps"),
         "invert_sigmas": Only((False, None), "is not read; use a scheduler without it"),

@@ -36,7 +36,7 @@ def flow_path(
         raise UserError(f"scheduler: num_train_timesteps = {scheduler['num_train_timesteps']!r}: must be {STEPS}")
     if scheduler.get("use_dynamic_shifting"):
         mu = _linear_mu(scheduler, num_tokens, max_shift) if mu is None else mu
-        return Flow(shift=mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
+        return Flow(shift=mu if scheduler.get("time_shift_type") == "linear" else _exp(mu))
     return Flow(shift=float(scheduler.get("shift", scheduler.get("flow_shift", 1.0))))
 
 
@@ -52,4 +52,14 @@ def _linear_mu(scheduler: Mapping[str, Any], num_tokens: int, max_shift: float) 
     """mu linear in the number of tokens, as in most pipelines; the shift is exp(mu), or mu itself."""
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", max_shift)
+    if low == high:
+        raise UserError(f"scheduler: base_image_seq_len = max_image_seq_len = {low!r}: must differ")
     return float(least + (most - least) / (high - low) * (num_tokens - low))
+
+
+def _exp(mu: float) -> float:
+    """Raises UserError where it is no number."""
+    try:
+        return math.exp(mu)
+    except OverflowError:
+        raise UserError(f"scheduler: base_shift, max_shift: a dynamic shift of exp({mu:g}) is too great") from None

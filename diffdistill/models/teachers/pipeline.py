@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path as FilePath
 from typing import Any
@@ -17,9 +16,10 @@ from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
-from diffdistill.models.teachers.family import Family
+from diffdistill.models.teachers.family import BUILDING, Family
 from diffdistill.models.teachers.fields import NETWORKS, SCHEDULER, VAES, check_fields
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
+from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.networks.parameter_limit import limited_parameters
@@ -89,6 +89,7 @@ class Pipeline:
                 f"{file}: _class_name = {config.get('_class_name')!r}, not {self.family.network_classes[0]}"
             )
         refuse_quantised(config, file)
+        diffusers_class(self.family.model_class(config))  # whose defaults are read next
         if known := NETWORKS.get(str(config["_class_name"])):
             check_fields(config, known, file)
         try:
@@ -157,7 +158,16 @@ class Pipeline:
     @property
     def vae_factor(self) -> int:
         """Pixels of an image for one of the latents, on each side; 1 without a VAE."""
-        return self.family.vae_factor(self.vae_config) if self.has_vae else 1
+        if not self.has_vae:
+            return 1
+        config, file = self.vae_config, self.folder / "vae" / "config.json"
+        try:
+            factor = self.family.vae_factor(config)
+        except READING as error:
+            raise UserError(f"{file}: does not say how many pixels are one latent: {_short(error)}") from None
+        if factor < 1:
+            raise UserError(f"{file}: does not say how many pixels are one latent: its list of blocks is empty")
+        return factor
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
@@ -199,11 +209,9 @@ class Pipeline:
 
     def load_encoder(self, device: torch.device | str = "cpu") -> Any:
         """diffusers' own pipeline with the parts alone that encode prompts. Raises UserError."""
-        import diffusers
-
         if not self.family.takes_text:
             raise UserError(f"{self.place}: {self.index.get('_class_name')} takes no prompts")
-        kind = getattr(diffusers, str(self.index["_class_name"]))
+        kind = diffusers_class(str(self.index["_class_name"]))
         given = list(filter(self.class_of, self.family.text_parts))
         for part in given:
             if part.startswith("tokenizer"):
@@ -219,6 +227,8 @@ class Pipeline:
             made = kind.from_pretrained(str(self.folder), **absent, **encoders, local_files_only=True)
         except ImportError as error:
             raise UserError(f"{self.place}: encoding prompts needs `pip install diffdistill[hf]`: {error}") from None
+        except UserError:
+            raise
         except READING as error:
             raise UserError(f"{self.folder}: tokenizers: cannot be read: {_short(error)}") from None
         return made.to(device)
@@ -239,7 +249,7 @@ class Pipeline:
         return PromptTable([self.encode(encoder, prompts)], self.encode_empty(encoder))
 
 
-READING = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError)
+READING = (OSError, *BUILDING)
 """What diffusers and transformers raise on files that they cannot read."""
 
 
@@ -258,10 +268,10 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
         refuse_quantised(config, folder / "config.json")
 
     _check_weights(folder)
-    variant = variant_of(folder)
+    kind, variant = diffusers_class(name, library), variant_of(folder)
     try:
         with limited_parameters():
-            model, about = getattr(import_module(library), name).from_pretrained(
+            model, about = kind.from_pretrained(
                 str(folder),
                 torch_dtype=torch.float32,  # without it transformers takes the config's, and rounds to it
                 use_safetensors=True,

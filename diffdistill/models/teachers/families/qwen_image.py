@@ -41,8 +41,10 @@ class QwenImage(FlowFamily):
         return Renormalised(over="patch")
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """The network makes latents of `out_channels`, and takes tokens of `in_channels`."""
-        made = self.full_options(options)["out_channels"]
+        """The network makes latents of `out_channels`, and takes tokens of `in_channels`. Without the first it makes
+        patches of as many channels as it takes, as diffusers builds it."""
+        full = self.full_options(options)
+        made = full["out_channels"] or full["in_channels"]
         super().check_options({**options, "out_channels": PATCH**2 * made})
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:

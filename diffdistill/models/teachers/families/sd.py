@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.models.teachers.family import Family
 from diffdistill.networks.diffusers_model import DiffusersUNetBlocks
+from diffdistill.settings.schema import UserError
 
 
 class StableDiffusion(Family):
@@ -41,6 +42,10 @@ class StableDiffusion(Family):
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionUNet":
         return StableDiffusionUNet(model, accepts=frozenset({"text"}))
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        super().check_options(options)
+        scale_width(options)
+
     def stock_network(self, model: nn.Module) -> nn.Module:
         """Without the input for guidance, of which a student is always told 1."""
         return told_one(model) if model.config.time_cond_proj_dim else model  # type: ignore[union-attr]
@@ -56,7 +61,7 @@ class StableDiffusionUNet(DiffusersUNetBlocks):
     """`UNet2DConditionModel` with cross-attention to the text."""
 
     def __init__(self, model: nn.Module, accepts: frozenset[str]) -> None:
-        width = int(model.config.time_cond_proj_dim or 0)  # type: ignore[union-attr, arg-type]
+        width = scale_width(model.config)  # type: ignore[arg-type]
         super().__init__(
             model,
             accepts=accepts | ({"guidance_input"} if width else set()),
@@ -81,6 +86,17 @@ class StableDiffusionUNet(DiffusersUNetBlocks):
     def added(self, cond: Cond) -> dict[str, Tensor] | None:
         """What the model takes beside text and time."""
         return None
+
+
+def scale_width(options: Mapping[str, Any]) -> int:
+    """Of the embedding of a guidance scale, from the network's config; 0 for a network that is not told it.
+
+    Raises UserError for one that holds no two frequencies.
+    """
+    width = options.get("time_cond_proj_dim") or 0
+    if not isinstance(width, int) or (width and width < 4):
+        raise UserError(f"time_cond_proj_dim = {width!r}: must be a whole number of at least 4")
+    return width
 
 
 def embed_scale(scale: Tensor, width: int) -> Tensor:

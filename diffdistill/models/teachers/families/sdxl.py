@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule, Rescaled
-from diffdistill.models.teachers.families.sd import StableDiffusionUNet, told_one
+from diffdistill.models.teachers.families.sd import StableDiffusionUNet, scale_width, told_one
 from diffdistill.models.teachers.family import Family, channel_statistics
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import validate
@@ -47,6 +47,10 @@ class StableDiffusionXL(Family):
                 f"{file}: requires_aesthetics_score = true: a refiner, which is told a score and goes on from another "
                 "network's images; name the base model"
             )
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        super().check_options(options)
+        scale_width(options)
 
     def stock_network(self, model: nn.Module) -> nn.Module:
         """As Stable Diffusion's."""

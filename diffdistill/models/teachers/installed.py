@@ -1,0 +1,17 @@
+"""Classes of the libraries that are installed."""
+
+from importlib import import_module
+from typing import Any
+
+from diffdistill.settings.schema import UserError
+
+
+def diffusers_class(name: str, library: str = "diffusers") -> Any:
+    """A class of diffusers, or of transformers, by its name. Raises UserError where the one installed lacks it."""
+    module = import_module(library)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise UserError(
+            f"this family needs a newer {library}, which has {name}; {module.__version__} is installed"
+        ) from None
