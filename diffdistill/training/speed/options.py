@@ -121,7 +121,8 @@ def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: 
 def store_in_bf16(denoiser: Denoiser) -> None:
     """The weights that autocast would round at every call, rounded once: the same D, in float32, from half the bytes.
 
-    Norms, embeddings of time and the arithmetic around the network stay as they are.
+    Norms and the arithmetic around the network stay as they are. So do the sines and cosines of time, but the layers
+    that take them are rounded as any others, and some of diffusers' networks round the time itself (docs/teachers.md).
     """
     for module in denoiser.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and not is_quantised(module):
