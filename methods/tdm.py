@@ -78,17 +78,19 @@ class TDM(Method):
             "call": call,
             "label": problem.label_of(uniforms["label"]),
             "t": self.levels(self.time_law, uniforms["t"], call, path),
-            "fake t": self.levels(self.fake_time_law, uniforms["fake t"], call, path),
+            "fake t": self.levels(self.fake_time_law, uniforms["fake t"], call, path, "fake_time_law"),
             **rng.normals(["z", "eps", "fake eps"], problem.image_shape),
             **draw_scales(rng, {"guidance": self.guidance}),
         }
 
-    def levels(self, law: AnyTimeDistribution, uniform: Tensor, call: Tensor, path: Path) -> Tensor:
-        """Times [B] of the law between the ends of each sample's step; call: [B], the step's number."""
+    def levels(
+        self, law: AnyTimeDistribution, uniform: Tensor, call: Tensor, path: Path, setting: str = "time_law"
+    ) -> Tensor:
+        """Times [B] of the setting's law between the ends of each sample's step; call: [B], the step's number."""
         starts = self.steps.times(path)
         ends = torch.cat([starts[1:], starts.new_full((1,), path.t_min)])
         ranges = zip(ends.tolist(), starts.tolist(), strict=True)
-        shares = torch.tensor([shares_between(law, path, *ends) for ends in ranges], dtype=torch.float64)
+        shares = torch.tensor([shares_between(law, path, *ends, setting) for ends in ranges], dtype=torch.float64)
         low, high = shares.to(uniform.device)[call].unbind(1)
         t = law(low + uniform * (high - low), path)
         return t.maximum(ends.to(t.device)[call])  # a law of whole levels may fall short of the end by one

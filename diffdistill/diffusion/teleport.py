@@ -13,7 +13,7 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.path import EDM, Flow, Path, VPCosine, VPLinear, expand
-from diffdistill.diffusion.sampling import FreshNoise, Sampler
+from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, FreshNoise, OneCall, Sampler
 from diffdistill.settings.schema import UserError
 
 
@@ -96,10 +96,15 @@ class Teleport:
         guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
-        """As every sampler. Raises UserError for a policy of guidance, and where the path cannot end at the ratio."""
+        """As every sampler.
+
+        Raises UserError for a policy of guidance, where the path cannot end at the ratio, and for a sampler that does
+        not begin there with pure noise.
+        """
         if not isinstance(guidance, (int, float, Tensor)):
             raise UserError("teleport: a policy changes the scale on the way, which has no closed form; use a number")
         lower = replace(denoiser.path, **_end_at(denoiser.path, self.ratio))  # type: ignore[type-var]
+        _check_start(self.sampler, lower, self.ratio)
         top, start = (
             torch.full((len(noise),), p.t_max, dtype=torch.float64, device=noise.device) for p in (denoiser.path, lower)
         )
@@ -110,6 +115,19 @@ class Teleport:
         rest.runtime = denoiser.runtime
         unit = x / expand(lower.sigma(start), x)
         return self.sampler(rest, unit.to(noise.dtype), cond, guidance=guidance, fresh_noise=fresh_noise)
+
+
+def _check_start(sampler: Sampler, path: Path, ratio: float) -> None:
+    """Raise UserError where the sampler does not begin at the path's end, which has this ratio, with sigma n."""
+    if isinstance(sampler, OneCall):
+        raise UserError("teleport: one_call does not begin at a noise level")
+    if not isinstance(sampler, (DDIM, FewSteps, TCD)):
+        return  # Heun's grid is over the whole path
+    if not isinstance(sampler, DDIM) and sampler.init_noise == "unit":
+        raise UserError(f"teleport: {sampler.name} with init_noise: unit forgets the level; use init_noise: sigma")
+    first = float(path.ratio(sampler.times(path)[0]))
+    if first < ratio * (1 - 1e-6):
+        raise UserError(f"teleport: {sampler.name} begins at the ratio {first:g}, not at {ratio:g}; make them equal")
 
 
 def _end_at(path: Path, ratio: float) -> dict[str, float]:

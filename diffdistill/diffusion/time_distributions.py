@@ -183,10 +183,12 @@ AnyTimeDistribution = Annotated[
 
 
 @lru_cache(maxsize=4096)
-def shares_between(law: AnyTimeDistribution, path: Path, low: float, high: float) -> tuple[float, float]:
+def shares_between(
+    law: AnyTimeDistribution, path: Path, low: float, high: float, setting: str = "time_law"
+) -> tuple[float, float]:
     """The uniform numbers at which a law's times are `low` and `high`, by bisection; 0 and 1 where it lies inside.
 
-    Raises UserError where the law has no time between them.
+    Raises UserError where the law, of this setting, has no time between them.
     """
     goals = torch.tensor([low, high], dtype=torch.float64)
     below, above = torch.zeros_like(goals), torch.ones_like(goals)
@@ -197,7 +199,7 @@ def shares_between(law: AnyTimeDistribution, path: Path, low: float, high: float
     first, last = ((below + above) / 2).tolist()
     if last - first < ROUNDING:
         ends = path.ratio(goals).tolist()
-        raise UserError(f"time_law: {law.name} has no ratio between {ends[0]:.3g} and {ends[1]:.3g}")
+        raise UserError(f"{setting}: {law.name} has no ratio between {ends[0]:.3g} and {ends[1]:.3g}")
     return first, last
 
 

@@ -85,7 +85,9 @@ def check_reward(name: str, teacher: Denoiser | None) -> None:
     reward = find_reward(name)
     if not isinstance(reward, Judge):
         return
-    if teacher is None or (reward.reads_text and (teacher.conditions is None or not teacher.conditions.texts)):
+    if teacher is None:
+        raise UserError(f"reward: {name!r} is a judge, ready beside a teacher alone; name one")
+    if reward.reads_text and (teacher.conditions is None or not teacher.conditions.texts):
         raise UserError(f"reward: {name!r} reads prompts, and the teacher takes none")
     reward.load(teacher.offload_device or device_of(teacher))
 

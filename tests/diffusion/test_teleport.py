@@ -10,7 +10,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance.policies import CFG
 from diffdistill.diffusion.path import EDM, Path, VPDiscrete
-from diffdistill.diffusion.sampling import DDIM, Heun
+from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall
 from diffdistill.diffusion.teleport import LowRankGaussian, Teleport
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow, mixture_denoiser
 from diffdistill.settings.schema import UserError
@@ -50,6 +50,17 @@ def test_on_gaussian_data_only_the_rest_s_own_error_is_left(path: Path) -> None:
         for sampler in (Heun(num_steps=12), Teleport(Heun(num_steps=12), 0.8, exact()))
     ]
     assert gaps[1] < gaps[0] / 3
+
+
+@on_continuous_paths
+def test_a_few_steps_that_begin_at_the_ratio_or_above_are_taken(path: Path) -> None:
+    teacher, noise = gaussian_denoiser(path, MEAN, COVARIANCE), random(9, 4)
+    later = (2.5, 1.0, 0.5, 0.2)
+    made = [
+        Teleport(FewSteps(init_ratio=first, later_ratios=later, later_noise="ddim"), 5.0, exact())(teacher, noise)
+        for first in (5.0, 80.0)
+    ]
+    torch.testing.assert_close(made[0], made[1])
 
 
 def test_with_a_level_of_the_grid_the_rest_is_the_rest_of_the_grid() -> None:
@@ -115,5 +126,13 @@ def test_what_cannot_be_is_refused() -> None:
         Teleport(DDIM(), 100.0, exact())(teacher, noise)
     with pytest.raises(UserError, match="vp_discrete cannot begin at the ratio 2"):
         Teleport(DDIM(), 2.0, exact())(gaussian_denoiser(VPDiscrete(), MEAN, COVARIANCE), noise)
+    for sampler, said in (
+        (FewSteps(init_ratio=2.5), "few_steps begins at the ratio 2.5, not at 5; "),
+        (FewSteps(init_ratio=5.0, init_noise="unit"), "few_steps with init_noise: unit .* use init_noise: sigma"),
+        (TCD(init_noise="unit"), "tcd with init_noise: unit .* use init_noise: sigma"),
+        (OneCall(), "one_call does not begin at a noise level"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Teleport(sampler, 5.0, exact())(teacher, noise)
     with pytest.raises(UserError, match="at least 2 images, not 1"):
         LowRankGaussian.fit(noise[:1])

@@ -177,7 +177,10 @@ def test_levels_are_the_law_s_between_the_ends_of_each_step(path: Path) -> None:
 
 def test_a_law_without_levels_in_a_step_is_refused() -> None:
     method = TDM(time_law=Karras(ratio_min=0.01, ratio_max=2.0))
-    with pytest.raises(UserError, match=r"time_law: karras has no ratio between 5 and 80"):
+    with pytest.raises(UserError, match=r"^time_law: karras has no ratio between 5 and 80"):
+        method.draw(StepRandom(0, 0, torch.arange(4)), Problem(SHAPE, CLASSES, PATH))
+    method = TDM(fake_time_law=Karras(ratio_min=0.01, ratio_max=2.0))
+    with pytest.raises(UserError, match=r"^fake_time_law: karras has no ratio between 5 and 80"):
         method.draw(StepRandom(0, 0, torch.arange(4)), Problem(SHAPE, CLASSES, PATH))
 
 

@@ -113,6 +113,8 @@ def test_a_teacher_without_prompts_is_refused_at_once(judges: Judges, tmp_path: 
     with pytest.raises(UserError, match="'pickscore' reads prompts, and the teacher takes none"):
         Feedback(reward="pickscore", threshold=1.0).check(teacher)
     Feedback(reward="laion_aesthetic", threshold=1.0).check(teacher)
+    with pytest.raises(UserError, match="'laion_aesthetic' is a judge, ready beside a teacher alone"):
+        Feedback(reward="laion_aesthetic", threshold=1.0).check(None)
     with pytest.raises(UserError, match="no pixels"):
         Feedback(reward="laion_aesthetic", threshold=1.0).loss(torch.zeros(1, 4, 8, 8), Cond(), teacher)
 
