@@ -118,7 +118,7 @@ def test_pairs_of_levels_are_in_the_path_and_apart(path: Path) -> None:
 
 
 @on_every_path
-@pytest.mark.parametrize("curriculum", [Nearing(), Nearing(stages=30), Nearing(stages=30, q=1e6, k=0.0)])
+@pytest.mark.parametrize("curriculum", [Nearing(), Nearing(stages=30), Nearing(stages=30, q=1e3, k=0.0)])
 def test_ect_s_levels_are_apart_at_the_lowest_of_all_and_in_the_last_of_many_stages(
     path: Path, curriculum: Nearing
 ) -> None:
