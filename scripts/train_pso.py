@@ -15,7 +15,7 @@ config = RunConfig(
     init="runs/digits-dmd2",  # the student, and the reference that it is held to
     method=PSO(steps=FewSteps(init_ratio=4.0), winners="reward", reward="contrast"),
     optimizers={"generator": OptimizerConfig(lr=1e-4, betas=(0.9, 0.999))},
-    ema=EMAConfig(halflife_images=4400, ramp=0),
+    ema=EMAConfig(halflife_images=2500, ramp=0),
     health=None,
     train=TrainConfig(steps=200, global_batch_size=64),
 )
