@@ -21,6 +21,7 @@ from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.curricula import Curriculum, Doubling
 from diffdistill.distillation.dropout_masks import masks_again
+from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.losses import pseudo_huber
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.settings.schema import NonNegative, Number, UserError, field, schema
@@ -56,6 +57,7 @@ class Consistency(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         """Raises UserError where guidance has no meaning."""
+        check_first_noise(self.name, self.steps, problem.path)
         players = problem.copies("generator")
         assert problem.teacher is not None
         if self.guidance != 1 and not self.keeps_teacher:

@@ -19,6 +19,7 @@ from diffdistill.diffusion.sampling import DDIM, TCD, transfer
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.averages import follow
+from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.losses import (
     DenoisingWeight,
     field_loss,
@@ -52,8 +53,7 @@ STAGES = (
 
 @schema
 class HyperSD(Method):
-    """Settings, in the paper's terms. A critic learns from the first stage on whose weight asks for it; without such a
-    stage there is none."""
+    """Settings, in the paper's terms. A critic learns from the first stage on whose weight asks for it, if any."""
 
     name: Literal["hyper_sd"] = "hyper_sd"
     stages: Stages = STAGES
@@ -95,6 +95,7 @@ class HyperSD(Method):
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
+        check_first_noise(self.name, self.steps, problem.path)
         players = start_players(problem, guidance=next((w for w in self.guidance if w != 1), 1.0))
         check_feedback(self.feedback, problem.teacher)
         if self._start("score_weight") is None:
@@ -185,9 +186,8 @@ class HyperSD(Method):
 
     def _logits(self, players: Players, draw: Draw, x: Tensor, noise: str, cond: Cond) -> Tensor:
         """The head on the teacher's bottleneck, at a level of the same segment, as PCM does it."""
-        t = draw["judged"]
-        noised = players.teacher.path.renoise(x, draw[noise], draw["end"], t)
-        return players.discriminator(players.teacher.features(noised, t, cond))
+        noised = players.teacher.path.renoise(x, draw[noise], draw["end"], draw["judged"])
+        return players.discriminator(players.teacher.features(noised, draw["judged"], cond))
 
     def _distance(self, gap: Tensor) -> Tensor:
         """Mean square, or PCM's Huber distance of every value."""

@@ -24,6 +24,7 @@ from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.dropout_masks import masks_again, without_dropout
+from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.registry import BaseNetwork
@@ -77,6 +78,7 @@ class MeanFlow(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The teacher's weights and a new input. Raises UserError where guidance has no meaning to the teacher."""
+        check_first_noise(self.name, self.steps, problem.path)
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method starts from one; name a pretrained run")

@@ -19,6 +19,7 @@ from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, UShaped
 from diffdistill.distillation.distances import LPIPS
+from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.losses import pseudo_huber
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
@@ -52,6 +53,7 @@ class RectifiedFlow(Method):
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
+        check_first_noise(self.name, self.steps, problem.path)
         players = problem.copies("generator")
         assert problem.teacher is not None
         check_guidance(problem.teacher, "method.guidance", self.guidance)

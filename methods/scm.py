@@ -20,6 +20,7 @@ from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
 from diffdistill.distillation.dropout_masks import masks_again
+from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.time_weight import TimeWeight
 from diffdistill.settings.schema import NonNegative, Number, Positive, UserError, field, schema
@@ -58,6 +59,7 @@ class SCM(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         """Raises UserError where guidance has no meaning to the teacher."""
+        check_first_noise(self.name, self.steps, problem.path)
         players = problem.copies("generator")
         assert problem.teacher is not None
         if self.guidance != 1 and not self.keeps_teacher:

@@ -17,6 +17,7 @@ from diffdistill.diffusion.path import Path, expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal, shares_between
+from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.losses import (
     DenoisingWeight,
     denoising_weight,
@@ -69,6 +70,7 @@ class TDM(Method):
         return self.steps
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
+        check_first_noise(self.name, self.steps, problem.path)
         return start_players(problem, guidance=self.guidance)
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:

@@ -31,17 +31,20 @@ METHODS = {
     "msd": f"{{name: msd, base: {SCORE}, num_students: 2, partition: {{name: label_ranges}}}}",
     "regression": f"{{name: regression, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8, pair_sampler: {HEUN}}}",
     "guidance_distill": "{name: guidance_distill, steps: {name: ddim, num_steps: 3}, width: 8}",
-    "scm": "{name: scm, steps: {init_ratio: 5, init_noise: unit}}",
-    "consistency": "{name: consistency, steps: {init_ratio: 5, init_noise: unit}}",
-    "tdm": "{name: tdm, steps: {init_ratio: 5, init_noise: unit}}",
-    "rectified_flow": f"""{{name: rectified_flow, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8,
+    "scm": "{name: scm, steps: {init_ratio: 6000, init_noise: unit}}",
+    "consistency": "{name: consistency, steps: {init_ratio: 6000, init_noise: unit}}",
+    "tdm": "{name: tdm, steps: {init_ratio: 6000, init_noise: unit}}",
+    "rectified_flow": f"""{{name: rectified_flow, steps: {{init_ratio: 6000, init_noise: unit}}, pairs: 8,
         pair_sampler: {HEUN}}}""",
     "pso": "{name: pso, steps: {init_ratio: 5, init_noise: unit}, winners: reward}",
     "preference_field": "{name: preference_field, steps: {init_ratio: 5, init_noise: unit}, fake_updates: 1}",
     "forget": f"{{name: forget, base: {SCORE}}}",
-    "mean_flow": "{name: mean_flow, steps: {init_ratio: 5, init_noise: unit}, width: 8}",
+    "mean_flow": "{name: mean_flow, steps: {init_ratio: 6000, init_noise: unit}, width: 8}",
 }
 """The settings of each method that distils a teacher, for one step from unit noise where it is a generator's."""
+
+ON_THE_PATH = ("hyper_sd", "scm", "consistency", "tdm", "rectified_flow", "mean_flow")
+"""Methods whose students begin with the path's own noise: unit noise only where sigma is 1, unlike in `OWN`."""
 
 EDM = "path: {name: edm, sigma_min: 0.02, sigma_max: 20}, sigma_data: 0.75"
 EDM_UNET = "channels: 8, multipliers: [1, 2], blocks: 1, attention_resolutions: [4]"
@@ -93,9 +96,11 @@ def train(method: str, teacher: Path, run: Path, *overrides: str) -> Path:
 
 
 def config_of(method: str, teacher: Path, run: Path, *overrides: str) -> RunConfig:
-    text = f"method: {METHODS[method]}\noptimizers: {{default: {{lr: 1e-3}}}}\ntrain: {SMALL_TRAIN}"
+    pipeline, method_text = describe_model(teacher).pipeline, METHODS[method]
+    if pipeline is None and method in ON_THE_PATH:
+        method_text = method_text.replace("init_ratio: 6000", "init_ratio: 5").replace("unit", "sigma")
+    text = f"method: {method_text}\noptimizers: {{default: {{lr: 1e-3}}}}\ntrain: {SMALL_TRAIN}"
     settings = parse_yaml(text, origin="the tests' settings") | {"run": str(run), "teacher": str(teacher)}
-    pipeline = describe_model(teacher).pipeline
     if pipeline is not None:
         settings["data"] = data_for(open_pipeline(pipeline), run.parent / "data")
         settings["data"]["cache"] = str(run.parent / "cache")
