@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from support.tiny_players import CLASSES, SHAPE, small_teacher
 
-from diffdistill.diffusion.path import EDM, Flow, Path, VPLinear
+from diffdistill.diffusion.path import EDM, Flow, Path, VPDiscrete, VPLinear
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps
 from diffdistill.distillation.method import Problem
 from diffdistill.methods.consistency import Consistency
@@ -25,6 +25,9 @@ KINDS: dict[str, Any] = {
 }
 
 
+STABLE_DIFFUSION = VPDiscrete(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
 def problem(path: Path) -> Problem:
     teacher = small_teacher().float()
     teacher.path = path
@@ -32,7 +35,9 @@ def problem(path: Path) -> Problem:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(("path", "sigma"), [(EDM(), "5"), (Flow(), "0.833"), (VPLinear(), "0.981")])
+@pytest.mark.parametrize(
+    ("path", "sigma"), [(EDM(), "5"), (Flow(), "0.833"), (VPLinear(), "0.981"), (STABLE_DIFFUSION, "0.981")]
+)
 def test_unit_noise_where_the_level_s_deviation_is_another_is_refused(name: str, path: Path, sigma: str) -> None:
     said = f"^method.steps.init_noise = unit: {name} begins with sigma n, and sigma is {sigma} there; use sigma"
     with pytest.raises(UserError, match=said):
@@ -40,7 +45,9 @@ def test_unit_noise_where_the_level_s_deviation_is_another_is_refused(name: str,
 
 
 @pytest.mark.parametrize(
-    ("path", "ratio"), [(Flow(), 500.0), (VPLinear(), 80.0), (EDM(), 1.0)], ids=["flow", "vp", "edm"]
+    ("path", "ratio"),
+    [(Flow(), 500.0), (Flow(shift=3), 1e6), (VPLinear(), 80.0), (STABLE_DIFFUSION, 1e6), (EDM(), 1.0)],
+    ids=["flow", "a flow's end", "vp", "a schedule's last index", "edm"],
 )
 def test_unit_noise_where_it_is_the_level_s_own_is_taken(path: Path, ratio: float) -> None:
     for kind in (Consistency, TDM, RectifiedFlow, SCM):
