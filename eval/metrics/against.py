@@ -18,7 +18,7 @@ from statistics import NormalDist, stdev
 import torch
 from torch import Tensor
 
-from diffdistill.eval.metrics.halves import Half, InMemory
+from diffdistill.eval.metrics.halves import draw_half, score_halves
 from diffdistill.eval.metrics.scoring import score
 from diffdistill.eval.metrics.settings import AnyMetric
 from diffdistill.eval.metrics.sides import JudgedFeatures
@@ -74,25 +74,15 @@ def distances_above_floor(
     if len(set(counts)) > 1 or counts[0] < 4:
         raise UserError(f"distances above a floor need equal sets of 4 images or more, not {counts}")
     whole = [score(metrics, side, independent).values for side in (student, same_noise)]
-    halved = [metric.of_at_most(counts[0] // 2) for metric in metrics]
-    memories = [{key: InMemory(features) for key, features in side.items()} for side in sets]
     rng = torch.Generator().manual_seed(seed)
-    replicates = []
-    for _ in range(num_replicates):
-        of_pairs, of_reference = (
-            torch.randperm(counts[0], generator=rng)[: counts[0] // 2].sort().values for _ in range(2)
-        )
-        chosen = (of_pairs, of_pairs, of_reference)
-        *judged, reference = (
-            {key: Half(side, part) for key, side in memory.items()}
-            for memory, part in zip(memories, chosen, strict=True)
-        )
-        replicates.append([score(halved, half, reference).values for half in judged])
+    drawn = [(draw_half(counts[0], rng), draw_half(counts[0], rng)) for _ in range(num_replicates)]
+    halves, of_reference = zip(*drawn, strict=True)
+    of_student, of_floor = score_halves(metrics, (student, same_noise), independent, halves, of_reference)
 
-    def measured(name: str, of_student: int, of_floor: int) -> Measured:
+    def measured(name: str, first: int, second: int) -> Measured:
         """A combination of the student's value and the floor's."""
-        spread = stdev(of_student * both[0][name] + of_floor * both[1][name] for both in replicates)
-        return Measured.around(of_student * whole[0][name] + of_floor * whole[1][name], spread, confidence)
+        spread = stdev(first * a[name] + second * b[name] for a, b in zip(of_student, of_floor, strict=True))
+        return Measured.around(first * whole[0][name] + second * whole[1][name], spread, confidence)
 
     return {
         name: AboveFloor(student=measured(name, 1, 0), floor=measured(name, 0, 1), excess=measured(name, 1, -1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffdistill.eval.metrics.halves import Half, InMemory
+from diffdistill.eval.metrics.halves import draw_half, score_halves
 from diffdistill.eval.metrics.scoring import score
 from diffdistill.eval.metrics.settings import AnyMetric
 from diffdistill.eval.metrics.sides import Features, JudgedFeatures
@@ -56,18 +56,14 @@ def paired_differences(
     if count != b[label].summary.count:
         raise UserError(f"pairs need as many images on both sides, not {count} and {b[label].summary.count}")
     of_a, of_b = score(metrics, a, real).values, score(metrics, b, real).values
-    replicates: dict[str, list[float]] = {name: [] for name in of_a}
     rng = torch.Generator().manual_seed(seed)
-    halved = [metric.of_at_most(count // 2) for metric in metrics]
-    sides = [{key: InMemory(features) for key, features in side.items()} for side in (a, b)]
-    for _ in range(num_replicates):
-        chosen = torch.randperm(count, generator=rng)[: count // 2].sort().values
-        halves = [{key: Half(features, chosen) for key, features in side.items()} for side in sides]
-        found = [score(halved, half, real).values for half in halves]
-        for name, values in replicates.items():
-            values.append(found[0][name] - found[1][name])
+    halves = [draw_half(count, rng) for _ in range(num_replicates)]
+    replicates = [
+        {name: first[name] - second[name] for name in of_a}
+        for first, second in zip(*score_halves(metrics, (a, b), real, halves), strict=True)
+    ]
     tail = (1 - confidence) / 2
-    return {name: _interval(of_a[name], of_b[name], values, tail) for name, values in replicates.items()}
+    return {name: _interval(of_a[name], of_b[name], [one[name] for one in replicates], tail) for name in of_a}
 
 
 def _interval(a: float, b: float, replicates: list[float], tail: float) -> Difference:

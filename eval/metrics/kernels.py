@@ -28,6 +28,32 @@ def kid(a: Tensor, b: Tensor, *, num_subsets: int = 100, subset_size: int = 1000
     return float(estimates.mean()), float(estimates.std(correction=0))
 
 
+def kid_of_parts(a: Tensor, b: Tensor, in_a: Tensor, in_b: Tensor, *, block_size: int = 2048) -> Tensor:
+    """[R]: what `kid` estimates by subsets, over all pairs of R parts of both sets.
+
+    a: [N, d]; b: [M, d]; in_a: [R, N] and in_b: [R, M], bool: the samples of each part, 2 or more.  Every kernel value
+    is taken once, whatever R is, and never more than [block_size, block_size] of them are in memory.
+    Raises UserError as `kid`.
+    """
+    check_pair(a, b)
+    a, b, in_a, in_b = (x.double() for x in (a, b, in_a, in_b))
+    sizes = [chosen.sum(1) for chosen in (in_a, in_b)]
+    if (fewest := min(int(size.min()) for size in sizes)) < 2:
+        raise UserError(f"a part must have 2 samples or more, not {fewest}")
+    value = torch.zeros(len(in_a), dtype=torch.float64, device=a.device)
+    for x, chosen, size in zip((a, b), (in_a, in_b), sizes, strict=True):
+        of_pairs = -chosen @ _kernel_diagonal(x)
+        for rows, columns in half_of_pairs(len(x), block_size):
+            twice = 1 if rows == columns else 2
+            of_pairs += twice * _sum_of_parts(x[rows], x[columns], chosen[:, rows], chosen[:, columns])
+        value += of_pairs / (size * (size - 1))
+    for rows in blocks(len(a), block_size):
+        for columns in blocks(len(b), block_size):
+            across = _sum_of_parts(a[rows], b[columns], in_a[:, rows], in_b[:, columns])
+            value -= 2 * across / (sizes[0] * sizes[1])
+    return value
+
+
 def cmmd(a: Tensor, b: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, block_size: int = 2048) -> float:
     """scale times the biased squared MMD with the kernel exp(-|x - y|^2 / (2 sigma^2)).
 
@@ -59,13 +85,24 @@ def _sum_gaussian(a: Tensor, b: Tensor, sigma: float) -> float:
 
 
 def _unbiased_mmd(a: Tensor, b: Tensor) -> Tensor:
-    def gram(x: Tensor, y: Tensor) -> Tensor:
-        values: Tensor = (x @ y.T / x.shape[1] + 1) ** 3
-        return values
-
     pairs = len(a) * (len(a) - 1)
-    within = _sum(gram(a, a).fill_diagonal_(0)) + _sum(gram(b, b).fill_diagonal_(0))
-    return within / pairs - 2 * _sum(gram(a, b)) / (len(a) * len(b))
+    within = _sum(_kernel(a, a).fill_diagonal_(0)) + _sum(_kernel(b, b).fill_diagonal_(0))
+    return within / pairs - 2 * _sum(_kernel(a, b)) / (len(a) * len(b))
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    values: Tensor = (x @ y.T / x.shape[1] + 1) ** 3
+    return values
+
+
+def _kernel_diagonal(x: Tensor) -> Tensor:
+    values: Tensor = (x.square().sum(1) / x.shape[1] + 1) ** 3
+    return values
+
+
+def _sum_of_parts(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
+    """[R]: the sum of the kernel over each part's pairs."""
+    return ((in_x @ _kernel(x, y)) * in_y).sum(1)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ eval/metrics/distances.py and its neighbours). A new metric is one class here, a
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -45,10 +44,6 @@ class Metric(ABC):
     def text_prefix(self) -> str:
         """What is put before every caption, where texts are needed."""
         return ""
-
-    def of_at_most(self, count: int) -> Self:
-        """The same metric of so many images, where it takes more."""
-        return self
 
 
 @schema
@@ -103,10 +98,6 @@ class KernelDistance(Metric):
         fake, real = sides.fake.rows(), sides.real.rows()
         mean, spread = kid(fake, real, num_subsets=self.num_subsets, subset_size=self.subset_size, seed=self.seed)
         return Found((mean,), spread)
-
-    def of_at_most(self, count: int) -> Self:
-        """A subset cannot be larger than the whole."""
-        return replace(self, subset_size=min(self.subset_size, count))
 
 
 @schema

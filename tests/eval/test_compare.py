@@ -88,10 +88,17 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
     assert paired_differences(FRECHET, *sides, REAL, num_replicates=5, seed=1) != first
 
 
-def test_a_subset_of_kid_shrinks_with_the_half() -> None:
+def test_halves_of_kid_take_all_pairs_whatever_its_subsets_are() -> None:
+    """Subsets as large as the whole do not fit into a half; nor need the subsets be many for a steady interval."""
     sides = {"toy": Side(normal("a"))}, {"toy": Side(normal("b"))}
-    metrics = (KernelDistance(features=TOY, num_subsets=2, subset_size=500),)
-    assert "kid-toy" in paired_differences(metrics, *sides, REAL, num_replicates=2)
+    intervals = []
+    for subsets in ({"num_subsets": 2, "subset_size": 500}, {"num_subsets": 100, "subset_size": 50}):
+        found = paired_differences((KernelDistance(features=TOY, **subsets),), *sides, REAL, num_replicates=20)[
+            "kid-toy"
+        ]
+        intervals.append((found.low - found.difference, found.high - found.difference))
+    assert intervals[0] == pytest.approx(intervals[1], abs=1e-12)
+    assert intervals[0][0] < 0 < intervals[0][1]
 
 
 @pytest.mark.parametrize(("options", "said"), [({"num_replicates": 1}, "replicates = 1"), ({"confidence": 1.0}, "1.0")])

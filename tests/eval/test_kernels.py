@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.made_features import normal
 
-from diffdistill.eval.metrics.kernels import cmmd, kid
+from diffdistill.eval.metrics.kernels import cmmd, kid, kid_of_parts
 
 
 def test_kid_of_whole_sets_equals_brute_force() -> None:
@@ -24,6 +24,28 @@ def test_kid_of_whole_sets_equals_brute_force() -> None:
 def test_equal_laws_are_at_zero_within_their_spread() -> None:
     mean, deviation = kid(normal(2000, 6), normal(2000, 6, seed=1), num_subsets=20, subset_size=100)
     assert abs(mean) < deviation
+
+
+@pytest.mark.parametrize("block_size", [7, 2048])
+def test_parts_together_equal_one_part_after_another(block_size: int) -> None:
+    a, b = normal(40, 6), normal(30, 6, seed=1) + 0.2
+    chosen = torch.arange(40) % 3 == torch.tensor([[0], [1]]), torch.arange(30) < torch.tensor([[9], [30]])
+    found = kid_of_parts(a, b, *chosen, block_size=block_size)
+    for value, in_a, in_b in zip(found.tolist(), *chosen, strict=True):
+        parts = a[in_a], b[in_b]
+        count = min(map(len, parts))
+        subsets = [x[:count] for x in parts]
+        equal = kid_of_parts(*subsets, *(torch.ones(1, count, dtype=torch.bool),) * 2)
+        assert float(equal) == pytest.approx(kid(*subsets, num_subsets=1, subset_size=count)[0], abs=1e-12)
+        assert value == pytest.approx(
+            float(kid_of_parts(*parts, *(torch.ones(1, len(x)) > 0 for x in parts))), abs=1e-12
+        )
+
+
+def test_a_part_of_one_sample_is_refused() -> None:
+    one = torch.tensor([[True, False, False]])
+    with pytest.raises(ValueError, match="2 samples or more, not 1"):
+        kid_of_parts(normal(3, 2), normal(3, 2), one, one)
 
 
 def test_the_seed_decides_the_subsets() -> None:
