@@ -51,6 +51,22 @@ def sample(
         int | None, typer.Option(help="Default: the teacher's own.", min=1, max=MAX_SAMPLING_STEPS)
     ] = None,
     teacher_guidance: Annotated[str | None, typer.Option(help="Default: what the student was distilled with.")] = None,
+    first_calls: Annotated[
+        int,
+        typer.Option(
+            help="So many of the student's calls are the teacher's, under --teacher-guidance: more variety.",
+            min=0,
+            max=MAX_SAMPLING_STEPS,
+        ),
+    ] = 0,
+    estimates: Annotated[
+        bool,
+        typer.Option(
+            "--estimates",
+            help="A picture of what student and teacher would each make of every state on the way, a column a call; "
+            "with --teacher on the teacher's way, too. 8 images by default.",
+        ),
+    ] = False,
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
     negative_prompt: NegativePrompt = None,
     negative_scale: NegativeScale = None,
@@ -64,12 +80,14 @@ def sample(
     Example: diffdistill sample runs/demo/student --count 100 --teacher --out digits.png
 
     Example: diffdistill sample exported/sd15 --prompt "a red fox" --prompt "two blue birds" --steps 2
+
+    Example: diffdistill sample runs/four-steps --first-calls 1 --estimates --out estimates.png
     """
     import torch
 
     from diffdistill.data.prompts import read_prompts
     from diffdistill.diffusion.guidance.policies import parse_guidance
-    from diffdistill.exported.sample import SampleOptions, run_sample
+    from diffdistill.exported.sample import SampleOptions, run_estimates, run_sample
     from diffdistill.inference.image_generator import SampleRequest
 
     asked = SampleRequest(
@@ -94,7 +112,12 @@ def sample(
         teacher_from=teacher_from,
         teacher_guidance=None if teacher_guidance is None else parse_guidance(teacher_guidance),
         teacher_steps=teacher_steps,
+        first_calls=first_calls,
     )
+    if estimates:
+        shown = "; ".join(one.caption for one in run_estimates(run, options))
+        console.print(f"{out}: {shown}", highlight=False, soft_wrap=True, markup=False)
+        return
     made = run_sample(run, options)
     shown = "; ".join([*(f"{one.caption} an image" for one in made), *filter(None, [made[-1].classes])])
     console.print(f"{out}: {len(made[0].images)} images; {shown}", highlight=False, soft_wrap=True, markup=False)

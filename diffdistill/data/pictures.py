@@ -23,9 +23,12 @@ def save_grid(file: FilePath, images: Tensor, *, columns: int, min_side: int = 3
     save_picture(tile(images, columns, min_side), file)
 
 
-def save_panels(file: FilePath, panels: Mapping[str, Tensor], *, columns: int, min_side: int = 32) -> None:
-    """One PNG with a captioned grid per entry, side by side."""
-    grids = {caption: tile(images, columns, min_side) for caption, images in panels.items()}
+def save_panels(
+    file: FilePath, panels: Mapping[str, Tensor], *, columns: int | Mapping[str, int], min_side: int = 32
+) -> None:
+    """One PNG with a captioned grid per entry, side by side.  columns: of all of them, or by caption."""
+    of_each = dict.fromkeys(panels, columns) if isinstance(columns, int) else columns
+    grids = {caption: tile(images, of_each[caption], min_side) for caption, images in panels.items()}
     gap, ruler = 8, ImageDraw.Draw(Image.new("RGB", (1, 1)))
     widths = {caption: max(grid.width, int(ruler.textlength(caption)) + 2) for caption, grid in grids.items()}
     size = (sum(widths.values()) + gap * (len(grids) - 1), CAPTION_HEIGHT + max(grid.height for grid in grids.values()))

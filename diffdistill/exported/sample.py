@@ -1,5 +1,6 @@
 """`diffdistill sample`: a grid of images, the teacher's beside them on request."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from diffdistill.data.pictures import save_grid, save_panels
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.record import guidance_of, read_record
+from diffdistill.exported.first_calls import Estimates, as_model, estimates_along, with_first_calls
 from diffdistill.exported.image_generators import CodeImageGenerator, open_image_generator, timed_images
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
 from diffdistill.models.load import find_checkpoint, first_student
@@ -22,7 +24,8 @@ from diffdistill.storage.checkpoint import read_state
 class SampleOptions:
     """count: of images; default all prompts once, or 100.  batch: images at a time.  columns: of the grid.
     teacher_from: where the teacher is now, if not where the student says.
-    teacher_guidance, teacher_steps: default what the student was distilled with, and the teacher's own."""
+    teacher_guidance, teacher_steps: default what the student was distilled with, and the teacher's own.
+    first_calls: of the student, that the teacher makes."""
 
     asked: SampleRequest
     out: FilePath
@@ -33,6 +36,7 @@ class SampleOptions:
     teacher_from: str | None = None
     teacher_guidance: Guidance | None = None
     teacher_steps: int | None = None
+    first_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,49 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
     asked = options.asked
     student = open_image_generator(place, asked)
     count = options.count or (len(asked.prompts) if asked.prompts else 100)
-    if not options.has_teacher:
-        made = [_draw("", student, count, options.batch, asked.guidance)]
-    else:
-        origin, own = teacher_of(place, now=options.teacher_from)
-        guidance = own if options.teacher_guidance is None else options.teacher_guidance
-        other = replace(asked, guidance=guidance, num_steps=options.teacher_steps, ema=None, negative_prompt=None)
-        teacher = open_image_generator(origin, replace(other, negative_scale=None))
-        made = [
-            _draw("teacher", teacher, count, options.batch, guidance),
-            _draw("student", student, count, options.batch, asked.guidance),
-        ]
-    _save(made, options, count)
+    made = []
+    if options.has_teacher or options.first_calls:
+        teacher, guidance = _teacher(place, options)
+    if options.has_teacher:
+        made.append(_draw("teacher", teacher, count, options.batch, guidance))
+    if options.has_teacher or not options.first_calls:
+        name = "student" if options.has_teacher else ""
+        made.append(_draw(name, student, count, options.batch, asked.guidance))
+    if calls := options.first_calls:
+        mixed = with_first_calls(as_model(student, "--first-calls"), as_model(teacher, "--first-calls"), calls)
+        made.append(_draw(f"first {calls} by the teacher", mixed, count, options.batch, asked.guidance))
+    _save({one.caption: one.images for one in made}, options, _columns(options, count))
     return made
+
+
+def run_estimates(place: str, options: SampleOptions) -> list[Estimates]:
+    """What student and teacher would make of every state on the way of 8 images or `count`, as a picture: a row an
+    image, a column a call. Raises UserError on what the place does not know."""
+    student = as_model(open_image_generator(place, options.asked), "--estimates")
+    teacher = as_model(_teacher(place, options)[0], "--estimates")
+    walker = with_first_calls(student, teacher, options.first_calls) if options.first_calls else student
+    both, count = {"student": student, "teacher": teacher}, options.count or len(options.asked.prompts) or 8
+    made = estimates_along(walker, both, states="student", count=count, batch=options.batch)
+    if options.has_teacher:
+        made += estimates_along(teacher, both, states="teacher", count=count, batch=options.batch)
+    columns = {one.caption: len(one.ratios) for one in made}
+    _save({one.caption: one.images.flatten(0, 1) for one in made}, options, columns)
+    return made
+
+
+def _teacher(place: str, options: SampleOptions) -> tuple[ImageGenerator, Guidance]:
+    """The teacher of a place, and its guidance."""
+    origin, own = teacher_of(place, now=options.teacher_from)
+    guidance = own if options.teacher_guidance is None else options.teacher_guidance
+    asked = replace(
+        options.asked,
+        guidance=guidance,
+        num_steps=options.teacher_steps,
+        ema=None,
+        negative_prompt=None,
+        negative_scale=None,
+    )
+    return open_image_generator(origin, asked), guidance
 
 
 def teacher_of(place: str, *, now: str | None = None) -> tuple[str, float]:
@@ -106,14 +140,18 @@ def _draw(name: str, imager: ImageGenerator, count: int, batch: int, guidance: G
     return Sampled(name, imager.num_evaluations, seconds, images, guidance, classes)
 
 
-def _save(made: list[Sampled], options: SampleOptions, count: int) -> None:
+def _columns(options: SampleOptions, count: int) -> int:
     prompts = len(options.asked.prompts)
-    columns = options.columns or min(prompts if 1 < prompts < 10 else 10, count)
+    return options.columns or min(prompts if 1 < prompts < 10 else 10, count)
+
+
+def _save(panels: Mapping[str, Tensor], options: SampleOptions, columns: int | Mapping[str, int]) -> None:
+    """One grid, or captioned ones side by side."""
     try:
-        if len(made) == 1:
-            save_grid(options.out, made[0].images, columns=columns)
+        if len(panels) == 1 and isinstance(columns, int):
+            save_grid(options.out, next(iter(panels.values())), columns=columns)
         else:
-            save_panels(options.out, {one.caption: one.images for one in made}, columns=columns)
+            save_panels(options.out, panels, columns=columns)
     except (OSError, ValueError) as error:
         if is_disk_full(error):
             raise

@@ -63,14 +63,17 @@ class ModelImageGenerator:
         pipeline = pipeline_of(model.spec)
         self.labels = self._settle_labels()
         self.model.denoiser.to(asked.device)
-        self.guidance = 1.0 if asked.guidance is None else asked.guidance
+        self.guidance: Guidance = 1.0 if asked.guidance is None else asked.guidance
         self.decode = _decoder(pipeline, asked.device)
 
     def __call__(self, index: Tensor) -> Tensor:
-        labels = self.labels[index % len(self.labels)].to(self.asked.device)
-        index = index.to(self.asked.device)
-        made = sample_rows(self.model, StepRandom(self.asked.seed, 0, index), labels, guidance=self.guidance)
+        rng, labels = StepRandom(self.asked.seed, 0, index.to(self.asked.device)), self.labels_of(index)
+        made = sample_rows(self.model, rng, labels, guidance=self.guidance)
         return self.decode(made).float().cpu()
+
+    def labels_of(self, index: Tensor) -> Tensor:
+        """The classes, or the prompts' numbers, of the images with these numbers, [B]."""
+        return self.labels[index % len(self.labels)].to(self.asked.device)
 
     @property
     def told_classes(self) -> str:

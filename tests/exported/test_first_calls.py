@@ -1,0 +1,140 @@
+"""`diffdistill sample --first-calls` and `--estimates`: whose images, which states, what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support.method_matrix import origin, train
+from typer.testing import CliRunner
+
+from diffdistill.commands.cli import app
+from diffdistill.diffusion.guidance.policies import Recorder
+from diffdistill.diffusion.sampling import FewSteps, OneCall
+from diffdistill.export.run import ExportOptions, export
+from diffdistill.exported.first_calls import check_first_calls, estimates_along, with_first_calls
+from diffdistill.exported.image_generators import open_image_generator
+from diffdistill.exported.sample import SampleOptions, run_estimates, run_sample
+from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
+from diffdistill.settings.schema import UserError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("first")
+
+
+@pytest.fixture(scope="module")
+def class_run(home: Path) -> Path:
+    return train("sid", origin("mlp", "sid", home / "mlp"), home / "mlp-run")
+
+
+@pytest.fixture(scope="module")
+def text_run(home: Path) -> Path:
+    return train("sid", origin("sd", "sid", home / "sd"), home / "sd-run", "lora.default={rank: 2}")
+
+
+def imager(place: Path, **asked: Any) -> ModelImageGenerator:
+    found = open_image_generator(str(place), SampleRequest(**asked))
+    assert isinstance(found, ModelImageGenerator)
+    return found
+
+
+def sampled(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["sample", *map(str, arguments)])
+
+
+def test_none_is_the_student_and_all_are_the_teacher(class_run: Path) -> None:
+    student, teacher = imager(class_run, num_steps=3), imager(class_run.with_name("mlp"))
+    index, alone = torch.arange(4), imager(class_run, num_steps=3)
+    own = alone(index)
+    assert torch.equal(with_first_calls(student, teacher, 0)(index), own)
+    alone.model = replace(alone.model, denoiser=teacher.model.denoiser)
+    assert torch.equal(with_first_calls(student, teacher, 3)(index), alone(index))
+    assert torch.equal(student(index), own)  # which is left as it was
+
+
+def test_only_the_first_call_is_the_teachers(class_run: Path) -> None:
+    student, teacher = imager(class_run, num_steps=3), imager(class_run.with_name("mlp"))
+    calls: list[str] = []
+    for name, one in (("student", student), ("teacher", teacher)):
+        one.model.denoiser.net.register_forward_hook(lambda *_, name=name: calls.append(name))
+    with_first_calls(student, teacher, 1)(torch.arange(2))
+    assert calls == ["teacher", "student", "student"]
+
+
+def test_prompts_reach_both(text_run: Path, tmp_path: Path) -> None:
+    asked = SampleRequest(prompts=("a red fox",), num_steps=2)
+    [mixed] = run_sample(str(text_run), SampleOptions(asked, tmp_path / "a.png", count=2, first_calls=1))
+    own = imager(text_run, prompts=("a red fox",), num_steps=2)(torch.arange(2))
+    assert mixed.images.shape == own.shape
+    assert float((mixed.images - own).abs().max()) > 0
+    assert mixed.caption.startswith("first 1 by the teacher: 2 calls, ")
+
+
+def test_beside_the_teacher_there_are_three_grids(class_run: Path, tmp_path: Path) -> None:
+    asked = SampleRequest(num_steps=2)
+    options = SampleOptions(asked, tmp_path / "a.png", count=3, first_calls=1, has_teacher=True, teacher_steps=3)
+    made = run_sample(str(class_run), options)
+    assert [one.name for one in made] == ["teacher", "student", "first 1 by the teacher"]
+    assert len({float(one.images.sum()) for one in made}) == 3
+
+
+def test_estimates_are_those_of_the_states_on_the_way(class_run: Path) -> None:
+    student, teacher = imager(class_run, num_steps=3, seed=4), imager(class_run.with_name("mlp"))
+    own, other = estimates_along(student, {"student": student, "teacher": teacher}, states="student", count=5, batch=2)
+    assert own.images.shape == other.images.shape == (5, 3, *student.model.spec.image_shape)
+    images = student(torch.arange(5))
+    torch.testing.assert_close(own.images[:, -1], images, atol=1e-5, rtol=0)  # the last estimate is the image
+    seen = Recorder(1.0)
+    student.guidance = seen
+    student(torch.arange(5))
+    cond = teacher.model.denoiser.class_cond(student.labels_of(torch.arange(5)))
+    for column, call in enumerate(seen.calls):
+        with torch.no_grad():
+            expected = teacher.model.denoiser(call.x, call.t, cond)
+        torch.testing.assert_close(other.images[:, column], expected.float(), atol=1e-5, rtol=0)
+    assert own.ratios == pytest.approx([float(student.model.denoiser.path.ratio(call.t[0])) for call in seen.calls])
+    assert own.caption.startswith("student's estimates, student's states, sigma / alpha ")
+
+
+def test_the_teachers_way_is_shown_too(class_run: Path, tmp_path: Path) -> None:
+    asked, out = SampleRequest(num_steps=2), tmp_path / "a.png"
+    options = SampleOptions(asked, out, count=2, has_teacher=True, teacher_steps=5, first_calls=1)
+    made = run_estimates(str(class_run), options)
+    assert [(one.of, one.states, *one.images.shape[:2]) for one in made] == [
+        ("student", "student", 2, 2),
+        ("teacher", "student", 2, 2),
+        ("student", "teacher", 2, 5),
+        ("teacher", "teacher", 2, 5),
+    ]
+    assert Image.open(out).height > 14 + 2 * 32
+
+
+def test_the_command_says_what_it_wrote(class_run: Path, tmp_path: Path) -> None:
+    result = sampled(class_run, "--steps", 2, "--estimates", "--count", 2, "--out", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert "a.png: student's estimates, student's states, sigma / alpha " in result.stdout
+    result = sampled(class_run, "--steps", 2, "--first-calls", 1, "--count", 2, "--out", tmp_path / "b.png")
+    assert "b.png: 2 images; first 1 by the teacher: 2 calls, " in result.stdout
+
+
+def test_what_cannot_be_is_refused(class_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pure noise at any time, which no teacher can denoise"):
+        check_first_calls(1, OneCall())
+    check_first_calls(0, OneCall())
+    check_first_calls(1, FewSteps())
+    folder = tmp_path / "code"
+    export(str(class_run), folder, ExportOptions(kind="self-contained", is_verified=False))
+    for place, arguments, said in (
+        (class_run, ("--first-calls", 2), "--first-calls 2: the student makes its image in 1 call; give it"),
+        (folder, ("--trust-code", "--first-calls", 1), "--first-calls: an exported folder with code of its own"),
+        (folder, ("--trust-code", "--estimates"), "--estimates: an exported folder with code of its own"),
+        (class_run.with_name("mlp"), ("--first-calls", 1), "--teacher: "),
+    ):
+        result = sampled(place, "--out", tmp_path / "a.png", *arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert said in result.stderr, arguments
+    assert not (tmp_path / "a.png").exists()
