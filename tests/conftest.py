@@ -208,6 +208,15 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "merge_teachers": f"""
+method:
+  name: merge_teachers
+  steps: {{name: heun, num_steps: 3, rho: 5}}
+  width: 8
+optimizers:
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "guidance_distill": f"""
 method:
   name: guidance_distill

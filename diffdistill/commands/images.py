@@ -12,6 +12,7 @@ from diffdistill.settings.terminal import Console
 console = Console()
 
 Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=MAX_INTEGER)]
+Style = Annotated[str | None, typer.Option(help='Of a student of several styles: "a", or a mixture as "a=0.3,b=0.7".')]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="What cross-attention to the prompt steers away from; default: the run's own.")
 ]
@@ -68,6 +69,7 @@ def sample(
         ),
     ] = False,
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
+    style: Style = None,
     negative_prompt: NegativePrompt = None,
     negative_scale: NegativeScale = None,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1, max=MAX_BATCH)] = 16,
@@ -97,6 +99,7 @@ def sample(
         guidance=None if guidance is None else parse_guidance(guidance),
         num_steps=steps,
         ema=ema,
+        style=style,
         negative_prompt=negative_prompt,
         negative_scale=negative_scale,
         device=torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu"),
@@ -135,6 +138,7 @@ def export(
         ),
     ] = "auto",
     ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
+    style: Style = None,
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -174,6 +178,7 @@ def export(
     options = ExportOptions(
         kind=check_kind(kind),
         ema=ema,
+        style=style,
         guidance_scale=guidance,
         has_own_pipeline=own_pipeline,
         is_verified=verify,

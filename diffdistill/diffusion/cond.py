@@ -16,6 +16,7 @@ class Cond:
     text_bias: [B, L], a mask in the place of text_mask that is added to attention's scores: all tokens are seen.
     size: in pixels: [B, 6], SDXL's added sizes, or [B, 2], PixArt's height and width.
     guidance_input: [B], a guidance scale that the network takes as input.
+    style: [B, S], how much each of a student's styles weighs.
     end_time: [B], an end time (trajectory students).  augmentation: [B, A], EDM's augmentation labels.
     """
 
@@ -27,6 +28,7 @@ class Cond:
     size: Tensor | None = None
     guidance_input: Tensor | None = None
     end_time: Tensor | None = None
+    style: Tensor | None = None
     augmentation: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:

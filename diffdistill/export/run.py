@@ -21,6 +21,7 @@ from diffdistill.export.usage import folder_code
 from diffdistill.export.verify import Check, verify
 from diffdistill.models.load import load_model, merge_model
 from diffdistill.models.spec import TrainedModel
+from diffdistill.models.styles import at_style, styles_of
 from diffdistill.networks.adapters import AdaptedConfig
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.settings.links import refuse_link
@@ -33,7 +34,8 @@ AnyKind = Literal["auto", "stock", "self-contained", "lora", "kohya"]
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """kind: auto is stock where diffusers' classes can do what the student does, else self-contained.
-    ema: one of the run's `more_emas`.  guidance_scale: of calls that name none, for a student that takes it as input;
+    ema: one of the run's `more_emas`.  style: of a student of several, as `parse_style`.
+    guidance_scale: of calls that name none, for a student that takes it as input;
     default the middle of what it was trained on.  has_own_pipeline: whether a stock folder gets a class of pipeline
     whose plain call is right.  licence: of the teacher, where its own card does not say.
     scores: gives what was measured of a place.  push: a repository on the hub.
@@ -41,6 +43,7 @@ class ExportOptions:
 
     kind: AnyKind = "auto"
     ema: str | None = None
+    style: str | None = None
     guidance_scale: float | None = None
     has_own_pipeline: bool = False
     is_verified: bool = True
@@ -113,6 +116,10 @@ def write(place: str, folder: FilePath, options: ExportOptions) -> Written:
     trained = load_model(place, ema=options.ema)
     if trained.spec.negative_prompt is not None:
         raise UserError(f"{place}: steers away from a negative prompt, which no exported folder does")
+    if options.style is not None:
+        trained = at_style(trained, options.style)
+    elif names := styles_of(trained.spec):
+        raise UserError(f"{place}: has several styles ({', '.join(names)}); say which one, or a mixture: --style")
     model = merge_model(trained)
     scale = default_scale(model) if options.guidance_scale is None else options.guidance_scale
     if options.guidance_scale is not None and not takes_scale(model):

@@ -21,6 +21,7 @@ from diffdistill.inference.image_generator import ImageGenerator, ModelImageGene
 from diffdistill.models.load import load_model
 from diffdistill.models.negative_prompts import with_negative_prompt
 from diffdistill.models.spec import TrainedModel
+from diffdistill.models.styles import at_style
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.settings.schema import UserError
 
@@ -28,6 +29,8 @@ from diffdistill.settings.schema import UserError
 def open_image_generator(place: str, asked: SampleRequest) -> ImageGenerator:
     """What makes the images of a place. Raises UserError on what it does not know."""
     record = read_record(FilePath(place))
+    if record is not None and asked.style is not None:
+        raise UserError(f"--style {asked.style}: an exported folder is of one style; leave it out, or sample the run")
     if record is not None and record.kind == "self-contained":
         return CodeImageGenerator(place, asked)
     return ModelImageGenerator(_load(place, record, asked), asked)
@@ -102,6 +105,7 @@ def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> Trai
     """A model; an exported one with the sampler that it was exported with."""
     if record is None:
         found = load_model(place, ema=asked.ema)
+        found = found if asked.style is None else at_style(found, asked.style)
     elif record.kind == "kohya":
         raise UserError(f"{place}: a LoRA file in kohya's keys, for ComfyUI and its like; sample the run itself")
     else:

@@ -102,6 +102,7 @@ def _teacher(place: str, options: SampleOptions) -> tuple[ImageGenerator, Guidan
         guidance=guidance,
         num_steps=options.teacher_steps,
         ema=None,
+        style=None,
         negative_prompt=None,
         negative_scale=None,
     )

@@ -24,6 +24,7 @@ class SampleRequest:
     """What to draw. Image i is of noise (seed, i), and of the prompt or class i modulo their number.
 
     labels: numbers or names; none for all classes in turn.  guidance, num_steps: None for the model's own.
+    style: of a student of several, as `parse_style`.
     trusts_code: whether the code of a folder may run.  encode_batch: prompts that are encoded at a time; None: all.
     """
 
@@ -33,6 +34,7 @@ class SampleRequest:
     guidance: Guidance | None = None
     num_steps: int | None = None
     ema: str | None = None
+    style: str | None = None
     negative_prompt: str | None = None
     negative_scale: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -10,6 +10,7 @@ from diffdistill.networks.lora import LoRAConfig
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.registry import NETWORKS, AnyNetwork, NetworkConfig
 from diffdistill.networks.signal import SignalConfig
+from diffdistill.networks.styled import StyledConfig
 from diffdistill.networks.two_times import TwoTimesConfig
 from diffdistill.networks.unet import UNetConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "MLPConfig",
     "NetworkConfig",
     "SignalConfig",
+    "StyledConfig",
     "TwoTimesConfig",
     "UNetConfig",
 ]

@@ -97,6 +97,11 @@ class DiffusersNetwork(Network):
         it; at least one, and the first always called."""
         return [next(part for part in self.model.modules() if type(part).__name__ == "TimestepEmbedding")]
 
+    @property
+    def time_layer(self) -> nn.Module | None:
+        """The last layer of the embedder that is always called, where that is diffusers' own and all blocks'."""
+        return next((part.linear_2 for part in self.embedders[0].modules() if hasattr(part, "linear_2")), None)  # type: ignore[return-value]
+
     def read_tap(self, output: Any, x: Tensor, cond: Cond) -> Tensor:
         """A block's output for input x [B, C, H, W] as a map [B, C', h, w]; of several outputs the first.
 

@@ -94,6 +94,11 @@ class DiT(Network):
         self.output = nn.Linear(config.width, config.patch**2 * outputs)
         self._initialise()
 
+    @property
+    def time_layer(self) -> nn.Module:
+        """The last layer of what it makes of time, before the non-linearity."""
+        return self.embed_time[-1]
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
         return self.forward_with_features(x, time_input, cond)[0]

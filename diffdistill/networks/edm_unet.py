@@ -208,6 +208,13 @@ class EDMUNet(Network):
         }
         variant.initialise(self)
 
+    @property
+    def time_layer(self) -> nn.Module:
+        """The last layer of what it makes of time, before the non-linearity."""
+        layer = self.embed.second
+        assert isinstance(layer, nn.Module)
+        return layer
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
         return self.forward_with_features(x, time_input, cond)[0]

@@ -40,8 +40,8 @@ class GuidedBase(Network):
         self.resolution_multiple = base.resolution_multiple
 
     @abstractmethod
-    def changes(self, scale: Tensor, cond: Cond) -> Sequence[tuple[Recomputable | HookedBlock, Around]]:
-        """What is called in the place of which block.  scale: w [B]."""
+    def changes(self, scale: Tensor, cond: Cond) -> Sequence[tuple[Any, Around]]:
+        """What is called in the place of which block, or of another thing with `around`.  scale: w [B]."""
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, ...]; time_input: [B].  Returns x's shape."""

@@ -45,6 +45,11 @@ class MLP(Network):
         self.output = nn.Linear(config.width, size)
         nn.init.normal_(self.output.weight, std=1e-4)
 
+    @property
+    def time_layer(self) -> nn.Module:
+        """The last layer of what it makes of time, before the non-linearity."""
+        return self.embed
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, ...]; time_input: [B].  Returns x's shape."""
         return self.forward_with_features(x, time_input, cond)[0]

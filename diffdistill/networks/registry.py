@@ -31,6 +31,7 @@ NETWORKS: Registry[type[NetworkConfig]] = Registry(
         "signal": "diffdistill.networks.signal:SignalConfig",
         "guided": "diffdistill.networks.guided:GuidedConfig",
         "two_times": "diffdistill.networks.two_times:TwoTimesConfig",
+        "styled": "diffdistill.networks.styled:StyledConfig",
         "adapted": "diffdistill.networks.adapters:AdaptedConfig",
         "lora": "diffdistill.networks.lora:LoRAConfig",
     },

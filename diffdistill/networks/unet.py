@@ -110,6 +110,11 @@ class UNet(Network):
             _norm(current), nn.SiLU(), _zeroed(nn.Conv2d(current, image_channels, 3, padding=1))
         )
 
+    @property
+    def time_layer(self) -> nn.Module:
+        """The last layer of what it makes of time, before the non-linearity."""
+        return self.embed_time[-1]
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
         return self.forward_with_features(x, time_input, cond)[0]

@@ -30,6 +30,7 @@ METHODS = {
     "disback": f"{{name: disback, base: {SCORE}, path_length: 2, recording_interval: 1, backtracking_interval: 1}}",
     "msd": f"{{name: msd, base: {SCORE}, num_students: 2, partition: {{name: label_ranges}}}}",
     "regression": f"{{name: regression, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8, pair_sampler: {HEUN}}}",
+    "merge_teachers": "{name: merge_teachers, steps: {name: ddim, num_steps: 3}, width: 8}",
     "guidance_distill": "{name: guidance_distill, steps: {name: ddim, num_steps: 3}, width: 8}",
     "scm": "{name: scm, steps: {init_ratio: 6000, init_noise: unit}}",
     "consistency": "{name: consistency, steps: {init_ratio: 6000, init_noise: unit}}",

@@ -51,6 +51,11 @@ class DiTNetwork(DiffusersTransformer):
         return [self.blocks[0].norm1.emb]  # type: ignore[union-attr, list-item]
 
     @property
+    def time_layer(self) -> None:
+        """None is all blocks'."""
+        return None
+
+    @property
     def closed_blocks(self) -> list[nn.Module]:
         """All but the first, whose embedder the output layer calls."""
         return self.blocks[1:]
