@@ -83,7 +83,7 @@ def own_leaves() -> list[tuple[Any, str, Any]]:
         for cls in found
         for place, kind in leaves(cls)
         if len(place) == 1
-        and (place[0].rpartition(".")[2], kind) != ("gan_taps", int)  # its limits are the network's blocks
+        and (place[0].rpartition("_")[2], kind) != ("taps", int)  # its limits are the network's blocks
     ]
 
 
@@ -157,6 +157,7 @@ OWN = own_leaves()
 
 SAMPLES: dict[str, Any] = {
     "trackers": "tensorboard",
+    "styles": "a style",
     "stages": {"segments": 1},
     "targets": "to_q",
     "metrics": {"name": "diversity", "features": {"name": "pixels"}},

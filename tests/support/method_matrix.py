@@ -30,7 +30,6 @@ METHODS = {
     "disback": f"{{name: disback, base: {SCORE}, path_length: 2, recording_interval: 1, backtracking_interval: 1}}",
     "msd": f"{{name: msd, base: {SCORE}, num_students: 2, partition: {{name: label_ranges}}}}",
     "regression": f"{{name: regression, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8, pair_sampler: {HEUN}}}",
-    "merge_teachers": "{name: merge_teachers, steps: {name: ddim, num_steps: 3}, width: 8}",
     "guidance_distill": "{name: guidance_distill, steps: {name: ddim, num_steps: 3}, width: 8}",
     "scm": "{name: scm, steps: {init_ratio: 6000, init_noise: unit}}",
     "consistency": "{name: consistency, steps: {init_ratio: 6000, init_noise: unit}}",
@@ -43,6 +42,8 @@ METHODS = {
     "mean_flow": "{name: mean_flow, steps: {init_ratio: 6000, init_noise: unit}, width: 8}",
 }
 """The settings of each method that distils a teacher, for one step from unit noise where it is a generator's."""
+OF_SEVERAL = {"merge_teachers": "{name: merge_teachers, steps: {name: ddim, num_steps: 3}, width: 8}"}
+"""Those of methods that need further teachers, which the caller names."""
 
 ON_THE_PATH = ("hyper_sd", "scm", "consistency", "tdm", "rectified_flow", "mean_flow")
 """Methods whose students begin with the path's own noise: unit noise only where sigma is 1, unlike in `OWN`."""
@@ -97,7 +98,7 @@ def train(method: str, teacher: Path, run: Path, *overrides: str) -> Path:
 
 
 def config_of(method: str, teacher: Path, run: Path, *overrides: str) -> RunConfig:
-    pipeline, method_text = describe_model(teacher).pipeline, METHODS[method]
+    pipeline, method_text = describe_model(teacher).pipeline, (METHODS | OF_SEVERAL)[method]
     if pipeline is None and method in ON_THE_PATH:
         method_text = method_text.replace("init_ratio: 6000", "init_ratio: 5").replace("unit", "sigma")
     text = f"method: {method_text}\noptimizers: {{default: {{lr: 1e-3}}}}\ntrain: {SMALL_TRAIN}"
