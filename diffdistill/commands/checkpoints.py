@@ -1,4 +1,4 @@
-"""The commands that make checkpoints of others: `join`, `gather` and `import-edm`."""
+"""The commands that make checkpoints of others: `join`, `merge`, `gather` and `import-edm`."""
 
 from pathlib import Path as FilePath
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.settings.limits import MAX_NUMBER
 from diffdistill.settings.terminal import Console
 
 console = Console()
@@ -24,6 +25,37 @@ def join(
 
     made = join_students(out, runs)
     console.print(f"{made}: {len(runs)} student{'s' * (len(runs) > 1)}", highlight=False, soft_wrap=True)
+
+
+@guarded
+def merge(
+    runs: Annotated[list[str], typer.Argument(help="Runs or checkpoints of one architecture, of one start.")],
+    out: Annotated[str, typer.Option(help="The run's folder to write.")],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Of the second of two runs, default 0.5; or one for each run, in order, which sum to 1.",
+            min=-MAX_NUMBER,
+            max=MAX_NUMBER,
+        ),
+    ] = None,
+    player: Annotated[
+        list[str] | None, typer.Option(help="Other weights for one player: fake=0, or generator=0.2,0.3,0.5.")
+    ] = None,
+) -> None:
+    """Mix the weights of runs linearly, averages included. What it is made of stands in the checkpoint.
+
+    Example: diffdistill merge runs/quality runs/diversity --weight 0.3 --out runs/between
+    """
+    from diffdistill.models.merge import merge_runs, read_weights
+    from diffdistill.settings.terminal import say
+
+    by_player = dict(read_weights(text) for text in player or ())
+    made = merge_runs(runs, FilePath(out), tuple(weight or ([0.5] if len(runs) == 2 else [])), by_player)
+    if not made.has_one_start:
+        say("merge: the runs did not start at the same teacher; weights between them may be no model at all")
+    left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
+    console.print(f"{made.folder}: {', '.join(made.players)}{left}", highlight=False, soft_wrap=True)
 
 
 @guarded

@@ -8,7 +8,7 @@ import typer
 
 from diffdistill import __version__
 from diffdistill.commands.benchmark import benchmark
-from diffdistill.commands.checkpoints import gather, import_edm, join
+from diffdistill.commands.checkpoints import gather, import_edm, join, merge
 from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
@@ -204,6 +204,7 @@ def students(
 
 
 app.command()(join)
+app.command()(merge)
 app.command()(gather)
 app.command(name="import-edm")(import_edm)
 app.command(name="eval")(evaluate)

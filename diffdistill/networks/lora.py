@@ -174,6 +174,20 @@ def without_lora(network: Any) -> Any:
     return replace(network, base=without_lora(network.base)) if stands_around else network
 
 
+def lora_settings_of(network: Any) -> LoRASettings | None:
+    """Those of the LoRA in a network's config, if there is one."""
+    if network is None or isinstance(network, LoRAConfig):
+        return network.lora if network else None
+    return lora_settings_of(getattr(network, "base", None))
+
+
+def with_lora_settings(network: Any, settings: LoRASettings) -> Any:
+    """A network's config with other settings of the LoRA in it."""
+    if isinstance(network, LoRAConfig):
+        return replace(network, lora=settings)
+    return replace(network, base=with_lora_settings(network.base, settings))
+
+
 def fingerprint(base: nn.Module) -> str:
     """The SHA-256 of each weight's name, shape and first numbers: tells a base from another one at little cost."""
     digest = hashlib.sha256()
