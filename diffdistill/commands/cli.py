@@ -4,7 +4,9 @@ import os
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from diffdistill import __version__
 from diffdistill.commands.benchmark import benchmark
@@ -12,6 +14,7 @@ from diffdistill.commands.checkpoints import gather, import_edm, join, merge
 from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
+from diffdistill.commands.next_steps import ARGUMENTS
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.limits import MAX_GIB, MAX_INTEGER, MAX_PROCESSES
 from diffdistill.settings.terminal import Console
@@ -19,7 +22,17 @@ from diffdistill.settings.terminal import Console
 if TYPE_CHECKING:
     from diffdistill.training.plan import Plan
 
+
+class Verbs(TyperGroup):
+    """The verbs. What was typed is kept, for the command that goes on from a stop."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="One-step image generators, distilled from diffusion models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

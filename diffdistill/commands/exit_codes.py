@@ -7,6 +7,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 import typer
 from rich.text import Text
 
+from diffdistill.commands.next_steps import say_how_to_go_on
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.terminal import Console, hide_secrets
 
@@ -22,6 +23,13 @@ WHEN_FULL = {
 }
 """What to do, by command."""
 
+WHEN_STOPPED = {
+    **dict.fromkeys(("pretrain", "train", "students"), "; checkpoints that were saved stay"),
+    "demo": "; what is done is kept",
+    "evaluate": "; what was measured so far is kept",
+}
+"""What is kept when Ctrl-C comes where nothing waits for it, by command."""
+
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong, plainly, and leave. Of several processes each says which one it is, but for the first."""
@@ -31,11 +39,19 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def stop(message: str, code: int) -> NoReturn:
+    """Leave as asked by a signal: no error. The first of several processes says so."""
+    if this_rank() == 0:
+        say_how_to_go_on(message)
+    raise typer.Exit(code)
+
+
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """A command whose expected faults end in one message and the right exit code, never in a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from diffdistill.distributed.stopping import StopRequested
         from diffdistill.settings.schema import UserError
 
         try:
@@ -43,7 +59,10 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except UserError as error:
             fail(str(error), 2)
         except KeyboardInterrupt:
-            fail("stopped; nothing of this step was saved", 130)
+            kept = WHEN_STOPPED.get(command.__name__, "")
+            stop(f"stopped by SIGINT{kept}", 130)
+        except StopRequested as wanted:
+            stop(str(wanted), wanted.exit_code)
         except Exception as error:
             message, code = _expected(error, command.__name__)
             if code is None:
@@ -57,12 +76,10 @@ def _expected(error: Exception, command: str) -> tuple[str, int | None]:
     """The message and exit code of a fault of a command that is not a bug, or (.., None)."""
     from pydantic import ValidationError
 
-    from diffdistill.distributed.stopping import StopRequested, TrainingError
+    from diffdistill.distributed.stopping import TrainingError
     from diffdistill.export.verify import ExportError
     from diffdistill.storage.atomic import is_disk_full
 
-    if isinstance(error, StopRequested):
-        return str(error), error.exit_code
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()), 2
     if is_disk_full(error):

@@ -11,6 +11,7 @@ from pathlib import Path as FilePath
 from threading import Lock, Thread
 from types import FrameType
 
+from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.terminal import say
 
 ON_STDIN = "DIFFDISTILL_LAUNCHER_ON_STDIN"
@@ -18,6 +19,7 @@ ON_STDIN = "DIFFDISTILL_LAUNCHER_ON_STDIN"
 
 GRACE_SECONDS = 120.0  # to save in, once the launcher is gone
 LOOK_SECONDS = 0.5
+STOPPING = b"\nstopping after this step; once more to stop at once, without saving\n"
 ACCELERATE = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"accelerate.commands.accelerate_cli"}
 """As they are called, the last two by `python -m`."""
 _stops: list[list[int]] = []  # of the open `stop_signals`
@@ -29,12 +31,11 @@ class TrainingError(RuntimeError):
 
 
 class StopRequested(Exception):  # noqa: N818
-    """SIGINT or SIGTERM arrived, and the run is saved. `exit_code` is 130 or 143."""
+    """SIGINT or SIGTERM arrived, and the work is saved. `exit_code` is 130 or 143."""
 
-    def __init__(self, number: int, step: int, folder: FilePath) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} at step {step}; saved: go on with --resume ({folder})"
-        )
+    def __init__(self, number: int, saved: str) -> None:
+        """saved: where the work stopped, and what of it is kept."""
+        super().__init__(f"stopped by {signal.Signals(number).name} {saved}")
         self.exit_code = 128 + number
 
 
@@ -47,6 +48,8 @@ def stop_signals() -> Iterator[list[int]]:
         if received:
             os._exit(128 + number)
         received.append(number)
+        if this_rank() == 0:
+            os.write(2, STOPPING)
 
     _stops.append(received)
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,7 +1,6 @@
 """MSD's students side by side, each in a group of processes of its own: a fault of one is no other's."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from diffdistill.distributed.stopping import ON_STDIN, TrainingError, stop_signals
+from diffdistill.distributed.stopping import ON_STDIN, StopRequested, TrainingError, stop_signals
 from diffdistill.settings.limits import MAX_LINE_BYTES
 from diffdistill.settings.links import open_plain, refuse_links
 from diffdistill.settings.lock import holder_of
@@ -63,7 +62,7 @@ def train_students(
     them on CPUs). A student whose processes fail starts again from its newest checkpoint, up to `max_restarts` times.
 
     Returns the runs. Raises UserError before anything starts, and TrainingError at the end naming the students that
-    did not get there. SIGINT and SIGTERM are handed on, and raise KeyboardInterrupt or SystemExit(143). However this
+    did not get there. SIGINT and SIGTERM are handed on, and raise StopRequested. However this
     process ends, the students' save and end; a student whose folder another process holds waits for that.
     """
     groups = plan_groups(config, overrides, resume=resume)
@@ -82,9 +81,7 @@ def train_students(
     with stop_signals() as stopping:
         _supervise(groups, start, at_once=at_once, max_restarts=max_restarts, stopping=stopping, say=say)
         if stopping:
-            number = stopping[0]
-            say(f"stopped by {signal.Signals(number).name}; saved: go on with --resume")
-            raise SystemExit(128 + number)
+            raise StopRequested(stopping[0], "with every student saved")
     failed = [group for group in groups if not group.is_done]
     if failed:
         listed = "".join(f"\n  student {group.index}: {group.last_words} ({group.log})" for group in failed)

@@ -142,6 +142,8 @@ class Trainer:
             for warning in notes_on_averages(self.config):
                 log.note(warning)
                 log.say(f"warning: {warning}")
+            if self.plan.start:
+                log.tell(f"{self.folder}: {self._going_on}")
             while self.step < train.steps:
                 self.train_step(log)
                 log.step(self.step)
@@ -153,9 +155,9 @@ class Trainer:
                     log.preview(self.step, self.save_preview())
                 is_best = evaluator.examine(self, is_last=last, log=log)
                 if self.step % train.checkpoint_every == 0 or last or signal or is_best:
-                    self.save()
+                    saved = self.save()
                 if signal:
-                    raise StopRequested(signal, self.step, self.folder)
+                    raise StopRequested(signal, f"at step {self.step}; saved in {saved}")
             said = self.nonfinite.check_end(self.step)
             if said:
                 log.say(said)
@@ -165,15 +167,17 @@ class Trainer:
         """One iteration: every update that is due, in the method's order, then the EMA."""
         assembly, method = self.assembly, self.method
         micros = list(self._micro_batches())
-        for update in method.updates:
-            if update.is_due(self.step, self.images_seen):
-                is_done = self._update(update, micros, log)
-                for ema in assembly.emas.values() if is_done and method.student in update.players else ():
-                    ema.update(
-                        self.trained[method.student],
-                        images_seen=self.images_seen,
-                        batch_images=self.config.train.global_batch_size * update.every,
-                    )
+        due = [update for update in method.updates if update.is_due(self.step, self.images_seen)]
+        if log:
+            log.begin(len(due) * len(micros))
+        for update in due:
+            is_done = self._update(update, micros, log)
+            for ema in assembly.emas.values() if is_done and method.student in update.players else ():
+                ema.update(
+                    self.trained[method.student],
+                    images_seen=self.images_seen,
+                    batch_images=self.config.train.global_batch_size * update.every,
+                )
         self.step += 1
         with torch.no_grad():
             method.after_step(self.players, assembly.iteration.stored, self.step)
@@ -212,6 +216,11 @@ class Trainer:
         return folder / f"{PREFIX}{self.step:08d}"
 
     @property
+    def _going_on(self) -> str:
+        start, steps = self.plan.start, self.config.train.steps
+        return f"goes on from step {self.step} of {steps}" if self.step < steps else f"is done, {steps} steps"
+
+    @property
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint says beside tensors."""
         return {"format": 1, "skips": self.nonfinite.skips, **self.plan.described}
@@ -240,6 +249,8 @@ class Trainer:
                 (loss.total / len(micros)).backward()
             micro.draw |= loss.carry
             losses.append(loss)
+            if log:
+                log.part()
         norms = {name: clip(iteration.trained[name], self.config.optimizer(name)) for name in update.players}
         numbers = torch.stack([*norms.values(), *(loss.total.detach() for loss in losses)]).isfinite().tolist()
         faulty = self.processes.ranks_where(not all(numbers[len(norms) :]))  # the gradients are the same in all
@@ -302,6 +313,7 @@ class Trainer:
             start_step=self.step,
             num_steps=self.config.train.steps,
             quiet=self.quiet,
+            first=self.method.student,
             trackers=self.config.trackers,
             settings=dump(self.config),
             cpu_began=self._cpu_began,

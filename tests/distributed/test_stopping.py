@@ -206,8 +206,11 @@ def test_a_signal_saves_says_so_and_loses_nothing(
     assert "Traceback" not in errors
     stopped_at = int(list_checkpoints(Path(config.run) / "checkpoints")[-1].name.removeprefix("step-"))
     assert 10 <= stopped_at < 40
-    message = f"error: stopped by {number.name} at step {stopped_at}; saved: go on with --resume ({config.run})"
-    assert errors.splitlines()[-1] == message
+    said = errors.splitlines()
+    assert said[-2].startswith(f"stopped by {number.name} at step {stopped_at}; saved in {config.run}")
+    assert said[-1] == f"to go on: diffdistill train {tmp_path / 'config.yaml'} --resume"
+    assert "stopping after this step; once more to stop at once, without saving" in said
+    assert "error:" not in errors
     Trainer(config, resume=True, quiet=True).run()
     assert_same_end(undisturbed, config.run)
 

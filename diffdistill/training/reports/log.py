@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffdistill.settings.reading import lines_of_log, read_log
 from diffdistill.settings.terminal import Console, hide_secrets
 from diffdistill.storage.atomic import append_text, write_lines_atomically
 from diffdistill.training.reports.curves import draw_curves
+from diffdistill.training.reports.progress import Heartbeat, Pace, make_bar
 from diffdistill.training.reports.trackers import Trackers
 
 METRICS = "metrics.jsonl"
@@ -43,12 +43,15 @@ class Log(Protocol):
 
     def __enter__(self) -> "Log": ...
     def __exit__(self, *_: object) -> None: ...
+    def begin(self, parts: int) -> None: ...
+    def part(self) -> None: ...
     def step(self, step: int) -> None: ...
     def report(self, step: int, images: int, values: Mapping[str, float]) -> None: ...
     def preview(self, step: int, file: FilePath) -> None: ...
     def note(self, message: str) -> None: ...
     def warn(self, message: str) -> None: ...
     def say(self, message: str) -> None: ...
+    def tell(self, message: str) -> None: ...
 
 
 class Silence:
@@ -58,19 +61,22 @@ class Silence:
         return self
 
     def __exit__(self, *_: object) -> None: ...
+    def begin(self, parts: int) -> None: ...
+    def part(self) -> None: ...
     def step(self, step: int) -> None: ...
     def report(self, step: int, images: int, values: Mapping[str, float]) -> None: ...
     def preview(self, step: int, file: FilePath) -> None: ...
     def note(self, message: str) -> None: ...
     def warn(self, message: str) -> None: ...
     def say(self, message: str) -> None: ...
+    def tell(self, message: str) -> None: ...
 
 
 class RunLog:
     """Reports of one run.
 
     folder: the run's.  start_step: lines of a killed run after this step are dropped, so that none stands twice.
-    trackers: their names; settings: what they are told about the run.  cpu_began: of `time.process_time`, when the
+    first: the player whose losses are shown first.  trackers: their names; settings: what they are told about the run.  cpu_began: of `time.process_time`, when the
     run's work began; what was prepared before the first step counts.
     """
 
@@ -82,6 +88,7 @@ class RunLog:
         start_step: int,
         num_steps: int,
         quiet: bool = False,
+        first: str = "",
         trackers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
         cpu_began: float = 0.0,
@@ -92,35 +99,38 @@ class RunLog:
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._is_live = self._console.is_terminal and not quiet
-        self._title, self._num_steps, self._start_step = title, num_steps, start_step
+        self._title, self._start_step, self._first = title, start_step, first
         self._began, self._cpu_began = time.perf_counter(), cpu_began
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} {task.fields[speed]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}", markup=False),
-            console=self._console,
-            disable=not self._is_live,
-        )
-        self._task = self._bar.add_task(title, total=num_steps, completed=start_step, speed="", losses="")
+        self._pace, self._has_told_total, self._losses = Pace(start_step, num_steps), False, ""
+        self._bar = make_bar(self._pace, title, self._console, is_live=self._is_live)
+        self._heart = Heartbeat(self._tell_progress)
         self._trackers = Trackers(trackers, folder, start_step=start_step, settings=settings or {}, say=self.say)
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
+        if not self._is_live and not self._quiet:
+            self._heart.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._heart.stop()
         self._bar.stop()
         self._draw()
         self._trackers.close()
 
+    def begin(self, parts: int) -> None:
+        """An iteration of so many micro-batches begins, those of all its updates."""
+        self._pace.begin(parts)
+
+    def part(self) -> None:
+        """One more micro-batch is done."""
+        self._pace.advance()
+        self._tell_total()
+
     def step(self, step: int) -> None:
         """One more iteration is done."""
-        if self._is_live:
-            self._bar.update(self._task, completed=step)
+        self._pace.finish(step)
+        self._tell_total()
 
     def report(self, step: int, images: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, the same to the trackers, and the newest losses to the bar (or a plain line)."""
@@ -132,12 +142,14 @@ class RunLog:
         append_text(self.file, json.dumps(line | dict(values)) + "\n")
         self._has_new_curves = True
         self._trackers.numbers(step, values)
-        losses = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name.endswith("/loss"))
+        shown = sorted(name for name in values if name.endswith("/loss"))
+        shown.sort(key=lambda name: not name.startswith(f"{self._first}/"))
+        self._losses = " ".join(f"{name} {values[name]:.4g}" for name in shown)
+        self._pace.finish(step)
         if self._is_live:
-            self._bar.update(self._task, completed=step, speed=f"{speed:.1f} it/s", losses=losses)
-        elif not self._quiet:
-            left = (self._num_steps - step) / max(speed, 1e-9)
-            self.say(f"{self._title} {step}/{self._num_steps} {speed:.1f} it/s, {left:.0f} s left  {losses}")
+            self._bar.update(self._bar.task_ids[0], losses=self._losses)
+        else:
+            self._tell_progress()
 
     def preview(self, step: int, file: FilePath) -> None:
         """A new preview: to the trackers that take pictures. A good moment to draw the curves anew, too."""
@@ -158,6 +170,23 @@ class RunLog:
     def say(self, message: str) -> None:
         """A line for people, above the bar."""
         self._console.print(hide_secrets(message), soft_wrap=True)
+        self._heart.note()
+
+    def tell(self, message: str) -> None:
+        """A line for people who watch the run."""
+        if not self._quiet:
+            self.say(message)
+
+    def _tell_progress(self) -> None:
+        """A line where there is no bar."""
+        self.tell(f"{self._pace.show()}  {self._title}  {self._losses}".rstrip())
+
+    def _tell_total(self) -> None:
+        """How long all of it will take, once that is known."""
+        total = None if self._has_told_total else self._pace.total
+        if total:
+            self.tell(f"{self._title}: {total}")
+        self._has_told_total = self._has_told_total or self._pace.is_sure
 
     def _draw(self) -> None:
         """curves.png, if there is anything new to see. A picture that cannot be drawn is said once."""
