@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.commands.next_steps import say_next
 from diffdistill.settings.limits import MAX_BATCH, MAX_COLUMNS, MAX_INTEGER, MAX_SAMPLING_STEPS
 from diffdistill.settings.terminal import Console, say
 
@@ -60,3 +61,4 @@ def benchmark(
 
     count = write_benchmark(place, options, advance)
     console.print(f"{out}: {count} images for {layout}", highlight=False, soft_wrap=True, markup=False)
+    say_next(also=(f"judge {out} with the script of {layout}'s authors; {out}.json says how the images were made",))

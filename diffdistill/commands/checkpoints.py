@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.commands.next_steps import exported, say_next
 from diffdistill.settings.limits import MAX_NUMBER
 from diffdistill.settings.terminal import Console
 
@@ -25,6 +26,7 @@ def join(
 
     made = join_students(out, runs)
     console.print(f"{made}: {len(runs)} student{'s' * (len(runs) > 1)}", highlight=False, soft_wrap=True)
+    say_next(("sample", out, "--out", f"{out}/samples.png"), ("eval", out), ("export", out, "--out", exported(out)))
 
 
 @guarded
@@ -56,6 +58,7 @@ def merge(
         say("merge: the runs did not start at the same teacher; weights between them may be no model at all")
     left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
     console.print(f"{made.folder}: {', '.join(made.players)}{left}", highlight=False, soft_wrap=True)
+    say_next(("sample", out, "--out", f"{out}/samples.png"), ("eval", out), ("export", out, "--out", exported(out)))
 
 
 @guarded
@@ -76,6 +79,7 @@ def gather(
         raise UserError(f"--out {out}: holds checkpoints already; name another folder")
     made = save_checkpoint(folder, load_checkpoint(source), keep=1)
     console.print(f"{made}: {len(list(made.glob('*.safetensors')))} files", highlight=False, soft_wrap=True)
+    say_next(("sample", out, "--out", f"{out}/samples.png"), ("export", out, "--out", exported(out)))
 
 
 @guarded
@@ -93,3 +97,5 @@ def import_edm(
     network, shape = made.spec.model.network.name, " x ".join(map(str, made.spec.image_shape))
     classes = f"{made.spec.num_classes} classes" if made.spec.num_classes else "no classes"
     console.print(f"{made.source}: {network}, {shape}, {classes}", highlight=False, soft_wrap=True)
+    student = f"{out.rstrip('/')}-student"
+    say_next(("sample", out, "--out", f"{out}/samples.png"), ("train", "CONFIG", f"teacher={out}", f"run={student}"))

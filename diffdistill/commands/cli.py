@@ -1,10 +1,10 @@
 """The command line."""
 
+import math
 import os
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -14,7 +14,7 @@ from diffdistill.commands.checkpoints import gather, import_edm, join, merge
 from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
-from diffdistill.commands.next_steps import ARGUMENTS
+from diffdistill.commands.next_steps import TYPED, after_training, exported, say_next
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.limits import MAX_GIB, MAX_INTEGER, MAX_PROCESSES
 from diffdistill.settings.terminal import Console
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Verbs(TyperGroup):
     """The verbs. What was typed is kept, for the command that goes on from a stop."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[ARGUMENTS] = list(args)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        TYPED[:] = args
         return super().parse_args(ctx, args)
 
 
@@ -36,9 +36,11 @@ app = typer.Typer(
     help="One-step image generators, distilled from diffusion models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 console = Console()
+
+BEGIN, TRAIN, USE, JUDGE, CONVERT = "Begin", "Train", "Sample and export", "Evaluate", "Join and convert checkpoints"
+"""The groups of verbs in --help."""
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged one, as in dmd2/digits.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as often as you like.")]
@@ -58,7 +60,7 @@ Sweeps = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 @guarded
 def demo(
     run: Annotated[str | None, typer.Option(help="Where to write; default runs/demo, or runs/demo-fast.")] = None,
@@ -71,10 +73,18 @@ def demo(
     """
     from diffdistill.commands.demo import run_demo
 
-    run_demo(FilePath(run or ("runs/demo-fast" if fast else "runs/demo")), seed=seed, is_fast=fast, console=console)
+    folder = FilePath(run or ("runs/demo-fast" if fast else "runs/demo"))
+    run_demo(folder, seed=seed, is_fast=fast, console=console)
+    teacher, student = f"{folder}/teacher", f"{folder}/student"
+    say_next(
+        ("sample", student, "--teacher", "--out", f"{folder}/samples.png"),
+        ("report", student),
+        ("export", student, "--out", exported(student)),
+        ("train", "sid/digits", f"teacher={teacher}", f"run={folder}/sid"),
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @guarded
 def pretrain(
     config: Config,
@@ -91,7 +101,7 @@ def pretrain(
     _train(config, overrides, _Start(resume, checkpoint, allow_changes, trust_code), only="pretrain")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @guarded
 def train(
     config: Config,
@@ -134,25 +144,29 @@ def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str
     for option in ("checkpoint", "allow_changes"):
         if getattr(start, option) and not start.resume:
             raise UserError(f"--{option.replace('_', '-')}: goes with --resume")
+    leaves: list[bool] = []
     done = run_with_oom_retry(
         parsed,
         resume=start.checkpoint or start.resume,
         allow_changes=start.allow_changes,
         trusts_code=start.trusts_code,
-        look=_say_if_it_cannot_leave,
+        look=lambda plan: leaves.append(_says_if_it_leaves(plan)),
     )
     if this_rank() == 0:
         console.print(f"done: {done}", highlight=False, soft_wrap=True)
+    method, teacher = parsed.method.name, parsed.teacher if isinstance(parsed.teacher, str) else None
+    after_training(parsed.run, method, teacher, config=config, leaves=False not in leaves)
 
 
-def _say_if_it_cannot_leave(plan: "Plan") -> None:
-    """Say before the first step what would otherwise be said after the last."""
+def _says_if_it_leaves(plan: "Plan") -> bool:
+    """Whether `export` can write the student; where not, that is said before the first step, not after the last."""
     from diffdistill.export.leaving import how_it_leaves
     from diffdistill.settings.terminal import say
 
     leaving = how_it_leaves(plan.spec)
     if leaving.kind is None and this_rank() == 0:
         say(f"`diffdistill export` will not export this student: {leaving.note}")
+    return leaving.kind is not None
 
 
 def _sweep(
@@ -166,21 +180,26 @@ def _sweep(
 ) -> None:
     from diffdistill.commands.sweep import run_sweep
     from diffdistill.settings.schema import UserError
-    from diffdistill.training.config import find_config
+    from diffdistill.training.config import find_config, load_config
 
     if checkpoint:
         raise UserError("--checkpoint: names a step of one run; a sweep goes on with --resume alone")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--sweep: trains one run after the other in one process; start it without a launcher")
-    run_sweep(find_config(config), overrides or (), sweep, resume=resume, console=console, trusts_code=trusts_code)
+    done = run_sweep(
+        find_config(config), overrides or (), sweep, resume=resume, console=console, trusts_code=trusts_code
+    )
+    best = min(done, key=lambda outcome: outcome.scores.get("fd_pixels", math.inf))
+    run = str(FilePath(load_config(find_config(config), overrides or ()).run) / best.name)
+    say_next(("report", run), ("export", run, "--out", exported(run)))
 
 
-app.command()(sample)
-app.command()(export)
-app.command()(benchmark)
+app.command(rich_help_panel=USE)(sample)
+app.command(rich_help_panel=USE)(export)
+app.command(rich_help_panel=JUDGE)(benchmark)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @guarded
 def students(
     config: Config,
@@ -213,20 +232,38 @@ def students(
         trusts_code=trust_code,
         say=say,
     )
-    say(f"now: diffdistill join {' '.join(map(str, runs))} --out {runs[0].parent}")
+    say_next(("join", *runs, "--out", runs[0].parent))
 
 
-app.command()(join)
-app.command()(merge)
-app.command()(gather)
-app.command(name="import-edm")(import_edm)
-app.command(name="eval")(evaluate)
-app.command()(reference)
-app.command()(leaderboard)
-app.command()(report)
+app.command(rich_help_panel=CONVERT)(join)
+app.command(rich_help_panel=CONVERT)(merge)
+app.command(rich_help_panel=CONVERT)(gather)
+app.command(name="import-edm", rich_help_panel=CONVERT)(import_edm)
+app.command(name="eval", rich_help_panel=JUDGE)(evaluate)
+app.command(rich_help_panel=JUDGE)(reference)
+app.command(rich_help_panel=JUDGE)(leaderboard)
+app.command(rich_help_panel=JUDGE)(report)
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
+@guarded
+def configs() -> None:
+    """List the configs that come with the package, by method; `train` and `doctor` take their names.
+
+    Example: diffdistill configs
+    """
+    from diffdistill.training.config import packaged_configs
+
+    names: dict[str, list[str]] = {}
+    for name in packaged_configs():
+        method, _, config = name.partition("/")
+        names.setdefault(method, []).append(config)
+    for method, found in names.items():
+        console.print(f"{method}/: {', '.join(found)}")
+    say_next(("doctor", "dmd2/digits"), ("pretrain", "pretrain/digits", "run=runs/teacher"))
+
+
+@app.command(rich_help_panel=BEGIN)
 @guarded
 def methods() -> None:
     """List the methods, who steps when, and what each needs; and what installed packages add.
@@ -236,9 +273,10 @@ def methods() -> None:
     from diffdistill.commands.methods import print_methods
 
     print_methods(console)
+    say_next(("configs",))
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 @guarded
 def doctor(
     config: Annotated[
@@ -261,6 +299,7 @@ def doctor(
     """
     from diffdistill.commands.doctor import examine, examine_config, show
 
+    after: tuple[str, ...] = ("demo",)
     if config is None:
         findings = examine(FilePath(folder))
     else:
@@ -268,8 +307,11 @@ def doctor(
 
         parsed = load_config(find_config(config), overrides or ())
         findings = list(examine_config(parsed, memory, trusts_code=trust_code))
+        verb = "pretrain" if parsed.method.name == "pretrain" else "train"
+        after = (verb, config, *(overrides or ()))
     if not show(findings, console):
         raise typer.Exit(1)
+    say_next(after)
 
 
 @app.callback(invoke_without_command=True)

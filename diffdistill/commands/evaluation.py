@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.commands.next_steps import as_run, exported, say_next
 from diffdistill.settings.limits import MAX_BATCH, MAX_COUNT, MAX_LEVELS, MAX_SAMPLING_STEPS
 from diffdistill.settings.terminal import Console
 
@@ -98,12 +99,25 @@ def evaluate(
     )
     if places[0] != "compare":
         run_eval(places, options, console)
+        say_next(
+            *(("report", place) for place in places[:1] if as_run(place)),
+            ("leaderboard", records, "--out", str(FilePath(records).with_suffix("")))
+            if records
+            else ("eval", *places, *_given(against, protocol), "--records", "runs/records.jsonl"),
+        )
         return
     if against:
         raise UserError("--against: goes with eval, not with eval compare")
     if len(places) != 3:
         raise UserError(f"eval compare: takes two places, not {len(places) - 1}")
     run_compare((places[1], places[2]), options, console, num_replicates=replicates, confidence=confidence)
+    say_next(("eval", places[1], "--against", places[2], *_given(None, protocol)))
+
+
+def _given(against: str | None, protocol: str | None) -> tuple[str, ...]:
+    """Options that were given, to be given again."""
+    pairs = (("--against", against), ("--protocol", protocol))
+    return tuple(word for name, value in pairs if value for word in (name, value))
 
 
 @guarded
@@ -123,7 +137,7 @@ def reference(
     """
     from diffdistill.eval.evaluation.real import write_references
 
-    for file in write_references(
+    files = write_references(
         images,
         protocol,
         weights=weights or (),
@@ -131,8 +145,10 @@ def reference(
         batch_size=batch,
         trusts_code=trust_code,
         console=console,
-    ):
+    )
+    for file in files:
         console.print(str(file), highlight=False, soft_wrap=True, markup=False)
+    say_next(("eval", "RUN", "--protocol", protocol))
 
 
 @guarded
@@ -155,6 +171,7 @@ def leaderboard(
 
     page, *others = write_leaderboard(records, FilePath(out), title=title, with_reported=published, say=say)
     console.print(f"{page}, and {len(others)} more files beside it", highlight=False, soft_wrap=True, markup=False)
+    say_next(also=(f"open {page} in a browser",))
 
 
 @guarded
@@ -170,3 +187,4 @@ def report(
 
     file = write_report(FilePath(run), FilePath(out) if out else None)
     console.print(str(file), highlight=False, soft_wrap=True, markup=False)
+    say_next(("export", run, "--out", exported(run)), also=(f"open {file} in a browser",))

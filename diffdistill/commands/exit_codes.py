@@ -1,6 +1,7 @@
 """How a command ends. Exit codes: 0 done; 1 failed; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -39,15 +40,17 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def stop(message: str, code: int) -> NoReturn:
+def stop(message: str, code: int, *, can_resume: bool) -> NoReturn:
     """Leave as asked by a signal: no error. The first of several processes says so."""
     if this_rank() == 0:
-        say_how_to_go_on(message)
+        say_how_to_go_on(message, can_resume=can_resume)
     raise typer.Exit(code)
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """A command whose expected faults end in one message and the right exit code, never in a traceback."""
+
+    can_resume = "resume" in inspect.signature(command).parameters
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,9 +63,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             fail(str(error), 2)
         except KeyboardInterrupt:
             kept = WHEN_STOPPED.get(command.__name__, "")
-            stop(f"stopped by SIGINT{kept}", 130)
+            stop(f"stopped by SIGINT{kept}", 130, can_resume=can_resume)
         except StopRequested as wanted:
-            stop(str(wanted), wanted.exit_code)
+            stop(str(wanted), wanted.exit_code, can_resume=can_resume)
         except Exception as error:
             message, code = _expected(error, command.__name__)
             if code is None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.commands.next_steps import as_run, exported, say_next
 from diffdistill.settings.limits import MAX_BATCH, MAX_COLUMNS, MAX_IMAGES, MAX_INTEGER, MAX_NUMBER, MAX_SAMPLING_STEPS
 from diffdistill.settings.terminal import Console
 
@@ -124,6 +125,10 @@ def sample(
     made = run_sample(run, options)
     shown = "; ".join([*(f"{one.caption} an image" for one in made), *filter(None, [made[-1].classes])])
     console.print(f"{out}: {len(made[0].images)} images; {shown}", highlight=False, soft_wrap=True, markup=False)
+    if as_run(run):
+        say_next(("report", run), ("export", run, "--out", exported(run)), also=(f"open {out}",))
+    else:
+        say_next(also=(f"open {out}",))
 
 
 @guarded
@@ -189,3 +194,7 @@ def export(
     )
     made = run_export(run, FilePath(out), options)
     console.print(made.summary, highlight=False, soft_wrap=True, markup=False)
+    say_next(
+        ("sample", out, "--out", f"{FilePath(out).name}.png"),
+        also=(f"read {FilePath(out) / 'README.md'}: the program that loads it with diffusers alone",),
+    )

@@ -8,33 +8,63 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
-import click
-
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.terminal import Console, hide_secrets
 
-ARGUMENTS = "diffdistill.arguments"
-"""Under this key the context of click keeps what was typed."""
+TYPED: list[str] = []
+"""What stood behind `diffdistill` on the command line."""
 
 
-def say_next(*commands: Sequence[object]) -> None:
+def say_next(*commands: Sequence[object], also: Sequence[str] = ()) -> None:
     """Commands for people, on the standard error stream, as they can be typed in this shell.
 
-    commands: each the words behind `diffdistill`.  Of several processes the first says it.
+    commands: each the words behind `diffdistill`.  also: lines that are none of its commands.  Of several processes the
+    first says it.
     """
     if this_rank():
         return
     first, program = how_to_call()
-    lines = [first] if first else []
+    lines = [first] if first and commands else []
     lines += [f"{program} {shlex.join(map(str, words))}" for words in commands]
-    _print("next:", *(f"  {line}" for line in lines))
+    _print("next:", *(f"  {line}" for line in (*lines, *also)))
 
 
-def say_how_to_go_on(stopped: str) -> None:
-    """What stopped a command, what of it was saved, and the command that goes on."""
+def after_training(run: str, method: str, teacher: str | None, *, config: str, leaves: bool) -> None:
+    """What follows a run.  config: as it was typed.  leaves: whether `export` can write the model."""
+    if method == "pretrain":
+        sibling = f"dmd2/{config.rpartition('/')[2]}" if config.startswith("pretrain/") else "CONFIG"
+        say_next(
+            ("sample", run, "--out", f"{run}/samples.png"),
+            ("train", sibling, f"teacher={run}", f"run={run}-student"),
+        )
+        return
+    beside = ("--teacher",) if teacher else ()
+    say_next(
+        ("sample", run, *beside, "--out", f"{run}/samples.png"),
+        ("eval", run, *(("--against", teacher) if teacher else ())),
+        ("report", run),
+        *([("export", run, "--out", exported(run))] if leaves else []),
+    )
+
+
+def exported(run: str) -> str:
+    """Where an export of a run may go."""
+    return f"exported/{FilePath(run).resolve().name}"
+
+
+def as_run(place: str) -> bool:
+    """Whether a place is a run's folder, or that of several students."""
+    return (FilePath(place) / "checkpoints").is_dir() or (FilePath(place) / "router.json").is_file()
+
+
+def say_how_to_go_on(stopped: str, *, can_resume: bool) -> None:
+    """What stopped a command, what of it was saved, and the command that goes on.
+
+    can_resume: whether it has the option --resume.
+    """
     first, program = how_to_call()
-    words = going_on()
-    if words is None:
+    words = going_on(TYPED, can_resume=can_resume)
+    if not words:
         _print(stopped)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -42,23 +72,17 @@ def say_how_to_go_on(stopped: str) -> None:
     _print(stopped, f"to go on: {f'{first}; ' if first else ''}{program} {shlex.join(words)}")
 
 
-def going_on() -> list[str] | None:
-    """What was typed behind `diffdistill`, with --resume where the command has it; None outside a command.
-
-    A checkpoint that was named is left out: the newest one has what was done since.
-    """
-    context = click.get_current_context(silent=True)
-    if context is None or ARGUMENTS not in context.meta:
-        return None
+def going_on(typed: Sequence[str], *, can_resume: bool) -> list[str]:
+    """The same words with --resume where the command has it. A checkpoint that was named is left out: the newest one
+    has what was done since."""
     words: list[str] = []
-    typed = iter(context.meta[ARGUMENTS])
-    for word in typed:
+    left = iter(typed)
+    for word in left:
         if word == "--checkpoint":
-            next(typed, None)
+            next(left, None)
         elif not word.startswith("--checkpoint="):
             words.append(word)
-    can_resume = any("--resume" in parameter.opts for parameter in context.command.params)
-    return [*words, "--resume"] if can_resume and "--resume" not in words else words
+    return [*words, "--resume"] if words and can_resume and "--resume" not in words else words
 
 
 def how_to_call() -> tuple[str | None, str]:

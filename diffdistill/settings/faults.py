@@ -54,6 +54,11 @@ def did_you_mean(wrong: str, choices: Sequence[str]) -> str:
     return f"{hint} (choices: {', '.join(choices)})" if choices else hint
 
 
+def nearest(wrong: str, choices: Sequence[str], count: int = 5) -> list[str]:
+    """The choices that look most like what was written, the nearest first."""
+    return difflib.get_close_matches(wrong, choices, n=count, cutoff=0.0)
+
+
 def _describe(kind: Any, data: object, fault: Any, whole: str, is_saved: bool) -> str:
     """One fault as `place = value: what is wrong; choices`."""
     place, holder, value = _walk(kind, data, fault["loc"])

@@ -16,7 +16,7 @@ from diffdistill.models.prompt_storage import PromptsConfig
 from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.dropout import Dropout
 from diffdistill.networks.lora import LoRASettings
-from diffdistill.settings.faults import did_you_mean
+from diffdistill.settings.faults import nearest
 from diffdistill.settings.numbers import BatchSize, NonNegativeInt, Processes, Seed
 from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
 from diffdistill.settings.terminal import holds_secret
@@ -156,11 +156,17 @@ def find_config(name: str) -> FilePath:
     """A file, or a packaged config by its name ("dmd2/digits"). Raises UserError naming the packaged ones."""
     if FilePath(name).exists():
         return FilePath(name)
-    home = FilePath(str(resources.files("diffdistill.configs")))
-    packaged = {str(file.relative_to(home).with_suffix("")): file for file in sorted(home.glob("*/*.yaml"))}
+    packaged = packaged_configs()
     if name in packaged:
         return packaged[name]
-    raise UserError(f"{name}: no such file, nor a packaged config{did_you_mean(name, list(packaged))}")
+    near = ", ".join(nearest(name, list(packaged)))
+    raise UserError(f"{name}: no such file, nor a packaged config; nearest: {near}; `diffdistill configs` lists all")
+
+
+def packaged_configs() -> dict[str, FilePath]:
+    """The configs that come with the package, by name."""
+    home = FilePath(str(resources.files("diffdistill.configs")))
+    return {file.relative_to(home).with_suffix("").as_posix(): file for file in sorted(home.glob("*/*.yaml"))}
 
 
 def parse_config(data: object, *, origin: str = "config") -> RunConfig:

@@ -217,7 +217,7 @@ class Trainer:
 
     @property
     def _going_on(self) -> str:
-        start, steps = self.plan.start, self.config.train.steps
+        steps = self.config.train.steps
         return f"goes on from step {self.step} of {steps}" if self.step < steps else f"is done, {steps} steps"
 
     @property

@@ -1,5 +1,6 @@
 """How a command ends: what it says after a wanted stop, and which command comes next."""
 
+import inspect
 import signal
 import sys
 import sysconfig
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -44,7 +46,7 @@ def test_a_wanted_stop_is_no_error_and_names_the_command_that_goes_on(
     stop_at_once(monkeypatch)
     result = call(verb, file, "train.log_every=1")
     assert result.exit_code == 130
-    assert "error" not in result.stderr
+    assert "error:" not in result.stderr
     said = result.stderr.splitlines()
     assert said[-2] == f"stopped by SIGINT at step 1; saved in {config.run}/checkpoints/step-00000001"
     assert said[-1] == f"to go on: diffdistill {verb} '{file}' train.log_every=1 --resume"
@@ -65,9 +67,11 @@ def test_under_a_launcher_its_command_is_not_made_up(
     written: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(next_steps, "going_on", lambda: ["train", "x.yaml", "--resume"])
-    next_steps.say_how_to_go_on("stopped")
-    assert capsys.readouterr().err == "stopped\nto go on: the same launcher, with -m diffdistill train x.yaml --resume\n"
+    monkeypatch.setattr(next_steps, "TYPED", ["train", "x.yaml"])
+    next_steps.say_how_to_go_on("stopped", can_resume=True)
+    assert (
+        capsys.readouterr().err == "stopped\nto go on: the same launcher, with -m diffdistill train x.yaml --resume\n"
+    )
 
 
 def interrupted(*_: object, **__: object) -> None:
@@ -125,5 +129,72 @@ def test_where_the_command_is_not_found_the_environment_is_named(
     assert next_steps.how_to_call() == (None, "diffdistill")
 
 
-def test_every_verb_is_run_as_typed() -> None:
-    assert cli.app.info.cls is cli.Verbs
+def next_of(result: Result) -> list[str]:
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    return [line.strip() for line in lines[lines.index("next:") + 1 :]]
+
+
+def test_training_ends_with_commands_of_the_paths_just_used(
+    written: tuple[Path, RunConfig], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    file, teacher = written
+    assert next_of(call("pretrain", file)) == [
+        f"diffdistill sample {teacher.run} --out {teacher.run}/samples.png",
+        f"diffdistill train CONFIG teacher={teacher.run} run={teacher.run}-student",
+    ]
+    run, exported = tmp_path / "student", tmp_path / "exported"
+    student = make_config("dmd2", "train.steps=1", f"teacher={teacher.run}", f"run={run}")
+    (tmp_path / "student.yaml").write_text(dump_yaml(student))
+    assert next_of(call("train", tmp_path / "student.yaml")) == [
+        f"diffdistill sample {run} --teacher --out {run}/samples.png",
+        f"diffdistill eval {run} --against {teacher.run}",
+        f"diffdistill report {run}",
+        f"diffdistill export {run} --out exported/student",
+    ]
+    assert next_of(call("report", run))[-1] == f"open {run}/report.html in a browser"
+    assert next_of(call("export", run, "--out", exported, "--no-verify"))[0].startswith(
+        f"diffdistill sample {exported}"
+    )
+
+
+def test_every_verb_says_what_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its source, as some take long to run."""
+    for function in (*(info.callback for info in cli.app.registered_commands),):
+        assert function
+        source = inspect.getsource(inspect.unwrap(function))
+        assert "say_next(" in source or "_train(" in source, function.__name__
+
+
+def test_a_packaged_teachers_config_leads_to_the_students_of_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    next_steps.after_training("runs/t", "pretrain", None, config="pretrain/digits", leaves=True)
+    assert "  diffdistill train dmd2/digits teacher=runs/t run=runs/t-student" in capsys.readouterr().err.splitlines()
+
+
+def test_all_configs_are_listed_and_an_unknown_one_shows_the_nearest_five() -> None:
+    listed = call("configs")
+    assert "pretrain/: cifar10_budget, digits, mnist_budget" in listed.stdout.splitlines()
+    assert next_of(listed)
+    result = call("train", "dmd/digit")
+    assert result.exit_code == 2
+    assert "nearest: dmd2/digits, " in result.stderr
+    near = result.stderr.split("nearest: ")[1].split(";")[0]
+    assert len(near.split(", ")) == 5
+    assert "`diffdistill configs` lists all" in result.stderr
+
+
+def test_verbs_are_grouped_in_help() -> None:
+    shown = click.unstyle(call("--help").stdout)
+    titles = [shown.index(title) for title in ("Begin", "Train ", "Sample and export", "Evaluate", "Join and convert")]
+    assert titles == sorted(titles)
+    assert all(info.rich_help_panel for info in cli.app.registered_commands)
+
+
+def test_the_shell_completes_a_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = CliRunner(
+        env={"_DIFFDISTILL_COMPLETE": "complete_bash", "COMP_WORDS": "diffdistill pre", "COMP_CWORD": "1"}
+    )
+    assert runner.invoke(app, prog_name="diffdistill").stdout.split() == ["pretrain"]
+    script = CliRunner(env={"_DIFFDISTILL_COMPLETE": "source_bash"}).invoke(app, prog_name="diffdistill").stdout
+    assert "complete -o default -F" in script
+    assert "_DIFFDISTILL_COMPLETE=complete_bash" in script

@@ -17,7 +17,7 @@ def test_a_closed_pipe_ends_no_run(write_config: WriteConfig, tmp_path: Path) ->
         stderr=subprocess.STDOUT,
     )
     assert process.stdout
-    assert b"it/s" in process.stdout.readline()
+    assert b" left, " in process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=120) == 0
     assert [found.name for found in list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step-00000040"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from diffdistill.settings.terminal import Console
 from diffdistill.training.config import RunConfig
 from diffdistill.training.reports import log as log_module
 from diffdistill.training.reports.log import RunLog
@@ -122,7 +122,7 @@ def test_a_run_without_a_terminal_is_never_silent_for_long() -> None:
         time.sleep(0.01)
     heart.stop()
     assert len(beats) >= 2
-    silent = Heartbeat(lambda: beats.clear(), seconds=60)
+    silent = Heartbeat(beats.clear, seconds=60)
     silent.start()
     silent.stop()
     assert beats, "nothing was silent for a minute"

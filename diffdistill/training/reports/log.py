@@ -76,8 +76,8 @@ class RunLog:
     """Reports of one run.
 
     folder: the run's.  start_step: lines of a killed run after this step are dropped, so that none stands twice.
-    first: the player whose losses are shown first.  trackers: their names; settings: what they are told about the run.  cpu_began: of `time.process_time`, when the
-    run's work began; what was prepared before the first step counts.
+    first: the player whose losses are shown first.  trackers: their names; settings: what they are told about the run.
+    cpu_began: of `time.process_time`, when the run's work began; what was prepared before the first step counts.
     """
 
     def __init__(

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 from threading import Event, Thread
 
-from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
+
+from diffdistill.settings.terminal import Console
 
 SILENT_SECONDS = 30.0
 """The longest that a run says nothing where there is no bar."""
@@ -75,7 +76,9 @@ class Pace:
         if each is None or not self.is_sure:
             return None
         left = self.num_steps - self._start
-        return f"{left:,} steps at {show_step_time(each)}: {in_words(left * each)}" if left * each > LONG_SECONDS else None
+        return (
+            f"{left:,} steps at {show_step_time(each)}: {in_words(left * each)}" if left * each > LONG_SECONDS else None
+        )
 
     def show(self) -> str:
         """Time left, speed, steps, and the micro-batch where a step has many."""
