@@ -13,21 +13,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.diffusion.step_random import StepRandom, integer_of
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
-from diffdistill.distillation.divergences import WEIGHTS, Divergence, RatioMeans, density_ratio, mean_by_bin
+from diffdistill.distillation.divergences import WEIGHTS, Divergence, Ratios
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.scales import FakeScale, Scale, scale_in, scale_of
+from diffdistill.distillation.scales import FakeScale, Scale, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
     GanTaps,
     condition,
     critics_loss,
     draw_step,
+    fake_with_logits,
     generate,
     matching_field,
     sample_at_hand,
@@ -72,10 +72,7 @@ class FDistill(Method):
     tells_teacher_class = True
 
     def __post_init__(self) -> None:
-        if self.ratio_min >= self.ratio_max:
-            raise ValueError(f"ratio_min = {self.ratio_min} must be below ratio_max = {self.ratio_max}")
-        if self.ratio_memory and not self.ratio_bins:
-            raise ValueError("ratio_memory: remembers the means of bins; give ratio_bins, or 0")
+        _ = self._ratios  # raises where they do not fit
 
     @property
     def scales(self) -> dict[str, FakeScale]:
@@ -104,16 +101,15 @@ class FDistill(Method):
         if self.has_discriminator:
             judge = tapped(problem, players, self.gan_features)
             players["discriminator"] = make_head(judge, problem.image_shape, self.gan_taps)
-        return players | ({"ratio_means": RatioMeans(self.ratio_bins)} if self.ratio_memory else {})
+        return players | self._ratios.players()
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         laws = {"": self.generator_time_law, "fake ": self.fake_time_law}
         if self.has_discriminator:
             laws |= dict.fromkeys(("gan real ", "gan fake "), self.gan_time_law)
-        # A law is a quantile function, so that even shares of its uniform number are bins of equal probability.
-        bins = {"bin": integer_of(rng.uniform("t"), self.ratio_bins)} if self.ratio_bins else {}
-        dropout = self.fake_class_dropout
-        return draw_step(rng, problem, self.steps, laws, scales=self.scales, fake_class_dropout=dropout) | bins
+        scales, dropout = self.scales, self.fake_class_dropout
+        numbers = draw_step(rng, problem, self.steps, laws, scales=scales, fake_class_dropout=dropout)
+        return numbers | self._ratios.draw(rng)
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Distribution matching weighted by h(r), plus the GAN's share at the same noised image."""
@@ -124,7 +120,7 @@ class FDistill(Method):
         matching = field_loss(x, field_value)
         total, logs = matching, {"matching": matching.detach(), "field": field_value.abs().mean()}
         if self.has_discriminator:
-            logs |= {"ratio": self._ratio(logits).mean(), "largest_weight": weight.max()}
+            logs |= {"ratio": self._ratios.read(logits).detach().mean(), "largest_weight": weight.max()}
         if self.gan_weight:
             adversarial = gan_generator_loss(logits)
             total = total + self.gan_weight * adversarial
@@ -156,40 +152,26 @@ class FDistill(Method):
     def ratios(self, players: Players, draw: Draw, batch: Batch) -> Mapping[str, Tensor]:
         """The ratio and the bin of each sample, by whose means over the whole batch the weight is normalised."""
         _, logits = self._look(players, draw, generate(players, draw, self.steps))
-        return {"ratio": self._ratio(logits)} | ({"bin": draw["bin"]} if self.ratio_bins else {})
+        return self._ratios.statistics(draw, logits)
 
     def after_update(self, players: Players, carried: Mapping[str, Tensor]) -> None:
-        if self.ratio_memory and "ratio means" in carried:
-            players.ratio_means.values.copy_(carried["ratio means"])
+        self._ratios.keep(players, carried)
+
+    @property
+    def _ratios(self) -> Ratios:
+        return Ratios(self.ratio_min, self.ratio_max, self.ratio_bins, self.ratio_memory)
 
     def _look(self, players: Players, draw: Draw, x: Tensor) -> tuple[Tensor, Tensor]:
         """D_fake at x noised, and the discriminator's logits [B] there (none without one), with a graph to x."""
-        cond, t, guidance = condition(players, draw, role="fake"), draw["t"], scale_of(self.scales, "fake_guidance")
-        x_t = players.teacher.path.diffuse(x, draw["eps"], t)
-        if self.has_discriminator and self.gan_features == "fake" and guidance == 1:
-            fake, features = players.fake.with_features(x_t, t, cond, taps=self.gan_taps)
-            return fake, players.discriminator(features)
-        fake = players.fake(x_t, t, cond, guidance=scale_in(draw, self.scales, "fake_guidance"))
-        if not self.has_discriminator:
-            return fake, x.new_zeros(0)
-        judged = condition(players, draw, role=self.gan_features)
-        judge: Denoiser = getattr(players, self.gan_features)
-        return fake, players.discriminator(judge.features(x_t, t, judged, taps=self.gan_taps))
-
-    def _ratio(self, logits: Tensor) -> Tensor:
-        return density_ratio(logits, self.ratio_min, self.ratio_max)
+        x_t = players.teacher.path.diffuse(x, draw["eps"], draw["t"])
+        features = self.gan_features if self.has_discriminator else None
+        return fake_with_logits(players, draw, x_t, scales=self.scales, features=features, taps=self.gan_taps)
 
     @torch.no_grad()
     def _weight(self, players: Players, draw: Draw, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """h [B] over its mean in the batch, from ratios over the mean ratio of their bin; and those means to keep."""
         if self.divergence == "rkl":
             return torch.ones_like(draw["t"]), {}
-        ratio, carry = self._ratio(logits), {}
-        everyone = draw.get("all ratio", ratio)
-        if self.ratio_bins:
-            bins = draw.get("all bin", draw["bin"])
-            before = players.ratio_means.values if self.ratio_memory else everyone.new_ones(self.ratio_bins)
-            means = carry["ratio means"] = mean_by_bin(everyone, bins, before, self.ratio_memory)
-            ratio, everyone = ratio / means[draw["bin"]], everyone / means[bins]
+        ratio, everyone, carry = self._ratios.normalised(players, draw, self._ratios.read(logits))
         h = WEIGHTS[self.divergence]
         return h(ratio) / h(everyone).mean(), carry

@@ -34,6 +34,7 @@ from diffdistill.distillation.score_distillation import (
     fake_sample,
     judged_sample,
     mean_of_finite,
+    score_identity,
     start_players,
 )
 from diffdistill.networks.discriminator import features_shapes
@@ -173,16 +174,6 @@ class SiD(Method):
     def _judged(self, players: Players, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight, minimum = self.weight, self.normaliser_minimum
         return judged_sample(players, draw, self.steps, guidance=self.guidance, weight=weight, minimum=minimum)
-
-
-def score_identity(x: Tensor, teacher: Tensor, fake: Tensor, residual: Tensor, *, alpha: float) -> Tensor:
-    """gap^T (D_residual - x) + (1 - alpha) ||gap||^2 of each sample, [B], with gap = D_teacher - D_fake.
-
-    With residual = fake it is gap^T (D_teacher - x) - alpha ||gap||^2.  All [B, ...], with graph.
-    Where kappa_3 enters is not verified: SiD-LSG's code has kappa_2 = kappa_3, so that it makes no difference.
-    """
-    gap = (teacher - fake).flatten(1)
-    return (gap * (residual - x).flatten(1)).sum(1) + (1 - alpha) * gap.square().sum(1)
 
 
 def bottleneck_logits(features: Tensor) -> Tensor:

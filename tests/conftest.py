@@ -79,6 +79,13 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "uni_instruct": f"""
+method: {{name: uni_instruct, divergence: kl, steps: {{init_ratio: 2.5}}, gan_weight: 0.03, ratio_memory: 0.5}}
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "hyper_sd": f"""
 method:
   name: hyper_sd

@@ -203,6 +203,16 @@ def shares_between(
     return first, last
 
 
+def log_ratio_slope(law: TimeDistribution, uniform: Tensor, path: Path) -> Tensor:
+    """d ln(sigma/alpha) / du of a law at its uniform numbers, [B] float64: one over its density in ln(sigma/alpha).
+
+    By differences over a hundredth of the law, as a discrete one has steps.
+    """
+    low, high = (uniform - 0.005).clamp_min(0), (uniform + 0.005).clamp_max(1)
+    first, last = (path.ratio(law(share, path)).log() for share in (low, high))
+    return (last - first) / (high - low)
+
+
 def even_times(path: Path) -> TimeDistribution:
     """A law over a path's whole range, both ends included, for methods that walk along it.
 

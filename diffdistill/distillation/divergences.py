@@ -5,12 +5,15 @@ arXiv:2502.15681, theorem 1.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.losses import widen
+from diffdistill.distillation.method import Draw, Players
 
 Divergence = Literal["rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson"]
 """Reverse KL, forward KL, Jensen-Shannon, softened reverse KL, squared Hellinger, Jeffreys, and two chi-squared."""
@@ -27,13 +30,80 @@ WEIGHTS: Mapping[Divergence, Callable[[Tensor], Tensor]] = {
 }
 """h(r) of each; `tests/methods/test_f_distill.py` derives them from f."""
 
+SLOPES: Mapping[Divergence, Callable[[Tensor], Tensor]] = {
+    "rkl": torch.zeros_like,
+    "kl": torch.ones_like,
+    "js": lambda r: 1 / (r + 1),
+    "sf": lambda r: -r / (r + 1),
+    "sh": lambda r: torch.full_like(r, 0.5),
+    "jf": lambda r: r / (r + 1),
+    "neyman": lambda r: torch.full_like(r, -1),
+    "pearson": lambda r: torch.full_like(r, 2),
+}
+"""d ln h / d ln r of each."""
+
 MAX_LOGIT = 10.0
 
 
-@torch.no_grad()
 def density_ratio(logits: Tensor, low: float, high: float) -> Tensor:
-    """p/q as a discriminator's logits [B] have it, kept between low and high; float32 or wider, no gradient."""
+    """p/q as a discriminator's logits [B] have it, kept between low and high; float32 or wider, with their graph."""
     return widen(logits).clamp(-MAX_LOGIT, MAX_LOGIT).exp().clamp(low, high)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """How a method reads p/q off its discriminator's logits: clamped, then over the mean of samples of like t.
+
+    low, high: the clamps.  num_bins: of equal probability in t; 0: none.  memory: the share of a bin's mean that stays
+    from the step before.  Named in errors as the settings ratio_min, ratio_max, ratio_bins, ratio_memory.
+    """
+
+    low: float
+    high: float
+    num_bins: int
+    memory: float
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"ratio_min = {self.low} must be below ratio_max = {self.high}")
+        if self.memory and not self.num_bins:
+            raise ValueError("ratio_memory: remembers the means of bins; give ratio_bins, or 0")
+
+    def players(self) -> dict[str, nn.Module]:
+        return {"ratio_means": RatioMeans(self.num_bins)} if self.memory else {}
+
+    def draw(self, rng: StepRandom) -> dict[str, Tensor]:
+        """A law is a quantile function, so that even shares of its uniform number are bins of equal probability."""
+        return {"bin": integer_of(rng.uniform("t"), self.num_bins)} if self.num_bins else {}
+
+    def read(self, logits: Tensor) -> Tensor:
+        return density_ratio(logits, self.low, self.high)
+
+    @torch.no_grad()
+    def is_free(self, logits: Tensor) -> Tensor:
+        """Where no clamp holds the ratio, [B]: elsewhere it does not change with x_t."""
+        return self.read(logits) == widen(logits).exp()
+
+    @torch.no_grad()
+    def statistics(self, draw: Draw, logits: Tensor) -> Mapping[str, Tensor]:
+        """The ratio and the bin of each sample, by whose means over the whole batch a weight is normalised."""
+        return {"ratio": self.read(logits)} | ({"bin": draw["bin"]} if self.num_bins else {})
+
+    def normalised(self, players: Players, draw: Draw, ratio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The ratios [B] over the mean of their bin; those of the whole batch, without graph; the means to keep."""
+        carry: dict[str, Tensor] = {}
+        everyone = draw.get("all ratio", ratio.detach())
+        if self.num_bins:
+            bins = draw.get("all bin", draw["bin"])
+            before = players.ratio_means.values if self.memory else everyone.new_ones(self.num_bins)
+            means = carry["ratio means"] = mean_by_bin(everyone, bins, before, self.memory)
+            ratio, everyone = ratio / means[draw["bin"]], everyone / means[bins]
+        return ratio, everyone, carry
+
+    def keep(self, players: Players, carried: Mapping[str, Tensor]) -> None:
+        """Remember a step's means."""
+        if self.memory and "ratio means" in carried:
+            players.ratio_means.values.copy_(carried["ratio means"])
 
 
 class RatioMeans(nn.Module):

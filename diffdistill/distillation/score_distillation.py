@@ -34,7 +34,7 @@ from diffdistill.distillation.losses import (
     zero_nonfinite,
 )
 from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
-from diffdistill.distillation.scales import FakeScale, Scale, Scales, draw_scales, other_than_one, scale_of
+from diffdistill.distillation.scales import FakeScale, Scale, Scales, draw_scales, other_than_one, scale_in, scale_of
 from diffdistill.settings.limits import MAX_CHOSEN
 from diffdistill.settings.schema import UserError
 
@@ -231,6 +231,35 @@ def judged_sample(
     x_t = path.diffuse(x, draw["eps"], t)
     teacher = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
     return x, x_t, teacher, sample_weight(weight, path, x, t, teacher, minimum=minimum)
+
+
+def score_identity(x: Tensor, teacher: Tensor, fake: Tensor, residual: Tensor, *, alpha: float | Tensor) -> Tensor:
+    """gap^T (D_residual - x) + (1 - alpha) ||gap||^2 of each sample, [B], with gap = D_teacher - D_fake.
+
+    With residual = fake it is gap^T (D_teacher - x) - alpha ||gap||^2.  All [B, ...], with graph; alpha: one, or [B].
+    Where kappa_3 enters is not verified: SiD-LSG's code has kappa_2 = kappa_3, so that it makes no difference.
+    """
+    gap = (teacher - fake).flatten(1)
+    return (gap * (residual - x).flatten(1)).sum(1) + (1 - alpha) * gap.square().sum(1)
+
+
+def fake_with_logits(
+    players: Players, draw: Draw, x_t: Tensor, *, scales: Scales, features: Features | None, taps: GanTaps = None
+) -> tuple[Tensor, Tensor]:
+    """D_fake at x_t, and the discriminator's logits [B] there, both with their graph to x_t.
+
+    features: whose the head reads; None: there is no discriminator, and there are no logits.
+    """
+    cond, t = condition(players, draw, role="fake"), draw["t"]
+    if features == "fake" and scale_of(scales, "fake_guidance") == 1:
+        fake, read = players.fake.with_features(x_t, t, cond, taps=taps)
+        return fake, players.discriminator(read)
+    fake = players.fake(x_t, t, cond, guidance=scale_in(draw, scales, "fake_guidance"))
+    if features is None:
+        return fake, x_t.new_zeros(0)
+    judge, judged = players[features], condition(players, draw, role=features)
+    assert isinstance(judge, Denoiser)
+    return fake, players.discriminator(judge.features(x_t, t, judged, taps=taps))
 
 
 def matching_field(x: Tensor, fake: Tensor, teacher: Tensor, *, minimum: float) -> Tensor:

@@ -19,6 +19,7 @@ from diffdistill.diffusion.time_distributions import (
     Uniform,
     UniformInteger,
     even_times,
+    log_ratio_slope,
 )
 from diffdistill.distillation.method import METHODS, Method
 from diffdistill.methods.hyper_sd import HyperSD
@@ -107,6 +108,19 @@ def test_uniform_integers_of_a_shorter_path_do_not_pile_up_at_its_end() -> None:
     assert torch.equal(torch.bincount(times.long())[20:], torch.full((880,), 10))
 
 
+@pytest.mark.parametrize("path", [EDM(), Flow(), VPDiscrete()], ids=["edm", "flow", "vp_discrete"])
+@pytest.mark.parametrize("law", [LogNormal(), Karras(ratio_min=0.03, ratio_max=6.0), KarrasIndex(), Uniform(low=0.1)])
+def test_weighed_by_its_slope_every_law_is_even_in_the_logarithm_of_the_ratio(
+    law: TimeDistribution, path: Path
+) -> None:
+    """The integral over ln r of a bump between ratios that each law has."""
+    shares = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
+    log_ratio = path.ratio(law(shares, path)).log()
+    bump = torch.exp(-0.5 * ((log_ratio + 0.5) / 0.5) ** 2)
+    found = float((log_ratio_slope(law, shares, path) * bump).mean())
+    assert found == pytest.approx(0.5 * math.sqrt(2 * math.pi), rel=5e-3)
+
+
 # The methods' own, on every path
 
 EVEN = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
@@ -147,6 +161,7 @@ def test_every_method_s_laws_are_looked_at() -> None:
         "sid",
         "sim",
         "f_distill",
+        "uni_instruct",
         "hyper_sd",
         "boot",
         "scm",

@@ -190,9 +190,10 @@ def test_a_piece_of_a_batch_is_normalised_by_the_means_of_the_whole() -> None:
     torch.testing.assert_close(method._weight(scene(method)[0], draw, LOGITS[:2])[0], whole[:2], rtol=0, atol=0)
 
 
-def test_a_ratio_has_no_gradient() -> None:
+def test_a_weight_has_no_gradient() -> None:
+    draw = {"bin": torch.tensor([0, 0]), "t": torch.ones(2).double()}
     logits = numbers(-1.0, 0.5).requires_grad_()
-    assert not density_ratio(logits, 0.1, 20.0).requires_grad
+    assert not FDistill(divergence="kl")._weight(scene(FDistill())[0], draw, logits)[0].requires_grad
 
 
 def test_logits_are_kept_within_ten() -> None:

@@ -28,6 +28,7 @@ GUIDED = {
     "sid": ("method.guidance=2", "method.fake_guidance=1.5", "method.fake_training_guidance=1.5"),
     "sim": ("method.guidance=2",),
     "f_distill": ("method.guidance=2",),
+    "uni_instruct": ("method.guidance=2",),
     "hyper_sd": ("method.guidance=[1, 2]",),
     "boot": ("method.guidance=[2, 2]",),
     "regression": ("method.guidance=2",),

@@ -15,8 +15,8 @@ from diffdistill.diffusion.path import Flow, Path
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Batch, Players, Problem
-from diffdistill.distillation.score_distillation import TIME_POWERS, sample_weight
-from diffdistill.methods.sid import SiD, score_identity
+from diffdistill.distillation.score_distillation import TIME_POWERS, sample_weight, score_identity
+from diffdistill.methods.sid import SiD
 from diffdistill.settings.schema import UserError
 
 PLAIN = SiD(steps=FewSteps(init_noise="unit"), weight="one", loss_scale=1.0)

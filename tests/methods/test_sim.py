@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.methods.sid import SiD, score_identity
+from diffdistill.distillation.score_distillation import score_identity
+from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM, Distance, implicit_matching
 
 UNIT = FewSteps(init_noise="unit")

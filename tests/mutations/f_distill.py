@@ -25,10 +25,10 @@ FAULTS = (
     ),
     Fault(
         "a gradient is taken of the weight",
-        DIVERGENCES,
-        "@torch.no_grad()\ndef density_ratio(",
-        "def density_ratio(",
-        "methods/test_f_distill.py::test_a_ratio_has_no_gradient",
+        METHOD,
+        "    @torch.no_grad()\n    def _weight(",
+        "    def _weight(",
+        "methods/test_f_distill.py::test_a_weight_has_no_gradient",
     ),
     Fault(
         "the weight is not normalised",
@@ -39,9 +39,9 @@ FAULTS = (
     ),
     Fault(
         "a piece of a batch is normalised by itself",
-        METHOD,
-        'everyone = draw.get("all ratio", ratio)',
-        "everyone = ratio",
+        DIVERGENCES,
+        'everyone = draw.get("all ratio", ratio.detach())',
+        "everyone = ratio.detach()",
         "methods/test_f_distill.py::test_a_piece_of_a_batch_is_normalised_by_the_means_of_the_whole",
     ),
     Fault(
@@ -54,8 +54,8 @@ FAULTS = (
     Fault(
         "the discriminator looks at noise of its own",
         METHOD,
-        'x_t = players.teacher.path.diffuse(x, draw["eps"], t)',
-        'x_t = players.teacher.path.diffuse(x, draw["fake eps"], t)',
+        'x_t = players.teacher.path.diffuse(x, draw["eps"], draw["t"])',
+        'x_t = players.teacher.path.diffuse(x, draw["fake eps"], draw["t"])',
         "methods/test_f_distill.py::test_the_discriminator_sees_the_sample_of_the_matching_at_its_noise",
     ),
     Fault(

@@ -9,12 +9,12 @@ BY_HAND = "methods/test_sid.py::test_value_and_gradient_of_a_step_are_those_by_h
 FAULTS = (
     Fault(
         "the identity has the wrong sign",
-        METHOD,
+        SHARED,
         "return (gap * (residual - x).flatten(1)).sum(1)",
         "return (gap * (x - residual).flatten(1)).sum(1)",
         CLOSED_FORM,
     ),
-    Fault("alpha counts the other way", METHOD, "(1 - alpha) * gap", "(1 + alpha) * gap", CLOSED_FORM),
+    Fault("alpha counts the other way", SHARED, "(1 - alpha) * gap", "(1 + alpha) * gap", CLOSED_FORM),
     Fault(
         "the teacher is detached",
         SHARED,

@@ -31,6 +31,7 @@ WITH_LORA = (
             "sid",
             "sim",
             "f_distill",
+            "uni_instruct",
             "regression",
             "msd",
             "scm",
