@@ -109,7 +109,7 @@ def test_uniform_integers_of_a_shorter_path_do_not_pile_up_at_its_end() -> None:
 
 
 @pytest.mark.parametrize("path", [EDM(), Flow(), VPDiscrete()], ids=["edm", "flow", "vp_discrete"])
-@pytest.mark.parametrize("law", [LogNormal(), Karras(ratio_min=0.03, ratio_max=6.0), KarrasIndex(), Uniform(low=0.1)])
+@pytest.mark.parametrize("law", [LogNormal(), Karras(ratio_min=0.03, ratio_max=6.0), KarrasIndex()])
 def test_weighed_by_its_slope_every_law_is_even_in_the_logarithm_of_the_ratio(
     law: TimeDistribution, path: Path
 ) -> None:
