@@ -19,12 +19,14 @@ from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.forget import Forget
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
+from diffdistill.methods.uni_instruct import UniInstruct
 from diffdistill.settings.schema import UserError
 
 BASES: dict[str, Any] = {
     "sid": SiD(),
     "dmd2": DMD2(gan_weight=0.0),
     "f_distill": FDistill(divergence="rkl", gan_weight=0.0),
+    "uni_instruct": UniInstruct(divergence="rkl", gan_weight=0.0),
 }
 TELLING = ("dmd2", "f_distill", "sid", "sim", "tdm", "uni_instruct")
 """Ours that tell the teacher another class than the student."""
