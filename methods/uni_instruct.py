@@ -2,8 +2,8 @@
 arXiv:2505.20755.
 
 Implemented: the gradient of an f-divergence of the images themselves, for eight divergences, as SiD's loss whose weight
-and alpha follow the density ratio at each x_t; the ratio with its graph; the GAN of DMD2; guidance on both sides; several
-steps.  The form is derived here: the paper states a mixture of two losses, and its released code computes another thing.
+and alpha follow the density ratio at each x_t; the ratio with its graph; the GAN of DMD2; guidance on both sides;
+several steps.  Derived here: the paper states a mixture of two losses, and its released code computes another thing.
 Not implemented: the schedule of the released code, which brings in the GAN later.
 """
 
