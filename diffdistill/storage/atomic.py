@@ -24,9 +24,9 @@ def is_disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in FULL) or "No space left" in str(error)
 
 
-def write_text_atomically(file: FilePath, text: str) -> None:
-    """The old text or the new one, never a part."""
-    _write_atomically(file, lambda place: write_synced(place, text))
+def write_text_atomically(file: FilePath, text: str, *, is_derived: bool = False) -> None:
+    """The old text or the new one, never a part.  is_derived: it can be made anew, and need not outlast a power cut."""
+    _write_atomically(file, lambda place: _write_parts(place, [text.encode()], is_synced=not is_derived))
 
 
 def write_bytes_atomically(file: FilePath, content: bytes) -> None:
@@ -85,11 +85,11 @@ def write_bytes(file: FilePath, content: bytes) -> None:
     _write_parts(file, [content])
 
 
-def _write_parts(file: FilePath, parts: Iterable[bytes]) -> None:
+def _write_parts(file: FilePath, parts: Iterable[bytes], *, is_synced: bool = True) -> None:
     with naming(file), open_plain(file, "wb") as handle:
         handle.writelines(parts)
         handle.flush()
-        if file.is_file():
+        if is_synced and file.is_file():
             os.fsync(handle.fileno())
 
 

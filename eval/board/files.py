@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -65,7 +66,7 @@ def write_leaderboard(
         try:
             refuse_links_below(out, out / name)
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(out / name, text)
+            write_text_atomically(out / name, text, is_derived=True)
         except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{out / name}: cannot be written: {error.strerror}") from None
     return [out / name for name in texts]
@@ -175,10 +176,10 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
     """A name for a file or folder for each, all different: letters, digits, inner dots and dashes. Where two would get
     the same, capitals aside, or one gets nothing, a hash tells them apart."""
     short = {name: re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:80].lower() for name in names}
-    taken = list(short.values())
+    taken = Counter(short.values())
     return {
         name: text
-        if text and taken.count(text) == 1
+        if text and taken[text] == 1
         else f"{text or 'model'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         for name, text in short.items()
     }
@@ -264,8 +265,11 @@ def _md(text: str) -> str:
 
 
 def _yaml(value: Any) -> str:
-    value = json.loads(json.dumps(value))  # nothing twice by identity, which YAML would write as an alias
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    """By libyaml where it is there and writes the same: outside of ASCII it escapes what PyYAML does not."""
+    text = json.dumps(value)
+    dumper = yaml.SafeDumper if "\\u" in text else getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    value = json.loads(text)  # nothing twice by identity, which YAML would write as an alias
+    return str(yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _task(group: Group) -> dict[str, str]:

@@ -196,30 +196,48 @@ def _rows(groups: Sequence[Group], metrics: Sequence[str], costs: Sequence[Cost]
         name: decimals_of([entry.scores[name].headline for _, entry in entries if name in entry.scores])
         for name in metrics
     }
+    ranges = {(id(group), name): _Range.of(group, name) for group in groups for name in metrics}
     rows = []
     for (group, entry), number in zip(entries, numbers, strict=False):
-        cells = [_metric_cell(group, entry, name, digits[name]) for name in metrics]
+        cells = [_metric_cell(group, entry, name, digits[name], ranges[id(group), name]) for name in metrics]
         cells += [_cost_cell(cost.value(entry.first)) for cost in costs]
         rows.append(Row(entry, group, f"record-{number}", tuple(cells)))
     return rows
 
 
-def _metric_cell(group: Group, entry: Entry, name: str, digits: int) -> Cell:
+@dataclass(frozen=True)
+class _Range:
+    """Of one metric over a group's entries.  best: None where nothing is compared.  scale: of small pictures; None
+    where none are drawn."""
+
+    best: float | None
+    scale: Scale | None
+
+    @staticmethod
+    def of(group: Group, name: str) -> "_Range":
+        scores = [entry.scores[name] for entry in group.entries if name in entry.scores]
+        is_measured = group.kind == "measured"
+        is_compared = is_measured and len(scores) > 1 and better(name) != "unknown"
+        choose = min if better(name) == "lower" else max
+        is_drawn = is_measured and bool(scores) and name == group.primary
+        return _Range(
+            best=choose(score.headline for score in scores) if is_compared else None,
+            scale=Scale.around([v for score in scores for v in score.values], *STRIP, room=0.0) if is_drawn else None,
+        )
+
+
+def _metric_cell(group: Group, entry: Entry, name: str, digits: int, among: _Range) -> Cell:
     score = entry.scores.get(name)
     if score is None:
         return Cell("–", None)
-    others = [other.scores[name] for other in group.entries if name in other.scores]
-    choose = min if better(name) == "lower" else max
-    is_measured = group.kind == "measured"
-    is_compared = is_measured and len(others) > 1 and better(name) != "unknown"
     return Cell(
-        f"{score.headline:.{digits}f}" if is_measured else f"{score.headline:.6g}",
+        f"{score.headline:.{digits}f}" if group.kind == "measured" else f"{score.headline:.6g}",
         score.headline,
         spread=f"{score.std:.{digits}f}" if score.std is not None else "",
         title=_each(score),
-        is_best=is_compared and score.headline == choose(other.headline for other in others),
+        is_best=score.headline == among.best,
         is_primary=name == group.primary,
-        strip=_strip(score, others) if is_measured and name == group.primary else None,
+        strip=_strip(score, among.scale) if among.scale else None,
     )
 
 
@@ -227,8 +245,7 @@ def _cost_cell(value: float | None) -> Cell:
     return Cell("–", None) if value is None else Cell(compact(value), value, title=plain(value))
 
 
-def _strip(score: Score, others: Sequence[Score]) -> Strip:
-    scale = Scale.around([value for other in others for value in other.values], *STRIP, room=0.0)
+def _strip(score: Score, scale: Scale) -> Strip:
     return Strip(tuple(scale(value) for value in score.values), scale(score.headline))
 
 

@@ -4,7 +4,9 @@ import base64
 import csv
 import hashlib
 import io
+import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 from diffdistill.commands.cli import app
 from diffdistill.eval.board.costs import cost_columns
 from diffdistill.eval.board.figures import Given, Scale, compact, decimals_of, frontier, place_labels
-from diffdistill.eval.board.files import file_names, to_cards, to_csv, to_markdown, write_leaderboard
+from diffdistill.eval.board.files import _yaml, file_names, to_cards, to_csv, to_markdown, write_leaderboard
 from diffdistill.eval.board.leaderboard import REPORTED, Score, locate, make_board, make_group, read_board
 from diffdistill.eval.board.page import board_page
 from diffdistill.eval.records.record import Values
@@ -165,6 +167,39 @@ def test_file_names_stay_in_their_folder_and_apart() -> None:
     assert found["../../etc/passwd"] == "etc-passwd"
     assert len({name.lower() for name in found.values()}) == len(names)
     assert all(name and "/" not in name and not name.startswith(".") for name in found.values())
+
+
+def test_a_page_finds_best_and_scale_once_however_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    around = Scale.around
+
+    def counting(values: Sequence[float], *places: float, room: float = 0.08) -> Scale:
+        found.append(len(values))
+        return around(values, *places, room=room)
+
+    monkeypatch.setattr(Scale, "around", staticmethod(counting))
+    counts = []
+    for number in (3, 12):
+        found.clear()
+        board_page(make_board(located(*(measured(f"model {i}", 1.0 + i) for i in range(number)))), title="x")
+        counts.append(len(found))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "a: b # c", " leading", "two\nlines\n", "x" * 300, "word " * 60, "yes", "1e3", "é", "\U0001f600"]
+)
+def test_cards_are_the_same_by_either_yaml_writer(text: str) -> None:
+    """PyYAML's own Python writer, which the cards were first written by."""
+    value = {text: [text, {"args": {"values": [1e-7, 1.0, 12], "note": text}}], "model-index": []}
+    expected = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    assert _yaml(value) == expected
+
+
+def test_files_that_can_be_made_anew_are_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = written(tmp_path, measured("one"), measured("two"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("waited for the disk"))
+    assert all(file.stat().st_size for file in write_leaderboard([records], tmp_path / "out"))
 
 
 def test_hostile_texts_stay_texts() -> None:
