@@ -111,6 +111,8 @@ class TDM(Method):
         else:  # score times beta + eps, whose mean square is least at the score of x_t's own law, in units of an image
             sigma, alpha = expand(path.sigma(t), x_t), expand(path.alpha(t), x_t)
             error = expand(beta, x_t) / sigma * (estimate - x_t / alpha) + sigma / alpha * eps
+            data = players.fake.sigma_data**2  # the target's variance grows with what the step has left
+            weight = weight * data / (data + (path.sigma(t) ** 2 - beta**2) / path.alpha(t) ** 2)
         loss = (expand(weight, x0) * error.square()).mean()
         return Loss(loss, {"denoising": loss.detach()}, carry={"start": start})
 

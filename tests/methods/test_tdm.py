@@ -106,6 +106,21 @@ def pull_on_the_fake(method: TDM, student: nn.Module, call: int) -> Tensor:
     return torch.cat([fake.mean.grad, fake.variance.grad[None]])
 
 
+@pytest.mark.parametrize("middle", [0.9, 1.5, 2.9])
+def test_the_least_loss_of_the_fake_score_is_as_large_for_every_step_and_level(middle: float) -> None:
+    """EDM's weight makes a denoiser's least loss 1 on Gaussian data; so is it with `target: noise`, however much noise
+    a step leaves.  A level whose loss is larger than others' drowns them."""
+    rng, losses = torch.Generator().manual_seed(0), []
+    players = Players(generator=Follows(EDM(), TWO), fake=one_gaussian(MEAN, STD), teacher=one_gaussian(MEAN, STD))
+    for call, ratio in ((0, middle), (1, middle / 4)):
+        z, eps = torch.randn(2, 40_000, 1, generator=rng, dtype=torch.float64)
+        t = TWO.times(EDM())[call]
+        draw = {"call": torch.full((len(z),), call), "start": MEAN + (STD**2 + t**2).sqrt() * z, "fake eps": eps}
+        draw |= {"label": torch.zeros(len(z), dtype=torch.int64), "fake t": numbers(ratio).expand(len(z))}
+        losses.append(float(TDM(steps=TWO).fake_loss(players, draw, NONE).total))
+    assert losses == pytest.approx([1, 1], rel=0.03)
+
+
 @pytest.mark.parametrize("call", [0, 1])
 def test_with_an_exact_student_the_teacher_is_the_fake_score_s_minimum(call: int) -> None:
     exact = Follows(EDM(), TWO)

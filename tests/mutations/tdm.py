@@ -34,6 +34,13 @@ FAULTS = (
         EXACT,
     ),
     Fault(
+        "steps that leave noise have a larger loss",
+        METHOD,
+        "weight = weight * data / (data + (path.sigma(t) ** 2 - beta**2) / path.alpha(t) ** 2)",
+        "weight = weight * 1.0",
+        f"{TEST}the_least_loss_of_the_fake_score_is_as_large_for_every_step_and_level",
+    ),
+    Fault(
         "the importance weight is the released mean",
         METHOD,
         "exponent.sum(1) + exponent.shape[1] * (beta / path.sigma(t)).log()",
