@@ -63,6 +63,10 @@ class Path(ABC):
     def time_of_input(self, time_input: Tensor) -> Tensor:
         """The inverse of `time_input`, float64."""
 
+    def whole(self, times: Tensor) -> Tensor:
+        """The nearest times that diffusers can tell a network on this path; most paths have all."""
+        return times
+
     @property
     def predictions(self) -> tuple[Prediction, ...]:
         """What networks on this path may predict."""
@@ -321,6 +325,9 @@ class VPDiscrete(Path):
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sigmoid(-2 * self._log_ratio(t)).sqrt()
 
+    def whole(self, times: Tensor) -> Tensor:
+        return times.round()
+
     def log_ratio_derivative(self, t: Tensor) -> Tensor:
         return self._piece(t)[1]
 
@@ -343,12 +350,14 @@ class Flow(Path):
 
     s = shift t / (1 + (shift - 1) t), which is t itself at shift 1: what is even in t is then more often noisy.  Esser
     et al. 2024, arXiv:2403.03206, eq. 23.
+    network_time: a network is told a thousand times sigma, or times t; diffusers tells it t in whole numbers.
     """
 
     name: Literal["flow"] = "flow"
     t_start: Positive = 1e-3
     t_end: Annotated[float, Field(gt=0, lt=1)] = 0.999
     shift: Positive = 1.0
+    network_time: Literal["sigma", "time"] = "sigma"
 
     def __post_init__(self) -> None:
         _check_order("t_start", self.t_start, "t_end", self.t_end)
@@ -379,12 +388,15 @@ class Flow(Path):
         ratio = ratio.double()
         return ratio / (self.shift + ratio)
 
+    def whole(self, times: Tensor) -> Tensor:
+        return (1000 * times).round() / 1000 if self.network_time == "time" else times
+
     def time_input(self, t: Tensor) -> Tensor:
-        return 1000 * self.sigma(t)
+        return 1000 * (self.sigma(t) if self.network_time == "sigma" else t.double())
 
     def time_of_input(self, time_input: Tensor) -> Tensor:
-        sigma = time_input.double() / 1000
-        return sigma / (self.shift - (self.shift - 1) * sigma)
+        told = time_input.double() / 1000
+        return told if self.network_time == "time" else told / (self.shift - (self.shift - 1) * told)
 
 
 AnyPath = Annotated[EDM | VPCosine | VPLinear | VPDiscrete | Flow, Field(discriminator="name")]

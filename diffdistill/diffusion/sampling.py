@@ -121,7 +121,7 @@ class DDIM:
         if isinstance(path, VPDiscrete):
             count = path.t_max + 1
             return (count - torch.arange(self.num_steps, dtype=torch.float64) * (count / self.num_steps)).round() - 1
-        return torch.linspace(path.t_max, path.t_min, self.num_steps + 1, dtype=torch.float64)[:-1]
+        return path.whole(torch.linspace(path.t_max, path.t_min, self.num_steps + 1, dtype=torch.float64)[:-1])
 
     def __call__(
         self,
@@ -179,8 +179,7 @@ class FewSteps:
     def times(self, path: Path) -> Tensor:
         """[num_evaluations], noise first, float64.  A discrete path gets whole numbers."""
         ratios = torch.tensor([self.init_ratio, *self.later_ratios], dtype=torch.float64)
-        times = path.time_of_ratio(ratios).clamp(path.t_min, path.t_max)
-        return times.round() if isinstance(path, VPDiscrete) else times
+        return path.whole(path.time_of_ratio(ratios).clamp(path.t_min, path.t_max))
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.diffusion.path import Path, VPDiscrete
+from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import StepSampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras
@@ -40,5 +40,4 @@ class DrawnLevels:
             self.time_law(uniform, path) for uniform in rng.uniforms([f"level {i}" for i in range(1, count)]).values()
         ]
         times = torch.stack(later, 1).sort(1, descending=True).values
-        times = times.round() if isinstance(path, VPDiscrete) else times
-        return torch.cat([first, times.minimum(first)], 1)
+        return torch.cat([first, path.whole(times).minimum(first)], 1)

@@ -126,10 +126,7 @@ def _wrong_size(stock: StockFolder, defaults: Mapping[str, Any]) -> str | None:
 def _run(source: Pipeline, scheduler: Any, steps: Mapping[str, Any], eta: float | None) -> Tensor:
     """The pipeline's loop, with a function of x and t in the network's place. Raises what the scheduler raises."""
     scheduler, family = deepcopy(scheduler), source.family
-    told = dict(steps)
-    if family.names_sigmas and "num_inference_steps" in told:
-        count = told.pop("num_inference_steps")
-        told["sigmas"] = [1 - index / count for index in range(count)]
+    told = family.told_steps(steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = torch.randn(1, 2, 2, 2) * float(getattr(scheduler, "init_noise_sigma", 1.0))

@@ -42,7 +42,7 @@ def stock_steps(
     Raises UserError that says what does not fit.
     """
     if isinstance(denoiser.path, Flow):
-        return _on_flow(denoiser, sampler, config)
+        return _on_flow(denoiser, denoiser.path, sampler, config)
     if not isinstance(denoiser.path, VPDiscrete):
         raise UserError(f"diffusers' schedulers do not have the path {type(denoiser.path).__name__}")
     times = [int(t) for t in _times(denoiser, sampler)]
@@ -73,7 +73,7 @@ def _times(denoiser: Denoiser, sampler: AnySampler) -> Sequence[float]:
     return times[:-1] if isinstance(sampler, TCD) else times
 
 
-def _on_flow(denoiser: Denoiser, sampler: AnySampler, config: Mapping[str, Any]) -> StockSteps:
+def _on_flow(denoiser: Denoiser, path: Flow, sampler: AnySampler, config: Mapping[str, Any]) -> StockSteps:
     """Euler's steps on a rectified flow, or with fresh noise between them."""
     times = _times(denoiser, sampler)
     _refuse_unless(not _starts_at_sigma(sampler), "this pipeline begins with unit noise: another start", "unit")
@@ -81,8 +81,13 @@ def _on_flow(denoiser: Denoiser, sampler: AnySampler, config: Mapping[str, Any])
     if isinstance(sampler, TCD):
         _refuse_unless(len(times) == 1 or not sampler.eta, "several TCD steps on a flow with noise between them", None)
     total = int(config.get("num_train_timesteps", 1000))
-    sigmas = denoiser.path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()  # its time is before its shift
     is_fresh = isinstance(sampler, FewSteps) and sampler.later_noise == "fresh" and len(times) > 1
+    if path.network_time == "time":
+        settings = {"num_train_timesteps": total, "shift": path.shift}
+        return StockSteps(
+            _flow_class(settings, len(times), is_fresh=is_fresh), {"timesteps": [round(1000 * t) for t in times]}
+        )
+    sigmas = path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()  # its time is before its shift
     return StockSteps(_flow_scheduler(sigmas, total, is_fresh=is_fresh), {"sigmas": sigmas})
 
 
@@ -93,18 +98,21 @@ def _flow_scheduler(sigmas: Sequence[float], total: int, *, is_fresh: bool) -> A
     Of one step all are the same: whatever the number of steps, the last one makes the image; pipelines that do not say
     where they begin run out of steps before.
     """
-    import diffusers
-
-    settings: dict[str, Any] = {"num_train_timesteps": total, "shift": 1.0, "use_exponential_sigmas": len(sigmas) < 3}
-    if is_fresh and hasattr(diffusers, "FlowMatchLCMScheduler"):
-        # It scales images between steps by these factors, and refuses another number of steps than it has factors for.
-        factors = {"scale_factors": [1.0] * (len(sigmas) - 1), "upscale_mode": "nearest"}
-        scheduler = diffusers.FlowMatchLCMScheduler(**settings, **factors)
-    else:
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings, stochastic_sampling=is_fresh)
+    settings = {"num_train_timesteps": total, "shift": 1.0, "use_exponential_sigmas": len(sigmas) < 3}
+    scheduler = _flow_class(settings, len(sigmas), is_fresh=is_fresh)
     if len(sigmas) < 3:
         scheduler.register_to_config(sigma_max=sigmas[0], sigma_min=sigmas[-1])
     return scheduler
+
+
+def _flow_class(settings: Mapping[str, Any], count: int, *, is_fresh: bool) -> Any:
+    import diffusers
+
+    if is_fresh and hasattr(diffusers, "FlowMatchLCMScheduler"):
+        # It scales images between steps by these factors, and refuses another number of steps than it has factors for.
+        factors = {"scale_factors": [1.0] * (count - 1), "upscale_mode": "nearest"}
+        return diffusers.FlowMatchLCMScheduler(**settings, **factors)
+    return diffusers.FlowMatchEulerDiscreteScheduler(**settings, stochastic_sampling=is_fresh)
 
 
 def _counted(sampler: AnySampler, times: Sequence[int], settings: dict[str, Any]) -> StockSteps:

@@ -339,6 +339,11 @@ REAL: dict[str, tuple[dict[str, Any], list[int], float]] = {
     ),
     "lumina2": ({"cap_feat_dim": 2304}, [16, 128, 128], 2.610),
     "auraflow": ({"pos_embed_max_size": 9216}, [4, 128, 128], 6.859),
+    "cogview4": (
+        {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32},
+        [16, 128, 128],
+        6.369,
+    ),
 }
 """What matters of a real network's config.json, what it denoises, and its parameters in thousands of millions."""
 

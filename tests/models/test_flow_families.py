@@ -24,7 +24,7 @@ from diffdistill.networks.negative_prompts import NegativePrompt, steer_away
 from diffdistill.settings.schema import UserError
 
 PROMPTS = ["a red fox", "two blue birds in a tree"]
-FAMILIES = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow")
+FAMILIES = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cogview4")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

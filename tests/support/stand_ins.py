@@ -18,6 +18,8 @@ from support.tiny_parts import (
     clip_tokenizer,
     gemma,
     gemma_tokenizer,
+    glm,
+    glm_tokenizer,
     latent_scheduler,
     qwen3,
     qwen_tokenizer,
@@ -332,6 +334,28 @@ def auraflow() -> Any:
     return diffusers.AuraFlowPipeline(t5_tokenizer(), t5("UMT5"), autoencoder(), transformer, scheduler)
 
 
+def cogview4() -> Any:
+    transformer = diffusers.CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=WIDTH,
+        time_embed_dim=16,
+        condition_dim=8,
+        sample_size=8,
+        rope_axes_dim=(16, 16),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.25,
+        max_shift=6.0,  # of 16 tokens, not of 4096: the shift is 1.75
+        time_shift_type="linear",
+    )
+    return diffusers.CogView4Pipeline(glm_tokenizer(), glm(), autoencoder(), transformer, scheduler)
+
+
 STAND_INS: dict[str, Callable[..., Any]] = {
     "ddpm": ddpm,
     "dit": dit,
@@ -348,6 +372,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "flux2": flux2,
     "lumina2": lumina2,
     "auraflow": auraflow,
+    "cogview4": cogview4,
 }
 """A new pipeline by family."""
 

@@ -141,6 +141,43 @@ def gemma_tokens() -> list[str]:
     return [*special, *string.ascii_letters, *string.digits, *string.punctuation]
 
 
+def glm() -> Any:
+    import transformers
+
+    config = transformers.GlmConfig(
+        vocab_size=len(glm_tokens()),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=[0],
+    )
+    return transformers.GlmModel(config)
+
+
+def glm_tokenizer() -> Any:
+    """With single letters for its vocabulary, two tokens before each prompt, and padding at the left, as GLM's."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokens = glm_tokens()
+    made = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    start = [(token, tokens.index(token)) for token in ("[gMASK]", "<sop>")]
+    made.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=start)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<|endoftext|>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def glm_tokens() -> list[str]:
+    special = ["<|endoftext|>", "<unk>", "[gMASK]", "<sop>", " "]
+    return [*special, *string.ascii_letters, *string.digits, *string.punctuation]
+
+
 CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant

@@ -67,7 +67,7 @@ def test_an_offloaded_network_computes_on_the_gpu_and_lies_on_the_cpu(
     assert device_of(teacher) == GPU
 
 
-READ_NUMBERS = ("z_image", "qwen_image", "lumina2")
+READ_NUMBERS = ("z_image", "qwen_image", "lumina2", "cogview4")
 """Their networks ask a mask how long its texts are, and tensors without numbers cannot say."""
 
 

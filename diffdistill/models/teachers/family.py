@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
@@ -88,6 +89,11 @@ class Family(ABC):
         """The pipeline's arguments for an exported student.  image_size: height and width in pixels."""
         size = {"height": image_size[0], "width": image_size[1]} if self.names_size else {}
         return {**self.plain_call, **size}
+
+    def told_steps(self, steps: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pipeline tells its scheduler's `set_timesteps`.  steps: its own arguments that name steps."""
+        count = steps.get("num_inference_steps") if self.names_sigmas else None
+        return dict(steps) if count is None else {"sigmas": [1 - index / count for index in range(count)]}
 
     def later_noise(self, draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
         """The noise between a pipeline's steps, [B, C, H, W], in the layout that it draws it in.
@@ -235,6 +241,11 @@ class Family(ABC):
         config: Any = vae.config
         mean = like.new_full((1, 1, 1, 1), float(getattr(config, "shift_factor", None) or 0.0))
         return mean, like.new_full((1, 1, 1, 1), 1 / float(config.scaling_factor))
+
+
+def uncropped_sizes(count: int, image_size: tuple[int, int], like: Tensor) -> Tensor:
+    """SDXL's sizes of `count` images as large as they were: [count, 6] int64."""
+    return torch.tensor([[*image_size, 0, 0, *image_size]], device=like.device).expand(count, 6)
 
 
 def channel_statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -186,6 +186,14 @@ NETWORKS: Mapping[str, Fields] = {
         ),
         {"sample_size": "half of what its pipeline makes; the positions tell how large images may be"},
     ),
+    "CogView4Transformer2DModel": Fields(
+        _names(
+            "in_channels out_channels num_layers attention_head_dim num_attention_heads text_embed_dim time_embed_dim "
+            "condition_dim sample_size rope_axes_dim"
+        ),
+        {"pos_embed_max_size": "that its class does not use"},
+        {"patch_size": Only((2,), "tokens are of 2 x 2 latents")},
+    ),
 }
 """Of the networks, by class."""
 

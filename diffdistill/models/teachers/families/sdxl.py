@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule, Rescaled
 from diffdistill.models.teachers.families.sd import StableDiffusionUNet, scale_width, told_one
-from diffdistill.models.teachers.family import Family, channel_statistics
+from diffdistill.models.teachers.family import Family, channel_statistics, uncropped_sizes
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import validate
 
@@ -72,12 +71,12 @@ class StableDiffusionXL(Family):
         text, _, pooled, _ = pipeline.encode_prompt(
             list(prompts), device=pipeline.device, do_classifier_free_guidance=False
         )
-        return Cond(text=text, pooled_text=pooled, size=_sizes(len(prompts), image_size, text))
+        return Cond(text=text, pooled_text=pooled, size=uncropped_sizes(len(prompts), image_size, text))
 
     def encode_empty(self, pipeline: Any, image_size: tuple[int, int], options: Mapping[str, Any]) -> Cond:
         """Zeros where the pipeline's `force_zeros_for_empty_prompt` says so, and else the encoded empty prompt."""
         _, text, _, pooled = pipeline.encode_prompt("", device=pipeline.device, do_classifier_free_guidance=True)
-        return Cond(text=text, pooled_text=pooled, size=_sizes(1, image_size, text))
+        return Cond(text=text, pooled_text=pooled, size=uncropped_sizes(1, image_size, text))
 
     def vae_statistics(self, vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         """Some VAEs of this family name them by channel."""
@@ -97,8 +96,3 @@ class StableDiffusionXLUNet(StableDiffusionUNet):
         assert cond.pooled_text is not None
         assert cond.size is not None
         return {"text_embeds": cond.pooled_text, "time_ids": cond.size.to(cond.pooled_text.dtype)}
-
-
-def _sizes(count: int, image_size: tuple[int, int], like: Tensor) -> Tensor:
-    """[count, 6] int64."""
-    return torch.tensor([[*image_size, 0, 0, *image_size]], device=like.device).expand(count, 6)
