@@ -154,3 +154,28 @@ def test_texts_of_many_lengths_are_one_table() -> None:
 def test_qwen_images_guidance_keeps_the_norm_of_each_token(tmp_path: Path) -> None:
     teacher = load_model(save_stand_in("qwen_image", tmp_path))
     assert teacher.spec.model.guidance_rule == Renormalised(over="patch")
+
+
+def test_cogview4s_network_is_told_the_time_before_the_shift() -> None:
+    """A shift grows with the root of the number of tokens, and what a network is told does not know it."""
+    scheduler = {"shift": 1.0, "use_dynamic_shifting": True, "time_shift_type": "linear"}
+    scheduler |= {"base_shift": 0.25, "max_shift": 0.75}
+    path, _ = find_family("cogview4").noise(scheduler, {"in_channels": 16})
+    assert path.shift == pytest.approx(0.25 + 0.75 * 4)
+    t = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    assert path.time_input(t).tolist() == [500, 250]
+    assert torch.equal(path.time_of_input(path.time_input(t)), t)
+    assert path.sigma(t)[0] == pytest.approx(3.25 / 4.25)
+    assert FewSteps(init_ratio=5, later_ratios=(1,)).times(path).tolist() == [0.606, 0.235]  # whole thousandths
+
+
+def test_a_prompt_of_cogview4_is_as_it_is_alone_whatever_the_others_are(tmp_path: Path) -> None:
+    opened = open_pipeline(save_stand_in("cogview4", tmp_path))
+    pipeline = diffusers.CogView4Pipeline.from_pretrained(tmp_path)
+    prompts = ["a red fox", "two blue birds in a tree", "a hat"]
+    found = opened.conditions(prompts).rows(torch.arange(3))
+    assert found.text_mask.sum(1).tolist() == [16, 32, 16]
+    for text, prompt in zip(texts_of(found), prompts, strict=True):
+        expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        torch.testing.assert_close(text[None], expected, atol=1e-5, rtol=0)
+    assert found.size.tolist() == [[16, 16, 0, 0, 16, 16]] * 3

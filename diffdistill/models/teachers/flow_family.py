@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from diffdistill.diffusion.path import AnyPath, Prediction
-from diffdistill.models.teachers.family import Family, ImageShape
+from diffdistill.models.teachers.family import Family, ImageShape, StepsArgument
 from diffdistill.models.teachers.flow import flow_path
 from diffdistill.models.teachers.packing import PATCH, unpack
 from diffdistill.networks.diffusers_model import DiffusersTransformer
@@ -20,7 +20,7 @@ class FlowFamily(Family):
     """A family's pipeline makes images of 1024 pixels unless it is told a size."""
 
     network = "transformer"
-    steps_argument = "sigmas"
+    steps_argument: ClassVar[StepsArgument] = "sigmas"
     hands_on_generator = False
     names_size = True
     names_sigmas = True

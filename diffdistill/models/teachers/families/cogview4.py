@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.path import AnyPath, Prediction
-from diffdistill.models.teachers.family import uncropped_sizes
+from diffdistill.models.teachers.family import StepsArgument, uncropped_sizes
 from diffdistill.models.teachers.flow import flow_path
 from diffdistill.models.teachers.flow_family import FlowFamily
 from diffdistill.models.teachers.packing import PATCH, padded, trimmed
@@ -38,7 +38,7 @@ class CogView4(FlowFamily):
         "text_encoder": ("GlmModel",),
     }
     class_dropout = 0.1
-    steps_argument = "timesteps"
+    steps_argument: ClassVar[StepsArgument] = "timesteps"
     names_size = False
     names_sigmas = False
 
