@@ -55,13 +55,13 @@ class Path(ABC):
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
         """The t at which sigma_t / alpha_t equals `ratio`, float64: inverse of `ratio`."""
 
-    @abstractmethod
     def time_input(self, t: Tensor) -> Tensor:
-        """The number that a network is given for t, float64."""
+        """The number that a network is given for t, float64: a thousand times t, unless a path says another."""
+        return 1000 * t.double()
 
-    @abstractmethod
     def time_of_input(self, time_input: Tensor) -> Tensor:
         """The inverse of `time_input`, float64."""
+        return time_input.double() / 1000
 
     def whole(self, times: Tensor) -> Tensor:
         """The nearest times that diffusers can tell a network on this path; most paths have all."""
@@ -208,12 +208,6 @@ class VPCosine(Path):
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
         return torch.atan(ratio.double()) * (2 / math.pi)
 
-    def time_input(self, t: Tensor) -> Tensor:
-        return 1000 * t.double()
-
-    def time_of_input(self, time_input: Tensor) -> Tensor:
-        return time_input.double() / 1000
-
 
 @schema
 class VPLinear(Path):
@@ -257,12 +251,6 @@ class VPLinear(Path):
         slope = self.beta_max - self.beta_min
         root = (self.beta_min**2 / 4 - slope * log_alpha).sqrt()
         return 2 * (root - self.beta_min / 2) / slope
-
-    def time_input(self, t: Tensor) -> Tensor:
-        return 1000 * t.double()
-
-    def time_of_input(self, time_input: Tensor) -> Tensor:
-        return time_input.double() / 1000
 
 
 @schema
