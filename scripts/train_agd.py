@@ -28,7 +28,7 @@ config = RunConfig(
     },
     ema=None,
     health=None,
-    train=TrainConfig(steps=1600, global_batch_size=64, preview_every=0, checkpoint_every=800),
+    train=TrainConfig(steps=1600, global_batch_size=64, num_threads=1, preview_every=0, checkpoint_every=800),
 )
 
 if __name__ == "__main__":

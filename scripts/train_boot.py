@@ -19,7 +19,7 @@ config = RunConfig(
     method=method,
     optimizers={"generator": OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), decay="linear")},
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=540, global_batch_size=64, checkpoint_every=200),
+    train=TrainConfig(steps=540, global_batch_size=64, num_threads=1, checkpoint_every=200),
 )
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ config = RunConfig(
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
     health=None,
-    train=TrainConfig(steps=900, global_batch_size=64),
+    train=TrainConfig(steps=900, global_batch_size=64, num_threads=1),
 )
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ method = DisBack(
     backtracking_interval=30,  # generator updates against each of them, the most degraded first
 )
 rates = {name: OptimizerConfig(lr=lr, decay="linear") for name, lr in (("generator", 6e-4), ("default", 1e-3))}
-train = TrainConfig(steps=560, global_batch_size=64, checkpoint_every=300)
+train = TrainConfig(steps=560, global_batch_size=64, num_threads=1, checkpoint_every=300)
 ema = EMAConfig(halflife_images=4400, ramp=0)
 places = {"run": "runs/digits-disback", "teacher": "runs/digits-teacher"}
 config = RunConfig(**places, method=method, optimizers=rates, ema=ema, train=train)

@@ -25,7 +25,7 @@ config = RunConfig(
     },
     ema=None,
     health=None,
-    train=TrainConfig(steps=500, global_batch_size=128, preview_every=0, checkpoint_every=250),
+    train=TrainConfig(steps=500, global_batch_size=128, num_threads=1, preview_every=0, checkpoint_every=250),
 )
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ config = RunConfig(
     method=method,
     optimizers={"default": OptimizerConfig(lr=1e-3, betas=(0.0, 0.99), decay="linear")},
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=670, global_batch_size=64, checkpoint_every=250),
+    train=TrainConfig(steps=670, global_batch_size=64, num_threads=1, checkpoint_every=250),
 )
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ base = DMD2(  # how each student is distilled
 )
 method = MSD(base=base, num_students=2, student_index=0, partition=KMeans())
 rates = {name: OptimizerConfig(lr=lr, decay="linear") for name, lr in (("generator", 6e-4), ("default", 1e-3))}
-train = TrainConfig(steps=500, global_batch_size=64, checkpoint_every=250)
+train = TrainConfig(steps=500, global_batch_size=64, num_threads=1, checkpoint_every=250)
 ema = EMAConfig(halflife_images=4400, ramp=0)
 places = {"run": "runs/digits-msd", "teacher": "runs/digits-teacher"}
 config = RunConfig(**places, method=method, optimizers=rates, ema=ema, train=train)

@@ -17,7 +17,7 @@ config = RunConfig(
     optimizers={"generator": OptimizerConfig(lr=1e-4, betas=(0.9, 0.999))},
     ema=EMAConfig(halflife_images=2500, ramp=0),
     health=None,
-    train=TrainConfig(steps=200, global_batch_size=64),
+    train=TrainConfig(steps=200, global_batch_size=64, num_threads=1),
 )
 
 if __name__ == "__main__":

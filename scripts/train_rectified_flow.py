@@ -22,7 +22,7 @@ config = RunConfig(
         "generator": OptimizerConfig(lr=1.5e-3, betas=(0.9, 0.99), warmup_steps=50, decay="linear", decay_start=0.5)
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=600, global_batch_size=128),
+    train=TrainConfig(steps=600, global_batch_size=128, num_threads=1),
 )
 
 if __name__ == "__main__":

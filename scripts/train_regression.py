@@ -20,7 +20,7 @@ config = RunConfig(
     method=method,
     optimizers={"generator": OptimizerConfig(lr=1.5e-3, betas=(0.9, 0.99), warmup_steps=50, decay="linear")},
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=600, global_batch_size=128, checkpoint_every=300),
+    train=TrainConfig(steps=600, global_batch_size=128, num_threads=1, checkpoint_every=300),
 )
 
 if __name__ == "__main__":

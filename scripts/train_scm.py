@@ -22,7 +22,7 @@ config = RunConfig(
     optimizers={"default": OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), decay="linear", decay_start=0.5)},
     ema=EMAConfig(halflife_images=4400, ramp=0),
     health=None,
-    train=TrainConfig(steps=400, global_batch_size=64),
+    train=TrainConfig(steps=400, global_batch_size=64, num_threads=1),
 )
 
 if __name__ == "__main__":

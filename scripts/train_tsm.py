@@ -25,7 +25,7 @@ config = RunConfig(
     model=model,
     optimizers={"student": OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), warmup_steps=50, decay="linear")},
     ema=EMAConfig(halflife_images=44_000, ramp=0.05),
-    train=TrainConfig(steps=600, global_batch_size=128, checkpoint_every=300),
+    train=TrainConfig(steps=600, global_batch_size=128, num_threads=1, checkpoint_every=300),
 )
 
 if __name__ == "__main__":
