@@ -20,12 +20,14 @@ OTHER_KINDS: tuple[Registry[Any], ...] = (NETWORKS, DATA, FAMILIES, REWARDS, FEA
 
 def print_methods(console: Console) -> None:
     """Every method, then a line for each thing of another kind that others add, and for each that cannot be used."""
-    table = Table("method", "what it is", "updates (every n iterations)", "real images")
+    table = Table(
+        "method", "what it is; its updates (every n iterations)", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     found, faults = METHODS.listed()
     others = METHODS.others()
     for name, kind in found.items():
         try:
-            table.add_row(*_row(name, kind, others.get(name)))
+            table.add_row(name, _row(kind, others.get(name)))
         except UserError as error:
             faults.append(" ".join(str(error).split()))
     console.print(table)
@@ -38,11 +40,12 @@ def print_methods(console: Console) -> None:
         _say(console, f"not usable: {fault}")
 
 
-def _row(name: str, kind: type, origin: str | None) -> tuple[str, str, str, str]:
+def _row(kind: type, origin: str | None) -> str:
     method: Any = kind()
     updates = ", ".join(f"{'+'.join(update.players)} ({update.every})" for update in method.updates)
     title = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip().split("\n")[0]
-    return name, f"{title} (from {origin})" if origin else title, updates, "yes" if method.needs_images else "no"
+    images = "on real images" if method.needs_images else "without real images"
+    return f"{title}{f' (from {origin})' if origin else ''}\n{updates}, {images}"
 
 
 def _say(console: Console, line: str) -> None:

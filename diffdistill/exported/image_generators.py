@@ -19,6 +19,7 @@ from diffdistill.export.record import ExportRecord, read_record
 from diffdistill.inference.draw import check_labels, number_of
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
 from diffdistill.models.load import load_model
+from diffdistill.models.loading_bars import turn_off_loading_bars
 from diffdistill.models.negative_prompts import with_negative_prompt
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.styles import at_style
@@ -57,6 +58,7 @@ class CodeImageGenerator:
             )
         from diffusers import DiffusionPipeline
 
+        turn_off_loading_bars()
         loaded = DiffusionPipeline.from_pretrained(
             place, trust_remote_code=True, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
+from diffdistill.models.loading_bars import turn_off_loading_bars
 from diffdistill.networks.parameter_limit import limited_parameters
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
@@ -96,6 +97,7 @@ class SentenceEncoder:
         except ImportError as error:
             raise UserError(f"text_encoder: needs `pip install diffdistill[hf]`: {error}") from None
         folder = str(FilePath(self.place).expanduser())
+        turn_off_loading_bars()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with limited_parameters():

@@ -35,6 +35,7 @@ from diffdistill.training.reports.evaluator import Evaluator, make_evaluator
 from diffdistill.training.resolve import check_labels, resolve_models, seeded
 from diffdistill.training.resume import (
     Teachers,
+    check_teachers_are_there,
     check_unchanged,
     contents_of,
     find_initial,
@@ -189,6 +190,7 @@ def plan(
     mesh = make_mesh(config, processes)
     home = torch.device("cpu") if mesh else processes.device
     found = find_teachers(config, start, state, allow_changes=allow_changes)
+    check_teachers_are_there(config, found)
     initial = find_initial(config, start)
     inputs = read_inputs(config, processes.device, found.teacher)
     shelf = torch.device("cpu") if config.speed.is_quantised else home  # it comes to its device layer by layer

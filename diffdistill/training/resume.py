@@ -18,7 +18,7 @@ from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.settings.values import differences, dump
 from diffdistill.storage.checkpoint import MANIFEST, check_checkpoint, list_checkpoints, read_state
-from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.config import RunConfig, packaged_configs, parse_config
 from diffdistill.training.speed.options import SpeedConfig
 
 PIECES = ("micro_batch_size", "on_out_of_memory")
@@ -124,6 +124,20 @@ def find_teachers(
             for name, now in places.items()
         },
     )
+
+
+def check_teachers_are_there(config: RunConfig, found: Teachers) -> None:
+    """Raise UserError with the key and what would make it, where a teacher's place is nothing yet."""
+    places = {"teacher": found.teacher, **{f"teachers.{name}": place for name, place in found.teachers.items()}}
+    for key, place in places.items():
+        if place is None or is_given(place) or FilePath(place).expanduser().exists() or is_there(place):
+            continue
+        packaged = (name for name in packaged_configs() if name.startswith(f"pretrain/{config.data.name}"))
+        makes = f"diffdistill pretrain {next(packaged, 'CONFIG')} run={place}"
+        raise UserError(
+            f"{key} = {place!r}: no such folder; `{makes}` makes one, or name another by {key}=PLACE (a run, a "
+            "diffusers pipeline, or its name on the hub)"
+        )
 
 
 def _same_object(key: str, before: object, now: str | None) -> str:

@@ -1,6 +1,7 @@
 """The command line: every verb, the demo from end to end, what is refused, and what is not imported."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -19,10 +20,12 @@ from diffdistill import __version__
 from diffdistill.commands import demo as demo_module
 from diffdistill.commands import doctor
 from diffdistill.commands.cli import app
+from diffdistill.commands.methods import print_methods
 from diffdistill.distillation.method import REGISTRY
 from diffdistill.eval.evaluation import digits
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.exported import sample
+from diffdistill.settings.terminal import Console
 from diffdistill.training.config import RunConfig
 from diffdistill.training.trainer import Trainer
 
@@ -317,3 +320,13 @@ def test_a_table_that_cannot_be_written_is_refused(teacher: Path, few_images: No
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "table.json"
     assert_refused(call("eval", teacher, "--out", out), f"{out}: cannot be written")
+
+
+def test_methods_fit_80_columns() -> None:
+    console = Console(width=80, file=io.StringIO())
+    print_methods(console)
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, shown)) <= 80
+    starts = [line.split()[0] for line in shown if line[:1].strip()]
+    assert [name for name in REGISTRY if name not in starts] == [], "a name is broken up"
+    assert len(shown) < 5 * len(REGISTRY) + 10

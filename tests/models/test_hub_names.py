@@ -14,7 +14,7 @@ from support.stand_ins import save_stand_in
 
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers import is_pipeline, open_pipeline
-from diffdistill.models.teachers.hub import fetch_pipeline
+from diffdistill.models.teachers.hub import LONGEST_REASON, _reason, fetch_pipeline
 from diffdistill.settings.schema import UserError
 
 NAME = "somebody/tiny-pipeline"
@@ -183,3 +183,12 @@ def test_paths_are_never_looked_for_on_the_hub(hub: Hub, place: str) -> None:
     with pytest.raises(UserError):
         load_model(place)
     assert hub.asked == []
+
+
+def test_what_the_hub_says_is_not_cut_in_a_sentence() -> None:
+    sentence = "Please make sure that you are authenticated and have the right to read the repository. "
+    assert _reason(ValueError(sentence * 4)) == f"ValueError: {(sentence * 4).strip()}"
+    said = _reason(ValueError(sentence * 100))
+    assert len(said) <= 12 + LONGEST_REASON
+    assert said.endswith("the repository.")
+    assert len(_reason(ValueError("x" * 5000))) == 12 + LONGEST_REASON

@@ -92,7 +92,7 @@ BAD_SETTINGS = [
         ["train.global_batch_size = 8", "train.micro_batch_size = 16"],
     ),
     ("pretrain", ["model=null"], ["either `model` (to pretrain) or `teacher` (to distil), not both or neither"]),
-    ("pretrain", ["teacher=runs/other"], ["runs/other: no such folder"]),
+    ("pretrain", ["teacher=runs/other"], ["teacher = 'runs/other': no such folder"]),
     ("dmd2", ["teacher=null"], ["either `model` (to pretrain) or `teacher`"]),
     ("dmd2", ["optimizers={generator: {lr: 1e-3}}"], ["optimizers: none for the player 'fake'", "`default`"]),
     ("dmd2", ["optimizers.fakes={lr: 1e-3}"], ["optimizers.fakes: no such player", "generator, fake, discriminator"]),
@@ -155,7 +155,7 @@ def test_a_hostile_value_is_refused_in_a_few_words(value: str) -> None:
 
 
 def test_a_config_that_is_not_there_is_named_with_the_packaged_ones(tmp_path: Path) -> None:
-    assert_refused(run("dmd2", "dmd2/digit"), "dmd2/digit: no such file", "did you mean 'dmd2/digits'?", "pretrain/")
+    assert_refused(run("dmd2", "dmd2/digit"), "dmd2/digit: no such file", "nearest: dmd2/digits, ")
     assert_refused(run("dmd2", tmp_path), f"{tmp_path}: cannot be read")
     assert find_config("dmd2/digits").name == "digits.yaml"
 
@@ -216,7 +216,9 @@ def test_a_teacher_without_a_checkpoint_is_refused(write_config: WriteConfig, tm
     (tmp_path / "empty").mkdir()
     file = write_config("dmd2")
     assert_refused(run("dmd2", file, f"teacher={tmp_path / 'empty'}"), f"{tmp_path / 'empty'}: holds no checkpoint")
-    assert_refused(run("dmd2", file, f"teacher={tmp_path / 'none'}"), f"{tmp_path / 'none'}: no such folder")
+    none = tmp_path / "none"
+    makes = f"no such folder; `diffdistill pretrain pretrain/digits run={none}` makes one"
+    assert_refused(run("dmd2", file, f"teacher={none}"), f"teacher = '{none}': {makes}", "teacher=PLACE")
     assert_refused(run("dmd2", file, f"teacher={file}"), f"{file}: no such folder")
     assert not (tmp_path / "run").exists()
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffdistill.data import cache as kept
 from diffdistill.data.shards import files_key, table_key
 from diffdistill.models.composed import ComposedTeacher
+from diffdistill.models.loading_bars import turn_off_loading_bars
 from diffdistill.models.teachers.added_files import find_added
 from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.pipeline import INDEX, READING, Pipeline, load_model_of, open_pipeline, read_json
@@ -160,6 +161,7 @@ def _assemble(made: Pipeline, *, has_network: bool, has_text: bool) -> Any:
     else:
         kind = diffusers_class(str(made.index["_class_name"]))
         absent = {name for name, value in made.index.items() if isinstance(value, list)} | made.family.parts.keys()
+        turn_off_loading_bars()
         pipe = kind.from_pretrained(str(made.folder), **dict.fromkeys(absent), local_files_only=True)
     if has_network:
         network = made.family.network

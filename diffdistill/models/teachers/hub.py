@@ -15,6 +15,7 @@ NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 """What the hub's cache calls the folder of one revision."""
 LOCAL = ("runs", ".", "..")
+LONGEST_REASON = 1000
 
 CARDS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # for the card of what is made of it
 INDEX = ("model_index.json", "config.json", "scheduler_config.json")  # the last two: of networks in the root
@@ -115,4 +116,7 @@ def fetch_file(repo: str, file: str, revision: str | None) -> FilePath:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """All that it says; of a very long text whole sentences."""
+    text = " ".join(str(error).split())
+    whole = text if len(text) <= LONGEST_REASON else text[: text.rfind(". ", 0, LONGEST_REASON) + 1]
+    return f"{type(error).__name__}: {whole or text[:LONGEST_REASON]}"
