@@ -30,7 +30,7 @@ config = RunConfig(
         "default": OptimizerConfig(lr=1e-3, decay="linear"),
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=500, global_batch_size=64, checkpoint_every=300),
+    train=TrainConfig(steps=500, global_batch_size=64, num_threads=1, checkpoint_every=300),
 )
 
 if __name__ == "__main__":

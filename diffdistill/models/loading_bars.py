@@ -7,7 +7,7 @@ FOREIGN = ("diffusers.utils.logging", "transformers.utils.logging")
 
 def turn_off_loading_bars() -> None:
     """Of the libraries that are imported by now. Bars of downloads stay as they are."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
     had_bars = not are_progress_bars_disabled()
     for name in FOREIGN:

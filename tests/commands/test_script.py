@@ -30,3 +30,8 @@ def test_a_script_builds_the_run_of_its_config(file: Path) -> None:
     spec.loader.exec_module(script)
     packaged = ROOT / "configs" / file.stem.removeprefix("train_") / "digits.yaml"
     assert settings(script.config) == settings(load_config(packaged))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*/digits*.yaml")), ids=lambda file: file.parent.name)
+def test_a_packaged_digits_config_trains_on_one_thread(file: Path) -> None:
+    assert load_config(file).train.num_threads == 1, "so small a network is slower on two, much so on a busy machine"
