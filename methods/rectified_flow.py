@@ -22,7 +22,8 @@ from diffdistill.distillation.distances import LPIPS
 from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.losses import pseudo_huber
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
+from diffdistill.distillation.pairs import check_deterministic, memorisation, teacher_pairs
+from diffdistill.settings.numbers import NonNegativeInt
 from diffdistill.settings.schema import NonNegative, Number, PositiveInt, field, schema
 
 
@@ -35,6 +36,7 @@ class RectifiedFlow(Method):
     pairs: PositiveInt = 10_000  # how many are made, once, before training
     pair_sampler: AnySampler = field(default_factory=Heun)  # how the teacher makes them, deterministically
     pairs_folder: str | None = None  # keeps them in shards, for stopped and further runs; `null`: the run's
+    held_out: NonNegativeInt = 64  # further pairs, never trained on: what the signal `memorisation` compares with
     guidance: Number = 1.0  # w of D_u + w (D_c - D_u), of the teacher
     time_law: AnyTimeDistribution = field(default_factory=UShaped)  # noise levels of training
     huber_constant: NonNegative = 0.00054  # c is this times the number of values; 0: the plain norm
@@ -62,12 +64,17 @@ class RectifiedFlow(Method):
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
-        count, folder = self.pairs, self.pairs_folder
-        return teacher_pairs(problem, seed, count, self.pair_sampler, guidance=self.guidance, folder=folder)
+        count, folder, others = self.pairs, self.pairs_folder, self.held_out
+        sampler, scale = self.pair_sampler, self.guidance
+        return teacher_pairs(problem, seed, count, sampler, guidance=scale, folder=folder, held_out=others)
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         t = self.time_law(rng.uniform("t"), problem.path)
         return {"pair": integer_of(rng.uniform("pair"), self.pairs), "t": t}
+
+    def signals(self, players: Players, rng: StepRandom, problem: Problem, batch: Batch) -> dict[str, float]:
+        """Whether the pairs are being learnt by heart."""
+        return memorisation(self, players, rng, problem, batch, self.pairs)
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """(1 - s) d(v, z - x) / dimension + LPIPS(D, x) / s on the line between stored pairs.  Section 4.2.

@@ -15,7 +15,8 @@ from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
+from diffdistill.distillation.pairs import check_deterministic, memorisation, teacher_pairs
+from diffdistill.settings.numbers import NonNegativeInt
 from diffdistill.settings.schema import Number, PositiveInt, field, schema
 
 
@@ -30,6 +31,7 @@ class Regression(Method):
     guidance: Number = 1.0
     distance: PairDistance = field(default_factory=SquaredError)  # of the student's image from the pair's
     pairs_folder: str | None = None  # keeps them in shards, for stopped and further runs; `null`: the run's
+    held_out: NonNegativeInt = 64  # further pairs, never trained on: what the signal `memorisation` compares with
 
     student = "generator"
     needs_images = False
@@ -52,11 +54,16 @@ class Regression(Method):
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
-        count, folder = self.pairs, self.pairs_folder
-        return teacher_pairs(problem, seed, count, self.pair_sampler, guidance=self.guidance, folder=folder)
+        count, folder, others = self.pairs, self.pairs_folder, self.held_out
+        sampler, scale = self.pair_sampler, self.guidance
+        return teacher_pairs(problem, seed, count, sampler, guidance=scale, folder=folder, held_out=others)
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         return {"pair": integer_of(rng.uniform("pair"), self.pairs)}
+
+    def signals(self, players: Players, rng: StepRandom, problem: Problem, batch: Batch) -> dict[str, float]:
+        """Whether the pairs are being learnt by heart."""
+        return memorisation(self, players, rng, problem, batch, self.pairs)
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """The distance of G(z, c) from x over stored pairs (z, x) of class c."""

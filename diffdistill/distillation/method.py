@@ -258,6 +258,18 @@ class Method(ABC):
     def after_step(self, players: Players, stored: Mapping[str, Tensor], step: int) -> None:
         """Move the players that no update names (averages, earlier stages).  step: iterations done; no gradient."""
 
+    @property
+    def has_signals(self) -> bool:
+        """Whether `signals` says anything."""
+        return type(self).signals is not Method.signals
+
+    def signals(self, players: Players, rng: StepRandom, problem: Problem, batch: Batch) -> dict[str, float]:
+        """Health signals of the method's own, by name, each with a band.  rng: of 8 samples or more, of the health's.
+
+        batch: without images, of what was prepared. Asked without gradient; players are in eval mode.
+        """
+        return {}
+
     def call(self, function: str, players: Players, draw: Draw, batch: Batch) -> Any:
         """A loss or statistics that `updates` names."""
         return getattr(self, function)(players, draw, batch)

@@ -1,6 +1,7 @@
 """Pairs of noise and the image that a teacher's ODE makes of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.diffusion.sampling import TCD, AnySampler, FewSteps, Sampler
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distillation.method import Problem
+from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.networks.given import content_key
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_tensors_atomically, write_text_atomically
@@ -24,9 +25,18 @@ Pairs = dict[str, Tensor]
 
 @torch.no_grad()
 def teacher_pairs(
-    problem: Problem, seed: int, count: int, sampler: Sampler, *, guidance: float, folder: str | None = None
+    problem: Problem,
+    seed: int,
+    count: int,
+    sampler: Sampler,
+    *,
+    guidance: float,
+    folder: str | None = None,
+    held_out: int = 0,
 ) -> Pairs:
     """noise, unit: [N, ...]; image: [N, ...]; label: [N] int64, of all classes, whatever the run is about.
+
+    N is `count`, and behind these the further pairs that are `held_out`.
 
     sampler: deterministic, so that an image is a function of its noise.  folder: keeps what is made, in shards: what
     was stopped goes on there, and a later run takes what fits.
@@ -36,8 +46,11 @@ def teacher_pairs(
     teacher = problem.teacher
     if teacher is None:
         raise UserError("teacher: the pairs are made by one; name a pretrained run")
+    others = range(count, count + held_out)
     if folder is None:
-        return _made(teacher, problem, seed, range(count), sampler, guidance)
+        return _joined(
+            [_made(teacher, problem, seed, part, sampler, guidance) for part in (range(count), others) if part]
+        )
     place = FilePath(folder).expanduser()
     _open(place, _facts(teacher, problem, seed, sampler, guidance))
     shards = []
@@ -48,7 +61,31 @@ def teacher_pairs(
             shard = _made(teacher, problem, seed, indices, sampler, guidance)
             write_tensors_atomically(file, shard)
         shards.append({name: value[: len(indices)] for name, value in shard.items()})
-    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    if others:
+        shards.append(_made(teacher, problem, seed, others, sampler, guidance))
+    return _joined(shards)
+
+
+def _joined(parts: list[Pairs]) -> Pairs:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def memorisation(
+    method: Method, players: Players, rng: StepRandom, problem: Problem, batch: Batch, pairs: int
+) -> dict[str, float]:
+    """The loss on pairs that were held out, behind the first `pairs` of those stored, over that on as many of these.
+
+    The same noise levels for both. 1 where pairs are not told apart; it rises as a student learns its own by heart.
+    Empty where none were held out, as in checkpoints of before.
+    """
+    held_out = len(batch.stored["label"]) - pairs
+    if held_out <= 0:
+        return {}
+    fresh = pairs + torch.arange(held_out, device=rng.index.device)
+    draw = method.draw(replace(rng, index=fresh), problem)
+    loss = next(iter(method.updates)).loss
+    found = [float(method.call(loss, players, draw | {"pair": pair}, batch).total) for pair in (fresh, draw["pair"])]
+    return {"memorisation": found[0] / max(found[1], 1e-12)}
 
 
 def check_deterministic(setting: str, sampler: AnySampler) -> None:

@@ -207,9 +207,12 @@ def make_averaging(plan: Plan) -> Averaging:
 
 
 def make_health(plan: Plan) -> Health | None:
-    """Signals of a run whose teacher stays, if the config wants them."""
-    settings = plan.config.health if plan.teacher and plan.method.keeps_teacher else None
-    return Health(settings, Reference.of_source(plan.source, plan.order.members)) if settings else None
+    """Signals of a run whose teacher stays, or whose method has some of its own, if the config wants them."""
+    settings, method = plan.config.health, plan.method
+    if not (settings and plan.teacher and (method.keeps_teacher or method.has_signals)):
+        return None
+    members = plan.order.members if method.keeps_teacher else plan.order.members[:0]
+    return Health(settings, Reference.of_source(plan.source, members))
 
 
 def make_distance(plan: Plan) -> TeacherDistance | None:

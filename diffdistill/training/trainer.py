@@ -189,7 +189,10 @@ class Trainer:
         means = values
         if health and health.is_due(self.step, log_every):
             sampler, student, seed = self.method.sampler(self.problem), self.method.student, self.config.train.seed
-            signals |= health.examine(self.players, student, sampler, self.problem, step=self.step, seed=seed)
+            if self.method.keeps_teacher:
+                signals |= health.examine(self.players, student, sampler, self.problem, step=self.step, seed=seed)
+            stored, when = self.assembly.iteration.stored, {"step": self.step, "seed": seed}
+            signals |= health.examine_method(self.method, self.players, self.problem, stored, **when)
         else:
             means = {}
         if distance and distance.is_due(self.step, log_every):

@@ -11,9 +11,12 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.sampling import Heun
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation import pairs
-from diffdistill.distillation.method import Problem
+from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.distillation.pairs import teacher_pairs
+from diffdistill.methods.rectified_flow import RectifiedFlow
+from diffdistill.methods.regression import Regression
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig
 
@@ -133,3 +136,30 @@ def test_a_damaged_shard_and_a_folder_that_is_none_are_named(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"pairs_folder = .*file.*: cannot be used"):
         made(tmp_path / "file")
+
+
+@pytest.mark.parametrize("kind", [Regression, RectifiedFlow])
+def test_held_out_pairs_stand_behind_the_others_which_are_as_without_them(kind: type, tmp_path: Path) -> None:
+    alone, both = (kind(pairs=6, held_out=n, pair_sampler=SAMPLER).prepare(problem(), seed=3) for n in (0, 5))
+    kept = kind(pairs=6, held_out=5, pair_sampler=SAMPLER, pairs_folder=str(tmp_path)).prepare(problem(), seed=3)
+    assert same({name: value[:6] for name, value in both.items()}, alone)
+    assert same(kept, both)
+    assert len(both["label"]) == 11
+    drawn = kind(pairs=6, held_out=5).draw(StepRandom(0, 0, torch.arange(500)), problem())
+    assert set(drawn["pair"].tolist()) == set(range(6))  # those held out are never trained on
+
+
+def test_memorisation_is_the_loss_on_held_out_pairs_over_that_on_stored_ones() -> None:
+    method, setting = Regression(pairs=6, held_out=5, pair_sampler=SAMPLER), problem()
+    assert setting.teacher is not None
+    players = Players(generator=setting.teacher)
+    stored = method.prepare(setting, seed=0)
+    batch, rng = Batch(torch.empty(0), stored=stored), StepRandom(0, 4, torch.arange(8))
+    with torch.no_grad():
+        found = method.signals(players, rng, setting, batch)["memorisation"]
+        made_of = method.steps(setting.teacher, stored["noise"], setting.teacher.class_cond(stored["label"]))
+    errors = (made_of - stored["image"]).square().flatten(1).mean(1)
+    drawn = method.draw(StepRandom(0, 4, torch.arange(6, 11)), setting)["pair"]
+    assert found == pytest.approx(float(errors[6:].mean() / errors[drawn].mean()), rel=1e-5)
+    before = {name: value[:6] for name, value in stored.items()}  # a checkpoint that holds none
+    assert method.signals(players, rng, setting, Batch(torch.empty(0), stored=before)) == {}

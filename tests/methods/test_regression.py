@@ -77,7 +77,7 @@ def test_the_teacher_leaves_and_the_pairs_stay_with_the_run(make_config: MakeCon
     trainer = Trainer(make_config("regression", *QUICK), quiet=True)
     trainer.run()
     assert "teacher" not in trainer.players
-    assert len(load_file(Path(trainer.folder) / "prepared.safetensors")["image"]) == 12
+    assert len(load_file(Path(trainer.folder) / "prepared.safetensors")["image"]) == 12 + trainer.method.held_out
 
 
 def test_training_brings_the_student_nearer_to_the_pairs(make_config: MakeConfig):

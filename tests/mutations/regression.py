@@ -45,4 +45,18 @@ FAULTS = (
         "if len(self.initial) == 1 or (lone is None",
         "methods/test_regression.py::test_a_later_run_s_generator_starts_as_the_student_and_its_fake_score_as_the_teacher",
     ),
+    Fault(
+        "pairs that are held out are trained on",
+        "methods/regression.py",
+        'integer_of(rng.uniform("pair"), self.pairs)',
+        'integer_of(rng.uniform("pair"), self.pairs + self.held_out)',
+        "distillation/test_pairs.py::test_held_out_pairs_stand_behind_the_others_which_are_as_without_them",
+    ),
+    Fault(
+        "fresh pairs are compared with themselves",
+        "diffdistill/distillation/pairs.py",
+        'for pair in (fresh, draw["pair"])',
+        "for pair in (fresh, fresh)",
+        "distillation/test_pairs.py::test_memorisation_is_the_loss_on_held_out_pairs_over_that_on_stored_ones",
+    ),
 )

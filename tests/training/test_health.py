@@ -1,6 +1,7 @@
 """Health signals: their values in closed form, when they speak, and that they tell right runs from planted faults."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM
-from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.sampling import FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distillation.method import Draw, Players, Problem
+from diffdistill.distillation.method import Batch, Draw, Players, Problem
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.rectified_flow import RectifiedFlow
+from diffdistill.methods.regression import Regression
 from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.training.reports.health import BANDS, Health, HealthConfig, Reference, compare_scores, mean_distance
@@ -160,6 +163,53 @@ WRONG = {
     "wrong sign": [],
     "tenfold rates": ["optimizers.generator.lr=6e-3", "optimizers.default.lr=1e-2"],
 }
+
+
+def learnt(method: Regression | RectifiedFlow, steps: int = 150) -> tuple[list[float], list[str]]:
+    """Readings of `memorisation`, and what is said of them, of a small student of a Gaussian with 16 directions."""
+    torch.manual_seed(0)
+    spread = torch.linspace(0.1, 1.0, 16, dtype=torch.float64)
+    teacher = gaussian_denoiser(EDM(), torch.zeros(16, dtype=torch.float64), torch.diag(spread**2))
+    problem = Problem(SHAPE, 0, teacher.path, teacher=teacher)
+    net = MLPConfig(width=64, blocks=2).build(SHAPE, 0, 0.0)
+    student = Denoiser(net, teacher.path, "edm", sigma_data=0.6)
+    players, stored = Players(generator=student), method.prepare(problem, seed=0)
+    stored = {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+    optimizer, health = torch.optim.Adam(student.parameters(), lr=2e-3), Health(HealthConfig(), NO_REFERENCE)
+    found, said = [], []
+    for step in range(1, steps + 1):
+        draw = method.draw(StepRandom(0, step, torch.arange(32)), problem)
+        method.generator_loss(players, draw, Batch(torch.empty(0), stored=stored)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 25 == 0:
+            signals = health.examine_method(method, players, problem, stored, step=step, seed=0)
+            found.append(signals["memorisation"])
+            said += health.judge(step, signals, {})
+    assert student.training
+    return found, said
+
+
+METHODS = [
+    lambda pairs: Regression(pairs=pairs, pair_sampler=Heun(num_steps=6), steps=FewSteps(init_ratio=80.0)),
+    lambda pairs: RectifiedFlow(pairs=pairs, pair_sampler=Heun(num_steps=6)),
+]
+
+
+@pytest.mark.parametrize("make", METHODS, ids=["regression", "rectified_flow"])
+def test_few_pairs_are_learnt_by_heart_and_that_is_said(make: Callable[[int], Regression | RectifiedFlow]) -> None:
+    found, said = learnt(make(8))
+    assert found[-1] > 3
+    assert len(said) == 1
+    assert "memorisation = " in said[0]
+    assert "learns them by heart (teacher hacking)" in said[0]
+
+
+@pytest.mark.parametrize("make", METHODS, ids=["regression", "rectified_flow"])
+def test_many_pairs_are_not(make: Callable[[int], Regression | RectifiedFlow]) -> None:
+    found, said = learnt(make(4096))
+    assert all(0.6 < value < 1.5 for value in found)
+    assert said == []
 
 
 @pytest.mark.full

@@ -22,7 +22,7 @@ from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.losses import denoising_weight
-from diffdistill.distillation.method import Players, Problem
+from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.settings.limits import MAX_BATCH
 from diffdistill.settings.numbers import NonNegativeInt
 from diffdistill.settings.schema import PositiveInt, schema
@@ -105,6 +105,13 @@ BANDS = {
         "",
         "the student's samples move away from the teacher's, to which they were nearer before. Take an earlier "
         "checkpoint; try a smaller gan_weight, or gan_features: teacher",
+    ),
+    "memorisation": Band(
+        0.0,
+        1.5,
+        "",
+        "the student does better on its stored pairs than on new ones: it learns them by heart (teacher hacking). Try "
+        "more pairs, or fewer steps",
     ),
     "gradient_jump": Band(
         0.0,
@@ -197,6 +204,23 @@ class Health:
         if "fake" in players and "teacher" in players:
             signals |= compare_scores(players.teacher, players.fake, x, rng, cond)
         return signals
+
+    @torch.no_grad()
+    def examine_method(
+        self, method: Method, players: Players, problem: Problem, stored: Mapping[str, Tensor], *, step: int, seed: int
+    ) -> dict[str, float]:
+        """The signals of the method's own.  stored: what it prepared.  They depend on (seed, step) alone."""
+        device, learning = (
+            device_of(players[method.student]),
+            [player for player in players.values() if player.training],
+        )
+        for player in learning:
+            player.eval()
+        rng = StepRandom(seed, step, torch.arange(self.config.samples, device=device))
+        found = method.signals(players, rng, problem, Batch(torch.empty(0, device=device), stored=stored))
+        for player in learning:
+            player.train()
+        return found
 
     def judge(self, step: int, signals: Mapping[str, float], means: Mapping[str, float]) -> list[str]:
         """What to say after an examination: one line for each signal that has just been outside for long enough.
