@@ -157,6 +157,12 @@ def export(
             help="Add a class of pipeline whose plain call is the student's to a stock folder; loading it runs code.",
         ),
     ] = False,
+    quantised: Annotated[
+        bool,
+        typer.Option(
+            "--quantised", help="Store the bits that a student was trained for (qat), by torchao 0.16; stock."
+        ),
+    ] = False,
     licence: Annotated[str | None, typer.Option(help="The teacher's, where its own card does not say.")] = None,
     records: Annotated[str | None, typer.Option(help="JSONL of `diffdistill eval`: scores for the card.")] = None,
     verify: Annotated[
@@ -184,6 +190,7 @@ def export(
         kind=check_kind(kind),
         ema=ema,
         style=style,
+        is_quantised=quantised,
         guidance_scale=guidance,
         has_own_pipeline=own_pipeline,
         is_verified=verify,

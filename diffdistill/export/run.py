@@ -14,6 +14,7 @@ from diffdistill.export.habits import habits_of
 from diffdistill.export.lora_files import write_lora
 from diffdistill.export.own_pipeline import write_own_pipeline
 from diffdistill.export.push import check_push, push
+from diffdistill.export.quantised import note_grid, store_in_bits
 from diffdistill.export.record import RECORD, ExportRecord, Kind, guidance_of
 from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import NotStock, StockFolder, write_stock
@@ -38,12 +39,14 @@ class ExportOptions:
     guidance_scale: of calls that name none, for a student that takes it as input;
     default the middle of what it was trained on.  has_own_pipeline: whether a stock folder gets a class of pipeline
     whose plain call is right.  licence: of the teacher, where its own card does not say.
+    is_quantised: whether a stock folder holds the bits that a student was trained for, by torchao.
     scores: gives what was measured of a place.  push: a repository on the hub.
     """
 
     kind: AnyKind = "auto"
     ema: str | None = None
     style: str | None = None
+    is_quantised: bool = False
     guidance_scale: float | None = None
     has_own_pipeline: bool = False
     is_verified: bool = True
@@ -113,7 +116,9 @@ def export(place: str, folder: FilePath, options: ExportOptions) -> Exported:
 
 def write(place: str, folder: FilePath, options: ExportOptions) -> Written:
     """Write the folder, but for its card. Raises UserError."""
-    trained = load_model(place, ema=options.ema)
+    trained = load_model(place, ema=options.ema, rounds=not options.is_quantised)
+    if options.is_quantised and (trained.spec.qat is None or options.kind not in ("auto", "stock")):
+        raise UserError("--quantised: is for --kind stock, and for a student that was trained with `qat`; leave it out")
     if trained.spec.negative_prompt is not None:
         raise UserError(f"{place}: steers away from a negative prompt, which no exported folder does")
     if options.style is not None:
@@ -129,9 +134,12 @@ def write(place: str, folder: FilePath, options: ExportOptions) -> Written:
     kind, note = options.kind, None
     if kind in ("auto", "stock"):
         try:
-            return _written(place, model, folder, "stock", write_stock(model, folder), options)
+            stock = write_stock(model, folder)
+            if options.is_quantised:
+                store_in_bits(model, stock, folder)
+            return _written(place, model, folder, "stock", stock, options)
         except UserError as error:
-            if kind == "stock" or options.has_own_pipeline:
+            if kind == "stock" or options.has_own_pipeline or options.is_quantised:
                 raise UserError(f"--kind stock: {error}") from None
             kind, note = "self-contained", error.reason if isinstance(error, NotStock) else str(error)
     if kind == "self-contained":
@@ -178,6 +186,8 @@ def _written(
         classes=model.spec.classes,
     )
     record.write(folder)
+    if model.spec.qat and not options.is_quantised:
+        note_grid(model, folder)
     check = check_of(model, folder, record, guidance_scale=scale)
     habits = habits_of(stock) if stock else None
     facts = CardFacts(place, model, record, config, options.licence, options.scores, habits)

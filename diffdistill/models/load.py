@@ -27,6 +27,7 @@ from diffdistill.networks.lora import (
     with_lora,
     without_lora,
 )
+from diffdistill.networks.qat import on_grid
 from diffdistill.settings.limits import MAX_PROCESSES
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError, schema
@@ -50,12 +51,15 @@ ROUTER = "router.json"
 PLAYERS = "players"  # in a checkpoint's state: what those are that are of another kind than its student
 
 
-def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
+def load_model(
+    place: str | FilePath, *, use_ema: bool = True, ema: str | None = None, rounds: bool = True
+) -> TrainedModel:
     """The trained network of a run's folder (its newest checkpoint) or of one checkpoint folder; of a diffusers
     pipeline's folder, or its name on the Hugging Face hub; of an object that `give_teacher` keeps; or, from a folder
     that `join_students` wrote, all of its students as one.
 
     use_ema: the averaged weights where there are some.  ema: the name of one of the run's `more_emas`.
+    rounds: whether weights that were trained with `qat` are those of few bits that it computed with.
     Raises UserError if there is none or it is damaged.
     """
     from diffdistill.models.negative_prompts import steer
@@ -86,6 +90,8 @@ def load_model(place: str | FilePath, *, use_ema: bool = True, ema: str | None =
         found.mount(_read_base(spec, checkpoint.state, origin=target).net)
     load_strictly(denoiser, weights, origin=str(target), takes_tensors=True)
     freeze(denoiser)
+    if spec.qat and rounds:
+        on_grid(denoiser.net, spec.qat)
     steer(denoiser, spec)
     return TrainedModel(denoiser, spec, target)
 

@@ -14,6 +14,7 @@ from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.networks import AnyNetwork
 from diffdistill.networks.empty import empty_weights
 from diffdistill.networks.parameter_limit import limited_parameters
+from diffdistill.networks.qat import QuantisedTraining
 from diffdistill.settings.limits import MAX_CLASSES, MAX_VALUES
 from diffdistill.settings.numbers import Classes, Number, Resolution
 from diffdistill.settings.schema import Fraction, Positive, field, schema
@@ -48,6 +49,7 @@ class ModelSpec:
     base: str | None = None  # the fingerprint of what LoRA's factors stand over, where the run has some
     negative_prompt: str | None = None  # that its attention steers away from
     negative_scale: Number = 0.0
+    qat: QuantisedTraining | None = None  # the bits that its weights were rounded to in training
     text_encoder: str | None = None  # the folder of what encodes prompts, where that is no pipeline's
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from diffdistill.models.prompt_storage import PromptsConfig
 from diffdistill.models.spec import ModelConfig
 from diffdistill.networks.dropout import Dropout
 from diffdistill.networks.lora import LoRASettings
+from diffdistill.networks.qat import QuantisedTraining
 from diffdistill.settings.faults import nearest
 from diffdistill.settings.numbers import BatchSize, NonNegativeInt, Processes, Seed
 from diffdistill.settings.schema import NonNegative, Positive, PositiveInt, UserError, field, schema
@@ -95,6 +96,7 @@ class RunConfig:
     lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
     dropout: by player or `default`: with which probability its network drops what it drops in training; null: as in the
     teacher that it is a copy of.
+    qat: the student's weights are rounded to few bits in training, by torchao; null: they are not.
     ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
     eval: a small evaluation while training; null for none.
     """
@@ -115,6 +117,7 @@ class RunConfig:
     optimizers: Annotated[dict[str, OptimizerConfig], Field(min_length=1)]
     lora: dict[str, LoRASettings | None] = field(default_factory=dict)
     dropout: dict[str, Dropout | None] = field(default_factory=dict)
+    qat: QuantisedTraining | None = None
     ema: EMAConfig | None = field(default_factory=EMAConfig)
     more_emas: dict[Name, EMAConfig] = field(default_factory=dict)
     health: HealthConfig | None = field(default_factory=HealthConfig)
@@ -124,6 +127,8 @@ class RunConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
+        if self.qat and self.speed.shard != "none":
+            raise ValueError("qat: does not go with speed.shard, which has not been tried with it; leave one out")
         if self.more_emas and self.ema is None:
             raise ValueError("more_emas: they stand beside `ema`, which is null; give it one")
         if self.speed.channels_last and any(options.name.endswith("8bit") for options in self.optimizers.values()):

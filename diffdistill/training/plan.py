@@ -23,6 +23,7 @@ from diffdistill.models.spec import ModelSpec, PlayerKind, TrainedModel
 from diffdistill.models.teachers import pipeline_of
 from diffdistill.networks.dropout import apply_dropout
 from diffdistill.networks.lora import fingerprint, lora_of
+from diffdistill.networks.qat import fake_quantise
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
 from diffdistill.training.agreement import check_same_inputs, check_same_protocol, check_same_settings
@@ -286,6 +287,8 @@ def build_players(
     named = {name for update in config.method.updates for name in update.players}
     check_players(config, {name: module for name, module in modules.items() if name in named})
     apply_dropout({name: module for name, module in modules.items() if name in named}, config.dropout)
+    if config.qat:
+        fake_quantise(modules[config.method.student], config.qat)
     steer(modules[config.method.student], spec)
     trained = {name: module.to(home).train() for name, module in modules.items() if name in named}
     return trained, {name: freeze(module.to(home)) for name, module in modules.items() if name not in named}

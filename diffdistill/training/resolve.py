@@ -69,6 +69,7 @@ def resolve_models(
         raise UserError("model.path: must be the teacher's")
     problem = replace(problem, classes=settle_classes(method, problem, inputs, teacher))
     spec = replace(spec, classes=problem.classes, class_names=settle_names(inputs, teacher, initial))
+    spec = replace(spec, qat=config.qat)
     if config.negative_prompt is not None:
         spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=config.negative_scale)
     if teacher and any(config.lora.values()):
@@ -225,6 +226,8 @@ def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: Trained
         return
     if teacher is None or config.method.trains_network:
         raise UserError(f"lora: goes over a teacher, but {config.method.name} trains a new network; leave lora out")
+    if config.qat and settings_for(config.method.student, config.lora):
+        raise UserError("qat: rounds the student's weights, which lora leaves as they are; leave one out")
     for name, denoiser in initial.denoisers.items() if initial else ():
         if settings_for(name, config.lora) and not lora_of(denoiser):
             raise UserError(f"init: its {name} was trained in full, and lora goes over the teacher; leave one out")
