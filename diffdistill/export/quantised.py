@@ -30,7 +30,8 @@ def store_in_bits(model: TrainedModel, stock: StockFolder, folder: FilePath) -> 
     then what the folder is. Raises UserError if a package is missing, or too old."""
     settings = model.spec.qat
     assert settings is not None
-    place, kind = folder / stock.source.family.network, type(stock.net.model)
+    place = folder / stock.source.family.network
+    kind: Any = type(stock.net.model)
     names = [name.removeprefix("model.") for name in quantised_layers(stock.net, settings)]
     options: Any = {"local_files_only": True, "torch_dtype": torch.float32}
     rounded = kind.from_pretrained(place, quantization_config=_config(settings, names), **options)
