@@ -24,7 +24,7 @@ from diffdistill.data.decode import Sizing
 from diffdistill.data.files import Listing, list_images
 from diffdistill.data.names import find_name, match_names, nearest
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.numbers import Sides
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.text import read_text
 
@@ -38,14 +38,15 @@ class CaptionedImages:
     caption.
 
     caption_column: default caption, text or prompt.
-    resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
+    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
+    `resolution`, or else all images must be of one size.
     """
 
     name: Literal["captioned_images"] = "captioned_images"
     path: str
     captions_file: str | None = None
     caption_column: str | None = None
-    resolution: Resolution | None = None
+    resolution: Sides | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

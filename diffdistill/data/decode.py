@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffdistill.data.collection import Content, UnreadableImage
 from diffdistill.data.colour import ADOBE_BY_EXIF, is_adobe_by_exif, to_eight_bits, to_srgb
+from diffdistill.settings.numbers import as_size
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is decoded, whatever the file's name says. Formats that run other programs (EPS) are not among them."""
@@ -29,10 +30,11 @@ ENLARGED = "smaller than the resolution: enlarged"
 
 @dataclass(frozen=True)
 class Sizing:
-    """resolution: of the centre crop's side, resized by Pillow's Lanczos filter; None leaves images as they are.
+    """resolution: of the centre crop's side, or its height and width, resized by Pillow's Lanczos filter; None leaves
+    images as they are.
     channels: 1 for grey (ITU-R 601-2), 3 for RGB, None for what the pixels have."""
 
-    resolution: int | None = None
+    resolution: int | tuple[int, int] | None = None
     channels: int | None = None
 
 
@@ -92,20 +94,24 @@ def _flatten(image: Image.Image, channels: int) -> tuple[Image.Image, tuple[str,
     return image.convert("L" if channels == 1 else "RGB"), notes
 
 
-def _crop_and_resize(image: Image.Image, resolution: int | None) -> tuple[Image.Image, tuple[str, ...]]:
-    """The largest square in the middle, at the resolution."""
+def _crop_and_resize(
+    image: Image.Image, resolution: int | tuple[int, int] | None
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """The largest part in the middle of the resolution's aspect, at the resolution."""
     width, height = image.size
-    side = min(width, height)
-    if side < 2:
+    if min(width, height) < 2:
         raise UnreadableImage(f"{width} x {height} pixels: a placeholder, not an image")
     if resolution is None:
         return image, ()
-    left, top = (width - side) // 2, (height - side) // 2
-    if width != height:
-        image = image.crop((left, top, left + side, top + side))
-    if side != resolution:
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return image, (ENLARGED,) if side < resolution else ()
+    rows, columns = as_size(resolution)
+    inner_width = min(width, max(round(height * columns / rows), 1))
+    inner_height = min(height, max(round(width * rows / columns), 1))
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    if (inner_width, inner_height) != image.size:
+        image = image.crop((left, top, left + inner_width, top + inner_height))
+    if (columns, rows) != image.size:
+        image = image.resize((columns, rows), Image.Resampling.LANCZOS)
+    return image, (ENLARGED,) if inner_height < rows or inner_width < columns else ()
 
 
 def _reason(error: Exception) -> str:

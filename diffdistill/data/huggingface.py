@@ -21,7 +21,7 @@ from diffdistill.data.files import NO_IMAGE, is_image, reason_by_name
 from diffdistill.data.left_out import LeftOut
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.numbers import Sides
 from diffdistill.settings.schema import UserError, schema
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -34,7 +34,8 @@ class HuggingFace:
     path: a folder written by save_to_disk, a folder of images, or else a name on the hub.  subset: the hub's
     configuration name.  label_column: default none; ClassLabel, integers or text.  caption_column: default none; text,
     for a model that takes prompts.  image_column: null for captions alone.
-    resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
+    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
+    `resolution`, or else all images must be of one size.
     """
 
     name: Literal["huggingface"] = "huggingface"
@@ -44,7 +45,7 @@ class HuggingFace:
     image_column: str | None = "image"
     label_column: str | None = None
     caption_column: str | None = None
-    resolution: Resolution | None = None
+    resolution: Sides | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

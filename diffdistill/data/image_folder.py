@@ -14,7 +14,7 @@ from diffdistill.data.files import Listing, list_images, without_common_folders
 from diffdistill.data.names import find_name, match_names, nearest
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.numbers import Sides
 from diffdistill.settings.schema import UserError, schema
 
 CSV_COLUMNS = ("file", "label")
@@ -27,14 +27,15 @@ class ImageFolder:
     labels: none; folders: the name of the outermost folder, those apart that all images share; csv: `labels_file`,
     a CSV file with the columns file and label, on disk or among the images. Labels that are numbers stay as they are,
     names are sorted and counted from 0.
-    resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
+    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
+    `resolution`, or else all images must be of one size.
     """
 
     name: Literal["image_folder"] = "image_folder"
     path: str
     labels: Literal["none", "folders", "csv"] = "none"
     labels_file: str | None = None
-    resolution: Resolution | None = None
+    resolution: Sides | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

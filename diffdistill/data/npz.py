@@ -13,7 +13,7 @@ from diffdistill.data.collection import Classes, Collection, Item, checked_class
 from diffdistill.data.decode import Sizing
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.numbers import Sides
 from diffdistill.settings.schema import UserError, schema
 
 
@@ -22,13 +22,14 @@ class Npz:
     """A .npz file with `images`, uint8 [N, H, W, C] or [N, C, H, W], and perhaps `labels`, integers [N].
 
     layout: only for arrays that could be either, such as [N, 3, 32, 3].
-    resolution: centre crop and Lanczos resize to this side.  channels: 1 for grey, 3 for RGB; default: as they are.
+    resolution: centre crop and Lanczos resize to this side, or height and width.  channels: 1 for grey, 3 for RGB;
+    default: as they are.
     """
 
     name: Literal["npz"] = "npz"
     path: str
     layout: Literal["auto", "NHWC", "NCHW"] = "auto"
-    resolution: Resolution | None = None
+    resolution: Sides | None = None
     channels: Literal[1, 3] | None = None
     cache: str | None = None
 

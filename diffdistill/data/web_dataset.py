@@ -19,7 +19,7 @@ from diffdistill.data.collection import Item, UnreadableImage, checked_size, is_
 from diffdistill.data.decode import SUFFIXES, Sizing
 from diffdistill.data.left_out import LeftOut
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.numbers import Resolution
+from diffdistill.settings.numbers import Sides
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.text import read_text
 
@@ -59,14 +59,15 @@ class WebDataset:
 
     captions_ending: of a caption, a text, or a JSON object with `caption_column` (default caption, text or
     prompt).  The image is the member that ends in jpg, jpeg, png or webp.  Damaged shards are left out with a warning.
-    resolution: centre crop and Lanczos resize to this side; without it all images must be of one size.
+    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
+    `resolution`, or else all images must be of one size.
     """
 
     name: Literal["webdataset"] = "webdataset"
     path: str
     captions_ending: str = "txt"
     caption_column: str | None = None
-    resolution: Resolution | None = None
+    resolution: Sides | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

@@ -117,6 +117,9 @@ def show_habits(habits: Habits, asked: str) -> str:
 def _wrong_size(stock: StockFolder, defaults: Mapping[str, Any]) -> str | None:
     """Where the pipeline makes images of another size than the student's, unless it is told."""
     source = stock.source
+    if not source.family.names_size and source.asked_size:
+        height, width = (side * source.vae_factor for side in source.family.image_shape(source.options)[1:])
+        return None if stock.says_size else f"images of {height} x {width}"
     if not source.family.names_size:
         return "its pipeline has to be told the size of images that are no squares" if "height" in stock.call else None
     side = defaults.get("height") or source.family.default_side * source.vae_factor

@@ -24,6 +24,7 @@ def copy_parts(source: Pipeline, folder: FilePath, names: Iterable[str]) -> None
     """
     names = list(names)
     check_parts(source, names)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name == "scheduler":  # of the oldest pipelines beside model_index.json
             (folder / name).mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffdistill.export.schedulers import StockSteps, stock_steps
 from diffdistill.export.self_contained import write_json
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, open_pipeline
+from diffdistill.models.teachers.image_size import write_size
 from diffdistill.models.teachers.pipeline import ID2LABEL, INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.settings.schema import UserError
@@ -29,6 +30,7 @@ class NotStock(UserError):  # noqa: N818
 class StockFolder:
     """source: the teacher's pipeline.  kind: the class that loads the folder.  call: how it is called.
     scheduler: of the student's steps.  net: the network that the pipeline is left with, for what it accepts.
+    says_size: whether the network's config says of which size the images are, where the pipeline asks it.
     """
 
     source: Pipeline
@@ -36,6 +38,7 @@ class StockFolder:
     call: Mapping[str, Any]
     scheduler: Any
     net: DiffusersNetwork
+    says_size: bool = True
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -63,6 +66,7 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     copy_parts(source, folder, names)
     written = source.family.stock_network(net.model)
     written.save_pretrained(folder / source.family.network)  # type: ignore[operator]
+    says_size = _write_size(source, folder)
     steps.scheduler.save_pretrained(folder / "scheduler")
     missing = {name: [None, None] for name, value in source.index.items() if isinstance(value, list)}
     parts = {name: source.index[name] for name in (source.family.network, *names)}
@@ -77,13 +81,32 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
         settings["requires_safety_checker"] = False
     scheduler = {"scheduler": ["diffusers", type(steps.scheduler).__name__]}
     write_json(folder / INDEX, {**settings, **missing, **parts, **scheduler, "_class_name": kind})
-    return describe(source, steps, kind, source.family.wrap(written, net.num_classes, 0.0))
+    wrapped = source.family.wrap(written, net.num_classes, 0.0)
+    return replace(describe(source, steps, kind, wrapped), says_size=says_size)
+
+
+def _write_size(source: Pipeline, folder: FilePath) -> bool:
+    """Let the folder say of which size its images are, where the teacher was told another than its config's. Returns
+    whether diffusers' own pipeline reads it."""
+    if source.asked_size is None:
+        return True
+    _, height, width = source.spec.image_shape
+    if source.family.config_sizes == "any" or (source.family.config_sizes == "square" and height == width):
+        file = folder / source.family.network / "config.json"
+        write_json(file, {**read_json(file), "sample_size": height if height == width else [height, width]})
+        return True
+    write_size(folder, source.asked_size)
+    return False
 
 
 def describe(source: Pipeline, steps: StockSteps, kind: str, net: DiffusersNetwork) -> StockFolder:
     """How a pipeline of class `kind` is called for the steps of a student, and its network."""
+    import diffusers
+
     call = {**steps.call, **source.family.call(source.image_size)}
-    return StockFolder(source, kind, call, steps.scheduler, net)
+    if source.asked_size and "height" in inspect.signature(getattr(diffusers, kind).__call__).parameters:
+        call |= dict(zip(("height", "width"), source.asked_size, strict=True))
+    return StockFolder(source, kind, call, steps.scheduler, net, says_size=source.asked_size is None)
 
 
 def fit_pipeline(model: TrainedModel) -> tuple[Pipeline, StockSteps]:

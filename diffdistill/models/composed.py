@@ -1,10 +1,12 @@
-"""A teacher as people have it: a pipeline, with a single-file checkpoint, LoRA files or learned tokens over it."""
+"""A teacher as people have it: a pipeline, with a single-file checkpoint, LoRA files or learned tokens over it, or for
+images of another size.
+"""
 
 from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
-from diffdistill.settings.numbers import Number
+from diffdistill.settings.numbers import Number, Sides, as_size
 from diffdistill.settings.schema import schema
 
 
@@ -31,17 +33,24 @@ class ComposedTeacher:
     file: a single-file checkpoint (.safetensors) whose weights take the place of the pipeline's.
     lora: files whose factors are added, in any number.
     textual_inversion: learned tokens that prompts may hold.
+    resolution: of its images in pixels, the side of a square or height and width; null: as its network's config says.
     """
 
     name: str
     file: str | None = None
     lora: tuple[LoRAFile, ...] = ()
     textual_inversion: tuple[TokenFile, ...] = ()
+    resolution: Sides | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels, where they are asked for."""
+        return None if self.resolution is None else as_size(self.resolution)
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is added."""
-        return not (self.file or self.lora or self.textual_inversion)
+        """Whether nothing is added or changed."""
+        return not (self.file or self.lora or self.textual_inversion or self.resolution)
 
 
 AnyTeacher = Annotated[

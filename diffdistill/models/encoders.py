@@ -61,7 +61,8 @@ class PipelineEncoder:
         folder, family = self.pipeline.folder, self.pipeline.family
         about = (folder / INDEX, self.pipeline.part(family.network) / "config.json", folder / "vae" / "config.json")
         parts = filter(self.pipeline.class_of, family.text_parts)
-        return [*filter(FilePath.is_file, about), *(file for part in parts for file in files_of(folder / part))]
+        own = [file for part in parts for file in files_of(folder / part)]
+        return [*filter(FilePath.is_file, about), *self.pipeline.size_files, *own]
 
     def load(self, device: torch.device | str) -> Any:
         return self.pipeline.load_encoder(device)

@@ -62,7 +62,8 @@ def content_of(place: str | FilePath) -> str:
     from diffdistill.models.teachers import is_pipeline, open_pipeline
 
     if is_pipeline(place):
-        return files_key(open_pipeline(place).network_files, root=kept.cache_folder(None))
+        pipeline = open_pipeline(place)
+        return files_key([*pipeline.network_files, *pipeline.size_files], root=kept.cache_folder(None))
     if is_given(place):
         return str(place)
     target = FilePath(place)

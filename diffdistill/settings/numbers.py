@@ -31,6 +31,8 @@ Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Rates = Annotated[tuple[Positive, ...], Field(max_length=MAX_LISTED)]
 
 Resolution = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Sides = Resolution | tuple[Resolution, Resolution]
+"""Of a square, or height and width."""
 Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 WidthByFour = Annotated[int, Field(ge=4, le=MAX_WIDTH, multiple_of=4)]
@@ -43,3 +45,8 @@ BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Processes = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
 TableSize = Annotated[int, Field(ge=2, le=MAX_LEVELS)]
 Betas = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=MAX_LISTED)]
+
+
+def as_size(sides: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    return (sides, sides) if isinstance(sides, int) else sides

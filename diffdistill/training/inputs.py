@@ -3,7 +3,7 @@ once, into the cache, and leave memory before the networks come.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
 import torch
@@ -19,6 +19,7 @@ from diffdistill.models.encoders import PromptEncoder, encode_images, encode_pro
 from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, pipeline_of
+from diffdistill.settings.numbers import as_size
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig
 
@@ -71,7 +72,7 @@ def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.devi
     Raises UserError as `check_inputs`, and for data that cannot be read.
     """
     check_inputs(config, teacher)
-    data, encoder, needs_images = config.data, _encoder(config, teacher), config.method.needs_images
+    data, encoder, needs_images = _sized(config.data, teacher), _encoder(config, teacher), config.method.needs_images
     root = kept.cache_folder(getattr(data, "cache", None))
     if encoder is None:
         if not needs_images and teacher is not None and _vae_of(teacher):
@@ -108,10 +109,23 @@ def _vae_of(spec: ModelSpec) -> Pipeline | None:
 
 
 def _check_size(data: object, teacher: ModelSpec | None) -> None:
-    pipeline, side = _vae_of(teacher) if teacher else None, getattr(data, "resolution", None)
-    if pipeline and side and (side, side) != pipeline.image_size:
+    pipeline, sides = _vae_of(teacher) if teacher else None, getattr(data, "resolution", None)
+    if pipeline and sides and as_size(sides) != pipeline.image_size:
         height, width = pipeline.image_size
-        raise UserError(f"data.resolution = {side}: the teacher was made for images of {width} x {height}")
+        shown = sides if isinstance(sides, int) else list(sides)
+        raise UserError(
+            f"data.resolution = {shown}: the teacher was made for images of {width} x {height}; leave it out, or say "
+            "teacher.resolution"
+        )
+
+
+def _sized(data: AnyData, teacher: ModelSpec | None) -> AnyData:
+    """Images of the size that the teacher is told, where `data` says none."""
+    pipeline = pipeline_of(teacher) if teacher else None
+    size = pipeline.asked_size if pipeline else None
+    if size is None or getattr(data, "resolution", 0) is not None:
+        return data
+    return replace(data, resolution=size[0] if size[0] == size[1] else size)  # type: ignore[type-var]
 
 
 def _prepared(images: ImageSource, teacher: ModelSpec | None, root: FilePath, device: torch.device) -> ImageSource:

@@ -37,9 +37,11 @@ from diffdistill.export.self_contained import write_self_contained
 from diffdistill.export.stock import write_stock
 from diffdistill.export.usage import asked_of, folder_code
 from diffdistill.export.verify import TOLERANCE, Check, ExportError, Found, measure, verify
+from diffdistill.models.composed import ComposedTeacher
 from diffdistill.models.load import load_model
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers import open_pipeline
+from diffdistill.models.teachers.compose import compose
 from diffdistill.networks.unet import UNetConfig
 from diffdistill.settings.schema import UserError
 
@@ -82,6 +84,17 @@ RIGHT = {  # also by a number of steps alone, with guidance_scale=0
 REFUSES_PLAIN = {"sd, one step from unit noise", "sd, DDIM from unit noise", "ddpm, one step", "sana, fresh noise"}
 REFUSES_PLAIN |= {"sd, DDIM at other times"}
 """A prompt and nothing else is an error."""
+SIZED: dict[str, tuple[str, tuple[int, int]]] = {
+    "sd of 32 x 16": ("sd", (32, 16)),
+    "sd3 of 32 x 32": ("sd3", (32, 32)),
+    "ddpm of 16 x 8": ("ddpm", (16, 8)),
+    "pixart of 32 x 16": ("pixart", (32, 16)),
+    "flux of 16 x 32": ("flux", (16, 32)),
+}
+"""Over teachers that are told a size: by a call that names it."""
+SAYS_SIZE = ("sd of 32 x 16", "sd3 of 32 x 32", "ddpm of 16 x 8")
+"""Those whose folder says it too, for a number of steps alone."""
+RIGHT |= set(SAYS_SIZE)
 OF_OWN_CODE: dict[str, tuple[str, AnySampler]] = {
     "sd3-own": ("sd3", FewSteps(init_ratio=20, later_ratios=(2,))),
     "sd-own": ("sd", Heun(num_steps=2)),
@@ -137,7 +150,8 @@ def stock_check(model: TrainedModel, folder: Path, name: str, *, has_pipeline: b
         own_pipeline=write_own_pipeline(folder, stock, number) if has_pipeline else None,
         absent=stock.absent,
     )
-    check, size = check_of(model, folder, record), ("height", "width", "use_resolution_binning")
+    size = ("height", "width") if name not in SAYS_SIZE else ()
+    check, size = check_of(model, folder, record), (*size, "use_resolution_binning")
     asked = asked_of(model, 2) | {name: stock.call[name] for name in size if name in stock.call} | {"output_type": "np"}
     calls = {name: asked | call for name, call in habitual_calls(stock.kind, number).items()}
     kept = ["zero"] if name in RIGHT else []
@@ -165,6 +179,9 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     for number, (name, (family, sampler)) in enumerate(SAMPLERS.items()):
         model = with_sampler(places[family], sampler)
         made[name] = stock_check(model, home / f"{number}", name)
+    for name, (family, pixels) in SIZED.items():
+        place = compose(ComposedTeacher(name=str(places[family]), resolution=pixels))
+        made[name] = stock_check(with_sampler(Path(place), FewSteps(init_ratio=5, **UNIT)), home / name, name)
     for name, (family, sampler) in OF_OWN_CODE.items():
         model = with_sampler(places[family], sampler)
         made[name] = own_check(model, home / name)
@@ -186,6 +203,7 @@ def checks(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 VISIBLE = ("lora.default={rank: 2, alpha: 4}", "optimizers.default.lr=0.1")
 """LoRA that changes the images: at a common learning rate three steps do so by 1e-6."""
+OTHERS = ("sentences", "half", "half-lora", "own pipeline")
 STUDENTS = {
     "router": ("unet", "msd", "auto"),
     "signal": ("mlp", "boot", "auto"),
@@ -224,7 +242,7 @@ def differences(found: dict[str, Found]) -> dict[str, float | str]:
     return {name: one.difference for name, one in found.items()}
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, *OF_OWN_CODE, *STUDENTS, "sentences", "half", "half-lora", "own pipeline"])
+@pytest.mark.parametrize("name", [*SAMPLERS, *SIZED, *OF_OWN_CODE, *STUDENTS, *OTHERS])
 def test_a_folder_makes_the_runs_images_where_this_package_cannot_be_imported(
     differences: dict[str, float | str], name: str
 ) -> None:

@@ -21,6 +21,7 @@ from diffdistill.data.shards import files_key, table_key
 from diffdistill.models.composed import ComposedTeacher
 from diffdistill.models.loading_bars import turn_off_loading_bars
 from diffdistill.models.teachers.added_files import find_added
+from diffdistill.models.teachers.image_size import check_size, write_size
 from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.pipeline import INDEX, READING, Pipeline, load_model_of, open_pipeline, read_json
 from diffdistill.models.teachers.single_file import save_part, write_single_file
@@ -64,12 +65,15 @@ def compose(teacher: ComposedTeacher) -> str:
     """The folder of a composed teacher, which is named by the contents of all its files. Raises UserError."""
     base, root = open_pipeline(teacher.name), kept.cache_folder(None)
     assert base.spec  # which is checked before gigabytes are read
+    if teacher.size:
+        check_size(base.family, base.options, teacher.size, pixels=base.vae_factor, origin=teacher.name)
     files = _Files(
         find_added("file", teacher.file, ()) if teacher.file else None,
         tuple(find_added("lora", one.place, LORA_FILES) for one in teacher.lora),
         tuple(find_added("textual_inversion", one.place, TOKEN_FILES) for one in teacher.textual_inversion),
     )
-    told = [[one.weight for one in teacher.lora], [one.token for one in teacher.textual_inversion]]
+    told: list[Any] = [[one.weight for one in teacher.lora], [one.token for one in teacher.textual_inversion]]
+    told += [teacher.size] if teacher.size else []
     key = f"teacher-{table_key('teacher', VERSION, files_key(_base_files(base), root=root), files.keys, told)[:32]}"
     folder = root / key
     if not (folder / INDEX).is_file():
@@ -88,10 +92,12 @@ def made_of(pipeline: Pipeline) -> dict[str, Any] | None:
 
 
 def tell_made_of(pipeline: Pipeline) -> str | None:
-    """The same in a line, for cards; None for others."""
+    """What was added to a composed teacher's weights, in a line for cards; None where nothing was."""
     found = made_of(pipeline)
     if found is None:
         return None
+    if not any(found.get(name) for name in ("file", "lora", "textual_inversion")):
+        return None  # the same weights
     name = FilePath
     parts = [f"`{found['name']}`"]
     parts += [f"the weights of `{name(found['file']).name}`"] if found.get("file") else []
@@ -118,6 +124,8 @@ def _write(teacher: ComposedTeacher, base: Pipeline, files: _Files, folder: File
             _link(file, folder / file.name)
     index = {**base.index, "_name_or_path": base.index.get("_name_or_path") or base.place}
     _replace(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    if size := teacher.size or base.asked_size:
+        write_size(folder, size)
     if files.file:
         write_single_file(files.file, base, folder)
     if files.lora or files.tokens:

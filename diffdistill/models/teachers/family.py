@@ -77,6 +77,12 @@ class Family(ABC):
 
     default_side: ClassVar[int] = 0
     """Of the latents that such a pipeline makes where it is not told, if its call has no default of its own."""
+    fixed_size: ClassVar[str | None] = None
+    """Why its images are of one size, its network's; None where they may be of others."""
+
+    config_sizes: ClassVar[Literal["none", "square", "any"]] = "none"
+    """Which sizes of images the pipeline takes from the network's `sample_size`, where that changes nothing else."""
+
     names_sigmas: ClassVar[bool] = False
     """Whether the pipeline itself tells the scheduler even sigmas and where to begin, for a number of steps."""
     sets_begin: ClassVar[bool] = False
@@ -168,6 +174,15 @@ class Family(ABC):
         if not all(isinstance(n, int) and n > 0 for n in (channels, height, width)):
             raise UserError(f"network: in_channels = {channels!r}, sample_size = {side!r}: must be whole numbers")
         return channels, height, width  # type: ignore[return-value]
+
+    def sized(self, options: Mapping[str, Any], latents: tuple[int, int]) -> dict[str, Any]:
+        """Options for `image_shape` and `noise` alone, of latents of this height and width. No network is built by
+        them: to some, `sample_size` says more."""
+        return {**options, "sample_size": list(latents)}
+
+    def most_side(self, options: Mapping[str, Any]) -> int | None:
+        """Of latents that the network has positions for; None for any."""
+        return None
 
     def check_index(self, index: Mapping[str, Any], file: FilePath) -> None:
         """Raise UserError on a model_index.json whose pipeline tells the network more than this family does."""

@@ -20,6 +20,7 @@ from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers.family import BUILDING, Family
 from diffdistill.models.teachers.fields import NETWORKS, SCHEDULER, VAES, check_fields
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
+from diffdistill.models.teachers.image_size import IMAGE_SIZE, read_size
 from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.networks.diffusers_model import DiffusersConfig
@@ -102,7 +103,7 @@ class Pipeline:
     @cached_property
     def spec(self) -> ModelSpec:
         """What the network is. Raises UserError."""
-        file, options = self.scheduler_file, self.options
+        file, options = self.scheduler_file, self.sized_options
         scheduler = read_json(file)
         check_fields(scheduler, SCHEDULER, file)
         try:
@@ -122,13 +123,31 @@ class Pipeline:
                 sigma_data=float(scheduler.get("sigma_data") or 0.5),
                 guidance_rule=rule,
             ),
-            image_shape=self.family.image_shape(self.options),
+            image_shape=self.family.image_shape(options),
             num_classes=num_classes,
             class_names=_names_in(self.index.get(ID2LABEL), num_classes),
             class_dropout=self.family.class_dropout,
             sampler=self.family.sampler,
             pipeline=self.place,
         )
+
+    @cached_property
+    def asked_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that its folder says in the place of the network's config."""
+        return read_size(self.folder)
+
+    @property
+    def size_files(self) -> list[FilePath]:
+        """Where that is said."""
+        return [self.folder / IMAGE_SIZE] if self.asked_size else []
+
+    @property
+    def sized_options(self) -> dict[str, Any]:
+        """The network's, as `image_shape` and `noise` take them."""
+        if self.asked_size is None:
+            return self.options
+        height, width = (side // self.vae_factor for side in self.asked_size)
+        return self.family.sized(self.options, (height, width))
 
     def part(self, name: str) -> FilePath:
         """The folder of a part; the pipeline's own where its network lies there, as in the oldest ones."""

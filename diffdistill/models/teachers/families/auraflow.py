@@ -34,9 +34,13 @@ class AuraFlow(FlowFamily):
 
     def image_shape(self, options: Mapping[str, Any]) -> ImageShape:
         """The pipeline's 1024 pixels, or as many as the network has positions for; its `sample_size` is not asked."""
+        is_asked = isinstance(options.get("sample_size"), list)  # see `sized`
+        sized = {} if is_asked else {"sample_size": min(SIDE, self.most_side(options))}
+        return super().image_shape({**options, **sized})
+
+    def most_side(self, options: Mapping[str, Any]) -> int:
         given = self.full_options(options)
-        side = min(SIDE, given["patch_size"] * math.isqrt(given["pos_embed_max_size"]))
-        return super().image_shape({**options, "sample_size": side})
+        return int(given["patch_size"] * math.isqrt(given["pos_embed_max_size"]))
 
     def encode(
         self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]

@@ -19,6 +19,7 @@ class DDPM(Family):
     stock_pipeline = "DDPMPipeline"  # DDIMPipeline would put a scheduler of its own in the place of any
     steps_argument = "num_inference_steps"
     plain_call: ClassVar = {}
+    config_sizes = "any"
 
     def has_stock_pipeline(self, options: Mapping[str, Any]) -> bool:
         return not self.num_classes(options)

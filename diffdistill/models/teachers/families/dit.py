@@ -22,6 +22,7 @@ class DiT(Family):
     class_dropout = 0.1
     steps_argument = "num_inference_steps"
     hands_on_generator = False
+    fixed_size = "its pipeline makes images of its network's own size alone"
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "DiTNetwork":
         return DiTNetwork(model, num_classes)

@@ -12,7 +12,7 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import AnyGuidanceRule, Renormalised
 from diffdistill.models.teachers.flow import reversed_time
 from diffdistill.models.teachers.flow_family import FlowFamily, RefinedTransformer
-from diffdistill.models.teachers.packing import trimmed
+from diffdistill.models.teachers.packing import PATCH, trimmed
 
 
 class Lumina2(FlowFamily):
@@ -37,6 +37,9 @@ class Lumina2(FlowFamily):
 
     def guidance_rule(self, index: Mapping[str, Any]) -> AnyGuidanceRule:
         return Renormalised(over="row")
+
+    def most_side(self, options: Mapping[str, Any]) -> int:
+        return PATCH * int(min(self.full_options(options)["axes_lens"][1:]))
 
     def num_tokens(self, options: Mapping[str, Any]) -> int:
         """The pipeline takes the second side of [B, C, H, W] for it."""

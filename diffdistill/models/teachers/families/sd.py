@@ -38,6 +38,7 @@ class StableDiffusion(Family):
     }
     told: ClassVar = {"addition_embed_type": (None, "text")}
     class_dropout = 0.1
+    config_sizes = "any"
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionUNet":
         return StableDiffusionUNet(model, accepts=frozenset({"text"}))

@@ -41,11 +41,16 @@ class StableDiffusion3(Family):
         "text_encoder_3": ("T5EncoderModel",),
     }
     class_dropout = 0.1
+    config_sizes = "square"  # its positions are among its weights
     steps_argument = "sigmas"
     hands_on_generator = False
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusion3Network":
         return StableDiffusion3Network(model)
+
+    def most_side(self, options: Mapping[str, Any]) -> int:
+        given = self.full_options(options)
+        return int(given["patch_size"] * given["pos_embed_max_size"])
 
     def noise(self, scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[AnyPath, Prediction]:
         _, height, width = self.image_shape(options)

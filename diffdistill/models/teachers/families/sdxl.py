@@ -36,6 +36,7 @@ class StableDiffusionXL(Family):
     }
     told: ClassVar = {"addition_embed_type": ("text_time",)}
     class_dropout = 0.1
+    config_sizes = "square"
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "StableDiffusionXLUNet":
         return StableDiffusionXLUNet(model, accepts=frozenset({"text", "pooled_text", "size"}))

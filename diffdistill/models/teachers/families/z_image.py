@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.models.teachers.flow import reversed_time
 from diffdistill.models.teachers.flow_family import FlowFamily, RefinedTransformer
-from diffdistill.models.teachers.packing import padded, texts_of
+from diffdistill.models.teachers.packing import PATCH, padded, texts_of
 
 LENGTH = 512  # tokens of a prompt at most, the default of the pipeline's call
 
@@ -34,6 +34,9 @@ class ZImage(FlowFamily):
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "ZImageNetwork":
         return ZImageNetwork(model)
+
+    def most_side(self, options: Mapping[str, Any]) -> int:
+        return PATCH * int(min(self.full_options(options)["axes_lens"][1:]))
 
     def encode(
         self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
