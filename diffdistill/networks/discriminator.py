@@ -13,7 +13,7 @@ from diffdistill.settings.schema import UserError
 class Head(nn.Module):
     """DMD2's head: halve to 4 x 4, then to one logit a sample.  Yin et al. 2024, arXiv:2405.14867, section 4.3.
 
-    channels, side: shape [channels, side, side] of the features.
+    channels, side: shape [channels, side, side] of the features; of others `side` is the shorter one.
     """
 
     def __init__(self, channels: int, side: int) -> None:
@@ -36,17 +36,23 @@ def _norm_act(channels: int) -> list[nn.Module]:
     return [nn.GroupNorm(math.gcd(32, channels, max(1, channels // 8)), channels), nn.SiLU()]
 
 
+def _map_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Channels and the shorter side of features [C, h, w], or [C]."""
+    channels, *sides = shape
+    return channels, min(sides, default=1)
+
+
 class Heads(nn.Module):
     """A head on each of several feature maps; a sample's logit is the mean of theirs.
 
-    shapes: [C, side, side] of each map.  Heads behind several blocks of the teacher: Sauer et al. 2024,
+    shapes: [C, h, w] of each map.  Heads behind several blocks of the teacher: Sauer et al. 2024,
     arXiv:2403.12015, section 3.2, who take the loss of each head by itself; here it is of their mean, so that it stays
     one estimate of log(p_real / p_fake).
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(channels, side) for channels, side, *_ in shapes)
+        self.heads = nn.ModuleList(Head(*_map_of(shape)) for shape in shapes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """features: a map [B, C, h, w] for each head.  Returns logits [B]."""
@@ -62,8 +68,7 @@ def make_head(denoiser: Denoiser, image_shape: tuple[int, ...], taps: Taps | Non
     shapes = features_shapes(denoiser, image_shape, taps)
     if taps is not None:
         return Heads(shapes)
-    channels, side, *_ = shapes[0]
-    return Head(channels, side)
+    return Head(*_map_of(shapes[0]))
 
 
 @torch.no_grad()

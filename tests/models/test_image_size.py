@@ -153,10 +153,10 @@ def test_image_data_takes_the_teachers_size_where_it_says_none(places: dict[str,
 
 
 def test_a_run_trains_at_the_size_and_goes_on_at_no_other(places: dict[str, Path], tmp_path: Path) -> None:
-    teacher = {"name": str(places["sdxl"]), "resolution": 32}
+    teacher = {"name": str(places["sdxl"]), "resolution": [32, 16]}
     config = images_and_run(tmp_path, teacher)
     Trainer(config).run()
-    assert load_model(tmp_path / "run").spec.image_shape == (4, 16, 16)
+    assert load_model(tmp_path / "run").spec.image_shape == (4, 16, 8)
     assert plan(config, resume=True).step == 1
     for other in ({**teacher, "resolution": 16}, {"name": str(places["sdxl"])}):
         with pytest.raises(UserError, match=r"resolution|other weights"):
