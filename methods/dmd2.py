@@ -96,8 +96,12 @@ class DMD2(Method):
             self.regression_distance.check("method.regression_distance", problem.image_shape, problem.teacher)
         if self.gan_weight:
             judge = tapped(problem, players, self.gan_features)
-            players["discriminator"] = make_head(judge, problem.image_shape, self.gan_taps)
+            players["discriminator"] = make_head(judge, problem.least_shape, self.gan_taps)
         return players
+
+    @property
+    def one_shape(self) -> str | None:
+        return "with regression_weight its stored pairs are of one size" if self.regression_weight else None
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         """Teacher pairs for the regression: noise, image, label."""

@@ -101,7 +101,7 @@ class HyperSD(Method):
         if self._start("score_weight") is None:
             del players["fake"]
         if self._start("adversarial_weight") is not None:
-            players["discriminator"] = make_head(tapped(problem, players, "teacher"), problem.image_shape)
+            players["discriminator"] = make_head(tapped(problem, players, "teacher"), problem.least_shape)
         copies = ("target", "solver") if self.stage_teacher == "previous" else ("target",)
         return players | {name: deepcopy(players["generator"]) for name in copies}
 

@@ -101,7 +101,7 @@ class UniInstruct(Method):
         players = start_players(problem, **self.scales)
         if self.has_discriminator:
             judge = tapped(problem, players, self.gan_features)
-            players["discriminator"] = make_head(judge, problem.image_shape, self.gan_taps)
+            players["discriminator"] = make_head(judge, problem.least_shape, self.gan_taps)
         return players | self._ratios.players()
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:

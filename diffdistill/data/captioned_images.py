@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import BinaryIO, Literal
 
+from diffdistill.data.buckets import BucketsConfig
 from diffdistill.data.captions import (
     TABLES,
     Captions,
@@ -39,7 +40,7 @@ class CaptionedImages:
 
     caption_column: default caption, text or prompt.
     resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
-    `resolution`, or else all images must be of one size.
+    `resolution`, or else all images must be of one size.  buckets: in the place of one size, several of about its area.
     """
 
     name: Literal["captioned_images"] = "captioned_images"
@@ -47,6 +48,7 @@ class CaptionedImages:
     captions_file: str | None = None
     caption_column: str | None = None
     resolution: Sides | None = None
+    buckets: BucketsConfig | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

@@ -9,15 +9,17 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache as once
 from functools import cached_property, partial
 from itertools import chain, count, islice
 from pathlib import Path as FilePath
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+from diffdistill.data.buckets import BucketedImages, Size, nearest_bucket
 from diffdistill.data.cache import warn
 from diffdistill.data.collection import Classes, Collection, Item, UnreadableImage, listed
 from diffdistill.data.decode import Sizing
-from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared
+from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared, remembered, sizes_of
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_TABLE_BYTES
 from diffdistill.settings.reading import check_regular
@@ -72,6 +74,44 @@ class Captions:
         )
         images.notes = (*self.notes, *images.notes)
         return images
+
+    def bucketed(self, size: Size, sizes: Sequence[Size], channels: int, cache: str | None) -> BucketedImages:
+        """The same, each image of the size whose aspect is nearest to its own; a prepared set for each that has some.
+
+        size: among `sizes`, what the run is said to be for.  Raises UserError as `images`.
+        """
+        if not self.items:
+            raise UserError(f"{self.origin}: holds prompts and no images")
+        settings = self.settings | {"buckets": [list(one) for one in sizes]}
+        prompts = {prompt: place for place, prompt in enumerate(self.different)}
+        labels = [prompts[prompt] for prompt in self.prompts]
+
+        @once
+        def numbers() -> list[int]:
+            return [nearest_bucket(one or size, sizes) for one in sizes_of(Collection(self.origin, self.items))]
+
+        def chosen(number: int) -> Collection:
+            places = [place for place, bucket in enumerate(numbers()) if bucket == number]
+            classes = Classes(tuple(labels[place] for place in places), len(prompts))
+            return Collection(self.origin, [self.items[place] for place in places], classes)
+
+        def used() -> str:
+            return " ".join(str(number) for number in sorted(set(numbers())))
+
+        parts = [
+            load_prepared(
+                settings | {"bucket": number},
+                partial(chosen, number),
+                files=self.files,
+                sizing=Sizing(sizes[number], channels),
+                cache=cache,
+            )
+            for number in map(int, remembered(settings, used, files=self.files, cache=cache).split())
+        ]
+        for note in self.notes:
+            warn(note)
+        notes = tuple(dict.fromkeys((*self.notes, *(note for part in parts for note in part.notes))))
+        return BucketedImages(parts, (channels, *size), notes=notes)
 
 
 @runtime_checkable

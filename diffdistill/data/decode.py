@@ -23,6 +23,9 @@ SUFFIXES = (
 
 MAX_PIXELS = 2**27
 
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+"""The tag of EXIF that says how an image lies, and its values of those on their side."""
+
 ANIMATED = "animated: the first frame is taken"
 TRANSPARENT = "transparent: laid on white"
 ENLARGED = "smaller than the resolution: enlarged"
@@ -59,6 +62,20 @@ def decode(content: Content, sizing: Sizing) -> Decoded:
     pixels = np.asarray(image)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return Decoded(np.ascontiguousarray(pixels), (*notes, *more, *last))
+
+
+def size_of(content: Content) -> tuple[int, int] | None:
+    """Height and width of an image as `decode` turns it upright, from its header; None where that cannot be read."""
+    if not isinstance(content, bytes):
+        return content.shape[0], content.shape[1]
+    try:
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = opened.size
+        is_turned = opened.getexif().get(ORIENTATION) in TURNED
+    except Exception:  # of which `decode` gives the reason
+        return None
+    found = (width, height) if is_turned else (height, width)
+    return found if min(found) > 0 else None
 
 
 def _open(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+from diffdistill.data.buckets import BucketsConfig
 from diffdistill.data.captions import Captions, checked_caption
 from diffdistill.data.collection import (
     Classes,
@@ -35,7 +36,7 @@ class HuggingFace:
     configuration name.  label_column: default none; ClassLabel, integers or text.  caption_column: default none; text,
     for a model that takes prompts.  image_column: null for captions alone.
     resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
-    `resolution`, or else all images must be of one size.
+    `resolution`, or else all images must be of one size.  buckets: in the place of one size, several of about its area.
     """
 
     name: Literal["huggingface"] = "huggingface"
@@ -46,6 +47,7 @@ class HuggingFace:
     label_column: str | None = None
     caption_column: str | None = None
     resolution: Sides | None = None
+    buckets: BucketsConfig | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

@@ -15,15 +15,25 @@ KEPT_EPOCHS = 4  # permutations held at a time: this step's, and the next one's 
 class DataOrder:
     """The images of a source by global sample number. Nothing to save: a resumed run sees what it would have seen."""
 
-    def __init__(self, source: ImageSource, seed: int, *, classes: Sequence[int] = ()) -> None:
-        """classes: images of these alone; empty for all.  Raises UserError if there is none."""
-        self.source, self.seed = source, seed
+    def __init__(
+        self, source: ImageSource, seed: int, *, classes: Sequence[int] = (), stream: str = "data order"
+    ) -> None:
+        """classes: images of these alone; empty for all.  stream: names the permutations' random numbers.
+
+        Raises UserError if there is none.
+        """
+        self.source, self.seed, self.stream = source, seed, stream
         self.members = torch.arange(len(source))
         if classes and source.labels is not None:
             self.members = torch.isin(source.labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
             if not len(self.members):
                 raise UserError(f"data: no image of the classes {list(classes)}")
         self._permutations: dict[int, Tensor] = {}
+
+    @property
+    def sample(self) -> tuple[ImageSource, Tensor]:
+        """Images of one shape that stand for all, and their numbers."""
+        return self.source, self.members
 
     def take(self, first: int, count: int, *, next_first: int) -> tuple[Tensor, Tensor | None]:
         """Images [count, C, H, W] and labels [count] of the samples from `first` on.
@@ -48,7 +58,7 @@ class DataOrder:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
-            seed = StepRandom(self.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed("data order")
+            seed = StepRandom(self.seed, epoch, torch.zeros(1, dtype=torch.int64)).torch_seed(self.stream)
             order = self.members[torch.randperm(len(self.members), generator=torch.Generator().manual_seed(seed))]
             kept = list(self._permutations.items())[1 - KEPT_EPOCHS :]
             self._permutations = dict([*kept, (epoch, order)])

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffdistill.data import cache as kept
 from diffdistill.data.collection import Collection, Item, UnreadableImage, is_minority, shown
 from diffdistill.data.colour import may_be_converted
-from diffdistill.data.decode import Decoded, Sizing, decode
+from diffdistill.data.decode import Decoded, Sizing, decode, size_of
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.limits import MAX_CLASSES
 from diffdistill.settings.links import open_plain
@@ -74,6 +74,39 @@ def load_prepared(
     if fingerprint and collection.is_lasting:
         kept.remember(root, fingerprint, key)
     return _open(root / key)
+
+
+def remembered(
+    settings: dict[str, Any], find: Callable[[], str], *, files: Sequence[FilePath], cache: str | None
+) -> str:
+    """A short text that these files and settings decide on, from the cache, or found now."""
+    root = kept.cache_folder(cache)
+    fingerprint = _fingerprint(settings, Sizing(), files) if files else None
+    known = kept.recall(root, fingerprint)
+    if known is None:
+        known = find()
+        if fingerprint:
+            kept.remember(root, fingerprint, known)
+    return known
+
+
+def sizes_of(collection: Collection) -> list[tuple[int, int] | None]:
+    """Height and width of each image, as it is shown; None of those that cannot be read."""
+
+    def look(item: Item) -> tuple[int, int] | None:
+        try:
+            return size_of(item.read())
+        except (UnreadableImage, OSError):
+            return None
+
+    with _progress(f"measuring {collection.origin}", len(collection.items)) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            found = []
+            for begin in range(0, len(collection.items), CHUNK):
+                found += threads.map(look, collection.items[begin : begin + CHUNK])
+                advance(min(CHUNK, len(collection.items) - begin))
+    return found
 
 
 def _prepare(root: FilePath, collection: Collection, sizing: Sizing, key: str) -> None:

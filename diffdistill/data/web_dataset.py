@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path as FilePath
 from typing import Literal
 
+from diffdistill.data.buckets import BucketsConfig
 from diffdistill.data.captions import COLUMNS, Captions, checked_caption, paired, read_item, read_rows
 from diffdistill.data.collection import Item, UnreadableImage, checked_size, is_minority, shown
 from diffdistill.data.decode import SUFFIXES, Sizing
@@ -60,7 +61,7 @@ class WebDataset:
     captions_ending: of a caption, a text, or a JSON object with `caption_column` (default caption, text or
     prompt).  The image is the member that ends in jpg, jpeg, png or webp.  Damaged shards are left out with a warning.
     resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
-    `resolution`, or else all images must be of one size.
+    `resolution`, or else all images must be of one size.  buckets: in the place of one size, several of about its area.
     """
 
     name: Literal["webdataset"] = "webdataset"
@@ -68,6 +69,7 @@ class WebDataset:
     captions_ending: str = "txt"
     caption_column: str | None = None
     resolution: Sides | None = None
+    buckets: BucketsConfig | None = None
     channels: Literal[1, 3] = 3
     cache: str | None = None
 

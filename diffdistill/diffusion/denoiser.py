@@ -289,6 +289,8 @@ class Denoiser(nn.Module):
 
     def _evaluate(self, x_t: Tensor, t: Tensor, cond: Cond, want: Want = "x0", taps: Taps | None = None) -> Any:
         cond = self.resolve(cond)
+        if self.conditions is not None:
+            cond = self.conditions.at_size(cond, tuple(x_t.shape[2:]))
         if self.runtime.negative is not None:
             cond = self.runtime.negative.behind(cond)
         if self.runtime.autocast is not None:

@@ -5,6 +5,7 @@ A label in 0 .. N - 1 stands for a prompt, and N for "no condition", the empty p
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -48,6 +49,7 @@ class PromptTable:
         sizes = torch.tensor([0, *(len(next(iter(_parts(shard).values()))) for shard in self.shards)])
         self._bounds = sizes.cumsum(0)
         self._key = key
+        self.sizes: dict[tuple[int, ...], Tensor] = {}
         self._take: Callable[[Sequence[int]], Mapping[str, Tensor]] | None = None
 
     @staticmethod
@@ -79,6 +81,13 @@ class PromptTable:
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                 digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def at_size(self, cond: Cond, sides: tuple[int, ...]) -> Cond:
+        """Resolved conditions for latents of this height and width: `sizes` holds what is told of some, [1, ...]."""
+        size = self.sizes.get(sides)
+        if size is None or cond.size is None:
+            return cond
+        return replace(cond, size=size.to(cond.size).expand_as(cond.size))
 
     def words(self, index: Tensor) -> list[str]:
         """The prompts with these numbers, [B]; N is the empty one."""

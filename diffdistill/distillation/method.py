@@ -70,7 +70,8 @@ class Batch:
 class Problem:
     """What is known before training starts.
 
-    image_shape: [C, H, W].  num_classes: 0 without labels.  teacher: frozen, or None.
+    image_shape: [C, H, W]; of a step whose batch has another, that one.  image_shapes: of all batches, where they
+    differ.  num_classes: 0 without labels.  teacher: frozen, or None.
     network: a new, untrained student, where the method trains one that is not a copy of its teacher; else None.
     teachers: further frozen ones by name, beside `teacher`; among the players each is "teacher_<name>".
     initial: the players of an earlier run that this one starts from, frozen, by name.
@@ -92,6 +93,12 @@ class Problem:
     lora: Mapping[str, LoRASettings | None] = field(default_factory=dict)
     teachers: Mapping[str, Denoiser] = field(default_factory=dict)
     starts: Mapping[str, str] = field(default_factory=dict)
+    image_shapes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def least_shape(self) -> tuple[int, ...]:
+        """[C, H, W] of which no batch has a shorter side."""
+        return tuple(min(sides) for sides in zip(*(self.image_shapes or (self.image_shape,)), strict=True))
 
     @property
     def all_teachers(self) -> dict[str, Denoiser]:
@@ -201,6 +208,11 @@ class Method(ABC):
     def differentiates_forward(self) -> bool:
         """Whether a loss takes a network's derivative by its inputs in the forward pass (a jvp)."""
         return False
+
+    @property
+    def one_shape(self) -> str | None:
+        """Why batches must all be of one shape; None where each may have its own."""
+        return None
 
     @property
     def judges_pixels(self) -> bool:

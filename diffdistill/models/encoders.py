@@ -139,7 +139,8 @@ def encode_images(pipeline: Pipeline, images: ImageSource, *, root: FilePath, de
     noise of the image's number. The VAE is in memory only while some are missing. Raises UserError.
     """
     weights = files_key(files_of(pipeline.folder / "vae"), root=root)
-    shape = pipeline.spec.image_shape
+    factor, (_, height, width) = pipeline.vae_factor, images.image_shape
+    shape = (pipeline.spec.image_shape[0], height // factor, width // factor)
     key = table_key("latents", VERSION, pipeline.family.name, weights, images.key, shape)
 
     def start() -> MakeRows:

@@ -211,8 +211,8 @@ def make_health(plan: Plan) -> Health | None:
     settings, method = plan.config.health, plan.method
     if not (settings and plan.teacher and (method.keeps_teacher or method.has_signals)):
         return None
-    members = plan.order.members if method.keeps_teacher else plan.order.members[:0]
-    return Health(settings, Reference.of_source(plan.source, members))
+    source, members = plan.order.sample
+    return Health(settings, Reference.of_source(source, members if method.keeps_teacher else members[:0]))
 
 
 def make_distance(plan: Plan) -> TeacherDistance | None:

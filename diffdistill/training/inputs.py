@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
 import torch
+from torch import Tensor
 
 from diffdistill.data import AnyData
 from diffdistill.data import cache as kept
+from diffdistill.data.buckets import BucketedImages, Size, bucket_sizes
 from diffdistill.data.captions import Captioned
 from diffdistill.data.classes import note_empty, with_teachers_classes
 from diffdistill.data.shards import table_key
@@ -19,6 +21,7 @@ from diffdistill.models.encoders import PromptEncoder, encode_images, encode_pro
 from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, pipeline_of
+from diffdistill.models.teachers.image_size import check_size
 from diffdistill.settings.numbers import as_size
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import RunConfig
@@ -64,6 +67,8 @@ def check_inputs(config: RunConfig, teacher: ModelSpec | None) -> None:
         raise UserError(f"model.network.text_width = {width}: needs a text_encoder")
     if config.method.needs_images:
         _check_size(data, teacher)
+    if getattr(data, "buckets", None):
+        check_buckets(config, teacher)
 
 
 def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.device) -> Inputs:
@@ -91,7 +96,15 @@ def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.devi
         for note in captions.notes:
             kept.warn(note)
         return Inputs(NoImages(teacher.image_shape, device, key=conditions.key), conditions, captions.notes)
-    images = captions.images(data.sizing, data.cache)
+    images: MappedImages | BucketedImages
+    if sizes := check_buckets(config, teacher):
+        assert teacher is not None
+        pipeline = _vae_of(teacher)
+        assert pipeline is not None
+        images = captions.bucketed(pipeline.image_size, sizes, 3, data.cache)
+        conditions.sizes = _told_sizes(pipeline, sizes)
+    else:
+        images = captions.images(data.sizing, data.cache)
     images.key = table_key(images.key, conditions.key)
     return Inputs(_prepared(images, teacher, root, device), conditions, images.notes)
 
@@ -119,6 +132,41 @@ def _check_size(data: object, teacher: ModelSpec | None) -> None:
         )
 
 
+def check_buckets(config: RunConfig, teacher: ModelSpec | None) -> tuple[Size, ...]:
+    """The sizes in pixels of `data.buckets`; none without them.
+
+    Raises UserError where the method, a setting of `speed` or the teacher takes images of one size alone.
+    """
+    buckets, method = getattr(config.data, "buckets", None), config.method
+    if buckets is None:
+        return ()
+    pipeline = _vae_of(teacher) if teacher else None
+    faults = {
+        f"{method.name} sees no images, with these settings; say teacher.resolution": not method.needs_images,
+        "goes with a teacher that is a pipeline with prompts and a VAE": not (pipeline and pipeline.family.takes_text),
+        f"{method.name}: {method.one_shape}": method.one_shape is not None,
+        "speed.compile compiles a network for each shape anew; leave one out": config.speed.compile is not None,
+    }
+    for fault, is_so in faults.items():
+        if is_so:
+            raise UserError(f"data.buckets: {fault}")
+    assert pipeline is not None
+    sizes = bucket_sizes(pipeline.image_size, buckets)
+    for size in sizes:
+        try:
+            check_size(pipeline.family, pipeline.options, size, pixels=pipeline.vae_factor, origin=pipeline.place)
+        except UserError as error:
+            raise UserError(f"data.buckets: step = {buckets.step}: {error}") from None
+    return sizes
+
+
+def _told_sizes(pipeline: Pipeline, sizes: Sequence[Size]) -> dict[tuple[int, ...], Tensor]:
+    """What the network is told of the size, by height and width of the latents."""
+    factor, options = pipeline.vae_factor, pipeline.options
+    told = {(size[0] // factor, size[1] // factor): pipeline.family.told_size(size, options) for size in sizes}
+    return {sides: size for sides, size in told.items() if size is not None}
+
+
 def _sized(data: AnyData, teacher: ModelSpec | None) -> AnyData:
     """Images of the size that the teacher is told, where `data` says none."""
     pipeline = pipeline_of(teacher) if teacher else None
@@ -133,6 +181,12 @@ def _prepared(images: ImageSource, teacher: ModelSpec | None, root: FilePath, de
     pipeline = _vae_of(teacher) if teacher else None
     if pipeline is None:
         return images.to(device)
+    if isinstance(images, BucketedImages):
+        assert teacher is not None
+        parts = [encode_images(pipeline, part, root=root, device=device) for part in images.parts]
+        latents = BucketedImages(parts, teacher.image_shape, notes=images.notes)
+        latents.key = table_key(images.key, latents.key)
+        return latents
     if images.image_shape != (3, *pipeline.image_size):
         height, width = pipeline.image_size
         raise UserError(

@@ -1,7 +1,7 @@
 """One iteration of a method: random numbers, losses and gradients. Who steps, and when, is the caller's affair."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,7 +58,10 @@ class Iteration:
     def micro_batch(self, step: int, first: int, images: Tensor, cond: Cond, size: int) -> MicroBatch:
         """The samples from number `first` on, with this step's random numbers.  images: [size, ...], or empty."""
         rng = StepRandom(self.seed, step, torch.arange(first, first + size, device=self.device))
-        return MicroBatch(rng, Batch(images, cond, self.stored), self.method.draw(rng, self.problem))
+        problem, shape = self.problem, tuple(images.shape[1:])
+        if len(images) and shape != problem.image_shape:
+            problem = replace(problem, image_shape=shape)
+        return MicroBatch(rng, Batch(images, cond, self.stored), self.method.draw(rng, problem))
 
     def loss(self, update: Update, micro: MicroBatch) -> Loss:
         """An update's loss on a micro-batch, with a graph to the update's players alone; only they have dropout."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from diffdistill.data.buckets import BucketOrder, order_of
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import NO_COND, Cond
@@ -72,7 +73,7 @@ class Plan:
     sha256: Mapping[str, str]
     spec: ModelSpec
     problem: Problem
-    order: DataOrder
+    order: DataOrder | BucketOrder
     trained: Mapping[str, nn.Module]
     followers: Mapping[str, nn.Module]
     evaluator: Evaluator
@@ -227,7 +228,7 @@ def plan(
         sha256=sha256,
         spec=spec,
         problem=problem,
-        order=DataOrder(inputs.source, train.seed, classes=problem.classes),
+        order=order_of(inputs.source, train.seed, batch=train.global_batch_size, classes=problem.classes),
         trained=trained,
         followers=followers,
         evaluator=evaluator,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffdistill.data.buckets import BucketedImages
 from diffdistill.data.classes import class_names_of, classes_with_images, same_names, told_classes
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
@@ -61,6 +62,7 @@ def resolve_models(
         lora=config.lora,
         teachers={name: other.denoiser for name, other in teachers.items()},
         starts=config.starts,
+        image_shapes=source.shapes if isinstance(source, BucketedImages) else (),
     )
     spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
     if teacher and config.model is None:

@@ -20,8 +20,8 @@ FAULTS = (
     Fault(
         "real images are of all classes",
         "diffdistill/training/plan.py",
-        "DataOrder(inputs.source, train.seed, classes=problem.classes)",
-        "DataOrder(inputs.source, train.seed)",
+        "batch=train.global_batch_size, classes=problem.classes)",
+        "batch=train.global_batch_size)",
         "methods/test_msd.py::test_a_student_s_real_images_are_of_its_classes",
     ),
     Fault(

@@ -232,6 +232,10 @@ class Family(ABC):
         """
         raise NotImplementedError(f"{self.name} takes no text")
 
+    def told_size(self, image_size: tuple[int, int], options: Mapping[str, Any]) -> Tensor | None:
+        """`Cond.size` for images of this height and width in pixels, [1, ...]; None where the network is told none."""
+        return None
+
     def encode_empty(self, pipeline: Any, image_size: tuple[int, int], options: Mapping[str, Any]) -> Cond:
         """What the pipeline guides away from, [1, ...] each part."""
         return self.encode(pipeline, [""], image_size, options)

@@ -40,6 +40,7 @@ class CogView4(FlowFamily):
     class_dropout = 0.1
     steps_argument: ClassVar[StepsArgument] = "timesteps"
     names_size = False
+    config_sizes = "square"
     names_sigmas = False
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "CogView4Network":
@@ -71,6 +72,9 @@ class CogView4(FlowFamily):
         cond = padded([texts[place] for place in range(len(prompts))], LENGTH)
         assert cond.text is not None
         return replace(cond, size=uncropped_sizes(len(prompts), image_size, cond.text))
+
+    def told_size(self, image_size: tuple[int, int], options: Mapping[str, Any]) -> Tensor:
+        return uncropped_sizes(1, image_size, torch.empty(0))
 
 
 class CogView4Network(DiffusersTransformer):

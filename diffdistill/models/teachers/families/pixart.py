@@ -39,8 +39,12 @@ class PixArt(Family):
         self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
     ) -> Cond:
         text, mask, _, _ = pipeline.encode_prompt(list(prompts), False, device=pipeline.device)
-        size = torch.tensor([image_size], device=text.device).expand(len(text), 2) if _takes_size(options) else None
+        told = self.told_size(image_size, options)
+        size = None if told is None else told.to(text.device).expand(len(text), 2)
         return Cond(text=text, text_mask=mask, size=size)
+
+    def told_size(self, image_size: tuple[int, int], options: Mapping[str, Any]) -> Tensor | None:
+        return torch.tensor([image_size]) if _takes_size(options) else None
 
 
 class PixArtNetwork(DiffusersTransformer):

@@ -79,6 +79,9 @@ class StableDiffusionXL(Family):
         _, text, _, pooled = pipeline.encode_prompt("", device=pipeline.device, do_classifier_free_guidance=True)
         return Cond(text=text, pooled_text=pooled, size=uncropped_sizes(1, image_size, text))
 
+    def told_size(self, image_size: tuple[int, int], options: Mapping[str, Any]) -> Tensor:
+        return uncropped_sizes(1, image_size, torch.empty(0))
+
     def vae_statistics(self, vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         """Some VAEs of this family name them by channel."""
         mean, std = super().vae_statistics(vae, like)
