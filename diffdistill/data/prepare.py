@@ -102,7 +102,7 @@ def sizes_of(collection: Collection) -> list[tuple[int, int] | None]:
     with _progress(f"measuring {collection.origin}", len(collection.items)) as advance, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            found = []
+            found: list[tuple[int, int] | None] = []
             for begin in range(0, len(collection.items), CHUNK):
                 found += threads.map(look, collection.items[begin : begin + CHUNK])
                 advance(min(CHUNK, len(collection.items) - begin))

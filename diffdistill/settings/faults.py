@@ -9,6 +9,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 
+from diffdistill.settings.numbers import TAGS
+
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_LISTED = 50  # faults in a message
 
@@ -91,7 +93,7 @@ def _walk(kind: Any, data: object, loc: Sequence[str | int]) -> tuple[str, Any, 
     place, holder, here = "", kind, data
     expected: Any = kind
     for step in loc:
-        if isinstance(here, dict) and here.get("name") == step and step not in here:
+        if step in TAGS or (isinstance(here, dict) and here.get("name") == step and step not in here):
             continue  # pydantic names the union's choice as a step of its own
         holder = _class_of(expected, here)
         hints = get_type_hints(holder, include_extras=True) if is_dataclass(holder) else {}

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from diffdistill.settings.limits import (
     MAX_BATCH,
@@ -21,6 +21,8 @@ from diffdistill.settings.limits import (
     MAX_WIDTH,
 )
 
+TAGS = ("one side", "two sides")  # no names of settings: messages pass over them
+
 Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER, allow_inf_nan=False)]
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
@@ -31,7 +33,10 @@ Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Rates = Annotated[tuple[Positive, ...], Field(max_length=MAX_LISTED)]
 
 Resolution = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-Sides = Resolution | tuple[Resolution, Resolution]
+Sides = Annotated[
+    Annotated[Resolution, Tag(TAGS[0])] | Annotated[tuple[Resolution, Resolution], Tag(TAGS[1])],
+    Discriminator(lambda value: TAGS[isinstance(value, (list, tuple))]),
+]
 """Of a square, or height and width."""
 Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]

@@ -175,10 +175,10 @@ class Family(ABC):
             raise UserError(f"network: in_channels = {channels!r}, sample_size = {side!r}: must be whole numbers")
         return channels, height, width  # type: ignore[return-value]
 
-    def sized(self, options: Mapping[str, Any], latents: tuple[int, int]) -> dict[str, Any]:
+    def sized(self, options: Mapping[str, Any], latents: list[int]) -> dict[str, Any]:
         """Options for `image_shape` and `noise` alone, of latents of this height and width. No network is built by
         them: to some, `sample_size` says more."""
-        return {**options, "sample_size": list(latents)}
+        return {**options, "sample_size": latents}
 
     def most_side(self, options: Mapping[str, Any]) -> int | None:
         """Of latents that the network has positions for; None for any."""

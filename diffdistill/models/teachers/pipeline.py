@@ -144,10 +144,8 @@ class Pipeline:
     @property
     def sized_options(self) -> dict[str, Any]:
         """The network's, as `image_shape` and `noise` take them."""
-        if self.asked_size is None:
-            return self.options
-        height, width = (side // self.vae_factor for side in self.asked_size)
-        return self.family.sized(self.options, (height, width))
+        size, options = self.asked_size, self.options
+        return options if size is None else self.family.sized(options, [side // self.vae_factor for side in size])
 
     def part(self, name: str) -> FilePath:
         """The folder of a part; the pipeline's own where its network lies there, as in the oldest ones."""
