@@ -118,7 +118,10 @@ def test_a_run_with_a_discriminator_goes_on_after_a_stop_to_the_bit(home: Path, 
         (("method.gan_weight=0",), "dmd2 sees no images, with these settings; say teacher.resolution"),
         (("method.regression_weight=1",), "with regression_weight its stored pairs are of one size"),
         (("speed.compile=eager",), "speed.compile compiles a network for each shape anew"),
-        (("data.buckets.step=7",), "step = 7: resolution = .* sides must be multiples of 2 pixels; for 21 take 20 or 22"),
+        (
+            ("data.buckets.step=7",),
+            "step = 7: resolution = .* sides must be multiples of 2 pixels; for 21 take 20 or 22",
+        ),
     ],
 )
 def test_what_takes_one_shape_alone_is_refused(home: Path, tmp_path: Path, more: tuple[str, ...], said: str) -> None:
