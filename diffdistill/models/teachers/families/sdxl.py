@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
