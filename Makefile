@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+STARTED := $(VENV)/.installing
 DOCS_INSTALLED := $(VENV)/.docs-installed
 RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/diffusion/test_path.py
@@ -14,13 +15,20 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-install: $(INSTALLED)  ## Create .venv with the tested set of packages.
+install: $(INSTALLED)  ## Create .venv with the tested set of packages. PYTHON=python3.12 names another Python.
 
+# An install that was broken off leaves $(STARTED), and begins anew: nothing says which packages are whole.
 $(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON): no Python of at least 3.11; name one: make install PYTHON=python3.12" >&2; exit 1; }
+	@test ! -e $(STARTED) || { echo "The last install did not end: $(VENV) is made anew; pip keeps its downloads."; rm -rf $(VENV); }
 	@echo "Installing into $(VENV): about 5 GB, a few minutes the first time."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@mkdir -p $(VENV) && touch $(STARTED)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv, or make install PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@rm $(STARTED) && touch $@
+	@echo "Installed. In this shell, before diffdistill is found: source $(BIN)/activate"
 
 browser:  ## Debian's Chromium, which the tests of the HTML pages drive; without it they are skipped. Needs root.
 	@{ command -v chromium && command -v chromedriver; } > /dev/null || \
@@ -62,7 +70,7 @@ schema: $(INSTALLED)  ## Write configs/schema.json, which editors complete confi
 	@$(BIN)/python docs/settings.py
 
 $(DOCS_INSTALLED): $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 docs: $(DOCS_INSTALLED)  ## Build the documentation into site/.
