@@ -19,6 +19,7 @@ from diffdistill.diffusion.sampling import FreshNoise, Sampler
 from diffdistill.diffusion.steps import with_steps
 from diffdistill.models.sentence_encoder import embed
 from diffdistill.models.teachers.family import Family
+from diffdistill.models.teachers.installed import diffusers_class
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Source:
     @torch.no_grad()
     def encode(self, parts: Mapping[str, Any], prompts: Sequence[str]) -> PromptTable:
         """Prompts by number.  parts: text encoders, tokenizers and the scheduler, by name."""
-        import diffusers
-
-        kind = getattr(diffusers, self.pipeline)
+        kind = diffusers_class(self.pipeline)
         taken = {name: given for name, given in inspect.signature(kind.__init__).parameters.items() if name != "self"}
         known = {name: value for name, value in {**self.settings, **parts}.items() if name in taken}
         missing = {name: None for name, given in taken.items() if given.default is given.empty and name not in known}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffdistill.export.stock import StockFolder
 from diffdistill.models.teachers import Pipeline
+from diffdistill.models.teachers.installed import diffusers_class
 
 Verdict = Literal["right", "refused", "wrong"]
 SHOWN: Mapping[Verdict, str] = {
@@ -91,9 +92,7 @@ def habitual_calls(kind: str, number: int) -> dict[str, dict[str, Any]]:
 
 def _defaults(kind: str) -> dict[str, Any]:
     """The arguments of a pipeline's call."""
-    import diffusers
-
-    parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    parameters = inspect.signature(diffusers_class(kind).__call__).parameters
     return {name: given.default for name, given in parameters.items()}
 
 

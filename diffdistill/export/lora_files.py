@@ -5,7 +5,6 @@ alpha / rank is multiplied into the factors, so that no reader has to know it.
 
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Any
 
 from torch import Tensor, tensor
 
@@ -15,6 +14,7 @@ from diffdistill.models.load import find_teacher, merge_model
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, is_pipeline
 from diffdistill.models.teachers.compose import tell_made_of
+from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import LoRA
 from diffdistill.settings.schema import UserError
@@ -92,11 +92,8 @@ def _plain(model: TrainedModel) -> TrainedModel:
 
 
 def _check_loads(source: Pipeline, *, is_kohya: bool) -> None:
-    import diffusers
-
     name = str(source.index["_class_name"])
-    kind: Any = getattr(diffusers, name)
-    if not hasattr(kind, "load_lora_weights"):
+    if not hasattr(diffusers_class(name), "load_lora_weights"):
         raise UserError(f"diffusers' {name} loads no LoRA files; use --kind stock, which merges the factors")
     if is_kohya and source.family.network != "unet":
         raise UserError(f"{name}: its LoRA files have diffusers' keys alone; use --kind lora")

@@ -13,6 +13,7 @@ from diffdistill.export.self_contained import write_json
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, open_pipeline
 from diffdistill.models.teachers.image_size import write_size
+from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.pipeline import ID2LABEL, INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.settings.schema import UserError
@@ -43,9 +44,7 @@ class StockFolder:
     @property
     def absent(self) -> tuple[str, ...]:
         """The parts that its class has to be told are not there."""
-        import diffusers
-
-        kind: Any = getattr(diffusers, self.kind)
+        kind = diffusers_class(self.kind)
         asked = inspect.signature(kind.__init__).parameters.values()
         needed = {given.name for given in asked if given.default is given.empty} - {"self", *kind._optional_components}
         return tuple(sorted(name for name in needed if self.source.index.get(name) in (None, [None, None])))
@@ -57,8 +56,6 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     model: without LoRA.  Raises UserError, before anything is written, if diffusers' classes cannot say what the
     student does.
     """
-    import diffusers
-
     source, steps = fit_pipeline(model)
     net: Any = model.denoiser.net
     kind = source.family.stock_pipeline or str(source.index["_class_name"])
@@ -73,7 +70,7 @@ def write_stock(model: TrainedModel, folder: FilePath) -> StockFolder:
     settings = {name: value for name, value in source.index.items() if not isinstance(value, list)}
     settings.pop("_name_or_path", None)
     if source.is_variant:  # whose settings its plain pipeline does not take
-        taken = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        taken = inspect.signature(diffusers_class(kind).__init__).parameters
         settings = {name: value for name, value in settings.items() if name in taken or name.startswith("_")}
     if model.spec.class_names and kind == "DiTPipeline":
         settings[ID2LABEL] = {str(number): name for number, name in enumerate(model.spec.class_names)}

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from support.habits import STEPS, sampler_of
 from support.stand_ins import save_stand_in
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.export.habits import Habits, habits_of, show_habits
-from diffdistill.export.lora_files import describe
+from diffdistill.export import stock
+from diffdistill.export.habits import Habits, habits_of, habitual_calls, show_habits
+from diffdistill.export.lora_files import _check_loads, describe
 from diffdistill.export.record import ExportRecord
 from diffdistill.export.run import ExportOptions, export
 from diffdistill.export.stock import fit_pipeline, write_stock
@@ -111,6 +112,20 @@ def test_wrong_images_are_marked_loudly() -> None:
     right = show_habits(Habits(1, "right", "right", {}), "")
     assert "| `pipe()` | the student's images |" in right
     assert "WRONG" not in right
+
+
+def test_a_pipeline_that_the_installed_diffusers_lacks_asks_for_a_newer_one(models: dict[str, TrainedModel]) -> None:
+    model = models["sd"]
+    source, steps = fit_pipeline(replace(model, spec=replace(model.spec, sampler=sampler_of(model, "one, unit"))))
+    other = replace(source, index={**source.index, "_class_name": "LaterPipeline"})
+    asked: list[Callable[[], object]] = [
+        lambda: habitual_calls("LaterPipeline", 1),
+        lambda: _check_loads(other, is_kohya=False),
+        lambda: stock.describe(source, steps, "LaterPipeline", model.denoiser.net).absent,
+    ]
+    for call in asked:
+        with pytest.raises(UserError, match="needs a newer diffusers, which has LaterPipeline"):
+            call()
 
 
 def test_a_pipeline_of_its_own_is_for_stock_folders_alone(models: dict[str, TrainedModel], tmp_path: Path) -> None:

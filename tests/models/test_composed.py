@@ -103,7 +103,7 @@ def test_a_single_file_of_another_architecture_is_refused(place: Path, tmp_path:
 
 
 def test_prompts_may_hold_learned_tokens(place: Path, tmp_path: Path) -> None:
-    file = save_token(tmp_path / "fox.safetensors", "<fox>", WIDTH, vectors=2)
+    file = save_token(tmp_path / "fox.safetensors", "<fox>", width=WIDTH, vectors=2)
     made = compose(ComposedTeacher(name=str(place), textual_inversion=(TokenFile(place=str(file)),)))
     expected = diffusers.DiffusionPipeline.from_pretrained(place)
     expected.load_textual_inversion(str(file))
@@ -111,6 +111,51 @@ def test_prompts_may_hold_learned_tokens(place: Path, tmp_path: Path) -> None:
     text = opened.conditions(["a red <fox>", "a red fox"]).rows(torch.tensor([0, 1])).text
     assert torch.equal(text[:1], expected.encode_prompt(["a red <fox>"], "cpu", 1, False)[0])
     assert not torch.allclose(text[0], text[1], atol=1e-2)
+
+
+def test_sdxls_tokens_are_of_both_its_encoders(tmp_path: Path) -> None:
+    place = save_stand_in("sdxl", tmp_path / "sdxl")
+    file = save_token(tmp_path / "fox.safetensors", "clip_l", "clip_g", width=WIDTH, vectors=2)
+    made = compose(ComposedTeacher(name=str(place), textual_inversion=(TokenFile(place=str(file), token="<fox>"),)))
+    expected, vectors = diffusers.DiffusionPipeline.from_pretrained(place), load_file(file)
+    for name, end in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {part: getattr(expected, f"{part}{end}") for part in ("text_encoder", "tokenizer")}
+        expected.load_textual_inversion(vectors[name], token="<fox>", **parts)
+    found = open_pipeline(made).conditions(["a red <fox>", "a red fox"]).rows(torch.tensor([0, 1]))
+    text, _, pooled, _ = expected.encode_prompt("a red <fox>", do_classifier_free_guidance=False)
+    torch.testing.assert_close(found.text[:1], text, atol=NEAR, rtol=0)
+    torch.testing.assert_close(found.pooled_text[:1], pooled, atol=NEAR, rtol=0)
+    moved = (found.text[0] - found.text[1]).abs().amax(0)
+    assert min(float(moved[:WIDTH].max()), float(moved[WIDTH:].max())) > 1e-2  # of each encoder
+
+
+def test_a_file_of_both_encoders_tokens_is_refused_by_a_pipeline_of_one(place: Path, tmp_path: Path) -> None:
+    file = save_token(tmp_path / "fox.safetensors", "clip_l", "clip_g", width=WIDTH)
+    tokens = (TokenFile(place=str(file), token="<fox>"),)
+    refused(place, "fox.safetensors: clip_g: the pipeline has no encoder for it", textual_inversion=tokens)
+    tokens = (TokenFile(place=str(save_token(tmp_path / "wide.safetensors", "clip_l", width=2 * WIDTH)), token="<w>"),)
+    refused(place, "textual_inversion: ", textual_inversion=tokens)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "cogview4"])
+def test_a_lora_over_a_transformer_is_fused_as_diffusers_weighs_it(family: str, tmp_path: Path) -> None:
+    place = save_stand_in(family, tmp_path / family)
+    file = save_lora(tmp_path / "style.safetensors", place, network="transformer")
+    made = compose(ComposedTeacher(name=str(place), lora=(LoRAFile(place=str(file), weight=0.7),)))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(place)
+    base = {name: weight.clone() for name, weight in pipe.transformer.state_dict().items()}
+    pipe.load_lora_weights(str(file), adapter_name="a")
+    pipe.set_adapters(["a"], [0.7])
+    pipe.fuse_lora(adapter_names=["a"])
+    pipe.unload_lora_weights()
+    expected = pipe.transformer.state_dict()
+    found = load_file(next((Path(made) / "transformer").glob("*.safetensors")))
+    assert found.keys() == expected.keys()
+    assert max(float((found[name] - expected[name]).abs().max()) for name in found) < NEAR
+    changed = {name for name in found if not torch.equal(found[name], base[name])}
+    factors = {name.removeprefix("transformer.") for name in load_file(file) if "lora_A" in name}
+    assert changed == {name.replace("lora_A.", "") for name in factors}
+    assert load_model(made).spec.pipeline == made
 
 
 def refused(place: Path, said: str, **settings: Any) -> None:

@@ -145,6 +145,17 @@ def kinds() -> list[Row]:
 
 
 UNET, INDEX = "unet/config.json", "model_index.json"
+
+
+def depth(made: Made, folder: Path) -> Path:
+    """Stable Diffusion 2's depth folder as people rename its class, with its parts that no family has."""
+    parts = {"depth_estimator": ["transformers", "DPTForDepthEstimation"]}
+    parts["feature_extractor"] = ["transformers", "DPTImageProcessor"]
+    place = edited("sd", UNET, {"in_channels": 5})(made, folder)
+    edit(place / INDEX, {"_class_name": "StableDiffusionImg2ImgPipeline", **parts})
+    return place
+
+
 NO_FAMILY = (
     *("StableDiffusionControlNetPipeline", "StableDiffusionInstructPix2PixPipeline", "StableDiffusionUpscalePipeline"),
     *("StableDiffusionDepth2ImgPipeline", "StableDiffusionGLIGENPipeline", "StableDiffusionXLControlNetPipeline"),
@@ -210,6 +221,12 @@ ROWS = [
         "refused",
         "in_channels = 9, out_channels = 4: a network that is also given",
         edited("sd", UNET, {"in_channels": 9}),
+    ),
+    Row(
+        "a depth UNet of five channels, as another class",
+        "refused",
+        "in_channels = 5, out_channels = 4: a network that is also given",
+        depth,
     ),
     Row(
         "SDXL's refiner",

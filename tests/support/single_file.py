@@ -55,12 +55,20 @@ def _older(name: str) -> str:
 
 
 def save_lora(
-    file: Path, place: Path, *, is_kohya: bool = False, alpha: float = 2.0, rank: int = 4, has_text: bool = False
+    file: Path,
+    place: Path,
+    *,
+    network: str = "unet",
+    is_kohya: bool = False,
+    alpha: float = 2.0,
+    rank: int = 4,
+    has_text: bool = False,
 ) -> Path:
-    """Factors over the attention of the UNet (and the text encoder) of a pipeline's folder, which visibly change it."""
+    """Factors over the attention of the network (and the text encoder) of a pipeline's folder, which visibly change
+    it."""
     rng = torch.Generator().manual_seed(len(file.name))
     made: dict[str, Tensor] = {}
-    for part in ("unet", *(["text_encoder"] if has_text else [])):
+    for part in (network, *(["text_encoder"] if has_text else [])):
         weights = load_file(next((place / part).glob("*.safetensors")))
         for name, weight in weights.items():
             if not name.endswith(("to_q.weight", "to_v.weight", "q_proj.weight", "out_proj.weight")):
@@ -79,10 +87,10 @@ def save_lora(
     return file
 
 
-def save_token(file: Path, token: str, width: int, vectors: int = 1) -> Path:
-    """A token of textual inversion."""
+def save_token(file: Path, *names: str, width: int, vectors: int = 1) -> Path:
+    """A token of textual inversion.  names: of the token; or of the encoders, `clip_l` and `clip_g`, that it is of."""
     rng = torch.Generator().manual_seed(3)
-    save_file({token: torch.randn(vectors, width, generator=rng)}, file)
+    save_file({name: torch.randn(vectors, width, generator=rng) for name in names}, file)
     return file
 
 

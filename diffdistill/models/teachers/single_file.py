@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.pipeline import READING, Pipeline, read_json
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_text_atomically
@@ -58,9 +59,7 @@ def _names(file: FilePath) -> list[str]:
 
 def _convert(file: FilePath, name: str, config: FilePath) -> nn.Module:
     """A model of diffusers' class `name` with the file's weights, in float32."""
-    import diffusers
-
-    kind: Any = getattr(diffusers, name)
+    kind = diffusers_class(name)
     if not hasattr(kind, "from_single_file"):
         raise UserError(f"file: {file}: diffusers reads no single files of {name}")
     try:
@@ -74,10 +73,9 @@ def _convert(file: FilePath, name: str, config: FilePath) -> nn.Module:
 
 def _encoder(file: FilePath, base: Pipeline, part: str) -> nn.Module | None:
     """A text encoder with the file's weights; None where the file lacks it, as most lack T5."""
-    import transformers
     from diffusers.loaders import single_file_utils as theirs
 
-    kind = getattr(transformers, str(base.class_of(part)))
+    kind = diffusers_class(str(base.class_of(part)), "transformers")
     weights = theirs.load_single_file_checkpoint(str(file))
     options = {"config": str(base.folder / part), "local_files_only": True, "torch_dtype": torch.float32}
     try:
