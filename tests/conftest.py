@@ -171,6 +171,13 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "score_field": f"""
+method: {{name: score_field, steps: {{init_ratio: 2.5}}, weight: sigma/alpha, fake_updates: 2}}
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "forget": f"""
 method:
   name: forget

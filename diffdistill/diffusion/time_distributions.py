@@ -223,6 +223,15 @@ def even_times(path: Path) -> TimeDistribution:
     return Karras(ratio_min=low, ratio_max=high) if isinstance(path, EDM) else Uniform()
 
 
+def even_position(path: Path, t: Tensor) -> Tensor:
+    """Where t lies between the path's ends, in 0 .. 1, float64: the inverse of `even_times`.  t: [B]."""
+    if not isinstance(path, EDM):
+        return (t.double() - path.t_min) / (path.t_max - path.t_min)
+    rho = Karras().rho
+    low, high = (ratio ** (1 / rho) for ratio in ratio_range(path))
+    return (path.ratio(t) ** (1 / rho) - low) / (high - low)
+
+
 def ratio_range(path: Path) -> tuple[float, float]:
     """The noise-to-signal ratios of a path's ends."""
     low, high = path.ratio(torch.tensor([path.t_min, path.t_max], dtype=torch.float64)).tolist()

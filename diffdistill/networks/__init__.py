@@ -6,6 +6,7 @@ from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP
 from diffdistill.networks.guided import GuidedConfig
+from diffdistill.networks.image_table import ImageTableConfig
 from diffdistill.networks.lora import LoRAConfig
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.networks.registry import NETWORKS, AnyNetwork, NetworkConfig
@@ -25,6 +26,7 @@ __all__ = [
     "DiffusersConfig",
     "DiffusersUNetConfig",
     "GuidedConfig",
+    "ImageTableConfig",
     "LoRAConfig",
     "MLPConfig",
     "NetworkConfig",

@@ -28,6 +28,7 @@ NETWORKS: Registry[type[NetworkConfig]] = Registry(
         "mlp": "diffdistill.networks.mlp:MLPConfig",
         "diffusers_unet": "diffdistill.networks.diffusers_unet:DiffusersUNetConfig",
         "diffusers": "diffdistill.networks.diffusers_model:DiffusersConfig",
+        "image_table": "diffdistill.networks.image_table:ImageTableConfig",
         "signal": "diffdistill.networks.signal:SignalConfig",
         "guided": "diffdistill.networks.guided:GuidedConfig",
         "two_times": "diffdistill.networks.two_times:TwoTimesConfig",

@@ -226,9 +226,10 @@ def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: Trained
     """Raise UserError where there is no teacher for the factors to stand over, or another network would start."""
     if not any(config.lora.values()):
         return
-    if teacher is None or config.method.trains_network:
-        raise UserError(f"lora: goes over a teacher, but {config.method.name} trains a new network; leave lora out")
-    if config.qat and settings_for(config.method.student, config.lora):
+    method = config.method
+    if teacher is None or (method.trains_network and settings_for(method.student, config.lora)):
+        raise UserError(f"lora: goes over a teacher, but {method.name} trains a new network; leave lora out")
+    if config.qat and settings_for(method.student, config.lora):
         raise UserError("qat: rounds the student's weights, which lora leaves as they are; leave one out")
     for name, denoiser in initial.denoisers.items() if initial else ():
         if settings_for(name, config.lora) and not lora_of(denoiser):

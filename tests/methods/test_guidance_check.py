@@ -36,6 +36,7 @@ GUIDED = {
     "consistency": ("method.guidance=2",),
     "tdm": ("method.guidance=[1, 2]",),
     "preference_field": ("method.guidance=2",),
+    "score_field": ("method.guidance=2", "method.fake_guidance=1.5"),
     "forget": ("method.base.guidance=2",),
     "rectified_flow": ("method.guidance=2",),
     "mean_flow": ("method.guidance=2",),

@@ -39,6 +39,7 @@ METHODS = {
         pair_sampler: {HEUN}}}""",
     "pso": "{name: pso, steps: {init_ratio: 5, init_noise: unit}, winners: reward}",
     "preference_field": "{name: preference_field, steps: {init_ratio: 5, init_noise: unit}, fake_updates: 1}",
+    "score_field": "{name: score_field, steps: {init_ratio: 5, init_noise: unit}}",
     "forget": f"{{name: forget, base: {SCORE}}}",
     "mean_flow": "{name: mean_flow, steps: {init_ratio: 6000, init_noise: unit}, width: 8}",
 }
