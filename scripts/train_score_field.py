@@ -29,7 +29,7 @@ config = RunConfig(
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
     health=HealthConfig(warmup_steps=25),
-    train=TrainConfig(steps=1200, global_batch_size=64, checkpoint_every=300),
+    train=TrainConfig(steps=1200, global_batch_size=64, num_threads=1, checkpoint_every=300),
 )
 
 if __name__ == "__main__":
