@@ -23,6 +23,7 @@ from diffdistill.settings.schema import UserError
 
 NEVER_SKIP = 1e4  # LCM's timestep_scaling: its mix of x_t into x0 is then below float32 at any step but 0
 TCD_ETA = 0.3  # diffusers' default
+SAME_SIGMAS = 1e-6  # by which float32's differ, as a share
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,22 @@ def _on_flow(denoiser: Denoiser, path: Flow, sampler: AnySampler, config: Mappin
 
 
 def _flow_scheduler(sigmas: Sequence[float], total: int, *, is_fresh: bool) -> Any:
-    """A flow's schedule begins at sigma = 1, and shifts leave that as it is; `sigma_max` and `sigma_min` of its config
-    are the ends of an exponential one: for one step sigma itself, for two both. More steps have no such schedule.
+    """A flow's schedule begins at sigma = 1, and shifts leave that as it is, but for those between two ends of its
+    config, `sigma_max` and `sigma_min`: even in the logarithm, as any one or two steps are, or Karras'. More steps have
+    such a schedule where they were trained on one.
 
     Of one step all are the same: whatever the number of steps, the last one makes the image; pipelines that do not say
     where they begin run out of steps before.
     """
-    settings = {"num_train_timesteps": total, "shift": 1.0, "use_exponential_sigmas": len(sigmas) < 3}
-    scheduler = _flow_class(settings, len(sigmas), is_fresh=is_fresh)
-    if len(sigmas) < 3:
+    settings: dict[str, Any] = {"num_train_timesteps": total, "shift": 1.0}
+    wanted = torch.tensor(sigmas, dtype=torch.float64)
+    for spacing in ("use_exponential_sigmas", "use_karras_sigmas"):
+        scheduler = _flow_class({**settings, spacing: True}, len(sigmas), is_fresh=is_fresh)
         scheduler.register_to_config(sigma_max=sigmas[0], sigma_min=sigmas[-1])
-    return scheduler
+        scheduler.set_timesteps(len(sigmas))
+        if torch.allclose(scheduler.sigmas[:-1].double(), wanted, rtol=SAME_SIGMAS, atol=0):
+            return scheduler
+    return _flow_class(settings, len(sigmas), is_fresh=is_fresh)
 
 
 def _flow_class(settings: Mapping[str, Any], count: int, *, is_fresh: bool) -> Any:

@@ -13,6 +13,7 @@ from support.habits import STEPS, sampler_of
 from support.stand_ins import save_stand_in
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.export import stock
 from diffdistill.export.habits import Habits, habits_of, habitual_calls, show_habits
 from diffdistill.export.lora_files import _check_loads, describe
@@ -64,6 +65,29 @@ def test_what_is_said_of_the_calls(
     assert found.reasons.keys() == {
         name for name, verdict in zip(("counted", "plain"), said, strict=True) if verdict != R
     }
+
+
+EXPONENTIAL = [0.98 * 0.4**i for i in range(4)]
+KARRAS = [(0.98 ** (1 / 7) + i / 3 * (0.1 ** (1 / 7) - 0.98 ** (1 / 7))) ** 7 for i in range(4)]
+
+
+@pytest.mark.parametrize("later_noise", ["fresh", "ddim"])
+@pytest.mark.parametrize("sigmas", [EXPONENTIAL, KARRAS], ids=["exponential", "karras"])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_flows_that_were_trained_on_a_schedulers_sigmas_are_right_by_their_number(
+    models: dict[str, TrainedModel], family: str, sigmas: list[float], later_noise: Any
+) -> None:
+    """The only schedules of more than two steps that do not begin at sigma = 1."""
+    first, *later = (sigma / (1 - sigma) for sigma in sigmas)
+    steps = FewSteps(init_ratio=first, later_ratios=tuple(later), init_noise="unit", later_noise=later_noise)
+    model = replace(models[family], spec=replace(models[family].spec, sampler=steps))
+    source, found = fit_pipeline(model)
+    net = source.family.wrap(source.family.stock_network(model.denoiser.net.model), 0, 0.0)
+    described = stock.describe(source, found, str(source.index["_class_name"]), net)
+    assert habits_of(described, is_told_size=True).counted == R
+    other = replace(steps, later_ratios=(*later[:2], later[2] * 1.01))
+    _, found = fit_pipeline(replace(model, spec=replace(model.spec, sampler=other)))
+    assert habits_of(replace(described, scheduler=found.scheduler, call=found.call), is_told_size=True).counted == W
 
 
 def test_a_pipeline_that_guides_at_one_is_said_to(models: dict[str, TrainedModel]) -> None:
