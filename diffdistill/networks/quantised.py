@@ -6,6 +6,7 @@ nf4: blocks of 64 weights share a scale; int8, fp8 (e4m3): a scale a row. Gradie
 weights; there are none to the weights themselves.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SMALLEST, MULTIPLE = 4096, 32
 """Least weights of a layer, and what its outputs are a multiple of; others, and embeddings of time, are left alone."""
 
+NF4_BLOCK, NF4_LEVELS_BYTES = 64, 16 * 4  # bitsandbytes' defaults
+
 Make = Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
 
 
@@ -31,9 +34,7 @@ def quantise(
     over: LoRA's trees.  dtype: what is computed in.  Returns the new layers by name.
     Raises UserError if the package is missing, or no layer is large enough.
     """
-    exempt = {id(part) for embedder in getattr(base, "embedders", ()) for part in embedder.modules()}
-    layers = {name: part for name, part in base.named_modules() if type(part) is nn.Linear and id(part) not in exempt}
-    old = {name: layer for name, layer in layers.items() if _is_large(layer)}
+    old = quantised_layers(base)
     if not old:
         what = f"no linear layer of {SMALLEST:,} weights and a multiple of {MULTIPLE} outputs"
         raise UserError(f"speed.teacher_dtype = {kind!r}: {type(base).__name__} has {what}")
@@ -45,6 +46,19 @@ def quantise(
                 net.set_submodule(name, by_weight[id(part.weight)])
         net.to(device)
     return new
+
+
+def quantised_layers(base: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a network that would be, by name: the large linear ones, but for those of its embeddings of
+    time."""
+    exempt = {id(part) for embedder in getattr(base, "embedders", ()) for part in embedder.modules()}
+    layers = {name: part for name, part in base.named_modules() if type(part) is nn.Linear and id(part) not in exempt}
+    return {name: layer for name, layer in layers.items() if _is_large(layer)}
+
+
+def nf4_bytes(weight: Tensor) -> int:
+    """Of a weight in NF4: half a byte each, and a float32 scale for each block, beside the sixteen levels."""
+    return math.ceil(weight.numel() / 2) + 4 * math.ceil(weight.numel() / NF4_BLOCK) + NF4_LEVELS_BYTES
 
 
 def _is_large(layer: nn.Linear) -> bool:

@@ -15,6 +15,7 @@ from diffdistill.commands.cli import app
 from diffdistill.training.config import OptimizerConfig, RunConfig, load_config
 from diffdistill.training.memory.advice import advise
 from diffdistill.training.memory.counting import LiveTensors, SavedTensors
+from diffdistill.training.memory.lora_over_nf4 import RANK, with_factors_over_nf4
 from diffdistill.training.memory.prediction import Growth, MemoryPlan, optimizer_bytes, plan_memory, rehearse
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.trainer import Trainer
@@ -28,6 +29,7 @@ NETWORKS = {
     "mlp": "{name: mlp, width: 32, blocks: 2}",
     "ddpmpp": "{name: ddpmpp, channels: 8, multipliers: [1, 2], blocks: 1, attention_resolutions: [4]}",
     "dit": "{name: dit, width: 32, depth: 2, heads: 2}",
+    "wide-dit": "{name: dit, width: 512, depth: 1, heads: 4}",
 }
 
 
@@ -212,6 +214,28 @@ def test_advice_holds_when_it_is_followed(new_trainer: Callable[..., Trainer]) -
     for count, line in enumerate(lines[:4], 1):
         followed: MemoryPlan = planned(new_trainer("dmd2", "unet", "train.micro_batch_size=1", *SETTINGS[:count]))
         assert line == f"{SETTINGS[count - 1]}: {followed.total / 2**20:.2f} MiB"
+
+
+def test_advice_ends_with_factors_over_a_base_in_nf4(new_trainer: Callable[..., Trainer]) -> None:
+    """Their weights, gradients, moments and averages are those of a run that has them; the base is arithmetic."""
+    settings = ("train.micro_batch_size=1", "method.gan_weight=0")
+    trainer, lora = (
+        new_trainer("dmd2", "wide-dit", *settings, *more)
+        for more in ((), (f"lora.default={{rank: {RANK}, targets: linear}}",))
+    )
+    lines, real = advice(trainer, planned(trainer), 1000), planned(lora)
+    assert lines[-1].startswith(
+        "factors over one base in the place of copies, lora={default: {rank: 64, targets: linear}}"
+    )
+    assert lines[-1].endswith("still too much: take a smaller network")
+    found = with_factors_over_nf4(trainer.plan, trainer.assembly.iteration, planned(trainer))
+    assert found is not None
+    assert {name: found.players[name] for name in ("generator", "fake")} == {
+        name: real.players[name] for name in ("generator", "fake")
+    }
+    assert found.averages == real.averages
+    assert found.players["teacher"].weights < real.players["teacher"].weights / 4
+    assert with_factors_over_nf4(lora.plan, lora.assembly.iteration, real) is None
 
 
 def doctor(*arguments: object) -> Result:

@@ -9,6 +9,7 @@ from torch import nn
 
 from diffdistill.networks.recompute import set_recompute
 from diffdistill.training.iteration import Iteration
+from diffdistill.training.memory.lora_over_nf4 import SETTINGS, with_factors_over_nf4
 from diffdistill.training.memory.prediction import (
     MemoryPlan,
     PlayerBytes,
@@ -42,9 +43,12 @@ def advise(plan: Plan, iteration: Iteration, needs: MemoryPlan, memory: int) -> 
             iteration = changed.iteration if changed else iteration
         if needs.total <= memory:
             return said
+        smaller = _smaller_micro_batch(needs, memory)
+        if smaller:
+            return [*said, smaller]
         least = replace(needs, micro_batch_size=1)
-        too_much = f"train.micro_batch_size=1: {show_bytes(least.total)}, still too much: take a smaller network"
-        return [*said, _smaller_micro_batch(needs, memory) or too_much]
+        too_much = f"train.micro_batch_size=1: {show_bytes(least.total)}, still too much"
+        return [*said, *_instead_of_copies(plan, iteration, least, memory, too_much)]
     finally:
         if not plan.config.speed.activation_checkpointing:
             for player in iteration.players.values():
@@ -66,6 +70,17 @@ class Asking:
 
     def with_needs(self, **changes: Any) -> "Asking":
         return replace(self, needs=replace(self.needs, **changes))
+
+
+def _instead_of_copies(
+    plan: Plan, iteration: Iteration, least: MemoryPlan, memory: int, too_much: str
+) -> tuple[str, ...]:
+    """What to train in the place of full copies that do not fit.  too_much: what they need."""
+    smaller, lora = "take a smaller network", with_factors_over_nf4(plan, iteration, least)
+    if lora is None or lora.total >= least.total:
+        return (f"{too_much}: {smaller}",)
+    fits = "" if lora.total <= memory else f", still too much: {smaller}"
+    return too_much, f"factors over one base in the place of copies, {SETTINGS}: {show_bytes(lora.total)}{fits}"
 
 
 def _smaller_micro_batch(plan: MemoryPlan, memory: int) -> str | None:
