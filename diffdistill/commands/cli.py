@@ -291,7 +291,8 @@ def doctor(
 ) -> None:
     """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.
 
-    With a config: predict its memory, say what to turn on where it does not fit, and take two steps. Writes nothing.
+    With a config: predict its memory, say what to turn on where it does not fit, and train on one micro-batch, which
+    gives the time of a step and of the run. Writes nothing.
 
     Example: diffdistill doctor
 

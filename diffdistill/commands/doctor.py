@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from diffdistill.training.assembly import Assembly
     from diffdistill.training.config import RunConfig
     from diffdistill.training.memory.prediction import MemoryPlan, Rehearsal
+    from diffdistill.training.step_time import StepTime
 
 # torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
 TORCHVISION_OFFSET = 15
 REQUIRED_GIB = 1.0
+SLOW_SECONDS = 3.0
+"""Of a micro-batch, over all updates: from there on one is counted, not two."""
 CORE = (
     *("torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic", "typer"),
     *("scikit-learn", "tensorboard", "matplotlib"),
@@ -65,7 +68,8 @@ def examine(folder: FilePath) -> list[Finding]:
 def examine_config(
     config: "RunConfig", memory_gib: float | None = None, *, trusts_code: bool = False
 ) -> Iterator[Finding]:
-    """Say what players drop, predict a run's memory, then take two real steps and count. Nothing is written.
+    """Say what players drop, predict a run's memory, then train on one micro-batch: count it, time it and
+    multiply. Nothing is written.
 
     memory_gib: of the device to fit into; default: this GPU's, or this machine's.  Raises UserError as a run would.
     """
@@ -74,6 +78,7 @@ def examine_config(
     from diffdistill.training.assembly import assemble
     from diffdistill.training.memory.prediction import plan_memory, rehearse, show_bytes
     from diffdistill.training.plan import plan
+    from diffdistill.training.step_time import measure_step_time, one_micro_batch
 
     assembly = assemble(plan(config, resume=None, trusts_code=trusts_code))
     yield _dropout(config, assembly.plan.trained)
@@ -82,14 +87,19 @@ def examine_config(
     available = _device_memory(assembly.plan.device)
     yield _fit(assembly, needs, available if memory_gib is None else int(memory_gib * 2**30))
     if available is not None and needs.total > available:
-        yield Finding("two steps", f"not taken: this machine has {show_bytes(available)}")
+        yield Finding("one micro-batch", f"not taken: this machine has {show_bytes(available)}")
         return
     try:
-        counted = rehearse(assembly)
+        timed = measure_step_time(assembly)
+        counted = rehearse(
+            one_micro_batch(assembly), steps=1 if sum(timed.micro_batches.values()) > SLOW_SECONDS else 2
+        )
     except OutOfMemoryError as error:
-        yield Finding("two steps", f"out of memory, though predicted to fit: {error}", is_fault=True)
+        yield Finding("one micro-batch", f"out of memory, though predicted to fit: {error}", is_fault=True)
     else:
-        yield from _compare(needs, counted)
+        yield from _compare(replace(needs, batch_size=needs.micro_batch_size), counted)
+        yield _time(config, timed, needs.micro_batch_size)
+        yield _room(assembly)
 
 
 def _leaving(spec: "ModelSpec") -> Finding:
@@ -241,7 +251,7 @@ def _fit(assembly: "Assembly", plan: "MemoryPlan", memory: int | None) -> Findin
 
 
 def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:
-    """Predicted against counted, and the speed."""
+    """Predicted against counted."""
     for name, expected in plan.players.items():
         found = counted.players[name]
         parts = {
@@ -256,9 +266,42 @@ def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:
     yield Finding("activations", _both(plan.peak_activations, counted.activations))
     if counted.device_peak is not None:
         yield Finding("GPU's peak", _both(plan.total, counted.device_peak))
-    first, *rest = counted.seconds
-    later = ", ".join(f"{seconds:.2f}" for seconds in rest)
-    yield Finding("seconds a step", f"{first:.2f} with warming up, then {later}; counting takes a part of it")
+
+
+def _time(config: "RunConfig", timed: "StepTime", micro_batch_size: int) -> Finding:
+    """Of a step and of all of them, without previews, evaluations and checkpoints."""
+    from diffdistill.training.reports.progress import in_words, show_step_time
+
+    each = ", ".join(f"{name} {show_step_time(seconds)}" for name, seconds in timed.micro_batches.items())
+    pieces = f" times {timed.num_micro_batches}" if timed.num_micro_batches > 1 else ""
+    steps = config.train.steps
+    return Finding(
+        "time, multiplied",
+        f"{steps:,} steps at {show_step_time(timed.step)}: {in_words(steps * timed.step)}; a micro-batch of "
+        f"{micro_batch_size} took: {each}{pieces}",
+    )
+
+
+def _room(assembly: "Assembly") -> Finding:
+    """What the run writes to the disk, what was prepared for it in the cache, and what is free."""
+    from diffdistill.data.cache import cache_folder
+    from diffdistill.training.memory.prediction import show_bytes
+
+    config, inputs = assembly.plan.config, assembly.plan.inputs
+    one = sum(tensor.nbytes for group in assembly.state.tensors().values() for tensor in group.values())
+    written = one * (config.train.keep_checkpoints + 1)  # one more while it is written
+    folder = _existing(FilePath(config.run))
+    free = shutil.disk_usage(folder).free
+    cache = cache_folder(getattr(config.data, "cache", None))
+    prepared = int(getattr(getattr(inputs.source, "images", None), "nbytes", 0))
+    if inputs.conditions and inputs.conditions.shards:
+        prepared += len(inputs.conditions) * sum(part.nbytes for part in inputs.conditions.empty.parts().values())
+    text = (
+        f"{config.train.keep_checkpoints} checkpoints of {show_bytes(one)} and one that is being written: "
+        f"{show_bytes(written)} of {show_bytes(free)} free; images and prompts in the cache: {show_bytes(prepared)} "
+        f"({cache})"
+    )
+    return Finding("disk", text, is_fault=written > free)
 
 
 def _both(predicted: int, counted: int) -> str:
