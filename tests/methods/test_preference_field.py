@@ -27,12 +27,12 @@ M, S, SIGMA = 0.7, 0.5, 1.3
 
 
 class Half(nn.Module):
-    """The exact denoiser of the larger (or smaller) of two samples of N(M, S^2), by a sum over nodes."""
+    """The exact denoiser of the larger (or smaller) of two samples of N(mean, std^2), by a sum over nodes."""
 
-    def __init__(self, sign: float) -> None:
+    def __init__(self, sign: float, mean: float = M, std: float = S, count: int = 2001) -> None:
         super().__init__()
-        u = torch.linspace(-8, 8, 2001, dtype=torch.float64)
-        self.x = M + S * u
+        u = torch.linspace(-8, 8, count, dtype=torch.float64)
+        self.x = mean + std * u
         self.share = torch.exp(-u * u / 2) * (1 + sign * torch.erf(u / math.sqrt(2)))
         self.path = EDM()
 
@@ -57,6 +57,41 @@ def test_without_strength_and_with_equal_critics_it_is_dmd2() -> None:
     plain = replace(METHOD, strength=0.0)
     torch.testing.assert_close(plain.fake_loss(players, draw, batch).total, other.fake_loss(players, draw, batch).total)
     assert not torch.equal(METHOD.generator_loss(players, draw, batch).total, wanted)
+
+
+def published(mean: float, std: float) -> Tensor:
+    """The gradient by (mean, std) of Distillation-DPO as its text reads, of winners less of losers."""
+    teacher, total = one_gaussian(M, S), torch.zeros(2, dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        critic = Half(sign, mean, std, count=241)
+        u = (critic.x - mean) / std
+        x, eps, weights = pairs((critic.x, critic.share / critic.share.sum()), normal_nodes(24))
+        x_t, t = (x + SIGMA * eps)[:, None], torch.full_like(x, SIGMA)
+        field = (critic(x_t, t) - teacher(x_t, t))[:, 0] / SIGMA**2
+        by_node = (weights * field).reshape(len(u), -1).sum(1)
+        total += sign * torch.stack([by_node.sum(), (by_node * u).sum()])
+    return total
+
+
+def divergence(mean: float, std: float) -> float:
+    """KL(winners || teacher) - KL(losers || teacher) of noised samples, on a grid."""
+    y = torch.linspace(-9, 9, 1201, dtype=torch.float64)
+    total = 0.0
+    for sign in (1.0, -1.0):
+        q = Half(sign, mean, std, count=241).log_density(y).softmax(0)
+        total += sign * float((q * (q.log() + (y - M) ** 2 / (2 * (S**2 + SIGMA**2)))).sum())
+    return total
+
+
+def test_the_published_field_leaves_the_teacher_and_goes_away_from_the_winners() -> None:  # B1
+    mean, std, step = -0.4, 0.9, 1e-3
+    found = published(mean, std)
+    by_mean = (divergence(mean + step, std) - divergence(mean - step, std)) / (2 * step)
+    by_std = (divergence(mean, std + step) - divergence(mean, std - step)) / (2 * step)
+    torch.testing.assert_close(found, torch.tensor([by_mean, by_std], dtype=torch.float64), rtol=0, atol=2e-5)
+    away = 2 * std / (math.sqrt(math.pi) * (S**2 + SIGMA**2))  # whatever the teacher's mean: descended, the mean falls
+    assert float(found[0]) == pytest.approx(away, rel=1e-6)
+    assert abs(float(published(M, S)[0])) > 0.1  # no rest at the teacher's own law
 
 
 def test_winners_less_losers_is_the_gradient_of_the_log_odds_and_both_average_to_all() -> None:  # B1b

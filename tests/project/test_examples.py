@@ -14,6 +14,7 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.path import VPCosine
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import load_model
+from diffdistill.networks import NETWORKS
 from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.training.trainer import Trainer
 
@@ -30,8 +31,16 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def test_splats_learn_through_their_renderer(quick_teacher: Path, tmp_path: Path) -> None:
-    config = example("splats").config
+@pytest.fixture
+def scene(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example of splats, whose network is registered for one test."""
+    for table in ("_registered", "_found"):
+        monkeypatch.setattr(NETWORKS, table, dict(getattr(NETWORKS, table)))
+    return example("splats")
+
+
+def test_splats_learn_through_their_renderer(scene: ModuleType, quick_teacher: Path, tmp_path: Path) -> None:
+    config = scene.config
     train = replace(config.train, steps=3, global_batch_size=4, preview_every=100)
     trainer = Trainer(replace(config, run=str(tmp_path / "run"), teacher=str(quick_teacher), train=train), quiet=True)
     splats = trainer.trained["generator"].net
@@ -42,12 +51,12 @@ def test_splats_learn_through_their_renderer(quick_teacher: Path, tmp_path: Path
     assert sample_images(load_model(tmp_path / "run"), count=2).isfinite().all()
 
 
-def test_a_splat_is_drawn_where_the_camera_sees_it() -> None:
-    splats = example("splats").SplatsConfig(splats=1).build((1, 9, 9), 2, 0.0)
+def test_a_splat_is_drawn_where_the_camera_sees_it(scene: ModuleType) -> None:
+    splats = scene.SplatsConfig(splats=1).build((1, 9, 9), 2, 0.0)
     splats.place.data[1], splats.colour.data[1] = torch.tensor([0.5, -0.5]), 1.0
     noise = torch.zeros(1, 1, 9, 9)
     noise[..., 8, 8] = 1  # of no weight for the camera, which stands still then
-    image = splats(noise, torch.zeros(1), Cond(label=torch.tensor([1])))[0, 0]
+    image = splats(noise, torch.zeros(1), Cond(label=torch.tensor([1])))[0, 0].detach()
     assert divmod(int(image.argmax()), 9) == (6, 2)
     assert float(image.max()) == pytest.approx(0)
 
