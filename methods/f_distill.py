@@ -2,7 +2,7 @@
 
 Implemented: distribution matching under eight f-divergences, the density ratio from the discriminator at the same
 noised image, its normalisation in two stages, the GAN of DMD2. With reverse KL the weight is one and this is DMD2.
-Not implemented: the approximate R1 penalty. Differs from the released code in the bins: equal shares of the time law
+The approximate R1 penalty is that of the released code. Differs from that in the bins: equal shares of the time law
 here, equal widths in raw sigma there, of which the first holds most samples.
 """
 
@@ -63,6 +63,8 @@ class FDistill(Method):
     gan_fake_weight: NonNegative = 1e-2
     gan_features: Features = "fake"
     gan_taps: GanTaps = None  # null: the paper's bottleneck
+    gan_r1_weight: NonNegative = 0.0  # of the approximate R1 penalty in the discriminator's loss
+    gan_r1_noise: Positive = 0.1  # by which it moves real images
     ratio_min: Positive = 0.1
     ratio_max: Positive = 20.0
     ratio_bins: Bins = 10  # of equal probability in t; 0: the ratio is taken as it is
@@ -109,6 +111,7 @@ class FDistill(Method):
             laws |= dict.fromkeys(("gan real ", "gan fake "), self.gan_time_law)
         scales, dropout = self.scales, self.fake_class_dropout
         numbers = draw_step(rng, problem, self.steps, laws, scales=scales, fake_class_dropout=dropout)
+        numbers |= {"gan r1": rng.normal("gan r1", problem.image_shape)} if self.gan_r1_weight else {}
         return numbers | self._ratios.draw(rng)
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
@@ -144,9 +147,16 @@ class FDistill(Method):
         """Denoising on the generator's samples, plus the discriminator's share, as in DMD2."""
         x = sample_at_hand(players, draw, self.steps)
         gan_weight = self.gan_fake_weight if self.has_discriminator else None
-        features, taps = self.gan_features, self.gan_taps
         return critics_loss(
-            players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=features, taps=taps
+            players,
+            draw,
+            batch,
+            x,
+            weight=self.fake_weight,
+            gan_weight=gan_weight,
+            features=self.gan_features,
+            taps=self.gan_taps,
+            r1=(self.gan_r1_weight, self.gan_r1_noise),
         )
 
     def ratios(self, players: Players, draw: Draw, batch: Batch) -> Mapping[str, Tensor]:

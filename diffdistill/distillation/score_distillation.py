@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -304,10 +305,13 @@ def critics_loss(
     gan_weight: float | None,
     features: Features,
     taps: GanTaps = None,
+    r1: tuple[float, float] = (0.0, 0.0),
 ) -> Loss:
     """Denoising on the generator's samples x (as data), plus the discriminator's share on real and generated images.
 
     x: [B, ...] of the draw's labels.  gan_weight None: there is no discriminator.
+    r1: weight and noise of the approximate R1 penalty, MSE(l(real), l(real + noise n)), n being the draw's "gan r1",
+    both at the same noise of the discriminator's; in the discrimination, so under gan_weight too.
     Yin et al. 2024, arXiv:2405.14867, equation 2 and section 4.2.
     """
     cond = condition(players, draw, role="fake loss")
@@ -320,4 +324,8 @@ def critics_loss(
     discrimination = gan_discriminator_loss(real, fake)
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     logs = {"denoising": denoising.detach(), "gan": discrimination.detach(), "accuracy": accuracy}
+    if r1[0]:
+        moved = batch.images + r1[1] * draw["gan r1"]
+        penalty = F.mse_loss(real, head_logits(players, draw, features, moved, ("gan real ",), batch.cond, taps=taps))
+        discrimination, logs["r1"] = discrimination + r1[0] * penalty, penalty.detach()
     return Loss(denoising + gan_weight * discrimination, logs)

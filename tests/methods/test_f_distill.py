@@ -367,3 +367,30 @@ def test_f_distill_learns_every_mode_of_the_ring_in_its_class() -> None:
 def test_f_distill_learns_the_ring_from_other_seeds_and_with_other_divergences(divergence: str, seed: int) -> None:
     result = train_ring(ring_method(divergence), seed=seed, num_steps=500, lr=4e-3)
     assert result.passes, result
+
+
+# The approximate R1 penalty
+
+
+def test_r1_is_the_squared_change_of_the_logit_when_real_images_move_and_reaches_the_critics_alone() -> None:
+    method = FDistill(gan_r1_weight=3.0, gan_r1_noise=0.2, gan_fake_weight=0.5)
+    players, draw, batch = scene(method)
+    due(players, "fake", "discriminator")
+    t, eps, cond = draw["gan real t"], draw["gan real eps"], batch.cond
+
+    def logits(images: Tensor) -> Tensor:
+        x_t = players.teacher.path.diffuse(images, eps, t)
+        found: Tensor = players.discriminator(players.fake.features(x_t, t, cond))
+        return found
+
+    penalty = (logits(batch.images) - logits(batch.images + 0.2 * draw["gan r1"])).square().mean()
+    loss, plain = (one.fake_loss(players, draw, batch) for one in (method, FDistill(gan_fake_weight=0.5)))
+    torch.testing.assert_close(loss.total - plain.total, 0.5 * 3.0 * penalty, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(loss.logs["r1"], penalty.detach(), rtol=1e-10, atol=0)
+    loss.total.backward()
+    assert learned(players) == {"fake", "discriminator"}
+
+
+def test_without_r1_no_number_is_drawn_for_it() -> None:
+    _, draw, _ = scene(FDistill())
+    assert "gan r1" not in draw

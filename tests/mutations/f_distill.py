@@ -65,4 +65,20 @@ FAULTS = (
         "",
         "training/test_trainer.py::test_only_the_players_of_an_update_have_dropout_when_its_statistics_and_its_loss_are_asked_for",
     ),
+    Fault(
+        "R1 moves images by no noise of its own",
+        "diffdistill/distillation/score_distillation.py",
+        'batch.images + r1[1] * draw["gan r1"]',
+        'batch.images + draw["gan r1"]',
+        "methods/test_f_distill.py::"
+        "test_r1_is_the_squared_change_of_the_logit_when_real_images_move_and_reaches_the_critics_alone",
+    ),
+    Fault(
+        "R1 has no weight",
+        "diffdistill/distillation/score_distillation.py",
+        "discrimination + r1[0] * penalty",
+        "discrimination + penalty",
+        "methods/test_f_distill.py::"
+        "test_r1_is_the_squared_change_of_the_logit_when_real_images_move_and_reaches_the_critics_alone",
+    ),
 )
