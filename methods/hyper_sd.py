@@ -3,7 +3,7 @@
 Implemented: trajectory-segmented consistency distillation (TSCD) in stages of fewer and fewer segments, with MSE and
 adversarial losses, guidance in the teacher's step, the one-step stage by score distillation, and feedback by rewards.
 `ends: fixed` is phased consistency (PCM, Wang et al. 2024, arXiv:2405.18407).
-Not implemented: the merging of LoRAs trained apart, the perceptual loss of a segmentation model, noise perturbation.
+LoRAs trained apart: `diffdistill merge`. Not implemented: the perceptual loss by segmentation, noise perturbation.
 Unknown from the paper, so settings with defaults of ours: every weight, grid, threshold and `target_decay`.
 """
 

@@ -34,7 +34,7 @@ class ClassRouter:
 
 @schema
 class QuadrantRouter:
-    """Four students by a pooled text embedding: below or above a threshold on two axes; a tie is below.
+    """Four students by a text's embedding, see `text_embedding`: below or above thresholds on two axes; a tie is below.
 
     mean: of the embeddings, [D]; axes: two directions, [D] each; thresholds: on the first axis, and on the second for
     those below and those above on the first.
@@ -46,10 +46,8 @@ class QuadrantRouter:
     thresholds: tuple[Number, Number, Number]
 
     def __call__(self, cond: Cond) -> Tensor:
-        """The student of each sample, [B] int64. Raises ValueError without a pooled text."""
-        if cond.pooled_text is None:
-            raise ValueError("this router goes by the pooled text, and the condition has none")
-        return self.cell(cond.pooled_text)
+        """The student of each sample, [B] int64. Raises ValueError without a text."""
+        return self.cell(text_embedding(cond))
 
     def cell(self, embeddings: Tensor) -> Tensor:
         """embeddings: [B, D].  Returns [B] int64 in 0 .. 3; the first axis decides between {0, 1} and {2, 3}."""
@@ -57,6 +55,18 @@ class QuadrantRouter:
         split, below, above = self.thresholds
         is_above = first > split
         return 2 * is_above.long() + torch.where(is_above, second > above, second > below).long()
+
+
+def text_embedding(cond: Cond) -> Tensor:
+    """One vector a text, [B, D]: the pooled one, else the mean of its tokens. Raises ValueError without a text."""
+    if cond.pooled_text is not None:
+        return cond.pooled_text
+    if cond.text is None:
+        raise ValueError("this router goes by the text, and the condition has none")
+    if cond.text_mask is None:
+        return cond.text.mean(1)
+    weight = cond.text_mask.to(cond.text.dtype)[..., None]
+    return (cond.text * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 AnyRouter = Annotated[ClassRouter | QuadrantRouter, Field(discriminator="name")]
@@ -136,13 +146,21 @@ class RoutedDenoiser(Denoiser):
             made: Tensor = self.students[number](x_t[rows], t[rows], plain[rows], guidance=scale, uncond=other)
             return made
 
-        return by_student(self.router(cond), estimate)
+        return by_student(self.which(cond), estimate)
+
+    def which(self, cond: Cond) -> Tensor:
+        """The student of each sample, [B] int64: by its class, or by the prompt that its number stands for."""
+        if self.conditions is None or cond.label is None or isinstance(self.router, ClassRouter):
+            return self.router(cond)
+        null = self.num_classes
+        found = self.router(self.resolve(self._plain(cond)))
+        return torch.where(cond.label < null, found, cond.label - null)
 
     def unconditional(self, cond: Cond) -> Cond:
         """`cond` with the class taken away, but for whose student it is. Raises ValueError as Denoiser's."""
         null = super().unconditional(cond)
         assert null.label is not None
-        return replace(null, label=null.label + self.router(cond))
+        return replace(null, label=null.label + self.which(cond))
 
     def _plain(self, cond: Cond) -> Cond:
         """As students know it: one label for "no class"."""

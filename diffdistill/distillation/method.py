@@ -16,6 +16,7 @@ from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, compute_on, device_of
 from diffdistill.diffusion.path import Path, Prediction
+from diffdistill.diffusion.router import AnyRouter
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
@@ -256,6 +257,10 @@ class Method(ABC):
     def classes(self, problem: Problem, source: ImageSource) -> tuple[int, ...]:
         """The classes that this run is about; empty for all. Real images and drawn labels are of these alone."""
         return ()
+
+    def router(self, problem: Problem) -> AnyRouter | None:
+        """Whose a condition is among the students of several runs, where classes do not say it."""
+        return None
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         """What is made once before training and kept with the run, as `batch.stored`."""

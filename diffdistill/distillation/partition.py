@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from diffdistill.data.source import ImageSource
-from diffdistill.diffusion.router import fit_quadrants
+from diffdistill.diffusion.prompt_table import PromptTable
+from diffdistill.diffusion.router import QuadrantRouter, fit_quadrants, text_embedding
 from diffdistill.settings.schema import PositiveInt, UserError, schema
 
 
@@ -59,6 +60,22 @@ class Quadrants:
             raise UserError(f"method.num_students = {num_cells}: quadrants are four; use 4, or partition kmeans")
         means = class_means(source, num_classes, self.images_per_class)
         return fit_quadrants(means).cell(means)
+
+
+PROMPTS_AT_ONCE = 1024
+
+
+def prompt_cells(table: PromptTable) -> tuple[QuadrantRouter, Tensor]:
+    """The router whose four cells hold equally many of these prompts, and the cell of each, [N] int64.
+
+    Raises UserError with fewer prompts than cells.
+    """
+    if len(table) < 4:
+        raise UserError(f"method.num_students = 4: too many for {len(table)} prompts")
+    numbers = torch.arange(len(table)).split(PROMPTS_AT_ONCE)
+    embeddings = torch.cat([text_embedding(table.rows(some)).double() for some in numbers])
+    router = fit_quadrants(embeddings)
+    return router, router.cell(embeddings)
 
 
 AnyPartition = Annotated[LabelRanges | KMeans | Quadrants, Field(discriminator="name")]

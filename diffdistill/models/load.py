@@ -184,7 +184,8 @@ def join_students(
 ) -> FilePath:
     """Write folder/router.json, so that `load_model(folder)` is all of these students as one model.
 
-    router: default by class, as the students' own classes say.  Returns the file.
+    router: default the one of prompts that the runs keep, else by class, as the students' own classes say.
+    Returns the file.
     Raises UserError unless the students are alike and, by class, every class has exactly one of them; and where the
     folder is a run's, which it would hide.
     """
@@ -193,7 +194,7 @@ def join_students(
         raise UserError(f"{folder}: holds a run, which a router would hide; name another folder")
     models = [_load_student(place) for place in places]
     _check_alike(models)
-    router = router or _class_router(models)
+    router = router or _prompt_router(models) or _class_router(models)
     folder.mkdir(parents=True, exist_ok=True)
     students = Students(router=router, students=tuple(os.path.relpath(place, folder) for place in places))
     write_text_atomically(folder / ROUTER, json.dumps(dump(students), indent=1) + "\n")
@@ -245,6 +246,16 @@ def _check_alike(models: Sequence[TrainedModel]) -> None:
                 told_classes(range(len(m.class_names)), m.class_names) for m in (first.spec, other.spec)
             )
             raise UserError(f"{other.source}: numbers its classes in another way than {first.source}: {told}")
+
+
+def _prompt_router(models: Sequence[TrainedModel]) -> AnyRouter | None:
+    """The router of students of prompts, None if they are of classes. Raises UserError unless there are all four."""
+    router = models[0].spec.router
+    if router is not None and len(models) != 4:
+        raise UserError(
+            f"{len(models)} students: prompts are parted into four quadrants; give all four, in their order"
+        )
+    return router
 
 
 def _class_router(models: Sequence[TrainedModel]) -> ClassRouter:

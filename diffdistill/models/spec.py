@@ -10,6 +10,7 @@ from pydantic import Field
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance_rules import LINEAR, AnyGuidanceRule
 from diffdistill.diffusion.path import EDM, AnyPath, Prediction
+from diffdistill.diffusion.router import AnyRouter
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.networks import AnyNetwork
 from diffdistill.networks.empty import empty_weights
@@ -50,6 +51,7 @@ class ModelSpec:
     negative_prompt: str | None = None  # that its attention steers away from
     negative_scale: Number = 0.0
     qat: QuantisedTraining | None = None  # the bits that its weights were rounded to in training
+    router: AnyRouter | None = None  # of prompts, between this student and those of other runs
     text_encoder: str | None = None  # the folder of what encodes prompts, where that is no pipeline's
 
     def __post_init__(self) -> None:

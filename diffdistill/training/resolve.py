@@ -70,8 +70,10 @@ def resolve_models(
     if spec.model.path != problem.path:
         raise UserError("model.path: must be the teacher's")
     problem = replace(problem, classes=settle_classes(method, problem, inputs, teacher))
-    spec = replace(spec, classes=problem.classes, class_names=settle_names(inputs, teacher, initial))
-    spec = replace(spec, qat=config.qat)
+    router = method.router(problem)  # of prompts, which have numbers in this run alone
+    known = () if router else problem.classes
+    spec = replace(spec, classes=known, class_names=settle_names(inputs, teacher, initial))
+    spec = replace(spec, router=router, qat=config.qat)
     if config.negative_prompt is not None:
         spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=config.negative_scale)
     if teacher and any(config.lora.values()):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.closed_forms import random
+from support.method_matrix import config_of, origin
 from support.ring import INIT_RATIO, NUM_CLASSES, TIME_LAW, measure_ring, ring_teacher, trained_generator
 from support.tiny_players import CLASSES, SHAPE, small_teacher
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from diffdistill.commands.cli import app
 from diffdistill.data.source import TensorImages
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.router import ClassRouter, QuadrantRouter, RoutedDenoiser, by_student, fit_quadrants
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
@@ -25,6 +27,7 @@ from diffdistill.distillation.method import Problem
 from diffdistill.distillation.partition import AnyPartition, KMeans, LabelRanges, Quadrants, class_means, equal_kmeans
 from diffdistill.eval.evaluation.setup import EvalOptions, set_up
 from diffdistill.inference.draw import sample_images
+from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.msd import MSD
 from diffdistill.models.load import ROUTER, find_checkpoint, join_students, load_model
@@ -384,3 +387,74 @@ def test_a_student_of_the_ring_knows_nothing_of_the_other_classes():
     generator = trained_generator(on_the_ring(0), num_steps=20)
     result = measure_ring(Together([generator, generator], ClassRouter(table=(0, 0, 1, 1))))
     assert not result.passes
+
+
+# Prompts
+
+
+def prompt_table(pooled: bool = True) -> PromptTable:
+    """Twelve prompts in four heaps, in an order of their own, and the empty one."""
+    corners = torch.tensor([[-4.0, -1], [-4, 1], [4, -1], [4, 1]])
+    heaps = corners[torch.arange(12) % 4] + 0.1 * random(12, 2).float()
+    if pooled:
+        return PromptTable([Cond(pooled_text=heaps)], Cond(pooled_text=torch.zeros(1, 2)))
+    tokens = torch.stack([heaps + 1, heaps - 1, torch.full_like(heaps, 9.0)], 1)  # the last is filling
+    mask = torch.tensor([1, 1, 0]).repeat(12, 1)
+    return PromptTable([Cond(text=tokens, text_mask=mask)], Cond(text=torch.zeros(1, 3, 2), text_mask=mask[:1]))
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "tokens"])
+def test_prompts_are_parted_by_their_embeddings_and_the_router_agrees(pooled: bool):
+    teacher = small_teacher()
+    teacher.run_with(conditions=prompt_table(pooled))
+    asked = Problem(SHAPE, 12, EDM(), teacher=teacher)
+    methods = [MSD(num_students=4, student_index=i, partition=Quadrants()) for i in range(4)]
+    cells = [method.classes(asked, TensorImages(torch.zeros(1, *SHAPE), None)) for method in methods]
+    assert sorted(label for cell in cells for label in cell) == list(range(12))
+    assert {frozenset(label % 4 for label in cell) for cell in cells} == {frozenset({i}) for i in range(4)}
+    routers = [method.router(asked) for method in methods]
+    assert all(router == routers[0] for router in routers)
+    assert routers[0] is not None
+    which = routers[0](prompt_table(pooled).rows(torch.arange(12)))
+    assert all(which[list(cell)].tolist() == [i] * 3 for i, cell in enumerate(cells))
+
+
+def test_quadrants_of_prompts_need_four_students_and_as_many_prompts():
+    teacher = small_teacher()
+    teacher.run_with(conditions=prompt_table())
+    asked = Problem(SHAPE, 12, EDM(), teacher=teacher)
+    with pytest.raises(UserError, match="num_students = 2: quadrants are four"):
+        MSD(num_students=2, partition=Quadrants()).router(asked)
+    assert MSD(num_students=2, partition=LabelRanges()).router(asked) is None
+    assert MSD(num_students=1, partition=Quadrants()).router(asked) is None
+    teacher.run_with(conditions=PromptTable([Cond(pooled_text=torch.eye(2))], Cond(pooled_text=torch.zeros(1, 2))))
+    with pytest.raises(UserError, match="too many for 2 prompts"):
+        MSD(num_students=4, partition=Quadrants()).router(asked)
+
+
+def test_four_students_of_prompts_are_joined_and_each_prompt_is_its_own_students(tmp_path: Path):
+    place = origin("sdxl", "msd", tmp_path / "teacher")
+    partition = "method.partition={name: quadrants}"
+    overrides = ("method.num_students=4", partition, "train.steps=1", "ema=null", "optimizers.default.lr=0.1")
+    runs = [tmp_path / str(i) for i in range(4)]
+    for number, run in enumerate(runs):
+        config = config_of("msd", place, run, f"method.student_index={number}", *overrides)
+        captions = Path(config.data.path)  # type: ignore[attr-defined]
+        for i, file in enumerate(sorted(captions.glob("*.txt"))):
+            file.write_text(f"{'a red fox' if i % 2 else 'two blue birds'}, number {i}")
+        Trainer(config, quiet=True).run()
+    joined = load_model(join_students(tmp_path / "joined", runs).parent)
+    students = [load_model(run) for run in runs]
+    assert students[0].spec.classes == ()
+    with pytest.raises(UserError, match="give all four"):
+        join_students(tmp_path / "half", runs[:2])
+    denoiser = joined.denoiser
+    assert isinstance(denoiser, RoutedDenoiser)
+    asked = SampleRequest(prompts=("a red fox", "two blue birds", "a hat", "snow"))
+    images = ModelImageGenerator(joined, asked)(torch.arange(4))
+    which = denoiser.which(Cond(label=torch.arange(4))).tolist()
+    for i, number in enumerate(which):
+        alone = ModelImageGenerator(students[number], asked)(torch.arange(4))
+        torch.testing.assert_close(images[i], alone[i], rtol=0, atol=1e-4)
+    null = denoiser.unconditional(Cond(label=torch.arange(4)))
+    assert denoiser.which(null).tolist() == which

@@ -66,4 +66,18 @@ FAULTS = (
         "is_above = first >= split",
         "methods/test_msd.py::test_a_tie_on_a_quadrant_s_threshold_falls_below",
     ),
+    Fault(
+        "no prompt forgets whose it is",
+        "diffdistill/diffusion/router.py",
+        "found = self.router(self.resolve(self._plain(cond)))\n        return torch.where(cond.label < null, found, cond.label - null)",
+        "return self.router(self.resolve(self._plain(cond)))",
+        "methods/test_msd.py::test_four_students_of_prompts_are_joined_and_each_prompt_is_its_own_students",
+    ),
+    Fault(
+        "filling is part of a text",
+        "diffdistill/diffusion/router.py",
+        "if cond.text_mask is None:",
+        "if True:",
+        "methods/test_msd.py::test_prompts_are_parted_by_their_embeddings_and_the_router_agrees",
+    ),
 )
