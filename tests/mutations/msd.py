@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "no prompt forgets whose it is",
         "diffdistill/diffusion/router.py",
-        "found = self.router(self.resolve(self._plain(cond)))\n        return torch.where(cond.label < null, found, cond.label - null)",
-        "return self.router(self.resolve(self._plain(cond)))",
+        "return torch.where(cond.label < null, found, cond.label - null)\n\n    def unconditional",
+        "return found\n\n    def unconditional",
         "methods/test_msd.py::test_four_students_of_prompts_are_joined_and_each_prompt_is_its_own_students",
     ),
     Fault(
