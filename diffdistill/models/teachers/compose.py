@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from diffdistill.data import cache as kept
 from diffdistill.data.shards import files_key, table_key
 from diffdistill.models.composed import ComposedTeacher
-from diffdistill.models.loading_bars import turn_off_loading_bars
 from diffdistill.models.teachers.added_files import find_added
 from diffdistill.models.teachers.image_size import check_size, write_size
 from diffdistill.models.teachers.installed import diffusers_class
@@ -169,7 +168,6 @@ def _assemble(made: Pipeline, *, has_network: bool, has_text: bool) -> Any:
     else:
         kind = diffusers_class(str(made.index["_class_name"]))
         absent = {name for name, value in made.index.items() if isinstance(value, list)} | made.family.parts.keys()
-        turn_off_loading_bars()
         pipe = kind.from_pretrained(str(made.folder), **dict.fromkeys(absent), local_files_only=True)
     if has_network:
         network = made.family.network

@@ -15,7 +15,6 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
-from diffdistill.models.loading_bars import turn_off_loading_bars
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers.family import BUILDING, Family
 from diffdistill.models.teachers.fields import NETWORKS, SCHEDULER, VAES, check_fields
@@ -242,7 +241,6 @@ class Pipeline:
                 for part in given
                 if part.startswith("text_encoder")
             }
-            turn_off_loading_bars()
             made = kind.from_pretrained(str(self.folder), **absent, **encoders, local_files_only=True)
         except ImportError as error:
             raise UserError(f"{self.place}: encoding prompts needs `pip install diffdistill[hf]`: {error}") from None
@@ -288,7 +286,6 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
 
     _check_weights(folder)
     kind, variant = diffusers_class(name, library), variant_of(folder)
-    turn_off_loading_bars()
     try:
         with limited_parameters():
             model, about = kind.from_pretrained(
