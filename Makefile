@@ -8,9 +8,12 @@ DOCS_INSTALLED := $(VENV)/.docs-installed
 RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/diffusion/test_path.py
 TESTS ?= tests
+# Of `make gpu`. DATA: CIFAR-10 as under `data` of a config; WEIGHTS: resnet20.th.
+MINUTES ?= 12
+DEVICE ?= cuda
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install browser demo test test-full equality leaderboard format schema docs clean
+.PHONY: help install browser demo test test-full equality gpu leaderboard format schema docs clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +59,9 @@ test-full: $(INSTALLED)  ## Everything, seeds and planted faults included; takes
 
 equality: $(INSTALLED)  ## Every method on 1, 2 and 4 processes, replicated and sharded; the table goes into docs/scaling.md.
 	@$(BIN)/python -W ignore tests/equal.py
+
+gpu: $(INSTALLED)  ## All that wants a GPU, within MINUTES: kernels, tests, times, memory, CIFAR-10; writes docs/gpu.md.
+	@$(BIN)/python scripts/gpu.py --minutes $(MINUTES) --device $(DEVICE) $(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 leaderboard: $(INSTALLED)  ## Every method from one digits teacher, three seeds, into README.md; hours of CPU, kept as it goes.
 	@$(BIN)/python scripts/leaderboard.py train

@@ -12,7 +12,6 @@ of a process that judges N small images by a small network.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from describe_machine import describe
+from peak import peak_bytes
 from PIL import Image
 from torch import Tensor, nn
 
@@ -191,7 +191,7 @@ def peak(count: int, file: Path) -> float:
     )
     with tempfile.TemporaryDirectory() as temporary:
         ours(file, count, extractor, Path(temporary), 256)()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_bytes() / 2**20
 
 
 def main() -> None:

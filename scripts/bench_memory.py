@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 
+from diffdistill.training.assembly import Assembly, assemble
 from diffdistill.training.config import find_config, load_config
 from diffdistill.training.memory.counting import LiveTensors
 from diffdistill.training.memory.prediction import module_bytes, plan_memory, rehearse, show_bytes
+from diffdistill.training.plan import plan
 from diffdistill.training.trainer import Trainer
 
 NETWORK = "model.network={name: unet, channels: [32, 64], attention: [false, true], blocks: 2, dropout: 0.1}"
@@ -54,7 +56,7 @@ ON_GPU = {"adam8bit": ("optimizers.default.name=adam8bit", "optimizers.generator
 CYCLE = 2  # steps from one generator update to the next, by the packaged config
 
 
-def make_trainer(folder: Path, batch: int, overrides: tuple[str, ...]) -> Trainer:
+def make_run(folder: Path, batch: int, overrides: tuple[str, ...]) -> Assembly:
     """A DMD2 run from an untrained teacher: neither bytes nor speed depend on the weights."""
     quick = ["train.steps=1", "train.preview_every=0"]
     if not (folder / "teacher").exists():
@@ -62,29 +64,28 @@ def make_trainer(folder: Path, batch: int, overrides: tuple[str, ...]) -> Traine
         Trainer(config, quiet=True).run()
     common = [f"run={folder}/student", f"teacher={folder}/teacher", "train.steps=1000000", "health=null"]
     chosen = [text.format(quarter=batch // 4) for text in overrides]
-    return Trainer(load_config(find_config("dmd2/digits"), [*common, f"train.global_batch_size={batch}", *chosen]))
+    config = load_config(find_config("dmd2/digits"), [*common, f"train.global_batch_size={batch}", *chosen])
+    return assemble(plan(config))
 
 
-def count_bytes(trainer: Trainer) -> dict[str, int]:
+def count_bytes(assembly: Assembly) -> dict[str, int]:
     """Counted in real steps, and predicted before them."""
-    plan = plan_memory(trainer)
-    counted = rehearse(trainer, CYCLE)
+    predicted = plan_memory(assembly.plan, assembly.iteration)
+    counted = rehearse(assembly, CYCLE)
     resident = sum(player.weights + player.optimizer for player in counted.players.values())
-    resident += counted.averages if plan.has_averages_on_device else 0
-    gradients = max(sum(counted.players[name].gradients for name in update.players) for update in plan.updates)
-    if trainer.device.type == "cuda":
-        assert counted.device_peak is not None
-        peak = counted.device_peak
-    else:
+    resident += counted.averages if predicted.has_averages_on_device else 0
+    gradients = max(sum(counted.players[name].gradients for name in update.players) for update in predicted.updates)
+    peak = counted.device_peak
+    if peak is None:
         with LiveTensors() as alive:
-            take_steps(trainer)
+            take_steps(Trainer(assembly, quiet=True))
         peak = resident + alive.peak
     return {
         "standing": resident + gradients,
         "activations": counted.activations,
-        "activations_predicted": plan.peak_activations,
+        "activations_predicted": predicted.peak_activations,
         "peak": peak,
-        "peak_predicted": plan.total,
+        "peak_predicted": predicted.total,
     }
 
 
@@ -170,12 +171,15 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, overrides in settings.items():
-            trainer = make_trainer(Path(folder), options.batch, overrides)
-            rows[name] = dict(count_bytes(trainer))
-            parameters = module_bytes(trainer.players.generator) // 4
-            del trainer
+            assembly = make_run(Path(folder), options.batch, overrides)
+            rows[name] = dict(count_bytes(assembly))
+            parameters = module_bytes(assembly.iteration.players.generator) // 4
+            del assembly
             gc.collect()
-        trainers = {name: make_trainer(Path(folder), options.batch, overrides) for name, overrides in settings.items()}
+        trainers = {
+            name: Trainer(make_run(Path(folder), options.batch, overrides), quiet=True)
+            for name, overrides in settings.items()
+        }
         for name, ratios in time_ratios(trainers, options.rounds).items():
             rows[name]["time_ratios"] = ratios
     result = {

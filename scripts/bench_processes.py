@@ -5,10 +5,11 @@ python -m torch.distributed.run --nproc-per-node 2 scripts/bench_processes.py CO
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
+
+from peak import peak_bytes
 
 from diffdistill.training.config import find_config, load_config
 from diffdistill.training.trainer import Trainer
@@ -46,7 +47,7 @@ def main() -> None:
             "parameters": sum(p.numel() for ps in trainer.assembly.iteration.trained.values() for p in ps),
             "least_seconds_per_step": round(min(seconds), 4),
             "processor_seconds_per_step_and_process": round(largest, 4),
-            "peak_MiB_per_process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "peak_MiB_per_process": round(peak_bytes() / 2**20),
             "gradient_MB_per_step": round(traffic / 1e6, 3),
             "checkpoint_MB": round(
                 sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e6, 2

@@ -16,19 +16,30 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 TORCH = "import torch"
+PEAK = "peak bytes: "
+AT_EXIT = f"""
+import atexit, runpy, sys
+from peak import peak_bytes
+atexit.register(lambda: print("{PEAK}", peak_bytes(), sep="", file=sys.stderr))
+kind, what, *sys.argv[1:] = sys.argv[1:]
+exec(what) if kind == "-c" else runpy.run_module(what, run_name="__main__", alter_sys=True)
+"""  # a program, or a module, and then its own peak on stderr
 REFUSED = ("train", "dmd2/digits", "nonsense=3")
 
 
 def cost(arguments: list[str], *, code: int = 0) -> tuple[float, float]:
     """CPU seconds and peak MiB of a command that ends with this exit code."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, *arguments], stdout=quiet, stderr=quiet, env=environment)
+    command = [sys.executable, "-c", AT_EXIT, *arguments]
+    process = subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, env=environment, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != code:
         raise SystemExit(f"{' '.join(arguments)}: ended with {process.returncode}, not {code}")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return used.ru_utime + used.ru_stime, int(said.rpartition(PEAK)[2]) / 2**20
 
 
 def main() -> None:

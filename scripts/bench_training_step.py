@@ -8,7 +8,6 @@ draws, clipping, non-finite guard, logging or signals. Peak memory is of one pro
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from peak import peak_bytes
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.step_random import integer_of
@@ -38,12 +38,11 @@ class BareLoop:
     """The step that one would write by hand around the method's losses."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.method, self.players, self.images, self.labels = (
-            trainer.method,
-            trainer.players,
-            trainer.plan.source.rows(torch.arange(len(trainer.plan.source))),
-            trainer.plan.source.labels,
-        )
+        source, self.device = trainer.plan.source, trainer.device
+        self.method, self.players = trainer.method, trainer.players
+        self.images = source.rows(torch.arange(len(source))).to(self.device)
+        self.labels = source.labels.to(self.device)
+        self.is_half = trainer.config.train.precision == "bf16"
         self.optimizers = {
             name: torch.optim.Adam(module.parameters(), lr=1e-4, betas=(0.0, 0.999), fused=True)
             for name, module in trainer.trained.items()
@@ -54,14 +53,15 @@ class BareLoop:
     def train_step(self) -> None:
         """One iteration of DMD2."""
         draw = self.draw()
-        rows = torch.randint(len(self.images), (self.batch,))
+        rows = torch.randint(len(self.images), (self.batch,), device=self.device)
         batch = Batch(self.images[rows], Cond(label=self.labels[rows]))
         for update in self.method.updates:
             if self.step % update.every:
                 continue
             for name in self.optimizers:
                 self.players[name].requires_grad_(name in update.players)
-            loss = getattr(self.method, update.loss)(self.players, draw, batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_half):
+                loss = getattr(self.method, update.loss)(self.players, draw, batch)
             loss.total.backward()
             draw |= loss.carry
             for name in update.players:
@@ -76,10 +76,14 @@ class BareLoop:
         method, path, batch = self.method, self.problem.path, self.batch
         laws = {"": method.generator_time_law, "fake ": method.fake_time_law}
         laws |= dict.fromkeys(("gan ", "gan real ", "gan fake "), method.gan_time_law)
-        times = {f"{call}t": law(torch.rand(batch, dtype=torch.float64), path) for call, law in laws.items()}
-        noise = {name: torch.randn(batch, *self.problem.image_shape) for name in ("z", *(f"{c}eps" for c in laws))}
-        label = integer_of(torch.rand(batch, dtype=torch.float64), self.problem.num_classes)
+        times = {f"{call}t": law(self.uniform(), path) for call, law in laws.items()}
+        shape, noises = self.problem.image_shape, ("z", *(f"{call}eps" for call in laws))
+        noise = {name: torch.randn(batch, *shape, device=self.device) for name in noises}
+        label = integer_of(self.uniform(), self.problem.num_classes)
         return {**times, **noise, "label": label, "step": torch.tensor(0)}
+
+    def uniform(self) -> torch.Tensor:
+        return torch.rand(self.batch, dtype=torch.float64, device=self.device)
 
 
 def main() -> None:
@@ -95,7 +99,7 @@ def main() -> None:
         if options.peak_of:
             for _ in range(options.steps):
                 loops[options.peak_of].train_step()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            print(peak_bytes())
             return
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         for round_number in range(options.rounds + 1):  # the first round warms up
