@@ -1,6 +1,5 @@
 """The command line."""
 
-import math
 import os
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -189,7 +188,7 @@ def _sweep(
     done = run_sweep(
         find_config(config), overrides or (), sweep, resume=resume, console=console, trusts_code=trusts_code
     )
-    best = min(done, key=lambda outcome: outcome.scores.get("fd_pixels", math.inf))
+    best = min(done, key=lambda outcome: outcome.scores.get("fd_pixels", float("inf")))
     run = str(FilePath(load_config(find_config(config), overrides or ()).run) / best.name)
     say_next(("report", run), ("export", run, "--out", exported(run)))
 

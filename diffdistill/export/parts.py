@@ -8,7 +8,8 @@ from typing import Any
 
 from diffdistill.models.teachers import Pipeline
 from diffdistill.models.teachers.compose import MADE_OF
-from diffdistill.models.teachers.pipeline import read_json, refuse_quantised, variant_in, variant_of
+from diffdistill.models.teachers.pipeline import read_json, refuse_quantised
+from diffdistill.models.teachers.variants import variant_in, variant_of
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_text_atomically
 

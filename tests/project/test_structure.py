@@ -110,7 +110,7 @@ def test_no_string_names_a_module_but_in_the_tables_of_the_registry(file: Path) 
 
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
-    light = {"functools", "os", "sys", "collections", "pathlib", "typing", "typer", "rich", "diffdistill"}
+    light = {"functools", "inspect", "os", "sys", "collections", "pathlib", "typing", "typer", "rich", "diffdistill"}
     for name in COMMAND_FILES:
         top = imports(ROOT / "diffdistill" / "commands" / f"{name}.py", top_level_only=True)
         assert {name.split(".")[0] for name in top} <= light

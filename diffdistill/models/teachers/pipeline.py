@@ -1,6 +1,5 @@
 """A diffusers pipeline on disk as a teacher. Only the classes that its family names are loaded, and no pickles."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
 from diffdistill.models.teachers.image_size import IMAGE_SIZE, read_size
 from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.registry import detect_family
+from diffdistill.models.teachers.variants import WEIGHTS, variant_of
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.networks.parameter_limit import limited_parameters
 from diffdistill.settings.reading import read_json as read_json_value
@@ -31,7 +31,6 @@ from diffdistill.storage.finite import find_dead, name_some
 INDEX = "model_index.json"
 ID2LABEL = "id2label"  # in the index: where DiTPipeline keeps the names of its classes
 LIBRARIES = ("diffusers", "transformers")
-WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 def is_pipeline(place: str | FilePath) -> bool:
@@ -382,18 +381,6 @@ def _check_tokenizer(folder: FilePath) -> None:
 
 def _is_part(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
-
-
-def variant_of(folder: FilePath) -> str | None:
-    """The variant of the weights, where there are none without one ("fp16")."""
-    names = [file.name for kind in WEIGHTS for file in folder.glob(f"{kind}*.safetensors")]
-    found = {variant for variant in map(variant_in, names) if "non_ema" not in variant}
-    return None if not found or "" in found else min(found)
-
-
-def variant_in(name: str) -> str:
-    """What a name of weights has for its variant; "" for none."""
-    return re.sub(r"-\d+-of-\d+", "", name).removesuffix(".safetensors").partition(".")[2]
 
 
 def _short(error: BaseException) -> str:
