@@ -9,8 +9,8 @@ FAULTS = (
     Fault(
         "the weight of Jensen-Shannon is inverted",
         DIVERGENCES,
-        "lambda r: r / (r + 1)",
-        "lambda r: 1 / (r + 1)",
+        '"js": lambda r: r / (r + 1),\n    "sf"',
+        '"js": lambda r: 1 / (r + 1),\n    "sf"',
         GRADIENT,
     ),
     Fault(
