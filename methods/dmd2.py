@@ -2,10 +2,12 @@
 
 Implemented: the normalised field with the guided teacher, `fake_updates` fake-score steps to each generator step,
 the GAN on diffused bottleneck features, several steps by backward simulation, and the original DMD's regression on
-stored teacher pairs (arXiv:2311.18828), by squares or LPIPS. `gan_features: fake` is the paper; `teacher` is what some
-others do.  Not implemented: a discriminator on clean images.
+stored teacher pairs (arXiv:2311.18828), by squares or LPIPS; guidance and matching at noise of their own (Decoupled
+DMD, arXiv:2511.22677); a fake score that follows the student's weights (SenseFlow). `gan_features: fake` is the paper;
+`teacher` is what some others do.  Not implemented: a discriminator on clean images.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -15,18 +17,21 @@ from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
+from diffdistill.distillation.decoupled import Decoupled
 from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
-from diffdistill.distillation.scales import FakeScale, Scale, scale_in
+from diffdistill.distillation.scales import FakeScale, Scale, other_than_one, scale_in
 from diffdistill.distillation.score_distillation import (
     Features,
     GanTaps,
+    check_followed,
     condition,
     critics_loss,
     draw_step,
+    follow,
     generate,
     head_logits,
     matching_field,
@@ -60,6 +65,8 @@ class DMD2(Method):
     gan_fake_weight: NonNegative = 1e-2  # lambda_d, in the fake score's loss
     gan_features: Features = "fake"
     gan_taps: GanTaps = None  # null: the paper's bottleneck
+    decoupled: Decoupled | None = None  # guidance at noise of its own; null: DMD2's guided field
+    fake_follows: Fraction = 0.0  # of the student's weights, into the fake score's after each of its updates
     regression_weight: NonNegative = 0.0
     regression_pairs: PositiveInt = 1000
     regression_sampler: AnySampler = field(default_factory=Heun)
@@ -69,6 +76,8 @@ class DMD2(Method):
     tells_teacher_class = True
 
     def __post_init__(self) -> None:
+        if self.decoupled and other_than_one(self.guidance) is None:
+            raise ValueError("decoupled: parts guidance from matching; give `guidance` a scale other than 1")
         if self.regression_weight and isinstance(self.guidance, tuple):
             raise ValueError("regression_weight: stored pairs are of one scale; give `guidance` one, not a range")
         if self.regression_weight:
@@ -92,6 +101,10 @@ class DMD2(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, **self.scales)
+        if self.decoupled:
+            self.decoupled.check(self.steps, problem.path)
+        if self.fake_follows:
+            check_followed(players)
         if self.regression_weight and problem.teacher:
             self.regression_distance.check("method.regression_distance", problem.image_shape, problem.teacher)
         if self.gan_weight:
@@ -114,10 +127,13 @@ class DMD2(Method):
         laws = {"": self.generator_time_law, "fake ": self.fake_time_law}
         if self.gan_weight:
             laws |= dict.fromkeys(("gan ", "gan real ", "gan fake "), self.gan_time_law)
+        laws |= {"guidance ": self.decoupled.time_law} if self.decoupled else {}
         scales, dropout = self.scales, self.fake_class_dropout
         numbers = draw_step(
             rng, problem, self.steps, laws, levels=self.levels, scales=scales, fake_class_dropout=dropout
         )
+        if self.decoupled:
+            numbers["guidance t"] = self.decoupled.times(rng, problem.path, self.steps, numbers)
         if self.regression_weight:
             numbers["pair"] = integer_of(rng.uniform("pair"), self.regression_pairs)
         return numbers
@@ -146,6 +162,9 @@ class DMD2(Method):
     @torch.no_grad()
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
         """(D_fake - D_teacher) / nu at x noised: down it, the samples' law moves to the teacher's."""
+        if self.decoupled:
+            minimum, alpha_power = self.normaliser_minimum, self.alpha_power
+            return self.decoupled.field(players, draw, x, scales=self.scales, minimum=minimum, alpha_power=alpha_power)
         path, t = players.teacher.path, draw["t"]
         guidance, fake_guidance = (scale_in(draw, self.scales, name) for name in self.scales)
         x_t = path.diffuse(x, draw["eps"], t)
@@ -162,3 +181,7 @@ class DMD2(Method):
         return critics_loss(
             players, draw, batch, x, weight=self.fake_weight, gan_weight=gan_weight, features=features, taps=taps
         )
+
+    def after_update(self, players: Players, carried: Mapping[str, Tensor]) -> None:
+        if self.fake_follows and "x" in carried:  # the generator's
+            follow(players, self.fake_follows)

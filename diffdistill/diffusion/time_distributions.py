@@ -191,16 +191,21 @@ def shares_between(
     Raises UserError where the law, of this setting, has no time between them.
     """
     goals = torch.tensor([low, high], dtype=torch.float64)
-    below, above = torch.zeros_like(goals), torch.ones_like(goals)
-    for _ in range(60):
-        middle = (below + above) / 2
-        is_below = law(middle, path) < goals
-        below, above = torch.where(is_below, middle, below), torch.where(is_below, above, middle)
-    first, last = ((below + above) / 2).tolist()
+    first, last = share_below(law, path, goals).tolist()
     if last - first < ROUNDING:
         ends = path.ratio(goals).tolist()
         raise UserError(f"{setting}: {law.name} has no ratio between {ends[0]:.3g} and {ends[1]:.3g}")
     return first, last
+
+
+def share_below(law: TimeDistribution, path: Path, t: Tensor) -> Tensor:
+    """The uniform numbers at which a law's times are t [B], by bisection; 0 and 1 where it lies inside."""
+    below, above = torch.zeros_like(t), torch.ones_like(t)
+    for _ in range(60):
+        middle = (below + above) / 2
+        is_below = law(middle, path) < t
+        below, above = torch.where(is_below, middle, below), torch.where(is_below, above, middle)
+    return (below + above) / 2
 
 
 def log_ratio_slope(law: TimeDistribution, uniform: Tensor, path: Path) -> Tensor:

@@ -34,7 +34,7 @@ from diffdistill.distillation.losses import (
     sample_normaliser,
     zero_nonfinite,
 )
-from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem, shapes_of
 from diffdistill.distillation.scales import FakeScale, Scale, Scales, draw_scales, other_than_one, scale_in, scale_of
 from diffdistill.settings.limits import MAX_CHOSEN
 from diffdistill.settings.schema import UserError
@@ -261,6 +261,22 @@ def fake_with_logits(
     judge, judged = players[features], condition(players, draw, role=features)
     assert isinstance(judge, Denoiser)
     return fake, players.discriminator(judge.features(x_t, t, judged, taps=taps))
+
+
+def check_followed(players: Mapping[str, nn.Module]) -> None:
+    """Raise UserError where the fake score is no network like the generator, whose weights it would follow."""
+    if shapes_of(players["fake"]) != shapes_of(players["generator"]):
+        raise UserError("method.fake_follows: fake score and generator are of different networks; use 0")
+
+
+@torch.no_grad()
+def follow(players: Players, share: float) -> None:
+    """Move the fake score's weights this share of the way to the generator's: implicit distribution alignment.
+
+    Ge et al. 2025 (SenseFlow), arXiv:2506.00523.
+    """
+    for own, other in zip(players.fake.parameters(), players.generator.parameters(), strict=True):
+        own.lerp_(other, share)
 
 
 def matching_field(x: Tensor, fake: Tensor, teacher: Tensor, *, minimum: float) -> Tensor:

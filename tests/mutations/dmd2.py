@@ -8,6 +8,8 @@ METHOD, SHARED, LOSSES = (
     "diffdistill/distillation/losses.py",
 )
 
+APART, DECOUPLED = "diffdistill/distillation/decoupled.py", "distillation/test_decoupled.py::test_"
+
 FAULTS = (
     Fault(
         "the field has the wrong sign",
@@ -71,5 +73,33 @@ FAULTS = (
         'role="fake"), guidance=fake_guidance)',
         'role="fake"), guidance=guidance)',
         "distillation/test_scales.py::test_esd_descends_the_kl_of_each_class_less_the_information_about_it",
+    ),
+    Fault(
+        "guidance is subtracted",
+        APART,
+        'term("guidance ", plain - guided, plain, guided)',
+        'term("guidance ", guided - plain, plain, guided)',
+        f"{DECOUPLED}at_one_noise_and_by_one_normaliser_the_two_terms_are_dmd2_s_field",
+    ),
+    Fault(
+        "guidance is at the matching's noise",
+        APART,
+        'x_t, t = path.diffuse(x, draw["guidance eps"], draw["guidance t"]), draw["guidance t"]',
+        "",
+        f"{DECOUPLED}between_gaussians_the_student_rests_where_the_closed_form_says",
+    ),
+    Fault(
+        "guidance is as noisy as it likes",
+        APART,
+        "uniform = uniform * share_below(",
+        "uniform = uniform + 0 * share_below(",
+        f"{DECOUPLED}guidance_is_at_cleaner_noise_than_the_student_s_call_was",
+    ),
+    Fault(
+        "the student follows the fake score",
+        SHARED,
+        "own.lerp_(other, share)",
+        "other.lerp_(own, share)",
+        f"{DECOUPLED}the_fake_score_goes_a_share_of_the_way_to_the_student_after_the_student_s_update_alone",
     ),
 )

@@ -1,0 +1,78 @@
+"""Guidance apart from matching in a guided field, each term at noise of its own."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import Path, expand
+from diffdistill.diffusion.sampling import StepSampler
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, share_below, shares_between
+from diffdistill.distillation.losses import sample_normaliser, zero_nonfinite
+from diffdistill.distillation.method import Draw, Players
+from diffdistill.distillation.scales import Scales, scale_in
+from diffdistill.distillation.score_distillation import condition
+from diffdistill.settings.schema import field, schema
+
+
+@schema
+class Decoupled:
+    """D_teacher's guidance as a term of its own, at noise that is not that of the matching.
+
+    time_law: of guidance's noise.  range: "below_call" keeps it cleaner than what the student's call was given;
+    "whole": it may be anywhere.  normaliser: whose estimate each term's nu goes by, the conditional one or, as DMD2's
+    does, the guided one.  Liu et al. 2025, arXiv:2511.22677, eq. 8.
+    """
+
+    time_law: AnyTimeDistribution = field(default_factory=Karras)
+    range: Literal["below_call", "whole"] = "below_call"
+    normaliser: Literal["conditional", "guided"] = "conditional"
+
+    def check(self, steps: StepSampler, path: Path) -> None:
+        """Raise UserError where the law has no noise below one of the student's calls."""
+        for level in steps.times(path).tolist() if self.range == "below_call" else ():
+            shares_between(self.time_law, path, path.t_min, level, "method.decoupled.time_law")
+
+    def times(self, rng: StepRandom, path: Path, steps: StepSampler, draw: Draw) -> Tensor:
+        """Of guidance's noise, [B], float64.  Below the first call there is the whole of most laws."""
+        uniform, step = rng.uniform("guidance t"), int(draw["step"])
+        if self.range == "below_call":
+            calls = draw["times"] if "times" in draw else steps.times(path).to(uniform.device).expand(len(uniform), -1)
+            uniform = uniform * share_below(self.time_law, path, calls[:, step])
+        return self.time_law(uniform, path)
+
+    @torch.no_grad()
+    def field(
+        self, players: Players, draw: Draw, x: Tensor, *, scales: Scales, minimum: float, alpha_power: int
+    ) -> Tensor:
+        """(D_fake - D_c) / nu at one noise, less (D_guided - D_c) / nu at another: linearly (w - 1) (D_c - D_u)."""
+        path, guidance = players.teacher.path, scale_in(draw, scales, "guidance")
+        told = condition(players, draw, role="teacher")
+
+        def term(call: str, difference: Tensor, plain: Tensor, guided: Tensor) -> Tensor:
+            of_whom = guided if self.normaliser == "guided" else plain
+            power = path.alpha(draw[f"{call}t"]) ** alpha_power
+            return zero_nonfinite(difference / sample_normaliser(x, of_whom, minimum) * expand(power, x))
+
+        x_t, t = path.diffuse(x, draw["eps"], draw["t"]), draw["t"]
+        fake_guidance = scale_in(draw, scales, "fake_guidance")
+        fake = players.fake(x_t, t, condition(players, draw, role="fake"), guidance=fake_guidance)
+        if self.normaliser == "guided":
+            plain, guided = both(players.teacher, x_t, t, told, guidance)
+        else:
+            plain = guided = players.teacher(x_t, t, told)
+        matching = term("", fake - plain, plain, guided)
+        x_t, t = path.diffuse(x, draw["guidance eps"], draw["guidance t"]), draw["guidance t"]
+        plain, guided = both(players.teacher, x_t, t, told, guidance)
+        return matching + term("guidance ", plain - guided, plain, guided)
+
+
+def both(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's conditional and its guided estimate, each network call made once."""
+    plain = teacher(x_t, t, cond)
+    if not teacher.net.has_null_condition:  # it is told w
+        return plain, teacher(x_t, t, cond, guidance=guidance)
+    return plain, teacher.combine(teacher(x_t, t, cond, guidance=0.0), plain, guidance, x_t, t)
