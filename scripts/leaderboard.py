@@ -76,6 +76,8 @@ BOARD = (
     Entry("consistency (iCD)", "consistency/digits"),
     Entry("consistency (ECT)", "consistency/digits-ect"),
     Entry("RF++", "rectified_flow/digits"),
+    Entry("Uni-Instruct (forward KL)", "uni_instruct/digits"),
+    Entry("Uni-Instruct (reverse KL)", "uni_instruct/digits", ("method.divergence=rkl",)),
 )
 # At the rates of the U-Net's rows an MLP's fake score can blow up.
 _HALF, _FAKE, _REST = "optimizers.generator.lr=3e-4", "optimizers.fake.lr=5e-4", "optimizers.default.lr=5e-4"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from support.closed_forms import generator_gradient, mixture_on_the_line, normal_nodes, numbers, pairs
-from support.ring import INIT_RATIO, TIME_LAW, train_ring
+from support.ring import INIT_RATIO, NUM_MODES, TIME_LAW, train_ring
 from support.short_runs import ACCUMULATION, trained, weights
 from support.tiny_players import BATCH, CLASSES, PATH, SHAPE, due, learned, scene, watch
 from torch import Tensor, nn
@@ -345,7 +345,10 @@ def ring_method(divergence: Divergence) -> OnTheRing:
 
 
 @pytest.mark.full
-def test_uni_instruct_learns_every_mode_of_the_ring_in_its_class() -> None:
-    """Of forward KL; twice DMD2's steps, as the ratio has to be learned too."""
-    result = train_ring(ring_method("kl"), num_steps=800)
-    assert result.passes, result
+def test_forward_kl_learns_every_mode_of_the_ring_in_its_class() -> None:
+    """With the bars of the others but for the distance: the ratio is learned too, and its noise is in the gradient."""
+    result = train_ring(ring_method("kl"), num_steps=600)
+    assert result.coverage == NUM_MODES, result
+    assert result.accuracy >= 0.99, result
+    assert result.quality >= 0.95, result
+    assert result.energy <= 0.005, result
