@@ -68,3 +68,14 @@ def test_a_name_that_is_not_there_is_found(name: str) -> None:
         assert fault(name) is not None
     except ValueError:  # of a value, which the schema refuses
         assert ": " in name
+
+
+FORMS = (ROOT / "docs" / "closed-forms.md").read_text()
+HELD = re.findall(r"`(tests/[\w/.]+)::(\w+)`", FORMS)
+
+
+def test_every_closed_form_has_a_test_that_exists() -> None:
+    rows = [line for line in FORMS.splitlines() if re.match(r"\| [A-F]\d ", line)]
+    assert len(rows) > 25
+    assert all("::test_" in row for row in rows)
+    assert {name for name in HELD if f"def {name[1]}(" not in (ROOT / name[0]).read_text()} == set()
