@@ -155,8 +155,14 @@ def reference(
 def leaderboard(
     records: Annotated[list[str], typer.Argument(help="JSONL files of records, as `diffdistill eval` writes them.")],
     out: Annotated[str, typer.Option(help="The folder to write into.")],
-    title: Annotated[str, typer.Option(help="What the page is called.")] = "Leaderboard",
-    published: Annotated[bool, typer.Option(help="Show the published numbers that come along.")] = True,
+    title: Annotated[str | None, typer.Option(help="What the page is called; default: by its protocols.")] = None,
+    published: Annotated[
+        bool | None,
+        typer.Option(
+            "--published/--no-published",
+            help="Show the published numbers that come along; default: not where all records are of own pictures.",
+        ),
+    ] = None,
 ) -> None:
     """Rank what was measured alike: one HTML page, Markdown, CSV, and metadata for model cards.
 

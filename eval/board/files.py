@@ -46,16 +46,19 @@ def write_leaderboard(
     files: Sequence[str | FilePath],
     out: FilePath,
     *,
-    title: str = "Leaderboard",
-    with_reported: bool = True,
+    title: str | None = None,
+    with_reported: bool | None = True,
     say: Callable[[str], None] = say,
 ) -> list[FilePath]:
     """Read records and write leaderboard.html, .md and .csv, and a folder cards/<model> for each measured model.
 
+    title: None says what is judged, the protocols.  with_reported: as in `read_board`.
     say: is told what a reader of the page will miss.  Returns the files. Raises UserError on records that cannot be
     shown, before anything is written, or where `out` cannot be written.
     """
     board = read_board(files, with_reported=with_reported)
+    if title is None:
+        title = f"Leaderboard: {', '.join(dict.fromkeys(group.name for group in board.measured))}".rstrip(": ")
     texts = {
         FilePath("leaderboard.html"): board_page(board, title=title, say=say),
         FilePath("leaderboard.md"): to_markdown(board, title=title),

@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from diffdistill.eval.metrics.settings import better, primary_metric
+from diffdistill.eval.protocols.packaged import PROTOCOLS
 from diffdistill.eval.records.record import Record, read_records, takes_minimum
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import differences, dump
@@ -127,14 +128,18 @@ class Board:
         return self.measured + self.reported
 
 
-def read_board(files: Sequence[str | FilePath], *, with_reported: bool = True) -> Board:
+def read_board(files: Sequence[str | FilePath], *, with_reported: bool | None = True) -> Board:
     """The board of some JSONL files, and of the published numbers that come along.
 
-    Raises UserError on a file that is no record, and on records that contradict each other.
+    with_reported: None shows those where a protocol of the records comes along as well: nothing that is published is
+    to be compared with one's own pictures.  Raises UserError on a file that is no record, and on records that
+    contradict each other.
     """
     found = [located for file in files for located in locate(FilePath(file))]
     if not found:
         raise UserError(f"{', '.join(map(str, files))}: no records")
+    if with_reported is None:
+        with_reported = any(located.record.protocol["name"] in PROTOCOLS for located in found)
     return make_board([*found, *(locate(REPORTED) if with_reported else ())])
 
 

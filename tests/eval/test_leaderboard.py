@@ -290,6 +290,15 @@ def test_the_command_can_leave_out_what_is_published(tmp_path: Path) -> None:
     assert "ImageNet" not in (tmp_path / "out" / "leaderboard.html").read_text()
 
 
+def test_a_board_of_own_pictures_shows_nothing_published_unless_asked_and_says_what_is_judged(tmp_path: Path) -> None:
+    file, page = written(tmp_path, measured("a", 0.1, protocol={"name": "own-1a2b"})), tmp_path / "out/leaderboard.html"
+    CliRunner().invoke(app, ["leaderboard", str(file), "--out", str(tmp_path / "out")])
+    assert "ImageNet" not in page.read_text()
+    assert "<title>Leaderboard: own-1a2b</title>" in page.read_text()
+    CliRunner().invoke(app, ["leaderboard", str(file), "--out", str(tmp_path / "out"), "--published"])
+    assert "ImageNet" in page.read_text()
+
+
 def test_a_broken_record_ends_the_command_with_2_and_no_file(tmp_path: Path) -> None:
     file = written(tmp_path, *THREE_SEEDS)
     file.write_text(file.read_text() + "{}\n")
