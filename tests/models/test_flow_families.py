@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from support.other_libraries import layout_of
@@ -179,3 +180,10 @@ def test_a_prompt_of_cogview4_is_as_it_is_alone_whatever_the_others_are(tmp_path
         expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
         torch.testing.assert_close(text[None], expected, atol=1e-5, rtol=0)
     assert found.size.tolist() == [[16, 16, 0, 0, 16, 16]] * 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 50, 100, 124])
+def test_cogview4s_steps_of_a_number_are_its_pipelines(count: int) -> None:
+    told = find_family("cogview4").told_steps({"num_inference_steps": count})
+    assert told["timesteps"] == np.linspace(1000, 1, count).astype(np.int64).tolist()
+    assert told["sigmas"] == [time / 1000 for time in told["timesteps"]]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,7 +54,8 @@ class CogView4(FlowFamily):
     def told_steps(self, steps: Mapping[str, Any]) -> dict[str, Any]:
         times = steps.get("timesteps")
         if times is None:
-            times = np.linspace(1000, 1, steps["num_inference_steps"]).astype(int).tolist()
+            last = steps["num_inference_steps"] - 1
+            times = [int(1000 - index * (999 / max(last, 1))) for index in range(last)] + [1 if last else 1000]
         return {"timesteps": times, "sigmas": [time / 1000 for time in times]}
 
     def encode(
