@@ -53,6 +53,14 @@ def sample(
         int | None, typer.Option(help="Default: the teacher's own.", min=1, max=MAX_SAMPLING_STEPS)
     ] = None,
     teacher_guidance: Annotated[str | None, typer.Option(help="Default: what the student was distilled with.")] = None,
+    teleport: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave out Heun's steps above this sigma / alpha: a Gaussian of the run's images takes their place.",
+            min=0,
+            max=MAX_NUMBER,
+        ),
+    ] = None,
     first_calls: Annotated[
         int,
         typer.Option(
@@ -116,6 +124,7 @@ def sample(
         teacher_from=teacher_from,
         teacher_guidance=None if teacher_guidance is None else parse_guidance(teacher_guidance),
         teacher_steps=teacher_steps,
+        teleport=teleport,
         first_calls=first_calls,
     )
     if estimates:

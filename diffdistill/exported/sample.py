@@ -11,6 +11,7 @@ from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.record import guidance_of, read_record
 from diffdistill.exported.first_calls import Estimates, as_model, estimates_along, with_first_calls
 from diffdistill.exported.image_generators import CodeImageGenerator, open_image_generator, timed_images
+from diffdistill.exported.teleported import with_teleport
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
 from diffdistill.models.load import find_checkpoint, first_student
 from diffdistill.models.places import find_again
@@ -25,6 +26,7 @@ class SampleOptions:
     """count: of images; default all prompts once, or 100.  batch: images at a time.  columns: of the grid.
     teacher_from: where the teacher is now, if not where the student says.
     teacher_guidance, teacher_steps: default what the student was distilled with, and the teacher's own.
+    teleport: the ratio above which no step is made, see `with_teleport`.
     first_calls: of the student, that the teacher makes."""
 
     asked: SampleRequest
@@ -37,6 +39,7 @@ class SampleOptions:
     teacher_guidance: Guidance | None = None
     teacher_steps: int | None = None
     first_calls: int = 0
+    teleport: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
     """Sample, and write the picture. Raises UserError on what the place does not know."""
     asked = options.asked
     student = open_image_generator(place, asked)
+    if options.teleport is not None:
+        student = with_teleport(as_model(student, "--teleport"), options.teleport)
     count = options.count or (len(asked.prompts) if asked.prompts else 100)
     made = []
     if options.has_teacher or options.first_calls:

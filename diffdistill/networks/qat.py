@@ -4,7 +4,7 @@ gradients pass as if they were not.
 The linear layers within a network's blocks; its first and last layers, embeddings, norms and convolutions stay as they
 are. A checkpoint holds the weights that are trained; what is loaded from it has them on the grid of their bits, in
 plain layers, so that it is sampled, exported and distilled as any other, without torchao's layers.
-That few bits are best reached by distillation: Kumar et al. 2025, arXiv:2501.06218, of which this is no copy.
+What transfers of arXiv:2501.06218, whose own loss is over token logits: distillation as the way to few bits.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,67 @@
+"""`diffdistill sample --teleport`: whose images, which steps, what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+from support.method_matrix import origin, train
+
+from diffdistill.data import Digits
+from diffdistill.diffusion.path import EDM
+from diffdistill.diffusion.sampling import Heun
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.teleport import LowRankGaussian, Teleport
+from diffdistill.exported.image_generators import open_image_generator
+from diffdistill.exported.sample import SampleOptions, run_sample
+from diffdistill.exported.teleported import left_of, with_teleport
+from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
+from diffdistill.settings.schema import UserError
+from diffdistill.training.trainer import Trainer
+
+
+def imager(place: Path, **asked: int) -> ModelImageGenerator:
+    found = open_image_generator(str(place), SampleRequest(**asked))  # type: ignore[arg-type]
+    assert isinstance(found, ModelImageGenerator)
+    return found
+
+
+def test_the_rest_of_the_grid_is_its_own_levels():
+    path, whole = EDM(sigma_min=0.02, sigma_max=20.0), Heun(num_steps=6, rho=5.0)
+    grid = path.karras_times(6, 5.0)
+    rest, start = left_of(whole, path, float(grid[2]) + 0.01)
+    assert (rest.num_steps, start) == (4, pytest.approx(float(grid[2])))
+    lower = replace(path, sigma_max=start)
+    torch.testing.assert_close(lower.karras_times(4, 5.0), grid[2:])
+
+
+@pytest.mark.parametrize(("ratio", "left_out"), [(20.0, 0), (30.0, 0), (0.02, 5), (0.001, 6)])
+def test_a_ratio_that_leaves_out_nothing_or_too_much_is_refused(ratio: float, left_out: int):
+    with pytest.raises(UserError, match=f"leaves out {left_out} steps"):
+        left_of(Heun(num_steps=6, rho=5.0), EDM(sigma_min=0.02, sigma_max=20.0), ratio)
+
+
+def test_a_run_is_sampled_with_fewer_calls_by_a_gaussian_of_its_own_images(tmp_path: Path):
+    run = tmp_path / "run"
+    config = small_config("pretrain", run, "train.steps=1", "method.teacher_sampler={name: heun, num_steps: 6, rho: 5}")
+    Trainer(config, quiet=True).run()
+    student, index = imager(run, seed=3), torch.arange(4)
+    made = with_teleport(student, 5.0)
+    assert made.num_evaluations < student.num_evaluations == 11
+    data = Digits().load()
+    model = student.model
+    rest, start = left_of(Heun(num_steps=6, rho=5.0), model.denoiser.path, 5.0)
+    teleport = Teleport(rest, start, LowRankGaussian.fit(data.rows(torch.arange(len(data))), data.labels))
+    noise = StepRandom(3, 0, index).normal("noise", model.spec.image_shape)
+    with torch.no_grad():
+        expected = teleport(model.denoiser, noise, model.denoiser.class_cond(index))
+    assert torch.equal(made(index), expected)
+    [shown] = run_sample(str(run), SampleOptions(SampleRequest(), tmp_path / "a.png", count=2, teleport=5.0))
+    assert shown.num_evaluations == made.num_evaluations
+
+
+def test_other_samplers_are_refused(tmp_path: Path):
+    run = train("sid", origin("mlp", "sid", tmp_path / "mlp"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"--teleport 2: leaves out Heun's steps, and .* samples by few_steps"):
+        with_teleport(imager(run), 2.0)
