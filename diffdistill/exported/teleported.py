@@ -11,11 +11,10 @@ from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.diffusion.teleport import LowRankGaussian, Teleport
 from diffdistill.inference.image_generator import ModelImageGenerator
-from diffdistill.models.load import STATE
 from diffdistill.models.spec import TrainedModel
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.values import validate
-from diffdistill.storage.checkpoint import read_state
+from diffdistill.storage.checkpoint import STATE, read_state
 
 FITTED_ON = 10_000
 """Images at most: what a mean and a covariance of low rank need."""
