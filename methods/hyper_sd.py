@@ -28,7 +28,7 @@ from diffdistill.distillation.losses import (
     zero_nonfinite,
 )
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.rewards import Feedback, check_feedback, need_pixels
+from diffdistill.distillation.rewards import Feedback, check_feedback
 from diffdistill.distillation.score_distillation import (
     condition,
     critics_loss,
@@ -88,8 +88,8 @@ class HyperSD(Method):
         )
 
     @property
-    def judges_pixels(self) -> bool:
-        return need_pixels(self.feedback)
+    def rewards(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.reward for one in self.feedback))
 
     def sampler(self, problem: Problem) -> TCD:
         return self.steps

@@ -27,7 +27,7 @@ from diffdistill.distillation.losses import (
 )
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.preferences import preference
-from diffdistill.distillation.rewards import check_reward, is_judge
+from diffdistill.distillation.rewards import check_reward
 from diffdistill.distillation.score_distillation import condition, draw_step, generate, start_players
 from diffdistill.settings.numbers import SamplingSteps
 from diffdistill.settings.schema import NonNegative, Number, Positive, field, schema
@@ -52,8 +52,8 @@ class PreferenceField(Method):
     needs_images = False
 
     @property
-    def judges_pixels(self) -> bool:
-        return is_judge(self.reward)
+    def rewards(self) -> tuple[str, ...]:
+        return (self.reward,)
 
     @property
     def critics(self) -> tuple[str, ...]:

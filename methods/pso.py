@@ -22,7 +22,7 @@ from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.losses import DenoisingWeight, denoising_weight
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.preferences import preference, preference_loss
-from diffdistill.distillation.rewards import check_reward, is_judge
+from diffdistill.distillation.rewards import check_reward
 from diffdistill.settings.schema import NonNegative, Positive, field, schema
 
 
@@ -54,8 +54,8 @@ class PSO(Method):
         return self.form == "offline" and self.winners == "images"
 
     @property
-    def judges_pixels(self) -> bool:
-        return not self.needs_images and is_judge(self.reward)
+    def rewards(self) -> tuple[str, ...]:
+        return () if self.needs_images else (self.reward,)
 
     @property
     def keeps_teacher(self) -> bool:

@@ -19,6 +19,7 @@ from diffdistill.diffusion.path import Path, Prediction
 from diffdistill.diffusion.router import AnyRouter
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.diffusion.step_random import StepRandom, integer_of
+from diffdistill.distillation.rewards import is_judge
 from diffdistill.networks.lora import LoRASettings, lora_of, settings_for, with_lora
 from diffdistill.settings.registry import OneOf, Registry, modules_of, schema_class
 from diffdistill.settings.schema import UserError
@@ -218,7 +219,12 @@ class Method(ABC):
     @property
     def judges_pixels(self) -> bool:
         """Whether a loss looks at the student's images as pixels. Then the VAE stays in memory."""
-        return False
+        return any(is_judge(name) for name in self.rewards)
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The names of those that losses ask."""
+        return ()
 
     @property
     @abstractmethod

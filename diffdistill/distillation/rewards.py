@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
@@ -31,6 +31,11 @@ class Judge(ABC):
     @abstractmethod
     def load(self, device: torch.device) -> None:
         """Make ready on a device. Raises UserError where something is missing."""
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The networks that it holds in memory."""
+        return ()
 
     @abstractmethod
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
@@ -145,11 +150,6 @@ def check_feedback(feedback: Iterable[Feedback], teacher: Denoiser | None) -> No
     """`Feedback.check` of each."""
     for one in feedback:
         one.check(teacher)
-
-
-def need_pixels(feedback: Iterable[Feedback]) -> bool:
-    """Whether a judge is among them."""
-    return any(is_judge(one.reward) for one in feedback)
 
 
 def _captions(judge: Judge, teacher: Denoiser, cond: Cond, count: int) -> list[str]:

@@ -18,6 +18,7 @@ from diffdistill.models.prompt_storage import ALL, PromptsConfig, Streamed, chec
 from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, pipeline_of
+from diffdistill.models.teachers.image_size import size_files
 from diffdistill.models.teachers.pipeline import INDEX
 from diffdistill.settings.schema import UserError
 
@@ -62,7 +63,7 @@ class PipelineEncoder:
         about = (folder / INDEX, self.pipeline.part(family.network) / "config.json", folder / "vae" / "config.json")
         parts = filter(self.pipeline.class_of, family.text_parts)
         own = [file for part in parts for file in files_of(folder / part)]
-        return [*filter(FilePath.is_file, about), *self.pipeline.size_files, *own]
+        return [*filter(FilePath.is_file, about), *size_files(folder), *own]
 
     def load(self, device: torch.device | str) -> Any:
         return self.pipeline.load_encoder(device)
@@ -177,14 +178,14 @@ class PixelDecoder:
     """A pipeline's VAE, for a gradient from pixels to latents; copies of a denoiser share it."""
 
     def __init__(self, pipeline: Pipeline, device: torch.device) -> None:
-        self._family, self._vae = pipeline.family, pipeline.load_vae().to(device)
+        self._family, self.vae = pipeline.family, pipeline.load_vae().to(device)
 
     def __deepcopy__(self, memo: object) -> "PixelDecoder":
         return self
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, h, w] as the network makes them to images [B, 3, H, W], about in [-1, 1]."""
-        return self._family.to_images(self._vae, latents)
+        return self._family.to_images(self.vae, latents)
 
 
 def files_of(folder: FilePath) -> list[FilePath]:

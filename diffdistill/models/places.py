@@ -60,10 +60,11 @@ def content_of(place: str | FilePath) -> str:
     """SHA-256 of a model's weights: of a checkpoint by its manifest, which vouches for them; of a pipeline by the files
     of its network; of an object its place, which is of its weights. Raises UserError."""
     from diffdistill.models.teachers import is_pipeline, open_pipeline
+    from diffdistill.models.teachers.image_size import size_files
 
     if is_pipeline(place):
         pipeline = open_pipeline(place)
-        return files_key([*pipeline.network_files, *pipeline.size_files], root=kept.cache_folder(None))
+        return files_key([*pipeline.network_files, *size_files(pipeline.folder)], root=kept.cache_folder(None))
     if is_given(place):
         return str(place)
     target = FilePath(place)

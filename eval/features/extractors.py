@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field, model_serializer
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.eval.features.resize import Interpolation, ResizeMode, Triple
 from diffdistill.settings.numbers import Resolution
@@ -40,6 +40,7 @@ class Extractor:
     (pixels).  sha256: of the weights' file; None where there are no weights.  encode_text: captions to
     [B, num_features], for networks that know text.  features: their specification, with all that a library says of
     the weights.  earlier: the same as versions took it that did not read this; None where nothing was left unread.
+    parts: the modules behind it, where it may be a reward.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Extractor:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     features: "FeaturesConfig | None" = None
     earlier: "FeaturesConfig | None" = None
+    parts: tuple[nn.Module, ...] = ()
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extracted:

@@ -6,7 +6,7 @@ Xu et al. 2023, arXiv:2304.05977 (ReFL) and Ren et al. 2024, arXiv:2404.13686 (H
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.distillation.rewards import Judge
 from diffdistill.eval.features.extractors import Extractor, Hps, LaionAesthetic, PickScore, load_extractor
@@ -25,6 +25,10 @@ class Preference(Judge):
         """Raises UserError if a package or the weights are missing, saying where they belong."""
         if self._loaded is None or self._loaded.device != device:
             self._loaded = load_extractor(self.features, device=device)
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self._loaded.parts if self._loaded else ()
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """images: [B, 3, H, W]; those of one channel are grey.  Raises UserError on others: latents."""

@@ -19,6 +19,9 @@ from diffdistill.models.encoders import encode_prompts, encoder_of
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.settings.schema import UserError
+from diffdistill.training.assembly import assemble
+from diffdistill.training.memory.prediction import plan_memory, rehearse
+from diffdistill.training.plan import plan
 from diffdistill.training.trainer import Trainer
 
 PROMPTS = ["a red fox", "two blue birds", "three dogs"]
@@ -100,6 +103,13 @@ def test_a_run_learns_from_a_judge_and_is_saved_without_it(judges: Judges, tmp_p
         feedback = f"method.feedback=[{{reward: hps, threshold: 10, weight: {weight}}}]"
         run = tmp_path / f"run{weight}"
         config = small_config("hyper_sd", run, f"data={data}", *tiny, feedback, teacher=tmp_path / "sd")
+        if weight:
+            made = assemble(plan(config, resume=None))
+            expected, counted = plan_memory(made.plan, made.iteration), rehearse(made)
+            assert {"VAE", "hps"} <= expected.players.keys()
+            bytes_of = [{name: found.weights for name, found in one.players.items()} for one in (expected, counted)]
+            assert bytes_of[0] == bytes_of[1]
+            assert expected.players["hps"].weights > expected.players["VAE"].weights > 0
         Trainer(config, quiet=True).run()
         students[weight] = load_model(run).denoiser.state_dict()
         missing = [json.loads(line)["generator/hps"] for line in (run / "metrics.jsonl").read_text().splitlines()]

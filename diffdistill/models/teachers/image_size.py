@@ -27,6 +27,11 @@ def write_size(folder: FilePath, size: Size) -> None:
     write_text_atomically(folder / IMAGE_SIZE, json.dumps({"height": size[0], "width": size[1]}) + "\n")
 
 
+def size_files(folder: FilePath) -> list[FilePath]:
+    """Where a folder says it, if it does."""
+    return [folder / IMAGE_SIZE] if (folder / IMAGE_SIZE).is_file() else []
+
+
 def read_size(folder: FilePath) -> Size | None:
     """What a folder says; None where it leaves it to its network's config. Raises UserError on a damaged file."""
     file = folder / IMAGE_SIZE

@@ -18,7 +18,7 @@ from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
 from diffdistill.models.teachers.family import BUILDING, Family
 from diffdistill.models.teachers.fields import NETWORKS, SCHEDULER, VAES, check_fields
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
-from diffdistill.models.teachers.image_size import IMAGE_SIZE, read_size
+from diffdistill.models.teachers.image_size import read_size
 from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.registry import detect_family
 from diffdistill.models.teachers.variants import WEIGHTS, variant_of
@@ -133,11 +133,6 @@ class Pipeline:
     def asked_size(self) -> tuple[int, int] | None:
         """Height and width in pixels that its folder says in the place of the network's config."""
         return read_size(self.folder)
-
-    @property
-    def size_files(self) -> list[FilePath]:
-        """Where that is said."""
-        return [self.folder / IMAGE_SIZE] if self.asked_size else []
 
     @property
     def sized_options(self) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.distillation.method import Players, Update
+from diffdistill.distillation.rewards import Judge, find_reward
+from diffdistill.models.encoders import PixelDecoder
 from diffdistill.networks.lora import lora_of
 from diffdistill.networks.quantised import stored
 from diffdistill.networks.recompute import recomputable_blocks
@@ -104,7 +106,10 @@ def plan_memory(plan: Plan, iteration: Iteration) -> MemoryPlan:
     config, share = plan.config, plan.share
     twos, threes = (_micro_batch(plan, iteration, size) for size in (2, 3))
     return MemoryPlan(
-        players={name: _player_bytes(config, iteration, name, module) for name, module in iteration.players.items()},
+        players={
+            **{name: _player_bytes(config, iteration, name, module) for name, module in iteration.players.items()},
+            **_beside_players(iteration),
+        },
         averages=len(config.emas) * module_bytes(plan.student),
         has_averages_on_device=config.speed.ema_device == "same",
         updates=plan.method.updates,
@@ -172,7 +177,7 @@ def rehearse(assembly: Assembly, steps: int = 2) -> Rehearsal:
     if is_on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.device)
     seconds = []
-    with SavedTensors(_all_tensors(players)) as saved:
+    with SavedTensors(_all_tensors(assembly.iteration)) as saved:
         for _ in range(steps):
             began = time.perf_counter()
             trainer.train_step()
@@ -185,7 +190,8 @@ def rehearse(assembly: Assembly, steps: int = 2) -> Rehearsal:
                 _resident_bytes(module), gradients.get(name, 0), _state_bytes(assembly.optimizers.get(name))
             )
             for name, module in players.items()
-        },
+        }
+        | _beside_players(assembly.iteration),
         averages=sum(module_bytes(ema.module) for ema in assembly.emas.values()),
         activations=saved.peak,
         seconds=tuple(seconds),
@@ -207,10 +213,24 @@ def _resident_bytes(module: nn.Module) -> int:
     return sum(b.nbytes for b in module.buffers()) if is_offloaded(module) else module_bytes(module)
 
 
-def _all_tensors(players: Players) -> list[Tensor]:
-    """The players' own, and the base of those that stand over one."""
+def standing_by(iteration: Iteration) -> dict[str, tuple[nn.Module, ...]]:
+    """What stays in memory beside the players: the VAE that decodes latents for a loss, and judges, by name."""
+    teacher, rewards = iteration.problem.teacher, {name: find_reward(name) for name in iteration.method.rewards}
+    decoder = teacher.runtime.decode if teacher else None
+    vae = {"VAE": (decoder.vae,)} if isinstance(decoder, PixelDecoder) else {}
+    return vae | {name: reward.parts for name, reward in rewards.items() if isinstance(reward, Judge)}
+
+
+def _beside_players(iteration: Iteration) -> dict[str, PlayerBytes]:
+    return {name: PlayerBytes(sum(map(module_bytes, parts))) for name, parts in standing_by(iteration).items()}
+
+
+def _all_tensors(iteration: Iteration) -> list[Tensor]:
+    """The players' own, the base of those that stand over one, and what stands by."""
+    players: Players = iteration.players
     bases = [found for found in map(lora_of, players.values()) if found]
-    own = [tensor for player in players.values() for tensor in _tensors(player)]
+    modules = [*players.values(), *(part for parts in standing_by(iteration).values() for part in parts)]
+    own = [tensor for module in modules for tensor in _tensors(module)]
     return own + [tensor for base in bases for tensor in base.base_tensors()]
 
 
@@ -255,7 +275,7 @@ def _growth(
 
 def _saved_bytes(iteration: Iteration, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
     """What autograd keeps of a loss, and what the loss carries over."""
-    with SavedTensors(_all_tensors(iteration.players)) as saved:
+    with SavedTensors(_all_tensors(iteration)) as saved:
         carry = iteration.loss(update, micro).carry
     return saved.peak, carry
 
@@ -266,7 +286,7 @@ def _block_bytes(iteration: Iteration, update: Update, micro: MicroBatch) -> tup
     blocks = [block for block in found if block.is_recomputed]
     before: list[int] = []
     inside = [0]
-    with SavedTensors(_all_tensors(iteration.players)) as saved:
+    with SavedTensors(_all_tensors(iteration)) as saved:
         handles = [block.register_forward_pre_hook(lambda *_: before.append(saved.live)) for block in blocks]
         handles += [
             block.register_forward_hook(lambda *_: inside.append(saved.live - before.pop())) for block in blocks

@@ -49,4 +49,5 @@ def load(features: LaionAesthetic, weights: FilePath | None, device: torch.devic
         assert isinstance(embedded, Tensor)
         return embedded, head(embedded)
 
-    return replace(made, label=features.label, network=network, num_logits=1, features=features, earlier=None)
+    about = replace(made, label=features.label, num_logits=1, features=features, earlier=None)
+    return replace(about, network=network, parts=(*made.parts, head))

@@ -39,6 +39,7 @@ def load(features: OpenClip, weights: FilePath | None, device: torch.device) -> 
             device,
         ),
         device=device,
+        parts=(model,),
         features=features,
         earlier=_earlier(features),
     )

@@ -52,6 +52,7 @@ def load(features: PickScore, weights: FilePath | None, device: torch.device) ->
             device,
         ),
         device=device,
+        parts=(model,),
     )
 
 
