@@ -24,6 +24,8 @@ from diffdistill.settings.schema import any_of
 ABOVE = {
     "FAMILIES": "diffdistill.models.teachers.registry:FAMILIES",
     "find_family": "diffdistill.models.teachers.registry:find_family",
+    "FEATURES": "diffdistill.eval.features.extractors:FEATURES",
+    "load_extractor": "diffdistill.eval.features.extractors:load_extractor",
     "StudentEvaluator": "diffdistill.eval.evaluation.evaluator:StudentEvaluator",
 }
 """What a lower wing takes from a higher one, and where it is."""

@@ -41,6 +41,7 @@ METHODS = {
     "preference_field": "{name: preference_field, steps: {init_ratio: 5, init_noise: unit}, fake_updates: 1}",
     "score_field": "{name: score_field, steps: {init_ratio: 5, init_noise: unit}}",
     "forget": f"{{name: forget, base: {SCORE}}}",
+    "diversity": f"{{name: diversity, base: {SCORE}}}",
     "mean_flow": "{name: mean_flow, steps: {init_ratio: 6000, init_noise: unit}, width: 8}",
 }
 """The settings of each method that distils a teacher, for one step from unit noise where it is a generator's."""
