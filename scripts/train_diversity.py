@@ -28,7 +28,7 @@ config = RunConfig(
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
     health=HealthConfig(warmup_steps=25),
-    train=TrainConfig(steps=600, global_batch_size=64),
+    train=TrainConfig(steps=600, global_batch_size=64, num_threads=1),
 )
 
 if __name__ == "__main__":
