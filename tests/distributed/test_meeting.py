@@ -186,7 +186,7 @@ def places_of(kind: Any, place: str = "") -> Iterator[str]:
 NO_PLACES = {
     *("data.caption_column", "data.captions_ending", "data.column", "data.image_column", "data.label_column"),
     *("data.split", "data.subset", "eval.best_by", "method.reward", "method.gan_taps", "negative_prompt"),
-    *("method.feature_taps", "model.styles"),
+    *("method.feature_taps", "method.features", "model.styles"),
     *("lora.targets", "method.sha256", "model.family", "model.targets", "starts"),
 }
 """Settings that are text and no file or folder: compared as they are, with all others."""
