@@ -27,6 +27,9 @@ FLOWS = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cog
 FAMILIES |= {f"{family}{end}": family for family, end in product(FLOWS, ("", "_one"))}
 RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, ("sd15", "sdxl", "pixart", "sd3", "dit256"))]
 RECIPES += [f"{method}/{family}{end}" for method, family, end in product(("dmd2", "sid"), FLOWS, ("", "_one"))]
+ONE_GPU = ("sd15", "sdxl", "sd3", "pixart")
+FAMILIES |= {f"{teacher}-one-gpu": FAMILIES[teacher] for teacher in ONE_GPU}
+RECIPES += [f"dmd2/{teacher}-one-gpu" for teacher in ONE_GPU]
 QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256", "dmd2/z_image")
 """Those that the quick tests train."""
 
