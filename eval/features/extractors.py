@@ -39,8 +39,7 @@ class Extractor:
     [B, num_features], or to a pair of features and logits [B, num_logits].  num_features: None where the images decide
     (pixels).  sha256: of the weights' file; None where there are no weights.  encode_text: captions to
     [B, num_features], for networks that know text.  features: their specification, with all that a library says of
-    the weights.  earlier: the same as versions took it that did not read this; None where nothing was left unread.
-    parts: the modules behind it, where it may be a reward.
+    the weights.  earlier: as versions took it that did not read this, or None.  parts: a reward's modules.
     """
 
     label: str
