@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffdistill.data.source import ImageSource
+from diffdistill.diffusion.on_device import constant
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.method import METHODS, Method, Problem
 from diffdistill.distillation.wrapper import Wrapper, default_base, methods_above
@@ -86,4 +87,4 @@ class Forget(Wrapper):
 
     @staticmethod
     def _one_of(classes: tuple[int, ...], uniform: Tensor) -> Tensor:
-        return torch.tensor(classes, device=uniform.device)[integer_of(uniform, len(classes))]
+        return constant(classes, uniform.device, torch.int64)[integer_of(uniform, len(classes))]

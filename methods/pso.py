@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
-from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.sampling import FewSteps, times_on
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.losses import DenoisingWeight, denoising_weight
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
@@ -112,7 +112,7 @@ class PSO(Method):
     def gap(self, denoiser: Denoiser, draw: Draw, winner: Tensor, loser: Tensor, cond: Cond) -> Tensor:
         """e(x_w) - l e(x_l), [B], at one of the student's own levels, both with the same noise."""
         path, errors = denoiser.path, list[Tensor]()
-        t = self.steps.times(path).to(winner.device)[draw["call"]]
+        t = times_on(self.steps, path, winner.device)[draw["call"]]
         scale = denoising_weight(self.weight, path, t, denoiser.sigma_data).to(winner.device)
         for x in (winner, loser):
             estimate = denoiser(path.diffuse(x, draw["eps"], t), t, cond)
@@ -145,7 +145,7 @@ class PSO(Method):
         The step is N(alpha' D(x_i), sigma'^2); the last call adds no noise and has no likelihood.
         """
         path = players.generator.path
-        times, ratios = self.steps.times(path).to(states[0].device), []
+        times, ratios = times_on(self.steps, path, states[0].device), []
         for i in range(len(times) - 1):
             t, following = (time.expand(len(states[i])) for time in times[i : i + 2])
             squares = []

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffdistill.diffusion.on_device import constant
 from diffdistill.diffusion.path import Path, expand
-from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.sampling import FewSteps, times_on
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal, shares_between
 from diffdistill.distillation.first_noise import check_first_noise
@@ -89,13 +90,15 @@ class TDM(Method):
         self, law: AnyTimeDistribution, uniform: Tensor, call: Tensor, path: Path, setting: str = "time_law"
     ) -> Tensor:
         """Times [B] of the setting's law between the ends of each sample's step; call: [B], the step's number."""
-        starts = self.steps.times(path)
+        starts = times_on(self.steps, path, torch.device("cpu"))
         ends = torch.cat([starts[1:], starts.new_full((1,), path.t_min)])
         ranges = zip(ends.tolist(), starts.tolist(), strict=True)
-        shares = torch.tensor([shares_between(law, path, *ends, setting) for ends in ranges], dtype=torch.float64)
-        low, high = shares.to(uniform.device)[call].unbind(1)
+        shares = tuple(share for ends in ranges for share in shares_between(law, path, *ends, setting))
+        low, high = constant(shares, uniform.device, torch.float64).view(-1, 2)[call].unbind(1)
         t = law(low + uniform * (high - low), path)
-        return t.maximum(ends.to(t.device)[call])  # a law of whole levels may fall short of the end by one
+        return t.maximum(
+            constant(tuple(ends.tolist()), t.device, torch.float64)[call]
+        )  # a law of whole levels may fall short of the end by one
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """The fake score learns the law of the points where steps arrive, noised to t."""
@@ -142,11 +145,12 @@ class TDM(Method):
             return draw["start"]
         with torch.no_grad():
             calls = self.steps.trajectory(players.generator, draw["z"], condition(players, draw))
-        return torch.stack([call.x for call in calls], 1)[torch.arange(len(draw["call"])), draw["call"]]
+        rows = torch.arange(len(draw["call"]), device=draw["call"].device)
+        return torch.stack([call.x for call in calls], 1)[rows, draw["call"]]
 
     def image(self, players: Players, draw: Draw, start: Tensor) -> Tensor:
         """The generator's x0 of the drawn step."""
-        t = self.steps.times(players.generator.path).to(start.device)[draw["call"]]
+        t = times_on(self.steps, players.generator.path, start.device)[draw["call"]]
         x0: Tensor = players.generator(start, t, condition(players, draw))
         return x0
 
@@ -154,7 +158,7 @@ class TDM(Method):
         self, path: Path, draw: Draw, start: Tensor, x0: Tensor, t: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The step's point of arrival, by x0, noised to t with eps: x_t [B, ...], and the noise's scale beta [B]."""
-        times, call = self.steps.times(path).to(start.device), draw["call"]
+        times, call = times_on(self.steps, path, start.device), draw["call"]
         following = times[(call + 1).clamp_max(len(times) - 1)]
         is_last = call == len(times) - 1
         alpha = torch.where(is_last, 1.0, path.alpha(following))  # the last step arrives at the image itself

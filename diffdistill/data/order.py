@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.source import ImageSource
+from diffdistill.diffusion.on_device import upload
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.settings.schema import UserError
 
@@ -24,8 +25,10 @@ class DataOrder:
         """
         self.source, self.seed, self.stream = source, seed, stream
         self.members = torch.arange(len(source))
-        if classes and source.labels is not None:
-            self.members = torch.isin(source.labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
+        self._labels = None if source.labels is None else source.labels.cpu()
+        self._device = torch.device("cpu") if source.labels is None else source.labels.device
+        if classes and self._labels is not None:
+            self.members = torch.isin(self._labels, torch.tensor(classes)).nonzero()[:, 0]
             if not len(self.members):
                 raise UserError(f"data: no image of the classes {list(classes)}")
         self._permutations: dict[int, Tensor] = {}
@@ -43,8 +46,7 @@ class DataOrder:
         rows = self.rows(first, count)
         images = self.source.rows(rows)
         self.source.expect(self.rows(next_first, count))
-        labels = self.source.labels
-        return images, None if labels is None else labels[rows.to(labels.device)]
+        return images, None if self._labels is None else upload(self._labels[rows], self._device)
 
     def rows(self, first: int, count: int) -> Tensor:
         """The numbers of the images that the samples `first` to `first + count - 1` are: [count] int64, CPU."""

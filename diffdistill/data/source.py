@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffdistill.diffusion.on_device import upload
+
 
 class ImageSource(Protocol):
     """A data set that is ready to train on."""
@@ -77,7 +79,7 @@ class TensorImages:
         return len(self.images)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.images[index.to(self.images.device)]
+        return self.images[upload(index, self.images.device)]
 
     def expect(self, index: Tensor) -> None:
         """Nothing: they are there."""
@@ -121,7 +123,7 @@ class MappedImages:
     def rows(self, index: Tensor) -> Tensor:
         expected, self._expected = self._expected, None
         ready = expected[1].result() if expected and torch.equal(expected[0], index) else self._read(index)
-        return ready.to(self.device, non_blocking=True)
+        return upload(ready, self.device)
 
     def expect(self, index: Tensor) -> None:
         if self._reader is None:
@@ -182,7 +184,7 @@ class LatentImages:
         for number in which.unique().tolist():
             is_here = which == number
             found[is_here] = self.shards[number][index[is_here] - self._bounds[number]]
-        return found.to(self.device)
+        return upload(found, self.device)
 
     def expect(self, index: Tensor) -> None:
         """Nothing: the operating system reads ahead."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffdistill.data.dataset_classes import names_of_dataset
 from diffdistill.data.source import ImageSource
+from diffdistill.diffusion.on_device import upload
 from diffdistill.settings.faults import short
 from diffdistill.settings.schema import UserError
 
@@ -111,7 +112,7 @@ class DatasetImages:
     def rows(self, index: Tensor) -> Tensor:
         expected, self._expected = self._expected, None
         ready = expected[1].result() if expected and torch.equal(expected[0], index) else self._read(index)
-        return ready.to(self.device)
+        return upload(ready, self.device)
 
     def expect(self, index: Tensor) -> None:
         if self._reader is None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.on_device import constant
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.settings.schema import UserError
 
@@ -91,7 +92,7 @@ def _resample(images: Tensor, inverse: Tensor, translation: Tensor) -> Tensor:
     """Images under x -> inverse^-1 x + translation.  translation: [B, 2] in units of TRANSLATION sides."""
     height, width = images.shape[2:]
     # affine_grid's sides go from -1 to 1 whatever their length. In float64, which autocast leaves alone.
-    sides = torch.tensor([width, height], dtype=torch.float64, device=images.device)
+    sides = constant((width, height), images.device, torch.float64)
     linear = inverse * sides / sides[:, None]
     offset = -linear @ (2 * TRANSLATION * translation)[:, :, None]
     grid = F.affine_grid(torch.cat([linear, offset], 2), list(images.shape), align_corners=False)

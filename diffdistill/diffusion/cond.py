@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
+
+from diffdistill.diffusion import on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Cond:
         return Cond(**{name: change(value) for name, value in self.parts().items()})
 
     def __getitem__(self, index: slice | Tensor) -> "Cond":
-        return self.map(lambda value: value[index])
+        return self.map(lambda value: on_device.part(value, index))
 
     @staticmethod
     def cat(first: "Cond", second: "Cond") -> "Cond":
@@ -49,7 +50,7 @@ class Cond:
         left, right = first.parts(), second.parts()
         if left.keys() != right.keys():
             raise ValueError(f"cannot join conditions with {sorted(left)} and {sorted(right)}")
-        return Cond(**{name: torch.cat([left[name], right[name]]) for name in left})
+        return Cond(**{name: on_device.cat([left[name], right[name]]) for name in left})
 
 
 NO_COND = Cond()

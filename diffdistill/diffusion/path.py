@@ -7,6 +7,7 @@ Every quantity of time is float64 and is cast to the image's type only where it 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffdistill.diffusion.on_device import upload
 from diffdistill.diffusion.scheduler_betas import read_betas
 from diffdistill.settings.numbers import Betas, TableSize
 from diffdistill.settings.schema import Positive, schema
@@ -90,13 +92,15 @@ class Path(ABC):
         """Take x at noise level t_from to the noisier t_to, as the forward process would.
 
         x, eps: [B, ...]; t_from, t_to: [B], ratio(t_to) >= ratio(t_from).  Returns [B, ...].
-        Raises ValueError where t_to is the cleaner one.
+        Raises ValueError where t_to is the cleaner one; on a GPU, for which that would mean to wait, x is NaN there.
         """
         scale = self.alpha(t_to) / self.alpha(t_from)
         variance = self.sigma(t_to) ** 2 - (scale * self.sigma(t_from)) ** 2
-        if bool((variance < -1e-12).any()):
+        is_cleaner = variance < -1e-12
+        if variance.device.type == "cpu" and bool(is_cleaner.any()):
             raise ValueError("renoise goes from a cleaner to a noisier time; t_to is cleaner than t_from")
-        return (expand(scale, x) * x + expand(variance.clamp_min(0).sqrt(), x) * eps).to(x.dtype)
+        added = torch.where(is_cleaner, math.nan, variance.clamp_min(0).sqrt())
+        return (expand(scale, x) * x + expand(added, x) * eps).to(x.dtype)
 
     def to_x0(self, prediction: Tensor, kind: Prediction, x_t: Tensor, t: Tensor) -> Tensor:
         """Read x0, eps, v or flow at (x_t, t) as x0.  v = alpha eps - sigma x0; flow = eps - x0."""
@@ -253,6 +257,15 @@ class VPLinear(Path):
         return 2 * (root - self.beta_min / 2) / slope
 
 
+@dataclass(frozen=True)
+class _Table:
+    """values: log(alpha/sigma) at every index.  slopes: from each to the next.  rising: -values."""
+
+    values: Tensor
+    slopes: Tensor
+    rising: Tensor
+
+
 @schema
 class VPDiscrete(Path):
     """A diffusers training schedule: t is the index 0 .. len(betas) - 1, alpha^2 = prod(1 - beta).
@@ -297,15 +310,25 @@ class VPDiscrete(Path):
     def t_max(self) -> float:
         return float(len(self._log_ratios) - 1)
 
-    def _log_ratio(self, t: Tensor) -> Tensor:
-        index, slope = self._piece(t)
-        return self._log_ratios.to(t.device)[index] + (t.double() - index) * slope
+    @cached_property
+    def _tables(self) -> "dict[torch.device, _Table]":
+        return {}
 
-    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The index left of t and the slope of log(alpha/sigma) there."""
-        table = self._log_ratios.to(t.device)
-        index = t.double().floor().long().clamp(0, len(table) - 2)
-        return index, table[index + 1] - table[index]
+    def _table(self, device: torch.device) -> "_Table":
+        """The table on a device, copied there once."""
+        if device not in self._tables:
+            with torch.inference_mode(False):
+                values = upload(self._log_ratios, device)
+                self._tables[device] = _Table(values, values.diff(), -values)
+        return self._tables[device]
+
+    def _log_ratio(self, t: Tensor) -> Tensor:
+        table, index = self._table(t.device), self._index(t)
+        return table.values[index] + (t.double() - index) * table.slopes[index]
+
+    def _index(self, t: Tensor) -> Tensor:
+        """The index left of t."""
+        return t.double().floor().long().clamp(0, len(self._log_ratios) - 2)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sigmoid(2 * self._log_ratio(t)).sqrt()
@@ -317,10 +340,10 @@ class VPDiscrete(Path):
         return times.round()
 
     def log_ratio_derivative(self, t: Tensor) -> Tensor:
-        return self._piece(t)[1]
+        return self._table(t.device).slopes[self._index(t)]
 
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        rising = -self._log_ratios.to(ratio.device)
+        rising = self._table(ratio.device).rising
         value = ratio.double().log().clamp(rising[0], rising[-1])
         index = torch.searchsorted(rising, value.contiguous(), right=True).sub(1).clamp(0, len(rising) - 2)
         return index + (value - rising[index]) / (rising[index + 1] - rising[index])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, Taps, Want
+from diffdistill.diffusion.on_device import constant
 from diffdistill.settings.limits import MAX_CLASSES, MAX_PROCESSES, MAX_WIDTH
 from diffdistill.settings.numbers import Number
 from diffdistill.settings.schema import schema
@@ -28,7 +29,7 @@ class ClassRouter:
         """The student of each sample, [B] int64. Raises ValueError without a label."""
         if cond.label is None:
             raise ValueError("this router goes by the class, and the condition has no label")
-        table, null = torch.tensor(self.table, device=cond.label.device), len(self.table)
+        table, null = constant(self.table, cond.label.device, torch.int64), len(self.table)
         return torch.where(cond.label < null, table[cond.label.clamp_max(null - 1)], cond.label - null)
 
 

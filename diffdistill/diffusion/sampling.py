@@ -5,6 +5,7 @@ A sampler turns unit noise [B, ...] into images. All work on any path and take a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance, Guided, begin
+from diffdistill.diffusion.on_device import upload
 from diffdistill.diffusion.path import EDM, Path, VPDiscrete, expand
 from diffdistill.settings.limits import MAX_SAMPLING_STEPS
 from diffdistill.settings.numbers import SamplingSteps
@@ -78,11 +80,11 @@ class Heun:
     ) -> Tensor:
         path = denoiser.path
         times = path.karras_times(self.num_steps, self.rho)
-        ratios = [*path.ratio(times).tolist(), 0.0]
+        ratios, times = [*path.ratio(times).tolist(), 0.0], upload(times, noise.device)
         guided = begin(guidance, denoiser, cond)
 
         def slope(y: Tensor, i: int) -> Tensor:
-            t, s = (time.expand(len(y)).to(y.device) for time in (times[i], times[min(i + 1, len(times) - 1)]))
+            t, s = (time.expand(len(y)) for time in (times[i], times[min(i + 1, len(times) - 1)]))
             estimate = guided(expand(path.alpha(t), y) * y, t, s if i + 1 < len(times) else None)
             return (y - estimate) / ratios[i]
 
@@ -132,7 +134,7 @@ class DDIM:
         guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
-        times = self.times(denoiser.path).to(noise.device)
+        times = times_on(self, denoiser.path, noise.device)
         x = noise * expand(denoiser.path.sigma(times[:1]), noise)
         return ddim(denoiser, x, times, cond, guidance=guidance)
 
@@ -191,7 +193,7 @@ class FewSteps:
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         guided = begin(guidance, denoiser, cond)
-        times = _each_sample_s(self.times(denoiser.path), noise)
+        times = _each_sample_s(self, denoiser.path, noise)
         start = self._run(denoiser.path, guided, noise, times, self.num_evaluations - 1, fresh_noise)
         return guided(start.x, start.t)
 
@@ -212,7 +214,7 @@ class FewSteps:
         Returns x_t [B, ...] and t [B].  Training on it is DMD2's backward simulation.
         Raises ValueError if a later step has no fresh noise.
         """
-        times = _each_sample_s(self.times(generator.path), noise) if times is None else times.T
+        times = _each_sample_s(self, generator.path, noise) if times is None else times.T
         return self._run(generator.path, begin(guidance, generator, cond), noise, times, step, fresh_noise)
 
     def trajectory(
@@ -222,7 +224,7 @@ class FewSteps:
 
         noise: [B, ...] unit.  Raises ValueError as `roll_out`.
         """
-        guided, times = begin(1.0, generator, cond), _each_sample_s(self.times(generator.path), noise)
+        guided, times = begin(1.0, generator, cond), _each_sample_s(self, generator.path, noise)
         return list(self._inputs(generator.path, guided, noise, times, self.num_evaluations - 1, fresh_noise))
 
     def _run(
@@ -291,7 +293,7 @@ class TCD:
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         guided = begin(guidance, denoiser, cond)
-        times = _each_sample_s(self.times(denoiser.path), noise)
+        times = _each_sample_s(self, denoiser.path, noise)
         start = self._run(denoiser.path, guided, noise, times, self.num_steps - 1, fresh_noise)
         end = torch.zeros_like(start.t)
         return transfer(denoiser.path, start.x, guided(start.x, start.t, end), start.t, end)
@@ -313,7 +315,7 @@ class TCD:
         Returns x_t [B, ...] and t [B].
         Raises ValueError if a later step has no fresh noise, unless eta is 0.
         """
-        times = _each_sample_s(self.times(generator.path), noise) if times is None else times.T
+        times = _each_sample_s(self, generator.path, noise) if times is None else times.T
         return self._run(generator.path, begin(guidance, generator, cond), noise, times, step, fresh_noise)
 
     def _run(
@@ -374,6 +376,20 @@ AnySampler = Annotated[Heun | DDIM | FewSteps | TCD | OneCall, Field(discriminat
 """The samplers that a config may name."""
 
 
-def _each_sample_s(times: Tensor, noise: Tensor) -> Tensor:
-    """The same times [calls] for every sample of noise [B, ...]: [calls, B], on its device."""
-    return times.to(noise.device)[:, None].expand(-1, len(noise))
+class Timed(Protocol):
+    """What has times of its own on a path, and is equal to what has the same ones."""
+
+    def __hash__(self) -> int: ...
+    def times(self, path: Path) -> Tensor: ...
+
+
+@lru_cache(maxsize=256)
+def times_on(sampler: Timed, path: Path, device: torch.device) -> Tensor:
+    """A sampler's times on a device, found and copied there once: not to be changed in place."""
+    with torch.inference_mode(False):
+        return upload(sampler.times(path), device)
+
+
+def _each_sample_s(sampler: Timed, path: Path, noise: Tensor) -> Tensor:
+    """The sampler's times [calls] for every sample of noise [B, ...]: [calls, B], on its device."""
+    return times_on(sampler, path, noise.device)[:, None].expand(-1, len(noise))

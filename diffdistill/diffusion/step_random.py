@@ -9,23 +9,28 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from diffdistill.diffusion.on_device import constant, known_on_host, on_host, remember, upload
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-Word = TypeVar("Word", Tensor, int)
+Word = TypeVar("Word", Tensor, NDArray[np.int64], int)
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, int]) -> tuple[Word, Word, Word, Word]:
     """Four words of 32 random bits per counter and key.
 
-    counter: four int64 tensors (or integers) with values in [0, 2^32), broadcastable; key: two such.
+    counter: four int64 tensors or arrays (or integers) with values in [0, 2^32), broadcastable; key: two such.
     Returns four of them in [0, 2^32).  Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     c0, c1, c2, c3 = counter
@@ -41,6 +46,44 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, int]) -> tup
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def philox_blocks(index: Tensor, num_blocks: int, step: int, round_keys: Tensor) -> Tensor:
+    """The words of `philox` at the counters (index low, index high, block, step), by half as many operations.
+
+    index: [B]; round_keys: of n names, see `_round_keys`.  Returns [2, n, B, num_blocks, 2]: words 0 and 2 of each
+    block, then 1 and 3.
+    """
+    index = index[:, None]
+    product = (
+        index.bitwise_and(_MASK) * _MULTIPLIERS[0],
+        torch.arange(num_blocks, device=index.device) * _MULTIPLIERS[1],
+    )
+    c0 = (product[1] >> 32 & _MASK) ^ (index >> 32) ^ round_keys[0, 0]
+    c2 = (product[0] >> 32 & _MASK) ^ (round_keys[0, 1] ^ step)
+    even = torch.stack(torch.broadcast_tensors(c0, c2))
+    odd = torch.stack(torch.broadcast_tensors(product[1], product[0])).unsqueeze(1)
+    multipliers = constant(_MULTIPLIERS, index.device, torch.int64).view(2, 1, 1, 1)
+    for keys in round_keys[1:].unbind(0):
+        crossed = (even * multipliers).flip(0)
+        # The words of `odd` keep bits above the 32 that count: they are only ever combined bit by bit.
+        even = (crossed >> 32).bitwise_xor_(odd).bitwise_xor_(keys).bitwise_and_(_MASK)
+        odd = crossed
+    return torch.stack([even.movedim(0, -1), odd.movedim(0, -1)]).bitwise_and_(_MASK)
+
+
+@lru_cache(maxsize=256)
+def _round_keys(first: tuple[int, ...], second: int, device: torch.device) -> Tensor:
+    """The keys of philox's ten rounds, [10, 2, n, 1, 1], on a device. They do not change with the step.
+
+    first: the first half, of n names; second: the other, of all.
+    """
+    rounds = [
+        [[(key + i * _WEYL[0]) & _MASK for key in first], [(second + i * _WEYL[1]) & _MASK] * len(first)]
+        for i in range(10)
+    ]
+    with torch.inference_mode(False):
+        return upload(torch.tensor(rounds)[..., None, None], device)
 
 
 @dataclass(frozen=True)
@@ -64,9 +107,9 @@ class StepRandom:
     ) -> dict[str, Tensor]:
         """`normal` for several names: the same numbers, in one pass. Half precision is rounded at the end."""
         count, wide = math.prod(shape), torch.promote_types(dtype, torch.float32)
-        words = self._words(names, self.index, -(-count // 4))
-        radius = (-2 * _unit(words[..., 0::2], wide).log()).sqrt_()
-        angle = _unit(words[..., 1::2], wide) * (2 * math.pi)
+        keys = _round_keys(tuple(map(self._hash, names)), self.seed >> 32 & _MASK, self.index.device)
+        first, second = _unit(philox_blocks(self.index, -(-count // 4), self.step & _MASK, keys), wide).unbind(0)
+        radius, angle = (-2 * first.log()).sqrt_(), second * (2 * math.pi)
         values = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(2)[..., :count].to(dtype)
         return dict(zip(names, values.reshape(len(names), -1, *shape).unbind(0), strict=True))
 
@@ -79,9 +122,14 @@ class StepRandom:
         return self.uniforms((name,))[name]
 
     def uniforms(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """`uniform` for several names: the same numbers, in one pass."""
-        values = _unit(self._words(names, self.index, 1)[..., 0], torch.float64)
-        return dict(zip(names, values.unbind(0), strict=True))
+        """`uniform` for several names: the same numbers, in one pass. The host knows them, as it knows the index."""
+        index = on_host(self.index).numpy()
+        keys = np.array([[self._hash(name)] for name in names], dtype=np.int64)
+        zero = np.zeros_like(index)
+        words = philox((index & _MASK, index >> 32, zero, zero + (self.step & _MASK)), (keys, self.seed >> 32 & _MASK))
+        values = torch.from_numpy((words[0] + 0.5) * 2.0**-32)
+        there = upload(values, self.index.device)
+        return {name: remember(there[row], values[row]) for row, name in enumerate(names)}
 
     def integers(self, name: str, high: int) -> Tensor:
         """[B] int64 in 0 .. high - 1."""
@@ -89,7 +137,9 @@ class StepRandom:
 
     def grouped(self, size: int) -> "StepRandom":
         """The numbers of groups in the place of samples: `size` samples after one another have the same ones."""
-        return replace(self, index=self.index // size)
+        index = self.index // size
+        host = known_on_host(self.index)
+        return replace(self, index=index if host is None else remember(index, host // size))
 
     def shared_integer(self, name: str, high: int) -> int:
         """One integer in 0 .. high - 1 for the whole batch: the same in every micro-batch and process."""
@@ -97,7 +147,7 @@ class StepRandom:
 
     def torch_seed(self, name: str) -> int:
         """A seed for torch's own generator, for what draws inside a network (dropout)."""
-        words = self._one(name, int(self.index[0]))
+        words = self._one(name, int(on_host(self.index)[0]))
         return words[0] << 31 | words[1] >> 1
 
     def _one(self, name: str, index: int) -> tuple[int, int, int, int]:
@@ -105,16 +155,6 @@ class StepRandom:
 
     def _hash(self, name: str) -> int:
         return (self.seed ^ zlib.crc32(name.encode())) & _MASK
-
-    def _words(self, names: Sequence[str], index: Tensor, blocks: int) -> Tensor:
-        """[len(names), len(index), 4 * blocks]: up to 2^64 samples, 2^32 steps, and names told apart by the key."""
-        device = index.device
-        index = index[:, None]
-        block = torch.arange(blocks, device=device)
-        counter = (index & _MASK, index >> 32, block, torch.tensor(self.step & _MASK, device=device))
-        key = torch.tensor([self._hash(name) for name in names], device=device)[:, None, None]
-        words = philox(counter, (key, (self.seed >> 32) & _MASK))
-        return torch.stack(torch.broadcast_tensors(*words), -1).flatten(2)
 
 
 def integer_of(uniform: Tensor, high: int) -> Tensor:

@@ -1,12 +1,14 @@
 """How far apart the two noise levels of a consistency pair are, and how they near one another as training goes on."""
 
 import math
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffdistill.diffusion.on_device import upload
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.time_distributions import ratio_range
 from diffdistill.settings.limits import MAX_LEVELS
@@ -47,10 +49,18 @@ class Doubling:
 
     def pair(self, t: Tensor, path: Path, step: int, num_steps: int) -> tuple[Tensor, Tensor]:
         """t [B] of a law as the levels (t, r), r the lower one.  The lowest of all is the path's end."""
-        grid = path.karras_times(self.intervals(step, num_steps) + 1, self.rho).flip(0).to(t.device)
-        grid[0], grid[-1] = path.t_min, path.t_max  # but for rounding they are
+        grid = _grid(path, self.intervals(step, num_steps), self.rho, t.device)
         upper = torch.searchsorted(grid, t.contiguous()).clamp(1, len(grid) - 1)
         return grid[upper], grid[upper - 1]
+
+
+@lru_cache(maxsize=64)
+def _grid(path: Path, intervals: int, rho: float, device: torch.device) -> Tensor:
+    """Karras times on a device, rising, [intervals + 1], found and copied there once."""
+    grid = path.karras_times(intervals + 1, rho).flip(0)
+    grid[0], grid[-1] = path.t_min, path.t_max  # but for rounding they are
+    with torch.inference_mode(False):
+        return upload(grid, device)
 
 
 @schema

@@ -121,7 +121,7 @@ def mean_by_bin(values: Tensor, bins: Tensor, before: Tensor, memory: float) -> 
 
     values: [B]; bins: [B] int64, 0 .. K - 1; before: [K].  Returns [K].
     """
-    count = torch.bincount(bins, minlength=len(before))
+    count = torch.zeros_like(before, dtype=torch.int64).index_add_(0, bins, torch.ones_like(bins))
     total = torch.zeros_like(before).index_add_(0, bins, values)
     mixed = memory * before + (1 - memory) * total / count.clamp_min(1)
     return torch.where(count > 0, mixed, before)

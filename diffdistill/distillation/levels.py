@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffdistill.diffusion.path import Path
-from diffdistill.diffusion.sampling import StepSampler
+from diffdistill.diffusion.sampling import StepSampler, times_on
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras
 from diffdistill.settings.schema import PositiveInt, field, schema
@@ -33,7 +33,7 @@ class DrawnLevels:
         """Times [B, calls], noise first, float64; whole numbers on a discrete path."""
         low, high = self.calls
         count = low + rng.shared_integer("calls", high - low + 1)
-        first = steps.times(path)[:1].to(rng.index.device).expand(len(rng.index), 1)
+        first = times_on(steps, path, rng.index.device)[:1].expand(len(rng.index), 1)
         if count == 1:
             return first
         later = [

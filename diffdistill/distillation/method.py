@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, compute_on, device_of
+from diffdistill.diffusion.on_device import constant, known_on_host, upload
 from diffdistill.diffusion.path import Path, Prediction
 from diffdistill.diffusion.router import AnyRouter
 from diffdistill.diffusion.sampling import AnySampler
@@ -110,9 +111,14 @@ class Problem:
 
     def label_of(self, uniform: Tensor) -> Tensor:
         """Uniform numbers [B] in (0, 1) as classes of this run, int64 [B]."""
+        known = known_on_host(uniform)
+        if (
+            known is not None and uniform.device.type != "cpu"
+        ):  # what the host knows of them it will know of the classes
+            return upload(self.label_of(known), uniform.device)
         if not self.classes:
             return integer_of(uniform, max(self.num_classes, 1))
-        return torch.tensor(self.classes, device=uniform.device)[integer_of(uniform, len(self.classes))]
+        return constant(self.classes, uniform.device, torch.int64)[integer_of(uniform, len(self.classes))]
 
     def copies(self, *names: str, starts: Mapping[str, str] | None = None) -> dict[str, nn.Module]:
         """Trainable copies for players.  starts: what a method says of them, where the problem's `starts` does not.

@@ -5,6 +5,7 @@ Grid index 0 is time 0, which is clean (on a discrete path its first index), ind
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffdistill.diffusion.on_device import constant, upload
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import DDIM
 from diffdistill.diffusion.step_random import StepRandom, integer_of
@@ -85,9 +87,16 @@ def segment_of(index: Tensor, num_steps: int, num_segments: int) -> Segment:
     An edge belongs to the segment below it: low < index <= high.  With the paper's floor(n k / N) N / k an edge would
     be its own lower end, and nothing would be left to jump over (Ren et al. 2024, arXiv:2404.13686, eq. 11).
     """
-    edges = segment_edges(num_steps, num_segments).to(index.device)
+    edges = constant(tuple(segment_edges(num_steps, num_segments).tolist()), index.device, torch.int64)
     above = torch.searchsorted(edges, index.contiguous())  # edges[above - 1] < index <= edges[above]
     return Segment(edges[above - 1], edges[above])
+
+
+@lru_cache(maxsize=64)
+def _times_on(stage: Stage, path: Path, grid: DDIM, device: torch.device) -> Tensor:
+    """A stage's times on a device, found and copied there once."""
+    with torch.inference_mode(False):
+        return upload(stage.times(path, grid), device)
 
 
 def draw_jump(rng: StepRandom, path: Path, stage: Stage, grid: DDIM, ends: Ends) -> dict[str, Tensor]:
@@ -96,7 +105,7 @@ def draw_jump(rng: StepRandom, path: Path, stage: Stage, grid: DDIM, ends: Ends)
     start: any but time 0.  next: one grid step below.  end: of the jump, within the segment, at most `next`.
     judged: where a discriminator looks at what has arrived, between `end` and the segment's noisy end.
     """
-    times = stage.times(path, grid).to(rng.index.device)
+    times = _times_on(stage, path, grid, rng.index.device)
     num_steps = len(times) - 1
     uniforms = rng.uniforms(["start", "end", "judged"])
     start = 1 + integer_of(uniforms["start"], num_steps)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffdistill.diffusion.step_random import StepRandom, integer_of, philox
+from diffdistill.diffusion.step_random import StepRandom, _round_keys, integer_of, philox, philox_blocks
 
 COUNT = 200_000
 
@@ -158,3 +158,15 @@ def test_a_torch_seed_is_accepted_by_torch_and_differs_between_steps():
     assert len(seeds) == 50
     for seed in seeds:
         torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 6])
+def test_the_blocks_of_fewer_operations_are_philox_s_own(num_blocks):
+    index, names, step = torch.tensor([0, 7, 2**32 - 1, 2**40 + 3]), (0, 0xFFFFFFFF, 12345), 2**32 - 5
+    words = philox_blocks(index, num_blocks, step, _round_keys(names, 77, index.device))
+    low, high = (index & 0xFFFFFFFF)[:, None], (index >> 32)[:, None]
+    keys = torch.tensor(names)[:, None, None], 77
+    expected = philox((low, high, torch.arange(num_blocks), torch.tensor(step)), keys)
+    for word, want in enumerate(expected):
+        got = words[word % 2, ..., word // 2]
+        assert torch.equal(got, want.expand_as(got))

@@ -57,7 +57,7 @@ FAULTS = (
     Fault(
         "all samples have the first one's step",
         METHOD,
-        '[torch.arange(len(draw["call"])), draw["call"]]',
+        '[rows, draw["call"]]',
         '[:, draw["call"][0]]',
         f"{TEST}both_updates_share_one_roll_out_in_which_each_sample_has_a_step_of_its_own",
     ),
