@@ -121,9 +121,9 @@ class BucketOrder:
         """As `DataOrder.take`; the samples from `first` on, and from `next_first` on, are of one step each."""
         (order, place), (later, next_place) = self.place_of(first), self.place_of(next_first)
         rows = order.rows(place, count)
-        images, labels = order.source.rows(rows), order.source.labels
+        images = order.source.rows(rows)
         later.source.expect(later.rows(next_place, count))
-        return images, None if labels is None else labels[rows.to(labels.device)]
+        return images, order.labels(rows)
 
     def place_of(self, first: int) -> tuple[DataOrder, int]:
         """A sample's bucket, and its number among the samples of that bucket."""

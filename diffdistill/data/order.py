@@ -46,7 +46,11 @@ class DataOrder:
         rows = self.rows(first, count)
         images = self.source.rows(rows)
         self.source.expect(self.rows(next_first, count))
-        return images, None if self._labels is None else upload(self._labels[rows], self._device)
+        return images, self.labels(rows)
+
+    def labels(self, rows: Tensor) -> Tensor | None:
+        """Those of the images with these numbers, on their device; the host knows them."""
+        return None if self._labels is None else upload(self._labels[rows], self._device)
 
     def rows(self, first: int, count: int) -> Tensor:
         """The numbers of the images that the samples `first` to `first + count - 1` are: [count] int64, CPU."""
