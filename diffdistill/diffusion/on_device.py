@@ -26,8 +26,8 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 def remember(tensor: Tensor, host: Tensor) -> Tensor:
     """Keep the same numbers on the host for as long as the tensor lives. Returns the tensor."""
-    if tensor.device.type != "cpu":
-        _HOST_COPIES[tensor] = host, tensor._version
+    if tensor.device.type != "cpu" and not torch.compiler.is_compiling():
+        _HOST_COPIES[tensor] = host, _version(tensor)
     return tensor
 
 
@@ -35,14 +35,21 @@ def known_on_host(tensor: Tensor) -> Tensor | None:
     """A tensor's numbers on the host, where they are there already. None: the host would have to wait for them."""
     if tensor.device.type == "cpu":
         return tensor
+    if torch.compiler.is_compiling():  # which knows no weak references
+        return None
     host, version = _HOST_COPIES.get(tensor, (None, -1))
-    return host if version == tensor._version else None
+    return host if version == _version(tensor) else None
 
 
 def on_host(tensor: Tensor) -> Tensor:
     """A tensor's numbers on the host, which waits for them only where it did not know them."""
     known = known_on_host(tensor)
     return tensor.cpu() if known is None else known
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; of tensors of inference mode nobody counts it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def cat(parts: Sequence[Tensor]) -> Tensor:
