@@ -11,7 +11,7 @@ from diffdistill.training.trainer import Trainer
 
 PATHS = {"edm": (), "vp_discrete": ("model.path={name: vp_discrete}", "model.predicts=v")}
 NEEDED = {"msd": ("method.student_index=0",), "tsm": PATHS["vp_discrete"]}
-BESIDE = {"merge_teachers": 2}  # how many samples each of its two teachers is asked, the device alone knows
+BESIDE = {"merge_teachers": 1}  # how many samples each of its teachers is asked, the device alone knows
 CASES = [("edm", name) for name in ("dmd2", "boot")]  # BOOT takes no teacher on a discrete path
 CASES += [("vp_discrete", name) for name in SETTINGS if name not in ("pretrain", "boot")]
 
