@@ -7,7 +7,6 @@ Every quantity of time is float64 and is cast to the image's type only where it 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.diffusion.on_device import upload
+from diffdistill.diffusion.level_table import LevelTable, table_on
 from diffdistill.diffusion.scheduler_betas import read_betas
 from diffdistill.settings.numbers import Betas, TableSize
 from diffdistill.settings.schema import Positive, schema
@@ -257,15 +256,6 @@ class VPLinear(Path):
         return 2 * (root - self.beta_min / 2) / slope
 
 
-@dataclass(frozen=True)
-class _Table:
-    """values: log(alpha/sigma) at every index.  slopes: from each to the next.  rising: -values."""
-
-    values: Tensor
-    slopes: Tensor
-    rising: Tensor
-
-
 @schema
 class VPDiscrete(Path):
     """A diffusers training schedule: t is the index 0 .. len(betas) - 1, alpha^2 = prod(1 - beta).
@@ -311,23 +301,14 @@ class VPDiscrete(Path):
         return float(len(self._log_ratios) - 1)
 
     @cached_property
-    def _tables(self) -> "dict[torch.device, _Table]":
+    def _tables(self) -> dict[torch.device, LevelTable]:
         return {}
 
-    def _table(self, device: torch.device) -> "_Table":
-        """The table on a device, copied there once."""
-        if device not in self._tables:
-            with torch.inference_mode(False):
-                values = upload(self._log_ratios, device)
-                self._tables[device] = _Table(values, values.diff(), -values)
-        return self._tables[device]
-
     def _log_ratio(self, t: Tensor) -> Tensor:
-        table, index = self._table(t.device), self._index(t)
+        table, index = table_on(t.device, self._tables, self._log_ratios), self._index(t)
         return table.values[index] + (t.double() - index) * table.slopes[index]
 
     def _index(self, t: Tensor) -> Tensor:
-        """The index left of t."""
         return t.double().floor().long().clamp(0, len(self._log_ratios) - 2)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -340,10 +321,10 @@ class VPDiscrete(Path):
         return times.round()
 
     def log_ratio_derivative(self, t: Tensor) -> Tensor:
-        return self._table(t.device).slopes[self._index(t)]
+        return table_on(t.device, self._tables, self._log_ratios).slopes[self._index(t)]
 
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        rising = self._table(ratio.device).rising
+        rising = table_on(ratio.device, self._tables, self._log_ratios).rising
         value = ratio.double().log().clamp(rising[0], rising[-1])
         index = torch.searchsorted(rising, value.contiguous(), right=True).sub(1).clamp(0, len(rising) - 2)
         return index + (value - rising[index]) / (rising[index + 1] - rising[index])
