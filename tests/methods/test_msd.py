@@ -398,7 +398,8 @@ def prompt_table(pooled: bool = True) -> PromptTable:
     heaps = corners[torch.arange(12) % 4] + 0.1 * random(12, 2).float()
     if pooled:
         return PromptTable([Cond(pooled_text=heaps)], Cond(pooled_text=torch.zeros(1, 2)))
-    tokens = torch.stack([heaps + 1, heaps - 1, torch.full_like(heaps, 9.0)], 1)  # the last is filling
+    filling = 100 * random(12, 2, seed=5).float()
+    tokens = torch.stack([heaps + 1, heaps - 1, filling], 1)
     mask = torch.tensor([1, 1, 0]).repeat(12, 1)
     return PromptTable([Cond(text=tokens, text_mask=mask)], Cond(text=torch.zeros(1, 3, 2), text_mask=mask[:1]))
 
