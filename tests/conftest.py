@@ -189,6 +189,16 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "ddk": f"""
+method:
+  name: ddk
+  base: {{name: dmd2, steps: {{init_ratio: 2.5}}, fake_updates: 2, gan_weight: 0}}
+  every: 2
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "diversity": f"""
 method:
   name: diversity

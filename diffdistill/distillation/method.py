@@ -304,7 +304,7 @@ class Method(ABC):
         return getattr(self, function)(players, draw, batch)
 
 
-WRAPPERS = ("forget", "diversity", "disback", "msd")
+WRAPPERS = ("ddk", "forget", "diversity", "disback", "msd")
 """Ours that hold another method: any of those before it here, and any that holds none."""
 
 _FILES = modules_of("diffdistill.methods")

@@ -38,6 +38,7 @@ GUIDED = {
     "preference_field": ("method.guidance=2",),
     "score_field": ("method.guidance=2", "method.fake_guidance=1.5"),
     "forget": ("method.base.guidance=2",),
+    "ddk": ("method.base.guidance=2",),
     "diversity": ("method.base.guidance=2",),
     "rectified_flow": ("method.guidance=2",),
     "mean_flow": ("method.guidance=2",),

@@ -41,6 +41,7 @@ METHODS = {
     "preference_field": "{name: preference_field, steps: {init_ratio: 5, init_noise: unit}, fake_updates: 1}",
     "score_field": "{name: score_field, steps: {init_ratio: 5, init_noise: unit}}",
     "forget": f"{{name: forget, base: {SCORE}}}",
+    "ddk": f"{{name: ddk, base: {SCORE}}}",
     "diversity": f"{{name: diversity, base: {SCORE}}}",
     "mean_flow": "{name: mean_flow, steps: {init_ratio: 6000, init_noise: unit}, width: 8}",
 }
@@ -64,7 +65,7 @@ OWN = {
     }.items()
 }
 """Our own networks, as `model` of a config, on digits."""
-NEED_CLASSES = ("agd", "msd", "guidance_distill")
+NEED_CLASSES = ("agd", "ddk", "msd", "guidance_distill")
 PROMPTS = ("a red fox", "two blue birds", "a hat")
 COUNT = 8  # images
 
