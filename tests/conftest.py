@@ -79,6 +79,21 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "cdm": f"""
+method:
+  name: cdm
+  steps: {{init_ratio: 10, later_ratios: [2], later_noise: ddim}}
+  levels: {{calls: [1, 3], time_law: {{name: karras, ratio_min: 0.1, ratio_max: 5}}}}
+  guidance: [1, 3]
+  fake_follows: 0.01
+  anchor_weight: 0.05
+  anchor_steps: 2
+  anchor_sampler: {{name: ddim, num_steps: 6}}
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "uni_instruct": f"""
 method: {{name: uni_instruct, divergence: kl, steps: {{init_ratio: 2.5}}, gan_weight: 0.03, ratio_memory: 0.5}}
 optimizers:

@@ -65,6 +65,8 @@ class Decoupled:
         else:
             plain = guided = players.teacher(x_t, t, told)
         matching = term("", fake - plain, plain, guided)
+        if isinstance(guidance, (int, float)) and guidance == 1:
+            return matching
         x_t, t = path.diffuse(x, draw["guidance eps"], draw["guidance t"]), draw["guidance t"]
         plain, guided = both(players.teacher, x_t, t, told, guidance)
         return matching + term("guidance ", plain - guided, plain, guided)

@@ -23,7 +23,7 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.path import Path
-from diffdistill.diffusion.sampling import StepSampler
+from diffdistill.diffusion.sampling import StepInput, StepSampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import TimeDistribution
 from diffdistill.distillation.levels import DrawnLevels
@@ -154,18 +154,23 @@ def generate(players: Players, draw: Draw, steps: StepSampler, sample: str = "",
 
     cond: None for the drawn classes.  Yin et al. 2024, arXiv:2405.14867, section 4.4.
     """
-    cond, step = condition(players, draw, sample) if cond is None else cond, int(draw["step"])
-    with torch.no_grad():
-        start = steps.roll_out(
-            players.generator,
-            draw[f"{sample}z"],
-            cond,
-            step=step,
-            fresh_noise=lambda i: draw[f"{sample}fresh {i}"],
-            times=draw.get("times"),
-        )
+    cond = condition(players, draw, sample) if cond is None else cond
+    start = call_input(players, draw, steps, sample, cond=cond)
     x: Tensor = players.generator(start.x, start.t, cond)
     return x
+
+
+@torch.no_grad()
+def call_input(players: Players, draw: Draw, steps: StepSampler, sample: str = "", *, cond: Cond) -> StepInput:
+    """What the generator's drawn call is given, simulated as at inference."""
+    return steps.roll_out(
+        players.generator,
+        draw[f"{sample}z"],
+        cond,
+        step=int(draw["step"]),
+        fresh_noise=lambda i: draw[f"{sample}fresh {i}"],
+        times=draw.get("times"),
+    )
 
 
 def sample_at_hand(players: Players, draw: Draw, steps: StepSampler) -> Tensor:

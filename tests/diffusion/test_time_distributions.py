@@ -162,6 +162,7 @@ def test_every_method_s_laws_are_looked_at() -> None:
         "sim",
         "f_distill",
         "uni_instruct",
+        "cdm",
         "hyper_sd",
         "boot",
         "scm",

@@ -27,6 +27,7 @@ METHODS = {
     "sim": "{name: sim, steps: {init_ratio: 5, init_noise: unit}}",
     "f_distill": "{name: f_distill, divergence: js, steps: {init_ratio: 5, init_noise: unit}, fake_updates: 1}",
     "uni_instruct": "{name: uni_instruct, steps: {init_ratio: 5, init_noise: unit}}",
+    "cdm": "{name: cdm, steps: {init_ratio: 5, later_noise: ddim}, anchor_weight: 0.05}",
     "boot": "{name: boot}",
     "disback": f"{{name: disback, base: {SCORE}, path_length: 2, recording_interval: 1, backtracking_interval: 1}}",
     "msd": f"{{name: msd, base: {SCORE}, num_students: 2, partition: {{name: label_ranges}}}}",

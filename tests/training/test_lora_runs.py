@@ -32,6 +32,7 @@ WITH_LORA = (
             "sim",
             "f_distill",
             "uni_instruct",
+            "cdm",
             "regression",
             "msd",
             "scm",
