@@ -30,12 +30,9 @@ config = RunConfig(
     run="runs/digits-cdm",
     teacher="runs/digits-teacher",
     method=method,
-    optimizers={
-        "generator": OptimizerConfig(lr=6e-4, decay="linear"),
-        "default": OptimizerConfig(lr=1e-3, decay="linear"),
-    },
+    optimizers={name: OptimizerConfig(lr=lr, decay="linear") for name, lr in (("generator", 6e-4), ("default", 1e-3))},
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=500, global_batch_size=64, checkpoint_every=300),
+    train=TrainConfig(steps=500, global_batch_size=64, checkpoint_every=300, num_threads=1),
 )
 
 if __name__ == "__main__":
