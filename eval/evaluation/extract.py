@@ -212,7 +212,9 @@ class StoredFeatures:
         rng = StepRandom(0, protocol.noise.step, protocol.seed_ranges[self.repeat][0] + index)
         labels = labels_of(protocol.labels, index, protocol.num_images, rng)
         if labels is None:
-            raise UserError(f"diversity: {protocol.name} names no classes")
+            raise UserError(
+                f"protocol {protocol.name}: a metric asks what each image was asked for, and it names no classes"
+            )
         return labels
 
 

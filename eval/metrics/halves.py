@@ -11,7 +11,7 @@ from diffdistill.eval.metrics.kernels import kid_of_parts
 from diffdistill.eval.metrics.moments import Summary
 from diffdistill.eval.metrics.scoring import score
 from diffdistill.eval.metrics.settings import AnyMetric, KernelDistance
-from diffdistill.eval.metrics.sides import Features, JudgedFeatures
+from diffdistill.eval.metrics.sides import Features, JudgedFeatures, Rows
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def score_halves(
     kernels = [metric for metric in metrics if isinstance(metric, KernelDistance)]
     others = [metric for metric in metrics if not isinstance(metric, KernelDistance)]
     if halves_of_real is not None:
-        real = {label: _Rows(features.rows()) for label, features in real.items()}
+        real = {label: Rows(features.rows()) for label, features in real.items()}
     memories = [{label: InMemory(features) for label, features in side.items()} for side in judged]
     found: list[list[dict[str, float]]] = [[] for _ in judged]
     for i, chosen in enumerate(halves):
-        against = real if halves_of_real is None else {k: _Rows(v.rows()[halves_of_real[i]]) for k, v in real.items()}
+        against = real if halves_of_real is None else {k: Rows(v.rows()[halves_of_real[i]]) for k, v in real.items()}
         for memory, values in zip(memories, found, strict=True):
             half = {label: Half(features, chosen) for label, features in memory.items()}
             values.append(score(others, half, against).values)
@@ -104,20 +104,6 @@ def score_halves(
             for value, distance in zip(values, distances.tolist(), strict=True):
                 value[metric.keys[0]] = distance
     return found
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A reference in memory."""
-
-    features: Tensor
-
-    @cached_property
-    def summary(self) -> Summary:
-        return Summary.of(self.features)
-
-    def rows(self, max_samples: int | None = None) -> Tensor:
-        return self.features[:max_samples]
 
 
 def _members(parts: Sequence[Tensor], features: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Scores of one set of images: Inception Score, CLIP score, preference, diversity. In float64."""
+"""Scores of one set of images: Inception Score, share of classes, CLIP score, preference, diversity. In float64."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -25,6 +26,19 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
     bounds = [i * len(logits) // splits for i in range(splits + 1)]
     scores = torch.stack([_exp_mutual_information(logits[order[i:j]]) for i, j in pairwise(bounds)])
     return float(scores.mean()), float(scores.std(correction=0))
+
+
+def class_share(logits: Tensor, classes: Sequence[int]) -> float:
+    """The share of samples whose largest logit is that of one of the classes, 0 .. 1.
+
+    logits: [N, K].  classes: 0 .. K - 1.  Raises UserError for NaN, other shapes, and a class that is none of K.
+    """
+    check_features(logits, "logits")
+    outside = [one for one in classes if not 0 <= one < logits.shape[1]]
+    if outside:
+        raise UserError(f"class {outside[0]}: the classifier has the classes 0 .. {logits.shape[1] - 1}")
+    found = torch.isin(logits.argmax(1), torch.tensor(classes, device=logits.device))
+    return float(found.double().mean())
 
 
 def clip_score(images: Tensor, texts: Tensor, *, scale: float = 1.0, clamp: Literal["none", "zero"] = "none") -> float:

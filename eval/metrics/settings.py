@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
+import torch
 from pydantic import Field
 
 from diffdistill.eval.features.extractors import AnyFeatures, Hps, Inception, LaionAesthetic, OpenClip, PickScore
@@ -13,14 +14,17 @@ from diffdistill.eval.metrics.distances import frechet_from_features, frechet_fr
 from diffdistill.eval.metrics.facts import AGAINST, PUBLISHED, Fact
 from diffdistill.eval.metrics.kernels import cmmd, kid
 from diffdistill.eval.metrics.neighbours import Prdc, prdc
-from diffdistill.eval.metrics.scores import clip_score, diversity, inception_score, mean_product
-from diffdistill.eval.metrics.sides import Found, MissingFeaturesError, Sides
-from diffdistill.settings.limits import MAX_LEVELS
-from diffdistill.settings.numbers import Levels, SamplingSteps, Seed
-from diffdistill.settings.schema import Positive, PositiveInt, field, schema
+from diffdistill.eval.metrics.scores import class_share, clip_score, diversity, inception_score, mean_product
+from diffdistill.eval.metrics.sides import Features, Found, MissingFeaturesError, Rows, Sides
+from diffdistill.settings.limits import MAX_CHOSEN, MAX_LEVELS
+from diffdistill.settings.numbers import Levels, NonNegativeInt, SamplingSteps, Seed
+from diffdistill.settings.schema import Positive, PositiveInt, UserError, field, schema
 
 CMMD_CLIP = ("clip-vit-l-14-336", "openai")
 """CMMD's CLIP: the features' label, and whose weights."""
+
+Classes = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=MAX_CHOSEN)]
+"""Some classes, by number."""
 
 
 class Metric(ABC):
@@ -61,14 +65,52 @@ class Frechet(Metric):
         return ("fid" if isinstance(self.features, Inception) else f"fd-{self.features.label}",)
 
     def compute(self, sides: Sides) -> Found:
-        """From streamed means and covariances; of fewer samples than features from the features that are there."""
-        summary, real = sides.fake.summary, sides.real
-        if summary.count >= len(summary.mean):
-            return Found((frechet_from_summaries(summary, real.summary),))
-        try:
-            return Found((frechet_from_features(sides.fake.rows(), real.rows()),))
-        except MissingFeaturesError:
-            return Found((frechet_from_few(sides.fake.rows(), real.summary),))
+        return Found((_frechet(sides.fake, sides.real),))
+
+
+@schema
+class FrechetRest(Metric):
+    """Frechet distance of the images that are asked for other classes than the forgotten ones, by the protocol's
+    numbers. The reference is taken whole: it has to be of images without those classes."""
+
+    facts = (Fact("fd-rest", "lower", "FD of the rest"),)
+
+    name: Literal["frechet_rest"] = "frechet_rest"
+    features: AnyFeatures
+    forgotten: Classes
+    covariance: Literal["unbiased"] = "unbiased"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (f"fd-rest-{self.features.label}",)
+
+    def compute(self, sides: Sides) -> Found:
+        rows, asked = sides.fake.rows(), sides.fake.conditions
+        rest = rows[~torch.isin(asked, torch.tensor(self.forgotten, device=asked.device)).to(rows.device)]
+        if len(rest) < 2:
+            raise UserError(f"{sides.key}: {len(rest)} images are asked for other classes; a distance needs 2 or more")
+        return Found((_frechet(Rows(rest), sides.real),))
+
+
+@schema
+class ForgottenShare(Metric):
+    """The share of all images, whatever they are asked for, whose largest logit is that of a forgotten class.
+    forgotten: by the classifier's numbers.  Chen et al. 2024, arXiv:2409.11219."""
+
+    facts = (Fact("forgotten-share", "lower", "share still called forgotten", decimals=4),)
+    compares = False
+    needs = frozenset({"logits"})
+
+    name: Literal["forgotten_share"] = "forgotten_share"
+    features: AnyFeatures
+    forgotten: Classes
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (f"forgotten-share-{self.features.label}",)
+
+    def compute(self, sides: Sides) -> Found:
+        return Found((class_share(sides.fake.logits, self.forgotten),))
 
 
 @schema
@@ -277,10 +319,12 @@ class Diversity(Metric):
 
 AnyMetric = Annotated[
     Frechet
+    | FrechetRest
     | KernelDistance
     | PrecisionRecall
     | DensityCoverage
     | InceptionScore
+    | ForgottenShare
     | Cmmd
     | ClipScore
     | Preference
@@ -320,6 +364,16 @@ def primary_metric(metrics: Sequence[str]) -> str:
     known = [metric for metric in metrics if facts[metric]]
     first = {m: fact.priority for m, fact in facts.items() if fact and fact.priority is not None}
     return min(first, key=lambda metric: first[metric]) if first else (known or list(metrics))[0]
+
+
+def _frechet(fake: Features, real: Features) -> float:
+    """From streamed means and covariances; of fewer samples than features from the features that are there."""
+    if fake.summary.count >= len(fake.summary.mean):
+        return frechet_from_summaries(fake.summary, real.summary)
+    try:
+        return frechet_from_features(fake.rows(), real.rows())
+    except MissingFeaturesError:
+        return frechet_from_few(fake.rows(), real.summary)
 
 
 def _balls(metric: PrecisionRecall | DensityCoverage, sides: Sides) -> Prdc:

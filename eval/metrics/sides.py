@@ -60,6 +60,20 @@ class OnDevice:
         return self.features.rows(max_samples).to(self.device)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Features [N, d] in memory."""
+
+    features: Tensor
+
+    @cached_property
+    def summary(self) -> Summary:
+        return Summary.of(self.features)
+
+    def rows(self, max_samples: int | None = None) -> Tensor:
+        return self.features[:max_samples]
+
+
 class MissingFeaturesError(UserError):
     """There are statistics, but no features to take neighbours or kernels of."""
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from diffdistill.eval.features.extractors import Sha256
-from diffdistill.eval.metrics.settings import AnyMetric
+from diffdistill.eval.metrics.settings import AnyMetric, FrechetRest
 from diffdistill.settings.limits import MAX_CHOSEN, MAX_CLASSES
 from diffdistill.settings.numbers import Channels, NonNegativeInt, Resolution, SamplingSteps
 from diffdistill.settings.schema import PositiveInt, field, schema
@@ -147,6 +147,10 @@ class Protocol:
             raise ValueError(f"captions.count = {self.captions.count}: {self.num_images} images need one each")
         if self.labels.policy == "class_major" and self.num_images % max(self.labels.num_classes, 1):
             raise ValueError(f"num_images = {self.num_images}: is no multiple of {self.labels.num_classes} classes")
+        for metric in self.metrics:
+            if isinstance(metric, FrechetRest) and max(metric.forgotten) >= self.labels.num_classes:
+                told = f"labels.num_classes = {self.labels.num_classes}"
+                raise ValueError(f"metrics: {metric.name}: forgotten class {max(metric.forgotten)} with {told}")
 
     @property
     def is_square(self) -> bool:

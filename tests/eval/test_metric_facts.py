@@ -23,7 +23,10 @@ from diffdistill.settings.terminal import Console
 @pytest.mark.parametrize(
     ("metric", "side"),
     [
-        *((name, "lower") for name in ("fid", "fd-pixels", "kid-x", "cmmd", "mmd-x", "fid-teacher")),
+        *(
+            (name, "lower")
+            for name in ("fid", "fd-pixels", "kid-x", "cmmd", "mmd-x", "fid-teacher", "fd-rest-x", "forgotten-share-x")
+        ),
         *((name, "higher") for name in ("recall", "precision", "density", "coverage", "is", "is-x", "clip-score")),
         *((name, "higher") for name in ("diversity", "geneval", "vbench", "image-reward")),
         *((name, "higher") for name in ("pickscore", "hps-v2.1", "hps-v2.0", "laion-aesthetic")),
@@ -39,6 +42,7 @@ def test_what_is_better_is_known_or_said_to_be_unknown(metric: str, side: str) -
     [
         ("fid", "FID"),
         ("fd-resnet20-cifar", "FD resnet20-cifar"),
+        ("fd-rest-resnet20-cifar", "FD of the rest resnet20-cifar"),
         ("clip-score", "CLIP score"),
         ("recall", "recall"),
         ("image-reward", "image reward"),
@@ -57,7 +61,8 @@ def test_every_class_states_the_facts_of_all_its_names(kind: type) -> None:
         settings.Preference: Hps(),
         settings.Aesthetic: LaionAesthetic(),
     }
-    made = kind(features=own.get(kind, Pixels()))
+    classes = {"forgotten": (3,)} if kind in (settings.FrechetRest, settings.ForgottenShare) else {}
+    made = kind(features=own.get(kind, Pixels()), **classes)
     assert {fact_of(key) for key in made.keys} <= set(kind.facts)  # type: ignore[attr-defined]
 
 
