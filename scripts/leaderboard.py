@@ -142,10 +142,14 @@ def table() -> None:
 
 
 def longer(entry: Entry, times: int) -> Entry:
-    """The same at so many times its steps, to whose end its rates fall."""
+    """The same at so many times its steps, to whose end its rates fall, with an average over the same share of them."""
     overrides = FOR_LONGER.get(entry.name, entry.overrides)
-    steps = times * load_config(find_config(entry.config), overrides).train.steps
-    return replace(entry, overrides=(*overrides, f"train.steps={steps}"))
+    config = load_config(find_config(entry.config), overrides)
+    longer = (
+        f"train.steps={times * config.train.steps}",
+        f"ema.halflife_images={times * config.ema.halflife_images:g}",
+    )
+    return replace(entry, overrides=(*overrides, *longer))
 
 
 def longer_family(times: int) -> str:
