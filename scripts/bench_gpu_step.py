@@ -30,7 +30,7 @@ from diffdistill.training.plan import plan
 from diffdistill.training.trainer import Trainer
 
 CYCLE = 2  # steps from one generator update to the next
-SMALL = "model.network={name: ddpmpp, channels: 16, multipliers: [1, 2], blocks: 1, dropout: 0}"
+SMALL = "model.network={name: ddpmpp, channels: 8, multipliers: [1, 1], blocks: 1, dropout: 0}"
 KINDS = {"fp32": ("train.precision=fp32",), "bf16": (), "bf16, compiled": ("speed.compile=inductor",)}
 """Settings over dmd2/cifar10_budget, which is in bf16."""
 
@@ -42,7 +42,7 @@ def make_run(folder: Path, device: str, *overrides: str) -> Assembly:
         made = np.random.default_rng(0).integers(0, 256, (1024, 32, 32, 3), dtype=np.uint8)
         np.savez(images, images=made, labels=np.arange(1024) % 10)
     common = [f"data={{name: npz, path: {images}, cache: {folder}/cache}}", "train.preview_every=0"]
-    common += [] if device == "cuda" else ["train.device=cpu", "train.global_batch_size=8", "train.num_threads=1"]
+    common += [] if device == "cuda" else ["train.device=cpu", "train.global_batch_size=2", "train.num_threads=1"]
     if not (folder / "teacher").exists():
         tiny = [] if device == "cuda" else [SMALL, "train.precision=fp32"]
         given = [f"run={folder}/teacher", *common, *tiny, "train.steps=1"]

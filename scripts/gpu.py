@@ -16,20 +16,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from describe_machine import describe
 
+from diffdistill.eval.features.networks.cifar_resnet import ResNet
 from diffdistill.storage.atomic import write_text_atomically
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 GRACE = 20.0
 """Seconds that a part gets to end by itself once its time is over."""
+LEAST_ON_CPU = 900.0
+"""Seconds of a part on a CPU at least: the minutes are a GPU's, and here every part has to be seen through."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +179,15 @@ def main(
     results = results or (ROOT / "runs" / "gpu-small" if small else ROOT / "results" / "gpu")
     results.mkdir(parents=True, exist_ok=True)
     runs = ROOT / "runs" / "gpu" if not small else results / "runs"
-    setup = Setup(device, results, runs, data or (_made(results) if small else None), weights)
+    setup = Setup(device, results, runs, data, weights)
+    if small and data is None:
+        setup = replace(setup, data=_made_images(results), weights=weights or _made_weights(results))
     failed, left = [], 60 * minutes
     parts = () if only_page else PARTS
     for i, part in enumerate(parts):
         share = left * part.share / sum(other.share for other in parts[i:])
         began = time.monotonic()
-        status = _run(part, setup, share)
+        status = _run(part, setup, max(share, LEAST_ON_CPU) if small else share)
         left = max(left - (time.monotonic() - began), 0.0)
         print(f"{part.title}: {status['ended']}, {status['seconds']:.0f} s", flush=True)
         failed += [part.title] if status["ended"] == "failed" else []
@@ -254,13 +260,21 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _made(folder: Path) -> str:
+def _made_images(folder: Path) -> str:
     """Made images for the small run."""
     file = folder / "images.npz"
     if not file.exists():
         images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
         np.savez(file, images=images, labels=np.arange(300) % 10)
     return f"{{name: npz, path: {file}, cache: {folder}/cache}}"
+
+
+def _made_weights(folder: Path) -> Path:
+    """An untrained ResNet-20 for the small run."""
+    file = folder / "resnet20.th"
+    if not file.exists():
+        torch.save(ResNet(20).state_dict(), file)
+    return file
 
 
 if __name__ == "__main__":

@@ -11,10 +11,14 @@ from quality_records import Measured
 from quality_theory import TwoModes, compromise, levels, optimum
 from quality_variants import VARIANTS
 
+from diffdistill.eval.records.record import Record, read_records
+
 ROOT = Path(__file__).parents[1]
+LONGER = ROOT / "results" / "longer.jsonl"  # of `eval --against`: packaged configs at their steps, and at four times
 PAGE = ROOT / "docs" / "what-decides-quality.md"
 IMAGES = ROOT / "docs" / "images"
 MARKS = ("<!-- quality: python scripts/quality.py page -->", "<!-- quality ends -->")
+LONGER_MARKS = ("<!-- longer: python scripts/quality.py page -->", "<!-- longer end -->")
 OPTIMA_MARKS = ("<!-- optima: python scripts/quality.py page -->", "<!-- optima end -->")
 LONG = "17,600 images"
 NETWORKS = {"mlp": "A residual MLP of 0.65 million weights", "unet": "A U-Net of 0.31 million weights"}
@@ -27,12 +31,39 @@ COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.7
 def write_page(records: Sequence[Measured]) -> list[Path]:
     """The tables between the page's marks, and a picture for each network. Returns the files."""
     text = PAGE.read_text(encoding="utf-8")
-    for marks, parts in ((MARKS, tables(records)), (OPTIMA_MARKS, optima())):
+    made = {MARKS: tables(records), LONGER_MARKS: longer_table(read_records(LONGER)), OPTIMA_MARKS: optima()}
+    for marks, parts in made.items():
         before, rest = text.split(marks[0])
         after = rest.split(marks[1])[1]
         text = f"{before}{marks[0]}\n\n{''.join(parts)}{marks[1]}{after}"
     PAGE.write_text(text, encoding="utf-8")
     return [PAGE, *(_draw(network, of) for network, of in _by_network(records))]
+
+
+def longer_table(records: Sequence[Record]) -> Iterator[str]:
+    """A row a run, by its name (config, times its steps) and seed."""
+    yield "| config | steps | seed | to the teacher | above the floor, 95 % | FD, precision, recall | CPU-seconds |\n"
+    yield "|---|---|---|---|---|---|---|\n"
+    for record in sorted(records, key=lambda r: (r.name.partition(",")[0], _steps(r), r.seed or 0)):
+        assert record.against is not None
+        apart = record.against.metrics["fd-pixels"]
+        quality = ", ".join(f"{record.metrics[name].mean:.3f}" for name in ("fd-pixels", "precision", "recall"))
+        spent = record.cost.train_cpu_seconds if record.cost else None
+        cells = (
+            record.name,
+            f"{_steps(record):,}",
+            str(record.seed),
+            f"{apart.student.value:.3f}",
+            f"{apart.excess.value:.3f} ({apart.excess.low:.3f} to {apart.excess.high:.3f})",
+            quality,
+            f"{spent:.0f}" if spent else "",
+        )
+        yield f"| {' | '.join(cells)} |\n"
+    yield "\n"
+
+
+def _steps(record: Record) -> int:
+    return (record.cost.train_steps if record.cost else None) or 0
 
 
 def optima() -> Iterator[str]:

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from diffdistill.eval.records.record import read_records
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import find_config, load_config
 
@@ -43,7 +44,12 @@ def test_no_two_variants_share_a_folder(quality):
 def test_the_page_says_what_the_records_say(quality):
     records = quality.records.read(quality.records.RECORDS)
     text = quality.page.PAGE.read_text(encoding="utf-8")
-    parts = {quality.page.MARKS: quality.page.tables(records), quality.page.OPTIMA_MARKS: quality.page.optima()}
+    longer = read_records(quality.page.LONGER)
+    parts = {
+        quality.page.MARKS: quality.page.tables(records),
+        quality.page.LONGER_MARKS: quality.page.longer_table(longer),
+        quality.page.OPTIMA_MARKS: quality.page.optima(),
+    }
     for (begin, end), made_now in parts.items():
         assert text.split(begin)[1].split(end)[0].strip() == "".join(made_now).strip()
 
