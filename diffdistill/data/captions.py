@@ -19,7 +19,7 @@ from diffdistill.data.buckets import BucketedImages, Size, nearest_bucket
 from diffdistill.data.cache import warn
 from diffdistill.data.collection import Classes, Collection, Item, UnreadableImage, listed
 from diffdistill.data.decode import Sizing
-from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared, remembered, sizes_of
+from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared, remembered, sizes_of, too_many
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_TABLE_BYTES
 from diffdistill.settings.reading import check_regular
@@ -93,7 +93,7 @@ class Captions:
         def chosen(number: int) -> Collection:
             places = [place for place, bucket in enumerate(numbers()) if bucket == number]
             classes = Classes(tuple(labels[place] for place in places), len(prompts))
-            return Collection(self.origin, [self.items[place] for place in places], classes)
+            return Collection(self.origin, [self.items[place] for place in places], classes, whole=self.items)
 
         def used() -> str:
             return " ".join(str(number) for number in sorted(set(numbers())))
@@ -108,10 +108,14 @@ class Captions:
             )
             for number in map(int, remembered(settings, used, files=self.files, cache=cache).split())
         ]
+        lost = len(self.items) - sum(map(len, parts))
+        if lost >= MAX_UNREADABLE * len(self.items) and len({item.part for item in self.items}) == 1:
+            raise UserError(too_many(self.origin, lost, f"{len(self.items):,}"))
         for note in self.notes:
             warn(note)
         notes = tuple(dict.fromkeys((*self.notes, *(note for part in parts for note in part.notes))))
-        return BucketedImages(parts, (channels, *size), notes=notes)
+        some = [part for part in parts if len(part)]  # a few images of one size may all be damaged
+        return BucketedImages(some, (channels, *size), notes=notes)
 
 
 @runtime_checkable

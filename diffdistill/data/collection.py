@@ -49,6 +49,7 @@ class Collection:
 
     origin: what the user called it, for messages.  notes: what the user should know, a line each.
     is_lasting: whether the files that were named for it hold all of its content.
+    whole: all items of the set that it is a part of, by which damage is judged; None: its own.
     """
 
     origin: str
@@ -56,6 +57,12 @@ class Collection:
     classes: Classes | None = None
     notes: tuple[str, ...] = ()
     is_lasting: bool = True
+    whole: Sequence[Item] | None = None
+
+    @property
+    def all_items(self) -> Sequence[Item]:
+        """Of the whole set."""
+        return self.items if self.whole is None else self.whole
 
 
 def numbered_classes(values: Sequence[str], *, origin: str) -> Classes:

@@ -147,7 +147,7 @@ class Report:
 
     def is_local(self, collection: Collection) -> bool:
         """Whether the damage is in a few of the files that the images lie in, not all over the set."""
-        return is_minority(len(self.parts), len({item.part for item in collection.items}))
+        return is_minority(len(self.parts), len({item.part for item in collection.all_items}))
 
     def __str__(self) -> str:
         first = ", ".join(f"{shown(name)} ({reason})" for name, reason in self.unreadable[:NUM_LISTED])
@@ -205,7 +205,7 @@ def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -
         content = io.BytesIO()  # np.save to a file does not say what is wrong with the disk
         np.save(content, np.array(classes.labels, dtype=np.int64)[rows], allow_pickle=False)
         write_bytes(folder / kept.LABELS, content.getvalue())
-    warning = report.warning(collection.origin, len(collection.items))
+    warning = report.warning(collection.origin, len(collection.all_items))
     meta = {
         "version": VERSION,
         "key": key,
@@ -222,7 +222,7 @@ def _write(folder: FilePath, collection: Collection, sizing: Sizing, key: str) -
 def _write_images(
     handle: IO[bytes], collection: Collection, found: Iterator[tuple[int, Decoded]]
 ) -> tuple[list[int], tuple[int, ...]]:
-    """images.npy, not through memory. Returns which rows of the collection it has, and an image's shape."""
+    """images.npy, not through memory. Returns which rows of the collection it has, and an image's shape; () of none."""
     rows: list[int] = []
     shape: tuple[int, ...] = ()
     for row, decoded in found:
@@ -235,7 +235,7 @@ def _write_images(
         handle.write(decoded.pixels.data)
         rows.append(row)
     handle.seek(0)
-    _write_header(handle, (len(rows), *shape))
+    _write_header(handle, (len(rows), *(shape or (1, 1, 1))))
     return rows, shape
 
 
@@ -262,13 +262,18 @@ def _decoded(collection: Collection, sizing: Sizing, report: Report) -> Generato
 
 
 def _refuse_too_many(collection: Collection, report: Report, looked_at: int) -> None:
-    total = len(collection.items)
+    total = len(collection.all_items)
     if len(report.unreadable) >= MAX_UNREADABLE * total and not report.is_local(collection):
-        seen = f"the first {looked_at:,} of {total:,}" if looked_at < total else f"{total:,}"
-        raise UserError(
-            f"{collection.origin}: {len(report.unreadable):,} of {seen} images cannot be read (fewer than "
-            f"{MAX_UNREADABLE:.0%} are left out with a warning): {report}. Repair or remove them"
-        )
+        seen = f"the first {looked_at:,} of {total:,}" if looked_at < len(collection.items) else f"{total:,}"
+        raise UserError(too_many(collection.origin, len(report.unreadable), seen, f": {report}"))
+
+
+def too_many(origin: str, count: int, total: str, which: str = "") -> str:
+    """Why images are not left out."""
+    return (
+        f"{origin}: {count:,} of {total} images cannot be read (fewer than {MAX_UNREADABLE:.0%} are left out with a "
+        f"warning){which}. Repair or remove them"
+    )
 
 
 def _try(item: Item, sizing: Sizing) -> Decoded | str:

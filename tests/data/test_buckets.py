@@ -1,12 +1,17 @@
 """Images of several aspects: the list of sizes, and the order in which batches of one size each are drawn."""
 
+import io
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffdistill.data.buckets import BLOCK, BucketedImages, BucketOrder, BucketsConfig, bucket_sizes, nearest_bucket
+from diffdistill.data.captioned_images import CaptionedImages
 from diffdistill.data.order import DataOrder
 from diffdistill.data.source import TensorImages
 from diffdistill.settings.schema import UserError
@@ -110,3 +115,41 @@ def test_without_buckets_the_order_is_as_it_was() -> None:
     """Numbers that runs of before have seen."""
     rows: Tensor = DataOrder(part(5, 2, 2, 0), 0).rows(0, 10)
     assert sorted(rows[:5].tolist()) == sorted(rows[5:].tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", ["no image", "the end is missing"])
+def test_a_damaged_image_counts_among_all_not_in_its_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """The only image of the middle size is damaged: one of 101. Two are too many, in one bucket or in two."""
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for number in range(101):
+        (tmp_path / "images" / f"{number}.txt").write_text("a caption")
+        Image.new("RGB", (40, 20) if number % 2 else (20, 40), (number, 0, 0)).save(
+            tmp_path / "images" / f"{number}.png"
+        )
+    (tmp_path / "images" / "7.png").write_bytes(b"no image" if damage == "no image" else cut_short((16, 16)))
+    data = CaptionedImages(path=str(tmp_path / "images"))
+    found = data.captions().bucketed((16, 16), [(12, 20), (16, 16), (20, 12)], 3, None)
+    assert {part.image_shape: len(part) for part in found.parts} == {(3, 12, 20): 49, (3, 20, 12): 51}
+    assert len(found.notes) == 1
+    assert "1 of 101 images (0.99%) cannot be read and are left out: 7.png" in found.notes[0]
+    again = data.captions().bucketed((16, 16), [(12, 20), (16, 16), (20, 12)], 3, None)
+    assert again.key == found.key
+    (tmp_path / "images" / "8.png").write_bytes(cut_short((16, 16)))
+    with pytest.raises(UserError, match=r"2 of 101 images cannot be read \(fewer than 1% are left out"):
+        data.captions().bucketed((16, 16), [(12, 20), (16, 16), (20, 12)], 3, None)
+    Image.new("RGB", (20, 40)).save(tmp_path / "images" / "8.png")
+    for name in ("7.png", "9.png"):  # each of another bucket, and fewer than a hundredth
+        (tmp_path / "images" / name).write_bytes(b"no image" if name == "7.png" else cut_short((40, 20)))
+    with pytest.raises(UserError, match="2 of 101 images cannot be read"):
+        data.captions().bucketed((16, 16), [(12, 20), (16, 16), (20, 12)], 3, None)
+
+
+def cut_short(size: tuple[int, int]) -> bytes:
+    """A PNG whose end is missing."""
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    made = io.BytesIO()
+    Image.fromarray(pixels).save(made, "PNG")
+    return made.getvalue()[:400]
