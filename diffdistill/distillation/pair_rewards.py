@@ -13,7 +13,6 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, device_of
-from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.settings.registry import NameOf, from_above
 from diffdistill.settings.schema import Positive, UserError, schema
 
@@ -39,8 +38,8 @@ class Embedding:
                 found = extractor.network(extractor.prepare(seen))
                 return _wide(found[0] if isinstance(found, tuple) else found)
             path = teacher.path
-            t = path.time_of_ratio(torch.full((len(seen),), self.ratio, dtype=torch.float64, device=seen.device))
-            t = t.round() if isinstance(path, VPDiscrete) else t
+            ratio = torch.full((len(seen),), self.ratio, dtype=torch.float64, device=seen.device)
+            t = path.whole(path.time_of_ratio(ratio))
             return _wide(teacher.features(path.diffuse(seen, noise, t), t, cond).flatten(2).mean(2))
 
     def check(self, setting: str, image_shape: Sequence[int], teacher: Denoiser) -> None:

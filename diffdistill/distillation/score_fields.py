@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.path import Path, VPDiscrete, expand
+from diffdistill.diffusion.path import Path, expand
 from diffdistill.diffusion.sampling import transfer
 from diffdistill.diffusion.time_distributions import even_position, even_times
 from diffdistill.distillation.losses import sample_normaliser
@@ -66,8 +66,7 @@ def way_from_clean(path: Path, t: Tensor, *, gap: float, num_steps: int, stride:
 
 
 def _time_at(path: Path, position: Tensor) -> Tensor:
-    t = even_times(path)(position.clamp(0, 1), path)
-    return t.round() if isinstance(path, VPDiscrete) else t
+    return path.whole(even_times(path)(position.clamp(0, 1), path))
 
 
 def shortest_mix(first: Tensor, second: Tensor) -> Tensor:

@@ -124,11 +124,11 @@ def _vae_of(spec: ModelSpec) -> Pipeline | None:
 def _check_size(data: object, teacher: ModelSpec | None) -> None:
     pipeline, sides = _vae_of(teacher) if teacher else None, getattr(data, "resolution", None)
     if pipeline and sides and as_size(sides) != pipeline.image_size:
-        height, width = pipeline.image_size
         shown = sides if isinstance(sides, int) else list(sides)
+        height, width = pipeline.image_size
         raise UserError(
-            f"data.resolution = {shown}: the teacher was made for images of {width} x {height}; leave it out, or say "
-            "teacher.resolution"
+            f"data.resolution = {shown}: the teacher was made for images of [{height}, {width}], height and width; "
+            "leave it out, or say teacher.resolution"
         )
 
 

@@ -102,10 +102,20 @@ def test_a_size_that_the_family_cannot_take_is_refused_with_the_nearest(
     assert not list(cache.glob("teacher-*"))
 
 
-def test_a_damaged_size_is_refused(places: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ('{"height": 32}', r"image_size\.json: does not say a height and a width"),
+        ('{"height": 1e400, "width": 32}', r"image_size\.json: height, width = \[inf, 32\]: must be whole numbers"),
+        ('{"height": 32, "width": 0}', r"width = \[32, 0\]: must be whole numbers of pixels, 1 to 16384"),
+        ('{"height": 32.5, "width": 32}', r"width = \[32.5, 32\]: must be whole numbers"),
+        ('{"height": 32, "width": 33}', r"images of \[32, 33\] pixels: sides must be multiples of 2"),
+    ],
+)
+def test_a_damaged_size_is_refused(places: dict[str, Path], told: str, said: str) -> None:
     made = sized(places["sdxl"], 32)
-    (made.folder / "image_size.json").write_text('{"height": 32}')
-    with pytest.raises(UserError, match=r"image_size\.json: does not say a height and a width"):
+    (made.folder / "image_size.json").write_text(told)
+    with pytest.raises(UserError, match=said):
         assert open_pipeline(made.folder).spec
 
 
@@ -148,7 +158,7 @@ def test_image_data_takes_the_teachers_size_where_it_says_none(places: dict[str,
     spec = describe_model(compose(config.teacher))
     assert open_inputs(config, spec, torch.device("cpu")).source.image_shape == (4, 16, 8)
     other = images_and_run(tmp_path, teacher, "data.resolution=32")
-    with pytest.raises(UserError, match=r"data.resolution = 32: the teacher was made for images of 16 x 32"):
+    with pytest.raises(UserError, match=r"data.resolution = 32: the teacher was made for images of \[32, 16\]"):
         open_inputs(other, spec, torch.device("cpu"))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance, Guided, begin
-from diffdistill.diffusion.path import Path, VPDiscrete, expand
+from diffdistill.diffusion.path import Path, expand
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,5 @@ def on_path(x: Tensor, t: Tensor, path: Path, other: Path) -> tuple[Tensor, Tens
     """
     if path == other:
         return x, t
-    time = other.time_of_ratio(path.ratio(t)).clamp(other.t_min, other.t_max)
-    time = time.round() if isinstance(other, VPDiscrete) else time
+    time = other.whole(other.time_of_ratio(path.ratio(t)).clamp(other.t_min, other.t_max))
     return (x * expand(other.sigma(time) / path.sigma(t), x)).to(x.dtype), time

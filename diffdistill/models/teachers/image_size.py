@@ -12,6 +12,7 @@ from typing import Any
 from diffdistill.models.teachers.family import Family
 from diffdistill.networks.empty import empty_weights
 from diffdistill.networks.parameter_limit import limited_parameters
+from diffdistill.settings.limits import MAX_SIDE
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.atomic import write_text_atomically
@@ -39,10 +40,12 @@ def read_size(folder: FilePath) -> Size | None:
         return None
     try:
         found = read_json(file)
-        height, width = int(found["height"]), int(found["width"])
+        sides = found["height"], found["width"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file}: does not say a height and a width: {error}") from None
-    return height, width
+    if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+        raise UserError(f"{file}: height, width = {list(sides)}: must be whole numbers of pixels, 1 to {MAX_SIDE}")
+    return sides
 
 
 def check_size(family: Family, options: Mapping[str, Any], size: Size, *, pixels: int, origin: str) -> None:

@@ -131,8 +131,11 @@ class Pipeline:
 
     @cached_property
     def asked_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels that its folder says in the place of the network's config."""
-        return read_size(self.folder)
+        """Height and width in pixels that its folder says in the place of the network's config. Raises UserError."""
+        size, factor = read_size(self.folder), self.vae_factor
+        if size and any(side % factor for side in size):
+            raise UserError(f"{self.place}: images of {list(size)} pixels: sides must be multiples of {factor}")
+        return size
 
     @property
     def sized_options(self) -> dict[str, Any]:

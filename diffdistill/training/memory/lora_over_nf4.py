@@ -34,7 +34,8 @@ def base_bytes(net: nn.Module, dtype: Literal["fp32", "bf16", "nf4"]) -> int:
         if id(weight) in packed:
             total += nf4_bytes(weight)
         else:
-            total += weight.nbytes // (2 if dtype != "fp32" and id(weight) in halved else 1)
+            is_halved = dtype != "fp32" and id(weight) in halved
+            total += weight.numel() * min(weight.element_size(), 2) if is_halved else weight.nbytes
     return total
 
 
