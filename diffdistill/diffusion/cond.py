@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from diffdistill.diffusion import on_device
+from diffdistill.diffusion.on_device import cat, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Cond:
         return Cond(**{name: change(value) for name, value in self.parts().items()})
 
     def __getitem__(self, index: slice | Tensor) -> "Cond":
-        return self.map(lambda value: on_device.part(value, index))
+        return self.map(lambda value: part(value, index))
 
     @staticmethod
     def cat(first: "Cond", second: "Cond") -> "Cond":
@@ -50,7 +50,7 @@ class Cond:
         left, right = first.parts(), second.parts()
         if left.keys() != right.keys():
             raise ValueError(f"cannot join conditions with {sorted(left)} and {sorted(right)}")
-        return Cond(**{name: on_device.cat([left[name], right[name]]) for name in left})
+        return Cond(**{name: cat([left[name], right[name]]) for name in left})
 
 
 NO_COND = Cond()
