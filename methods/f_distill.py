@@ -75,6 +75,10 @@ class FDistill(Method):
 
     def __post_init__(self) -> None:
         _ = self._ratios  # raises where they do not fit
+        if self.gan_r1_weight and not self.has_discriminator:
+            raise ValueError(
+                "gan_r1_weight: is the discriminator's, and with rkl and gan_weight 0 there is none; use 0"
+            )
 
     @property
     def scales(self) -> dict[str, FakeScale]:

@@ -68,8 +68,11 @@ class MergeTeachers(Method):
         student = problem.network
         if problem.teacher is None:
             raise UserError("teacher: this method distils several; name a pretrained run, and others under `teachers`")
-        if student is None or not isinstance(student.net, Styled) or len(student.net.styles) != len(problem.teachers):
-            raise UserError("init: the student there has other styles than `teachers`; leave it out")
+        if student is None or not isinstance(student.net, Styled):
+            raise UserError("init: the student there has no styles; leave it out")
+        if student.net.names != tuple(problem.teachers):
+            styles, names = ", ".join(student.net.names), ", ".join(problem.teachers)
+            raise UserError(f"init: its styles are {styles}; `teachers` names {names}; name the same in that order")
         for name, teacher in problem.teachers.items():
             if self.class_dropout and student.net.has_null_condition and not teacher.net.has_null_condition:
                 raise UserError(

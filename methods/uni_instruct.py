@@ -39,7 +39,9 @@ from diffdistill.distillation.score_distillation import (
 from diffdistill.networks.discriminator import make_head
 from diffdistill.settings.limits import MAX_SAMPLING_STEPS
 from diffdistill.settings.numbers import NonNegativeInt, SamplingSteps
-from diffdistill.settings.schema import Fraction, NonNegative, Positive, field, schema
+from diffdistill.settings.schema import Fraction, NonNegative, Positive, UserError, field, schema
+
+EVENLY = torch.linspace(0.005, 0.995, 100, dtype=torch.float64)
 
 
 @schema
@@ -99,6 +101,8 @@ class UniInstruct(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, **self.scales)
+        if self.weight == "exact" and len(self.time_law(EVENLY, problem.path).unique()) == 1:
+            raise UserError("method.weight = exact: integrates over noise levels, and time_law has one; use snr")
         if self.has_discriminator:
             judge = tapped(problem, players, self.gan_features)
             players["discriminator"] = make_head(judge, problem.least_shape, self.gan_taps)

@@ -86,6 +86,8 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
 def run_estimates(place: str, options: SampleOptions) -> list[Estimates]:
     """What student and teacher would make of every state on the way of 8 images or `count`, as a picture: a row an
     image, a column a call. Raises UserError on what the place does not know."""
+    if options.teleport is not None:
+        raise UserError("--teleport: leaves states out, which --estimates shows; leave one out")
     student = as_model(open_image_generator(place, options.asked), "--estimates")
     teacher = as_model(_teacher(place, options)[0], "--estimates")
     walker = with_first_calls(student, teacher, options.first_calls) if options.first_calls else student

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from diffdistill.data import AnyData
+from diffdistill.data.classes import with_teachers_classes
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.diffusion.teleport import LowRankGaussian, Teleport
@@ -64,16 +65,21 @@ def left_of(sampler: Heun, path: Path, ratio: float) -> tuple[Heun, float]:
 
 
 def fitted(model: TrainedModel) -> LowRankGaussian:
-    """Of the images of the run's config, with a mean for each class that the model knows."""
+    """Of the images of the run's config, with a mean for each class that the model knows, by its own number.
+
+    Raises UserError where there are none, or their classes are not the model's.
+    """
     if model.spec.pipeline is not None or not (model.source / STATE).is_file():
         raise UserError(f"--teleport: needs a run whose images are its network's; {model.source} is none")
     config = read_state(model.source).get("config") or {}
     if "data" not in config:
         raise UserError(f"--teleport: {model.source} does not say which images it was trained on")
     held = validate(_DataHolder, {"data": config["data"]}, origin=f"{model.source}/{STATE}", is_saved=True)
-    source = held.data.load()
-    images = source.rows(torch.arange(min(len(source), FITTED_ON)))
+    source, _ = with_teachers_classes(held.data.load(), model.spec.class_names, num_classes=model.spec.num_classes)
+    count = min(len(source), FITTED_ON)
+    index = torch.arange(count) * len(source) // count  # from all over: folders have one class after another
+    images = source.rows(index)
     if images.shape[1:] != model.spec.image_shape:
         raise UserError(f"--teleport: its images are {list(images.shape[1:])}, and not {list(model.spec.image_shape)}")
-    labels = source.labels[: len(images)].cpu() if source.labels is not None and model.spec.num_classes else None
+    labels = source.labels.cpu()[index] if source.labels is not None and model.spec.num_classes else None
     return LowRankGaussian.fit(images.cpu(), labels)

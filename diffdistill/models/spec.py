@@ -14,6 +14,7 @@ from diffdistill.diffusion.router import AnyRouter
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.networks import AnyNetwork
 from diffdistill.networks.empty import empty_weights
+from diffdistill.networks.image_table import ImageTableConfig
 from diffdistill.networks.parameter_limit import limited_parameters
 from diffdistill.networks.qat import QuantisedTraining
 from diffdistill.settings.limits import MAX_CLASSES, MAX_VALUES
@@ -33,6 +34,10 @@ class ModelConfig:
     predicts: Prediction = "edm"
     sigma_data: Positive = 0.5
     guidance_rule: AnyGuidanceRule = LINEAR
+
+    def __post_init__(self) -> None:
+        if isinstance(self.network, ImageTableConfig) and self.predicts != "x0":
+            raise ValueError(f"predicts = {self.predicts!r}: an image_table holds images; use x0")
 
 
 @schema

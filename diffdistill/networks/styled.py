@@ -5,7 +5,7 @@ One style at a time is a bias of the base's own: `Styled.folded` is a plain netw
 Song et al. 2025 (DMM), arXiv:2504.12364.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -38,7 +38,7 @@ class StyledConfig:
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, class_dropout: Fraction) -> "Styled":
         """The network for images [C, H, W]. Raises UserError if the base does not fit them, or is told no time."""
-        return Styled(self.base.build(image_shape, num_classes, class_dropout), len(self.styles), self.width)
+        return Styled(self.base.build(image_shape, num_classes, class_dropout), self.styles, self.width)
 
 
 class Styled(GuidedBase):
@@ -49,9 +49,10 @@ class Styled(GuidedBase):
 
     part = "style"
 
-    def __init__(self, base: Network, num_styles: int, width: int) -> None:
+    def __init__(self, base: Network, names: Sequence[str], width: int) -> None:
         super().__init__(base)
-        self.styles = nn.Parameter(torch.randn(num_styles, width))
+        self.names = tuple(names)
+        self.styles = nn.Parameter(torch.randn(len(names), width))
         self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, time_width(base)))
         zeroed(self.layers[-1])  # type: ignore[arg-type]
 

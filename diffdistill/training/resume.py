@@ -97,8 +97,8 @@ class Teachers:
 def find_teachers(
     config: RunConfig, start: FilePath | None, state: Mapping[str, Any] | None, *, allow_changes: bool
 ) -> Teachers:
-    """Where the teachers are: of a resumed run those that it had, at the places that the config gives now if they are
-    others, else where the checkpoint says.
+    """Where the teachers are: of a resumed run those that it had, in the order in which it had them, at the places that
+    the config gives now if they are others, else where the checkpoint says.
 
     allow_changes: those of other weights are taken, which is said.  Raises UserError where there is none.
     """
@@ -113,14 +113,13 @@ def find_teachers(
         is_same = (dump(setting) if isinstance(setting, ComposedTeacher) else setting) == before
         return _find_teacher(key, start, state, given=None if is_same else now, allow_changes=allow_changes)
 
-    before = state["config"]
+    before, known = state["config"], state.get("teachers", {})
     old = before.get("teachers") or {}
+    places = {name: places[name] for name in dict.fromkeys([*known, *places]) if name in places}
     return Teachers(
         find("teacher", before.get("teacher"), config.teacher, first) if state["teacher"] else None,
         {
-            name: find(f"teachers.{name}", old.get(name), config.teachers[name], now)
-            if name in state.get("teachers", {})
-            else now
+            name: find(f"teachers.{name}", old.get(name), config.teachers[name], now) if name in known else now
             for name, now in places.items()
         },
     )

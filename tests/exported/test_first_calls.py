@@ -138,3 +138,8 @@ def test_what_cannot_be_is_refused(class_run: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2, (arguments, result.output)
         assert said in result.stderr, arguments
     assert not (tmp_path / "a.png").exists()
+
+
+def test_estimates_without_the_noisiest_states_are_refused(class_run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="--teleport: leaves states out, which --estimates shows"):
+        run_estimates(str(class_run), SampleOptions(SampleRequest(), tmp_path / "a.png", teleport=2.0))

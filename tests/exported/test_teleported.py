@@ -1,11 +1,14 @@
 """`diffdistill sample --teleport`: whose images, which steps, what is refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from PIL import Image
 from support.method_matrix import origin, train
 
 from diffdistill.data import Digits
@@ -13,9 +16,10 @@ from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.teleport import LowRankGaussian, Teleport
+from diffdistill.exported import teleported
 from diffdistill.exported.image_generators import open_image_generator
 from diffdistill.exported.sample import SampleOptions, run_sample
-from diffdistill.exported.teleported import left_of, with_teleport
+from diffdistill.exported.teleported import fitted, left_of, with_teleport
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
 from diffdistill.settings.schema import UserError
 from diffdistill.training.trainer import Trainer
@@ -65,3 +69,47 @@ def test_other_samplers_are_refused(tmp_path: Path):
     run = train("sid", origin("mlp", "sid", tmp_path / "mlp"), tmp_path / "run")
     with pytest.raises(UserError, match=r"--teleport 2: leaves out Heun's steps, and .* samples by few_steps"):
         with_teleport(imager(run), 2.0)
+
+
+def folder_of_classes(root: Path, names: str, count: int) -> dict[str, object]:
+    """`count` images of each class, of one grey each: rising by class."""
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.full((8, 8), 40 + 80 * number + i, dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    cache = str(root.parent / "cache")
+    return {"name": "image_folder", "path": str(root), "labels": "folders", "channels": 1, "cache": cache}
+
+
+def trained_on(tmp_path: Path, *overrides: str) -> ModelImageGenerator:
+    """A run of one step on three classes, which are in the folder one after another."""
+    data = folder_of_classes(tmp_path / "images", "abc", 4)
+    heun = "method.teacher_sampler={name: heun, num_steps: 6, rho: 5}"
+    size = ("train.steps=1", "train.global_batch_size=4", "train.preview_every=0", heun, "eval=null")
+    Trainer(small_config("pretrain", tmp_path / "run", f"data={data}", *size, *overrides), quiet=True).run()
+    return imager(tmp_path / "run")
+
+
+def test_the_gaussian_is_of_images_from_all_over_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Folders have one class after another: the first images are of the first classes alone."""
+    model = trained_on(tmp_path).model
+    whole = fitted(model)
+    monkeypatch.setattr(teleported, "FITTED_ON", 6)
+    some = fitted(model)
+    assert some.means.shape == whole.means.shape == (4, 64)
+    torch.testing.assert_close(some.means, whole.means, rtol=0, atol=0.02)
+
+
+def test_a_class_is_the_one_that_the_teacher_calls_so(tmp_path: Path):
+    """Data of some of the teacher's classes: their numbers are the teacher's, as they were in training."""
+    first = trained_on(tmp_path).model
+    data = folder_of_classes(tmp_path / "some" / "images", "abc", 4)
+    shutil.rmtree(tmp_path / "some" / "images" / "a")
+    teacher, run = tmp_path / "run", tmp_path / "merged"
+    small = ("train.steps=1", "train.global_batch_size=4", "train.preview_every=0", "eval=null", "health=null")
+    named = (f"data={data}", f"teachers={{own: {teacher}}}", "method.steps={name: heun, num_steps: 6, rho: 5}")
+    Trainer(small_config("merge_teachers", run, *named, *small, teacher=teacher), quiet=True).run()
+    found, expected = fitted(imager(run).model).means, fitted(first).means
+    torch.testing.assert_close(found[1:3], expected[1:3])
+    torch.testing.assert_close(found[0], found[3])  # of which there are no images: as all

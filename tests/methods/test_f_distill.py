@@ -25,7 +25,7 @@ from diffdistill.distillation.score_distillation import start_players
 from diffdistill.methods import dmd2, f_distill
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
-from diffdistill.settings.schema import schema
+from diffdistill.settings.schema import UserError, schema
 from diffdistill.training.trainer import Trainer
 
 DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -389,6 +389,12 @@ def test_r1_is_the_squared_change_of_the_logit_when_real_images_move_and_reaches
     torch.testing.assert_close(loss.logs["r1"], penalty.detach(), rtol=1e-10, atol=0)
     loss.total.backward()
     assert learned(players) == {"fake", "discriminator"}
+
+
+def test_r1_without_a_discriminator_is_refused() -> None:
+    with pytest.raises(UserError, match="gan_r1_weight: is the discriminator's"):
+        FDistill(divergence="rkl", gan_weight=0.0, gan_r1_weight=1.0)
+    assert not FDistill(divergence="rkl", gan_weight=0.0).has_discriminator
 
 
 def test_without_r1_no_number_is_drawn_for_it() -> None:

@@ -265,6 +265,36 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig, 
         assert torch.equal(value, expected[name])
 
 
+def test_a_resumed_run_keeps_the_numbers_of_its_styles(make_config: MakeConfig, quick_teacher: Path, second: Path):
+    """The order of `teachers` is no setting: named in another order they are the same, and so are the weights."""
+    whole = of_two(make_config, quick_teacher, second, "train.steps=4")
+    parts = replace(whole, run=f"{whole.run}-parts", train=replace(whole.train, steps=2))
+    first = Trainer(whole, quiet=True)
+    first.run()
+    Trainer(parts, quiet=True).run()
+    for steps in (3, 4):  # the second time the checkpoint's own config has the other order
+        teachers = {"line": str(second), "photo": str(quick_teacher)}
+        again = replace(parts, teachers=teachers, train=replace(whole.train, steps=steps))
+        resumed = Trainer(again, resume=True, quiet=True)
+        resumed.run()
+        assert styles_of(load_model(again.run).spec) == ("photo", "line")
+    expected = first.trained["student"].state_dict()
+    for name, value in resumed.trained["student"].state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("names", [("line", "photo"), ("photo", "drawing")])
+def test_a_start_of_other_styles_is_refused(
+    make_config: MakeConfig, quick_teacher: Path, second: Path, names: tuple[str, str]
+):
+    start = of_two(make_config, quick_teacher, second, "train.steps=1")
+    Trainer(start, quiet=True).run()
+    teachers = f"teachers={{{names[0]}: {quick_teacher}, {names[1]}: {second}}}"
+    config = make_config("merge_teachers", teachers, f"init={start.run}")
+    with pytest.raises(UserError, match=rf"init: its styles are photo, line; `teachers` names {names[0]}, {names[1]}"):
+        Trainer(config, quiet=True)
+
+
 @pytest.mark.parametrize("lora", [(), ("lora.default={rank: 2}",)], ids=["in full", "lora"])
 def test_a_run_is_sampled_and_exported_by_style(
     make_config: MakeConfig, quick_teacher: Path, second: Path, tmp_path: Path, lora: tuple[str, ...]

@@ -138,6 +138,11 @@ def test_images_are_the_parameters_and_the_fake_score_is_lora_over_the_teacher(m
     assert all(any(torch.equal(image, row) for row in rows) for image in made)
 
 
+def test_a_table_of_images_predicts_nothing_else(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"model: predicts = 'edm': an image_table holds images; use x0"):
+        make_config("score_field", "method.generator=model", "model={network: {name: image_table}}")
+
+
 def test_lora_over_a_new_student_is_refused(make_config: MakeConfig) -> None:
     with pytest.raises(UserError, match="score_field trains a new network"):
         Trainer(make_config("score_field", *TABLE, "lora={default: {rank: 2}}"), quiet=True)

@@ -15,13 +15,14 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.time_distributions import KarrasIndex
 from diffdistill.distillation.divergences import SLOPES, WEIGHTS, Divergence
 from diffdistill.distillation.losses import gan_generator_loss
 from diffdistill.distillation.method import Problem
 from diffdistill.distillation.score_distillation import SampleWeight, start_players
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.uni_instruct import UniInstruct
-from diffdistill.settings.schema import schema
+from diffdistill.settings.schema import UserError, schema
 from diffdistill.training.trainer import Trainer
 
 DIVERGENCES: dict[Divergence, Callable[[Tensor], Tensor]] = {
@@ -228,6 +229,14 @@ def test_the_exact_weight_is_of_the_levels_whatever_their_law() -> None:
     plain, found = (kind.generator_loss(players, one, batch).total for kind in (by_ratio, method))
     torch.testing.assert_close(found, plain * draw["slope"][0], rtol=1e-12, atol=0)
     assert (draw["slope"][1:] != draw["slope"][0]).all()
+
+
+def test_one_level_is_no_integral() -> None:
+    """Its slope is 0 everywhere: the generator would learn nothing."""
+    one = KarrasIndex(low=500, high=500)
+    with pytest.raises(UserError, match="weight = exact: integrates over noise levels, and time_law has one; use snr"):
+        scene(UniInstruct(time_law=one))
+    scene(UniInstruct(time_law=one, weight="snr"))
 
 
 # Who is asked and who learns
