@@ -194,6 +194,7 @@ RAW: dict[str, str] = {
     "diffdistill/data/prepare.py": "into memory",
     "diffdistill/export/lora_files.py": NEW,
     "diffdistill/export/parts.py": NEW,
+    "diffdistill/export/quantised.py": NEW,
     "diffdistill/export/reload.py": "into a temporary folder",
     "diffdistill/export/self_contained.py": NEW,
     "diffdistill/export/stock.py": NEW,
