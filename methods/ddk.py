@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import StepSampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Batch, Draw, Method, Players, Problem
@@ -28,6 +27,7 @@ else:
     AnyBase = methods_above("ddk")
 
 SEED = 2407  # of the samples that the gap is measured on
+AT_ONCE = 64  # of them in the networks
 
 
 class LabelLaw(nn.Module):
@@ -104,28 +104,34 @@ class DDK(Wrapper):
         self.base.after_step(players, stored, step)
         if step % self.every == 0:
             gaps, law = self.gaps(players, step), players.label_law
-            law.shares.lerp_(gaps / gaps.sum().clamp_min(1e-30), 1 - self.decay)
+            found = gaps / gaps.sum()
+            found = torch.where(
+                found.isfinite().all(), found, law.shares
+            )  # of no gap, or of no number, nothing is said
+            law.shares.lerp_(found, 1 - self.decay)
             law.shares.div_(law.shares.sum())
 
     def gaps(self, players: Players, step: int) -> Tensor:
         """|D_fake - D_teacher| of the student's samples, the mean over each class's, [K]. Of `step` alone, so that
         all processes find the same."""
-        law, steps, path = players.label_law, self.base.steps, players.teacher.path  # type: ignore[attr-defined]
+        law = players.label_law
         rows = torch.arange(max(self.samples, len(law.classes)), device=law.classes.device)
-        rng, which = StepRandom(SEED, step, rows), rows % len(law.classes)
-        calls = steps.num_evaluations
         learning = [player for player in players.values() if player.training]
         for player in learning:
             player.eval()
-        shape = law.image_shape
-        noises = rng.normals(["z", "eps", *(f"fresh {i}" for i in range(calls - 1))], shape)
-        draw = {**noises, "label": law.classes[which], "step": torch.tensor(calls - 1)}
-        x = generate(players, draw, steps)
-        t = path.time_of_ratio(torch.full((len(rows),), self.ratio, dtype=torch.float64, device=rows.device))
-        t = t.round() if isinstance(path, VPDiscrete) else t
-        x_t, cond = path.diffuse(x, draw["eps"], t), condition(players, draw)
-        apart = (players.fake(x_t, t, cond) - players.teacher(x_t, t, cond)).double().flatten(1).norm(dim=1)
+        apart = torch.cat([self._apart(players, StepRandom(SEED, step, some)) for some in rows.split(AT_ONCE)])
         for player in learning:
             player.train()
-        counts = torch.bincount(which, minlength=len(law.classes))
-        return torch.zeros_like(law.shares).index_add_(0, which, apart) / counts
+        which = rows % len(law.classes)
+        return torch.zeros_like(law.shares).index_add_(0, which, apart) / torch.bincount(which)
+
+    def _apart(self, players: Players, rng: StepRandom) -> Tensor:
+        """|D_fake - D_teacher| of the samples with these numbers, which go round the classes, [B]."""
+        law, steps, path = players.label_law, self.base.steps, players.teacher.path  # type: ignore[attr-defined]
+        calls, label = steps.num_evaluations, law.classes[rng.index % len(law.classes)]
+        noises = rng.normals(["z", "eps", *(f"fresh {i}" for i in range(calls - 1))], law.image_shape)
+        draw = {**noises, "label": label, "step": torch.tensor(calls - 1)}
+        x = generate(players, draw, steps)
+        t = path.whole(path.time_of_ratio(torch.full((len(x),), self.ratio, dtype=torch.float64, device=x.device)))
+        x_t, cond = path.diffuse(x, draw["eps"], t), condition(players, draw)
+        return (players.fake(x_t, t, cond) - players.teacher(x_t, t, cond)).double().flatten(1).norm(dim=1)

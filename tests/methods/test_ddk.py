@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Batch, Players, Problem
+from diffdistill.methods import ddk
 from diffdistill.methods.ddk import DDK, LabelLaw
 from diffdistill.methods.diversity import Diversity
 from diffdistill.methods.dmd2 import DMD2
@@ -159,3 +160,26 @@ def test_it_can_be_rewarded_for_diversity() -> None:
     players = Players(teacher=setting.teacher, **method.players(setting))
     draw = method.draw(StepRandom(0, 0, torch.arange(6)), setting)
     assert "diversity" in method.call("generator_loss", players, draw, EMPTY).logs
+
+
+@pytest.mark.parametrize("gaps", [(0.0, 0.0, 0.0), (1.0, float("nan"), 1.0), (1.0, float("inf"), 1.0)])
+def test_a_measurement_that_says_nothing_leaves_the_law_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, gaps: tuple[float, ...]
+) -> None:
+    method = DDK(base=BASE, every=1, decay=0.0)
+    players = players_of(method)
+    players.label_law.shares.copy_(torch.tensor([0.2, 0.3, 0.5]))
+    monkeypatch.setattr(DDK, "gaps", lambda self, players, step: torch.tensor(gaps, dtype=torch.float64))
+    method.after_step(players, {}, 1)
+    assert players.label_law.shares.tolist() == pytest.approx([0.2, 0.3, 0.5], abs=1e-7)
+
+
+def test_many_samples_are_measured_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prompts there are as many classes, which are no batch that fits a device."""
+    method, asked = DDK(base=BASE, samples=10), list[int]()
+    players = players_of(method)
+    whole = method.gaps(players, 5)
+    monkeypatch.setattr(ddk, "AT_ONCE", 4)
+    players.teacher.net.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+    torch.testing.assert_close(method.gaps(players, 5), whole)
+    assert asked == [4, 4, 2]

@@ -14,8 +14,8 @@ FAULTS = (
     Fault(
         "the law is where the gap is not",
         METHOD,
-        "gaps / gaps.sum().clamp_min(1e-30)",
-        "1 - gaps / gaps.sum().clamp_min(1e-30)",
+        "found = gaps / gaps.sum()",
+        "found = 1 - gaps / gaps.sum()",
         f"{TEST}the_law_follows_and_only_when_it_is_due",
     ),
     Fault(
