@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from diffdistill import PLACES, attention
 from diffdistill.export import substitutes
+from diffdistill.models import loading_bars
 from diffdistill.settings import schema, values
 
 PACKAGE = "diffdistill"
@@ -24,6 +25,7 @@ REPLACED = {
     (values.__name__, "validate"): (SUBSTITUTES, "validate"),
     (PACKAGE, "register_network"): (SUBSTITUTES, "register_network"),
     (PACKAGE, "register_family"): (SUBSTITUTES, "register_family"),
+    (loading_bars.__name__, "turn_off_loading_bars"): (SUBSTITUTES, "turn_off_loading_bars"),
     (attention.__name__, "attention"): (SUBSTITUTES, "attention"),
     (attention.__name__, "reaching"): (SUBSTITUTES, "reaching"),
 }
