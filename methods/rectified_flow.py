@@ -22,9 +22,9 @@ from diffdistill.distillation.distances import LPIPS
 from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.losses import pseudo_huber
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import check_deterministic, memorisation, teacher_pairs
+from diffdistill.distillation.pairs import check_deterministic, check_teleport, memorisation, teacher_pairs
 from diffdistill.settings.numbers import NonNegativeInt
-from diffdistill.settings.schema import NonNegative, Number, PositiveInt, field, schema
+from diffdistill.settings.schema import NonNegative, Number, Positive, PositiveInt, field, schema
 
 
 @schema
@@ -37,6 +37,7 @@ class RectifiedFlow(Method):
     pair_sampler: AnySampler = field(default_factory=Heun)  # how the teacher makes them, deterministically
     pairs_folder: str | None = None  # keeps them in shards, for stopped and further runs; `null`: the run's
     held_out: NonNegativeInt = 64  # further pairs, never trained on: what the signal `memorisation` compares with
+    teleport: Positive | None = None  # pairs begin at this sigma / alpha, where a Gaussian of the run's images arrives
     guidance: Number = 1.0  # w of D_u + w (D_c - D_u), of the teacher
     time_law: AnyTimeDistribution = field(default_factory=UShaped)  # noise levels of training
     huber_constant: NonNegative = 0.00054  # c is this times the number of values; 0: the plain norm
@@ -44,12 +45,19 @@ class RectifiedFlow(Method):
     perceptual_weight: Literal["1/t", "one"] = "1/t"  # of it; the paper's on CIFAR-10 is 1/t, elsewhere one
 
     student = "generator"
-    needs_images = False
     keeps_teacher = False
     updates = (Update(("generator",), "generator_loss"),)
 
     def __post_init__(self) -> None:
         check_deterministic("pair_sampler", self.pair_sampler)
+
+    @property
+    def needs_images(self) -> bool:
+        return self.teleport is not None  # the Gaussian is of them
+
+    @property
+    def one_shape(self) -> str | None:
+        return None if self.teleport is None else "its stored pairs are of one size"
 
     def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
@@ -59,6 +67,7 @@ class RectifiedFlow(Method):
         players = problem.copies("generator")
         assert problem.teacher is not None
         check_guidance(problem.teacher, "method.guidance", self.guidance)
+        check_teleport(problem, self.pair_sampler, self.teleport, self.guidance)
         if self.perceptual:
             self.perceptual.check("method.perceptual", problem.image_shape, problem.teacher)
         return players
@@ -66,7 +75,9 @@ class RectifiedFlow(Method):
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         count, folder, others = self.pairs, self.pairs_folder, self.held_out
         sampler, scale = self.pair_sampler, self.guidance
-        return teacher_pairs(problem, seed, count, sampler, guidance=scale, folder=folder, held_out=others)
+        return teacher_pairs(
+            problem, seed, count, sampler, guidance=scale, folder=folder, held_out=others, teleport=self.teleport
+        )
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         t = self.time_law(rng.uniform("t"), problem.path)

@@ -15,9 +15,9 @@ from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import check_deterministic, memorisation, teacher_pairs
+from diffdistill.distillation.pairs import check_deterministic, check_teleport, memorisation, teacher_pairs
 from diffdistill.settings.numbers import NonNegativeInt
-from diffdistill.settings.schema import Number, PositiveInt, field, schema
+from diffdistill.settings.schema import Number, Positive, PositiveInt, field, schema
 
 
 @schema
@@ -32,9 +32,9 @@ class Regression(Method):
     distance: PairDistance = field(default_factory=SquaredError)  # of the student's image from the pair's
     pairs_folder: str | None = None  # keeps them in shards, for stopped and further runs; `null`: the run's
     held_out: NonNegativeInt = 64  # further pairs, never trained on: what the signal `memorisation` compares with
+    teleport: Positive | None = None  # pairs begin at this sigma / alpha, where a Gaussian of the run's images arrives
 
     student = "generator"
-    needs_images = False
     keeps_teacher = False
     updates = (Update(("generator",), "generator_loss"),)
 
@@ -43,6 +43,14 @@ class Regression(Method):
         if self.steps.num_evaluations > 1:
             raise ValueError("steps: a pair is of one step; use a single one")
 
+    @property
+    def needs_images(self) -> bool:
+        return self.teleport is not None  # the Gaussian is of them
+
+    @property
+    def one_shape(self) -> str | None:
+        return None if self.teleport is None else "its stored pairs are of one size"
+
     def sampler(self, problem: Problem) -> FewSteps:
         return self.steps
 
@@ -50,13 +58,16 @@ class Regression(Method):
         players = problem.copies("generator")
         assert problem.teacher is not None
         check_guidance(problem.teacher, "method.guidance", self.guidance)
+        check_teleport(problem, self.pair_sampler, self.teleport, self.guidance)
         self.distance.check("method.distance", problem.image_shape, problem.teacher)
         return players
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
         count, folder, others = self.pairs, self.pairs_folder, self.held_out
         sampler, scale = self.pair_sampler, self.guidance
-        return teacher_pairs(problem, seed, count, sampler, guidance=scale, folder=folder, held_out=others)
+        return teacher_pairs(
+            problem, seed, count, sampler, guidance=scale, folder=folder, held_out=others, teleport=self.teleport
+        )
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
         return {"pair": integer_of(rng.uniform("pair"), self.pairs)}

@@ -13,7 +13,7 @@ from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.path import EDM, Flow, Path, VPCosine, VPLinear, expand
-from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, FreshNoise, OneCall, Sampler
+from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, FreshNoise, Heun, OneCall, Sampler
 from diffdistill.settings.schema import UserError
 
 
@@ -115,6 +115,24 @@ class Teleport:
         rest.runtime = denoiser.runtime
         unit = x / expand(lower.sigma(start), x)
         return self.sampler(rest, unit.to(noise.dtype), cond, guidance=guidance, fresh_noise=fresh_noise)
+
+
+def rest_of_grid(sampler: Sampler, path: Path, ratio: float, setting: str) -> tuple[Heun, float]:
+    """The rest of Heun's grid from its first level at this ratio or below, and that level's ratio.
+
+    Raises UserError, naming the setting, for other samplers, a ratio that leaves nothing out or no step, and a path
+    that cannot begin there.
+    """
+    if not isinstance(sampler, Heun):
+        kind = getattr(sampler, "name", type(sampler).__name__)
+        raise UserError(f"{setting} {ratio:g}: leaves out Heun's steps, and the sampler is {kind}")
+    levels = path.ratio(path.karras_times(sampler.num_steps, sampler.rho)[: sampler.num_steps]).tolist()
+    left_out = sum(level > ratio * (1 + 1e-9) for level in levels)
+    if not 0 < left_out <= sampler.num_steps - 2:
+        low, high = levels[-2], levels[0]
+        raise UserError(f"{setting} {ratio:g}: leaves out {left_out} steps; take one from {low:.3g}, below {high:.3g}")
+    _end_at(path, levels[left_out])
+    return replace(sampler, num_steps=sampler.num_steps - left_out), levels[left_out]
 
 
 def _check_start(sampler: Sampler, path: Path, ratio: float) -> None:

@@ -74,7 +74,8 @@ class Problem:
     """What is known before training starts.
 
     image_shape: [C, H, W]; of a step whose batch has another, that one.  image_shapes: of all batches, where they
-    differ.  num_classes: 0 without labels.  teacher: frozen, or None.
+    differ.  num_classes: 0 without labels.  teacher: frozen, or None.  data: the run's, maybe of no rows where its
+    method needs no images; None where none is told.
     network: a new, untrained student, where the method trains one that is not a copy of its teacher; else None.
     teachers: further frozen ones by name, beside `teacher`; among the players each is "teacher_<name>".
     initial: the players of an earlier run that this one starts from, frozen, by name.
@@ -97,6 +98,7 @@ class Problem:
     teachers: Mapping[str, Denoiser] = field(default_factory=dict)
     starts: Mapping[str, str] = field(default_factory=dict)
     image_shapes: tuple[tuple[int, ...], ...] = ()
+    data: ImageSource | None = None
 
     @property
     def least_shape(self) -> tuple[int, ...]:

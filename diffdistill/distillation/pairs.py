@@ -7,9 +7,12 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
+from diffdistill.data.gaussian import gaussian_of
 from diffdistill.diffusion.denoiser import Denoiser, device_of
+from diffdistill.diffusion.guidance_rules import LINEAR
 from diffdistill.diffusion.sampling import TCD, AnySampler, FewSteps, Sampler
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.teleport import Teleport, rest_of_grid
 from diffdistill.distillation.method import Batch, Method, Players, Problem
 from diffdistill.networks.given import content_key
 from diffdistill.settings.schema import UserError
@@ -33,26 +36,30 @@ def teacher_pairs(
     guidance: float,
     folder: str | None = None,
     held_out: int = 0,
+    teleport: float | None = None,
 ) -> Pairs:
     """noise, unit: [N, ...]; image: [N, ...]; label: [N] int64, of all classes, whatever the run is about.
 
     N is `count`, and behind these the further pairs that are `held_out`.
 
     sampler: deterministic, so that an image is a function of its noise.  folder: keeps what is made, in shards: what
-    was stopped goes on there, and a later run takes what fits.
-    Raises UserError without a teacher, and where the folder holds pairs of another teacher, sampler, scale, seed or
-    list of prompts.
+    was stopped goes on there, and a later run takes what fits.  teleport: see `check_teleport`, which was asked.
+    Raises UserError without a teacher, and where the folder holds pairs of another teacher, sampler, scale, seed, list
+    of prompts, or Gaussian.
     """
     teacher = problem.teacher
     if teacher is None:
         raise UserError("teacher: the pairs are made by one; name a pretrained run")
     others = range(count, count + held_out)
+    plain = sampler
+    if teleport is not None:
+        sampler = _teleported(problem, teacher, plain, teleport)
     if folder is None:
         return _joined(
             [_made(teacher, problem, seed, part, sampler, guidance) for part in (range(count), others) if part]
         )
     place = FilePath(folder).expanduser()
-    _open(place, _facts(teacher, problem, seed, sampler, guidance))
+    _open(place, _facts(teacher, problem, seed, plain, guidance) | _facts_of_start(problem, teleport))
     shards = []
     for number, first in enumerate(range(0, count, SHARD)):
         file, indices = place / f"pairs-{number:06d}.safetensors", range(first, min(first + SHARD, count))
@@ -96,6 +103,33 @@ def check_deterministic(setting: str, sampler: AnySampler) -> None:
         raise ValueError(f"{setting}: {sampler.name} adds fresh noise between its steps; take heun or ddim")
 
 
+def check_teleport(problem: Problem, sampler: Sampler, ratio: float | None, guidance: float) -> None:
+    """Raise UserError where pairs cannot begin at this noise-to-signal ratio, at the data's Gaussian.
+
+    Then Heun's steps above it are left out.  None: they begin at noise.
+    """
+    teacher, data = problem.teacher, problem.data
+    if ratio is None or teacher is None:
+        return
+    setting = "method.teleport ="
+    rest_of_grid(sampler, teacher.path, ratio, setting)
+    faults = {
+        "needs the run's images, of which the Gaussian is": data is None or len(data) < 2,
+        "goes by class, and the teacher takes prompts; leave it out": teacher.conditions is not None,
+        "goes with guidance in a straight line; leave guidance_rule out, or set guidance: 1": guidance != 1
+        and teacher.runtime.guidance_rule != LINEAR,
+    }
+    for fault, is_so in faults.items():
+        if is_so:
+            raise UserError(f"{setting} {ratio:g}: {fault}")
+
+
+def _teleported(problem: Problem, teacher: Denoiser, sampler: Sampler, ratio: float) -> Teleport:
+    assert problem.data is not None
+    rest, start = rest_of_grid(sampler, teacher.path, ratio, "method.teleport =")
+    return Teleport(rest, start, gaussian_of(problem.data, by_class=bool(teacher.num_classes)))
+
+
 def _made(teacher: Denoiser, problem: Problem, seed: int, indices: range, sampler: Sampler, guidance: float) -> Pairs:
     """The pairs of these numbers, each a function of (seed, number) and of what makes it."""
     rng = StepRandom(seed, 0, torch.arange(indices.start, indices.stop, device=device_of(teacher)))
@@ -114,6 +148,10 @@ def _facts(teacher: Denoiser, problem: Problem, seed: int, sampler: Sampler, gui
     made_by = {"teacher": content_key(teacher), "sampler": repr(sampler), "guidance": guidance}
     prompts = {} if teacher.conditions is None else {"conditions": teacher.conditions.key}  # a label is a prompt's
     return {"seed": seed, **made_by, **prompts, "num_classes": classes, "image_shape": shape, "shard": SHARD}
+
+
+def _facts_of_start(problem: Problem, teleport: float | None) -> dict[str, object]:
+    return {} if teleport is None else {"teleport": teleport, "data": problem.data.key if problem.data else None}
 
 
 def _open(folder: FilePath, facts: dict[str, object]) -> None:

@@ -63,6 +63,7 @@ def resolve_models(
         teachers={name: other.denoiser for name, other in teachers.items()},
         starts=config.starts,
         image_shapes=source.shapes if isinstance(source, BucketedImages) else (),
+        data=source,
     )
     spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
     if teacher and config.model is None:

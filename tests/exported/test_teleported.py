@@ -15,11 +15,10 @@ from diffdistill.data import Digits
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.diffusion.teleport import LowRankGaussian, Teleport
-from diffdistill.exported import teleported
+from diffdistill.diffusion.teleport import LowRankGaussian, Teleport, rest_of_grid
 from diffdistill.exported.image_generators import open_image_generator
 from diffdistill.exported.sample import SampleOptions, run_sample
-from diffdistill.exported.teleported import fitted, left_of, with_teleport
+from diffdistill.exported.teleported import fitted, with_teleport
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
 from diffdistill.settings.schema import UserError
 from diffdistill.training.trainer import Trainer
@@ -34,7 +33,7 @@ def imager(place: Path, **asked: int) -> ModelImageGenerator:
 def test_the_rest_of_the_grid_is_its_own_levels():
     path, whole = EDM(sigma_min=0.02, sigma_max=20.0), Heun(num_steps=6, rho=5.0)
     grid = path.karras_times(6, 5.0)
-    rest, start = left_of(whole, path, float(grid[2]) + 0.01)
+    rest, start = rest_of_grid(whole, path, float(grid[2]) + 0.01, "--teleport")
     assert (rest.num_steps, start) == (4, pytest.approx(float(grid[2])))
     lower = replace(path, sigma_max=start)
     torch.testing.assert_close(lower.karras_times(4, 5.0), grid[2:])
@@ -43,7 +42,7 @@ def test_the_rest_of_the_grid_is_its_own_levels():
 @pytest.mark.parametrize(("ratio", "left_out"), [(20.0, 0), (30.0, 0), (0.02, 5), (0.001, 6)])
 def test_a_ratio_that_leaves_out_nothing_or_too_much_is_refused(ratio: float, left_out: int):
     with pytest.raises(UserError, match=f"leaves out {left_out} steps"):
-        left_of(Heun(num_steps=6, rho=5.0), EDM(sigma_min=0.02, sigma_max=20.0), ratio)
+        rest_of_grid(Heun(num_steps=6, rho=5.0), EDM(sigma_min=0.02, sigma_max=20.0), ratio, "--teleport")
 
 
 def test_a_run_is_sampled_with_fewer_calls_by_a_gaussian_of_its_own_images(tmp_path: Path):
@@ -55,7 +54,7 @@ def test_a_run_is_sampled_with_fewer_calls_by_a_gaussian_of_its_own_images(tmp_p
     assert made.num_evaluations < student.num_evaluations == 11
     data = Digits().load()
     model = student.model
-    rest, start = left_of(Heun(num_steps=6, rho=5.0), model.denoiser.path, 5.0)
+    rest, start = rest_of_grid(Heun(num_steps=6, rho=5.0), model.denoiser.path, 5.0, "--teleport")
     teleport = Teleport(rest, start, LowRankGaussian.fit(data.rows(torch.arange(len(data))), data.labels))
     noise = StepRandom(3, 0, index).normal("noise", model.spec.image_shape)
     with torch.no_grad():
@@ -67,7 +66,7 @@ def test_a_run_is_sampled_with_fewer_calls_by_a_gaussian_of_its_own_images(tmp_p
 
 def test_other_samplers_are_refused(tmp_path: Path):
     run = train("sid", origin("mlp", "sid", tmp_path / "mlp"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"--teleport 2: leaves out Heun's steps, and .* samples by few_steps"):
+    with pytest.raises(UserError, match=r"--teleport 2: leaves out Heun's steps, and the sampler is few_steps"):
         with_teleport(imager(run), 2.0)
 
 
@@ -95,7 +94,7 @@ def test_the_gaussian_is_of_images_from_all_over_the_data(tmp_path: Path, monkey
     """Folders have one class after another: the first images are of the first classes alone."""
     model = trained_on(tmp_path).model
     whole = fitted(model)
-    monkeypatch.setattr(teleported, "FITTED_ON", 6)
+    monkeypatch.setattr("diffdistill.data.gaussian.MOST", 6)
     some = fitted(model)
     assert some.means.shape == whole.means.shape == (4, 64)
     torch.testing.assert_close(some.means, whole.means, rtol=0, atol=0.02)

@@ -59,4 +59,25 @@ FAULTS = (
         "for pair in (fresh, fresh)",
         "distillation/test_pairs.py::test_memorisation_is_the_loss_on_held_out_pairs_over_that_on_stored_ones",
     ),
+    Fault(
+        "the Gaussian has one mean for all classes",
+        "diffdistill/distillation/pairs.py",
+        "by_class=bool(teacher.num_classes)",
+        "by_class=False",
+        "distillation/test_teleported_pairs.py::test_pairs_are_those_of_the_data_s_gaussian_and_the_rest_of_the_grid",
+    ),
+    Fault(
+        "pairs of another Gaussian are taken",
+        "diffdistill/distillation/pairs.py",
+        '{"teleport": teleport, "data": problem.data.key if problem.data else None}',
+        '{"teleport": teleport, "data": None}',
+        "distillation/test_teleported_pairs.py::test_a_folder_tells_the_ratio_and_the_data",
+    ),
+    Fault(
+        "the first images of the data make the Gaussian",
+        "diffdistill/data/gaussian.py",
+        "torch.arange(count) * len(images) // max(count, 1)",
+        "torch.arange(count)",
+        "distillation/test_teleported_pairs.py::test_of_many_images_evenly_spaced_ones_are_taken",
+    ),
 )
