@@ -172,6 +172,14 @@ def export(
             "--quantised", help="Store the bits that a student was trained for (qat), by torchao 0.16; stock."
         ),
     ] = False,
+    first_calls: Annotated[
+        int,
+        typer.Option(
+            help="Refused: it says how a program lets the teacher make so many of an exported student's calls.",
+            min=0,
+            max=MAX_SAMPLING_STEPS,
+        ),
+    ] = 0,
     licence: Annotated[str | None, typer.Option(help="The teacher's, where its own card does not say.")] = None,
     records: Annotated[str | None, typer.Option(help="JSONL of `diffdistill eval`: scores for the card.")] = None,
     verify: Annotated[
@@ -207,6 +215,7 @@ def export(
         scores=partial(model_index_of, FilePath(records)) if records else None,
         push=push,
         is_public=public,
+        first_calls=first_calls,
     )
     made = run_export(run, FilePath(out), options)
     console.print(made.summary, highlight=False, soft_wrap=True, markup=False)

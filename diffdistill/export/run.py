@@ -40,7 +40,7 @@ class ExportOptions:
     default the middle of what it was trained on.  has_own_pipeline: whether a stock folder gets a class of pipeline
     whose plain call is right.  licence: of the teacher, where its own card does not say.
     is_quantised: whether a stock folder holds the bits that a student was trained for, by torchao.
-    scores: gives what was measured of a place.  push: a repository on the hub.
+    scores: gives what was measured of a place.  push: a repository on the hub.  first_calls: of the teacher; refused.
     """
 
     kind: AnyKind = "auto"
@@ -54,6 +54,7 @@ class ExportOptions:
     scores: Scores | None = None
     push: str | None = None
     is_public: bool = False
+    first_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ def export(place: str, folder: FilePath, options: ExportOptions) -> Exported:
     Raises UserError if the place is taken or the model cannot be exported so; ExportError if the folder does not do
     what the run does, and it is then not there.
     """
+    if options.first_calls:
+        raise UserError(
+            f"--first-calls {options.first_calls}: a folder holds one network, and no pipeline of diffusers changes it "
+            "between its calls; export the student alone, and change the network from a callback (the page Export and "
+            f"sample, The teacher's first calls), or sample {place} with --first-calls {options.first_calls}"
+        )
     if options.push:
         check_push(options.push)
     _check_free(folder)

@@ -6,19 +6,30 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from support.method_matrix import origin, train
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.diffusion.guidance.policies import Recorder
+from diffdistill.diffusion.path import VPDiscrete
 from diffdistill.diffusion.sampling import FewSteps, OneCall
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.export.run import ExportOptions, export
+from diffdistill.export.stock import write_stock
 from diffdistill.exported.first_calls import check_first_calls, estimates_along, with_first_calls
 from diffdistill.exported.image_generators import open_image_generator
 from diffdistill.exported.sample import SampleOptions, run_estimates, run_sample
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
+from diffdistill.models.load import merge_model
 from diffdistill.settings.schema import UserError
+
+SD_LAST, SD_HALF = (
+    VPDiscrete.from_scheduler({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    .ratio(torch.tensor([999.0, 499.0]))
+    .tolist()
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +154,42 @@ def test_what_cannot_be_is_refused(class_run: Path, tmp_path: Path) -> None:
 def test_estimates_without_the_noisiest_states_are_refused(class_run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="--teleport: leaves states out, which --estimates shows"):
         run_estimates(str(class_run), SampleOptions(SampleRequest(), tmp_path / "a.png", teleport=2.0))
+
+
+def test_an_export_is_refused_with_what_to_do_instead(class_run: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["export", str(class_run), "--out", str(tmp_path / "a"), "--first-calls", "1"])
+    assert told.exit_code == 2
+    assert "--first-calls 1: a folder holds one network, and no pipeline of diffusers changes it" in told.output
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_callback_lets_the_teacher_make_the_first_call_of_a_stock_folder(text_run: Path, tmp_path: Path) -> None:
+    """As the page on export says."""
+    sampler = FewSteps(init_ratio=SD_LAST, later_ratios=(SD_HALF,), later_noise="ddim", init_noise="unit")
+    student, teacher = (imager(place, prompts=("a red fox",)) for place in (text_run, text_run.with_name("sd")))
+    student.model = replace(student.model, spec=replace(student.model.spec, sampler=sampler))
+    with torch.no_grad():
+        for weight in student.model.denoiser.parameters():  # three steps of training leave it near the teacher
+            weight.mul_(1.05)
+    stock = write_stock(merge_model(student.model), tmp_path / "stock")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "stock")
+    pipe.set_progress_bar_config(disable=True)
+    own, other = pipe.unet, UNet2DConditionModel.from_pretrained(text_run.with_name("sd"), subfolder="unet")
+
+    def after_call(pipe: Any, number: int, time: Any, tensors: Any) -> Any:
+        if number == 0:
+            pipe.unet = own
+        return tensors
+
+    made = {}
+    for name, first in (("mixed", other), ("student", own)):
+        pipe.unet = first
+        noise = StepRandom(0, 0, torch.arange(1)).normal("noise", student.model.spec.image_shape)
+        call = dict(stock.call) | {"latents": noise, "output_type": "pt", "callback_on_step_end": after_call}
+        made[name] = pipe(prompt="a red fox", **call).images * 2 - 1
+    index = torch.arange(1)
+    torch.testing.assert_close(made["student"], student(index).clamp(-1, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        made["mixed"], with_first_calls(student, teacher, 1)(index).clamp(-1, 1), rtol=0, atol=1e-5
+    )
+    assert float((made["mixed"] - made["student"]).abs().max()) > 1e-3
