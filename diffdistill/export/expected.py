@@ -42,7 +42,7 @@ def check_of(model: TrainedModel, folder: FilePath, record: ExportRecord, *, gui
 def _condition(model: TrainedModel) -> Cond:
     asked = asked_of(model, COUNT)
     if "prompt" in asked:
-        encoder = encoder_of(model.spec)
+        encoder = encoder_of(model.spec, "fp32")  # as the folder's own are loaded
         assert encoder is not None
         return encoder.encode(encoder.load("cpu"), asked["prompt"])
     return Cond(label=torch.tensor(asked["class_labels"])) if "class_labels" in asked else NO_COND

@@ -95,11 +95,12 @@ class ModelImageGenerator:
             raise UserError(f"--label: {self.model.source} knows no classes; give it a --prompt")
         if not self.asked.prompts:
             raise UserError(f"--prompt: {self.model.source} draws what a prompt says; give one, or a file of --prompts")
-        loaded = encoder.load(self.asked.device)
+        loaded = encoder.load(self.asked.device, stays=False)
         prompts = list(self.asked.prompts)
         step = self.asked.encode_batch or len(prompts)
-        shards = [encoder.encode(loaded, prompts[place : place + step]) for place in range(0, len(prompts), step)]
-        conditions = PromptTable(shards, encoder.encode_empty(loaded))
+        batches = [prompts[place : place + step] for place in range(0, len(prompts), step)]
+        *shards, empty = encoder.encode_all(loaded, batches, has_empty=True)
+        conditions = PromptTable(shards, empty)
         self.model.denoiser.run_with(conditions=conditions)
         return torch.arange(len(prompts))
 

@@ -20,6 +20,7 @@ from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, pipeline_of
 from diffdistill.models.teachers.image_size import size_files
 from diffdistill.models.teachers.pipeline import INDEX
+from diffdistill.models.teachers.text_encoders import EncoderDtype
 from diffdistill.settings.schema import UserError
 
 VERSION = 1  # of the tables; another one makes other keys
@@ -45,9 +46,17 @@ class PromptEncoder(Protocol):
 
     @property
     def files(self) -> Sequence[FilePath]: ...
-    def load(self, device: torch.device | str) -> Any: ...
+    @property
+    def halves(self) -> Sequence[str]:
+        """What computes in half precision, and in which; of everything in float32 empty."""
+
+    def load(self, device: torch.device | str, *, stays: bool = True) -> Any:
+        """stays: whether all of it is on the device until it is let go; else it is for `encode_all` alone."""
+
     def encode(self, loaded: Any, prompts: Sequence[str]) -> Cond: ...
     def encode_empty(self, loaded: Any) -> Cond: ...
+    def encode_all(self, loaded: Any, batches: Sequence[Sequence[str]], *, has_empty: bool = False) -> list[Cond]:
+        """Batches of prompts, and behind them the empty one, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class PipelineEncoder:
     """The text encoders of a diffusers pipeline."""
 
     pipeline: Pipeline
+    dtype: EncoderDtype = "published"
 
     @property
     def files(self) -> list[FilePath]:
@@ -65,8 +75,13 @@ class PipelineEncoder:
         own = [file for part in parts for file in files_of(folder / part)]
         return [*filter(FilePath.is_file, about), *size_files(folder), *own]
 
-    def load(self, device: torch.device | str) -> Any:
-        return self.pipeline.load_encoder(device)
+    @property
+    def halves(self) -> list[str]:
+        dtypes = self.pipeline.encoder_dtypes(self.dtype)
+        return [f"{part} {dtype}" for part, dtype in dtypes.items() if dtype != torch.float32]
+
+    def load(self, device: torch.device | str, *, stays: bool = True) -> Any:
+        return self.pipeline.load_encoder(device, dtype=self.dtype, stays=stays)
 
     def encode(self, loaded: Any, prompts: Sequence[str]) -> Cond:
         return self.pipeline.encode(loaded, prompts)
@@ -74,13 +89,19 @@ class PipelineEncoder:
     def encode_empty(self, loaded: Any) -> Cond:
         return self.pipeline.encode_empty(loaded)
 
+    def encode_all(self, loaded: Any, batches: Sequence[Sequence[str]], *, has_empty: bool = False) -> list[Cond]:
+        return self.pipeline.encode_all(loaded, batches, has_empty=has_empty)
 
-def encoder_of(spec: ModelSpec) -> PromptEncoder | None:
-    """What a model's prompts are encoded by: its pipeline's encoders, or its own; None if it takes no text."""
+
+def encoder_of(spec: ModelSpec, dtype: EncoderDtype = "published") -> PromptEncoder | None:
+    """What a model's prompts are encoded by: its pipeline's encoders, or its own; None if it takes no text.
+
+    dtype: of the pipeline's.
+    """
     if spec.text_encoder is not None:
         return SentenceEncoder(spec.text_encoder)
     pipeline = pipeline_of(spec)
-    return PipelineEncoder(pipeline) if pipeline and pipeline.family.takes_text else None
+    return PipelineEncoder(pipeline, dtype) if pipeline and pipeline.family.takes_text else None
 
 
 def encode_prompts(
@@ -95,23 +116,22 @@ def encode_prompts(
 
     Raises UserError, also where the disk has no room for the cache.
     """
-    key = table_key("prompts", VERSION, type(encoder).__name__, files_key(encoder.files, root=root), list(prompts))
+    key = table_key("prompts", VERSION, type(encoder).__name__, encoder_key(encoder, root), list(prompts))
     if config.encode == "streaming":
         return _streamed(encoder, prompts, key=key, device=device)
     if config.is_packed:
         key = table_key(key, config.dtype, config.tokens)
 
     def start() -> MakeRows:
-        loaded = encoder.load(device)
-        check_room(lambda sample: encoder.encode(loaded, sample), prompts, config, root / key)
+        loaded = encoder.load(device, stays=False)
+        check_room(lambda sample: encoder.encode_all(loaded, [sample])[0], prompts, config, root / key)
 
         def make(first: int, last: int) -> Shard:
             """The row behind the last prompt is the empty one."""
             places = range(first, min(last, len(prompts)), TEXT_BATCH)
-            parts = [encoder.encode(loaded, prompts[place : min(place + TEXT_BATCH, last)]) for place in places]
-            if last > len(prompts):
-                parts.append(encoder.encode_empty(loaded))
-            rows = {name: torch.cat([part.parts()[name].cpu() for part in parts]) for name in parts[0].parts()}
+            batches = [prompts[place : min(place + TEXT_BATCH, last)] for place in places]
+            parts = encoder.encode_all(loaded, batches, has_empty=last > len(prompts))
+            rows = {name: torch.cat([part.parts()[name] for part in parts]) for name in parts[0].parts()}
             return pack(rows, config)
 
         return make
@@ -126,6 +146,12 @@ def encode_prompts(
     empty = Cond(**{name: part[torch.tensor([count])] for name, part in last.items()})
     rest = [first_rows(last, count)] if count else []
     return PromptTable([*whole, *rest], empty, key=key, texts=prompts)
+
+
+def encoder_key(encoder: PromptEncoder, root: FilePath) -> str:
+    """Of its files and, where that is less than float32, of what they compute in.  root: of the cache."""
+    files, halves = files_key(encoder.files, root=root), list(encoder.halves)
+    return table_key(files, halves) if halves else files
 
 
 def _streamed(encoder: PromptEncoder, prompts: Sequence[str], *, key: str, device: torch.device | str) -> PromptTable:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.models.teachers.text_encoders import EncoderDtype
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.terminal import say
 
@@ -30,12 +31,14 @@ class PromptsConfig:
 
     encode: cache, all of them once, before training; streaming, each when a batch asks for it, with the encoders in
     memory for as long as the run.  dtype: of the cache; networks get their own.  tokens: counted keeps those that a
-    mask counts, where the encoder gives one, and zeros stand for the others.
+    mask counts, where the encoder gives one, and zeros stand for the others.  encoder_dtype: what a pipeline's encoders
+    compute in; published, as each one's weights are.
     """
 
     encode: Literal["cache", "streaming"] = "cache"
     dtype: Literal["fp32", "bf16"] = "fp32"
     tokens: Literal["all", "counted"] = "all"
+    encoder_dtype: EncoderDtype = "published"
 
     def __post_init__(self) -> None:
         if self.encode == "streaming" and (self.dtype, self.tokens) != ("fp32", "all"):

@@ -89,8 +89,13 @@ class SentenceEncoder:
         found = [FilePath(self.place).expanduser() / name for name in FILES]
         return [file for file in found if file.is_file()]
 
-    def load(self, device: torch.device | str = "cpu") -> tuple[Any, Any]:
-        """Tokenizer and frozen model. Raises UserError."""
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """Nothing in half precision: it is small."""
+        return ()
+
+    def load(self, device: torch.device | str = "cpu", *, stays: bool = True) -> tuple[Any, Any]:
+        """Tokenizer and frozen model, which is on the device either way. Raises UserError."""
         self.config  # noqa: B018  (refuses other models)
         try:
             from transformers import AutoTokenizer, BertModel
@@ -118,6 +123,12 @@ class SentenceEncoder:
     def encode_empty(self, loaded: tuple[Any, Any]) -> Cond:
         """The empty prompt: [1, width]."""
         return self.encode(loaded, [""])
+
+    def encode_all(
+        self, loaded: tuple[Any, Any], batches: Sequence[Sequence[str]], *, has_empty: bool = False
+    ) -> list[Cond]:
+        """Batches, and behind them the empty prompt, on the CPU."""
+        return [self.encode(loaded, batch).map(Tensor.cpu) for batch in (*batches, *([[""]] if has_empty else []))]
 
 
 @torch.no_grad()

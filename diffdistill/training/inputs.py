@@ -111,7 +111,7 @@ def open_inputs(config: RunConfig, teacher: ModelSpec | None, device: torch.devi
 
 def _encoder(config: RunConfig, teacher: ModelSpec | None) -> PromptEncoder | None:
     if teacher is not None:
-        return encoder_of(teacher)
+        return encoder_of(teacher, config.prompts.encoder_dtype)
     return SentenceEncoder(config.text_encoder) if config.text_encoder is not None else None
 
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.data.cache import cache_folder
-from diffdistill.data.shards import files_key
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.sampling import FreshNoise, Sampler
 from diffdistill.eval.records.hashes import hash_weights
-from diffdistill.models.encoders import PromptEncoder, encode_prompts, encoder_of
+from diffdistill.models.encoders import PromptEncoder, encode_prompts, encoder_key, encoder_of
 from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, pipeline_of
 from diffdistill.settings.schema import UserError
@@ -95,7 +94,7 @@ def open_around(
     hashes = {name: hash_weights(module) for name, module in modules.items()}
     if encoder is None or captions is None:
         return EncoderAndVAE(0, None, pipeline, vae, modules, hashes)
-    hashes["text_encoder"] = files_key(encoder.files, root=cache_folder(None))
+    hashes["text_encoder"] = encoder_key(encoder, cache_folder(None))
     if not keeps_encoder:
         table = encode_prompts(encoder, captions, root=cache_folder(None), device=device)
         denoiser.run_with(conditions=denoiser.conditions or table)

@@ -166,8 +166,8 @@ def test_encoders_have_left_memory_before_the_networks_come(
     seen: list[weakref.ref[nn.Module]] = []
 
     def watched(load: Callable[..., Any]) -> Callable[..., Any]:
-        def loads(pipeline: Pipeline, *arguments: Any) -> Any:
-            made = load(pipeline, *arguments)
+        def loads(pipeline: Pipeline, *arguments: Any, **named: Any) -> Any:
+            made = load(pipeline, *arguments, **named)
             parts = made.components.values() if hasattr(made, "components") else [made]
             seen.extend(weakref.ref(part) for part in parts if isinstance(part, nn.Module))
             return made

@@ -164,7 +164,7 @@ def _add(teacher: ComposedTeacher, files: _Files, folder: FilePath) -> None:
 def _assemble(made: Pipeline, *, has_network: bool, has_text: bool) -> Any:
     """diffusers' own pipeline with the parts alone that files are added to."""
     if has_text:
-        pipe = made.load_encoder()
+        pipe = made.load_encoder(dtype="fp32")
     else:
         kind = diffusers_class(str(made.index["_class_name"]))
         absent = {name for name, value in made.index.items() if isinstance(value, list)} | made.family.parts.keys()

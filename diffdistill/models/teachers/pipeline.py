@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.util import find_spec
+from functools import cached_property, partial
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
@@ -21,6 +20,14 @@ from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
 from diffdistill.models.teachers.image_size import read_size
 from diffdistill.models.teachers.installed import diffusers_class
 from diffdistill.models.teachers.registry import detect_family
+from diffdistill.models.teachers.text_encoders import (
+    EncoderDtype,
+    by_turns,
+    check_tokenizer,
+    in_float32,
+    on_device,
+    published_dtype,
+)
 from diffdistill.models.teachers.variants import WEIGHTS, variant_of
 from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.networks.parameter_limit import limited_parameters
@@ -221,55 +228,77 @@ class Pipeline:
         assert self.vae_config is not None  # which is checked
         return freeze(load_model_of(name, self.folder / "vae"))
 
-    def load_encoder(self, device: torch.device | str = "cpu") -> Any:
-        """diffusers' own pipeline with the parts alone that encode prompts. Raises UserError."""
+    def encoder_dtypes(self, dtype: EncoderDtype) -> dict[str, torch.dtype]:
+        """What each text encoder computes in."""
+        parts = [part for part in self.family.text_parts if part.startswith("text_encoder") and self.class_of(part)]
+        if dtype == "fp32":
+            return dict.fromkeys(parts, torch.float32)
+        return {part: published_dtype(self.folder / part, str(self.class_of(part))) for part in parts}
+
+    def load_encoder(
+        self, device: torch.device | str = "cpu", *, dtype: EncoderDtype = "published", stays: bool = True
+    ) -> Any:
+        """diffusers' own pipeline with the parts alone that encode prompts. Raises UserError.
+
+        stays: whether all are on the device; False leaves them in memory, for `encode_all`.
+        """
         if not self.family.takes_text:
             raise UserError(f"{self.place}: {self.index.get('_class_name')} takes no prompts")
         kind = diffusers_class(str(self.index["_class_name"]))
         given = list(filter(self.class_of, self.family.text_parts))
         for part in given:
             if part.startswith("tokenizer"):
-                _check_tokenizer(self.folder / part)
+                check_tokenizer(self.folder / part)
         parts = {name for name, value in self.index.items() if _is_part(value)} | self.family.parts.keys()
         absent = dict.fromkeys(parts - {"scheduler", *given})
         try:
             encoders = {
-                part: load_model_of(str(self.class_of(part)), self.folder / part, library="transformers")
-                for part in given
-                if part.startswith("text_encoder")
+                part: load_model_of(str(self.class_of(part)), self.folder / part, library="transformers", dtype=own)
+                for part, own in self.encoder_dtypes(dtype).items()
             }
-            made = kind.from_pretrained(str(self.folder), **absent, **encoders, local_files_only=True)
+            made = on_device(kind, device).from_pretrained(
+                str(self.folder), **absent, **encoders, local_files_only=True
+            )
         except ImportError as error:
             raise UserError(f"{self.place}: encoding prompts needs `pip install diffdistill[hf]`: {error}") from None
         except UserError:
             raise
         except READING as error:
             raise UserError(f"{self.folder}: tokenizers: cannot be read: {_short(error)}") from None
-        return made.to(device)
+        for encoder in encoders.values():
+            encoder.to(device if stays else "cpu")
+        return made
 
     @torch.no_grad()
     def encode(self, encoder: Any, prompts: Sequence[str]) -> Cond:
         """Prompts as what the network is given, [N, ...] each part. encoder: of `load_encoder`."""
-        return self.family.encode(encoder, prompts, self.image_size, self.options)
+        return in_float32(self.family.encode(encoder, prompts, self.image_size, self.options), self.place)
 
     @torch.no_grad()
     def encode_empty(self, encoder: Any) -> Cond:
         """The empty prompt, as what the pipeline guides away from: [1, ...] each part."""
-        return self.family.encode_empty(encoder, self.image_size, self.options)
+        return in_float32(self.family.encode_empty(encoder, self.image_size, self.options), self.place)
+
+    def encode_all(self, encoder: Any, batches: Sequence[Sequence[str]], *, has_empty: bool = False) -> list[Cond]:
+        """Batches of prompts, and behind them the empty one, on the CPU; one encoder at a time is on the device."""
+        calls = [partial(self.encode, encoder, batch) for batch in batches]
+        calls += [partial(self.encode_empty, encoder)] if has_empty else []
+        encoders = [part for part in encoder.components.values() if isinstance(part, nn.Module)]
+        return [cond.map(Tensor.cpu) for cond in by_turns(encoders, calls, encoder.device)]
 
     def conditions(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> PromptTable:
         """These prompts by number, encoded at once and kept in memory; the encoders are let go."""
-        encoder = self.load_encoder(device)
-        return PromptTable([self.encode(encoder, prompts)], self.encode_empty(encoder))
+        *shards, empty = self.encode_all(self.load_encoder(device, stays=False), [prompts], has_empty=True)
+        return PromptTable(shards, empty)
 
 
-READING = (OSError, *BUILDING)
-"""What diffusers and transformers raise on files that they cannot read."""
+READING = (OSError, *BUILDING)  # what diffusers and transformers raise on files that they cannot read
 
 
-def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") -> nn.Module:
-    """A model of a class of diffusers or transformers, in float32, from safetensors whose names and shapes are all its
-    own.
+def load_model_of(
+    name: str, folder: FilePath, *, library: str = "diffusers", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A model of a class of diffusers or transformers from safetensors whose names and shapes are all its own.
 
     Raises UserError on a header that lies, on weights that are missing or not finite, on a folder of pickles only, and
     on a config.json that names programs.
@@ -287,7 +316,7 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
         with limited_parameters():
             model, about = kind.from_pretrained(
                 str(folder),
-                torch_dtype=torch.float32,  # without it transformers takes the config's, and rounds to it
+                torch_dtype=dtype,  # without it transformers takes the config's, and rounds to it
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -308,7 +337,7 @@ def load_model_of(name: str, folder: FilePath, *, library: str = "diffusers") ->
     dead = find_dead(dict(model.named_parameters()))
     if dead:
         raise UserError(f"{folder}: its weights are not finite: {name_some(dead)}")
-    return model.float()
+    return model.float() if dtype == torch.float32 else model  # some buffers stay in float32
 
 
 def _check_weights(folder: FilePath) -> None:
@@ -364,17 +393,6 @@ def _check_part(pipeline: Pipeline, part: str, classes: tuple[str, ...]) -> None
         raise UserError(
             f"{file}: {part}: names {library}.{name}, which is not loaded; choose from {', '.join(classes)}"
         )
-
-
-def _check_tokenizer(folder: FilePath) -> None:
-    """Raise UserError unless there is a vocabulary that can be read: without one transformers knows no word."""
-    names = {file.name for file in folder.glob("*")}
-    if names & {"tokenizer.json", "vocab.json"}:
-        return
-    if not any(name.endswith(".model") for name in names):
-        raise UserError(f"{folder}: holds no vocabulary: tokenizer.json, vocab.json or a sentencepiece model")
-    if find_spec("sentencepiece") is None:
-        raise UserError(f"{folder}: reading a sentencepiece model needs `pip install diffdistill[hf]`")
 
 
 def _is_part(value: object) -> bool:
