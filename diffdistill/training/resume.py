@@ -46,6 +46,7 @@ FREE_GROUPS = ("run", "health", "trackers", "eval")
 FREE_TO_CHANGE = (
     *PLACES,
     *(f"train.{name}" for name in ("steps", "device", "num_threads", "on_nonfinite", "max_skips", *PIECES, *LOGGING)),
+    "prompts.encoder_dtype",  # where it makes other embeddings, the data has another key
     *(f"speed.{setting.name}" for setting in fields(SpeedConfig) if setting.name != "teacher_dtype"),
 )
 """Settings that a resumed run may change, beside whole groups."""

@@ -122,4 +122,11 @@ def _check(config: "RunConfig") -> None:
     }
     named = [name for name, is_so in faults.items() if is_so]
     if named:
-        raise UserError(f"speed.shard = {speed.shard!r}: does not go with {', '.join(named)}; use none")
+        instead = (
+            ": every process holds the frozen base once and the small factors, and speed.teacher_dtype and "
+            "speed.activation_checkpointing make it less"
+        )
+        raise UserError(
+            f"speed.shard = {speed.shard!r}: does not go with {', '.join(named)}; use none"
+            f"{instead if faults['lora'] else ''}"
+        )
