@@ -49,4 +49,18 @@ FAULTS = (
         "if self.base is None:",
         f"{TEST}a_base_whose_teacher_is_told_no_class_of_its_own_is_refused",
     ),
+    Fault(
+        "the distance of the rest is that of the forgotten",
+        "eval/metrics/settings.py",
+        "rows[~torch.isin(asked",
+        "rows[torch.isin(asked",
+        "eval/test_forgotten.py::test_images_of_the_forgotten_classes_move_the_whole_distance_alone",
+    ),
+    Fault(
+        "the share counts the least likely classes",
+        "eval/metrics/scores.py",
+        "torch.isin(logits.argmax(1)",
+        "torch.isin(logits.argmin(1)",
+        "eval/test_forgotten.py::test_the_share_counts_the_samples_whose_largest_logit_is_of_the_classes",
+    ),
 )
