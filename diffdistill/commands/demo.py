@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from diffdistill.data.pictures import save_grid
 from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.eval.evaluation.digits import Row, bootstrap_floor, evaluate, print_table
+from diffdistill.eval.evaluation.digits import Row, bootstrap_floor, evaluate, gaussian_baseline, print_table
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import load_model
 from diffdistill.settings.links import refuse_links
@@ -39,6 +39,7 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
     init_ratio = _few_steps(str(student)).init_ratio
     rows = [
         bootstrap_floor(seed=0),
+        gaussian_baseline(seed=0),
         evaluate_run(str(teacher), name="teacher"),
         evaluate_run(str(teacher), name="teacher, one step", sampler=FewSteps(init_ratio=init_ratio)),
         evaluate_run(str(student), name="DMD2 student, one step"),

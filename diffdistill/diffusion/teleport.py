@@ -51,6 +51,10 @@ class LowRankGaussian:
         kept = int((values > 1e-10 * values[0]).sum()) if rank is None else rank
         return LowRankGaussian(torch.stack(means), values[:kept], vectors[:kept].T.contiguous())
 
+    def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Flat images [B, D] of classes [B].  noise: unit, [B, r]."""
+        return self.means[labels] + (noise.double() * self.values.sqrt()) @ self.vectors.T
+
     def mean(self, cond: Cond, guidance: float | Tensor, batch: int) -> Tensor:
         """mu_u + w (mu_c - mu_u), [B, D]: with one covariance, guided scores are those of a Gaussian with this mean."""
         means = self.means if cond.label is None else self.means.to(cond.label.device)

@@ -93,11 +93,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_demo_needs_no_extras_and_writes_the_table(demo: Path) -> None:
     rows = json.loads((demo / "table.json").read_text())
-    assert [list(row) for row in rows] == 4 * [COLUMNS]
-    names = ["bootstrap floor", "teacher", "teacher, one step", "DMD2 student, one step"]
+    assert [list(row) for row in rows] == 5 * [COLUMNS]
+    names = ["bootstrap floor", "Gaussian of the data", "teacher", "teacher, one step", "DMD2 student, one step"]
     assert [row["name"] for row in rows] == names
-    assert [row["num_evaluations"] for row in rows] == [0, 3, 1, 1]
-    assert all(row["ms_per_image"] > 0 for row in rows[1:])
+    assert [row["num_evaluations"] for row in rows] == [0, 0, 3, 1, 1]
+    assert all(row["ms_per_image"] > 0 for row in rows[2:])
 
 
 def test_the_demo_writes_pictures_and_previews(demo: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_finished_demo_is_not_trained_again(demo: Path, few_images: None, monk
     (demo / "table.json").unlink()
     result = call("demo", "--fast", "--run", demo)
     assert result.exit_code == 0, result.output
-    assert len(json.loads((demo / "table.json").read_text())) == 4
+    assert len(json.loads((demo / "table.json").read_text())) == 5
 
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))

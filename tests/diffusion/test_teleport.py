@@ -136,3 +136,11 @@ def test_what_cannot_be_is_refused() -> None:
             Teleport(sampler, 5.0, exact())(teacher, noise)
     with pytest.raises(UserError, match="at least 2 images, not 1"):
         LowRankGaussian.fit(noise[:1])
+
+
+def test_samples_have_their_class_s_mean_and_the_covariance() -> None:
+    other = LowRankGaussian(torch.stack([MEAN, MEAN + 3.0, MEAN + 1.5]), exact().values, exact().vectors)
+    noise = random(20_000, len(other.values))
+    made = other.sample(noise, torch.ones(len(noise), dtype=torch.int64))
+    torch.testing.assert_close(made.mean(0), MEAN + 3.0, rtol=0, atol=0.06)
+    torch.testing.assert_close(made.T.cov(), COVARIANCE, rtol=0, atol=0.15)

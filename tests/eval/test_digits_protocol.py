@@ -19,6 +19,7 @@ from diffdistill.eval.evaluation.digits import (
     Row,
     bootstrap_floor,
     evaluate,
+    gaussian_baseline,
     generate,
     print_table,
     score,
@@ -113,6 +114,15 @@ def test_the_training_split_drawn_again_scores_as_stored() -> None:
     assert row.fd_pixels == pytest.approx(0.06321471701385661, abs=1e-6)
     assert row.recall == pytest.approx(0.9331941544885177, abs=1e-6)
     assert bootstrap_floor(seed=0) == row != bootstrap_floor(seed=1)
+
+
+def test_a_gaussian_of_the_data_has_its_moments_and_not_its_digits() -> None:
+    """In pixels the Frechet distance sees no more than the two moments; the precision does."""
+    row, floor = gaussian_baseline(seed=0), bootstrap_floor(seed=0)
+    assert (row.num_evaluations, row.ms_per_image) == (0, 0.0)
+    assert row.fd_pixels == pytest.approx(floor.fd_pixels, abs=0.02)
+    assert row.precision < 0.2 < row.recall
+    assert row == gaussian_baseline(seed=0)
 
 
 def test_an_exact_model_scores_better_than_one_step_of_it(model: Denoiser) -> None:
