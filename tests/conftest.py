@@ -1,6 +1,7 @@
 """What the tests share: one thread, runs that take a second, and one tiny digits teacher."""
 
 import os
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffdistill.training.config import RunConfig, parse_config
 from diffdistill.training.trainer import Trainer
 
 torch.set_num_threads(1)
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # where `diffdistill` is
 os.environ["COLUMNS"] = "160"  # of the terminal, so that what is printed does not depend on where the tests run
 
 MakeConfig = Callable[..., RunConfig]

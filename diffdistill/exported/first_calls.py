@@ -85,7 +85,6 @@ def estimates_along(
 
 
 def _trajectory(walker: ModelImageGenerator, index: Tensor) -> list[Call]:
-    seen, watched = Recorder(walker.guidance), copy(walker)
-    watched.guidance, watched.decode = seen, lambda images: images
-    watched(index)
+    seen = Recorder(walker.guidance)
+    walker.before_decoding(index, seen)
     return seen.calls

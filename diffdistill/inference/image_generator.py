@@ -69,9 +69,12 @@ class ModelImageGenerator:
         self.decode = _decoder(pipeline, asked.device)
 
     def __call__(self, index: Tensor) -> Tensor:
+        return self.decode(self.before_decoding(index, self.guidance)).float().cpu()
+
+    def before_decoding(self, index: Tensor, guidance: Guidance) -> Tensor:
+        """What the sampler makes, by another guidance too: latents where there is a VAE."""
         rng, labels = StepRandom(self.asked.seed, 0, index.to(self.asked.device)), self.labels_of(index)
-        made = sample_rows(self.model, rng, labels, guidance=self.guidance)
-        return self.decode(made).float().cpu()
+        return sample_rows(self.model, rng, labels, guidance=guidance)
 
     def labels_of(self, index: Tensor) -> Tensor:
         """The classes, or the prompts' numbers, of the images with these numbers, [B]."""

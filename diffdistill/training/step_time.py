@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +41,9 @@ def one_micro_batch(assembly: Assembly) -> Assembly:
     plan = assembly.plan
     size = min(plan.config.train.micro_batch_size or plan.share, plan.share)
     train = replace(plan.config.train, global_batch_size=size * plan.processes.count)
-    return replace(assembly, plan=replace(plan, config=replace(plan.config, train=train)))
+    config = copy(plan.config)
+    object.__setattr__(config, "train", train)  # whose other settings are checked, and may be a program's objects
+    return replace(assembly, plan=replace(plan, config=config))
 
 
 def measure_step_time(

@@ -124,13 +124,13 @@ class GroupRelative(SIM):
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        return (Update(("generator",), "reward_loss", statistics="rewards"),)
+        return (Update(("generator",), "reward_loss", statistics="judged"),)
 
-    def rewards(self, players: Players, draw: Draw, batch: Batch) -> Mapping[str, Tensor]:
+    def judged(self, players: Players, draw: Draw, batch: Batch) -> Mapping[str, Tensor]:
         return {"reward": generate(players, draw, self.steps).mean((1, 2, 3)), "number": draw["z"][:, 0, 0, 0]}
 
     def reward_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
-        own = self.rewards(players, draw, batch)
+        own = self.judged(players, draw, batch)
         everyone = draw.get("all reward", own["reward"]).detach()
         k = self.samples_per_condition
         mean = everyone.reshape(-1, k).mean(1).repeat_interleave(k)

@@ -158,7 +158,7 @@ def test_a_quantised_vae_is_refused_with_its_file_before_the_first_step(
     findings = doctor._leaving(load_model(place).spec)
     assert findings.is_fault
     assert findings.text.startswith("none can be made: ")
-    cli._say_if_it_cannot_leave(SimpleNamespace(spec=load_model(place).spec))  # type: ignore[arg-type]
+    assert not cli._says_if_it_leaves(SimpleNamespace(spec=load_model(place).spec))  # type: ignore[arg-type]
     assert "`diffdistill export` will not export this student: " in capsys.readouterr().err
     with pytest.raises(UserError, match=said):
         check_for(place, tmp_path / "out")

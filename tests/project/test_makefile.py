@@ -41,11 +41,15 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+OF_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "VENV")
+"""What `make test` hands to the tests, and a user's `make install` does not have."""
+
+
 def start(project: Path, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         ["make", "install", f"PYTHON={project}/python3"],
         cwd=project,
-        env=os.environ | environment,
+        env={name: value for name, value in os.environ.items() if name not in OF_MAKE} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
