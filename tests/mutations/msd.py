@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "every row goes to the first student",
         "diffdistill/diffusion/router.py",
-        "return by_student(self.router(cond), estimate)",
-        "return by_student(0 * self.router(cond), estimate)",
+        "return by_student(self.which(cond), estimate)",
+        "return by_student(0 * self.which(cond), estimate)",
         "methods/test_msd.py::test_a_joined_model_makes_each_class_by_its_own_student",
     ),
     Fault(
@@ -41,7 +41,7 @@ FAULTS = (
     Fault(
         "no class is always the first student's",
         "diffdistill/diffusion/router.py",
-        "return replace(null, label=null.label + self.router(cond))",
+        "return replace(null, label=null.label + self.which(cond))",
         "return null",
         "methods/test_msd.py::test_both_estimates_of_a_guided_sample_are_of_its_own_student",
     ),
