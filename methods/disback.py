@@ -1,6 +1,6 @@
-"""DisBack: Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation.
+"""DisBack: Distribution Backtracking for Diffusion Distillation.  Zhang et al. 2024, arXiv:2408.15991.
 
-Zhang et al. 2024, arXiv:2408.15991.  Implemented: degradation recording (the teacher is trained on the images of the
+Implemented: degradation recording (the teacher is trained on the images of the
 initial generator, and copies of it on the way there are kept) and backtracking (the base method distils from each copy
 in turn, the most degraded first, and at last from the teacher), around any method with a fake score.
 The released code loads its copies under names that match no weight, without strictness, and so keeps the teacher as

@@ -1,5 +1,4 @@
-"""Diversity-Rewarded CFG Distillation: a reward for samples of one condition that differ.  Cideron et al. 2024,
-arXiv:2410.06084.
+"""Diversity-Rewarded CFG Distillation: samples of one condition differ.  Cideron et al. 2024, arXiv:2410.06084.
 
 Implemented: around any method whose student makes images in one or a few calls, the reward of pairs of samples of one
 condition between embeddings, by its gradient. With a base that is guided it is the paper's objective, quality and

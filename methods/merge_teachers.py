@@ -1,5 +1,4 @@
-"""DMM: Building a Versatile Image Generation Model via Distillation-Based Model Merging.  Song et al. 2025,
-arXiv:2504.12364.
+"""DMM: one student of several teachers, by Distillation-Based Model Merging.  Song et al. 2025, arXiv:2504.12364.
 
 Implemented: several teachers (`teachers`, by name) and one student that is told which of them to be: its styles. The
 student starts as `teacher`, whose weights it is built over; the squared error in eps, features of any blocks, one mask

@@ -1,5 +1,4 @@
-"""Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction.  Wang et al. 2025,
-arXiv:2505.20755.
+"""Uni-Instruct: Unified Diffusion Divergence Instruction.  Wang et al. 2025, arXiv:2505.20755.
 
 Implemented: the gradient of an f-divergence of the images themselves, for eight divergences, as SiD's loss whose weight
 and alpha follow the density ratio at each x_t; the ratio with its graph; the GAN of DMD2; guidance on both sides;

@@ -1,9 +1,11 @@
 """The command line: every verb, the demo from end to end, what is refused, and what is not imported."""
 
 import dataclasses
+import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from diffdistill.commands import demo as demo_module
 from diffdistill.commands import doctor
 from diffdistill.commands.cli import app
 from diffdistill.commands.methods import print_methods
-from diffdistill.distillation.method import REGISTRY
+from diffdistill.distillation.method import METHODS, REGISTRY
 from diffdistill.eval.evaluation import digits
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.exported import sample
@@ -320,6 +322,13 @@ def test_a_table_that_cannot_be_written_is_refused(teacher: Path, few_images: No
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "table.json"
     assert_refused(call("eval", teacher, "--out", out), f"{out}: cannot be written")
+
+
+def test_what_methods_are_called_is_one_line_with_its_paper() -> None:
+    """`methods` shows the first line of a file alone."""
+    for name in set(METHODS.own) - {"score_field"}:  # of several papers
+        first = (inspect.getmodule(METHODS.find(name)).__doc__ or "").splitlines()[0]
+        assert re.search(r"arXiv:\d{4}\.\d{5}", first), (name, first)
 
 
 def test_methods_fit_80_columns() -> None:
