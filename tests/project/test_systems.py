@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 from diffdistill.commands.cli import app
 from diffdistill.diffusion.sampling import AnySampler
 from diffdistill.distillation.method import METHODS, AnyMethod
+from diffdistill.eval.metrics.settings import CLASSES
 from diffdistill.networks import NETWORKS
 from diffdistill.settings.registry import load
 from diffdistill.training.config import RunConfig
+
+METRICS = {kind.__dataclass_fields__["name"].default for kind in CLASSES}
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "systems.md").read_text()
@@ -36,7 +39,7 @@ def fault(name: str) -> str | None:
         return None if load(f"{module}:{attribute}") else "no such thing"
     if "/" in name and ":" not in name:
         return None if (ROOT / name).is_file() else "no such file"
-    if name in (*METHODS.names(), *NETWORKS.names(), *SAMPLERS):
+    if name in (*METHODS.names(), *NETWORKS.names(), *SAMPLERS, *METRICS):
         return None
     owner, _, setting = name.partition(".")
     key, _, value = setting.partition(": ")
