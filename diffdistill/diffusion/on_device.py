@@ -54,9 +54,11 @@ def _version(tensor: Tensor) -> int:
 
 def cat(parts: Sequence[Tensor]) -> Tensor:
     """torch.cat, of which the host knows what it knew of all the parts."""
-    hosts = [known for part in parts if (known := known_on_host(part)) is not None]
     made = torch.cat(list(parts))
-    return remember(made, torch.cat(hosts)) if len(hosts) == len(parts) and made.device.type != "cpu" else made
+    if torch.compiler.is_compiling() or made.device.type == "cpu":
+        return made
+    hosts = [host for host in map(known_on_host, parts) if host is not None]
+    return remember(made, torch.cat(hosts)) if len(hosts) == len(parts) else made
 
 
 def part(tensor: Tensor, index: slice | Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from diffdistill.diffusion import on_device
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM, VPDiscrete
 from diffdistill.diffusion.sampling import FewSteps, times_on
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.networks.mlp import MLP, MLPConfig
 
 CPU = torch.device("cpu")
 
@@ -103,3 +105,13 @@ def test_what_is_kept_can_be_trained_with_after_inference_mode():
         path.sigma(t)
     path.diffuse(x, torch.zeros(2, 3), times_on(FewSteps(), path, CPU).expand(2)).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_compiled_call_of_a_denoiser_is_one_graph(guidance):
+    torch._dynamo.reset()
+    net = MLP(MLPConfig(width=8, blocks=1), (1, 2, 2), 3, has_null_condition=True)
+    denoiser = Denoiser(net, path=VPDiscrete(), predicts="eps")
+    x, t, cond = torch.ones(2, 1, 2, 2), torch.tensor([3.0, 500.0]), Cond(label=torch.tensor([0, 2]))
+    compiled = torch.compile(denoiser, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, t, cond, guidance=guidance), denoiser(x, t, cond, guidance=guidance))
