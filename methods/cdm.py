@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffdistill.diffusion.on_device import upload
 from diffdistill.diffusion.path import Path, expand
 from diffdistill.diffusion.sampling import DDIM, FewSteps, transfer
 from diffdistill.diffusion.step_random import StepRandom
@@ -138,7 +139,7 @@ class CDM(Method):
         """The image whose straight way from the first call's input meets the teacher's guided ODE after its steps."""
         teacher, path = players.teacher, players.teacher.path
         told, guidance = condition(players, draw, role="teacher"), scale_in(draw, self.scales, "guidance")
-        times = [time.expand(len(noise)) for time in self.anchor_times(path).to(noise.device)]
+        times = [time.expand(len(noise)) for time in upload(self.anchor_times(path), noise.device)]
         reached = noise
         for t, following in pairwise(times):
             reached = transfer(path, reached, teacher(reached, t, told, guidance=guidance), t, following)

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import Path, expand
-from diffdistill.diffusion.sampling import StepSampler
+from diffdistill.diffusion.sampling import StepSampler, times_on
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, share_below, shares_between
 from diffdistill.distillation.losses import sample_normaliser, zero_nonfinite
@@ -40,7 +40,7 @@ class Decoupled:
         """Of guidance's noise, [B], float64.  Below the first call there is the whole of most laws."""
         uniform, step = rng.uniform("guidance t"), int(draw["step"])
         if self.range == "below_call":
-            calls = draw["times"] if "times" in draw else steps.times(path).to(uniform.device).expand(len(uniform), -1)
+            calls = draw["times"] if "times" in draw else times_on(steps, path, uniform.device).expand(len(uniform), -1)
             uniform = uniform * share_below(self.time_law, path, calls[:, step])
         return self.time_law(uniform, path)
 
