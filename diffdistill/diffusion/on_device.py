@@ -18,7 +18,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, by way of pinned memory where that is a GPU; itself where it is there."""
     if tensor.device == device:
         return tensor
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+    if device.type == "cuda" and torch.cuda.is_available() and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     made = tensor.to(device, non_blocking=True)
     return remember(made, tensor) if tensor.device.type == "cpu" else made

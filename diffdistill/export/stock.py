@@ -12,9 +12,10 @@ from diffdistill.export.schedulers import StockSteps, stock_steps
 from diffdistill.export.self_contained import write_json
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import Pipeline, open_pipeline
+from diffdistill.models.teachers.class_labels import ID2LABEL
 from diffdistill.models.teachers.image_size import write_size
 from diffdistill.models.teachers.installed import diffusers_class
-from diffdistill.models.teachers.pipeline import ID2LABEL, INDEX, read_json
+from diffdistill.models.teachers.pipeline import INDEX, read_json
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.settings.schema import UserError
 

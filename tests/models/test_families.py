@@ -27,7 +27,6 @@ from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.models.load import load_model
 from diffdistill.models.spec import ModelSpec
 from diffdistill.models.teachers import Pipeline, find_family, open_pipeline
-from diffdistill.models.teachers import pipeline as pipeline_module
 from diffdistill.networks.discriminator import make_head
 from diffdistill.networks.lora import LoRASettings, merge_lora, with_lora
 from diffdistill.networks.recompute import set_recompute
@@ -512,7 +511,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_without_sentencepiece_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_sentencepiece(save_stand_in("pixart", tmp_path) / "tokenizer")
-    monkeypatch.setattr(pipeline_module, "find_spec", lambda name: None)
+    monkeypatch.setattr("diffdistill.models.teachers.text_encoders.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tokenizer: reading a sentencepiece model needs .*\[hf\]"):
         open_pipeline(tmp_path).conditions(PROMPTS)
 

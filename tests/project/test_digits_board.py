@@ -32,7 +32,8 @@ def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleT
         usual = load_config(find_config(entry.config), board.FOR_LONGER.get(entry.name, entry.overrides))
         longer = load_config(find_config(entry.config), board.longer(entry, 10).overrides)
         assert longer.train.steps == 10 * usual.train.steps
-        assert replace(longer, train=usual.train) == usual
+        assert longer.ema.halflife_images == 10 * usual.ema.halflife_images
+        assert replace(longer, train=usual.train, ema=usual.ema) == usual
 
 
 def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(board: ModuleType) -> None:

@@ -47,7 +47,8 @@ OF_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "VENV"
 
 def start(project: Path, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        ["make", "install", f"PYTHON={project}/python3"],
+        # What is started in the background ignores SIGINT, and so does all that it starts.
+        ["env", "--default-signal=INT", "make", "install", f"PYTHON={project}/python3"],
         cwd=project,
         env={name: value for name, value in os.environ.items() if name not in OF_MAKE} | environment,
         stdout=subprocess.PIPE,

@@ -67,7 +67,7 @@ BAD_SETTINGS = [
     (
         "dmd2",
         ["method.name=dmd3"],
-        ["method.name = 'dmd3'", "did you mean 'dmd2'?", "choices: agd, boot, consistency, dmd2"],
+        ["method.name = 'dmd3'", "did you mean 'dmd2'?", "choices: agd, boot, cdm, consistency, "],
     ),
     ("dmd2", ["method=dmd2"], ["method = 'dmd2'", "should be an object"]),
     ("dmd2", ["method.steps.later_ratios=[9.0]"], ["method.steps", "must decrease: [2.5, 9.0]"]),

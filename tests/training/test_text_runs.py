@@ -198,7 +198,7 @@ def test_encoders_have_left_memory_before_the_networks_come(
             (FLAT, "data={name: digits}"),
             "the model takes prompts, and digits has none; choose prompts",
         ),
-        ("dmd2", "captioned_images", (FLAT, "data.resolution=8"), "data.resolution = 8: .* images of 16 x 16"),
+        ("dmd2", "captioned_images", (FLAT, "data.resolution=8"), r"data.resolution = 8: .* images of \[16, 16\]"),
         ("sim", "prompts", (FLAT, "text_encoder=somewhere"), "text_encoder: is the teacher's; leave it out"),
     ],
 )

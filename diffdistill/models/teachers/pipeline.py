@@ -14,6 +14,7 @@ from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
+from diffdistill.models.teachers.class_labels import ID2LABEL, names_in
 from diffdistill.models.teachers.family import BUILDING, Family
 from diffdistill.models.teachers.fields import NETWORKS, SCHEDULER, VAES, check_fields
 from diffdistill.models.teachers.hub import fetch_pipeline, is_hub_name
@@ -36,7 +37,6 @@ from diffdistill.settings.schema import UserError
 from diffdistill.storage.finite import find_dead, name_some
 
 INDEX = "model_index.json"
-ID2LABEL = "id2label"  # in the index: where DiTPipeline keeps the names of its classes
 LIBRARIES = ("diffusers", "transformers")
 
 
@@ -130,7 +130,7 @@ class Pipeline:
             ),
             image_shape=self.family.image_shape(options),
             num_classes=num_classes,
-            class_names=_names_in(self.index.get(ID2LABEL), num_classes),
+            class_names=names_in(self.index.get(ID2LABEL), num_classes),
             class_dropout=self.family.class_dropout,
             sampler=self.family.sampler,
             pipeline=self.place,
@@ -371,14 +371,6 @@ def read_json(file: FilePath) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: must be a JSON object")
     return found
-
-
-def _names_in(table: object, num_classes: int) -> tuple[str, ...]:
-    """The classes' names of an `id2label`, {"0": name, ...}, by number; () where it does not name each of them."""
-    if not num_classes or not isinstance(table, dict) or len(table) != num_classes:
-        return ()
-    names = tuple(table.get(str(number)) for number in range(num_classes))
-    return names if all(isinstance(name, str) for name in names) else ()  # type: ignore[return-value]
 
 
 def _check_part(pipeline: Pipeline, part: str, classes: tuple[str, ...]) -> None:
