@@ -145,10 +145,8 @@ def longer(entry: Entry, times: int) -> Entry:
     """The same at so many times its steps, to whose end its rates fall, with an average over the same share of them."""
     overrides = FOR_LONGER.get(entry.name, entry.overrides)
     config = load_config(find_config(entry.config), overrides)
-    longer = (
-        f"train.steps={times * config.train.steps}",
-        f"ema.halflife_images={times * config.ema.halflife_images:g}",
-    )
+    longer = [f"train.steps={times * config.train.steps}"]
+    longer += [f"ema.halflife_images={times * config.ema.halflife_images:g}"] if config.ema else []
     return replace(entry, overrides=(*overrides, *longer))
 
 

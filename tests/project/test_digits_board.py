@@ -32,7 +32,9 @@ def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleT
         usual = load_config(find_config(entry.config), board.FOR_LONGER.get(entry.name, entry.overrides))
         longer = load_config(find_config(entry.config), board.longer(entry, 10).overrides)
         assert longer.train.steps == 10 * usual.train.steps
-        assert longer.ema.halflife_images == 10 * usual.ema.halflife_images
+        if usual.ema is not None:
+            assert longer.ema is not None
+            assert longer.ema.halflife_images == 10 * usual.ema.halflife_images
         assert replace(longer, train=usual.train, ema=usual.ema) == usual
 
 
