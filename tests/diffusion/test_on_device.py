@@ -66,7 +66,7 @@ def test_a_copy_to_a_gpu_goes_through_pinned_memory_and_is_not_waited_for():
         steps.append(f"to {device}, {non_blocking}")
         return self
 
-    has_gpu = mock.patch.object(torch.cuda, "is_available", lambda: True)
+    has_gpu = mock.patch.object(torch.cuda, "is_available", return_value=True)
     with has_gpu, mock.patch.object(Tensor, "pin_memory", pin), mock.patch.object(Tensor, "to", to):
         on_device.upload(tensor, torch.device("cuda"))
     assert steps == ["pinned", "to cuda, True"]
