@@ -135,7 +135,8 @@ class LoRA(Network):
         return net
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoRA":
-        memo.update({id(tensor): tensor for tensor in self.base_tensors()})
+        for tensor in self.base_tensors():
+            memo.setdefault(id(tensor), tensor)
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
         copy.__setstate__(deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.distillation.method import Method, Problem
+from diffdistill.networks.lora import lora_of
 from diffdistill.settings.lock import locked
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump, dump_yaml
@@ -191,8 +192,10 @@ def share_out(plan: Plan, emas: Mapping[str, EMA]) -> nn.Module | None:
     student_outline = outline(average.module if average else plan.student)
     teachers = [teacher for teacher in plan.problem.all_teachers.values() if not is_offloaded(teacher)]
     averages = [ema.module for ema in emas.values()]
-    for module in (*teachers, *plan.trained.values(), *plan.followers.values(), *averages):
-        shard(module, plan.mesh)
+    modules = [*teachers, *plan.trained.values(), *plan.followers.values(), *averages]
+    shard(modules, plan.mesh)
+    for player in filter(lora_of, modules):
+        player.to(plan.device)  # its factors
     return student_outline
 
 
@@ -202,8 +205,11 @@ def run_state(plan: Plan, emas: Mapping[str, EMA], optimizers: Mapping[str, torc
 
 
 def make_averaging(plan: Plan) -> Averaging:
-    """Replicated players or parts of them."""
-    return Shards(plan.trained) if plan.mesh else Replicas(plan.processes, plan.method.updates, plan.trained)
+    """Replicated players, or parts of all but those in factors."""
+    in_factors = {name: player for name, player in plan.trained.items() if lora_of(player) or not plan.mesh}
+    replicas = Replicas(plan.processes, plan.method.updates, in_factors)
+    others = {name: player for name, player in plan.trained.items() if name not in in_factors}
+    return Shards(others, replicas) if plan.mesh else replicas
 
 
 def make_health(plan: Plan) -> Health | None:

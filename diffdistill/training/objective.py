@@ -42,11 +42,14 @@ class Replicas:
     """All weights in every process."""
 
     def __init__(self, processes: Processes, updates: Iterable[Update], trained: Mapping[str, nn.Module]) -> None:
-        """updates: a method's.  trained: the players, of which those parameters count that now require a gradient."""
+        """updates: a method's.  trained: those of their players that are whole; the parameters count that now require a
+        gradient."""
         self._processes = processes
+        found = {update: [trained[name] for name in update.players if name in trained] for update in updates}
         self._wrapped = {
-            update: processes.replicate(Objective(trained[name] for name in update.players))
-            for update in (updates if processes.count > 1 else ())
+            update: processes.replicate(Objective(players))
+            for update, players in found.items()
+            if players and processes.count > 1
         }
 
     @contextmanager

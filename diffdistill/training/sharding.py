@@ -1,18 +1,21 @@
 """Weights, gradients, moments and averages shared out among the processes: torch's fully_shard (FSDP2), per player.
 
 A block's weights are whole in a process only while it computes.  Zhao et al. 2023, arXiv:2304.11277.
+Of players in LoRA it is the frozen base, once for all that stand over it; their factors are small and stay whole in
+every process, whose gradients are averaged as those of replicas are.
 torch's package takes half a second of CPU time to import: so it is imported where something is sharded.
 """
 
 import atexit
+import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffdistill.diffusion.denoiser import Denoiser, freeze
@@ -20,9 +23,10 @@ from diffdistill.distillation.method import Update
 from diffdistill.distributed.parts import whole
 from diffdistill.distributed.processes import Processes
 from diffdistill.networks.diffusers_model import DiffusersNetwork
+from diffdistill.networks.lora import lora_of
 from diffdistill.networks.recompute import recomputable_blocks
 from diffdistill.settings.schema import UserError
-from diffdistill.training.objective import Ask
+from diffdistill.training.objective import Ask, Averaging
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -57,49 +61,100 @@ def _mesh(device: str, **sizes: int) -> DeviceMesh:
     return mesh
 
 
-def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Keep this process's part of a module's weights alone, on its device. New parameters take the old ones' places.
+def shard(modules: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Keep this process's part of the modules' weights alone, on its device. New parameters take the old ones' places.
 
-    Of a denoiser each block of the network is gathered by itself, and what is left of it together.
+    Of a denoiser each block of the network is gathered by itself, and what is left of it together. A weight that
+    several networks hold, LoRA's base, is parted once. Factors, and what stands around them, stay as they are.
     """
+    common = _held_again([_network_of(module) for module in modules])
+    for module in modules:
+        _shard_one(module, mesh)
+    for (part, name), (owner, owned) in common.items():
+        part.register_parameter(name, getattr(owner, owned))
+
+
+def _shard_one(module: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    net = module.net if isinstance(module, Denoiser) else module
-    for block in net.closed_blocks if isinstance(net, DiffusersNetwork) else recomputable_blocks(net):
-        fully_shard(block, mesh=mesh)
+    net, lora = _network_of(module), lora_of(module)
     # Gathered weights that stayed, as a root's do by default, would not follow optimisers, averages and requires_grad.
-    fully_shard(net, mesh=mesh, reshard_after_forward=True)
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    if lora:
+        options["ignored_params"] = set(lora.adapters.parameters())
+    for block in net.closed_blocks if isinstance(net, DiffusersNetwork) else recomputable_blocks(net):
+        fully_shard(block, **options)
+    fully_shard(net, **options)
     for name in TAPS:
         if hasattr(net, name):
             register_fsdp_forward_method(net, name)
 
 
-class Shards:
-    """The gradients of sharded players.  An `objective.Averaging`."""
+Place = tuple[nn.Module, str]  # a parameter's: the module that holds it, and its name there
 
-    def __init__(self, trained: Mapping[str, nn.Module]) -> None:
-        self._trained = trained
+
+def _held_again(nets: Sequence[nn.Module]) -> dict[Place, Place]:
+    """Where networks hold a weight that one before them holds, and where that does. They are given an empty one for it,
+    so that the whole one goes when the first is parted."""
+    first: dict[int, tuple[nn.Module, Place]] = {}
+    again: dict[Place, Place] = {}
+    for net in nets:
+        empty: dict[int, nn.Parameter] = {}
+        for part in net.modules():
+            for name, weight in part.named_parameters(recurse=False, remove_duplicate=False):
+                owner, place = first.setdefault(id(weight), (net, (part, name)))
+                if owner is not net:
+                    again[part, name] = place
+                    part.register_parameter(name, empty.setdefault(id(weight), _empty(weight)))
+    return again
+
+
+def _network_of(module: nn.Module) -> nn.Module:
+    """What is parted of a module: a denoiser's network, or what LoRA's factors stand in."""
+    lora = lora_of(module)
+    if lora:
+        return lora.shared_tree
+    return module.net if isinstance(module, Denoiser) else module
+
+
+def _empty(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+
+
+class Shards:
+    """The gradients of sharded players, and of those in LoRA, whose factors are whole.  An `objective.Averaging`."""
+
+    def __init__(self, sharded: Mapping[str, nn.Module], in_factors: Averaging) -> None:
+        self._sharded, self._in_factors = sharded, in_factors
 
     @contextmanager
     def of(self, update: Update, *, is_last: bool) -> Iterator[Ask]:
         """Until the last micro-batch gradients add up in each process, whole."""
         for name in update.players:
-            for part in _sharded(self._trained[name]):
+            for part in _sharded(self._sharded[name]) if name in self._sharded else ():
                 part.set_requires_gradient_sync(is_last, recurse=False)
-        yield lambda loss: loss()
+        with self._in_factors.of(update, is_last=is_last) as ask:
+            yield ask
 
 
 def outline(module: nn.Module) -> nn.Module:
     """A copy of a module that is about to be sharded, without weights."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in module.parameters()}
-    return deepcopy(module, empty)
+    weights = [p for part in _trees(module) for p in part.parameters()]
+    return deepcopy(module, {id(weight): _empty(weight) for weight in weights})
 
 
 def filled(outline: nn.Module, module: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy of a sharded module, whole in each process: all ask for it, and then compute what they like."""
     copy = deepcopy(outline)
-    copy.load_state_dict({name: whole(tensor) for name, tensor in module.state_dict().items()}, assign=True)
+    for empty, part in zip(_trees(copy), _trees(module), strict=True):
+        empty.load_state_dict({name: whole(tensor) for name, tensor in part.state_dict().items()}, assign=True)
     return freeze(copy).to(device)
+
+
+def _trees(module: nn.Module) -> list[nn.Module]:
+    """A module, and what its factors stand in, which it does not register."""
+    lora = lora_of(module)
+    return [module, lora.shared_tree] if lora else [module]
 
 
 def _sharded(module: nn.Module) -> "Iterator[FSDPModule]":
@@ -113,7 +168,7 @@ def _check(config: "RunConfig") -> None:
     if speed.shard == "none":
         return
     faults = {
-        "lora": any(config.lora.values()),
+        "lora before torch 2.7": any(config.lora.values()) and not _can_ignore(),
         "speed.compile": speed.compile is not None,
         "speed.channels_last": speed.channels_last,
         "speed.ema_device = 'cpu'": speed.ema_device == "cpu",
@@ -122,11 +177,11 @@ def _check(config: "RunConfig") -> None:
     }
     named = [name for name, is_so in faults.items() if is_so]
     if named:
-        instead = (
-            ": every process holds the frozen base once and the small factors, and speed.teacher_dtype and "
-            "speed.activation_checkpointing make it less"
-        )
-        raise UserError(
-            f"speed.shard = {speed.shard!r}: does not go with {', '.join(named)}; use none"
-            f"{instead if faults['lora'] else ''}"
-        )
+        raise UserError(f"speed.shard = {speed.shard!r}: does not go with {', '.join(named)}; use none")
+
+
+def _can_ignore() -> bool:
+    """Whether torch can leave some of a module's parameters whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    return "ignored_params" in inspect.signature(fully_shard).parameters

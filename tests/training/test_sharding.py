@@ -32,6 +32,7 @@ from diffdistill.distributed.stopping import TrainingError
 from diffdistill.eval.records.record import read_records
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers import open_pipeline
+from diffdistill.networks.lora import lora_of
 from diffdistill.networks.mlp import MLPConfig
 from diffdistill.settings.schema import UserError
 from diffdistill.storage.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
@@ -163,6 +164,71 @@ def test_each_process_holds_its_share_of_everything(make_config: MakeConfig, tea
         assert max(share[name] for share in shares) <= 0.35 * everything[name]  # four rows, or one, are not for all
 
 
+# LoRA's base
+
+
+LORA = "lora={default: {rank: 2}}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (LORA, "train.micro_batch_size=2"),
+        ("lora={generator: {rank: 2}, fake: null}", "train.steps=2"),
+        (LORA, "speed.teacher_dtype=bf16", "train.steps=2"),
+    ],
+    ids=["factors", "beside a player in full", "over a teacher in bf16"],
+)
+def test_factors_over_a_base_in_parts_are_those_over_a_whole_one(
+    make_config: MakeConfig, settings: tuple[str, ...]
+) -> None:
+    whole, parts = (make_config("dmd2", SGD, *settings, *more) for more in ((), (SHARDED,)))
+    ends = [run_together(2, partial(train, config, is_wide=False)) for config in (whole, parts)]
+    assert any("lora_A" in name for name in ends[0][0])
+    assert apart(ends[1][0], ends[1][1]) == 0
+    assert apart(ends[0][0], ends[1][0]) <= ROUNDING
+
+
+def where_the_base_lies(config: RunConfig) -> tuple[int, float]:
+    """After a step: networks that stand over the base, and the bytes that this process holds for it, of all of it."""
+    trainer = Trainer(config, quiet=True)
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    _ = trainer.assembly
+    trainer.train_step()
+    assert trainer.problem.teacher is not None
+    over = [*trainer.trained.values(), trainer.assembly.emas["ema"].module]
+    trees = [trainer.problem.teacher.net, *(found.shared_tree for found in map(lora_of, over) if found)]
+    weights = [p for tree in trees for n, p in tree.named_parameters() if "lora_" not in n]
+    assert all(has_parts(weight) for weight in weights)
+    held = {part.to_local().untyped_storage().data_ptr(): local_bytes(part) for part in weights}  # type: ignore[attr-defined]
+    return len(trees), sum(held.values()) / sum(weight.nbytes for weight in trees[0].parameters())
+
+
+def test_the_players_in_factors_stand_over_one_base_in_parts(make_config: MakeConfig, teacher: Path) -> None:
+    config = make_config("dmd2", LORA, f"teacher={teacher}", SHARDED)
+    for networks, share in run_together(2, partial(where_the_base_lies, config)):
+        assert networks == 4  # of teacher, generator, fake score and average
+        assert 0.45 <= share <= 0.55
+
+
+def test_a_run_in_factors_over_parts_goes_on_from_any_checkpoint_and_is_read_by_one_process(
+    make_config: MakeConfig,
+) -> None:
+    often = ("train.steps=2", "train.checkpoint_every=1", "train.preview_every=2", SGD, LORA)
+    stay, parts = (make_config("dmd2", *often, *more) for more in ((), (SHARDED,)))
+    run_on(2, stay)
+    run_on(2, parts)
+    end = end_of(parts)
+    assert distance(end_of(stay), end) <= ROUNDING
+    assert [name for name in end if name.startswith("ema.") and "lora_" not in name] == []
+    previews = [Path(config.run) / "previews/step-00000002.png" for config in (stay, parts)]
+    assert previews[0].read_bytes() == previews[1].read_bytes()
+    run_on(2, parts, resume="step-00000001")
+    assert distance(end, end_of(parts)) == 0
+    for name, weight in load_model(parts.run).denoiser.state_dict().items():
+        assert torch.equal(weight, end[f"ema.generator.{name}"])
+
+
 def families() -> list[Any]:
     return [
         pytest.param(family, marks=[] if family == "sd" else pytest.mark.full)
@@ -193,7 +259,7 @@ def test_a_diffusers_network_in_parts_is_the_same(tmp_path: Path, family: str) -
     def compare() -> list[float]:
         find_processes("cpu")
         plain, parts = (load_model(tmp_path).denoiser.requires_grad_() for _ in range(2))
-        shard(parts, init_device_mesh("cpu", (2,)))
+        shard([parts], init_device_mesh("cpu", (2,)))
         expected, found = asked_for(plain, conditions), asked_for(parts, conditions)
         return [
             float((e - f).norm() / e.norm()) for e, f in zip(expected, found, strict=True) if float(e.norm()) > 1e-6
@@ -213,7 +279,7 @@ def test_gathered_weights_do_not_outlive_a_change_of_theirs() -> None:
         before, after = seen(average), seen(module)
         parts, others = (make_denoiser(seed) for seed in (0, 1))
         for player in (parts, others):
-            shard(player, init_device_mesh("cpu", (2,)))
+            shard([player], init_device_mesh("cpu", (2,)))
         first = float((seen(parts) - before).abs().max())
         follow(parts, others, 1.0)
         return first, float((seen(parts) - after).abs().max())
@@ -243,7 +309,7 @@ def test_a_whole_copy_is_the_module_s_and_each_process_computes_what_the_others_
         plain, parts = make_denoiser(0), make_denoiser(0)
         empty = outline(parts)
         assert all(parameter.is_meta for parameter in empty.parameters())
-        shard(parts, init_device_mesh("cpu", (2,)))
+        shard([parts], init_device_mesh("cpu", (2,)))
         copy = filled(empty, parts, torch.device("cpu"))
         made = [seen(copy) for _ in range(3 * rank)]  # type: ignore[arg-type]
         return max((float((one - seen(plain)).abs().max()) for one in made), default=0.0)
@@ -513,7 +579,6 @@ def test_a_process_that_is_gone_is_said_to_be_gone_whatever_the_others_wait_in(
 @pytest.mark.parametrize(
     ("method", "settings", "said"),
     [
-        ("dmd2", ("lora={default: {rank: 2}}",), "lora; use none: every process holds the frozen base once"),
         ("dmd2", ("speed.compile=eager",), "speed.compile; use none$"),
         ("dmd2", ("speed.channels_last=true",), "speed.channels_last; use none$"),
         ("dmd2", ("speed.ema_device=cpu",), r"speed.ema_device = 'cpu'; use none$"),
