@@ -13,6 +13,7 @@ from diffdistill.commands.checkpoints import gather, import_edm, join, merge
 from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
+from diffdistill.commands.init import init
 from diffdistill.commands.next_steps import TYPED, after_training, exported, say_next
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.limits import MAX_GIB, MAX_INTEGER, MAX_PROCESSES
@@ -81,6 +82,9 @@ def demo(
         ("export", student, "--out", exported(student)),
         ("train", "sid/digits", f"teacher={teacher}", f"run={folder}/sid"),
     )
+
+
+app.command(rich_help_panel=BEGIN)(init)
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from diffdistill.diffusion.denoiser import Denoiser
     from diffdistill.models.spec import ModelSpec
     from diffdistill.training.assembly import Assembly
     from diffdistill.training.config import RunConfig
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
 TORCHVISION_OFFSET = 15
 REQUIRED_GIB = 1.0
+MEMORY, TIME = "memory, predicted", "time, multiplied"
+"""Topics of a config's findings."""
 SLOW_SECONDS = 3.0
 """Of a micro-batch, over all updates: from there on one is counted, not two."""
 CORE = (
@@ -66,12 +69,17 @@ def examine(folder: FilePath) -> list[Finding]:
 
 
 def examine_config(
-    config: "RunConfig", memory_gib: float | None = None, *, trusts_code: bool = False
+    config: "RunConfig",
+    memory_gib: float | None = None,
+    *,
+    trusts_code: bool = False,
+    teacher: "Denoiser | None" = None,
 ) -> Iterator[Finding]:
     """Say what players drop, predict a run's memory, then train on one micro-batch: count it, time it and
     multiply. Nothing is written.
 
-    memory_gib: of the device to fit into; default: this GPU's, or this machine's.  Raises UserError as a run would.
+    memory_gib: of the device to fit into; default: this GPU's, or this machine's.  teacher: one that is not on the disk
+    yet, where the config names none.  Raises UserError as a run would.
     """
     from torch import OutOfMemoryError
 
@@ -80,7 +88,7 @@ def examine_config(
     from diffdistill.training.plan import plan
     from diffdistill.training.step_time import measure_step_time, one_micro_batch
 
-    assembly = assemble(plan(config, resume=None, trusts_code=trusts_code))
+    assembly = assemble(plan(config, resume=None, trusts_code=trusts_code, teacher=teacher))
     yield _dropout(config, assembly.plan.trained)
     yield _leaving(assembly.plan.spec)
     needs = plan_memory(assembly.plan, assembly.iteration)
@@ -245,9 +253,9 @@ def _fit(assembly: "Assembly", plan: "MemoryPlan", memory: int | None) -> Findin
     known = "an unknown amount (--memory says it)" if memory is None else show_bytes(memory)
     text = f"{show_bytes(plan.total)} of {known}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
     if memory is None or plan.total <= memory:
-        return Finding("memory, predicted", text)
+        return Finding(MEMORY, text)
     advice = "".join(f"\n      {line}" for line in advise(assembly.plan, assembly.iteration, plan, memory))
-    return Finding("memory, predicted", f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)
+    return Finding(MEMORY, f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)
 
 
 def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:
@@ -276,7 +284,7 @@ def _time(config: "RunConfig", timed: "StepTime", micro_batch_size: int) -> Find
     pieces = f" times {timed.num_micro_batches}" if timed.num_micro_batches > 1 else ""
     steps = config.train.steps
     return Finding(
-        "time, multiplied",
+        TIME,
         f"{steps:,} steps at {show_step_time(timed.step)}: {in_words(steps * timed.step)}; a micro-batch of "
         f"{micro_batch_size} took: {each}{pieces}",
     )

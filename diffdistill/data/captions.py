@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from diffdistill.data.buckets import BucketedImages, Size, nearest_bucket
 from diffdistill.data.cache import warn
-from diffdistill.data.collection import Classes, Collection, Item, UnreadableImage, listed
+from diffdistill.data.collection import MAX_UNREADABLE, Classes, Collection, Item, UnreadableImage, listed
 from diffdistill.data.decode import Sizing
-from diffdistill.data.prepare import MAX_UNREADABLE, load_prepared, remembered, sizes_of, too_many
+from diffdistill.data.prepare import load_prepared, remembered, sizes_of, too_many
 from diffdistill.data.source import MappedImages
 from diffdistill.settings.limits import MAX_LINE_BYTES, MAX_TABLE_BYTES
 from diffdistill.settings.reading import check_regular

@@ -14,6 +14,9 @@ from diffdistill.settings.schema import UserError
 MAX_FILE_BYTES = 256 * 2**20
 """The most that one encoded image may hold, on disk or unpacked."""
 
+MAX_UNREADABLE = 0.01
+"""The share of a set's images from which on they are not left out, but an error."""
+
 NAME_ROOM = 8
 """Bytes around a name in state.json: a comma, a line break, and how far it is indented."""
 
@@ -50,6 +53,7 @@ class Collection:
     origin: what the user called it, for messages.  notes: what the user should know, a line each.
     is_lasting: whether the files that were named for it hold all of its content.
     whole: all items of the set that it is a part of, by which damage is judged; None: its own.
+    max_unreadable: fewer than this share of them are left out where they cannot be read.
     """
 
     origin: str
@@ -58,6 +62,7 @@ class Collection:
     notes: tuple[str, ...] = ()
     is_lasting: bool = True
     whole: Sequence[Item] | None = None
+    max_unreadable: float = MAX_UNREADABLE
 
     @property
     def all_items(self) -> Sequence[Item]:

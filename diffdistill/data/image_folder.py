@@ -8,13 +8,13 @@ from typing import BinaryIO, Literal
 
 from diffdistill.data import cache as kept
 from diffdistill.data.captions import lines_of, open_file, read_item
-from diffdistill.data.collection import Classes, Collection, listed, numbered_classes
+from diffdistill.data.collection import MAX_UNREADABLE, Classes, Collection, listed, numbered_classes
 from diffdistill.data.decode import Sizing
 from diffdistill.data.files import Listing, list_images, without_common_folders
 from diffdistill.data.names import find_name, match_names, nearest
 from diffdistill.data.prepare import load_prepared
 from diffdistill.data.source import MappedImages
-from diffdistill.settings.numbers import Sides
+from diffdistill.settings.numbers import Fraction, Sides
 from diffdistill.settings.schema import UserError, schema
 
 CSV_COLUMNS = ("file", "label")
@@ -29,6 +29,8 @@ class ImageFolder:
     names are sorted and counted from 0.
     resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
     `resolution`, or else all images must be of one size.
+    max_unreadable: fewer images than this share of all are left out with a warning where they cannot be read; as many
+    or more are refused.
     """
 
     name: Literal["image_folder"] = "image_folder"
@@ -37,6 +39,7 @@ class ImageFolder:
     labels_file: str | None = None
     resolution: Sides | None = None
     channels: Literal[1, 3] = 3
+    max_unreadable: Fraction = MAX_UNREADABLE
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -48,8 +51,11 @@ class ImageFolder:
         root = FilePath(self.path).expanduser()
         listing = list_images(root)
         on_disk, inside = self._find_labels(listing)
+        settings = {"name": self.name, "labels": self.labels, "labels_file": self.labels_file}
+        if self.max_unreadable != MAX_UNREADABLE:
+            settings["max_unreadable"] = repr(self.max_unreadable)
         images = load_prepared(
-            {"name": self.name, "labels": self.labels, "labels_file": self.labels_file},
+            settings,
             partial(self._collect, listing),
             files=[*listing.paths, *([on_disk] if on_disk else [])],
             sizing=Sizing(self.resolution, self.channels),
@@ -73,7 +79,7 @@ class ImageFolder:
             handle, origin = self._open_labels(listing)
             with handle:
                 classes, notes = classes_of_csv(names, handle, origin=origin)
-        return Collection(self.path, listing.items, classes, tuple(notes))
+        return Collection(self.path, listing.items, classes, tuple(notes), max_unreadable=self.max_unreadable)
 
     def _find_labels(self, listing: Listing) -> tuple[FilePath | None, str | None]:
         """Where `labels_file` is: on disk, and by its name among the images."""

@@ -25,7 +25,7 @@ from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffdistill.data import cache as kept
-from diffdistill.data.collection import Collection, Item, UnreadableImage, is_minority, shown
+from diffdistill.data.collection import MAX_UNREADABLE, Collection, Item, UnreadableImage, is_minority, shown
 from diffdistill.data.colour import may_be_converted
 from diffdistill.data.decode import Decoded, Sizing, decode, size_of
 from diffdistill.data.source import MappedImages
@@ -41,7 +41,6 @@ from diffdistill.storage.atomic import naming, write_bytes
 VERSION = 1  # of the decoding; another one makes another key
 COLOUR_VERSION = 2  # of the decoding of what `may_be_converted`, whose key alone it enters
 SOURCES_VERSION = 2  # of how a key is found: another one looks through every source again, once
-MAX_UNREADABLE = 0.01
 NUM_LISTED = 5
 MOST_KEPT = 10_000  # unreadable images in meta.json, which has a limit of its own
 CHUNK = 256  # images in flight
@@ -60,7 +59,7 @@ def load_prepared(
 
     settings: whatever else decides on the content.  collect: lists the images; called only if need be.
     files: all that the content is read from; none, and the content is hashed every time.
-    Raises UserError if a hundredth of the images or more cannot be read, or the cache cannot be written.
+    Raises UserError if as many images as the collection says or more cannot be read, or the cache cannot be written.
     """
     root = kept.cache_folder(cache)
     fingerprint = _fingerprint(settings, sizing, files) if files else None
@@ -262,16 +261,16 @@ def _decoded(collection: Collection, sizing: Sizing, report: Report) -> Generato
 
 
 def _refuse_too_many(collection: Collection, report: Report, looked_at: int) -> None:
-    total = len(collection.all_items)
-    if len(report.unreadable) >= MAX_UNREADABLE * total and not report.is_local(collection):
+    total, most = len(collection.all_items), collection.max_unreadable
+    if report.unreadable and len(report.unreadable) >= most * total and not report.is_local(collection):
         seen = f"the first {looked_at:,} of {total:,}" if looked_at < len(collection.items) else f"{total:,}"
-        raise UserError(too_many(collection.origin, len(report.unreadable), seen, f": {report}"))
+        raise UserError(too_many(collection.origin, len(report.unreadable), seen, f": {report}", most=most))
 
 
-def too_many(origin: str, count: int, total: str, which: str = "") -> str:
+def too_many(origin: str, count: int, total: str, which: str = "", *, most: float = MAX_UNREADABLE) -> str:
     """Why images are not left out."""
     return (
-        f"{origin}: {count:,} of {total} images cannot be read (fewer than {MAX_UNREADABLE:.0%} are left out with a "
+        f"{origin}: {count:,} of {total} images cannot be read (fewer than {most:.0%} are left out with a "
         f"warning){which}. Repair or remove them"
     )
 
@@ -299,6 +298,8 @@ def _write_header(handle: IO[bytes], shape: tuple[int, ...]) -> None:
 def _key(collection: Collection, sizing: Sizing) -> str:
     """SHA-256 of all that decides on the prepared arrays."""
     digest = hashlib.sha256(f"{VERSION} {sizing.resolution} {sizing.channels}".encode())
+    if collection.max_unreadable != MAX_UNREADABLE:
+        digest.update(b"unreadable %r" % collection.max_unreadable)
     classes = collection.classes
     if classes:
         digest.update(json.dumps([classes.count, classes.names, classes.labels]).encode())

@@ -1,5 +1,7 @@
 """The real side of a protocol: where its reference is found, and the one command that computes it."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -22,12 +24,13 @@ from diffdistill.eval.evaluation.reference import (
 from diffdistill.eval.evaluation.run import Advance, progress_bar
 from diffdistill.eval.evaluation.workers import exact_matmul, find_workers
 from diffdistill.eval.features.extractors import Extractor, load_extractor
+from diffdistill.eval.features.stated import settings
 from diffdistill.eval.images.files import DataImages, Images, open_images
 from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.eval.protocols.protocol import Preparation, Protocol, Reference
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.settings.terminal import Console
-from diffdistill.settings.values import parse_yaml, validate
+from diffdistill.settings.values import dump, parse_yaml, validate
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def find_reference(protocol: Protocol, extractor: Extractor, *, place: str | Fil
     """The real features that a protocol compares `extractor`'s with.
 
     place: a file of statistics; without it the references' folder is looked into, under this package's name for it and
-    under the published file's. The digits need no file.
+    under the published file's. The digits need no file; of a data set as YAML ("{name: image_folder, ...}") it is
+    computed, and kept.
     Raises UserError if there is none, saying how to get it, or it does not fit the protocol or the extractor.
     """
     reference = _reference_of(protocol)
@@ -171,6 +175,20 @@ def _reference_of(protocol: Protocol) -> Reference:
     return protocol.reference
 
 
+def _of_data_set(protocol: Protocol, reference: Reference, extractor: Extractor) -> RealFeatures:
+    """Of a data set that the protocol names as YAML; computed once for this content, these settings and weights."""
+    images = open_real_images(reference.dataset, protocol)
+    assert isinstance(images, DataImages)
+    used = [images.source.key, dump(protocol.preparation), reference.num_images, extractor.sha256]
+    used.append(settings(extractor.features) if extractor.features else None)
+    key = hashlib.sha256(json.dumps(used).encode()).hexdigest()[:12]
+    file = references_folder() / f"{reference.name}-{extractor.label}-{key}.npz"
+    if not file.is_file():
+        with exact_matmul():
+            save_reference(make_reference(protocol, images, extractor), file)
+    return open_reference(file, label=extractor.label)
+
+
 def _found(protocol: Protocol, reference: Reference, extractor: Extractor, place: FilePath | None) -> RealFeatures:
     ours, published = reference_file(protocol, extractor.label), references_folder() / (reference.file or "")
     for file in (place,) if place else (ours, published):
@@ -179,6 +197,8 @@ def _found(protocol: Protocol, reference: Reference, extractor: Extractor, place
     if reference.dataset == "digits":
         images = DataImages("digits", Digits(split="train").load(), protocol.preparation)
         return compute_reference(images, extractor, protocol.preparation, batch_size=256)
+    if reference.dataset.lstrip().startswith("{"):
+        return _of_data_set(protocol, reference, extractor)
     told = f", or put {reference.source} at {published}" if reference.source else ""
     raise UserError(
         f"protocol {protocol.name}: there is no {ours}; compute it: diffdistill reference IMAGES --protocol "

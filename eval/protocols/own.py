@@ -77,7 +77,8 @@ def make_protocol(
     usual = NUM_IMAGES if isinstance(choice.features, Pixels) else NUM_IMAGES_NETWORK
     count = num_images or min(usual, captions.count if captions else usual)
     labels = Labels(policy="cyclic", num_classes=made.num_classes) if made.num_classes else Labels(policy="none")
-    features = choice.features
+    features, real = choice.features, reference.num_images if reference else None
+    subset_size = min(1000, count, real or count)
     return Protocol(
         name=name,
         num_images=count,
@@ -86,7 +87,7 @@ def make_protocol(
         captions=captions,
         preparation=preparation or choice.preparation,
         reference=reference,
-        metrics=(Frechet(features=features), KernelDistance(features=features, subset_size=min(1000, count))),
+        metrics=(Frechet(features=features), KernelDistance(features=features, subset_size=subset_size)),
     )
 
 

@@ -113,6 +113,20 @@ def test_a_hundredth_of_broken_images_is_one_clear_error(tmp_path: Path, files: 
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
+def test_more_broken_images_are_left_out_where_the_config_says_so(tmp_path: Path, files: dict[str, bytes]) -> None:
+    chosen = dict(list(files.items())[:9]) | {"zebra/1.png": b"\x89PNG\r\n"}
+    root = str(write_folder(tmp_path / "f", chosen))
+    found = ImageFolder(path=root, max_unreadable=0.11).load()
+    assert len(found) == 9
+    assert "1 of 10 images (10.00%) cannot be read and are left out: zebra/1.png" in found.notes[-1]
+    with pytest.raises(UserError, match=r"fewer than 10% are left out"):
+        ImageFolder(path=root, max_unreadable=0.1).load()
+    with pytest.raises(UserError, match=r"fewer than 1% are left out"):
+        ImageFolder(path=root).load()  # although such a set lies in the cache
+    whole = write_folder(tmp_path / "whole", dict(list(files.items())[:9]))
+    assert ImageFolder(path=str(whole), max_unreadable=0).load().key == found.key
+
+
 def test_the_second_load_decodes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ImageFolder(path=str(folder), labels="folders").load()
     monkeypatch.setattr(preparation, "decode", refuse_to_decode)

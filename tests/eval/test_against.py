@@ -218,6 +218,8 @@ def test_larger_images_come_to_the_models_size(quick_teacher: Path, tmp_path: Pa
     assert "their middle squares at 8 x 8" in kept.told
     assert (found.preparation.crop, found.preparation.side, found.preparation.filter) == ("centre_square", 8, "lanczos")
     assert (found.num_images, found.labels.policy, found.labels.num_classes) == (6000, "cyclic", 10)
+    (subset_size,) = (metric.subset_size for metric in found.metrics if metric.name == "kid")
+    assert subset_size == 100, "no more than there are real images"
 
 
 def test_other_images_make_another_protocol(tmp_path: Path) -> None:

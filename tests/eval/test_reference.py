@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from support.made_features import normal
-from support.pictures import encode, pictures, write_folder
+from support.pictures import NAMES, by_class, encode, pictures, write_folder
 from torch import Tensor
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
+from diffdistill.data.image_folder import ImageFolder
 from diffdistill.eval.evaluation import digits
 from diffdistill.eval.evaluation.real import find_reference, open_real_images, parse_weights, write_references
 from diffdistill.eval.evaluation.reference import RealFeatures, compute_reference, open_reference, save_reference
@@ -410,3 +411,33 @@ def test_references_are_written_for_every_kind_of_features(folder: Path, own_fol
     files = write_references(str(folder), str(yaml), console=Console(quiet=True))
     assert [file.name for file in files] == ["mine-corners.npz", "mine-pixels.npz"]
     assert open_reference(files[1], label="pixels").summary.mean.shape == (3072,)
+
+
+def test_of_a_data_set_as_yaml_the_reference_is_computed_once_for_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFDISTILL_REFERENCES", str(tmp_path / "references"))
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+    images, _ = pictures(6)
+    folder = write_folder(tmp_path / "real", by_class(images, [0, 1, 0, 1, 0, 1]))
+    told = f"{{name: image_folder, path: {folder}, labels: folders, resolution: 8}}"
+    protocol = Protocol(
+        name="mine",
+        num_images=6,
+        image_shape=(3, 8, 8),
+        reference=Reference(name="mine", dataset=told, split="whole"),
+        metrics=(Frechet(features=Pixels()),),
+    )
+    extractor = load_extractor(Pixels())
+    found = find_reference(protocol, extractor)
+    pixels = ImageFolder(path=str(folder), resolution=8).load().rows(torch.arange(6)).flatten(1)
+    assert torch.allclose(found.summary.mean, pixels.double().mean(0), atol=1e-6)
+    assert found.about.class_names == NAMES[:2]
+    (file,) = (tmp_path / "references").iterdir()
+    content = file.read_bytes()
+    assert find_reference(protocol, extractor).about == found.about
+    assert file.read_bytes() == content
+    next(folder.rglob("*.png")).unlink()
+    assert find_reference(protocol, extractor).summary.count == 5, "another content"
+    with pytest.raises(UserError, match="holds 5 images; mine compares with 6"):
+        find_reference(replace(protocol, reference=replace(protocol.reference, num_images=6)), extractor)
