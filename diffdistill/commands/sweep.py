@@ -28,10 +28,10 @@ from diffdistill.settings.links import refuse_links
 from diffdistill.settings.reading import read_log
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console, hide_secrets
-from diffdistill.settings.values import apply_overrides, dump, parse_yaml, read_yaml
+from diffdistill.settings.values import apply_overrides, dump, parse_yaml
 from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.storage.checkpoint import list_checkpoints
-from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.config import RunConfig, parse_config, read_config
 from diffdistill.training.reports.curves import band_of, read_metrics
 from diffdistill.training.reports.log import METRICS, WARNINGS
 from diffdistill.training.trainer import Trainer
@@ -97,7 +97,7 @@ def run_sweep(
     cannot be; TrainingError at the end, naming the runs that failed; StopRequested at once.
     """
     console = console or Console()
-    base = apply_overrides(read_yaml(config), overrides)
+    base = apply_overrides(read_config(config), overrides)
     checked = parse_config(base, origin=str(config))
     folder, axes = FilePath(checked.run), parse_axes(sweeps, checked)
     grid = combinations(axes, folder)

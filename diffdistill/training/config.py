@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path as FilePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -27,6 +27,9 @@ from diffdistill.training.reports.evaluator import EvalConfig
 from diffdistill.training.reports.health import HealthConfig
 from diffdistill.training.reports.trackers import TrackerNames
 from diffdistill.training.speed.options import SpeedConfig
+
+BASE, MOST_BASES = "base", 8
+"""The key of the config that a file begins from, and how many may stand over one another."""
 
 Name = Annotated[str, Field(pattern="^[a-z0-9_]+$")]
 """What the user calls one of several."""
@@ -150,11 +153,35 @@ class RunConfig:
 
 
 def load_config(file: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key.sub=value` overrides, and check everything.
+    """Read a YAML file, and the one that it names by `base`, apply `key.sub=value` overrides, and check everything.
 
     Raises UserError naming every fault: its dotted place, the value, and the choices.
     """
-    return parse_config(apply_overrides(read_yaml(file), overrides), origin=str(file))
+    return parse_config(apply_overrides(read_config(file), overrides), origin=str(file))
+
+
+def read_config(file: str | FilePath) -> dict[str, Any]:
+    """A run's YAML over that of its `base`, a packaged config's name or a file, from this one's folder or from here.
+
+    Groups of one `name` are merged, everything else takes the place of the base's.  Raises UserError.
+    """
+    data, here = read_yaml(file), FilePath(file)
+    for _ in range(MOST_BASES):
+        if BASE not in data:
+            return data
+        name = data.pop(BASE)
+        if not isinstance(name, str):
+            raise UserError(f"{here}: base = {name!r}: name a packaged config, as dmd2/sd15, or a file")
+        here = beside if (beside := here.parent / name).is_file() else find_config(name)
+        data = _over(read_yaml(here), data)
+    raise UserError(f"{file}: base: more than {MOST_BASES} configs over one another, or they begin from themselves")
+
+
+def _over(base: Any, own: Any) -> Any:
+    are_groups = isinstance(base, dict) and isinstance(own, dict)
+    if not are_groups or own.get("name", base.get("name")) != base.get("name"):
+        return own
+    return base | {key: _over(base.get(key), value) for key, value in own.items()}
 
 
 def find_config(name: str) -> FilePath:
@@ -184,4 +211,8 @@ def parse_config(data: object, *, origin: str = "config") -> RunConfig:
 
 def json_schema() -> str:
     """The schema of a run's YAML, for editors."""
-    return json.dumps(TypeAdapter(RunConfig).json_schema(), indent=1) + "\n"
+    made = TypeAdapter(RunConfig).json_schema()
+    about = "the config that this one stands over: a packaged one's name, or a file"
+    made["properties"][BASE] = {"type": "string", "description": about}
+    made["anyOf"] = [{"required": [BASE]}, {"required": made.pop("required")}]
+    return json.dumps(made, indent=1) + "\n"

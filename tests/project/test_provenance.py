@@ -19,7 +19,7 @@ RECIPES = sorted(
     str(file.relative_to(HOME).with_suffix("")) for file in HOME.glob("*/*.yaml") if not file.name.startswith(OURS)
 )
 KINDS = {"published", "implementation", "ours"}
-ELSEWHERE = {"run", "teacher", "init", "data", "health", "speed"}
+ELSEWHERE = {"base", "run", "teacher", "init", "data", "health", "speed"}
 CHANGES_NOTHING = {f"train.{name}" for name in ("micro_batch_size", "log_every", "preview_every", "checkpoint_every")}
 DEEP = ("optimizers", "method.base")
 """Groups whose members are looked at field by field as well."""

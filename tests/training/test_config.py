@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.data.digits import Digits
+from diffdistill.data.image_folder import ImageFolder
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump_yaml, parse_yaml
 from diffdistill.training.config import OptimizerConfig, RunConfig, find_config, load_config, parse_config
@@ -114,6 +116,40 @@ def test_a_bad_setting_is_refused_before_anything_is_written(
     assert_refused(run(method, file, *arguments), *message)
     assert fingerprint(tmp_path) == before
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_stands_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    own, base = tmp_path / "own.yaml", tmp_path / "sub" / "base.yaml"
+    base.write_text("base: dmd2/digits\ntrain: {steps: 7, global_batch_size: 8}\ndata: {name: digits, split: test}\n")
+    own.write_text(
+        "base: sub/base.yaml\nrun: mine\nmethod: {fake_updates: 3}\nhealth: null\n"
+        "data: {name: image_folder, path: pictures}\noptimizers: {generator: {lr: 1e-5}}\n"
+    )
+    found, packaged = load_config(own, ["train.steps=5"]), load_config(find_config("dmd2/digits"))
+    assert found.run == "mine"
+    assert found.method == replace(packaged.method, fake_updates=3)  # type: ignore[type-var]
+    assert found.data == ImageFolder(path="pictures"), "of another name: nothing of the base's is left"
+    assert found.health is None
+    assert found.optimizers["generator"] == replace(packaged.optimizers["generator"], lr=1e-5)
+    assert found.optimizers["default"] == packaged.optimizers["default"]
+    assert found.train == replace(packaged.train, steps=5, global_batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: dmd2/sd16\n", "dmd2/sd16: no such file, nor a packaged config; nearest: dmd2/sd15"),
+        ("base: {name: x}\n", "base = {'name': 'x'}: name a packaged config"),
+        ("base: own.yaml\n", "base: more than 8 configs over one another, or they begin from themselves"),
+        ("base: dmd2/digits\nstepz: 1\n", "stepz: unknown key"),
+    ],
+)
+def test_a_base_that_cannot_be_one_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "own.yaml")
+    assert message in str(caught.value)
 
 
 BAD_YAML = [

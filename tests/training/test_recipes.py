@@ -15,6 +15,7 @@ from diffdistill.methods.agd import AGD
 from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.models.teachers.hub import is_hub_name
+from diffdistill.networks.lora import LoRASettings
 from diffdistill.settings.values import dump
 from diffdistill.training.config import RunConfig, find_config, load_config
 from diffdistill.training.trainer import Trainer
@@ -27,9 +28,12 @@ FLOWS = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cog
 FAMILIES |= {f"{family}{end}": family for family, end in product(FLOWS, ("", "_one"))}
 RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, ("sd15", "sdxl", "pixart", "sd3", "dit256"))]
 RECIPES += [f"{method}/{family}{end}" for method, family, end in product(("dmd2", "sid"), FLOWS, ("", "_one"))]
-ONE_GPU = ("sd15", "sdxl", "sd3", "pixart")
-FAMILIES |= {f"{teacher}-one-gpu": FAMILIES[teacher] for teacher in ONE_GPU}
-RECIPES += [f"dmd2/{teacher}-one-gpu" for teacher in ONE_GPU]
+ONE_GPU = [recipe for recipe in RECIPES if not recipe.startswith("agd/") and not recipe.endswith("/dit256")]
+"""Those that have a sibling for one GPU. The paper's settings of AGD are of one already."""
+FAMILIES |= {f"{teacher}-one-gpu": family for teacher, family in FAMILIES.items()}
+RECIPES += [f"{recipe}-one-gpu" for recipe in ONE_GPU]
+LIKE_THEIR_BASE = ("_one-one-gpu", *(f"{family}-one-gpu" for family in FLOWS))
+"""Siblings that differ by batch and length alone, which the tests make small: their bases are trained."""
 QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256", "dmd2/z_image")
 """Those that the quick tests train."""
 
@@ -94,8 +98,25 @@ def test_a_recipe_names_its_teacher_on_the_hub_and_says_that_it_was_not_run(reci
     assert len(text.splitlines()) <= 40
 
 
+@pytest.mark.parametrize("recipe", ONE_GPU)
+def test_a_sibling_for_one_gpu_has_lora_and_a_small_batch_in_pieces_and_is_called_ours(recipe: str) -> None:
+    found, paper = load_config(find_config(f"{recipe}-one-gpu")), load_config(find_config(recipe))
+    assert found.lora == {"default": LoRASettings(rank=64)}
+    assert found.train.global_batch_size == 64 <= paper.train.global_batch_size
+    assert found.train.micro_batch_size in (1, 2, 4)
+    assert found.train.steps <= 10_000 <= paper.train.steps
+    assert (found.teacher, found.data, found.speed) == (paper.teacher, paper.data, paper.speed)
+    assert found.run == f"{paper.run}-one-gpu"
+    if isinstance(found.method, HyperSD):
+        assert sum(stage.num_steps or 0 for stage in found.method.stages) < found.train.steps
+    else:
+        assert found.method == paper.method
+    assert " are ours; " in find_config(f"{recipe}-one-gpu").read_text().replace("\n# ", " ")
+
+
 def cases() -> Sequence[object]:
-    return [recipe if recipe in QUICK else pytest.param(recipe, marks=pytest.mark.full) for recipe in RECIPES]
+    trained = [recipe for recipe in RECIPES if not recipe.endswith(LIKE_THEIR_BASE)]
+    return [recipe if recipe in QUICK else pytest.param(recipe, marks=pytest.mark.full) for recipe in trained]
 
 
 @pytest.mark.parametrize("recipe", cases())
