@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 STARTED := $(VENV)/.installing
 DOCS_INSTALLED := $(VENV)/.docs-installed
+PLAY := $(VENV)/play
 RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/diffusion/test_path.py
 TESTS ?= tests
@@ -13,7 +14,7 @@ MINUTES ?= 12
 DEVICE ?= cuda
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install browser demo test test-full equality gpu leaderboard format schema docs clean
+.PHONY: help install browser play demo test test-full equality gpu leaderboard format schema docs clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +37,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 browser:  ## Debian's Chromium, which the tests of the HTML pages drive; without it they are skipped. Needs root.
 	@{ command -v chromium && command -v chromedriver; } > /dev/null || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; } > /dev/null
+
+# gradio 6 needs a pillow before 13, which the tested set holds: it stands in an environment of its own over the first.
+$(PLAY)/.installed: $(INSTALLED)
+	@$(BIN)/python -m venv $(PLAY)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(PLAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth
+	@grep -v '^pillow==' constraints.txt > $(PLAY)/constraints.txt
+	@$(PLAY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PLAY)/constraints.txt 'gradio>=6'
+	@touch $@
+
+play: $(PLAY)/.installed  ## gradio in .venv/play, for `.venv/play/bin/python -m diffdistill play RUN` and its tests.
 
 demo: $(INSTALLED)  ## Train a digits teacher, distil it to one step, print the table, write the pictures.
 	@$(BIN)/diffdistill demo --run $(RUN)

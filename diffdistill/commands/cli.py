@@ -15,6 +15,7 @@ from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
 from diffdistill.commands.init import init
 from diffdistill.commands.next_steps import TYPED, after_training, exported, say_next
+from diffdistill.commands.play import play
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.limits import MAX_GIB, MAX_INTEGER, MAX_PROCESSES
 from diffdistill.settings.terminal import Console
@@ -199,6 +200,7 @@ def _sweep(
 
 app.command(rich_help_panel=USE)(sample)
 app.command(rich_help_panel=USE)(export)
+app.command(rich_help_panel=USE)(play)
 app.command(rich_help_panel=JUDGE)(benchmark)
 
 

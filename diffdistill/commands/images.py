@@ -1,5 +1,6 @@
 """The commands that bring images and models out of a run: `sample` and `export`."""
 
+import shlex
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -143,7 +144,16 @@ def sample(
 @guarded
 def export(
     run: Annotated[str, typer.Argument(help="A run, a checkpoint, or a folder of joined students.")],
-    out: Annotated[str, typer.Option(help="The folder to write. An exported model that is there is replaced.")],
+    out: Annotated[
+        str | None, typer.Option(help="The folder to write. An exported model that is there is replaced.")
+    ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --out: a folder for a Hugging Face Space, which holds the export, its teacher's if that "
+            "was trained here, and the page that `play` shows."
+        ),
+    ] = None,
     kind: Annotated[
         str,
         typer.Option(
@@ -196,13 +206,19 @@ def export(
     Example: diffdistill export runs/demo/student --out exported/digits
 
     Example: diffdistill export runs/sd15 --out exported/sd15-lora --kind lora --push me/sd15-one-step
+
+    Example: diffdistill export runs/demo/student --space spaces/digits
     """
     from functools import partial
 
     from diffdistill.eval.board.files import model_index_of
     from diffdistill.export.run import ExportOptions, check_kind
     from diffdistill.export.run import export as run_export
+    from diffdistill.export.space import export_space
+    from diffdistill.settings.schema import UserError
 
+    if (out is None) == (space is None):
+        raise UserError("export: name one folder to write: --out FOLDER, or --space FOLDER for a Hugging Face Space")
     options = ExportOptions(
         kind=check_kind(kind),
         ema=ema,
@@ -217,9 +233,17 @@ def export(
         is_public=public,
         first_calls=first_calls,
     )
-    made = run_export(run, FilePath(out), options)
+    made = run_export(run, FilePath(out), options) if out else export_space(run, FilePath(str(space)), options)
     console.print(made.summary, highlight=False, soft_wrap=True, markup=False)
+    if space:
+        say_next(
+            also=(
+                f"python {shlex.quote(f'{space}/app.py')}",
+                f"read {FilePath(space) / 'README.md'}: how to publish it",
+            )
+        )
+        return
     say_next(
-        ("sample", out, "--out", f"{FilePath(out).name}.png"),
-        also=(f"read {FilePath(out) / 'README.md'}: the program that loads it with diffusers alone",),
+        ("sample", made.folder, "--out", f"{made.folder.name}.png"),
+        also=(f"read {made.folder / 'README.md'}: the program that loads it with diffusers alone",),
     )

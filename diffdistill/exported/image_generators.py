@@ -3,8 +3,9 @@ exported, with code of its own too, or as a LoRA file.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffdistill.export.lora_files import DIFFUSERS_FILE
 from diffdistill.export.record import ExportRecord, read_record
 from diffdistill.inference.draw import check_labels, number_of
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
+from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import load_model
 from diffdistill.models.loading_bars import turn_off_loading_bars
 from diffdistill.models.negative_prompts import with_negative_prompt
@@ -27,14 +29,41 @@ from diffdistill.models.teachers import open_pipeline
 from diffdistill.settings.schema import UserError
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The model of a place, loaded once.
+
+    generator: what makes its images as a request asks; raises UserError on what the model does not know.
+    image_shape: of its noise.  classes: those that it draws.  class_names: by number, where they are known.
+    """
+
+    generator: Callable[[SampleRequest], ImageGenerator]
+    image_shape: tuple[int, ...]
+    takes_text: bool
+    classes: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+
+
 def open_image_generator(place: str, asked: SampleRequest) -> ImageGenerator:
     """What makes the images of a place. Raises UserError on what it does not know."""
+    return open_place(place, asked).generator(asked)
+
+
+def open_place(place: str, asked: SampleRequest) -> Opened:
+    """Load the model of a place for many requests, which differ in what is drawn and how, not in `ema`, `style`,
+    `device` and negative prompts. Raises UserError if it cannot be loaded so."""
     record = read_record(FilePath(place))
     if record is not None and asked.style is not None:
         raise UserError(f"--style {asked.style}: an exported folder is of one style; leave it out, or sample the run")
     if record is not None and record.kind == "self-contained":
-        return CodeImageGenerator(place, asked)
-    return ModelImageGenerator(_load(place, record, asked), asked)
+        pipeline = _load_code(place, asked)
+        generator, net = partial(CodeImageGenerator, place, pipeline, record), pipeline.model
+        classes = () if net.takes_text else record.classes or tuple(range(net.num_classes))
+        return Opened(generator, tuple(net.image_shape), net.takes_text, classes, record.class_names)
+    model = _load(place, record, asked)
+    spec, takes_text = model.spec, encoder_of(model.spec) is not None
+    classes = () if takes_text else spec.classes or tuple(range(spec.num_classes))
+    return Opened(partial(ModelImageGenerator, model), spec.image_shape, takes_text, classes, spec.class_names)
 
 
 def timed_images(imager: ImageGenerator, count: int, batch: int) -> tuple[Tensor, float]:
@@ -48,26 +77,12 @@ def timed_images(imager: ImageGenerator, count: int, batch: int) -> tuple[Tensor
 class CodeImageGenerator:
     """By a folder's own pipeline, whose code runs."""
 
-    def __init__(self, place: str, asked: SampleRequest) -> None:
-        """Raises UserError unless the code may run, and on what the pipeline does not know."""
-        if not asked.trusts_code:
-            raise UserError(f"{place}: holds code of its own, {place}/pipeline.py; look at it, and add --trust-code")
-        if asked.ema or asked.negative_prompt is not None or not isinstance(asked.guidance, float | int | None):
-            raise UserError(
-                f"{place}: an exported folder takes a number for --guidance, no --ema, no --negative-prompt"
-            )
-        from diffusers import DiffusionPipeline
-
-        turn_off_loading_bars()
-        loaded = DiffusionPipeline.from_pretrained(
-            place, trust_remote_code=True, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
-        )
-        self.pipeline: Any = loaded.to(asked.device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.asked, model = asked, self.pipeline.model
-        record = read_record(FilePath(place))
-        self.names = record.class_names if record else ()
-        classes = (record.classes if record else ()) or range(model.num_classes)
+    def __init__(self, place: str, pipeline: Any, record: ExportRecord, asked: SampleRequest) -> None:
+        """pipeline: as `_load_code`.  Raises UserError on what the pipeline does not know."""
+        _check_request(place, asked)
+        self.pipeline, self.asked, model = pipeline, asked, pipeline.model
+        self.names = record.class_names
+        classes = record.classes or range(model.num_classes)
         labels = [number_of(label, self.names) for label in asked.labels]
         self.told: Sequence[Any] = asked.prompts or labels or classes
         self._check(place, model, classes)
@@ -101,6 +116,27 @@ class CodeImageGenerator:
             raise UserError(f"--prompt: {place} {'needs one' if model.takes_text else 'takes none'}")
         classes = () if model.takes_text else tuple(known)
         check_labels(self.told if self.asked.labels else (), classes, model.num_classes, self.names)
+
+
+def _check_request(place: str, asked: SampleRequest) -> None:
+    if asked.ema or asked.negative_prompt is not None or not isinstance(asked.guidance, float | int | None):
+        raise UserError(f"{place}: an exported folder takes a number for --guidance, no --ema, no --negative-prompt")
+
+
+def _load_code(place: str, asked: SampleRequest) -> Any:
+    """A folder's own pipeline. Raises UserError unless its code may run."""
+    if not asked.trusts_code:
+        raise UserError(f"{place}: holds code of its own, {place}/pipeline.py; look at it, and add --trust-code")
+    _check_request(place, asked)
+    from diffusers import DiffusionPipeline
+
+    turn_off_loading_bars()
+    loaded = DiffusionPipeline.from_pretrained(
+        place, trust_remote_code=True, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+    )
+    pipeline: Any = loaded.to(asked.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> TrainedModel:

@@ -4,39 +4,22 @@ Without one these are skipped; with DIFFDISTILL_BROWSER=required, as in CI, they
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.boards import EFFICIENCY, HOSTILE, draw_grid, measured, reported, written
+from support.browser import chromium, set_width
 from support.report_run import CONFIG, line
 
 from diffdistill.eval.board.files import write_leaderboard
 from diffdistill.eval.board.report import write_report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, driven by selenium, which is not allowed to fetch a driver of its own."""
-    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        missing = "chromedriver" if binary else f"a browser ({', '.join(BROWSERS)})"
-        told = f"{missing} is not installed, so the HTML pages are not tested: make browser"
-        (pytest.fail if os.environ.get("DIFFDISTILL_BROWSER") == "required" else pytest.skip)(told)
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield found
-    found.quit()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +62,7 @@ class Tab:
         wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
         media = {"features": [{"name": name, "value": value} for name, value in wishes.items()]}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        set_width(browser, width)
         browser.get("about:blank")
         browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": "file://", "storageTypes": "local_storage"})
         for kind in ("browser", "performance"):

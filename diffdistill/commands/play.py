@@ -1,0 +1,45 @@
+"""The command `play`: a page in the browser that draws with teacher and students side by side."""
+
+import importlib.util
+from typing import Annotated
+
+import typer
+
+from diffdistill.commands.exit_codes import guarded
+from diffdistill.settings.terminal import Console
+
+console = Console()
+
+
+@guarded
+def play(
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs, checkpoints, exported folders or diffusers pipelines, side by side.")
+    ],
+    teacher_from: Annotated[str | None, typer.Option(help="Where the teacher is now, if it was moved.")] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; 0.0.0.0 lets everyone on your network draw.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.", min=1, max=65_535)] = None,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the code of an exported folder.")] = False,
+) -> None:
+    """Open a page that draws with students and their teacher, from the same noise. Needs the extra `play`.
+
+    Ctrl-C ends it. Nothing is sent to other hosts, and there is no public link.
+
+    Example: diffdistill play runs/demo/student
+    """
+    import torch
+
+    from diffdistill.export.space_app import serve
+    from diffdistill.exported.side_by_side import SideBySide
+    from diffdistill.inference.image_generator import SampleRequest
+    from diffdistill.settings.schema import UserError
+
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("play: needs gradio, which is not installed: pip install 'diffdistill[play]'")
+    chosen = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
+    stage = SideBySide(runs, SampleRequest(device=chosen, trusts_code=trust_code), teacher_from=teacher_from)
+    console.print(f"{', '.join(stage.names)}: Ctrl-C ends the page", highlight=False, soft_wrap=True, markup=False)
+    serve(stage, "diffdistill", host=host, port=port)

@@ -1,0 +1,128 @@
+"""Teacher and students from the same noise: what `diffdistill play` draws, without its page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path as FilePath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffdistill.data.pictures import to_uint8
+from diffdistill.diffusion.guidance.policies import Guidance
+from diffdistill.export.space_app import Drawn, Wish
+from diffdistill.exported.image_generators import Opened, open_place, timed_images
+from diffdistill.exported.sample import teacher_of
+from diffdistill.inference.image_generator import SampleRequest
+from diffdistill.models.places import CHECKPOINTS
+from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import say
+
+BATCH = 16
+MAX_MODELS = 8
+TINY = 3 * 32 * 32
+"""Values of an image, up to which a network is fastest on one thread."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """name: over its images.  guidance: where none is asked for; None: the model's own."""
+
+    name: str
+    opened: Opened
+    is_teacher: bool = False
+    guidance: Guidance | None = None
+
+
+class SideBySide:
+    """The models of some places, and before them the teacher of the first that has one, loaded once."""
+
+    def __init__(self, places: Sequence[str], asked: SampleRequest, *, teacher_from: str | None = None) -> None:
+        """asked: the device, and whether code may run.  teacher_from: where the teacher is now, if it was moved.
+
+        Raises UserError on places that cannot be opened, and on models that are not told alike what to draw.
+        """
+        if len(places) > MAX_MODELS:
+            raise UserError(f"play: {len(places)} places; at most {MAX_MODELS} have room side by side")
+        self.asked = asked
+        players = [Player(name, open_place(place, asked)) for name, place in zip(_names(places), places, strict=True)]
+        teacher = _teacher(places, teacher_from)
+        if teacher is not None:
+            place, guidance = teacher
+            same = [number for number, one in enumerate(places) if _run_of(one) == _run_of(place)]
+            opened = players.pop(same[0]).opened if same else open_place(place, asked)
+            players.insert(0, Player("teacher", opened, True, guidance))
+        self.players, self.has_teacher = players, teacher is not None
+        self.names = [player.name for player in players]
+        first = players[0].opened
+        for player in players[1:]:
+            if _told(player.opened) != _told(first):
+                raise UserError(
+                    f"play: {players[0].name} and {player.name} draw images of other sizes, other classes, or prompts; "
+                    "only models that are told alike what to draw stand side by side"
+                )
+        if asked.device.type == "cpu" and prod(first.image_shape) <= TINY:
+            torch.set_num_threads(1)
+        self.takes_text = first.takes_text
+        names = first.class_names
+        self.classes = [names[number] if names else str(number) for number in first.classes]
+
+    def draw(self, wish: Wish) -> list[Drawn]:
+        """The same noise through every model; what a model does not know is said in its place."""
+        return [self._draw(player, wish) for player in self.players]
+
+    def _draw(self, player: Player, wish: Wish) -> Drawn:
+        steps, guidance = wish.of(is_teacher=player.is_teacher)
+        asked = replace(
+            self.asked,
+            prompts=(wish.prompt,) if self.takes_text else (),
+            labels=(wish.label,) if wish.label else (),
+            seed=wish.seed,
+            num_steps=steps,
+            guidance=player.guidance if guidance is None else guidance,
+        )
+        try:
+            imager = player.opened.generator(asked)
+            images, seconds = timed_images(imager, wish.count, BATCH)
+        except UserError as error:
+            return Drawn(fault=str(error))
+        return Drawn(pictures(images), imager.num_evaluations, seconds)
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """[N, C, H, W] in [-1, 1], of one channel or three, as pictures."""
+    shown = to_uint8(images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1))
+    return [Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0))) for image in shown]
+
+
+def _told(opened: Opened) -> tuple[object, ...]:
+    """What must be alike for the same noise and the same request to mean the same."""
+    return opened.image_shape, opened.takes_text, opened.classes
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """The last part of each path; the whole where two are alike."""
+    short = [FilePath(place).resolve().name for place in places]
+    return [name if short.count(name) == 1 else place for name, place in zip(short, places, strict=True)]
+
+
+def _run_of(place: str) -> FilePath:
+    """The folder of a run, of one of its checkpoints too."""
+    path = FilePath(place).resolve()
+    return path.parents[1] if path.parent.name == CHECKPOINTS else path
+
+
+def _teacher(places: Sequence[str], now: str | None) -> tuple[str, float] | None:
+    """The place of the teacher of the first place that has one, and its guidance."""
+    faults = []
+    for place in places:
+        try:
+            return teacher_of(place, now=now)
+        except UserError as error:
+            faults.append(str(error))
+    if now is not None:
+        raise UserError(faults[0])
+    say(f"no teacher beside them: {faults[0]}")
+    return None

@@ -1,0 +1,133 @@
+"""The folder for a Hugging Face Space, and what its page shows."""
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from support.method_matrix import origin, train
+from typer.testing import CliRunner
+
+from diffdistill.commands.cli import app
+from diffdistill.export import space_app
+from diffdistill.export.run import ExportOptions
+from diffdistill.export.space import export_space
+from diffdistill.export.space_app import MAX_COUNT, Drawn, Folders, Wish, caption, grid, wish_of
+from diffdistill.settings.schema import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("space")
+    return train("sid", origin("mlp", "sid", home / "teacher"), home / "student")
+
+
+@pytest.fixture(scope="module")
+def space(run: Path) -> Path:
+    folder = run.with_name("digits-space")
+    export_space(str(run), folder, ExportOptions(is_verified=False, licence="mit"))
+    return folder
+
+
+def pixels(images: Any) -> list[Any]:
+    return [image.convert("RGB").tobytes() for image in images]
+
+
+def test_a_space_holds_what_the_hub_asks_for(space: Path) -> None:
+    front = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
+    assert front["sdk"] == "gradio"
+    assert front["license"] == "mit"
+    assert (space / front["app_file"]).read_text() == Path(space_app.__file__).read_text()
+    needed = (space / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in needed
+    assert not any("diffdistill" in name or "transformers" in name for name in needed)
+
+
+def test_its_program_imports_nothing_of_ours() -> None:
+    tree = ast.parse(Path(space_app.__file__).read_text())
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported - sys.stdlib_module_names == {"torch", "diffusers", "gradio", "PIL"}
+
+
+def test_its_models_draw_what_their_folders_draw(space: Path) -> None:
+    stage = Folders(space)
+    assert stage.names == ["teacher", "student"]
+    drawn = stage.draw(Wish(count=3, seed=5, teacher_steps=5))
+    assert [one.num_evaluations for one in drawn] == [5, 1]
+    noise = [torch.Generator().manual_seed(5 + i) for i in range(3)]
+    pipe = DiffusionPipeline.from_pretrained(space / "student", trust_remote_code=True)
+    assert pixels(drawn[1].images) == pixels(pipe(class_labels=[0, 1, 2], generator=noise).images)
+    assert pixels(drawn[0].images) != pixels(drawn[1].images)
+
+
+def test_its_classes_are_chosen_and_its_faults_are_said(space: Path) -> None:
+    stage = Folders(space)
+    stage.labels, stage.classes = [*stage.labels, 99], [*stage.classes, "broken"]
+    label = stage.classes[2]
+    [image] = pixels(stage.draw(Wish(count=1, label=label, seed=4))[1].images)
+    assert image == pixels(stage.draw(Wish(count=3, seed=2))[1].images)[2]  # class 2, and noise 4
+    assert "must be among 0 to" in stage.draw(Wish(count=1, label="broken"))[1].fault
+    stage.models[1]["takes_steps"] = False
+    assert "leave them empty" in stage.draw(Wish(count=1, guidance=2.0))[1].fault
+
+
+def test_a_space_is_refused_where_it_cannot_be(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than a Space"):
+        export_space(str(run), tmp_path, ExportOptions())
+    with pytest.raises(UserError, match="--space: needs a whole pipeline, and not --kind lora"):
+        export_space(str(run), tmp_path / "new", ExportOptions(kind="lora"))
+    for words in ([], ["--out", "a", "--space", "b"]):
+        said = CliRunner().invoke(app, ["export", str(run), *words])
+        assert said.exit_code == 2
+        assert "name one folder to write" in said.output
+
+
+def test_the_command_writes_one_and_says_how_to_go_on(run: Path, tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["export", str(run), "--space", str(tmp_path / "space"), "--no-verify"])
+    assert said.exit_code == 0, said.output
+    assert f"python {tmp_path}/space/app.py" in said.output
+    assert len(json.loads((tmp_path / "space/space.json").read_text())["models"]) == 2
+
+
+def test_captions_tell_the_time_of_an_image_and_how_much_faster_it_is() -> None:
+    teacher, student = Drawn([], 35, 0.2), Drawn([], 1, 0.005)
+    assert caption(teacher, 0.2) == "**200 ms** an image; 35 calls of the network"
+    assert caption(student, 0.2) == "**5 ms** an image, 40 times as fast; 1 call of the network"
+    assert caption(Drawn(fault="no"), 0.2) == "**Not drawn.** no"
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (3, 2, 2), (9, 3, 3), (10, 4, 3)])
+def test_grids_are_square_and_small_images_are_enlarged_by_whole_numbers(count: int, columns: int, rows: int) -> None:
+    images = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(count)]
+    sheet = grid(images)
+    side = 8 * (360 // (8 * columns))
+    assert sheet.size == (columns * (side + 2) - 2, rows * (side + 2) - 2)
+    last = count - 1
+    corner = (last % columns * (side + 2), last // columns * (side + 2))
+    assert sheet.getpixel(corner) == (last, 0, 0)
+
+
+def test_large_images_keep_their_size() -> None:
+    assert grid([Image.new("RGB", (512, 256))]).size == (512, 256)
+
+
+def test_a_browser_cannot_ask_for_more_than_the_page_offers() -> None:
+    assert wish_of({"seed": None, "count": 10**9, "label": "", "steps": None}) == Wish(count=MAX_COUNT)
+    assert wish_of({"seed": -5, "count": 0, "label": "3"}) == Wish(count=1, label="3")
