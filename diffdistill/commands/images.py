@@ -1,6 +1,5 @@
 """The commands that bring images and models out of a run: `sample` and `export`."""
 
-import shlex
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -209,6 +208,7 @@ def export(
 
     Example: diffdistill export runs/demo/student --space spaces/digits
     """
+    import shlex
     from functools import partial
 
     from diffdistill.eval.board.files import model_index_of

@@ -1,11 +1,12 @@
 """The command `play`: a page in the browser that draws with teacher and students side by side."""
 
-import importlib.util
+from pathlib import Path as FilePath
 from typing import Annotated
 
 import typer
 
 from diffdistill.commands.exit_codes import guarded
+from diffdistill.commands.next_steps import as_run, say_next
 from diffdistill.settings.terminal import Console
 
 console = Console()
@@ -30,6 +31,8 @@ def play(
 
     Example: diffdistill play runs/demo/student
     """
+    import importlib.util
+
     import torch
 
     from diffdistill.export.space_app import serve
@@ -43,3 +46,5 @@ def play(
     stage = SideBySide(runs, SampleRequest(device=chosen, trusts_code=trust_code), teacher_from=teacher_from)
     console.print(f"{', '.join(stage.names)}: Ctrl-C ends the page", highlight=False, soft_wrap=True, markup=False)
     serve(stage, "diffdistill", host=host, port=port)
+    if as_run(runs[0]):
+        say_next(("export", runs[0], "--space", f"spaces/{FilePath(runs[0]).resolve().name}"))
