@@ -76,7 +76,7 @@ def examine_config(
     teacher: "Denoiser | None" = None,
 ) -> Iterator[Finding]:
     """Say what players drop, predict a run's memory, then train on one micro-batch: count it, time it and
-    multiply. Nothing is written.
+    multiply. Of images of several sizes the largest are taken. Nothing is written.
 
     memory_gib: of the device to fit into; default: this GPU's, or this machine's.  teacher: one that is not on the disk
     yet, where the config names none.  Raises UserError as a run would.
@@ -88,7 +88,7 @@ def examine_config(
     from diffdistill.training.plan import plan
     from diffdistill.training.step_time import measure_step_time, one_micro_batch
 
-    assembly = assemble(plan(config, resume=None, trusts_code=trusts_code, teacher=teacher))
+    assembly = assemble(plan(config, resume=None, trusts_code=trusts_code, teacher=teacher).at_largest)
     yield _dropout(config, assembly.plan.trained)
     yield _leaving(assembly.plan.spec)
     needs = plan_memory(assembly.plan, assembly.iteration)

@@ -117,6 +117,11 @@ class BucketOrder:
         """The fullest bucket and its members."""
         return max((order.sample for order in self.orders), key=lambda one: len(one[1]))
 
+    @property
+    def largest(self) -> DataOrder:
+        """Of the bucket whose images have most numbers; the first of several."""
+        return max(self.orders, key=lambda order: math.prod(order.source.image_shape))
+
     def take(self, first: int, count: int, *, next_first: int) -> tuple[Tensor, Tensor | None]:
         """As `DataOrder.take`; the samples from `first` on, and from `next_first` on, are of one step each."""
         (order, place), (later, next_place) = self.place_of(first), self.place_of(next_first)

@@ -38,6 +38,11 @@ class DataOrder:
         """Images of one shape that stand for all, and their numbers."""
         return self.source, self.members
 
+    @property
+    def largest(self) -> "DataOrder":
+        """Of the images of the size that needs most memory: of all, which are alike here."""
+        return self
+
     def take(self, first: int, count: int, *, next_first: int) -> tuple[Tensor, Tensor | None]:
         """Images [count, C, H, W] and labels [count] of the samples from `first` on.
 

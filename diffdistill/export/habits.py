@@ -128,7 +128,7 @@ def _wrong_size(stock: StockFolder, defaults: Mapping[str, Any]) -> str | None:
 def _run(source: Pipeline, scheduler: Any, steps: Mapping[str, Any], eta: float | None) -> Tensor:
     """The pipeline's loop, with a function of x and t in the network's place. Raises what the scheduler raises."""
     scheduler, family = deepcopy(scheduler), source.family
-    told = family.told_steps(steps)
+    told = family.told_steps(steps, scheduler.config.num_train_timesteps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = torch.randn(1, 2, 2, 2) * float(getattr(scheduler, "init_noise_sigma", 1.0))

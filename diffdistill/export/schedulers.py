@@ -84,10 +84,8 @@ def _on_flow(denoiser: Denoiser, path: Flow, sampler: AnySampler, config: Mappin
     total = int(config.get("num_train_timesteps", 1000))
     is_fresh = isinstance(sampler, FewSteps) and sampler.later_noise == "fresh" and len(times) > 1
     if path.network_time == "time":
-        settings = {"num_train_timesteps": total, "shift": path.shift}
-        return StockSteps(
-            _flow_class(settings, len(times), is_fresh=is_fresh), {"timesteps": [round(1000 * t) for t in times]}
-        )
+        told = [round(1000 * t) for t in times]
+        return StockSteps(_told_scheduler(path, told, total, is_fresh=is_fresh), {"timesteps": told})
     sigmas = path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()  # its time is before its shift
     return StockSteps(_flow_scheduler(sigmas, total, is_fresh=is_fresh), {"sigmas": sigmas})
 
@@ -109,6 +107,19 @@ def _flow_scheduler(sigmas: Sequence[float], total: int, *, is_fresh: bool) -> A
         if torch.allclose(scheduler.sigmas[:-1].double(), wanted, rtol=SAME_SIGMAS, atol=0):
             return scheduler
     return _flow_class(settings, len(sigmas), is_fresh=is_fresh)
+
+
+def _told_scheduler(path: Flow, told: Sequence[int], total: int, *, is_fresh: bool) -> Any:
+    """For a network that is told the time. By a number of steps alone its pipeline tells times from the schedule's
+    length down to 1: that is the trained one where it is one step, on a schedule that ends there. Its shift would still
+    make sigma 1 of that, and is passed over by sigmas that are even between two equal ends."""
+    if len(told) > 1:
+        return _flow_class({"num_train_timesteps": total, "shift": path.shift}, len(told), is_fresh=is_fresh)
+    settings = {"num_train_timesteps": told[0], "shift": path.shift, "use_exponential_sigmas": True}
+    scheduler = _flow_class(settings, 1, is_fresh=is_fresh)
+    sigma = float(path.sigma(torch.tensor(told[0] / 1000)))
+    scheduler.register_to_config(sigma_max=sigma, sigma_min=sigma)
+    return scheduler
 
 
 def _flow_class(settings: Mapping[str, Any], count: int, *, is_fresh: bool) -> Any:

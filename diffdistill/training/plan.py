@@ -140,6 +140,11 @@ class Plan:
         """This process's samples of each batch."""
         return self.config.train.global_batch_size // self.processes.count
 
+    @property
+    def at_largest(self) -> "Plan":
+        """The same with batches of the largest of its images' sizes alone, which need most memory."""
+        return replace(self, order=self.order.largest)
+
     def iteration(self, stored: Mapping[str, Tensor]) -> Iteration:
         """The method's losses on these players.  stored: from the method's `prepare`."""
         train = self.config.train

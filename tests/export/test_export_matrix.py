@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import wrap
 
 import pytest
 from support.habits import Case, cases
-from support.method_matrix import METHODS, origin, train
+from support.method_matrix import METHODS, NO_STUDENTS, OF_SEVERAL, origin, train
 from support.stand_ins import STAND_INS
 
+from diffdistill.distillation import method as methods
 from diffdistill.export.run import AnyKind, ExportOptions, write
 from diffdistill.export.verify import TOLERANCE, Check, measure
 from diffdistill.settings.schema import UserError
@@ -20,6 +22,9 @@ LORA = ("lora.default={rank: 2, alpha: 4}", "optimizers.default.lr=0.1")
 """With a student that differs visibly from its teacher, so that a file that is not loaded is found."""
 ON_EVERY_FAMILY = ("dmd2", "hyper_sd", "agd")
 ALL_METHODS_ON = ("dit", "unet")
+ROWS = (*METHODS, *OF_SEVERAL)
+STYLE = "first"
+"""Of a student of several teachers: what it is exported as."""
 NO_GUIDANCE = {"ddpm": "has no class that stands for none", "flux": "has it in its network already, as an input"}
 """Families whose teachers AGD has nothing to learn from."""
 
@@ -42,7 +47,7 @@ def cells() -> Iterator[Cell]:
         yield from (Cell(family, method) for method in ON_EVERY_FAMILY)
         yield from (Cell(family, "dmd2", kind) for kind in ("lora", "kohya"))
     for family in ALL_METHODS_ON:
-        yield from (Cell(family, name) for name in METHODS if family == "unet" or name not in ON_EVERY_FAMILY)
+        yield from (Cell(family, name) for name in ROWS if family == "unet" or name not in ON_EVERY_FAMILY)
 
 
 def fill(every: Sequence[Cell], folder: Path) -> None:
@@ -53,8 +58,9 @@ def fill(every: Sequence[Cell], folder: Path) -> None:
         try:
             if not (folder / name).exists():
                 teacher = origin(cell.family, cell.method, folder / f"{name}-teacher")
-                train(cell.method, teacher, folder / name, *(LORA if name.endswith("lora") else ()))
-            options = ExportOptions(kind=cell.asked)
+                named = (f"teachers={{{STYLE}: {teacher}, second: {teacher}}}",) if cell.method in OF_SEVERAL else ()
+                train(cell.method, teacher, folder / name, *named, *(LORA if name.endswith("lora") else ()))
+            options = ExportOptions(kind=cell.asked, style=STYLE if cell.method in OF_SEVERAL else None)
             written = write(str(folder / name), folder / f"{name}-{cell.asked}", options)
         except UserError as error:
             cell.found = why_not(cell, str(error))
@@ -100,11 +106,13 @@ def table(every: Sequence[Cell]) -> str:
         row += [by_key[family, "dmd2", kind] for kind in ("lora", "kohya")]
         lines.append(f"| `{family}` | " + " | ".join(map(shown, row)) + " |")
     lines += ["", "| method | `dit`, a pipeline | `unet`, our own network |", "|---|---|---|"]
-    for method in METHODS:
+    for method in ROWS:
         row = [by_key[family, method, "auto"] for family in ALL_METHODS_ON]
         lines.append(f"| `{method}` | " + " | ".join(map(shown, row)) + " |")
     listed = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    return "\n".join([*lines, "", "Why not:", "", *listed])
+    no_row = "; ".join(f"`{name}` {reason}" for name, reason in NO_STUDENTS.items())
+    several = f"`merge_teachers` is exported as one of its styles. Methods without a row: {no_row}."
+    return "\n".join([*lines, "", *wrap(several, 120), "", "Why not:", "", *listed])
 
 
 CALLS = """
@@ -159,6 +167,13 @@ greatest difference of any value of two images from the run's own, in float32; {
 from a teacher that predicts v.
 
 """
+
+
+def test_every_method_has_a_row_or_a_reason_for_none() -> None:
+    listed = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(ROWS)
+    assert sorted([*ROWS, *NO_STUDENTS]) == sorted(methods.METHODS.own)
+    assert not set(ROWS) & NO_STUDENTS.keys()
 
 
 @pytest.mark.full

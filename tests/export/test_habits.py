@@ -31,7 +31,7 @@ SAID = {  # by family and kind of steps: of a number of steps, of a prompt alone
     "sd3": [(R, X), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, X)],
     "flux": [(R, R), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, R)],
     "z_image": [(R, W), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, W)],
-    "cogview4": [(W, W), None, (W, X), (W, X), (W, X), (W, W), (W, W), (W, W)],
+    "cogview4": [(R, W), None, (W, X), (W, X), (W, X), (W, W), (W, W), (R, W)],
     "dit": [(R, X), None, (R, X), (R, X), None, (R, W), None, (R, X)],
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import Renormalised
+from diffdistill.diffusion.path import Flow
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.export.leaving import Leaving, how_it_leaves
 from diffdistill.models.load import load_model
@@ -182,8 +183,21 @@ def test_a_prompt_of_cogview4_is_as_it_is_alone_whatever_the_others_are(tmp_path
     assert found.size.tolist() == [[16, 16, 0, 0, 16, 16]] * 3
 
 
+@pytest.mark.parametrize("length", [1000, 833])
 @pytest.mark.parametrize("count", [1, 2, 4, 50, 100, 124])
-def test_cogview4s_steps_of_a_number_are_its_pipelines(count: int) -> None:
-    told = find_family("cogview4").told_steps({"num_inference_steps": count})
-    assert told["timesteps"] == np.linspace(1000, 1, count).astype(np.int64).tolist()
-    assert told["sigmas"] == [time / 1000 for time in told["timesteps"]]
+def test_cogview4s_steps_of_a_number_are_its_pipelines(count: int, length: int) -> None:
+    told = find_family("cogview4").told_steps({"num_inference_steps": count}, length)
+    assert told["timesteps"] == np.linspace(length, 1, count).astype(np.int64).tolist()
+    assert told["sigmas"] == [time / length for time in told["timesteps"]]
+
+
+@pytest.mark.parametrize("ratios", [(999, 2.99, 0.998, 0.333), (3247, 9.75, 3.25, 1.083)])
+def test_whole_thousandths_of_the_time_hardly_move_the_recipes_levels(
+    ratios: tuple[float, ...],
+) -> None:
+    """At 1024 pixels. A student is trained at the rounded level, and exported with it."""
+    path = Flow(shift=3.25, network_time="time")
+    asked = path.time_of_ratio(torch.tensor(ratios, dtype=torch.float64))
+    times = FewSteps(init_ratio=ratios[0], later_ratios=ratios[1:]).times(path)
+    assert torch.equal(times, (1000 * times).round() / 1000)
+    assert float((path.sigma(times) - path.sigma(asked)).abs().max()) < 1.5e-4

@@ -49,6 +49,11 @@ METHODS = {
 """The settings of each method that distils a teacher, for one step from unit noise where it is a generator's."""
 OF_SEVERAL = {"merge_teachers": "{name: merge_teachers, steps: {name: ddim, num_steps: 3}, width: 8}"}
 """Those of methods that need further teachers, which the caller names."""
+NO_STUDENTS = {
+    "pretrain": "trains a model on images, such as the teachers of this page",
+    "tsm": "trains a smaller diffusion model, for a later run to distil",
+}
+"""Methods that distil no steps, and what they do."""
 
 ON_THE_PATH = ("hyper_sd", "scm", "consistency", "tdm", "rectified_flow", "mean_flow")
 """Methods whose students begin with the path's own noise: unit noise only where sigma is 1, unlike in `OWN`."""

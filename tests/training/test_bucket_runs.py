@@ -11,10 +11,12 @@ from conftest import small_config
 from PIL import Image
 from support.stand_ins import save_stand_in
 
-from diffdistill.data.buckets import BucketedImages
+from diffdistill.commands.doctor import examine_config
+from diffdistill.data.buckets import BucketedImages, order_of
 from diffdistill.models.load import describe_model, load_players
 from diffdistill.settings.schema import UserError
 from diffdistill.training.inputs import open_inputs
+from diffdistill.training.memory.prediction import plan_memory
 from diffdistill.training.plan import plan
 from diffdistill.training.trainer import Trainer
 
@@ -110,6 +112,34 @@ def test_a_run_with_a_discriminator_goes_on_after_a_stop_to_the_bit(home: Path, 
     for name, player in first.items():
         others = second[name].state_dict()
         assert all(torch.equal(weight, others[key]) for key, weight in player.state_dict().items())
+
+
+def test_doctor_measures_the_largest_size(home: Path, tmp_path: Path) -> None:
+    """Where the first batch of the run would be of another one."""
+    source, shapes = plan(config(home, tmp_path / "run")).source, []
+    orders = (order_of(source, seed, batch=2) for seed in range(20))
+    first = [order.take(0, 2, next_first=2)[0].shape[1:] for order in orders]
+    seed = next(seed for seed, shape in enumerate(first) if shape != (4, 8, 8))
+    wanted = config(home, tmp_path / "run", f"train.seed={seed}", "health=null")
+    draw = wanted.method.draw
+
+    def keep(rng: Any, problem: Any) -> Any:
+        shapes.append(problem.image_shape)
+        return draw(rng, problem)
+
+    object.__setattr__(wanted.method, "draw", keep)
+    found = {finding.topic: finding.text for finding in examine_config(wanted)}
+    assert "as predicted" in found["activations"]
+    assert set(shapes) == {(4, 8, 8)}
+
+
+def test_doctor_measures_at_the_teachers_resolution(home: Path, tmp_path: Path) -> None:
+    def activations(*more: str) -> int:
+        made = plan(config(home, tmp_path / "run", "method.gan_weight=0", "data.buckets=null", *more)).at_largest
+        return plan_memory(made, made.iteration({})).peak_activations
+
+    twice = f"teacher={{name: {home / 'teacher'}, resolution: 32}}"
+    assert activations(twice) > 2 * activations()
 
 
 @pytest.mark.parametrize(

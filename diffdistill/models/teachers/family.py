@@ -96,8 +96,9 @@ class Family(ABC):
         size = {"height": image_size[0], "width": image_size[1]} if self.names_size else {}
         return {**self.plain_call, **size}
 
-    def told_steps(self, steps: Mapping[str, Any]) -> dict[str, Any]:
-        """What the pipeline tells its scheduler's `set_timesteps`.  steps: its own arguments that name steps."""
+    def told_steps(self, steps: Mapping[str, Any], length: int) -> dict[str, Any]:
+        """What the pipeline tells its scheduler's `set_timesteps`.  steps: its own arguments that name steps.
+        length: the scheduler's `num_train_timesteps`."""
         count = steps.get("num_inference_steps") if self.names_sigmas else None
         return dict(steps) if count is None else {"sigmas": [1 - index / count for index in range(count)]}
 

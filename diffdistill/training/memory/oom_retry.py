@@ -77,7 +77,7 @@ def half_named(config: RunConfig) -> str:
 def _plan(trainer: Trainer) -> str:
     """The run's needs by its plan, if there is memory left to make one."""
     try:
-        plan = plan_memory(trainer.plan, trainer.assembly.iteration)
+        plan = plan_memory(trainer.plan.at_largest, trainer.assembly.iteration)
     except torch.OutOfMemoryError:
         return ""
     kept = f"{show_bytes(plan.fixed)} all the time, {show_bytes(plan.peak_activations)} for a micro-batch"

@@ -51,12 +51,13 @@ class CogView4(FlowFamily):
         mu = least + most * math.sqrt(self.num_tokens(options) / scheduler.get("base_image_seq_len", 256))
         return replace(flow_path(scheduler, self.num_tokens(options), mu=mu), network_time="time"), "flow"
 
-    def told_steps(self, steps: Mapping[str, Any]) -> dict[str, Any]:
+    def told_steps(self, steps: Mapping[str, Any], length: int) -> dict[str, Any]:
         times = steps.get("timesteps")
         if times is None:
             last = steps["num_inference_steps"] - 1
-            times = [int(1000 - index * (999 / max(last, 1))) for index in range(last)] + [1 if last else 1000]
-        return {"timesteps": times, "sigmas": [time / 1000 for time in times]}
+            times = [int(length - index * ((length - 1) / max(last, 1))) for index in range(last)]
+            times.append(1 if last else length)
+        return {"timesteps": times, "sigmas": [time / length for time in times]}
 
     def encode(
         self, pipeline: Any, prompts: Sequence[str], image_size: tuple[int, int], options: Mapping[str, Any]
