@@ -23,6 +23,7 @@ from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
+from diffdistill.distillation.derivatives import along
 from diffdistill.distillation.dropout_masks import masks_again, without_dropout
 from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
@@ -56,7 +57,6 @@ class MeanFlow(Method):
 
     student = "generator"
     needs_images = True
-    differentiates_forward = True
     updates = (Update(("generator",), "generator_loss"),)
 
     @property
@@ -122,9 +122,10 @@ class MeanFlow(Method):
         """v - (t - r) du/dt, the derivative along z' = v, t' = 1: the MeanFlow identity, equations 10 and 11."""
         r, t = draw["r"], draw["t"]
         velocity = self.velocity_at(players, draw, batch, z).to(z.dtype)
-        _, change = torch.func.jvp(
-            lambda z, t: self.mean_velocity(players, z, r, t, batch.cond), (z, t), (velocity, torch.ones_like(t))
-        )[:2]
+        directions, student = (velocity, torch.ones_like(t)), players.generator
+        _, change = along(
+            lambda z, t: self.mean_velocity(players, z, r, t, batch.cond), (z, t), directions, network=student
+        )
         return velocity - expand(t - r, z) * change
 
     def velocity_at(self, players: Players, draw: Draw, batch: Batch, z: Tensor) -> Tensor:

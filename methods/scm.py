@@ -19,6 +19,7 @@ from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
+from diffdistill.distillation.derivatives import along
 from diffdistill.distillation.dropout_masks import masks_again
 from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
@@ -44,7 +45,6 @@ class SCM(Method):
 
     student = "generator"
     needs_images = True
-    differentiates_forward = True
 
     @property
     def keeps_teacher(self) -> bool:
@@ -100,9 +100,10 @@ class SCM(Method):
         x = x_t * cos / expand(student.path.alpha(t), x_t)
         towards = players.teacher(x_t, t, cond, guidance=self.guidance) if self.keeps_teacher else batch.images
         velocity = (cos * x - towards) / sin
-        estimate, change = torch.func.jvp(
-            lambda x, tau: consistency(student, x, tau, cond), (x, tau), (velocity.to(x.dtype), torch.ones_like(tau))
-        )[:2]
+        directions = velocity.to(x.dtype), torch.ones_like(tau)
+        estimate, change = along(
+            lambda x, tau: consistency(student, x, tau, cond), (x, tau), directions, network=student
+        )
         first = -(cos**2) * (towards - estimate) / sin
         return self.bounded(first + draw["ramp"] * (cos * change - first))
 

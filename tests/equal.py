@@ -138,12 +138,6 @@ def wide(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def ways_of(name: str) -> dict[str, Way]:
-    """The ways in which a row is compared: what takes a derivative in its forward pass cannot be sharded."""
-    is_derived = RUNS[name][0] in ("scm", "mean_flow")
-    return {label: way for label, way in WAYS.items() if not (way.is_sharded and is_derived)}
-
-
 def apart(first: Weights, second: Weights) -> float:
     """The largest difference of two weights, relative to the largest weight."""
     size = max(float(np.abs(value).max()) for value in first.values() if value.size)
@@ -180,15 +174,14 @@ def main() -> int:
         Trainer(small_config("pretrain", folder / "teacher", "train.steps=10"), quiet=True).run()
         for name in names:
             found = {
-                label: measure(name, way, folder / name / label, folder / "teacher")
-                for label, way in ways_of(name).items()
+                label: measure(name, way, folder / name / label, folder / "teacher") for label, way in WAYS.items()
             }
             faults += [
                 f"{name}, {label}: {found[label]}"
                 for label in found
                 if max(found[label].values()) > WAYS[label].tolerance
             ]
-            cells = [f"{found[label][count]:.0e}" if label in found else "–" for label in WAYS for count in COUNTS]
+            cells = [f"{found[label][count]:.0e}" for label in WAYS for count in COUNTS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     for fault in faults:

@@ -215,11 +215,6 @@ class Method(ABC):
         return False
 
     @property
-    def differentiates_forward(self) -> bool:
-        """Whether a loss takes a network's derivative by its inputs in the forward pass (a jvp)."""
-        return False
-
-    @property
     def one_shape(self) -> str | None:
         """Why batches must all be of one shape; None where each may have its own."""
         return None

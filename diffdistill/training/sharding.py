@@ -164,7 +164,7 @@ def _sharded(module: nn.Module) -> "Iterator[FSDPModule]":
 
 
 def _check(config: "RunConfig") -> None:
-    speed, method = config.speed, config.method
+    speed = config.speed
     if speed.shard == "none":
         return
     faults = {
@@ -173,7 +173,6 @@ def _check(config: "RunConfig") -> None:
         "speed.channels_last": speed.channels_last,
         "speed.ema_device = 'cpu'": speed.ema_device == "cpu",
         "optimisers of 8 bits": any(options.name.endswith("8bit") for options in config.optimizers.values()),
-        f"method.name = {method.name!r}, which differentiates a forward pass": method.differentiates_forward,
     }
     named = [name for name, is_so in faults.items() if is_so]
     if named:

@@ -28,8 +28,8 @@ FAULTS = (
     Fault(
         "time stands still in the tangent",
         METHOD,
-        "torch.ones_like(tau))",
-        "torch.zeros_like(tau))",
+        "directions = velocity.to(x.dtype), torch.ones_like(tau)",
+        "directions = velocity.to(x.dtype), torch.zeros_like(tau)",
         "methods/test_scm.py::test_the_tangent_of_the_exact_consistency_function_is_zero",
     ),
     Fault(
