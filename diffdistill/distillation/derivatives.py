@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from diffdistill.distributed.parts import has_parts
+from diffdistill.networks.lora import lora_of
 
 
 @torch.no_grad()
@@ -19,9 +20,15 @@ def along(
     `torch.func.jvp`: that one wraps every tensor which is made meanwhile, gathered weights too, and torch's fully_shard
     needs their storage.
     """
-    if not any(map(has_parts, network.parameters())):
+    if not is_parted(network):
         value, change = torch.func.jvp(function, primals, tangents)[:2]
         return value, change
     with forward_ad.dual_level():
         value, moved = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, primals, tangents)))
     return value, torch.zeros_like(value) if moved is None else moved
+
+
+def is_parted(network: nn.Module) -> bool:
+    """Whether the processes hold parts of its weights, or of those that its LoRA stands over."""
+    lora = lora_of(network)
+    return any(map(has_parts, (lora.shared_tree if lora else network).parameters()))
