@@ -17,11 +17,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from one_thread import train_alone
 from PIL import Image
 
+from diffdistill.data.pictures import save_rows
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.evaluation.command import run_eval
 from diffdistill.eval.evaluation.setup import EvalOptions
@@ -39,7 +41,7 @@ STRIPS = ROOT / "results" / "strips"  # samples of each row of the first table, 
 PICTURE = ROOT / "docs" / "images" / "digits-board.png"
 MARKS = ("<!-- digits board -->", "<!-- end of the digits board -->")
 SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
-IN_PICTURE, COLUMNS, GAP, ENLARGED = "U-Net", 30, 2, 3
+IN_PICTURE, COLUMNS, SHOWN = "U-Net", 30, 10
 
 U_NET: tuple[str, ...] = ()
 MLP = ("model.network={name: mlp, width: 256, blocks: 3}", "train.steps=1500")
@@ -295,16 +297,14 @@ def _draw(records: Sequence[Record]) -> Iterator[str]:
     if missing := [name for name in names if not _strip(name).exists()]:
         console.print(f"no samples of {'; '.join(missing)}: `train` makes them")
     names = [name for name in names if name not in missing]
-    strips = [Image.open(_strip(name)) for name in names]
-    pitch = strips[0].height + GAP
-    picture = Image.new("L", (strips[0].width, len(strips) * pitch - GAP), color=255)
-    for i, strip in enumerate(strips):
-        picture.paste(strip, (0, i * pitch))
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    size = (ENLARGED * picture.width, ENLARGED * picture.height)
-    picture.resize(size, Image.Resampling.NEAREST).save(PICTURE, optimize=True)
-    yield f"![Samples of the first table's rows]({PICTURE.relative_to(ROOT)})\n\n"
-    yield f"Samples of seed 0 from the same noise; from above: {'; '.join(n.rpartition(', ')[0] for n in names)}.\n"
+    save_rows(PICTURE, {name.rpartition(", ")[0]: _images(name) for name in names}, min_side=48)
+    yield f"![Samples of the first table's rows, of seed 0 from the same noise]({PICTURE.relative_to(ROOT)})\n"
+
+
+def _images(name: str) -> torch.Tensor:
+    """The first ten of a strip, [10, 1, 8, 8] in [-1, 1]."""
+    strip = torch.from_numpy(np.array(Image.open(_strip(name)))).float() / 127.5 - 1
+    return strip.reshape(strip.shape[0], COLUMNS, -1).transpose(0, 1)[:SHOWN, None]
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """Pictures of tensors: grids of images, with captions."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffdistill.storage.atomic import write_bytes_atomically
 
 CAPTION_HEIGHT = 14
-
-
+LABEL_SIZE = 15
 GAP = 2
 
 
@@ -38,6 +37,27 @@ def save_panels(
         pen.text((left + 1, 1), caption, fill="black")
         sheet.paste(grid, (left, CAPTION_HEIGHT))
         left += widths[caption] + gap
+    save_picture(sheet, file)
+
+
+def save_rows(file: FilePath, rows: Mapping[str, Tensor], *, titles: Sequence[str] = (), min_side: int = 56) -> None:
+    """One PNG with a row of images for each entry, its label on the left, in lines as the label has them.
+
+    rows: [N, C, H, W] in [-1, 1] by label, alike in shape.  titles: of the columns.
+    """
+    font, line, pad = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4, 8
+    strips = {label: tile(images, len(images), min_side) for label, images in rows.items()}
+    left = pad + max(int(font.getlength(part)) + 1 for label in rows for part in label.splitlines())
+    top, (width, height) = line + pad // 2 if titles else 0, next(iter(strips.values())).size
+    height = max(height, line * max(len(label.splitlines()) for label in rows))
+    sheet = Image.new("RGB", (left + width, top + height * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, title in enumerate(titles):
+        pen.text((left + width / len(titles) * (number + 0.5), top / 2), title, fill="black", font=font, anchor="mm")
+    for number, (label, strip) in enumerate(strips.items()):
+        middle = top + height * number + strip.height / 2
+        pen.multiline_text((0, middle), label, fill="black", font=font, anchor="lm", spacing=4)
+        sheet.paste(strip, (left, top + height * number))
     save_picture(sheet, file)
 
 

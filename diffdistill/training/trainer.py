@@ -239,7 +239,7 @@ class Trainer:
         )
         refuse_link(file.parent)
         columns = 10 if self.problem.num_classes == 10 else 8
-        self.processes.on_main_first(lambda: save_panels(file, views, columns=columns))
+        self.processes.on_main_first(lambda: save_panels(file, views, columns=columns, min_side=48))
         return file
 
     def _update(self, update: Update, micros: list[MicroBatch], log: Log | None) -> bool:

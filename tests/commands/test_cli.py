@@ -106,6 +106,7 @@ def test_the_demo_writes_pictures_and_previews(demo: Path) -> None:
     for name in ("teacher", "student"):
         assert Image.open(demo / f"{name}.png").width >= 10 * 32
         assert [p.name for p in (demo / name / "previews").iterdir()] == ["step-00000002.png"]
+    assert Image.open(demo / "comparison.png").width > 10 * 72
 
 
 def test_a_finished_demo_is_not_trained_again(demo: Path, few_images: None, monkeypatch: pytest.MonkeyPatch) -> None:
