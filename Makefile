@@ -75,7 +75,7 @@ equality: $(INSTALLED)  ## Every method on 1, 2 and 4 processes, replicated and 
 gpu: $(INSTALLED)  ## All that wants a GPU, within MINUTES: kernels, tests, times, memory, CIFAR-10; writes docs/gpu.md.
 	@$(BIN)/python scripts/gpu.py --minutes $(MINUTES) --device $(DEVICE) $(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-leaderboard: $(INSTALLED)  ## Every method from one digits teacher, three seeds, into README.md; hours of CPU, kept as it goes.
+leaderboard: $(INSTALLED)  ## Every method from one digits teacher, three seeds, into docs/digits-board.md; hours of CPU, kept as it goes.
 	@$(BIN)/python scripts/leaderboard.py train
 	@$(BIN)/python scripts/leaderboard.py train --mlp
 	@$(BIN)/python scripts/leaderboard.py table

@@ -1,4 +1,4 @@
-"""`python -m diffdistill`: what launchers of several processes start."""
+"""`python -m diffdistill`: what launchers of distributed training start."""
 
 from diffdistill.commands.cli import main
 

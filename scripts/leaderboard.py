@@ -2,7 +2,7 @@
 
     python scripts/leaderboard.py train          # runs/board; what is there already is kept; hours of CPU
     python scripts/leaderboard.py train --times 10 --seeds 1    # another table: each row at ten times its steps
-    python scripts/leaderboard.py table          # results/digits.jsonl into the README's table and picture
+    python scripts/leaderboard.py table          # results/digits.jsonl into the docs' table and picture
 
 A record's `train_cpu_seconds` is of one process with one thread and counts what a method prepares: pairs, trajectories,
 a recorded path. The teacher's own training is not in it.
@@ -38,6 +38,7 @@ from diffdistill.training.config import find_config, load_config
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "digits.jsonl"
 STRIPS = ROOT / "results" / "strips"  # samples of each row of the first table, seed 0
+PAGE = ROOT / "docs" / "digits-board.md"
 PICTURE = ROOT / "docs" / "images" / "digits-board.png"
 MARKS = ("<!-- digits board -->", "<!-- end of the digits board -->")
 SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
@@ -133,14 +134,14 @@ def train(
 
 @app.command()
 def table() -> None:
-    """Write the table of the records into README.md, and one picture of samples."""
+    """Write the table of the records into its page, and one picture of samples."""
     records = read_records(RECORDS)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     parts = [before, MARKS[0], "\n\n", *_tables(records), *_draw(records), "\n", MARKS[1], after]
-    (ROOT / "README.md").write_text("".join(parts), encoding="utf-8")
-    console.print(f"README.md and {PICTURE.relative_to(ROOT)} are written")
+    PAGE.write_text("".join(parts), encoding="utf-8")
+    console.print(f"{PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)} are written")
 
 
 def longer(entry: Entry, times: int) -> Entry:
@@ -292,13 +293,13 @@ def _keep_strip(name: str, place: Path, seed: int) -> None:
 
 
 def _draw(records: Sequence[Record]) -> Iterator[str]:
-    """Write the picture of the first table's rows, in the table's order; gives its place in the README."""
+    """Write the picture of the first table's rows, in the table's order; gives its place in the page."""
     names = [f"{row}, {IN_PICTURE}" for row, _ in _rows(records, IN_PICTURE)]
     if missing := [name for name in names if not _strip(name).exists()]:
         console.print(f"no samples of {'; '.join(missing)}: `train` makes them")
     names = [name for name in names if name not in missing]
     save_rows(PICTURE, {name.rpartition(", ")[0]: _images(name) for name in names}, min_side=48)
-    yield f"![Samples of the first table's rows, of seed 0 from the same noise]({PICTURE.relative_to(ROOT)})\n"
+    yield f"![Samples of the first table's rows, of seed 0 from the same noise]({PICTURE.relative_to(PAGE.parent)})\n"
 
 
 def _images(name: str) -> torch.Tensor:

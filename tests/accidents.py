@@ -756,7 +756,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("kinds", nargs="*")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    lines, failures = ["| accident | what must hold | held |", "|---|---|---|"], 0
+    lines, failures = ["| fault | what must hold | held |", "|---|---|---|"], 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         teacher = folder / "teacher"

@@ -66,7 +66,7 @@ def gather(
     run: Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")],
     out: Annotated[str, typer.Option(help="The folder to write it to, under checkpoints/.")],
 ) -> None:
-    """Make one file of what several processes have written in parts (speed.shard).
+    """Gather a sharded checkpoint (speed.shard), a file of each process, into one file.
 
     Example: diffdistill gather runs/dmd2 --out runs/dmd2-whole
     """

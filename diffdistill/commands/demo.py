@@ -51,8 +51,8 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
         save_grid(folder / f"{name}.png", sample_images(load_model(folder / name), count=100), columns=10)
     save_comparison(folder / "comparison.png", {"teacher": folder / "teacher", "student": folder / "student"})
     console.print(
-        f"{folder}/comparison.png: teacher and student from the same noise; table.json, teacher.png and student.png are "
-        f"written; {time.perf_counter() - began:.0f} s in all",
+        f"{folder}/comparison.png: teacher and student from the same noise; table.json, teacher.png and student.png "
+        f"are written; {time.perf_counter() - began:.0f} s in all",
         highlight=False,
         soft_wrap=True,
     )

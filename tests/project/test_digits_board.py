@@ -1,4 +1,4 @@
-"""The digits board's script: its table is the README's, and its rows at more steps are runs that exist."""
+"""The digits board's script: its table is its page's, and its rows at more steps are runs that exist."""
 
 import importlib
 import sys
@@ -23,8 +23,8 @@ def board() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "scripts"))
 
 
-def test_the_readme_s_tables_are_those_of_the_records(board: ModuleType) -> None:
-    assert "".join(board._tables(read_records(board.RECORDS))) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_tables_are_those_of_the_records(board: ModuleType) -> None:
+    assert "".join(board._tables(read_records(board.RECORDS))) in board.PAGE.read_text(encoding="utf-8")
 
 
 def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleType) -> None:
