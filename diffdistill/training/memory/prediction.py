@@ -153,7 +153,7 @@ def module_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Counted in two real steps. seconds: of each; the measurement itself is part of them.  device_peak: the GPU allocator's."""
+    """Counted in two real steps. seconds: of each, measurement included.  device_peak: the GPU allocator's."""
 
     players: Mapping[str, PlayerBytes]
     averages: int
