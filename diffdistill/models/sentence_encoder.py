@@ -101,12 +101,13 @@ class SentenceEncoder:
             from transformers import AutoTokenizer, BertModel
         except ImportError as error:
             raise UserError(f"text_encoder: needs `pip install diffdistill[hf]`: {error}") from None
+        without_pooler: Any = type("Encoder", (BertModel,), {"_keys_to_ignore_on_load_unexpected": [r"^pooler\."]})
         folder = str(FilePath(self.place).expanduser())
         turn_off_loading_bars()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with limited_parameters():
-                model = BertModel.from_pretrained(
+                model = without_pooler.from_pretrained(
                     folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False, dtype=torch.float32
                 )
         except Exception as error:  # transformers and tokenizers have no class for all of theirs

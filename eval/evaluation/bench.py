@@ -26,9 +26,10 @@ def make_bench(
     references: dict[str, str] | None = None,
     captions: Sequence[str] | None = None,
     trusts_code: bool = False,
+    asked: str | None = None,
 ) -> Bench:
     """Extractors and references on the workers' device.  weights, references: files by label, where they are not in
-    their folders.  trusts_code: as `load_extractor`. Raises UserError."""
+    their folders.  trusts_code: as `load_extractor`.  asked: as `find_reference`. Raises UserError."""
     extractors = {
         label: load_extractor(
             features, weights=(weights or {}).get(label), device=workers.device, trusts_code=trusts_code
@@ -37,7 +38,7 @@ def make_bench(
     }
     real = (
         {
-            label: find_reference(protocol, extractor, place=(references or {}).get(label))
+            label: find_reference(protocol, extractor, place=(references or {}).get(label), asked=asked)
             for label, extractor in extractors.items()
         }
         if protocol.reference

@@ -77,6 +77,7 @@ class StudentEvaluator:
             references=config.references,
             captions=captions,
             trusts_code=trusts_code,
+            asked=config.protocol,
         )
         if not isinstance(student, Denoiser):
             raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -59,16 +60,18 @@ class FirstImages:
         return self.images.class_names(self.count if count is None else min(count, self.count))
 
 
-def find_reference(protocol: Protocol, extractor: Extractor, *, place: str | FilePath | None = None) -> RealFeatures:
+def find_reference(
+    protocol: Protocol, extractor: Extractor, *, place: str | FilePath | None = None, asked: str | None = None
+) -> RealFeatures:
     """The real features that a protocol compares `extractor`'s with.
 
     place: a file of statistics; without it the references' folder is looked into, under this package's name for it and
     under the published file's. The digits need no file; of a data set as YAML ("{name: image_folder, ...}") it is
-    computed, and kept.
+    computed, and kept.  asked: what the user called the protocol, its file; default: its name.
     Raises UserError if there is none, saying how to get it, or it does not fit the protocol or the extractor.
     """
     reference = _reference_of(protocol)
-    found = _found(protocol, reference, extractor, None if place is None else FilePath(place))
+    found = _found(protocol, reference, extractor, None if place is None else FilePath(place), asked or protocol.name)
     check_reference(found, extractor, protocol.preparation, is_square=protocol.is_square)
     if reference.num_images not in (None, found.summary.count):
         raise UserError(
@@ -189,7 +192,9 @@ def _of_data_set(protocol: Protocol, reference: Reference, extractor: Extractor)
     return open_reference(file, label=extractor.label)
 
 
-def _found(protocol: Protocol, reference: Reference, extractor: Extractor, place: FilePath | None) -> RealFeatures:
+def _found(
+    protocol: Protocol, reference: Reference, extractor: Extractor, place: FilePath | None, asked: str
+) -> RealFeatures:
     ours, published = reference_file(protocol, extractor.label), references_folder() / (reference.file or "")
     for file in (place,) if place else (ours, published):
         if place or file.is_file():
@@ -199,8 +204,9 @@ def _found(protocol: Protocol, reference: Reference, extractor: Extractor, place
         return compute_reference(images, extractor, protocol.preparation, batch_size=256)
     if reference.dataset.lstrip().startswith("{"):
         return _of_data_set(protocol, reference, extractor)
+    wanted = f"IMAGES being {reference.dataset}'s {reference.split} split ({reference.preparation})"
     told = f", or put {reference.source} at {published}" if reference.source else ""
     raise UserError(
         f"protocol {protocol.name}: there is no {ours}; compute it: diffdistill reference IMAGES --protocol "
-        f"{protocol.name}, IMAGES being {reference.dataset}'s {reference.split} split ({reference.preparation}){told}"
+        f"{shlex.quote(asked)}, {wanted}{told}"
     )

@@ -84,6 +84,7 @@ def bench_of(protocol: Protocol, options: EvalOptions) -> Bench:
         references=references,
         captions=captions,
         trusts_code=options.trusts_code,
+        asked=options.protocol,
     )
 
 

@@ -240,6 +240,8 @@ def test_one_command_computes_what_an_evaluation_then_finds(folder: Path, own_fo
     yaml.write_text(dump_yaml(PROTOCOL))
     with pytest.raises(UserError, match=r"there is no .*mine-corners\.npz; compute it: diffdistill reference IMAGES"):
         find_reference(PROTOCOL, EXTRACTOR)
+    refused = CliRunner().invoke(app, ["eval", str(folder), "--protocol", str(yaml)])
+    assert f"diffdistill reference IMAGES --protocol {yaml}, IMAGES being mine's train split" in refused.output
     done = CliRunner().invoke(app, ["reference", str(folder), "--protocol", str(yaml)])
     assert done.exit_code == 0, done.output
     assert [file.name for file in own_folder.iterdir()] == ["mine-corners.npz"]
