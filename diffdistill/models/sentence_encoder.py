@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdistill.data.collection import listed
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.models.foreign_kernels import refuse_foreign_kernels
@@ -107,14 +108,21 @@ class SentenceEncoder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with limited_parameters():
-                model = without_pooler.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False, dtype=torch.float32
+                model, told = without_pooler.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    add_pooling_layer=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
                 )
         except Exception as error:  # transformers and tokenizers have no class for all of theirs
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"text_encoder = {self.place!r}: cannot be read: {type(error).__name__}: {reason}"
             ) from None
+        if told["missing_keys"]:  # which transformers would draw at random
+            raise UserError(f"text_encoder = {self.place!r}: lacks the weights {listed(sorted(told['missing_keys']))}")
         return tokenizer, freeze(model).to(device)
 
     def encode(self, loaded: tuple[Any, Any], prompts: Sequence[str]) -> Cond:
