@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.guidance_rules import LINEAR, GuidanceRule, Linear
+from diffdistill.diffusion.on_device import filled
 from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.settings.schema import UserError
@@ -227,7 +228,9 @@ class Denoiser(nn.Module):
             return self._evaluate(x_t, t, null, want, taps)
         if want != "x0":
             raise ValueError("features are of one condition: use guidance 0 or 1")
-        both = self._evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
+        both = self._evaluate(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(self.resolve(null), self.resolve(cond))
+        )
         without, with_cond = both.chunk(2)
         return self.combine(without, with_cond, guidance, x_t, t)
 
@@ -259,10 +262,10 @@ class Denoiser(nn.Module):
     def unconditional(self, cond: Cond) -> Cond:
         """`cond` with the class, or the prompt, taken away. Raises ValueError if the network was never trained so."""
         if self.net.has_null_condition and cond.label is not None:
-            return replace(cond, label=torch.full_like(cond.label, self.num_classes))
+            return replace(cond, label=filled(len(cond.label), self.num_classes, cond.label.device))
         if not self.net.has_null_condition or self.conditions is None or cond.text is None:
             raise ValueError("guidance: this network was trained without dropping its condition; use guidance 1")
-        null = torch.full((len(cond.text),), self.num_classes, device=cond.text.device)
+        null = filled(len(cond.text), self.num_classes, cond.text.device)
         return replace(cond, **self._rows(null).parts())
 
     def drop_condition(self, cond: Cond, is_dropped: Tensor) -> Cond:

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.on_device import on_host, upload
 
 
 class Rows(Protocol):
@@ -49,6 +51,7 @@ class PromptTable:
         sizes = torch.tensor([0, *(len(next(iter(_parts(shard).values()))) for shard in self.shards)])
         self._bounds = sizes.cumsum(0)
         self._key = key
+        self._found, self._empties = WeakTensorKeyDictionary(), dict[torch.device, Cond]()
         self.sizes: dict[tuple[int, ...], Tensor] = {}
         self._take: Callable[[Sequence[int]], Mapping[str, Tensor]] | None = None
 
@@ -94,29 +97,55 @@ class PromptTable:
         return ["" if number == len(self) else self.texts[number] for number in index.tolist()]
 
     def rows(self, index: Tensor) -> Cond:
-        """The conditions with these numbers, on the numbers' device.
+        """The conditions with these numbers, on the numbers' device: not to be changed in place.
 
-        index: [B] int64 in 0 .. N.  Raises ValueError on a number outside.
+        index: [B] int64 in 0 .. N. What is asked again with the same tensor is not looked up again.
+        Raises ValueError on a number outside.
         """
-        number = index.cpu()
+        if index.is_inference():  # of which nobody knows whether they have changed
+            return self._gather(index)
+        version, found = self._found.get(index, (-1, None))
+        if found is None or version != index._version:
+            with torch.inference_mode(False):
+                found = self._gather(index)
+            self._found[index] = index._version, found
+        return found
+
+    def _gather(self, index: Tensor) -> Cond:
+        number = on_host(index)
         if bool(((number < 0) | (number > len(self))).any()):
             raise ValueError(
                 f"conditions: numbers go from 0 to {len(self)}, which is the empty one; got {number.tolist()}"
             )
-        parts = {name: part.new_empty(len(number), *part.shape[1:]) for name, part in self.empty.parts().items()}
+        if len(number) and bool((number == len(self)).all()):
+            return self._empty_on(index.device).map(lambda part: part.expand(len(number), *part.shape[1:]))
+        parts = {}
+        for name, part in self.empty.parts().items():
+            # A GPU takes them from pinned memory while the host goes on.
+            is_pinned = index.device.type == "cuda" and part.device.type == "cpu"
+            parts[name] = torch.empty(
+                len(number), *part.shape[1:], dtype=part.dtype, device=part.device, pin_memory=is_pinned
+            )
         if self._take is not None:
             is_known = number < len(self)
             self._fill(parts, ~is_known, self.empty.parts(), torch.zeros_like(number[~is_known]))
             if bool(is_known.any()):
                 found = self._take(number[is_known].tolist())
                 self._fill(parts, is_known, found, torch.arange(int(is_known.sum())))
-            return Cond(**{name: part.to(index.device) for name, part in parts.items()})
+            return Cond(**{name: upload(part, index.device) for name, part in parts.items()})
         which = torch.searchsorted(self._bounds, number, right=True) - 1
         for shard in which.unique().tolist():
             is_here = which == shard
             table = self.empty if shard == len(self.shards) else self.shards[shard]
             self._fill(parts, is_here, _parts(table), number[is_here] - self._bounds[shard])
-        return Cond(**{name: part.to(index.device) for name, part in parts.items()})
+        return Cond(**{name: upload(part, index.device) for name, part in parts.items()})
+
+    def _empty_on(self, device: torch.device) -> Cond:
+        """The empty condition, copied to a device once."""
+        if device not in self._empties:
+            with torch.inference_mode(False):
+                self._empties[device] = self.empty.map(lambda part: upload(part, device))
+        return self._empties[device]
 
     @staticmethod
     def _fill(parts: dict[str, Tensor], is_here: Tensor, found: Mapping[str, Any], index: Tensor) -> None:

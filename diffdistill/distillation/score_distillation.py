@@ -310,10 +310,15 @@ def head_logits(
     t = torch.cat([draw[f"{call}t"] for call in calls])
     eps = torch.cat([draw[f"{call}eps"] for call in calls])
     noised = players.teacher.path.diffuse(images, eps, t)
+    logits: Tensor = players.discriminator(tapped_by(players, features).features(noised, t, cond, taps=taps))
+    return logits
+
+
+def tapped_by(players: Players, features: Features) -> Denoiser:
+    """The network whose features the head reads."""
     network = players[features]
     assert isinstance(network, Denoiser)
-    logits: Tensor = players.discriminator(network.features(noised, t, cond, taps=taps))
-    return logits
+    return network
 
 
 def critics_loss(
@@ -339,7 +344,8 @@ def critics_loss(
     denoising = denoising_loss(players.fake, x, draw["fake eps"], draw["fake t"], cond, weight=weight)
     if gan_weight is None:
         return Loss(denoising, {"denoising": denoising.detach()})
-    images, both = torch.cat([batch.images, x.detach()]), Cond.cat(batch.cond, condition(players, draw, role=features))
+    resolve, told = tapped_by(players, features).resolve, condition(players, draw, role=features)
+    images, both = torch.cat([batch.images, x.detach()]), Cond.cat(resolve(batch.cond), resolve(told))
     logits = head_logits(players, draw, features, images, ("gan real ", "gan fake "), both, taps=taps)
     real, fake = logits.chunk(2)
     discrimination = gan_discriminator_loss(real, fake)

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from support.far_device import counted, far_device, near
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.on_device import filled, upload
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.diffusion.router import ClassRouter, RoutedDenoiser
@@ -137,3 +139,34 @@ def test_routed_students_know_prompts_by_number() -> None:
 
 def as_double(part: Tensor) -> Tensor:
     return part.double() if part.is_floating_point() else part
+
+
+def test_what_is_asked_again_is_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    conditions, number, asked = PromptTable(SHARDS, EMPTY), torch.tensor([4, 0]), list[Tensor]()
+    gather = PromptTable._gather
+    monkeypatch.setattr(PromptTable, "_gather", lambda self, index: (asked.append(index), gather(self, index))[1])
+    made = denoiser(conditions)
+    for _ in range(3):
+        made(X[:2], T[:2], Cond(label=number))
+    assert len(asked) == 1
+    number[0] = 1
+    assert torch.equal(conditions.rows(number).text, conditions.rows(torch.tensor([1, 0])).text)
+    with torch.inference_mode():
+        inside = torch.tensor([2, 3])
+        conditions.rows(inside)
+        inside[0] = 0
+        assert torch.equal(conditions.rows(inside).text, conditions.rows(torch.tensor([0, 3])).text)
+
+
+def test_prompts_that_the_host_drew_are_not_waited_for() -> None:
+    conditions = PromptTable(SHARDS, EMPTY)
+    with far_device() as device, counted() as crossings:
+        label = upload(torch.tensor([4, 0, 5]), device)
+        rows, none = conditions.rows(label), conditions.rows(filled(3, 5, device))
+        conditions.rows(filled(2, 5, device))
+        assert crossings.num_waits == 0, crossings.table()
+        assert crossings.uploads.total() == 1 + 2 * len(EMPTY.parts())
+    assert rows.text is not None
+    assert none.text is not None
+    assert torch.equal(near(rows.text), conditions.rows(torch.tensor([4, 0, 5])).text)
+    assert torch.equal(near(none.text), EMPTY.text.expand(3, -1, -1))

@@ -1,5 +1,6 @@
 """In a step the host waits for the device once an update, to know whether it was finite: counted on a simulated one."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,29 @@ def test_the_simulated_device_sees_what_a_gpu_would_wait_for():
         assert crossings.uploads.total() == 1
         with pytest.raises(RuntimeError, match="on one device"):
             there + torch.ones(4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("path", "method"), CASES)
+def test_a_step_on_a_gpu_waits_once_an_update(path, method, teachers, tmp_path):
+    overrides = (*NEEDED.get(method, ()), "train.device=auto")
+    if method == "merge_teachers":
+        overrides = (*overrides, f"teachers={{other: {teachers[path]}}}")
+    trainer = Trainer(small_config(method, tmp_path / "run", *overrides, teacher=teachers[path]), quiet=True)
+    for _ in range(2):
+        trainer.train_step()
+    assert trainer.device.type == "cuda"
+    due = sum(update.is_due(trainer.step, trainer.images_seen) for update in trainer.method.updates)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer.train_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{one.filename}:{one.lineno}" for one in told if "synchronizing" in str(one.message)]
+    assert len(waits) == due + BESIDE.get(method, 0), waits
 
 
 def test_a_run_on_the_simulated_device_ends_as_one_on_the_cpu(teachers, tmp_path):
