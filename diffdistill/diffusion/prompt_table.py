@@ -118,7 +118,8 @@ class PromptTable:
                 f"conditions: numbers go from 0 to {len(self)}, which is the empty one; got {number.tolist()}"
             )
         if len(number) and bool((number == len(self)).all()):
-            return self._empty_on(index.device).map(lambda part: part.expand(len(number), *part.shape[1:]))
+            rows = self._empty_on(index.device).map(lambda part: part.expand(len(number), *part.shape[1:]))
+            return rows.map(torch.Tensor.contiguous)  # as other rows lie, so that layers round them alike
         parts = {}
         for name, part in self.empty.parts().items():
             # A GPU takes them from pinned memory while the host goes on.

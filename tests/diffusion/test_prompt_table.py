@@ -158,6 +158,11 @@ def test_what_is_asked_again_is_not_looked_up_again(monkeypatch: pytest.MonkeyPa
         assert torch.equal(conditions.rows(inside).text, conditions.rows(torch.tensor([0, 3])).text)
 
 
+def test_empty_prompts_lie_in_memory_as_others_do() -> None:
+    rows = PromptTable(SHARDS, EMPTY).rows(torch.tensor([5, 5]))
+    assert all(part.is_contiguous() for part in rows.parts().values())
+
+
 def test_prompts_that_the_host_drew_are_not_waited_for() -> None:
     conditions = PromptTable(SHARDS, EMPTY)
     with far_device() as device, counted() as crossings:
