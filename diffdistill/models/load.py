@@ -283,14 +283,15 @@ class TrainedPlayers:
     spec: ModelSpec
 
 
-def load_players(place: str | FilePath, *, base: Denoiser | None = None) -> TrainedPlayers:
+def load_players(place: str | FilePath, *, base: Denoiser | None = None, is_checked: bool = False) -> TrainedPlayers:
     """The players of a run's newest checkpoint (or of one checkpoint's folder) that are built as its student is.
 
-    base: what LoRA's factors stand over, if it is in memory already.
+    base: what LoRA's factors stand over, if it is in memory already.  is_checked: its hashes have been, which reads
+    all of it.
     Raises UserError if there is none or it is damaged.
     """
     target = find_checkpoint(FilePath(place))
-    checkpoint = load_checkpoint(target, groups=("players", "ema"))
+    checkpoint = load_checkpoint(target, groups=("players", "ema"), is_checked=is_checked)
     spec, kinds = _spec_of(checkpoint.state, target), _kinds_of(checkpoint.state, target)
     found = {}
     for name in sorted({key.split(".")[0] for key in checkpoint.tensors["players"]}):

@@ -5,16 +5,14 @@ Every OSError names the file.
 
 import errno
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill.settings.links import open_plain, refuse_link
+from diffdistill.storage.tensor_file import write_and_hash
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,7 +42,7 @@ def write_tensors_atomically(file: FilePath, tensors: Mapping[str, Tensor]) -> N
     _write_atomically(file, lambda place: write_tensors(place, tensors))
 
 
-def _write_atomically(file: FilePath, write: Callable[[FilePath], None]) -> None:
+def _write_atomically(file: FilePath, write: Callable[[FilePath], object]) -> None:
     refuse_link(file)
     if file.exists() and not file.is_file() and not file.is_dir():  # /dev/null, a pipe: nothing to put in its place
         write(file)
@@ -60,20 +58,14 @@ def _write_atomically(file: FilePath, write: Callable[[FilePath], None]) -> None
         raise
 
 
-def write_tensors(file: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file and fsync. Raises OSError."""
-    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_bytes(file, b"")
-    mode = file.stat().st_mode
-    try:
-        save_file(ready, file, dict(metadata) if metadata else None)
-    except SafetensorError as error:  # it wraps the operating system's error
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(told[1]) if told else errno.EIO
-        raise OSError(code, str(error), str(file)) from error
-    file.chmod(mode)  # it makes files that nobody else may read, whatever the umask
-    with naming(file):
-        sync(file)
+def write_tensors(file: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file and fsync. Returns its SHA-256. Raises OSError."""
+    with naming(file), open_plain(file, "wb") as handle:
+        sha256 = write_and_hash(handle, tensors, metadata)
+        handle.flush()
+        if file.is_file():
+            os.fsync(handle.fileno())
+    return sha256
 
 
 def write_synced(file: FilePath, text: str) -> None:

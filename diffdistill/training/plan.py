@@ -203,7 +203,7 @@ def plan(
     shelf = torch.device("cpu") if config.speed.is_quantised else home  # it comes to its device layer by layer
     first, teachers = load_teacher(found.teacher, shelf, state), load_teachers(found.teachers, shelf)
     check_batch(train, processes.count)
-    spec, problem = resolve_models(config, inputs, first, teachers, initial)
+    spec, problem = resolve_models(config, inputs, first, teachers, initial, is_checked=initial == str(start))
     show_pixels(config.method, first, processes.device)
     sources = Teachers(
         str(first.source) if first else None, {name: str(other.source) for name, other in teachers.items()}

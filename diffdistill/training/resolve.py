@@ -30,10 +30,12 @@ def resolve_models(
     teacher: TrainedModel | None,
     teachers: Mapping[str, TrainedModel],
     start: str | None,
+    *,
+    is_checked: bool = False,
 ) -> tuple[ModelSpec, Problem]:
     """The student's description and the method's problem, from the teacher or from `model`.
 
-    start: where the run of `init` is.
+    start: where the run of `init` is.  is_checked: it is a checkpoint whose hashes have been checked.
     """
     source, method, shape = inputs.source, config.method, inputs.source.image_shape
     check_models(config, teacher)
@@ -44,7 +46,8 @@ def resolve_models(
         teacher.denoiser.run_with(conditions=inputs.conditions)
     if teacher and teacher.spec.image_shape != shape:
         raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
-    initial = load_players(start, base=teacher.denoiser if teacher else None) if start else None
+    base = teacher.denoiser if teacher else None
+    initial = load_players(start, base=base, is_checked=is_checked) if start else None
     check_lora(config, teacher, initial)
     if teacher:
         for other in teachers.values():

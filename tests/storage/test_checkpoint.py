@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
@@ -69,6 +68,16 @@ def test_only_the_groups_asked_for_are_loaded(tmp_path: Path) -> None:
     }
 
 
+def test_a_resumed_run_hashes_its_checkpoint_once(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_config("dmd2", "train.steps=1")
+    Trainer(first, quiet=True).run()
+    started = make_config("dmd2", f"init={first.run}", f"run={first.run}-again", "train.steps=1")
+    target, hashed, real = Trainer(started, quiet=True).run(), list[str](), module._hash
+    monkeypatch.setattr(module, "_hash", lambda file: (hashed.append(str(file)), real(file))[1])
+    assert Trainer(started, resume=True, quiet=True).step == 1
+    assert sorted(file for file in hashed if str(target) in file) == sorted(map(str, set(target.glob("*[!t].*"))))
+
+
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     for _ in range(2):
         save_checkpoint(tmp_path, made(1), keep=1)
@@ -82,15 +91,15 @@ def test_a_renamed_checkpoint_is_still_one(tmp_path: Path) -> None:
 
 @contextmanager
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseException) -> Iterator[list[int]]:
-    """Let call number `call` of os.fsync or save_file fail. Yields the calls so far."""
+    """Let call number `call` of os.fsync or write_and_hash fail. Yields the calls so far."""
     owner: Any = os if name == "fsync" else atomic
     real, calls = getattr(owner, name), [0]
 
-    def broken(*args: Any) -> None:
+    def broken(*args: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
             raise error
-        real(*args)
+        return real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, broken)
@@ -117,8 +126,7 @@ def test_a_disk_that_fills_while_tensors_are_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     save_checkpoint(tmp_path, made(1), keep=5)
-    wrapped = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with failing(monkeypatch, "save_file", call, wrapped), pytest.raises(OSError, match="No space left") as caught:
+    with failing(monkeypatch, "write_and_hash", call, FULL), pytest.raises(OSError, match="No space left") as caught:
         save_checkpoint(tmp_path, made(2), keep=5)
     assert caught.value.errno == errno.ENOSPC
     assert_whole(tmp_path, 1)
@@ -239,8 +247,7 @@ def test_the_command_line_says_that_the_disk_is_full_and_keeps_the_last_good_che
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = write_config("pretrain", "train.checkpoint_every=1")
-    wrapped = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with failing(monkeypatch, "save_file", 6, wrapped):  # three files a checkpoint: the second file of the second
+    with failing(monkeypatch, "write_and_hash", 5, FULL):  # three files a checkpoint: the second file of the second
         done = CliRunner().invoke(app, ["pretrain", str(file)])
     assert done.exit_code == 1
     assert "error: the disk is full" in done.stderr

@@ -201,7 +201,6 @@ RAW: dict[str, str] = {
     "diffdistill/export/verify.py": "into a temporary folder",
     "diffdistill/models/teachers/compose.py": "into a new folder of the cache, whose name is kept until it is whole",
     "diffdistill/models/teachers/single_file.py": "into the same",
-    "diffdistill/storage/atomic.py": "where a file of ours has just been made, and a link refused",
     "eval/evaluation/reference.py": "into a file that open_plain has opened",
 }
 """Files that open for writing by other means than the checked ones, and why that is right there."""
