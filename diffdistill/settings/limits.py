@@ -87,7 +87,7 @@ def faults_of(data: Any) -> list[str]:
         total += len(layer)
         if total > MAX_TOTAL:
             return [f"the value: holds more than {MAX_TOTAL:,} values altogether"]
-        if any(_wrong(value, depth) for value in layer):
+        if any(_wrong(value, depth) for value in layer if not (type(value) is str and len(value) <= MAX_TEXT)):
             return list(islice(_placed(data, "", 0), MAX_FAULTS))
         layer = [item for value in layer if isinstance(value, (dict, list, tuple)) for item in _items(value)]
     return []

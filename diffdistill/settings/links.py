@@ -36,9 +36,10 @@ def refuse_link(entry: FilePath) -> None:
 
 def refuse_links_below(folder: FilePath, place: FilePath) -> None:
     """Raise UserError if a step from the folder down to a place in it is a link; the folder itself may be one."""
-    for step in reversed([place, *place.parents]):
-        if step != folder and step.is_relative_to(folder):
-            refuse_link(step)
+    step = folder
+    for part in place.relative_to(folder).parts if place.is_relative_to(folder) else ():
+        step /= part
+        refuse_link(step)
 
 
 def open_plain(file: FilePath, mode: str, **options: Any) -> IO[Any]:

@@ -3,15 +3,13 @@
 import csv
 import hashlib
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-import yaml
-
+from diffdistill.eval.board.card_yaml import write_yaml
 from diffdistill.eval.board.costs import cost_columns, evaluations
 from diffdistill.eval.board.figures import compact, decimals_of
 from diffdistill.eval.board.leaderboard import Board, Entry, Group, against_values, read_board
@@ -65,10 +63,13 @@ def write_leaderboard(
         FilePath("leaderboard.csv"): to_csv(board),
         **to_cards(board),
     }
+    made = set[FilePath]()
     for name, text in texts.items():
         try:
-            refuse_links_below(out, out / name)
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.parent not in made:
+                refuse_links_below(out, out / name)
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                made.add(name.parent)
             write_text_atomically(out / name, text, is_derived=True)
         except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{out / name}: cannot be written: {error.strerror}") from None
@@ -111,11 +112,11 @@ def to_cards(board: Board) -> dict[FilePath, str]:
     folders = file_names(list(entries))
     for name, found in entries.items():
         folder = FilePath("cards") / folders[name]
-        files[folder / "model-index.yaml"] = _yaml({"model-index": [model_index(name, found)]})
+        files[folder / "model-index.yaml"] = write_yaml({"model-index": [model_index(name, found)]})
         for group, entry in found:
             protocol = f"{file_names([group.name])[group.name]}-{group.protocol_id[:8]}.yaml"
             file = folder / ".eval_results" / protocol
-            files[file] = files.get(file, "") + _yaml(eval_results(group, entry))
+            files[file] = files.get(file, "") + write_yaml(eval_results(group, entry))
     return files
 
 
@@ -265,14 +266,6 @@ def _md(text: str) -> str:
     line = " ".join(text.split())
     escaped = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", line)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _yaml(value: Any) -> str:
-    """By libyaml where it is there and writes the same: outside of ASCII it escapes what PyYAML does not."""
-    text = json.dumps(value)
-    dumper = yaml.SafeDumper if "\\u" in text else getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    value = json.loads(text)  # nothing twice by identity, which YAML would write as an alias
-    return str(yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _task(group: Group) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffdistill.eval.board.costs import Cost, cost_columns, evaluations
 from diffdistill.eval.board.figures import Given, Plot, Scale, compact, decimals_of, scatter, shorten
+from diffdistill.eval.board.further import embedded, rows_at_once, table_of
 from diffdistill.eval.board.leaderboard import Board, Entry, Group, Located, Score
 from diffdistill.eval.board.pages import Embedded, embed_picture, plain, render
 from diffdistill.eval.metrics.settings import better, metric_label
@@ -131,30 +132,35 @@ class Row:
 def board_page(board: Board, *, title: str, say: Callable[[str], None] = say) -> str:
     """The page. say: is told of sample grids that are missing.  Raises UserError on a grid that is not what it says."""
     numbers = iter(range(1, 1 + sum(len(group.entries) for group in board.groups)))
-    measured = [_section(group, numbers, say) for group in board.measured]
+    at_once = rows_at_once(board)
+    measured = [_section(group, numbers, say, at_once) for group in board.measured]
     tasks = [_task(groups, numbers) for groups in _by_task(board.reported)]
     rows = [row for section in measured for row in section["rows"]]
     rows += [row for task in tasks for setup in task["setups"] for row in setup["rows"]]
+    further = {section["anchor"]: table_of(section, section["further"]) for section in measured if section["further"]}
+    methods = {row.method for row in [*rows, *(row for section in measured for row in section["further"])]}
     return render(
         "leaderboard.html",
-        scripts=("theme.js", "leaderboard.js"),
+        scripts=("theme.js", "leaderboard.js", *(("further.js",) if further else ())),
         title=title,
         summary=_summary(board),
-        methods=sorted({row.method for row in rows if row.method}),
+        methods=sorted(methods - {""}),
         measured=measured,
         tasks=tasks,
         rows=rows,
+        further=embedded(further) if further else None,
     )
 
 
-def _section(group: Group, numbers: Iterator[int], say: Callable[[str], None]) -> dict[str, Any]:
-    """A measured protocol: its table, plots and sample grids."""
+def _section(group: Group, numbers: Iterator[int], say: Callable[[str], None], at_once: int | None) -> dict[str, Any]:
+    """A measured protocol: its table, plots and sample grids.  at_once: of how many rows; None for all."""
     costs = cost_columns([entry.first for entry in group.entries])
     columns = [Column("#", "Rank", sorted="ascending"), Column("Model", "", is_number=False)]
     columns += [_metric_column(name) for name in group.metrics] + [
         Column(cost.label, cost.unit.capitalize()) for cost in costs
     ]
-    rows = [replace(row, image=_grid(row.entry, say)) for row in _rows([group], group.metrics, costs, numbers)]
+    found = _rows([group], group.metrics, costs, numbers)
+    rows = [replace(row, image=_grid(row.entry, say)) for row in found[:at_once]]
     return {
         "anchor": f"protocol-{group.protocol_id[:12]}",
         "name": group.name,
@@ -165,6 +171,7 @@ def _section(group: Group, numbers: Iterator[int], say: Callable[[str], None]) -
         "primary": metric_label(group.primary),
         "columns": columns,
         "rows": rows,
+        "further": found[len(rows) :],
         "plots": _plots(rows, costs, group.primary),
         "galleries": _galleries(rows),
     }

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path as FilePath
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal, NoReturn
@@ -216,7 +217,7 @@ class Record:
             if getattr(self, name) is None:
                 raise ValueError(f"{name}: a {self.kind} record needs it")
 
-    @property
+    @cached_property
     def protocol_id(self) -> str:
         """Equal for two records if and only if they may be ranked together."""
         return protocol_id(self.protocol)
