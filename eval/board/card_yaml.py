@@ -17,7 +17,7 @@ PLAIN = re.compile(r"[A-Za-z](?:[A-Za-z0-9_.,()/+=±-]| (?! |$))*", re.ASCII)
 WORDS = frozenset({"yes", "no", "on", "off", "true", "false", "null", "y", "n"})
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """Here it is not known how PyYAML would write a value."""
 
 
@@ -27,7 +27,7 @@ def write_yaml(value: Any) -> str:
     lines = list[str]()
     try:
         _add(value, "", "", lines)
-    except _Unknown:
+    except _UnknownError:
         return _slowly(value)
     return "\n".join([*lines, ""])
 
@@ -59,19 +59,19 @@ def _add(value: Any, first: str, indent: str, lines: list[str]) -> None:
                 lines.append(_line(f"{first}- ", inner))
             first = indent
     else:
-        raise _Unknown
+        raise _UnknownError
 
 
 def _line(head: str, value: Any) -> str:
     line = head + _scalar(value)
     if len(line) > WIDTH:
-        raise _Unknown
+        raise _UnknownError
     return line
 
 
 def _key(key: Any) -> str:
     if not isinstance(key, str) or len(key) > LONGEST_KEY or not _is_plain(key):
-        raise _Unknown
+        raise _UnknownError
     return key
 
 
@@ -92,7 +92,7 @@ def _scalar(value: Any) -> str:
         return str(value)
     if value in ({}, []):
         return str(value)
-    raise _Unknown
+    raise _UnknownError
 
 
 @lru_cache(maxsize=4096)
@@ -100,5 +100,5 @@ def _alone(value: str | float) -> str:
     """A text or a number as PyYAML writes it, on one line."""
     text = _slowly({"a": value})
     if text.count("\n") != 1:
-        raise _Unknown
+        raise _UnknownError
     return text[3:-1]

@@ -4,7 +4,9 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +22,11 @@ from support.html_page import Page
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
+from diffdistill.eval.board import further
+from diffdistill.eval.board.card_yaml import write_yaml
 from diffdistill.eval.board.costs import cost_columns
 from diffdistill.eval.board.figures import Given, Scale, compact, decimals_of, frontier, place_labels
-from diffdistill.eval.board.files import _yaml, file_names, to_cards, to_csv, to_markdown, write_leaderboard
+from diffdistill.eval.board.files import file_names, to_cards, to_csv, to_markdown, write_leaderboard
 from diffdistill.eval.board.leaderboard import REPORTED, Score, locate, make_board, make_group, read_board
 from diffdistill.eval.board.page import board_page
 from diffdistill.eval.records.record import Values
@@ -169,6 +173,22 @@ def test_file_names_stay_in_their_folder_and_apart() -> None:
     assert all(name and "/" not in name and not name.startswith(".") for name in found.values())
 
 
+def test_a_long_page_has_the_first_rows_and_data_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = make_board(located(*(measured(f"</script> {i}", 1.0 + i) for i in range(7))))
+    whole = board_page(board, title="x")
+    assert "further-rows" not in whole
+    monkeypatch.setattr(further, "MANY", 6)
+    monkeypatch.setattr(further, "AT_ONCE", 2)
+    monkeypatch.setattr(further, "AT_LEAST", 1)
+    page = board_page(board, title="x")
+    assert page.count('<tr class="row') == page.count("<dialog") == 2
+    [data] = re.findall(r'<script type="application/json" id="further-rows">(.*?)</script>', page)
+    [table] = json.loads(data).values()
+    assert [row["name"] for row in table["rows"]] == [f"</script> {i}" for i in range(2, 7)]
+    assert [row["rank"] for row in table["rows"]] == [3, 4, 5, 6, 7]
+    assert table["protocol"] == board.measured[0].protocol
+
+
 def test_a_page_finds_best_and_scale_once_however_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
     around = Scale.around
@@ -193,7 +213,7 @@ def test_cards_are_the_same_by_either_yaml_writer(text: str) -> None:
     """PyYAML's own Python writer, which the cards were first written by."""
     value = {text: [text, {"args": {"values": [1e-7, 1.0, 12], "note": text}}], "model-index": []}
     expected = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
-    assert _yaml(value) == expected
+    assert write_yaml(value) == expected
 
 
 def test_files_that_can_be_made_anew_are_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

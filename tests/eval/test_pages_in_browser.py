@@ -5,6 +5,7 @@ Without one these are skipped; with DIFFDISTILL_BROWSER=required, as in CI, they
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from support.boards import EFFICIENCY, HOSTILE, draw_grid, measured, reported, w
 from support.browser import chromium, set_width
 from support.report_run import CONFIG, line
 
+from diffdistill.eval.board import further
 from diffdistill.eval.board.files import write_leaderboard
 from diffdistill.eval.board.report import write_report
 
@@ -120,6 +122,42 @@ def test_a_page_asks_for_nothing_and_complains_of_nothing(
     assert asked
     assert not [url for url in asked if not url.startswith(("file:///", "data:"))]
     assert len([url for url in asked if url.startswith("file:///")]) == 1
+
+
+def test_rows_of_a_long_board_come_when_they_are_asked_for(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [measured(f"model {i}", 0.1 + 0.1 * i, recall=1 - 0.1 * i, notes=HOSTILE) for i in range(7)]
+    file = written(tmp_path, *records)
+    whole = Tab(browser, write_leaderboard([file], tmp_path / "whole", title="B", with_reported=False)[0].as_uri())
+    bare = "[...document.querySelectorAll('tr.row')].map((row) => row.outerHTML.replace(/<svg.*?svg>|\\n/g, ''))"
+    rows = whole.js(bare)
+    for name, value in (("MANY", 6), ("AT_ONCE", 2), ("AT_LEAST", 1)):
+        monkeypatch.setattr(further, name, value)
+    url = write_leaderboard([file], tmp_path / "long", title="B", with_reported=False)[0].as_uri()
+    page = Tab(browser, url)
+    assert page.names() == ["model 0", "model 1"]
+    button = page.all("button[data-further]")[0]
+    assert button.text == "Show 5 more of 5"
+    pasted = "(search.value = '{}', search.dispatchEvent(new Event('input')))"
+    page.js(pasted.format("model 5"))
+    assert page.names() == ["model 5"]
+    page.all("tr.row:not([hidden]) td.name a")[0].click()
+    assert page.record() == "model 5"
+    assert HOSTILE in page.all("dialog[open]")[0].text
+    page.press("ESCAPE")
+    page.js(pasted.format(""))
+    assert button.text == "Show 4 more of 4"
+    button.click()
+    assert page.names() == [f"model {i}" for i in range(7)]
+    assert page.js(bare) == rows
+    last = Tab(browser, f"{url}#record-7")
+    assert last.record() == "model 6"
+    last.press("ESCAPE")
+    [recall] = [head for head in last.all("section.card th button") if head.text.startswith("recall")]
+    recall.click()
+    assert last.names() == [f"model {i}" for i in range(6, -1, -1)]
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
 def test_rows_stand_by_rank_and_are_sorted_by_a_click_either_way(page: Tab) -> None:

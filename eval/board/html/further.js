@@ -18,7 +18,7 @@ const makeCell = ([text, value, spread, title, isBest, isPrimary]) =>
 const makeRow = (row) =>
   make(
     "tr",
-    { class: "row", "data-kind": "measured", "data-method": row.method, "data-evaluations": row.evaluations, "data-search": row.search },
+    { class: row.rank === 1 ? "row best-row" : "row", "data-kind": "measured", "data-method": row.method, "data-evaluations": row.evaluations, "data-search": row.search },
     make("td", { class: "rank", "data-value": row.rank ?? "" }, `${row.rank ?? "–"}`),
     make("td", { class: "name", "data-value": row.name }, make("a", { href: `#${row.anchor}` }, make("bdi", {}, row.name)), make("small", {}, row.subtitle)),
     ...row.cells.map(makeCell),
