@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 STARTED := $(VENV)/.installing
 DOCS_INSTALLED := $(VENV)/.docs-installed
 PLAY := $(VENV)/play
+LIGHT := typer rich
 RUN := runs/demo
 # TESTS narrows `make test` down, as in: make test TESTS=tests/diffusion/test_path.py
 TESTS ?= tests
@@ -14,7 +15,7 @@ MINUTES ?= 12
 DEVICE ?= cuda
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install browser play demo test test-full equality gpu leaderboard format schema docs clean
+.PHONY: help install browser play demo test test-full equality gpu leaderboard format schema docs wheel image clean
 
 help:  ## Say what there is to do.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -86,6 +87,7 @@ format: $(INSTALLED)  ## Let ruff rewrite what it can.
 schema: $(INSTALLED)  ## Write configs/schema.json, which editors complete configs by, and the docs' tables anew.
 	@$(BIN)/python -c 'from diffdistill.training.config import json_schema; print(json_schema(), end="")' > configs/schema.json
 	@$(BIN)/python docs/settings.py
+	@$(BIN)/python docs/notebook.py
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
@@ -95,5 +97,18 @@ docs: $(DOCS_INSTALLED)  ## Build the documentation into site/.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html is written."
 
+# Of its dependencies the empty environment gets what --help needs; the rest would be gigabytes. -I: not those of this folder.
+wheel: $(INSTALLED)  ## Build dist/, check it with twine, and try the wheel in an empty environment.
+	@rm -rf dist build && $(BIN)/python -m build --outdir dist . > /dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python -m venv build/venv
+	@build/venv/bin/python -I -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(LIGHT)
+	@build/venv/bin/python -I -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	@cd build && venv/bin/python -I venv/bin/diffdistill --version && venv/bin/python -I venv/bin/diffdistill --help > /dev/null
+	@rm -rf build
+
+image:  ## A container image, diffdistill; BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 for a GPU. Needs docker.
+	docker build --tag diffdistill $(if $(BASE),--build-arg BASE=$(BASE)) .
+
 clean:  ## Remove the virtual environment and the caches; runs stay.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist site *.egg-info
