@@ -273,7 +273,7 @@ def one_of_two_killed_at_the_start(scene: Scene) -> None:
 
 
 def one_of_two_with_parts_killed(scene: Scene) -> None:
-    """kill -9 of one process of two that share out the weights, in a step or inside a checkpoint"""
+    """kill -9 of one process of two that shard the weights, in a step or inside a checkpoint"""
     scene.overrides = ("speed.shard=all",)
     rank, folder = scene.rng.randrange(2), scene.run / "checkpoints"
     in_step, number = (
@@ -456,7 +456,7 @@ def out_of_memory(scene: Scene) -> None:
 
 
 def out_of_memory_in_parts(scene: Scene) -> None:
-    """out of memory in one of two processes that share out the weights"""
+    """out of memory in one of two processes that shard the weights"""
     scene.overrides, step, rank = ("speed.shard=all",), a_step(scene), scene.rng.randrange(2)
     ends = scene.start(at_step(step, _out_of_memory, rank), count=2)
     assert [ended.code for ended in ends] == [1, 1]

@@ -62,7 +62,7 @@ def evaluate(
 ) -> None:
     """Measure models or images by a protocol; or compare two on the same noise, with intervals.
 
-    A broken-off evaluation goes on when it is called again. `torchrun -m diffdistill eval` shares the work.
+    An interrupted evaluation resumes when the command is given again. `torchrun -m diffdistill eval` shares the work.
 
     Example: diffdistill eval runs/demo/teacher runs/demo/student --out table.json
 
