@@ -14,6 +14,7 @@ from diffdistill.export.record import guidance_of, read_record
 from diffdistill.export.run import Exported, ExportOptions, export
 from diffdistill.export.usage import has_code, makes_pictures, takes_text
 from diffdistill.models.load import load_model
+from diffdistill.models.places import find_again
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import is_pipeline
 from diffdistill.settings.schema import UserError
@@ -61,11 +62,15 @@ def export_space(place: str, folder: FilePath, options: ExportOptions) -> Export
 
 def _export_teacher(model: TrainedModel, folder: FilePath, *, is_verified: bool) -> Exported | None:
     """A teacher that was trained by us; one of the hub is too large to be copied, and has licences of its own."""
-    place = read_state(model).get("teacher")
-    if not isinstance(place, str) or is_pipeline(place):
+    state = read_state(model)
+    if not isinstance(state.get("teacher"), str) or is_pipeline(state["teacher"]):
+        return None
+    found = find_again("teacher", model.source, state)
+    if found.place is None:
+        say(f"the Space shows the student alone: no teacher at {', '.join(found.looked)}")
         return None
     try:
-        return export(place, folder, ExportOptions(is_verified=is_verified))
+        return export(found.place, folder, ExportOptions(is_verified=is_verified))
     except UserError as error:
         say(f"the Space shows the student alone: {error}")
         return None

@@ -106,6 +106,18 @@ def test_the_command_writes_one_and_says_how_to_go_on(run: Path, tmp_path: Path)
     assert len(json.loads((tmp_path / "space/space.json").read_text())["models"]) == 2
 
 
+def test_without_its_teacher_the_student_is_shown_alone(run: Path, tmp_path: Path) -> None:
+    teacher = run.parent / "teacher"
+    hidden = teacher.rename(teacher.with_name("hidden"))
+    try:
+        said = CliRunner().invoke(app, ["export", str(run), "--space", str(tmp_path / "space"), "--no-verify"])
+    finally:
+        hidden.rename(teacher)
+    assert said.exit_code == 0, said.output
+    assert "the Space shows the student alone: no teacher at" in said.output
+    assert Folders(tmp_path / "space").names == ["student"]
+
+
 def test_captions_tell_the_time_of_an_image_and_how_much_faster_it_is() -> None:
     teacher, student = Drawn([], 35, 0.2), Drawn([], 1, 0.005)
     assert caption(teacher, 0.2) == "**200 ms** an image; 35 calls of the network"
