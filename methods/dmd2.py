@@ -13,17 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal
 from diffdistill.distillation.decoupled import Decoupled
 from diffdistill.distillation.distances import PairDistance, SquaredError
 from diffdistill.distillation.levels import DrawnLevels
-from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss, zero_nonfinite
+from diffdistill.distillation.losses import DenoisingWeight, field_loss, gan_generator_loss
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.pairs import check_deterministic, teacher_pairs
-from diffdistill.distillation.scales import FakeScale, Scale, other_than_one, scale_in
+from diffdistill.distillation.scales import FakeScale, Scale, other_than_one
 from diffdistill.distillation.score_distillation import (
     Features,
     GanTaps,
@@ -33,8 +32,8 @@ from diffdistill.distillation.score_distillation import (
     draw_step,
     follow,
     generate,
+    guided_field,
     head_logits,
-    matching_field,
     sample_at_hand,
     start_players,
     tapped,
@@ -162,16 +161,9 @@ class DMD2(Method):
     @torch.no_grad()
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
         """(D_fake - D_teacher) / nu at x noised: down it, the samples' law moves to the teacher's."""
-        if self.decoupled:
-            minimum, alpha_power = self.normaliser_minimum, self.alpha_power
-            return self.decoupled.field(players, draw, x, scales=self.scales, minimum=minimum, alpha_power=alpha_power)
-        path, t = players.teacher.path, draw["t"]
-        guidance, fake_guidance = (scale_in(draw, self.scales, name) for name in self.scales)
-        x_t = path.diffuse(x, draw["eps"], t)
-        real = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
-        fake = players.fake(x_t, t, condition(players, draw, role="fake"), guidance=fake_guidance)
-        field_value = matching_field(x, fake, real, minimum=self.normaliser_minimum)
-        return zero_nonfinite(field_value * expand(path.alpha(t) ** self.alpha_power, x))
+        scales, minimum, alpha_power = self.scales, self.normaliser_minimum, self.alpha_power
+        of = self.decoupled.field if self.decoupled else guided_field
+        return of(players, draw, x, scales=scales, minimum=minimum, alpha_power=alpha_power)
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         """Denoising on the generator's samples, plus the discriminator's share.  Equation 2 and section 4.2."""

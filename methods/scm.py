@@ -12,17 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.check import check_guidance
-from diffdistill.diffusion.path import expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNormal
-from diffdistill.distillation.derivatives import along
 from diffdistill.distillation.dropout_masks import masks_again
 from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
+from diffdistill.distillation.trigflow import angle, normalised, tangent_error, tangent_parts
 from diffdistill.networks.time_weight import TimeWeight
 from diffdistill.settings.schema import NonNegative, Number, Positive, UserError, field, schema
 
@@ -80,49 +77,18 @@ class SCM(Method):
         x_t = student.path.diffuse(batch.images, draw["eps"], t)
         with masks_again(x_t):  # F and its derivative have the same dropout
             tangent = self.tangent_of(players, draw, batch, x_t)
-        tau = angle(student, t)
-        estimate = student(x_t, t, cond)
-        output = -estimate / expand(student.sigma_data * tau.sin(), estimate)  # F, but for what has no gradient
-        error = (output - output.detach() - tangent).square().flatten(1).mean(1)
-        weight = players.weight(tau) if self.adaptive_weight else torch.zeros_like(error)
+        error = tangent_error(student, x_t, t, cond, tangent)
+        weight = players.weight(angle(student, t)) if self.adaptive_weight else torch.zeros_like(error)
         return Loss((weight.exp() * error - weight).mean(), {"tangent": error.mean().detach()})
 
     @torch.no_grad()
     def tangent_of(self, players: Players, draw: Draw, batch: Batch, x_t: Tensor) -> Tensor:
-        """g = cos(tau) df/dtau along the trajectory, its second part by the ramp, bounded.  Algorithm 1; section 4.1.
-
-        With D* the teacher's estimate or the image, the first part is -cos^2(tau) (D* - D) / sin(tau): it alone makes
-        the student denoise as D* does. The second makes f constant along the trajectory.
-        """
+        """g = cos(tau) df/dtau along the trajectory, its second part by the ramp, bounded."""
         student, t, cond = players.generator, draw["t"], batch.cond
-        tau = angle(student, t)
-        cos, sin = expand(tau.cos(), x_t), expand(tau.sin(), x_t)
-        x = x_t * cos / expand(student.path.alpha(t), x_t)
         towards = players.teacher(x_t, t, cond, guidance=self.guidance) if self.keeps_teacher else batch.images
-        velocity = (cos * x - towards) / sin
-        directions = velocity.to(x.dtype), torch.ones_like(tau)
-        estimate, change = along(
-            lambda x, tau: consistency(student, x, tau, cond), (x, tau), directions, network=student
-        )
-        first = -(cos**2) * (towards - estimate) / sin
-        return self.bounded(first + draw["ramp"] * (cos * change - first))
+        first, second = tangent_parts(student, x_t, t, cond, towards)
+        return self.bounded(first + draw["ramp"] * second)
 
     def bounded(self, tangent: Tensor) -> Tensor:
         """g / (||g|| + c), the norm over each sample, or g cut at 1 in every value."""
-        if self.tangent == "clip":
-            return tangent.clamp(-1, 1)
-        norm = tangent.flatten(1).norm(dim=1)
-        return tangent / expand(norm + self.tangent_constant, tangent)
-
-
-def angle(denoiser: Denoiser, t: Tensor) -> Tensor:
-    """tau in (0, pi/2), float64 [B], of the path's time t [B]."""
-    return torch.atan(denoiser.path.ratio(t) / denoiser.sigma_data)
-
-
-def consistency(denoiser: Denoiser, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
-    """f(x, tau, c) of TrigFlow's x: [B, ...], by a denoiser on any path."""
-    path = denoiser.path
-    t = path.time_of_ratio(denoiser.sigma_data * tau.tan())
-    estimate: Tensor = denoiser(x * expand(path.alpha(t) / tau.cos(), x), t, cond)
-    return estimate
+        return tangent.clamp(-1, 1) if self.tangent == "clip" else normalised(tangent, self.tangent_constant)

@@ -131,6 +131,19 @@ optimizers:
   default: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "rcm": f"""
+method:
+  name: rcm
+  steps: {{init_ratio: 10, later_ratios: [2]}}
+  levels: {{calls: [1, 3], order: capped}}
+  guidance: [1, 3]
+  warmup: 1
+  fake_updates: 1
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "consistency": f"""
 method: {{name: consistency, steps: {{init_ratio: 10}}, guidance: 2, curriculum: {{name: doubling, first: 4, last: 8}}}}
 optimizers:

@@ -1,6 +1,6 @@
 """Levels of a student's calls that are drawn anew in every iteration."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -18,12 +18,14 @@ class DrawnLevels:
     """How many calls the student makes in an iteration, and at which levels: a dynamic schedule.
 
     calls: the least and the greatest number, one for the whole batch, all equally likely.  time_law: of the levels
-    after the first, which is the sampler's. They are each sample's own, in decreasing order.
+    after the first, which is the sampler's. They are each sample's own, in decreasing order: "sorted", or "capped",
+    where each is drawn in turn and is at most the one before (rCM, arXiv:2510.08431).
     CDM, arXiv:2605.06376.
     """
 
     calls: Annotated[tuple[PositiveInt, PositiveInt], Field(min_length=2)] = (1, 4)
     time_law: AnyTimeDistribution = field(default_factory=Karras)
+    order: Literal["sorted", "capped"] = "sorted"
 
     def __post_init__(self) -> None:
         if self.calls[0] > self.calls[1]:
@@ -39,5 +41,6 @@ class DrawnLevels:
         later = [
             self.time_law(uniform, path) for uniform in rng.uniforms([f"level {i}" for i in range(1, count)]).values()
         ]
-        times = torch.stack(later, 1).sort(1, descending=True).values
+        drawn = torch.stack(later, 1)
+        times = drawn.cummin(1).values if self.order == "capped" else drawn.sort(1, descending=True).values
         return torch.cat([first, path.whole(times).minimum(first)], 1)

@@ -22,7 +22,7 @@ from diffdistill.diffusion.augmentation import augment
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.check import check_guidance
-from diffdistill.diffusion.path import Path
+from diffdistill.diffusion.path import Path, expand
 from diffdistill.diffusion.sampling import StepInput, StepSampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import TimeDistribution
@@ -291,6 +291,22 @@ def matching_field(x: Tensor, fake: Tensor, teacher: Tensor, *, minimum: float) 
     Yin et al. 2024, arXiv:2311.18828, eq. 7 and 8.
     """
     return (fake - teacher) / sample_normaliser(x, teacher, minimum)
+
+
+@torch.no_grad()
+def guided_field(
+    players: Players, draw: Draw, x: Tensor, *, scales: Scales, minimum: float, alpha_power: int = 0
+) -> Tensor:
+    """DMD2's field at x noised to the draw's t: `matching_field` of both scores, each with its own scale.
+
+    A sample whose field is not finite pushes nothing.  alpha_power: of alpha_t, by which it is weighed.
+    """
+    path, t = players.teacher.path, draw["t"]
+    guidance, fake_guidance = (scale_in(draw, scales, name) for name in ("guidance", "fake_guidance"))
+    x_t = path.diffuse(x, draw["eps"], t)
+    real = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
+    fake = players.fake(x_t, t, condition(players, draw, role="fake"), guidance=fake_guidance)
+    return zero_nonfinite(matching_field(x, fake, real, minimum=minimum) * expand(path.alpha(t) ** alpha_power, x))
 
 
 def head_logits(

@@ -163,6 +163,7 @@ def test_every_method_s_laws_are_looked_at() -> None:
         "f_distill",
         "uni_instruct",
         "cdm",
+        "rcm",
         "hyper_sd",
         "boot",
         "scm",

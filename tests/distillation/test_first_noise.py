@@ -11,6 +11,7 @@ from diffdistill.distillation.method import Problem
 from diffdistill.methods.consistency import Consistency
 from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.methods.mean_flow import MeanFlow
+from diffdistill.methods.rcm import RCM
 from diffdistill.methods.rectified_flow import RectifiedFlow
 from diffdistill.methods.scm import SCM
 from diffdistill.methods.tdm import TDM
@@ -21,6 +22,7 @@ KINDS: dict[str, Any] = {
     "mean_flow": MeanFlow,
     "rectified_flow": RectifiedFlow,
     "scm": SCM,
+    "rcm": RCM,
     "tdm": TDM,
 }
 

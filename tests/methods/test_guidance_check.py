@@ -30,6 +30,7 @@ GUIDED = {
     "f_distill": ("method.guidance=2",),
     "uni_instruct": ("method.guidance=2",),
     "cdm": ("method.guidance=2",),
+    "rcm": ("method.guidance=2",),
     "hyper_sd": ("method.guidance=[1, 2]",),
     "boot": ("method.guidance=[2, 2]",),
     "regression": ("method.guidance=2",),

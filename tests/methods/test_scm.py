@@ -14,7 +14,8 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM, Path, expand
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Batch, Players, Problem
-from diffdistill.methods.scm import SCM, angle, consistency
+from diffdistill.distillation.trigflow import angle, consistency
+from diffdistill.methods.scm import SCM
 from diffdistill.networks.analytic import gaussian_denoiser
 from diffdistill.settings.schema import UserError
 

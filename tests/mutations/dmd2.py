@@ -41,7 +41,7 @@ FAULTS = (
     ),
     Fault(
         "the fake score's condition is dropped",
-        METHOD,
+        SHARED,
         'role="fake"), guidance=fake_guidance)',
         'role="fake"), guidance=0.0)',
         "methods/test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
@@ -55,9 +55,9 @@ FAULTS = (
     ),
     Fault(
         "the teacher is not guided",
-        METHOD,
-        'role="teacher"), guidance=guidance)',
-        'role="teacher"))',
+        SHARED,
+        'real = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)',
+        'real = players.teacher(x_t, t, condition(players, draw, role="teacher"))',
         "methods/test_dmd2_gradients.py::test_the_generator_s_gradient_is_the_reference",
     ),
     Fault(
@@ -69,7 +69,7 @@ FAULTS = (
     ),
     Fault(
         "the fake score's scale is the teacher's",
-        METHOD,
+        SHARED,
         'role="fake"), guidance=fake_guidance)',
         'role="fake"), guidance=guidance)',
         "distillation/test_scales.py::test_esd_descends_the_kl_of_each_class_less_the_information_about_it",

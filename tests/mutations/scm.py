@@ -2,32 +2,32 @@
 
 from mutate import Fault
 
-METHOD = "methods/scm.py"
+METHOD, TANGENT = "methods/scm.py", "diffdistill/distillation/trigflow.py"
 FAULTS = (
     Fault(
         "the tangent has the wrong sign",
-        METHOD,
+        TANGENT,
         "output - output.detach() - tangent",
         "output - output.detach() + tangent",
         "methods/test_scm.py::test_the_exact_student_is_at_rest_and_another_one_is_not",
     ),
     Fault(
         "the tangent forgets cos",
-        METHOD,
-        "(cos * change - first)",
-        "(change - first)",
+        TANGENT,
+        "return first, cos * change - first",
+        "return first, change - first",
         "methods/test_scm.py::test_the_tangent_is_the_paper_s_own_form_of_it",
     ),
     Fault(
         "the velocity is the student's own",
-        METHOD,
+        TANGENT,
         "velocity = (cos * x - towards) / sin",
         "velocity = (cos * x - student(x_t, t, cond)) / sin",
         "methods/test_scm.py::test_at_full_ramp_the_tangent_is_the_change_of_f_along_the_teacher_s_trajectory",
     ),
     Fault(
         "time stands still in the tangent",
-        METHOD,
+        TANGENT,
         "directions = velocity.to(x.dtype), torch.ones_like(tau)",
         "directions = velocity.to(x.dtype), torch.zeros_like(tau)",
         "methods/test_scm.py::test_the_tangent_of_the_exact_consistency_function_is_zero",

@@ -33,6 +33,7 @@ METHODS = {
     "msd": f"{{name: msd, base: {SCORE}, num_students: 2, partition: {{name: label_ranges}}}}",
     "regression": f"{{name: regression, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8, pair_sampler: {HEUN}}}",
     "guidance_distill": "{name: guidance_distill, steps: {name: ddim, num_steps: 3}, width: 8}",
+    "rcm": "{name: rcm, steps: {init_ratio: 6000, init_noise: unit}, warmup: 1, fake_updates: 1}",
     "scm": "{name: scm, steps: {init_ratio: 6000, init_noise: unit}}",
     "consistency": "{name: consistency, steps: {init_ratio: 6000, init_noise: unit}}",
     "tdm": "{name: tdm, steps: {init_ratio: 6000, init_noise: unit}}",
@@ -55,7 +56,7 @@ NO_STUDENTS = {
 }
 """Methods that distil no steps, and what they do."""
 
-ON_THE_PATH = ("hyper_sd", "scm", "consistency", "tdm", "rectified_flow", "mean_flow")
+ON_THE_PATH = ("hyper_sd", "rcm", "scm", "consistency", "tdm", "rectified_flow", "mean_flow")
 """Methods whose students begin with the path's own noise: unit noise only where sigma is 1, unlike in `OWN`."""
 
 EDM = "path: {name: edm, sigma_min: 0.02, sigma_max: 20}, sigma_data: 0.75"

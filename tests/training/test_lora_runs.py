@@ -33,6 +33,7 @@ WITH_LORA = (
             "f_distill",
             "uni_instruct",
             "cdm",
+            "rcm",
             "regression",
             "msd",
             "scm",
