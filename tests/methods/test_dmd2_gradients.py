@@ -168,6 +168,7 @@ def wrong_sign(patch: Patch) -> None:
 
 def gradient_through_the_field(patch: Patch) -> None:
     patch.setattr(DMD2, "field", FIELD.__wrapped__)  # what is inside of no_grad
+    patch.setattr(dmd2, "guided_field", shared.guided_field.__wrapped__)  # type: ignore[attr-defined]
     patch.setattr(dmd2, "field_loss", lambda x, field: 0.5 * (x - (x.detach() - field)).square().mean())
 
 
