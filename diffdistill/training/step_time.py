@@ -19,12 +19,13 @@ PASSES = 5
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one micro-batch by loss, forward and backward, and of what follows once a step by loss: clipping, the
-    optimisers and the averages."""
+    optimisers and the averages.  reading: of a micro-batch's images, conditions and random numbers, once a step."""
 
     micro_batches: Mapping[str, float]
     after: Mapping[str, float]
     updates: tuple[Update, ...]
     num_micro_batches: int
+    reading: float = 0.0
 
     @property
     def step(self) -> float:
@@ -33,7 +34,7 @@ class StepTime:
             (self.micro_batches[update.loss] * self.num_micro_batches + self.after[update.loss]) / update.every
             for update in self.updates
         )
-        return sum(each)
+        return self.reading * self.num_micro_batches + sum(each)
 
 
 def one_micro_batch(assembly: Assembly) -> Assembly:
@@ -54,11 +55,13 @@ def measure_step_time(
     plan = assembly.plan
     size = min(plan.config.train.micro_batch_size or plan.share, plan.share)
     count = plan.share // size
-    micro_batches, after = dict[str, list[float]](), dict[str, list[float]]()
+    micro_batches, after, reading = dict[str, list[float]](), dict[str, list[float]](), list[float]()
     began = clock()
     for number in range(PASSES):
+        begin = clock()
         images, cond = plan.real(0, size)
         micro = assembly.iteration.micro_batch(0, 0, images, cond, size)
+        reading.append(clock() - begin)
         for update in plan.method.updates:
             begin = clock()
             _train(assembly, update, micro, is_one_of_many=count > 1)
@@ -69,7 +72,7 @@ def measure_step_time(
             after.setdefault(update.loss, []).append(end - middle)
         if (clock() - began) * (number + 2) / (number + 1) > budget:
             break
-    return StepTime(_means(micro_batches), _means(after), plan.method.updates, count)
+    return StepTime(_means(micro_batches), _means(after), plan.method.updates, count, _mean(reading))
 
 
 def _train(assembly: Assembly, update: Update, micro: MicroBatch, *, is_one_of_many: bool) -> None:
@@ -103,5 +106,10 @@ def _wait(assembly: Assembly) -> None:
 
 
 def _means(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    warm = {name: found[1:] or found for name, found in seconds.items()}
-    return {name: sum(found) / len(found) for name, found in warm.items()}
+    return {name: _mean(found) for name, found in seconds.items()}
+
+
+def _mean(seconds: list[float]) -> float:
+    """Without the first, which warms up, where there are more."""
+    warm = seconds[1:] or seconds
+    return sum(warm) / len(warm)

@@ -43,12 +43,14 @@ def test_micro_batches_are_multiplied_and_warming_up_is_left_out(make_config: Ma
     config = make_config("dmd2", "train.global_batch_size=16", "train.micro_batch_size=2")
     assembly = assemble(plan(config, resume=None))
     ticks = itertools.chain(
-        [0, 0, 100, 200, 200, 300, 400], itertools.count(401)
+        [0, 0, 50, 50, 150, 250, 250, 350, 450], itertools.count(451)
     )  # two updates: the first pass is slow
     timed = measure_step_time(assembly, budget=1e9, clock=lambda: float(next(ticks)))
     assert timed.num_micro_batches == 8
     assert set(timed.micro_batches.values()) == {1.0}
     assert set(timed.after.values()) == {1.0}
+    assert timed.reading == 1.0, "of each micro-batch, once a step for all updates"
+    assert timed.step == 8 * 1.0 + sum((8 * 1.0 + 1.0) / update.every for update in timed.updates)
 
 
 def test_a_slow_micro_batch_is_taken_once(make_config: MakeConfig, losses: list[str]) -> None:
