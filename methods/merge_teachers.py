@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, Features
+from diffdistill.diffusion.on_device import on_host, upload
 from diffdistill.diffusion.path import Prediction
 from diffdistill.diffusion.sampling import AnySampler, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
@@ -127,10 +128,11 @@ def by_teacher(
     ask: (teacher, rows, which of the answers count).  A teacher without a sample is asked the first one, for nothing:
     where processes hold parts of it, all of them must call it.
     """
-    rows = [(style == number).nonzero()[:, 0] for number in range(len(teachers))]
-    asked = [own if len(own) else own.new_zeros(1) for own in rows]
+    number_of = on_host(style)
+    rows = [(number_of == number).nonzero()[:, 0] for number in range(len(teachers))]
+    asked = [upload(own if len(own) else own.new_zeros(1), style.device) for own in rows]
     parts = [ask(teacher, at, slice(len(own))) for teacher, at, own in zip(teachers, asked, rows, strict=True)]
-    order = torch.cat(rows).argsort()
+    order = upload(torch.cat(rows).argsort(), style.device)
     return [torch.cat(pieces)[order] for pieces in zip(*parts, strict=True)]
 
 

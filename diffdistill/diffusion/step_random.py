@@ -158,8 +158,10 @@ class StepRandom:
 
 
 def integer_of(uniform: Tensor, high: int) -> Tensor:
-    """Uniform numbers in (0, 1) as integers 0 .. high - 1, int64."""
-    return (uniform * high).long().clamp_max(high - 1)
+    """Uniform numbers in (0, 1) as integers 0 .. high - 1, int64. The host knows them where it knew the others."""
+    made = (uniform * high).long().clamp_max(high - 1)
+    host = known_on_host(uniform)
+    return made if host is None or host is uniform else remember(made, integer_of(host, high))
 
 
 def _unit(words: Tensor, dtype: torch.dtype) -> Tensor:

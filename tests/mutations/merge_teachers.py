@@ -8,7 +8,7 @@ FAULTS = (
     Fault(
         "samples are asked of the wrong teacher",
         "methods/merge_teachers.py",
-        "order = torch.cat(rows).argsort()",
+        "order = upload(torch.cat(rows).argsort(), style.device)",
         "order = torch.arange(len(style))",
         BY_HAND,
     ),

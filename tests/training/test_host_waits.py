@@ -12,7 +12,6 @@ from diffdistill.training.trainer import Trainer
 
 PATHS = {"edm": (), "vp_discrete": ("model.path={name: vp_discrete}", "model.predicts=v")}
 NEEDED = {"msd": ("method.student_index=0",), "tsm": PATHS["vp_discrete"]}
-BESIDE = {"merge_teachers": 1}  # how many samples each of its teachers is asked, the device alone knows
 CASES = [("edm", name) for name in ("dmd2", "boot")]  # BOOT takes no teacher on a discrete path
 CASES += [("vp_discrete", name) for name in SETTINGS if name not in ("pretrain", "boot")]
 
@@ -45,7 +44,7 @@ def crossings_of(method: str, run: Path, *overrides: str, teacher: Path | None) 
 def test_a_step_waits_once_an_update(path, method, teachers, tmp_path):
     crossings, due = crossings_of(method, tmp_path / "run", teacher=teachers[path])
     assert due > 0
-    assert crossings.num_waits == due + BESIDE.get(method, 0), crossings.table()
+    assert crossings.num_waits == due, crossings.table()
     assert crossings.uploads.total() <= 12, crossings.uploads
 
 
@@ -99,7 +98,7 @@ def test_a_step_on_a_gpu_waits_once_an_update(path, method, teachers, tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [f"{one.filename}:{one.lineno}" for one in told if "synchronizing" in str(one.message)]
-    assert len(waits) == due + BESIDE.get(method, 0), waits
+    assert len(waits) == due, waits
 
 
 def test_a_run_on_the_simulated_device_ends_as_one_on_the_cpu(teachers, tmp_path):
