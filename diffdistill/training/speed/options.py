@@ -82,6 +82,8 @@ def apply_speed(
     if speed.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
         for denoiser in denoisers.values():
+            place = device or device_of(denoiser)
+            denoiser.path.alpha(torch.full((1,), denoiser.path.t_max, device=place))  # makes its table, in no graph
             for part in _compiled_parts(denoiser):
                 part.compile(backend=speed.compile)
 
