@@ -16,7 +16,6 @@ from PIL import Image
 
 SHOWN_SIDE = 360
 MAX_COUNT = 36
-MAX_STEPS = 1000
 MAX_SEED = 2**31 - 1
 CSS = ".model img {image-rendering: pixelated} footer {display: none !important}"
 
@@ -100,8 +99,7 @@ def page(stage: Stage, title: str) -> Any:
     def draw(*values: Any) -> list[Any]:
         drawn = stage.draw(wish_of(dict(zip(asked, values, strict=True))))
         slowest = max(one.seconds for one in drawn)
-        pictures = [grid(one.images) if one.images else None for one in drawn]
-        return [*pictures, *(caption(one, slowest) for one in drawn)]
+        return [*(grid(one.images) if one.images else None for one in drawn), *(caption(one, slowest) for one in drawn)]
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as blocks:
         gr.Markdown(f"# {title}\nEvery model draws from the same noise: image *i* here is image *i* there.")
@@ -118,8 +116,8 @@ def page(stage: Stage, title: str) -> Any:
             for who in ("teacher", "student") if stage.has_teacher else ("student",):
                 prefix = "teacher_" if who == "teacher" else ""
                 own: Any = {"value": None, "placeholder": "its own"}
-                steps = gr.Number(label=f"Calls of the {who}", precision=0, minimum=1, maximum=MAX_STEPS, **own)
-                asked[f"{prefix}steps"] = steps
+                whole: Any = {"precision": 0, "minimum": 1, "maximum": 1000}
+                asked[f"{prefix}steps"] = gr.Number(label=f"Calls of the {who}", **whole, **own)
                 asked[f"{prefix}guidance"] = gr.Number(label=f"Guidance of the {who}", step=0.5, **own)
         button = gr.Button("Draw", variant="primary", elem_id="draw")
         pictures, captions = [], []
@@ -184,16 +182,14 @@ class Folders:
         elif chosen:
             asked = {"class_labels": [chosen[i % len(chosen)] for i in range(count)]}
         noise = [torch.Generator().manual_seed(wish.seed + i) for i in range(count)]
-        images: list[Image.Image] = pipe(**asked, **call, generator=noise).images
-        return images
+        return list(pipe(**asked, **call, generator=noise).images)
 
 
 def _load(folder: Path, model: dict[str, Any]) -> Any:
     """Code runs only where the folder's own pipeline is code, which was exported with this file."""
     import diffusers
 
-    kind = getattr(diffusers, model["pipeline"])
-    absent = dict.fromkeys(model["absent"])
+    kind, absent = getattr(diffusers, model["pipeline"]), dict.fromkeys(model["absent"])
     pipe = kind.from_pretrained(folder, **absent, trust_remote_code=model["has_code"], local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,7 +31,7 @@ def preview_panels(
     at one noise level and on the same noise.
 
     name: the student's among the players; student: its weights to look at.  Returns [count, C, H, W] by caption.
-    class_names: by number; the caption says which classes are shown, where they are few.
+    class_names: by number, where they are known; the caption says which classes take turns, where they are few.
     """
     index = torch.arange(count, device=device)
     rng = StepRandom(seed, 0, index)
@@ -44,7 +44,7 @@ def preview_panels(
         fresh_noise=rng.fresh_noise(problem.image_shape),
     )
     known = [class_names[number] if number < len(class_names) else str(number) for number in classes.tolist()]
-    names = ", ".join(known) if class_names else ""
+    names = ", ".join(known) if problem.num_classes else ""
     told = f": {shown(names)}" if 0 < len(names) <= LONGEST_NAMES else ""
     panels = {f"{name} ({sampler.num_evaluations} ev.){told}": x}
     t = problem.path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=device))
