@@ -88,7 +88,7 @@ class CDM(Method):
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         check_first_noise(self.name, self.steps, problem.path)
         players = start_players(problem, guidance=self.guidance)
-        self.decoupled.check(self.steps, problem.path)
+        self.decoupled.check(self.steps, problem.path, self.levels)
         if self.fake_follows:
             check_followed(players)
         if self.anchor_weight:

@@ -52,6 +52,7 @@ class Diversity(Wrapper):
             if not isinstance(_steps(self.base), StepSampler) or self.base.student != "generator":
                 raise UserError(f"method.base.name = {self.base.name!r}: its student makes no image in a call or a few")
             check_groups(problem, self.samples_per_condition)
+            self._check_whole(problem.at_a_time)
         made = self.base.players(problem)
         if self.weight:
             assert problem.teacher is not None
@@ -78,15 +79,19 @@ class Diversity(Wrapper):
     def reward(self, players: Players, draw: Draw) -> Tensor:
         """Of each of the samples of its own, [B], with graph."""
         own = {name: value for name, value in draw.items() if name.startswith(SAMPLE)}
-        if len(own[f"{SAMPLE}z"]) % self.samples_per_condition:
-            raise UserError(
-                f"method.samples_per_condition = {self.samples_per_condition}: must divide the images that a process "
-                f"has at a time, {len(own[f'{SAMPLE}z'])}"
-            )
+        self._check_whole(len(own[f"{SAMPLE}z"]))
         own["step"] = torch.tensor(self._calls - 1)
         x = generate(players, own, _steps(self.base), SAMPLE)
         cond = condition(players, own, SAMPLE)
         return pair_diversity(self.embedding(x, own[f"{SAMPLE}eps"], cond, players.teacher), self.samples_per_condition)
+
+    def _check_whole(self, count: int) -> None:
+        """Raise UserError where so many images at a time are no whole groups, whose pairs are compared."""
+        if count % self.samples_per_condition:
+            raise UserError(
+                f"method.samples_per_condition = {self.samples_per_condition}: must divide the images that a process "
+                f"has at a time, {count}: train.micro_batch_size, or the batch over the processes"
+            )
 
     @property
     def _calls(self) -> int:

@@ -27,6 +27,7 @@ from diffdistill.distillation.score_distillation import (
     Features,
     GanTaps,
     check_followed,
+    check_trained,
     condition,
     critics_loss,
     draw_step,
@@ -75,6 +76,7 @@ class DMD2(Method):
     tells_teacher_class = True
 
     def __post_init__(self) -> None:
+        check_trained(self.gan_fake_weight, is_asked=self.gan_weight > 0, why="gan_weight is above 0")
         if self.decoupled and other_than_one(self.guidance) is None:
             raise ValueError("decoupled: parts guidance from matching; give `guidance` a scale other than 1")
         if self.regression_weight and isinstance(self.guidance, tuple):
@@ -101,7 +103,7 @@ class DMD2(Method):
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = start_players(problem, **self.scales)
         if self.decoupled:
-            self.decoupled.check(self.steps, problem.path)
+            self.decoupled.check(self.steps, problem.path, self.levels)
         if self.fake_follows:
             check_followed(players)
         if self.regression_weight and problem.teacher:

@@ -29,6 +29,7 @@ from diffdistill.distillation.losses import (
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.score_distillation import (
     SampleWeight,
+    check_trained,
     condition,
     draw_step,
     fake_sample,
@@ -77,6 +78,7 @@ class SiD(Method):
     tells_teacher_class = True
 
     def __post_init__(self) -> None:
+        check_trained(self.gan_fake_weight, is_asked=self.gan_weight > 0, why="gan_weight is above 0")
         if self.gan_weight and not {self.fake_training_guidance, self.fake_guidance} <= {0.0, 1.0}:
             raise ValueError(
                 "gan_weight: the discriminator reads one condition; the fake score's scales must be 0 or 1"

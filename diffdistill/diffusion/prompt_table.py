@@ -3,6 +3,7 @@
 A label in 0 .. N - 1 stands for a prompt, and N for "no condition", the empty prompt.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -64,6 +65,18 @@ class PromptTable:
         table = PromptTable([], empty, key=key, texts=texts)
         table._bounds, table._take = torch.tensor([0, len(texts)]), take
         return table
+
+    def with_empty(self, cond: Cond) -> "PromptTable":
+        """The same N conditions with another in the place of the empty one.  cond: [1, ...]; parts of the empty one
+        that it does not have stay. Raises ValueError where a shape differs."""
+        parts, given = self.empty.parts(), cond.parts()
+        if wrong := [name for name, part in given.items() if name not in parts or part.shape != parts[name].shape]:
+            raise ValueError(f"conditions: the empty one's {', '.join(wrong)} would have another shape")
+        made = copy.copy(self)
+        made.empty = Cond(**(parts | {name: part.to(parts[name]) for name, part in given.items()}))
+        made._key = None if self._key is None else f"{self._key} {PromptTable([], made.empty).key}"
+        made.__dict__.pop("key", None)
+        return made
 
     def __len__(self) -> int:
         """N: the empty condition is not counted."""

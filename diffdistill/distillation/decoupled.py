@@ -11,11 +11,15 @@ from diffdistill.diffusion.path import Path, expand
 from diffdistill.diffusion.sampling import StepSampler, times_on
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, share_below, shares_between
+from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.distillation.losses import sample_normaliser, zero_nonfinite
 from diffdistill.distillation.method import Draw, Players
 from diffdistill.distillation.scales import Scales, scale_in
 from diffdistill.distillation.score_distillation import condition
-from diffdistill.settings.schema import field, schema
+from diffdistill.settings.schema import UserError, field, schema
+
+LOWEST = torch.zeros(1, dtype=torch.float64) + 1e-9
+"""The uniform number at which a law's least time is read."""
 
 
 @schema
@@ -31,10 +35,21 @@ class Decoupled:
     range: Literal["below_call", "whole"] = "below_call"
     normaliser: Literal["conditional", "guided"] = "conditional"
 
-    def check(self, steps: StepSampler, path: Path) -> None:
-        """Raise UserError where the law has no noise below one of the student's calls."""
-        for level in steps.times(path).tolist() if self.range == "below_call" else ():
+    def check(self, steps: StepSampler, path: Path, levels: DrawnLevels | None = None) -> None:
+        """Raise UserError where the law has no noise below one of the student's calls.  levels: if they are drawn."""
+        if self.range == "whole":
+            return
+        times = steps.times(path)
+        for level in times[:1].tolist() if levels else times.tolist():  # the first is the sampler's in any case
             shares_between(self.time_law, path, path.t_min, level, "method.decoupled.time_law")
+        if levels and levels.calls[1] > 1:
+            drawn, own = (float(path.ratio(law(LOWEST, path))) for law in (levels.time_law, self.time_law))
+            if drawn < own:
+                raise UserError(
+                    f"method.levels.time_law: calls may be at a ratio of {drawn:.3g}, below which "
+                    f"method.decoupled.time_law, which begins at {own:.3g}, has no noise; raise the one or lower the "
+                    "other, or use range: whole"
+                )
 
     def times(self, rng: StepRandom, path: Path, steps: StepSampler, draw: Draw) -> Tensor:
         """Of guidance's noise, [B], float64.  Below the first call there is the whole of most laws."""

@@ -82,7 +82,8 @@ class Problem:
     starts: by player, which of these its copy starts as: "teacher", "teacher_<name>" or "init.<player>"; for those that
     are not named see `copies`.
     classes: the classes that this run is about; empty for all.  num_steps, batch_size: of the run, in iterations and
-    images.  lora: the players that are trained as factors over the network that they start from; null: in full.
+    images.  at_a_time: images that a process has at a time; 0 where it is not told.  lora: the players that are trained
+    as factors over the network that they start from; null: in full.
     """
 
     image_shape: tuple[int, ...]
@@ -94,6 +95,7 @@ class Problem:
     classes: tuple[int, ...] = ()
     num_steps: int = 0
     batch_size: int = 0
+    at_a_time: int = 0
     lora: Mapping[str, LoRASettings | None] = field(default_factory=dict)
     teachers: Mapping[str, Denoiser] = field(default_factory=dict)
     starts: Mapping[str, str] = field(default_factory=dict)

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Draw
-from diffdistill.settings.numbers import Number
+from diffdistill.settings.numbers import NonNegative, Number
 
 
 def _checked(value: Any, check: Any) -> Any:
     """One sentence in place of one for each of the two types."""
     return _read(value, check, "must be a finite number, or a range [low, high]")
+
+
+def _checked_amount(value: Any, check: Any) -> Any:
+    return _read(value, check, "must be a finite number, at least 0, or a range [low, high] of such")
 
 
 def _checked_or_same(value: Any, check: Any) -> Any:
@@ -32,6 +36,9 @@ def _read(value: Any, check: Any, choices: str) -> Any:
 
 Scale = Annotated[Number | tuple[Number, Number], WrapValidator(_checked)]
 """w of D_u + w (D_c - D_u): one, or the least and the greatest, drawn evenly for each sample."""
+
+Amount = Annotated[NonNegative | tuple[NonNegative, NonNegative], WrapValidator(_checked_amount)]
+"""How much of something, or the least and the greatest."""
 
 FakeScale = Annotated[Number | tuple[Number, Number] | Literal["same"], WrapValidator(_checked_or_same)]
 """The fake score's: as `Scale`, or the teacher's `guidance`, in each sample the same number."""

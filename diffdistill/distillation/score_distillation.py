@@ -85,6 +85,12 @@ def tapped(problem: Problem, players: Mapping[str, nn.Module], features: Feature
     return network
 
 
+def check_trained(gan_fake_weight: float, *, is_asked: bool, why: str) -> None:
+    """Raise ValueError where a discriminator is asked whose own loss has no weight.  why: it is asked."""
+    if is_asked and not gan_fake_weight:
+        raise ValueError(f"gan_fake_weight: 0 leaves the discriminator untrained, and {why}; give it a weight")
+
+
 def draw_step(
     rng: StepRandom,
     problem: Problem,

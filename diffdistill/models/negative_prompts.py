@@ -1,12 +1,16 @@
-"""Negative prompts, from a string to a model whose attention steers away from it."""
+"""Negative prompts, from a string to a model whose attention steers away from it, and to a teacher guided away."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.models.spec import ModelSpec, TrainedModel
-from diffdistill.networks.negative_prompts import NegativePrompt, steer_away, text_attention
+from diffdistill.networks.negative_prompts import NegativePrompt, at_scale, steer_away, text_attention
 from diffdistill.settings.schema import UserError
 
 DEFAULT_SCALE = 0.3
@@ -48,3 +52,30 @@ def steer(denoiser: nn.Module, spec: ModelSpec) -> None:
     cond = pipeline.encode(pipeline.load_encoder(), [spec.negative_prompt])
     assert isinstance(denoiser, Denoiser)
     steer_away(denoiser, NegativePrompt(cond, spec.negative_scale))
+
+
+def guide_away(teacher: Denoiser, student: nn.Module) -> None:
+    """Let the teacher's guidance lead away from what the student's attention steers away from: D_- + w (D_c - D_-).
+
+    Nobody else who shares its table of prompts is changed.  Raises UserError where it cannot be guided by two calls.
+    Negative-away steer attention in training: Nguyen et al. 2024, arXiv:2412.02687.
+    """
+    assert isinstance(student, Denoiser)
+    negative, table = student.runtime.negative, teacher.conditions
+    assert isinstance(negative, NegativePrompt)
+    if table is None or not teacher.net.has_null_condition:
+        raise UserError('negative_teacher: the teacher is not guided away from "no prompt"; use false')
+    teacher.run_with(conditions=table.with_empty(negative.cond))
+
+
+@contextmanager
+def drawn_scale(student: nn.Module, scale: float | tuple[float, float], *, seed: int, step: int) -> Iterator[None]:
+    """Within it the student's attention steers away by a number that is drawn from the range, one for a whole step, the
+    same on every process; a number that is no range changes nothing."""
+    if not isinstance(scale, tuple):
+        yield
+        return
+    low, high = scale
+    share = StepRandom(seed, step, torch.zeros(1, dtype=torch.int64)).shared_integer("negative scale", 1 << 32)
+    with at_scale(student, low + (high - low) * share / (1 << 32)):
+        yield

@@ -9,6 +9,8 @@ layer that is computed again in the backward pass finds all that it needs in its
 second text is as ever.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -65,6 +67,20 @@ def steer_away(denoiser: Denoiser, negative: NegativePrompt | None) -> None:
         plain = layer.processor.plain if isinstance(layer.processor, _Steered) else layer.processor
         layer.set_processor(_Steered(plain, negative.length, negative.scale) if negative else plain)
     denoiser.run_with(negative=negative)
+
+
+@contextmanager
+def at_scale(denoiser: nn.Module, scale: float) -> Iterator[None]:
+    """Within it attention that steers away does so by this scale."""
+    steered = [layer.processor for layer in text_attention(denoiser) if isinstance(layer.processor, _Steered)]
+    usual = [processor.scale for processor in steered]
+    for processor in steered:
+        processor.scale = scale
+    try:
+        yield
+    finally:
+        for processor, own in zip(steered, usual, strict=True):
+            processor.scale = own
 
 
 def text_attention(module: nn.Module) -> list[Any]:

@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 from diffdistill.data import AnyData, Digits
 from diffdistill.diffusion.guidance_rules import AnyGuidanceRule
 from diffdistill.distillation.method import AnyMethod
+from diffdistill.distillation.scales import Amount
 from diffdistill.models.composed import AnyTeacher
 from diffdistill.models.prompt_storage import PromptsConfig
 from diffdistill.models.spec import ModelConfig
@@ -92,7 +93,8 @@ class RunConfig:
     first one's path, images and conditions.
     text_encoder: the folder of a sentence encoder, for a `model` that takes text.
     prompts: how encoded prompts reach the networks.
-    negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it.
+    negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it; of a
+    range each training step draws one.  negative_teacher: the teacher is guided away from it, too.
     init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
     starts: by player, what it starts as: `teacher`, `teacher_<name>` or `init.<player>`.
     guidance_rule: how the teachers' two estimates become one when they are guided; null: by each one's own rule.
@@ -113,7 +115,8 @@ class RunConfig:
     text_encoder: str | None = None
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     negative_prompt: str | None = None
-    negative_scale: NonNegative = 0.3
+    negative_scale: Amount = 0.3
+    negative_teacher: bool = False
     init: str | None = None
     starts: dict[str, str] = field(default_factory=dict)
     guidance_rule: AnyGuidanceRule | None = None
@@ -132,6 +135,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.qat and self.speed.shard != "none":
             raise ValueError("qat: does not go with speed.shard, which has not been tried with it; leave one out")
+        if self.negative_teacher and self.negative_prompt is None:
+            raise ValueError("negative_teacher: goes with negative_prompt, from which the teacher is guided away")
         if self.more_emas and self.ema is None:
             raise ValueError("more_emas: they stand beside `ema`, which is null; give it one")
         if self.speed.channels_last and any(options.name.endswith("8bit") for options in self.optimizers.values()):

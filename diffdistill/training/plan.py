@@ -18,7 +18,7 @@ from diffdistill.distillation.method import Method, Players, Problem, shapes_of
 from diffdistill.distributed.processes import Processes, find_processes
 from diffdistill.models.encoders import PixelDecoder
 from diffdistill.models.load import PLAYERS, describe_model, is_routed, load_model, merge_model
-from diffdistill.models.negative_prompts import steer
+from diffdistill.models.negative_prompts import guide_away, steer
 from diffdistill.models.places import SHA256
 from diffdistill.models.spec import ModelSpec, PlayerKind, TrainedModel
 from diffdistill.models.teachers import pipeline_of
@@ -204,6 +204,8 @@ def plan(
     first, teachers = load_teacher(found.teacher, shelf, state), load_teachers(found.teachers, shelf)
     check_batch(train, processes.count)
     spec, problem = resolve_models(config, inputs, first, teachers, initial, is_checked=initial == str(start))
+    share = train.global_batch_size // processes.count
+    problem = replace(problem, at_a_time=min(train.micro_batch_size or share, share))
     show_pixels(config.method, first, processes.device)
     sources = Teachers(
         str(first.source) if first else None, {name: str(other.source) for name, other in teachers.items()}
@@ -295,7 +297,10 @@ def build_players(
     apply_dropout({name: module for name, module in modules.items() if name in named}, config.dropout)
     if config.qat:
         fake_quantise(modules[config.method.student], config.qat)
-    steer(modules[config.method.student], spec)
+    student = modules[config.method.student]
+    steer(student, spec)
+    if config.negative_teacher and problem.teacher:
+        guide_away(problem.teacher, student)
     trained = {name: module.to(home).train() for name, module in modules.items() if name in named}
     return trained, {name: freeze(module.to(home)) for name, module in modules.items() if name not in named}
 

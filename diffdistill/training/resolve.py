@@ -79,7 +79,9 @@ def resolve_models(
     spec = replace(spec, classes=known, class_names=settle_names(inputs, teacher, initial))
     spec = replace(spec, router=router, qat=config.qat)
     if config.negative_prompt is not None:
-        spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=config.negative_scale)
+        amount = config.negative_scale
+        usual = sum(amount) / 2 if isinstance(amount, tuple) else amount  # of a range: its middle, wherever it samples
+        spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=usual)
     if teacher and any(config.lora.values()):
         spec = replace(spec, base=fingerprint(teacher.denoiser.net))
     if config.model is None and teacher and spec.model == teacher.spec.model:

@@ -6,7 +6,7 @@ large batch.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path as FilePath
@@ -20,6 +20,7 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.distillation.method import Loss, Method, Players, Problem, Update
 from diffdistill.distributed.processes import Processes, others
 from diffdistill.distributed.stopping import StopRequested, stop_signals
+from diffdistill.models.negative_prompts import drawn_scale
 from diffdistill.settings.links import refuse_link
 from diffdistill.settings.values import dump
 from diffdistill.storage.checkpoint import PREFIX, Checkpoint, list_checkpoints, save_checkpoint, save_sharded
@@ -170,6 +171,16 @@ class Trainer:
         due = [update for update in method.updates if update.is_due(self.step, self.images_seen)]
         if log:
             log.begin(len(due) * len(micros))
+        amount = self.config.negative_scale
+        with drawn_scale(self.trained[method.student], amount, seed=self.config.train.seed, step=self.step):
+            self._updates(due, micros, log)
+        self.step += 1
+        with torch.no_grad():
+            method.after_step(self.players, assembly.iteration.stored, self.step)
+
+    def _updates(self, due: Sequence[Update], micros: list[MicroBatch], log: Log | None) -> None:
+        """One optimiser step for each of these, the EMA after the student's."""
+        assembly, method = self.assembly, self.method
         for update in due:
             is_done = self._update(update, micros, log)
             for ema in assembly.emas.values() if is_done and method.student in update.players else ():
@@ -178,9 +189,6 @@ class Trainer:
                     images_seen=self.images_seen,
                     batch_images=self.config.train.global_batch_size * update.every,
                 )
-        self.step += 1
-        with torch.no_grad():
-            method.after_step(self.players, assembly.iteration.stored, self.step)
 
     def report(self, log: Log) -> None:
         """Log the means since the last report, and the health signals when they are due, with their warnings."""

@@ -117,6 +117,12 @@ def test_no_noise_below_a_call_and_guidance_of_one_are_refused() -> None:
     high = replace(APART, decoupled=Decoupled(time_law=Karras(ratio_min=3.0)))
     with pytest.raises(UserError, match=r"method\.decoupled\.time_law: karras has no ratio between"):
         scene(high)
+    drawn_low = replace(APART, levels=DrawnLevels(time_law=Karras(ratio_min=0.01)))
+    with pytest.raises(UserError, match=r"levels\.time_law: calls may be at a ratio of 0\.01, below which"):
+        scene(replace(drawn_low, decoupled=Decoupled(time_law=Karras(ratio_min=0.03))))
+    scene(replace(drawn_low, decoupled=Decoupled(time_law=Karras(ratio_min=0.03), range="whole")))
+    scene(replace(drawn_low, decoupled=Decoupled(time_law=Karras(ratio_min=0.01))))
+    scene(replace(high, levels=DrawnLevels(time_law=Karras(ratio_min=3.0))))  # the levels of `steps` are not asked for
     with pytest.raises(ValueError, match="decoupled: parts guidance from matching"):
         DMD2(decoupled=Decoupled())
 

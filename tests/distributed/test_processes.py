@@ -65,6 +65,23 @@ def test_two_and_four_processes_train_as_one(
         assert max(measure(name, way, tmp_path / label, quick_teacher).values()) <= way.tolerance
 
 
+def test_every_process_measures_one_law_of_labels(make_config: MakeConfig) -> None:
+    """DDK's gaps are of the weights and the step alone: two processes have one law, and train as one."""
+    alone, two = (make_config("ddk", "train.steps=4", "method.every=1", "method.samples=20") for _ in range(2))
+    Trainer(alone, quiet=True).run()
+
+    def run() -> None:
+        trainer = Trainer(two, quiet=True)
+        trainer.run()
+        shares = trainer.players.label_law.shares
+        first, second = trainer.processes.gather(shares).chunk(2)
+        assert torch.equal(first, second)
+        assert len(set(shares.tolist())) > 1  # it has moved
+
+    run_together(2, run)
+    assert distance(alone, two) <= ROUNDING
+
+
 def test_dropout_is_the_same_on_two_processes_where_the_pieces_are(make_config: MakeConfig) -> None:
     network = "model.network={name: unet, channels: [8, 16], dropout: 0.2}"
     alone, two, without = (

@@ -24,8 +24,9 @@ BASE = DMD2(gan_weight=0)
 EMPTY = Batch(torch.empty(0))
 
 
-def problem(batch_size: int = 6) -> Problem:
-    return Problem(SHAPE, CLASSES, PATH, teacher=small_teacher().float(), batch_size=batch_size)
+def problem(batch_size: int = 6, at_a_time: int = 0) -> Problem:
+    teacher = small_teacher().float()
+    return Problem(SHAPE, CLASSES, PATH, teacher=teacher, batch_size=batch_size, at_a_time=at_a_time)
 
 
 def scene(method: Diversity, batch: int = 6) -> tuple[Players, dict[str, Tensor]]:
@@ -174,6 +175,9 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(UserError, match=said):
             method.players(problem())
     method = Diversity(base=BASE)
+    pieces = "must divide the images that a process has at a time, 3: train.micro_batch_size"
+    with pytest.raises(UserError, match=pieces):
+        method.players(problem(at_a_time=3))
     players, _ = scene(method)
     draw = method.draw(StepRandom(0, 0, torch.arange(3)), problem())
     with pytest.raises(UserError, match="must divide the images that a process has at a time, 3"):

@@ -9,7 +9,7 @@ from conftest import MakeConfig
 from support.closed_forms import LogRatio, MixtureFixture, Tapped, components, numbers, one_gaussian, random
 from support.ring import INIT_RATIO, TIME_LAW, train_ring
 from support.short_runs import ACCUMULATION, trained, weights
-from support.tiny_players import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene, watch
+from support.tiny_players import BATCH, CLASSES, MULTI_STEP, PATH, SHAPE, due, learned, scene
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
@@ -272,50 +272,6 @@ def again(method: FDistill, players, draw) -> Tensor:
     cond = Cond(label=draw["label"])
     x_t = PATH.diffuse(players.generator(start.x, start.t, cond), draw["eps"], draw["t"])
     return gan_generator_loss(players.discriminator(players.fake.features(x_t, draw["t"], cond)))
-
-
-@pytest.mark.parametrize("features", ["fake", "teacher"])
-@pytest.mark.parametrize("gan_weight", [0.0, 0.3])
-def test_the_generator_s_loss_reaches_the_generator_alone(features, gan_weight) -> None:
-    method = FDistill(divergence="js", gan_weight=gan_weight, gan_features=features)
-    players, draw, batch = scene(method)
-    due(players, "generator")
-    method.generator_loss(players, draw, batch).total.backward()
-    assert learned(players) == {"generator"}
-
-
-def test_the_fake_score_s_loss_reaches_the_critics_alone() -> None:
-    method = FDistill(divergence="js", gan_fake_weight=1.0)
-    players, draw, batch = scene(method)
-    due(players, "generator", "fake", "discriminator")
-    method.fake_loss(players, draw, batch).total.backward()
-    assert learned(players) == {"fake", "discriminator"}
-
-
-def test_a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained() -> None:
-    method = FDistill(divergence="kl", gan_weight=0.0)
-    assert method.needs_images
-    assert method.updates[1].players == ("fake", "discriminator")
-    players, draw, batch = scene(method)
-    assert "gan" not in method.generator_loss(players, draw, batch).logs
-    assert method.fake_loss(players, draw, batch).logs["gan"] > 0
-
-
-@pytest.mark.parametrize("features", ["fake", "teacher"])
-def test_no_network_is_called_twice_on_the_same_input(features) -> None:
-    method = FDistill(divergence="js", gan_features=features, guidance=2.0)
-    players, draw, batch = scene(method)
-    calls = watch(players)
-    carry = method.generator_loss(players, draw, batch).carry
-    method.fake_loss(players, draw | dict(carry), batch)
-    assert len(set(calls)) == len(calls)
-
-
-def test_a_student_that_is_the_teacher_is_not_moved_by_the_matching() -> None:
-    method = FDistill(divergence="js", gan_weight=0.0)
-    players, draw, batch = scene(method)
-    players.fake.load_state_dict(players.teacher.state_dict())
-    assert method.generator_loss(players, draw, batch).total == 0
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.5])

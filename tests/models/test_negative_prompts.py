@@ -20,11 +20,12 @@ from diffdistill.commands.cli import app
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import VPDiscrete
+from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.models.load import load_model
-from diffdistill.models.negative_prompts import with_negative_prompt
+from diffdistill.models.negative_prompts import drawn_scale, guide_away, with_negative_prompt
 from diffdistill.models.teachers.families.sd import StableDiffusionUNet
 from diffdistill.networks import negative_prompts
-from diffdistill.networks.negative_prompts import NegativePrompt, steer_away, text_attention
+from diffdistill.networks.negative_prompts import NegativePrompt, at_scale, steer_away, text_attention
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import find_config, load_config
 from diffdistill.training.ema import EMA, EMAConfig
@@ -288,6 +289,59 @@ def test_on_a_gpu_it_is_one_kernel_a_layer(monkeypatch: pytest.MonkeyPatch) -> N
     assert float((found - expected).norm() / expected.norm()) < 2e-2
 
 
+# In training.
+
+
+def test_within_a_step_the_scale_is_another_and_afterwards_the_usual_one() -> None:
+    steered, other, cond = denoiser(), denoiser(), Cond(text=TEXT)
+    steer_away(steered, negative())
+    steer_away(other, negative(0.9))
+    usual, expected = steered(X, T, cond), other(X, T, cond)
+    with at_scale(steered, 0.9):
+        assert torch.equal(steered(X, T, cond), expected)
+    assert torch.equal(steered(X, T, cond), usual)
+    assert not torch.equal(usual, expected)
+
+
+def test_a_drawn_scale_is_one_for_a_step_and_even_over_its_range() -> None:
+    steered = denoiser()
+    steer_away(steered, negative())
+
+    def found(step: int, amount: Any = (0.2, 0.6), seed: int = 0) -> float:
+        with drawn_scale(steered, amount, seed=seed, step=step):
+            scales = {layer.processor.scale for layer in text_attention(steered)}
+        assert len(scales) == 1
+        return float(scales.pop())
+
+    drawn = torch.tensor([found(step) for step in range(200)])
+    assert 0.2 <= float(drawn.min()) < 0.22
+    assert 0.58 < float(drawn.max()) <= 0.6
+    assert float(drawn.mean()) == pytest.approx(0.4, abs=0.03)  # its standard error is .008
+    assert found(3) == found(3) != found(3, seed=1)
+    assert found(0, 0.7) == SCALE  # a number is in the layers already
+
+
+def test_a_teacher_is_guided_away_from_the_negative_prompt_and_who_shares_its_prompts_is_not() -> None:
+    plain, student = denoiser(), denoiser()
+    plain.net.has_null_condition = True
+    plain.run_with(conditions=PromptTable([Cond(text=TEXT)], Cond(text=torch.zeros(1, LENGTH, WIDTH).double())))
+    teacher = copy.deepcopy(plain)
+    steer_away(student, negative())
+    guide_away(teacher, student)
+    cond, scales = Cond(label=torch.tensor([0, 1])), torch.tensor([3.0, 1.5], dtype=torch.float64)
+    for_text, away = plain(X, T, cond), plain(X, T, Cond(text=NEGATIVE[:1].expand(2, -1, -1)))
+    torch.testing.assert_close(
+        teacher(X, T, cond, guidance=scales), away + scales.reshape(2, 1, 1, 1) * (for_text - away)
+    )
+    torch.testing.assert_close(teacher(X, T, cond), for_text)
+    torch.testing.assert_close(plain(X, T, cond, guidance=0.0), plain(X, T, Cond(text=0 * TEXT)))
+    assert len(teacher.conditions) == len(plain.conditions) == 2
+    assert teacher.conditions.key != plain.conditions.key
+    plain.net.has_null_condition = False
+    with pytest.raises(UserError, match='negative_teacher: the teacher is not guided away from "no prompt"'):
+        guide_away(plain, student)
+
+
 # A whole pipeline: training and the command line.
 
 
@@ -346,6 +400,44 @@ def test_a_student_trains_and_samples_away_from_its_negative_prompt(
     assert runs["away"].spec.negative_prompt == "a blue bird"
     weights = [run.denoiser.state_dict() for run in runs.values()]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])  # another gradient
+
+
+def test_a_drawn_scale_and_a_teacher_that_is_guided_away_train(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SNOOPI's NASA in training: the student by a scale of each step, the teacher by guidance, the fake score plain."""
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a red fox\ntwo birds\na hat\n")
+    settings = (
+        *(f"teacher={teacher}", f"data={{name: prompts, path: {tmp_path}/prompts.txt}}", "train.steps=2"),
+        *("train.global_batch_size=4", "train.micro_batch_size=2", "train.device=cpu", "train.preview_every=0"),
+        *("negative_prompt=a blue bird", "negative_scale=[0.5, 1]", "negative_teacher=true", "method.gan_weight=0"),
+        *("method.guidance=[0.5, 4]", "method.fake_guidance=same", "method.fake_updates=1", "health=null"),
+    )
+    config = load_config(find_config("dmd2/sd15"), [f"run={tmp_path / 'run'}", *settings])
+    trainer, weights = Trainer(config, quiet=True), list[float]()
+
+    def recorded(*given: Any, weight: float, **more: Any) -> Tensor:
+        weights.append(weight)
+        return entry.attention_difference(*given, weight=weight, **more)
+
+    monkeypatch.setattr(negative_prompts, "attention_difference", recorded)
+    players = trainer.players
+    noise, label = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1])
+    t, cond = torch.tensor([500.0], dtype=torch.float64), Cond(label=label)
+    with torch.no_grad():
+        away, plain = (player(noise, t, cond, guidance=0.0) for player in (players.teacher, players.fake))
+    assert not torch.equal(away, plain)
+    assert not weights  # neither is steered
+    trainer.train_step()
+    first = set(weights)
+    weights.clear()
+    trainer.train_step()
+    assert len(first) == len(set(weights)) == 1  # in each of the step's micro-batches
+    assert first != set(weights)
+    assert all(0.5 <= weight <= 1 for weight in first.union(weights))
+    trainer.save()
+    assert load_model(tmp_path / "run").spec.negative_scale == 0.75
 
 
 @pytest.mark.parametrize("scale", ["0", "0.5"])

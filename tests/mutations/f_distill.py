@@ -3,6 +3,7 @@
 from mutate import Fault
 
 METHOD, DIVERGENCES = "methods/f_distill.py", "diffdistill/distillation/divergences.py"
+RATIO = "diffdistill/distillation/ratio_weighted.py"
 GRADIENT = "methods/test_f_distill.py::test_the_gradient_is_that_of_the_divergence"
 
 FAULTS = (
@@ -32,9 +33,9 @@ FAULTS = (
     ),
     Fault(
         "the weight is not normalised",
-        METHOD,
-        "return h(ratio) / h(everyone).mean(), carry",
-        "return h(ratio), carry",
+        RATIO,
+        "return h(ratio) / h(everyone).mean(), ratio, carry",
+        "return h(ratio), ratio, carry",
         "methods/test_f_distill.py::test_without_bins_the_weight_is_h_of_the_clamped_ratio_over_its_mean",
     ),
     Fault(
@@ -46,16 +47,16 @@ FAULTS = (
     ),
     Fault(
         "the discriminator is never trained",
-        METHOD,
+        RATIO,
         'critics = ("fake", "discriminator") if self.has_discriminator else ("fake",)',
         'critics = ("fake",)',
-        "methods/test_f_distill.py::test_a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained",
+        "distillation/test_ratio_weighted.py::test_a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained",
     ),
     Fault(
         "the discriminator looks at noise of its own",
         METHOD,
-        'x_t = players.teacher.path.diffuse(x, draw["eps"], draw["t"])',
-        'x_t = players.teacher.path.diffuse(x, draw["fake eps"], draw["t"])',
+        'path.diffuse(seen, draw["eps"], draw["t"])',
+        'path.diffuse(seen, draw["fake eps"], draw["t"])',
         "methods/test_f_distill.py::test_the_discriminator_sees_the_sample_of_the_matching_at_its_noise",
     ),
     Fault(

@@ -3,6 +3,7 @@
 from mutate import Fault
 
 METHOD, DIVERGENCES = "methods/uni_instruct.py", "diffdistill/distillation/divergences.py"
+RATIO = "diffdistill/distillation/ratio_weighted.py"
 SHARED, LAWS = "diffdistill/distillation/score_distillation.py", "diffdistill/diffusion/time_distributions.py"
 TEST = "methods/test_uni_instruct.py::test_"
 GRADIENT = f"{TEST}the_gradient_is_that_of_the_divergence_of_the_images_themselves"
@@ -10,9 +11,9 @@ GRADIENT = f"{TEST}the_gradient_is_that_of_the_divergence_of_the_images_themselv
 FAULTS = (
     Fault(
         "no gradient is taken of the ratio",
-        METHOD,
-        "draw, self._ratios.read(logits))",
-        "draw, self._ratios.read(logits.detach()))",
+        RATIO,
+        "draw, self.reading.read(logits))",
+        "draw, self.reading.read(logits.detach()))",
         GRADIENT,
     ),
     Fault(
@@ -26,8 +27,8 @@ FAULTS = (
     Fault(
         "reverse KL has forward KL's alpha",
         METHOD,
-        'torch.full_like(draw["t"], 0.5), {}',
-        'torch.full_like(draw["t"], 1.0), {}',
+        "torch.full_like(h, 0.5)",
+        "torch.full_like(h, 1.0)",
         GRADIENT,
     ),
     Fault(
@@ -40,7 +41,7 @@ FAULTS = (
     Fault(
         "a clamp leaves alpha as it is",
         METHOD,
-        " * self._ratios.is_free(logits)",
+        " * self.reading.is_free(logits)",
         "",
         f"{TEST}where_a_clamp_holds_the_ratio_alpha_is_reverse_kl_s",
     ),
@@ -60,10 +61,24 @@ FAULTS = (
     ),
     Fault(
         "the discriminator is never trained",
-        METHOD,
+        RATIO,
         'critics = ("fake", "discriminator") if self.has_discriminator else ("fake",)',
         'critics = ("fake",)',
-        f"{TEST}a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained",
+        "distillation/test_ratio_weighted.py::test_a_ratio_without_a_gan_still_has_a_discriminator_that_is_trained",
+    ),
+    Fault(
+        "the GAN's share is not over as many values as the identity's sum",
+        METHOD,
+        ", values=x[0].numel())",
+        ")",
+        f"{TEST}the_discriminator_sees_the_sample_at_the_level_of_the_scores",
+    ),
+    Fault(
+        "a discriminator that its loss has no weight for is taken",
+        SHARED,
+        "if is_asked and not gan_fake_weight:",
+        "if False:",
+        "distillation/test_ratio_weighted.py::test_a_discriminator_that_nothing_trains_is_refused",
     ),
     Fault(
         "the fake score is not guided",
