@@ -160,6 +160,17 @@ def test_each_loss_reaches_its_player_alone(method: CDM, step: int) -> None:
     assert learned(players) == {"fake"}
 
 
+def test_the_fake_score_follows_the_student_after_the_student_s_update_alone() -> None:
+    method = replace(PLAIN, fake_follows=0.25)
+    players, draw, batch = scene(method)
+    start = [p.detach().clone() for p in players.fake.parameters()]
+    method.after_update(players, method.fake_loss(players, draw, batch).carry)
+    assert all(torch.equal(a, b) for a, b in zip(start, players.fake.parameters(), strict=True))
+    method.after_update(players, method.generator_loss(players, draw, batch).carry)
+    for before, now, student in zip(start, players.fake.parameters(), players.generator.parameters(), strict=True):
+        torch.testing.assert_close(now, before + 0.25 * (student - before))
+
+
 def test_no_network_is_called_twice_on_the_same_input() -> None:
     method = replace(PLAIN, off_trajectory_weight=1.0)
     players, draw, batch = scene(method)

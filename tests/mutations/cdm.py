@@ -28,6 +28,20 @@ FAULTS = (
         BESIDE,
     ),
     Fault(
+        "beside the trajectory the teacher is guided",
+        METHOD,
+        'teacher = players.teacher(x_t, t, condition(players, draw, role="teacher"))',
+        'teacher = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=self.guidance)',
+        BESIDE,
+    ),
+    Fault(
+        "the fake score follows after its own updates as well",
+        METHOD,
+        'if self.fake_follows and "x" in carried:',
+        "if self.fake_follows:",
+        f"{TEST}the_fake_score_follows_the_student_after_the_student_s_update_alone",
+    ),
+    Fault(
         "the first call is matched as well",
         METHOD,
         'is_anchored = self.anchor_weight > 0 and int(draw["step"]) == 0',
