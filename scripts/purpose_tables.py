@@ -46,6 +46,7 @@ RATES = (
 QUIET = ("train.num_threads=1", "train.preview_every=0", "health=null", "trackers=[]")
 STEPS = "{init_ratio: 20, init_noise: sigma}"
 PLAIN, SID = ("regression/digits", f"method.steps={STEPS}"), ("sid/digits", RATES, f"method.steps={STEPS}")
+SLOWLY = ("optimizers.generator.lr=1.25e-4", "optimizers.fake.lr=4e-4", "train.steps=120", "ema.halflife_images=1000")
 FURTHER = ("train.steps=200", "ema.halflife_images=2000")  # from the plain student on
 Figures = dict[str, float]
 
@@ -94,7 +95,7 @@ class Seed:
     @cached_property
     def guided(self) -> Path:
         """The plain student, trained on by SiD under guidance."""
-        return self.further("guided", *SID, "method.guidance=3")
+        return self.further("guided", *SID, "method.guidance=1.5", *SLOWLY)
 
 
 def forget(seed: Seed) -> Iterator[tuple[str, Figures]]:
@@ -128,21 +129,23 @@ def reward(seed: Seed) -> Iterator[tuple[str, Figures]]:
     yield "plain student", rewarded(seed.plain)
     steps = f"method.steps={STEPS}"
     yield "`pso`, 200 steps", rewarded(seed.further("pso", "pso/digits", steps))
+    yield "`pso`, 60 steps at a tenth of the rate", rewarded(seed.further("pso-slow", "pso/digits", steps, *TENTH))
     for strength in (0.2, 1.0):
         given = (steps, f"method.strength={strength}", *HALF)
         place = seed.further(f"field-{strength}", "preference_field/digits", *given)
         yield f"`preference_field`, strength {strength:g}, 200 steps", rewarded(place)
 
 
+TENTH = ("optimizers.generator.lr=1e-5", "train.steps=60", "ema.halflife_images=500")
 HALF = ("optimizers.generator.lr=1.5e-4", "optimizers.default.lr=3e-4")
 
 
 def diversity(seed: Seed) -> Iterator[tuple[str, Figures]]:
-    """Quality against diversity: guidance 3 alone, with the reward, and merged with the plain student."""
+    """Quality against diversity: guidance 1.5 alone, with the reward, and merged with the plain student."""
     yield "plain student", varied(samples(seed.plain))
-    yield "guided, 200 steps of SiD", varied(samples(seed.guided))
+    yield "guided, 120 steps of SiD", varied(samples(seed.guided))
     for weight in (0.25, 1.0):
-        more = (f"method.weight={weight}", "method.base.guidance=3", f"method.base.steps={STEPS}")
+        more = (f"method.weight={weight}", "method.base.guidance=1.5", f"method.base.steps={STEPS}", *SLOWLY)
         place = seed.further(f"diverse-{weight}", "diversity/digits", RATES, *more)
         yield f"guided, `diversity` of weight {weight:g}", varied(samples(place))
     for weight in (0.25, 0.5, 0.75):
