@@ -73,6 +73,7 @@ class PromptTable:
         if wrong := [name for name, part in given.items() if name not in parts or part.shape != parts[name].shape]:
             raise ValueError(f"conditions: the empty one's {', '.join(wrong)} would have another shape")
         made = copy.copy(self)
+        made._found, made._empties = WeakTensorKeyDictionary(), {}  # of its own: what was looked up had another one
         made.empty = Cond(**(parts | {name: part.to(parts[name]) for name, part in given.items()}))
         made._key = None if self._key is None else f"{self._key} {PromptTable([], made.empty).key}"
         made.__dict__.pop("key", None)

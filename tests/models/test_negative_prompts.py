@@ -325,9 +325,11 @@ def test_a_teacher_is_guided_away_from_the_negative_prompt_and_who_shares_its_pr
     plain, student = denoiser(), denoiser()
     plain.net.has_null_condition = True
     plain.run_with(conditions=PromptTable([Cond(text=TEXT)], Cond(text=torch.zeros(1, LENGTH, WIDTH).double())))
+    without = plain(X, T, Cond(label=torch.tensor([0, 1])), guidance=0.0)  # looked up before there is another
     teacher = copy.deepcopy(plain)
     steer_away(student, negative())
     guide_away(teacher, student)
+    torch.testing.assert_close(plain(X, T, Cond(label=torch.tensor([0, 1])), guidance=0.0), without)
     cond, scales = Cond(label=torch.tensor([0, 1])), torch.tensor([3.0, 1.5], dtype=torch.float64)
     for_text, away = plain(X, T, cond), plain(X, T, Cond(text=NEGATIVE[:1].expand(2, -1, -1)))
     torch.testing.assert_close(
