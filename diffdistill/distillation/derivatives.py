@@ -10,11 +10,10 @@ from diffdistill.distributed.parts import has_parts
 from diffdistill.networks.lora import lora_of
 
 
-@torch.no_grad()
 def along(
     function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], *, network: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """The function's value and its derivative along the tangents, both without gradient.
+    """The function's value and its derivative along the tangents. To be called without gradient.
 
     network: what the function asks. Where the processes hold parts of it, dual tensors take the place of
     `torch.func.jvp`: that one wraps every tensor which is made meanwhile, gathered weights too, and torch's fully_shard

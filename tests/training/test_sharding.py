@@ -279,6 +279,7 @@ def test_a_diffusers_network_in_parts_is_the_same(tmp_path: Path, family: str) -
 def test_the_derivative_of_a_network_in_parts_is_that_of_the_whole_one(network: DiTConfig | UNetConfig) -> None:
     """Before any other call of it, when no weight was ever gathered; and attention's tangent is in it."""
 
+    @torch.no_grad()
     def compare() -> tuple[float, float]:
         find_processes("cpu")
         plain, parts = (make_denoiser(0, network).double() for _ in range(2))
