@@ -95,7 +95,10 @@ FOR_MLP = {
 }
 
 # Of the rows at some times the cost: those that do not go on from the board's.
-FOR_LONGER = {"DMD2": ("train.steps=840",)}  # what 700 steps with the GAN on the fake score's features cost
+FOR_LONGER = {
+    "DMD2": ("train.steps=840",),  # what 700 steps with the GAN on the fake score's features cost
+    "f-distill (JS)": ("method.gan_features=teacher",),  # those of the fake score draw a longer run off the teacher
+}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
