@@ -1,4 +1,4 @@
-"""The like-for-like table on digits: ten methods from one teacher, at about the same CPU-seconds, three seeds each.
+"""The like-for-like table on digits: methods from one teacher, at about the same CPU-seconds, three seeds each.
 
     python scripts/leaderboard.py train          # runs/board; what is there already is kept; hours of CPU
     python scripts/leaderboard.py train --times 10 --seeds 1    # another table: each row at ten times its steps
