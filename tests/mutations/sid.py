@@ -25,8 +25,8 @@ FAULTS = (
     Fault(
         "the networks see a detached image",
         SHARED,
-        '    x_t = path.diffuse(x, draw["eps"], t)\n',
-        '    x_t = path.diffuse(x.detach(), draw["eps"], t)\n',
+        '    x_t = path.diffuse(x, draw["eps"], t)\n    teacher = ',
+        '    x_t = path.diffuse(x.detach(), draw["eps"], t)\n    teacher = ',
         BY_HAND,
     ),
     Fault(
