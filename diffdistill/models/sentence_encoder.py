@@ -123,6 +123,7 @@ class SentenceEncoder:
             ) from None
         if told["missing_keys"]:  # which transformers would draw at random
             raise UserError(f"text_encoder = {self.place!r}: lacks the weights {listed(sorted(told['missing_keys']))}")
+        model.__class__ = BertModel  # an exported folder names its class
         return tokenizer, freeze(model).to(device)
 
     def encode(self, loaded: tuple[Any, Any], prompts: Sequence[str]) -> Cond:

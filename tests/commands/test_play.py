@@ -6,7 +6,6 @@ Without gradio these are skipped; with DIFFDISTILL_PLAY=required, as in CI, they
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -77,7 +76,7 @@ def served(folder: Path, *words: str, **environment: str) -> Iterator[int]:
         assert process.poll() is None, (folder / "log").read_text()
         yield port
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # what was started in the background ignores Ctrl-C's signal
         process.wait(30)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -195,7 +196,8 @@ def test_a_full_disk_in_tensorboards_own_thread_is_one_line(
     monkeypatch.setattr(RecordWriter, "write", full)
     folder = run(make_config("pretrain", "trackers=[tensorboard]", "train.steps=6"))
     said = capsys.readouterr().err
-    assert said.count("tracker tensorboard has failed: OSError: [Errno 28] No space left on device") == 1
+    disk = r"OSError: \[Errno 28\] No space left on device"  # its thread may be done before it is all there
+    assert len(re.findall(f"tracker tensorboard (has failed|cannot be started): {disk}", said)) == 1
     assert "Traceback" not in said
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
     assert threading.excepthook is hook

@@ -287,7 +287,7 @@ def test_bf16_trains_and_keeps_weights_in_float32_whatever_ran_before(make_confi
 
 def test_the_preview_shows_samples_teacher_and_fake_side_by_side(make_config: MakeConfig) -> None:
     file = Trainer(make_config("dmd2")).save_preview()
-    width, height = 10 * (32 + GAP), 4 * (32 + GAP)  # 40 digits of 8 x 8, four times enlarged
+    width, height = 10 * (48 + GAP), 4 * (48 + GAP)  # 40 digits of 8 x 8, six times enlarged
     assert Image.open(file).size == (3 * width + 2 * 8, CAPTION_HEIGHT + height)
 
 
