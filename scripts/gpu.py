@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from describe_machine import describe
 
-from diffdistill.eval.features.networks.cifar_resnet import ResNet
 from diffdistill.storage.atomic import write_text_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +179,7 @@ def main(
     runs = ROOT / "runs" / "gpu" if not small else results / "runs"
     setup = Setup(device, results, runs, data, weights)
     if small and data is None:
-        setup = replace(setup, data=_made_images(results), weights=weights or _made_weights(results))
+        setup = replace(setup, data=_made_images(results))
     failed, left = [], 60 * minutes
     parts = () if only_page else PARTS
     for i, part in enumerate(parts):
@@ -267,14 +265,6 @@ def _made_images(folder: Path) -> str:
         images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
         np.savez(file, images=images, labels=np.arange(300) % 10)
     return f"{{name: npz, path: {file}, cache: {folder}/cache}}"
-
-
-def _made_weights(folder: Path) -> Path:
-    """An untrained ResNet-20 for the small run."""
-    file = folder / "resnet20.th"
-    if not file.exists():
-        torch.save(ResNet(20).state_dict(), file)
-    return file
 
 
 if __name__ == "__main__":
