@@ -66,6 +66,22 @@ def open_place(place: str, asked: SampleRequest) -> Opened:
     return Opened(partial(ModelImageGenerator, model), spec.image_shape, takes_text, classes, spec.class_names)
 
 
+def open_teacher(place: str, asked: SampleRequest, named: Sequence[str]) -> Opened:
+    """As `open_place`, of a place that a student names; its code runs only where the user named that folder too.
+
+    named: the places on the command line.
+    """
+    if FilePath(place).resolve() in {FilePath(one).resolve() for one in named}:
+        return open_place(place, asked)
+    record = read_record(FilePath(place))
+    if asked.trusts_code and record is not None and record.kind == "self-contained":
+        raise UserError(
+            f"{place}: the teacher holds code of its own, {place}/pipeline.py, and --trust-code is for folders that "
+            f"you name; look at it, and add --teacher-from {place}"
+        )
+    return open_place(place, replace(asked, trusts_code=False))
+
+
 def timed_images(imager: ImageGenerator, count: int, batch: int) -> tuple[Tensor, float]:
     """[count, C, H, W], and the seconds of one image: noise to pixels, after an image that is not counted."""
     imager(torch.arange(1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffdistill.data.pictures import to_uint8
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.space_app import Drawn, Wish
-from diffdistill.exported.image_generators import Opened, open_place, timed_images
+from diffdistill.exported.image_generators import Opened, open_place, open_teacher, timed_images
 from diffdistill.exported.sample import teacher_of
 from diffdistill.inference.image_generator import SampleRequest
 from diffdistill.models.places import CHECKPOINTS
@@ -52,7 +52,8 @@ class SideBySide:
         if teacher is not None:
             place, guidance = teacher
             same = [number for number, one in enumerate(places) if _run_of(one) == _run_of(place)]
-            opened = players.pop(same[0]).opened if same else open_place(place, asked)
+            named = [*places, *([teacher_from] if teacher_from else [])]
+            opened = players.pop(same[0]).opened if same else open_teacher(place, asked, named)
             players.insert(0, Player("teacher", opened, True, guidance))
         self.players, self.has_teacher = players, teacher is not None
         self.names = [player.name for player in players]
