@@ -16,7 +16,7 @@ from diffdistill.export.space_app import Drawn, Wish
 from diffdistill.exported.image_generators import Opened, open_place, open_teacher, timed_images
 from diffdistill.exported.sample import teacher_of
 from diffdistill.inference.image_generator import SampleRequest
-from diffdistill.models.places import CHECKPOINTS
+from diffdistill.models.load import find_checkpoint, first_student
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 
@@ -51,7 +51,7 @@ class SideBySide:
         teacher = _teacher(places, teacher_from)
         if teacher is not None:
             place, guidance = teacher
-            same = [number for number, one in enumerate(places) if _run_of(one) == _run_of(place)]
+            same = [number for number, one in enumerate(places) if _exact(one) == _exact(place)]
             named = [*places, *([teacher_from] if teacher_from else [])]
             opened = players.pop(same[0]).opened if same else open_teacher(place, asked, named)
             players.insert(0, Player("teacher", opened, True, guidance))
@@ -109,10 +109,13 @@ def _names(places: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else place for name, place in zip(short, places, strict=True)]
 
 
-def _run_of(place: str) -> FilePath:
-    """The folder of a run, of one of its checkpoints too."""
-    path = FilePath(place).resolve()
-    return path.parents[1] if path.parent.name == CHECKPOINTS else path
+def _exact(place: str) -> FilePath:
+    """Of a run the checkpoint that is loaded; any other place is its own."""
+    path = FilePath(place)
+    try:
+        return find_checkpoint(first_student(path)).resolve()
+    except UserError:
+        return path.resolve()
 
 
 def _teacher(places: Sequence[str], now: str | None) -> tuple[str, float] | None:

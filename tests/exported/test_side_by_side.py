@@ -14,6 +14,7 @@ from diffdistill.export.space_app import Wish
 from diffdistill.exported.image_generators import open_image_generator
 from diffdistill.exported.side_by_side import SideBySide, pictures
 from diffdistill.inference.image_generator import SampleRequest
+from diffdistill.models.load import find_checkpoint
 from diffdistill.settings.schema import UserError
 
 ASKED = SampleRequest(trusts_code=True)
@@ -47,6 +48,19 @@ def test_the_teacher_stands_first_and_every_model_has_the_same_noise(runs: tuple
 
 def test_a_teacher_that_is_named_too_is_shown_once(runs: tuple[Path, Path]) -> None:
     assert SideBySide([str(runs[1]), str(runs[0])], ASKED).names == ["teacher", "student"]
+
+
+def test_an_early_checkpoint_of_the_teacher_does_not_stand_in_its_place(runs: tuple[Path, Path]) -> None:
+    teacher, student = runs
+    newest = find_checkpoint(teacher)
+    early = newest.with_name("step-00000000")
+    shutil.copytree(newest, early)
+    try:
+        stage = SideBySide([str(student), str(early)], ASKED)
+        assert stage.names == ["teacher", "student", early.name]
+        assert SideBySide([str(student), str(newest)], ASKED).names == ["teacher", "student"]
+    finally:
+        shutil.rmtree(early)
 
 
 def test_steps_guidance_and_class_reach_the_models_they_are_meant_for(runs: tuple[Path, Path]) -> None:
