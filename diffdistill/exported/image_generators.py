@@ -35,6 +35,7 @@ class Opened:
 
     generator: what makes its images as a request asks; raises UserError on what the model does not know.
     image_shape: of its noise.  classes: those that it draws.  class_names: by number, where they are known.
+    pipeline: of diffusers, that a model is of, where it is of one.
     """
 
     generator: Callable[[SampleRequest], ImageGenerator]
@@ -42,6 +43,7 @@ class Opened:
     takes_text: bool
     classes: tuple[int, ...]
     class_names: tuple[str, ...] = ()
+    pipeline: str | None = None
 
 
 def open_image_generator(place: str, asked: SampleRequest) -> ImageGenerator:
@@ -63,7 +65,8 @@ def open_place(place: str, asked: SampleRequest) -> Opened:
     model = _load(place, record, asked)
     spec, takes_text = model.spec, encoder_of(model.spec) is not None
     classes = () if takes_text else spec.classes or tuple(range(spec.num_classes))
-    return Opened(partial(ModelImageGenerator, model), spec.image_shape, takes_text, classes, spec.class_names)
+    generator = partial(ModelImageGenerator, model)
+    return Opened(generator, spec.image_shape, takes_text, classes, spec.class_names, spec.pipeline)
 
 
 def open_teacher(place: str, asked: SampleRequest, named: Sequence[str]) -> Opened:

@@ -233,10 +233,10 @@ def test_code_runs_only_of_the_folder_that_was_named_and_not_of_the_teacher_that
     for act in (
         lambda: run_sample(str(outer), options),
         lambda: run_sample(str(outer), replace(options, has_teacher=False, first_calls=1)),
-        lambda: SideBySide([str(outer)], options.asked),
     ):
         with pytest.raises(UserError, match="folders that you name; look at it, and add --teacher-from"):
             act()
+    assert SideBySide([str(outer)], options.asked).names == ["outer"]
     assert not trap.exists()
     run_sample(str(outer), replace(options, teacher_from=str(inner)))
     assert trap.exists()
