@@ -100,7 +100,7 @@ class SideBySide:
         try:
             imager = player.opened.generator(asked)
             images, seconds = timed_images(imager, wish.count, BATCH)
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError) as error:
             return Drawn(fault=str(error))
         return Drawn(pictures(images), imager.num_evaluations, seconds)
 

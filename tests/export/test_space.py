@@ -75,7 +75,7 @@ def test_its_models_draw_what_their_folders_draw(space: Path) -> None:
     assert stage.names == ["teacher", "student"]
     drawn = stage.draw(Wish(count=3, seed=5, teacher_steps=5))
     assert [one.num_evaluations for one in drawn] == [5, 1]
-    noise = [torch.Generator().manual_seed(5 + i) for i in range(3)]
+    noise = [torch.Generator().manual_seed(5 * MAX_COUNT + i) for i in range(3)]
     pipe = DiffusionPipeline.from_pretrained(space / "student", trust_remote_code=True)
     assert pixels(drawn[1].images) == pixels(pipe(class_labels=[0, 1, 2], generator=noise).images)
     assert pixels(drawn[0].images) != pixels(drawn[1].images)
@@ -85,11 +85,35 @@ def test_its_classes_are_chosen_and_its_faults_are_said(space: Path) -> None:
     stage = Folders(space)
     stage.labels, stage.classes = [*stage.labels, 99], [*stage.classes, "broken"]
     label = stage.classes[2]
-    [image] = pixels(stage.draw(Wish(count=1, label=label, seed=4))[1].images)
-    assert image == pixels(stage.draw(Wish(count=3, seed=2))[1].images)[2]  # class 2, and noise 4
+    image = pixels(stage.draw(Wish(count=3, label=label, seed=4))[1].images)[2]
+    assert image == pixels(stage.draw(Wish(count=3, seed=4))[1].images)[2]  # class 2, and noise 2
     assert "must be among 0 to" in stage.draw(Wish(count=1, label="broken"))[1].fault
     stage.models[1]["takes_steps"] = False
     assert "leave them empty" in stage.draw(Wish(count=1, guidance=2.0))[1].fault
+
+
+def test_seeds_share_no_noise_and_many_images_are_drawn_in_batches(space: Path) -> None:
+    stage, batches = Folders(space), []
+    whole = stage.pipelines[1]
+
+    def seen(**asked: Any) -> Any:
+        batches.append([one.initial_seed() for one in asked["generator"]])
+        return whole(**asked)
+
+    seen.model = whole.model  # type: ignore[attr-defined]
+    made = stage._draw(seen, stage.models[1], Wish(count=MAX_COUNT, seed=1))
+    assert [len(batch) for batch in batches] == [1, 16, 16, 4]
+    assert [seed for batch in batches[1:] for seed in batch] == list(range(MAX_COUNT, 2 * MAX_COUNT))
+    few = stage._draw(whole, stage.models[1], Wish(count=17, seed=1))
+    assert pixels(made.images)[:17] == pixels(few.images)
+
+
+def test_too_little_memory_is_said(space: Path) -> None:
+    def full(**asked: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage = Folders(space)
+    assert stage._draw(full, stage.models[1], Wish()).fault == "CUDA out of memory"
 
 
 def test_a_space_is_refused_where_it_cannot_be(run: Path, tmp_path: Path) -> None:
