@@ -65,8 +65,8 @@ def open_place(place: str, asked: SampleRequest) -> Opened:
     model = _load(place, record, asked)
     spec, takes_text = model.spec, encoder_of(model.spec) is not None
     classes = () if takes_text else spec.classes or tuple(range(spec.num_classes))
-    generator = partial(ModelImageGenerator, model)
-    return Opened(generator, spec.image_shape, takes_text, classes, spec.class_names, spec.pipeline)
+    drawn = partial(ModelImageGenerator, model)
+    return Opened(drawn, spec.image_shape, takes_text, classes, spec.class_names, spec.pipeline)
 
 
 def open_teacher(place: str, asked: SampleRequest, named: Sequence[str]) -> Opened:
