@@ -1,6 +1,6 @@
 # On a CPU:   docker build -t diffdistill .
 # On a GPU:   docker build -t diffdistill --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 .
-#             docker run --gpus all -v "$PWD":/work diffdistill train dmd2/digits teacher=runs/teacher
+#             docker run --gpus all --user "$(id -u):$(id -g)" -v "$PWD":/work diffdistill train dmd2/digits teacher=runs/teacher
 # The torch of constraints.txt brings CUDA's libraries along on Linux; PIP_ARGS="--index-url ..." takes torch from elsewhere.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
@@ -10,7 +10,10 @@ RUN command -v python3 > /dev/null && python3 -c 'import ensurepip, venv' 2> /de
     { apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*; }
 RUN python3 -m venv /opt/diffdistill
 ENV PATH=/opt/diffdistill/bin:$PATH HOME=/work DIFFDISTILL_CACHE=/work/.cache/diffdistill
+# A name for users that the image does not know (--user): torch asks for one.
+ENV USER=user
 COPY . /tmp/source
+RUN case ",${EXTRAS}," in *,play,*) cd /tmp/source && sed -i '/^pillow==/d' constraints.txt && cat constraints-play.txt >> constraints.txt ;; esac
 RUN pip install --no-cache-dir --constraint /tmp/source/constraints.txt ${PIP_ARGS} "/tmp/source[${EXTRAS}]" \
     && rm -rf /tmp/source && diffdistill --version
 RUN useradd --create-home --home-dir /work --uid 10001 user

@@ -40,12 +40,13 @@ browser:  ## Debian's Chromium, which the tests of the HTML pages drive; without
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; } > /dev/null
 
 # gradio 6 needs a pillow before 13, which the tested set holds: it stands in an environment of its own over the first.
-$(PLAY)/.installed: $(INSTALLED)
+$(PLAY)/.installed: $(INSTALLED) constraints-play.txt
 	@$(BIN)/python -m venv $(PLAY)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(PLAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth
 	@grep -v '^pillow==' constraints.txt > $(PLAY)/constraints.txt
-	@$(PLAY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PLAY)/constraints.txt 'gradio>=6'
+	@$(PLAY)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(PLAY)/constraints.txt --constraint constraints-play.txt 'gradio>=6'
 	@touch $@
 
 play: $(PLAY)/.installed  ## gradio in .venv/play, for `.venv/play/bin/python -m diffdistill play RUN` and its tests.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffdistill.data.order import DataOrder
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distributed.parts import whole
+from diffdistill.distributed.sharded import whole
 from diffdistill.training import assembly as assembly_module
 from diffdistill.training.assembly import PREPARED, Assembly, assemble
 from diffdistill.training.config import RunConfig

@@ -307,7 +307,7 @@ READERS = {
     "picture": Reader(_pictures, _read_picture),
     "reference": Reader(_references, _read_reference),
     "checkpoint": Reader(_checkpoints, _read_checkpoint, is_named=True),
-    "checkpoint in parts": Reader(_parts, _read_parts),
+    "sharded checkpoint": Reader(_parts, _read_parts),
     **MORE_READERS,
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from diffdistill.distributed.parts import has_parts
+from diffdistill.distributed.sharded import is_sharded
 from diffdistill.networks.lora import lora_of
 
 
@@ -15,11 +15,11 @@ def along(
 ) -> tuple[Tensor, Tensor]:
     """The function's value and its derivative along the tangents. To be called without gradient.
 
-    network: what the function asks. Where the processes hold parts of it, dual tensors take the place of
+    network: what the function asks. Where it is sharded, dual tensors take the place of
     `torch.func.jvp`: that one wraps every tensor which is made meanwhile, gathered weights too, and torch's fully_shard
     needs their storage.
     """
-    if not is_parted(network):
+    if not has_shards(network):
         value, change = torch.func.jvp(function, primals, tangents)[:2]
         return value, change
     with forward_ad.dual_level():
@@ -27,7 +27,7 @@ def along(
     return value, torch.zeros_like(value) if moved is None else moved
 
 
-def is_parted(network: nn.Module) -> bool:
-    """Whether the processes hold parts of its weights, or of those that its LoRA stands over."""
+def has_shards(network: nn.Module) -> bool:
+    """Whether its weights are sharded, or those that its LoRA stands over."""
     lora = lora_of(network)
-    return any(map(has_parts, (lora.shared_tree if lora else network).parameters()))
+    return any(map(is_sharded, (lora.shared_tree if lora else network).parameters()))

@@ -230,11 +230,16 @@ def _check_free(folder: FilePath) -> None:
         raise UserError(f"--out {folder}: holds something else than an exported model; name a new folder")
 
 
+def building_place(folder: FilePath) -> FilePath:
+    """Where a folder is built; it is left there only by a process that was killed."""
+    return folder.with_name(f".exporting-{folder.name}")
+
+
 @contextmanager
 def _built_beside(folder: FilePath) -> Iterator[FilePath]:
     """A folder to build in, which takes the place of `folder` when all went well, and is gone when it did not."""
     target = folder.resolve()
-    building, old = (target.with_name(f".{what}-{target.name}") for what in ("exporting", "replaced"))
+    building, old = building_place(target), target.with_name(f".replaced-{target.name}")
     try:
         building.parent.mkdir(parents=True, exist_ok=True)
         for left in (building, old):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 SHOWN_SIDE = 360
-MAX_COUNT = 36
+MAX_COUNT, BATCH = 36, 16
 MAX_SEED = 2**31 - 1
 CSS = ".model img {image-rendering: pixelated} footer {display: none !important}"
 
@@ -149,9 +149,8 @@ class Folders:
     def __init__(self, place: Path) -> None:
         told = json.loads((place / "space.json").read_text(encoding="utf-8"))
         self.models: list[dict[str, Any]] = told["models"]
-        self.names: list[str] = [model["name"] for model in self.models]
-        self.has_teacher = bool(self.models[0]["is_teacher"])
         self.takes_text, self.classes, self.labels = told["takes_text"], told["classes"], told["labels"]
+        self.names, self.has_teacher = [model["name"] for model in self.models], bool(self.models[0]["is_teacher"])
         self.pipelines = [_load(place / model["folder"], model) for model in self.models]
 
     def draw(self, wish: Wish) -> list[Drawn]:
@@ -166,22 +165,22 @@ class Folders:
         elif steps or scale is not None:
             return Drawn(fault="Its steps and guidance are those that it was exported with; leave them empty.")
         try:
-            self._call(pipe, call, wish, 1)
-            began = time.perf_counter()
-            images = self._call(pipe, call, wish, wish.count)
-        except ValueError as error:  # of diffusers, or of the folder's pipeline
+            self._call(pipe, call, wish, range(1))
+            began, every = time.perf_counter(), range(wish.count)
+            images = [one for i in every[::BATCH] for one in self._call(pipe, call, wish, every[i : i + BATCH])]
+        except (ValueError, torch.OutOfMemoryError) as error:  # of diffusers, of the folder's pipeline, of the device
             return Drawn(fault=str(error))
         calls = int(pipe.model.sampler_for(steps).num_evaluations) if model["takes_steps"] else model["num_evaluations"]
         return Drawn(images, calls, (time.perf_counter() - began) / len(images))
 
-    def _call(self, pipe: Any, call: dict[str, Any], wish: Wish, count: int) -> list[Image.Image]:
+    def _call(self, pipe: Any, call: dict[str, Any], wish: Wish, index: range) -> list[Image.Image]:
         chosen = [self.labels[self.classes.index(wish.label)]] if wish.label else self.labels
-        asked: dict[str, Any] = {"batch_size": count}
+        asked: dict[str, Any] = {"batch_size": len(index)}
         if self.takes_text:
-            asked = {"prompt": [wish.prompt] * count}
+            asked = {"prompt": [wish.prompt] * len(index)}
         elif chosen:
-            asked = {"class_labels": [chosen[i % len(chosen)] for i in range(count)]}
-        noise = [torch.Generator().manual_seed(wish.seed + i) for i in range(count)]
+            asked = {"class_labels": [chosen[i % len(chosen)] for i in index]}
+        noise = [torch.Generator().manual_seed(wish.seed * MAX_COUNT + i) for i in index]
         return list(pipe(**asked, **call, generator=noise).images)
 
 
@@ -189,8 +188,9 @@ def _load(folder: Path, model: dict[str, Any]) -> Any:
     """Code runs only where the folder's own pipeline is code, which was exported with this file."""
     import diffusers
 
+    options = {"trust_remote_code": model["has_code"], "local_files_only": True, "use_safetensors": True}
     kind, absent = getattr(diffusers, model["pipeline"]), dict.fromkeys(model["absent"])
-    pipe = kind.from_pretrained(folder, **absent, trust_remote_code=model["has_code"], local_files_only=True)
+    pipe = kind.from_pretrained(folder, **absent, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 

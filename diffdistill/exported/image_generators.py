@@ -35,6 +35,7 @@ class Opened:
 
     generator: what makes its images as a request asks; raises UserError on what the model does not know.
     image_shape: of its noise.  classes: those that it draws.  class_names: by number, where they are known.
+    pipeline: of diffusers, that a model is of, where it is of one.
     """
 
     generator: Callable[[SampleRequest], ImageGenerator]
@@ -42,6 +43,7 @@ class Opened:
     takes_text: bool
     classes: tuple[int, ...]
     class_names: tuple[str, ...] = ()
+    pipeline: str | None = None
 
 
 def open_image_generator(place: str, asked: SampleRequest) -> ImageGenerator:
@@ -63,7 +65,24 @@ def open_place(place: str, asked: SampleRequest) -> Opened:
     model = _load(place, record, asked)
     spec, takes_text = model.spec, encoder_of(model.spec) is not None
     classes = () if takes_text else spec.classes or tuple(range(spec.num_classes))
-    return Opened(partial(ModelImageGenerator, model), spec.image_shape, takes_text, classes, spec.class_names)
+    drawn = partial(ModelImageGenerator, model)
+    return Opened(drawn, spec.image_shape, takes_text, classes, spec.class_names, spec.pipeline)
+
+
+def open_teacher(place: str, asked: SampleRequest, named: Sequence[str]) -> Opened:
+    """As `open_place`, of a place that a student names; its code runs only where the user named that folder too.
+
+    named: the places on the command line.
+    """
+    if FilePath(place).resolve() in {FilePath(one).resolve() for one in named}:
+        return open_place(place, asked)
+    record = read_record(FilePath(place))
+    if asked.trusts_code and record is not None and record.kind == "self-contained":
+        raise UserError(
+            f"{place}: the teacher holds code of its own, {place}/pipeline.py, and --trust-code is for folders that "
+            f"you name; look at it, and add --teacher-from {place}"
+        )
+    return open_place(place, replace(asked, trusts_code=False))
 
 
 def timed_images(imager: ImageGenerator, count: int, batch: int) -> tuple[Tensor, float]:

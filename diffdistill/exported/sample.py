@@ -10,7 +10,12 @@ from diffdistill.data.pictures import save_grid, save_panels
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.record import guidance_of, read_record
 from diffdistill.exported.first_calls import Estimates, as_model, estimates_along, with_first_calls
-from diffdistill.exported.image_generators import CodeImageGenerator, open_image_generator, timed_images
+from diffdistill.exported.image_generators import (
+    CodeImageGenerator,
+    open_image_generator,
+    open_teacher,
+    timed_images,
+)
 from diffdistill.exported.teleported import with_teleport
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator, SampleRequest
 from diffdistill.models.load import find_checkpoint, first_student
@@ -113,7 +118,8 @@ def _teacher(place: str, options: SampleOptions) -> tuple[ImageGenerator, Guidan
         negative_prompt=None,
         negative_scale=None,
     )
-    return open_image_generator(origin, asked), guidance
+    named = [place, *([options.teacher_from] if options.teacher_from else [])]
+    return open_teacher(origin, asked, named).generator(asked), guidance
 
 
 def teacher_of(place: str, *, now: str | None = None) -> tuple[str, float]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from diffdistill.data.pictures import to_uint8
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.space_app import Drawn, Wish
-from diffdistill.exported.image_generators import Opened, open_place, timed_images
+from diffdistill.exported.image_generators import Opened, open_place, open_teacher, timed_images
 from diffdistill.exported.sample import teacher_of
 from diffdistill.inference.image_generator import SampleRequest
-from diffdistill.models.places import CHECKPOINTS
+from diffdistill.models.load import find_checkpoint, first_student
+from diffdistill.models.teachers.hub import is_hub_name
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 
@@ -46,15 +47,15 @@ class SideBySide:
         """
         if len(places) > MAX_MODELS:
             raise UserError(f"play: {len(places)} places; at most {MAX_MODELS} have room side by side")
-        self.asked = asked
+        self.asked, self.places = asked, places
         players = [Player(name, open_place(place, asked)) for name, place in zip(_names(places), places, strict=True)]
         teacher = _teacher(places, teacher_from)
         if teacher is not None:
             place, guidance = teacher
-            same = [number for number, one in enumerate(places) if _run_of(one) == _run_of(place)]
-            opened = players.pop(same[0]).opened if same else open_place(place, asked)
-            players.insert(0, Player("teacher", opened, True, guidance))
-        self.players, self.has_teacher = players, teacher is not None
+            same = [number for number, one in enumerate(places) if _exact(one) == _exact(place)]
+            found = players.pop(same[0]).opened if same else self._open_teacher(place, players, teacher_from)
+            players = [*([Player("teacher", found, True, guidance)] if found else []), *players]
+        self.players, self.has_teacher = players, players[0].is_teacher
         self.names = [player.name for player in players]
         first = players[0].opened
         for player in players[1:]:
@@ -73,6 +74,19 @@ class SideBySide:
         """The same noise through every model; what a model does not know is said in its place."""
         return [self._draw(player, wish) for player in self.players]
 
+    def _open_teacher(self, place: str, students: Sequence[Player], now: str | None) -> Opened | None:
+        """None, which is said, where it is not on this machine or cannot be opened. Raises UserError where it is the
+        place that the user gave."""
+        try:
+            if now is None and is_hub_name(place) and place not in {one.opened.pipeline for one in students}:
+                raise UserError(f"{place}: is on the hub, and not fetched unless you say so: --teacher-from {place}")
+            return open_teacher(place, self.asked, [*self.places, *([now] if now else [])])
+        except UserError as error:
+            if now is not None:
+                raise
+            say(f"no teacher beside them: {error}")
+            return None
+
     def _draw(self, player: Player, wish: Wish) -> Drawn:
         steps, guidance = wish.of(is_teacher=player.is_teacher)
         asked = replace(
@@ -86,7 +100,7 @@ class SideBySide:
         try:
             imager = player.opened.generator(asked)
             images, seconds = timed_images(imager, wish.count, BATCH)
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError) as error:
             return Drawn(fault=str(error))
         return Drawn(pictures(images), imager.num_evaluations, seconds)
 
@@ -108,10 +122,13 @@ def _names(places: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else place for name, place in zip(short, places, strict=True)]
 
 
-def _run_of(place: str) -> FilePath:
-    """The folder of a run, of one of its checkpoints too."""
-    path = FilePath(place).resolve()
-    return path.parents[1] if path.parent.name == CHECKPOINTS else path
+def _exact(place: str) -> FilePath:
+    """Of a run the checkpoint that is loaded; any other place is its own."""
+    path = FilePath(place)
+    try:
+        return find_checkpoint(first_student(path)).resolve()
+    except UserError:
+        return path.resolve()
 
 
 def _teacher(places: Sequence[str], now: str | None) -> tuple[str, float] | None:

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffdistill.distributed.parts import has_parts, shared_as
 from diffdistill.distributed.processes import Processes
+from diffdistill.distributed.sharded import is_sharded, sharded_as
 from diffdistill.settings.links import refuse_link
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
@@ -202,7 +202,7 @@ def read_group(
 ) -> dict[str, Tensor]:
     """The tensors of a group by name, without a look at hashes.
 
-    like: by name a tensor whose parts the processes hold, if there is one: of a group in parts, each then reads its own
+    like: by name a tensor whose parts the processes hold, if there is one: of a sharded group, each then reads its own
     alone, and all call this together.  Raises CheckpointError if the files make no sense.
     """
     file = target / f"{group}{SUFFIX}"
@@ -210,7 +210,7 @@ def read_group(
         return read_tensors(file, device)
     try:
         parts = read_shards(target / group, like)
-        return {name: tensor if has_parts(tensor) else tensor.to(device) for name, tensor in parts.items()}
+        return {name: tensor if is_sharded(tensor) else tensor.to(device) for name, tensor in parts.items()}
     except UserError as error:
         raise CheckpointError(str(error)) from None
 
@@ -247,7 +247,7 @@ def load_strictly(
     dead = find_dead({name: weights[name] for name, _ in module.named_parameters() if name in weights})
     if dead:
         raise UserError(f"{origin}: its weights are not finite: {name_some(dead)}")
-    ready = {name: shared_as(weights[name].to(tensor.dtype), tensor) for name, tensor in own.items()}
+    ready = {name: sharded_as(weights[name].to(tensor.dtype), tensor) for name, tensor in own.items()}
     module.load_state_dict(ready, assign=takes_tensors)
 
 

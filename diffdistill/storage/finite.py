@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffdistill.distributed.parts import has_parts
+from diffdistill.distributed.sharded import is_sharded
 
 
 @torch.no_grad()
@@ -13,11 +13,11 @@ def find_dead(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors that hold NaN or infinity, or numbers whose squares are infinite: above
     1e19 in float32, 1e154 in float64.
 
-    Of tensors in parts each process looks at its own.  Whole numbers are never dead.
+    Of sharded tensors each process looks at its own.  Whole numbers are never dead.
     """
     norms = {}
     for name, tensor in tensors.items():
-        own = tensor.to_local() if has_parts(tensor) else tensor  # type: ignore[attr-defined]
+        own = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
         if own.is_floating_point() and not own.is_meta and own.numel():
             precision = torch.promote_types(own.dtype, torch.float32)
             norms[name] = torch.linalg.vector_norm(own.detach(), dtype=precision)

@@ -1,7 +1,7 @@
-"""A checkpoint's group in parts: a folder of safetensors, each process's own, by torch.distributed.checkpoint's
+"""A checkpoint's sharded group: a folder of safetensors, each process's own, by torch.distributed.checkpoint's
 Hugging Face storage. Where a part belongs stands in its file's header.
 
-That package takes half a second of CPU time to import: so it is imported where a checkpoint is in parts.
+That package takes half a second of CPU time to import: so it is imported where a checkpoint is sharded.
 """
 
 import errno
@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffdistill.distributed.parts import has_parts
 from diffdistill.distributed.processes import others
+from diffdistill.distributed.sharded import is_sharded
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.settings.schema import UserError
 
@@ -69,7 +69,7 @@ def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[
 
     try:
         found = {name: _empty(stored, like(name)) for name, stored in _stored(folder).items()}
-        is_shared = any(has_parts(tensor) for tensor in found.values())
+        is_shared = any(is_sharded(tensor) for tensor in found.values())
         with others(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
             load(found, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not is_shared)
@@ -85,7 +85,7 @@ def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[
 
 def _stored(folder: FilePath) -> "dict[str, TensorStorageMetadata]":
     """What the files say that they hold. Raises ValueError, before anything is allocated, where parts are missing or
-    overlap: a tensor is parted along its first dimension."""
+    overlap: a tensor is sharded along its first dimension."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -104,6 +104,6 @@ def _stored(folder: FilePath) -> "dict[str, TensorStorageMetadata]":
 
 
 def _empty(stored: "TensorStorageMetadata", like: Tensor | None) -> Tensor:
-    if like is not None and has_parts(like) and like.shape == stored.size:
+    if like is not None and is_sharded(like) and like.shape == stored.size:
         return torch.empty_like(like, dtype=stored.properties.dtype, requires_grad=False)
     return torch.empty(stored.size, dtype=stored.properties.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffdistill.distributed.parts import shared_as, whole
+from diffdistill.distributed.sharded import sharded_as, whole
 from diffdistill.settings.schema import UserError
 from diffdistill.training.config import OptimizerConfig
 
@@ -121,6 +121,6 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _like_before(value: Tensor, parameter: Tensor) -> Tensor | int:
     """A moment in its parameter's layout, which fused kernels take for granted; a whole number as such."""
     if value.shape == parameter.shape and value.ndim:
-        part = shared_as(value, parameter)
+        part = sharded_as(value, parameter)
         return torch.empty_like(parameter, dtype=value.dtype, device=part.device).copy_(part)
     return int(value) if value.dtype == torch.int64 else value

@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def home(self) -> torch.device:
-        """Where networks are built: what is shared out comes to the device in parts."""
+        """Where networks are built: what is shared out comes to the device in shards."""
         return torch.device("cpu") if self.mesh else self.device
 
     @property

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.distillation.method import Update
-from diffdistill.distributed.parts import whole
 from diffdistill.distributed.processes import Processes
+from diffdistill.distributed.sharded import whole
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import lora_of
 from diffdistill.networks.recompute import recomputable_blocks
@@ -65,7 +65,7 @@ def shard(modules: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Keep this process's part of the modules' weights alone, on its device. New parameters take the old ones' places.
 
     Of a denoiser each block of the network is gathered by itself, and what is left of it together. A weight that
-    several networks hold, LoRA's base, is parted once. Factors, and what stands around them, stay as they are.
+    several networks hold, LoRA's base, is sharded once. Factors, and what stands around them, stay as they are.
     """
     common = _held_again([_network_of(module) for module in modules])
     for module in modules:
@@ -95,7 +95,7 @@ Place = tuple[nn.Module, str]  # a parameter's: the module that holds it, and it
 
 def _held_again(nets: Sequence[nn.Module]) -> dict[Place, Place]:
     """Where networks hold a weight that one before them holds, and where that does. They are given an empty one for it,
-    so that the whole one goes when the first is parted."""
+    so that the whole one goes when the first is sharded."""
     first: dict[int, tuple[nn.Module, Place]] = {}
     again: dict[Place, Place] = {}
     for net in nets:
@@ -110,7 +110,7 @@ def _held_again(nets: Sequence[nn.Module]) -> dict[Place, Place]:
 
 
 def _network_of(module: nn.Module) -> nn.Module:
-    """What is parted of a module: a denoiser's network, or what LoRA's factors stand in."""
+    """What is sharded of a module: a denoiser's network, or what LoRA's factors stand in."""
     lora = lora_of(module)
     if lora:
         return lora.shared_tree

@@ -17,6 +17,9 @@ from diffdistill.settings.limits import MAX_CHOSEN, MAX_CLASSES
 from diffdistill.settings.numbers import Channels, NonNegativeInt, Resolution, SamplingSteps
 from diffdistill.settings.schema import PositiveInt, field, schema
 
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)]
+"""Part of a file's name, which stays in its folder."""
+
 
 @schema
 class Noise:
@@ -90,12 +93,12 @@ class Reference:
     """What is compared with.  dataset, split, num_images: which real images, and how many.  preparation: what was
     done to them.  file, source: where statistics are published, if they are not computed from the images."""
 
-    name: str
+    name: Name
     dataset: str
     split: str
     num_images: PositiveInt | None = None
     preparation: str = "as they are"
-    file: str | None = None
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=255)] | None = None
     source: str | None = None
 
 
@@ -119,7 +122,7 @@ class Protocol:
     file's mean and covariance: what another machine finds again.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)]
+    name: Name
     version: PositiveInt = 1
     num_images: PositiveInt
     first_seed: NonNegativeInt = 0

@@ -40,7 +40,7 @@ from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_p
 from diffdistill.eval.protocols.protocol import Captions, Labels, Preparation, Protocol, Reference
 from diffdistill.eval.records.record import protocol_id
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.values import dump, dump_yaml
+from diffdistill.settings.values import dump, dump_yaml, validate
 
 PLAIN = Preparation()
 D = 4
@@ -233,6 +233,14 @@ PROTOCOL = Protocol(
     reference=Reference(name="mine", dataset="mine", split="train", num_images=40),
     metrics=(Frechet(features=register(EXTRACTOR)), PrecisionRecall(features=register(EXTRACTOR))),
 )
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "../../x"), ("name", "/x"), ("file", "../../x"), ("file", "/x")])
+def test_a_reference_does_not_lead_out_of_its_folder(key: str, value: str) -> None:
+    told = dump(PROTOCOL)
+    told["reference"][key] = value
+    with pytest.raises(UserError, match=rf"reference\.{key}"):
+        validate(Protocol, told, origin="stranger.yaml")
 
 
 def test_one_command_computes_what_an_evaluation_then_finds(folder: Path, own_folder: Path) -> None:

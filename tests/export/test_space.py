@@ -2,7 +2,9 @@
 
 import ast
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from support.method_matrix import origin, train
 from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
+from diffdistill.export import space as space_module
 from diffdistill.export import space_app
-from diffdistill.export.run import ExportOptions
+from diffdistill.export.record import read_record
+from diffdistill.export.run import Exported, ExportOptions
 from diffdistill.export.space import export_space
 from diffdistill.export.space_app import MAX_COUNT, Drawn, Folders, Wish, caption, grid, wish_of
+from diffdistill.export.verify import ExportError
 from diffdistill.settings.schema import UserError
 
 
@@ -70,7 +75,7 @@ def test_its_models_draw_what_their_folders_draw(space: Path) -> None:
     assert stage.names == ["teacher", "student"]
     drawn = stage.draw(Wish(count=3, seed=5, teacher_steps=5))
     assert [one.num_evaluations for one in drawn] == [5, 1]
-    noise = [torch.Generator().manual_seed(5 + i) for i in range(3)]
+    noise = [torch.Generator().manual_seed(5 * MAX_COUNT + i) for i in range(3)]
     pipe = DiffusionPipeline.from_pretrained(space / "student", trust_remote_code=True)
     assert pixels(drawn[1].images) == pixels(pipe(class_labels=[0, 1, 2], generator=noise).images)
     assert pixels(drawn[0].images) != pixels(drawn[1].images)
@@ -80,11 +85,35 @@ def test_its_classes_are_chosen_and_its_faults_are_said(space: Path) -> None:
     stage = Folders(space)
     stage.labels, stage.classes = [*stage.labels, 99], [*stage.classes, "broken"]
     label = stage.classes[2]
-    [image] = pixels(stage.draw(Wish(count=1, label=label, seed=4))[1].images)
-    assert image == pixels(stage.draw(Wish(count=3, seed=2))[1].images)[2]  # class 2, and noise 4
+    image = pixels(stage.draw(Wish(count=3, label=label, seed=4))[1].images)[2]
+    assert image == pixels(stage.draw(Wish(count=3, seed=4))[1].images)[2]  # class 2, and noise 2
     assert "must be among 0 to" in stage.draw(Wish(count=1, label="broken"))[1].fault
     stage.models[1]["takes_steps"] = False
     assert "leave them empty" in stage.draw(Wish(count=1, guidance=2.0))[1].fault
+
+
+def test_seeds_share_no_noise_and_many_images_are_drawn_in_batches(space: Path) -> None:
+    stage, batches = Folders(space), []
+    whole = stage.pipelines[1]
+
+    def seen(**asked: Any) -> Any:
+        batches.append([one.initial_seed() for one in asked["generator"]])
+        return whole(**asked)
+
+    seen.model = whole.model  # type: ignore[attr-defined]
+    made = stage._draw(seen, stage.models[1], Wish(count=MAX_COUNT, seed=1))
+    assert [len(batch) for batch in batches] == [1, 16, 16, 4]
+    assert [seed for batch in batches[1:] for seed in batch] == list(range(MAX_COUNT, 2 * MAX_COUNT))
+    few = stage._draw(whole, stage.models[1], Wish(count=17, seed=1))
+    assert pixels(made.images)[:17] == pixels(few.images)
+
+
+def test_too_little_memory_is_said(space: Path) -> None:
+    def full(**asked: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage = Folders(space)
+    assert stage._draw(full, stage.models[1], Wish()).fault == "CUDA out of memory"
 
 
 def test_a_space_is_refused_where_it_cannot_be(run: Path, tmp_path: Path) -> None:
@@ -93,10 +122,83 @@ def test_a_space_is_refused_where_it_cannot_be(run: Path, tmp_path: Path) -> Non
         export_space(str(run), tmp_path, ExportOptions())
     with pytest.raises(UserError, match="--space: needs a whole pipeline, and not --kind lora"):
         export_space(str(run), tmp_path / "new", ExportOptions(kind="lora"))
+    with pytest.raises(UserError, match="--push: uploads a model and not a Space"):
+        export_space(str(run), tmp_path / "new", ExportOptions(push="me/space"))
     for words in ([], ["--out", "a", "--space", "b"]):
         said = CliRunner().invoke(app, ["export", str(run), *words])
         assert said.exit_code == 2
         assert "name one folder to write" in said.output
+
+
+def test_a_space_that_was_broken_off_is_written_again(
+    space: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def written_once(place: str, folder: Path, options: ExportOptions) -> Any:
+        written.append(folder.name)
+        raise UserError("written again")
+
+    monkeypatch.setattr(space_module, "export", written_once)
+    broken = tmp_path / "broken"
+    shutil.copytree(space / "student", broken / "student")
+    (broken / "app.py").write_text("")
+    building = tmp_path / "killed/.exporting-student"
+    building.mkdir(parents=True)
+    for folder in (broken, building.parent):
+        with pytest.raises(UserError, match="written again"):
+            export_space(str(run), folder, ExportOptions())
+    (broken / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than a Space"):
+        export_space(str(run), broken, ExportOptions())
+    assert written == ["student", "student"]
+
+
+def test_a_teacher_that_cannot_be_exported_is_left_out_and_its_old_folder_goes(
+    space: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(space, again)
+    whole = space_module.export
+
+    def without_teacher(place: str, folder: Path, options: ExportOptions) -> Any:
+        if folder.name == "teacher":
+            raise ExportError("other images")
+        return whole(place, folder, options)
+
+    monkeypatch.setattr(space_module, "export", without_teacher)
+    export_space(str(run), again, ExportOptions(is_verified=False))
+    assert "the Space shows the student alone: other images" in capsys.readouterr().err
+    assert not (again / "teacher").exists()
+    assert [model["name"] for model in json.loads((again / "space.json").read_text())["models"]] == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "wanted"),
+    [
+        ("stock", {"num_inference_steps": 35}, {"num_inference_steps": 35}),
+        ("stock", {"timesteps": [9, 1], "guidance_scale": 1.0}, {"timesteps": [9, 1], "guidance_scale": 2.0}),
+        ("self-contained", {}, {"guidance_scale": 2.0}),
+    ],
+)
+def test_a_teacher_is_called_as_its_folder_says_under_the_students_guidance(
+    space: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    call: dict[str, Any],
+    wanted: dict[str, Any],
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(space, again)
+    record = read_record(again / "teacher")
+    assert record is not None
+    replace(record, kind=kind, call=call).write(again / "teacher")
+    monkeypatch.setattr(space_module, "export", lambda place, folder, options: Exported(folder, "stock", None))
+    monkeypatch.setattr(space_module, "guidance_of", lambda method: 2.0)
+    export_space(str(run), again, ExportOptions())
+    assert json.loads((again / "space.json").read_text())["models"][0]["call"] == wanted
 
 
 def test_the_command_writes_one_and_says_how_to_go_on(run: Path, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from diffdistill.commands.cli import app
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
 from diffdistill.diffusion.steps import with_steps
-from diffdistill.export.record import guidance_of
+from diffdistill.export.record import guidance_of, read_record
 from diffdistill.export.run import ExportOptions, export
 from diffdistill.exported import sample
 from diffdistill.exported.image_generators import CodeImageGenerator, open_image_generator
 from diffdistill.exported.sample import SampleOptions, run_sample, teacher_of
+from diffdistill.exported.side_by_side import SideBySide
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
 from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
@@ -214,3 +215,28 @@ def test_a_pipeline_of_diffusers_is_sampled_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(made, ModelImageGenerator(expected, SampleRequest(labels=(5,)))(torch.arange(2)))
     assert made.shape == (2, 3, 16, 16)
     assert sample.read_record(place) is None
+
+
+def test_code_runs_only_of_the_folder_that_was_named_and_not_of_the_teacher_that_it_names(
+    class_run: Path, tmp_path: Path
+) -> None:
+    outer, inner = tmp_path / "outer", tmp_path / "outer/inner"
+    shutil.copytree(exported(class_run, "self-contained"), outer)
+    shutil.copytree(outer, inner)
+    trap = tmp_path / "ran"
+    with (inner / "pipeline.py").open("a") as file:
+        file.write(f"\nopen({str(trap)!r}, 'w').close()\n")
+    record = read_record(outer)
+    assert record is not None
+    replace(record, teacher=str(inner)).write(outer)
+    options = SampleOptions(SampleRequest(trusts_code=True), tmp_path / "out.png", count=2, has_teacher=True)
+    for act in (
+        lambda: run_sample(str(outer), options),
+        lambda: run_sample(str(outer), replace(options, has_teacher=False, first_calls=1)),
+    ):
+        with pytest.raises(UserError, match="folders that you name; look at it, and add --teacher-from"):
+            act()
+    assert SideBySide([str(outer)], options.asked).names == ["outer"]
+    assert not trap.exists()
+    run_sample(str(outer), replace(options, teacher_from=str(inner)))
+    assert trap.exists()

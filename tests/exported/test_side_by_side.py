@@ -1,6 +1,7 @@
 """What `diffdistill play` draws: teacher and students, loaded once, from the same noise."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from PIL import Image
 from support.method_matrix import origin, train
 
+from diffdistill.export.record import read_record
 from diffdistill.export.run import ExportOptions, export
 from diffdistill.export.space_app import Wish
 from diffdistill.exported.image_generators import open_image_generator
 from diffdistill.exported.side_by_side import SideBySide, pictures
 from diffdistill.inference.image_generator import SampleRequest
+from diffdistill.models.load import find_checkpoint
+from diffdistill.models.teachers import hub
 from diffdistill.settings.schema import UserError
 
 ASKED = SampleRequest(trusts_code=True)
@@ -47,6 +51,19 @@ def test_the_teacher_stands_first_and_every_model_has_the_same_noise(runs: tuple
 
 def test_a_teacher_that_is_named_too_is_shown_once(runs: tuple[Path, Path]) -> None:
     assert SideBySide([str(runs[1]), str(runs[0])], ASKED).names == ["teacher", "student"]
+
+
+def test_an_early_checkpoint_of_the_teacher_does_not_stand_in_its_place(runs: tuple[Path, Path]) -> None:
+    teacher, student = runs
+    newest = find_checkpoint(teacher)
+    early = newest.with_name("step-00000000")
+    shutil.copytree(newest, early)
+    try:
+        stage = SideBySide([str(student), str(early)], ASKED)
+        assert stage.names == ["teacher", "student", early.name]
+        assert SideBySide([str(student), str(newest)], ASKED).names == ["teacher", "student"]
+    finally:
+        shutil.rmtree(early)
 
 
 def test_steps_guidance_and_class_reach_the_models_they_are_meant_for(runs: tuple[Path, Path]) -> None:
@@ -84,6 +101,27 @@ def test_a_teacher_alone_and_a_moved_one(
     assert "no teacher beside them" in capsys.readouterr().err
     with pytest.raises(UserError, match="has none; it was trained from images"):
         SideBySide([str(runs[0])], ASKED, teacher_from=str(tmp_path))
+
+
+def test_students_stand_alone_where_their_teacher_is_not_on_this_machine(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, gone = tmp_path / "out", tmp_path / "gone"
+    export(str(runs[1]), folder, ExportOptions(is_verified=False))
+    record = read_record(folder)
+    assert record is not None
+
+    replace(record, teacher=str(gone)).write(folder)
+    stage = SideBySide([str(folder)], ASKED)
+    assert (stage.names, stage.has_teacher) == (["out"], False)
+    assert f"no teacher beside them: {gone}: no such folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="elsewhere: no such folder"):
+        SideBySide([str(folder)], ASKED, teacher_from=str(tmp_path / "elsewhere"))
+
+    monkeypatch.setattr(hub, "_fetch", lambda *_: pytest.fail("fetched"))
+    replace(record, teacher="someone/large").write(folder)
+    assert SideBySide([str(folder)], ASKED).names == ["out"]
+    assert "is on the hub, and not fetched unless you say so: --teacher-from someone/large" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_are_told_by_their_paths(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -111,3 +111,13 @@ def test_a_python_without_venv_and_one_that_is_too_old_are_named(project: Path) 
     assert code != 0
     assert f"{project}/python3: no Python of at least 3.11; name one: make install PYTHON=" in said
     assert install(project)[0] == 0
+
+
+def test_the_pins_of_the_page_and_those_of_the_rest_go_together() -> None:
+    rest, page = (
+        dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if not line.startswith("#"))
+        for name in ("constraints.txt", "constraints-play.txt")
+    )
+    assert rest.keys() & page.keys() == {"pillow"}
+    assert "gradio" in page
+    assert int(page["pillow"].split(".")[0]) < 13  # gradio 6.31.0: pillow<13.0,>=8.0

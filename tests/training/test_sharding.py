@@ -27,8 +27,8 @@ from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.distillation.averages import follow
 from diffdistill.distillation.derivatives import along
-from diffdistill.distributed.parts import has_parts, whole
 from diffdistill.distributed.processes import find_processes
+from diffdistill.distributed.sharded import is_sharded, whole
 from diffdistill.distributed.stopping import TrainingError
 from diffdistill.eval.records.record import read_records
 from diffdistill.models.load import load_model
@@ -155,7 +155,7 @@ def bytes_held(config: RunConfig) -> dict[str, int]:
 
 
 def local_bytes(tensor: Tensor) -> int:
-    part: Tensor = tensor.to_local() if has_parts(tensor) else tensor  # type: ignore[attr-defined]
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part.nbytes
 
 
@@ -204,7 +204,7 @@ def where_the_base_lies(config: RunConfig) -> tuple[int, float]:
     over = [*trainer.trained.values(), trainer.assembly.emas["ema"].module]
     trees = [trainer.problem.teacher.net, *(found.shared_tree for found in map(lora_of, over) if found)]
     weights = [p for tree in trees for n, p in tree.named_parameters() if "lora_" not in n]
-    assert all(has_parts(weight) for weight in weights)
+    assert all(is_sharded(weight) for weight in weights)
     held = {part.to_local().untyped_storage().data_ptr(): local_bytes(part) for part in weights}  # type: ignore[attr-defined]
     return len(trees), sum(held.values()) / sum(weight.nbytes for weight in trees[0].parameters())
 

@@ -54,7 +54,7 @@ def explain(trainer: Trainer, error: torch.OutOfMemoryError) -> str:
     """What was asked for, what the run needs by its plan, and what to turn on."""
     asked = str(error).splitlines()[0] if str(error) else "no reason given"
     said = f"out of memory at step {trainer.step}: {asked} The last checkpoint is intact."
-    # To prepare anew would take long, and players in parts do not compute in one process alone.
+    # To prepare anew would take long, and sharded players do not compute in one process alone.
     is_known = trainer.plan.mesh is None and not trainer.assembly.iteration.stored
     plan = _plan(trainer) if is_known else ""
     smaller = with_half(trainer.config, trainer.processes.count)
