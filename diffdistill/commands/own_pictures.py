@@ -1,7 +1,6 @@
 """A folder of pictures, looked at: how many, how large, of which classes, what is broken, and their deviation."""
 
 import io
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -131,10 +130,14 @@ def _prepared(data: ImageFolder, num_files: int) -> tuple[ImageFolder, MappedIma
         return data, data.load()
     except UserError:
         found = replace(data, max_unreadable=MOST_BROKEN).load()  # which raises where something else is wrong
-    broken = 1 - len(found) / num_files
-    tolerant = replace(data, max_unreadable=min(MOST_BROKEN, math.floor(100 * broken + 1) / 100))
+    tolerant = replace(data, max_unreadable=share_above(num_files - len(found), num_files))
     with quietly():
         return tolerant, tolerant.load()
+
+
+def share_above(broken: int, num_files: int) -> float:
+    """The least whole percentage above the share of the broken, which is below MOST_BROKEN: as many are refused."""
+    return (100 * broken // num_files + 1) / 100
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`init`: from a folder of pictures to a student and its evaluation, without editing a file."""
 
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from diffdistill.commands import init as command
 from diffdistill.commands.cli import app
-from diffdistill.commands.own_pictures import look_at
+from diffdistill.commands.own_pictures import look_at, share_above
 from diffdistill.commands.starting_configs import SIZES, Start
 from diffdistill.data.image_folder import ImageFolder
 from diffdistill.diffusion.sampling import Heun
@@ -108,6 +109,20 @@ def test_broken_files_are_named_and_left_out(files: dict[str, bytes], no_predict
     assert result.stderr.count("torn.png") == 1
     assert load_config("runs/pictures/teacher.yaml").data.max_unreadable == 0.08  # type: ignore[union-attr]
     assert "runs/pictures/student" in go_the_whole_way(result).stdout
+
+
+def test_one_broken_file_of_ten_is_left_out(files: dict[str, bytes]) -> None:
+    write_folder(Path("pictures"), dict([*flat(files).items()][:9]) | {"zzz.png": b"no image"})
+    found = look_at("pictures", side=8, with_classes=None)
+    assert (found.num_files, found.num_broken, found.data.max_unreadable) == (10, 1, 0.11)
+
+
+def test_the_share_that_is_tolerated_is_the_least_hundredth_above_that_of_the_broken() -> None:
+    for total in range(2, 401):
+        for broken in range(1, (total + 1) // 2):
+            share = share_above(broken, total)
+            assert broken < share * total, "prepare refuses as many as this"
+            assert round(100 * share) - 1 <= Fraction(100 * broken, total) < round(100 * share)
 
 
 @pytest.mark.parametrize("what", ["empty", "no images", "none that can be read", "all of one colour", "tiny"])
