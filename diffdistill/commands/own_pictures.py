@@ -26,6 +26,7 @@ MOST_BROKEN = 0.5
 MEASURED = 2000
 """Images, evenly spread, that sigma_data is measured on."""
 FEW = 100
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ def look_at(place: str, *, side: int | None, with_classes: bool | None) -> Pictu
     """Prepare the pictures in the cache, and measure them.
 
     side: of the images to be made; None for the largest of 8 and 16 (on a GPU up to 64) that the pictures have.
-    with_classes: whether folders are classes; None where they look so: two or more that hold all pictures, and two
-    pictures each.
-    Raises UserError where there are none, most are broken, or they are smaller than 8 pixels.
+    with_classes: whether folders are classes; None where they look so: two or more that hold all pictures, two each on
+    average at least.
+    Raises UserError where there are none, half are broken, they are smaller than 8 pixels or of one colour, or their
+    folders are a data set's parts and with_classes is None.
     """
     _check_text(place)
     listing = list_images(FilePath(place).expanduser(), setting="pictures")
@@ -104,6 +106,7 @@ def look_at(place: str, *, side: int | None, with_classes: bool | None) -> Pictu
     folders = {name.split("/")[0] for name in without_common_folders(names) if "/" in name}
     loose = [name for name in without_common_folders(names) if "/" not in name] if folders else []
     if with_classes is None:
+        _refuse_splits(place, names)
         with_classes = not loose and 1 < len(folders) <= len(names) // 2
     labels: Literal["folders", "none"] = "folders" if with_classes else "none"
     data = ImageFolder(path=place, labels=labels, resolution=side or _side_for(place, sizes))
@@ -118,6 +121,18 @@ def look_at(place: str, *, side: int | None, with_classes: bool | None) -> Pictu
     if not sigma > 0:
         raise UserError(f"{place}: all pictures are of one colour; there is nothing to learn")
     return Pictures(data, source, len(names), sizes, sigma, loose)
+
+
+def _refuse_splits(place: str, names: Sequence[str]) -> None:
+    inner = without_common_folders(names)
+    folders = {name.split("/")[0] for name in inner if "/" in name}
+    if len(folders) < 2 or not {folder.lower() for folder in folders} <= SPLITS:
+        return
+    parts = sorted(folders, key=str.lower)
+    first = next((folder for folder in parts if folder.lower().startswith("train")), parts[0])
+    one = FilePath(place) / names[0].removesuffix(inner[0]) / first
+    how = f"name one of them, as {one}" if FilePath(place).expanduser().is_dir() else f"unpack it and name its {first}"
+    raise UserError(f"{place}: {', '.join(parts)}: parts of a data set, no classes; {how}, or take all by --no-classes")
 
 
 def _sample(source: MappedImages) -> Tensor:

@@ -187,6 +187,20 @@ def test_folders_are_classes_where_they_look_so_or_the_user_says_so(files: dict[
     assert look_at("classes", side=8, with_classes=False).classes == {}
 
 
+@pytest.mark.parametrize("above", ["", "set/"])
+def test_folders_of_a_split_are_no_classes(files: dict[str, bytes], above: str) -> None:
+    split = {f"{above}{('test', 'Train')[n % 2]}/{name}": content for n, (name, content) in enumerate(files.items())}
+    write_folder(Path("pictures"), split)
+    result = call("init", "pictures", "--resolution", "8")
+    assert result.exit_code == 2
+    assert f"test, Train: parts of a data set, no classes; name one of them, as pictures/{above}Train" in result.stderr
+    assert look_at(f"pictures/{above}Train", side=8, with_classes=None).classes.keys() == set(NAMES[:3])
+    assert look_at("pictures", side=8, with_classes=False).num_files == COUNT
+    assert look_at("pictures", side=8, with_classes=True).classes.keys() == {"test", "Train"}, "who says so gets it"
+    write_folder(Path("words"), {name.replace(NAMES[0], "train"): content for name, content in files.items()})
+    assert len(look_at("words", side=8, with_classes=None).classes) == 3, "a class of trains"
+
+
 def test_sigma_data_is_that_of_the_pixels_as_the_network_will_see_them(files: dict[str, bytes]) -> None:
     write_folder(Path("pictures"), files)
     found = look_at("pictures", side=8, with_classes=None)
