@@ -111,15 +111,16 @@ def look_at(place: str, *, side: int | None, with_classes: bool | None) -> Pictu
     labels: Literal["folders", "none"] = "folders" if with_classes else "none"
     data = ImageFolder(path=place, labels=labels, resolution=side or _side_for(place, sizes))
     data, source = _prepared(data, len(names))
-    pixels = source.images[_sample(source).numpy()]
-    if (pixels == pixels[:, :1]).all():
-        with quietly():
-            data, source = _prepared(replace(data, channels=1), len(names))
-    sigma = round(float(source.rows(_sample(source)).std()), 2)
     if len(source) < 2:
         raise UserError(f"{place}: a single picture; a model needs many")
-    if not sigma > 0:
-        raise UserError(f"{place}: all pictures are of one colour; there is nothing to learn")
+    sample = _sample(source)
+    pixels = source.images[sample.numpy()]
+    if (pixels == pixels[:1, :, :1, :1]).all():
+        raise UserError(f"{place}: all {len(sample):,} pictures measured are of one colour; there is nothing to learn")
+    if _is_grey(source):
+        with quietly():
+            data, source = _prepared(replace(data, channels=1), len(names))
+    sigma = float(f"{source.rows(sample).std():.2g}")
     return Pictures(data, source, len(names), sizes, sigma, loose)
 
 
@@ -133,6 +134,12 @@ def _refuse_splits(place: str, names: Sequence[str]) -> None:
     one = FilePath(place) / names[0].removesuffix(inner[0]) / first
     how = f"name one of them, as {one}" if FilePath(place).expanduser().is_dir() else f"unpack it and name its {first}"
     raise UserError(f"{place}: {', '.join(parts)}: parts of a data set, no classes; {how}, or take all by --no-classes")
+
+
+def _is_grey(source: MappedImages) -> bool:
+    """Whether all of them are; one that has colour ends the reading."""
+    chunks = (source.images[begin : begin + MEASURED] for begin in range(0, len(source), MEASURED))
+    return all((chunk == chunk[:, :1]).all() for chunk in chunks)
 
 
 def _sample(source: MappedImages) -> Tensor:

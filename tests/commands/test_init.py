@@ -12,6 +12,7 @@ from support.pictures import NAMES, by_class, encode, pictures, write_folder, wr
 from typer.testing import CliRunner
 
 from diffdistill.commands import init as command
+from diffdistill.commands import own_pictures
 from diffdistill.commands.cli import app
 from diffdistill.commands.own_pictures import look_at, share_above
 from diffdistill.commands.starting_configs import SIZES, Start
@@ -19,6 +20,7 @@ from diffdistill.data.image_folder import ImageFolder
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.models.spec import ModelSpec
+from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import parse_yaml
 from diffdistill.storage.checkpoint import read_state
 from diffdistill.training import step_time
@@ -142,7 +144,7 @@ def test_what_holds_no_pictures_is_refused(what: str) -> None:
         "empty": "pictures = 'pictures': holds no images; .png",
         "no images": "pictures = 'pictures': holds no images but 1",
         "none that can be read": "pictures: none of 2 files can be read as an image: a.png, b.png",
-        "all of one colour": "pictures: all pictures are of one colour",
+        "all of one colour": "pictures: all 3 pictures measured are of one colour",
         "tiny": "pictures: the pictures' shorter side is 4 pixels; at least 8 are needed",
     }
     assert message[what] in result.stderr
@@ -206,6 +208,28 @@ def test_sigma_data_is_that_of_the_pixels_as_the_network_will_see_them(files: di
     found = look_at("pictures", side=8, with_classes=None)
     images = ImageFolder(path="pictures", resolution=8).load().rows(torch.arange(COUNT))
     assert found.sigma_data == round(float(images.std()), 2)
+
+
+def test_dark_and_faint_pictures_are_no_single_colour() -> None:
+    faint = {f"{n}.png": encode(Image.new("RGB", (8, 8), (0, 0, n % 2))) for n in range(4)}
+    write_folder(Path("pictures"), faint)
+    found = look_at("pictures", side=8, with_classes=None)
+    std = float(found.source.rows(torch.arange(4)).std())
+    assert 0 < std < 0.005
+    assert found.sigma_data == pytest.approx(std, rel=0.05), "two digits, the zeros in front not counted"
+
+
+def test_one_colour_is_nothing_to_learn_whatever_its_channels() -> None:
+    write_folder(Path("pictures"), {f"{n}.png": encode(Image.new("RGB", (8, 8), (200, 9, 9))) for n in range(3)})
+    with pytest.raises(UserError, match="all 3 pictures measured are of one colour"):
+        look_at("pictures", side=8, with_classes=None)
+
+
+def test_a_single_coloured_picture_anywhere_makes_the_set_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_pictures, "MEASURED", 2)
+    grey = {f"{n}.png": encode(Image.new("RGB", (8, 8), (n * 30,) * 3)) for n in range(7)}
+    write_folder(Path("pictures"), grey | {"3.png": encode(Image.new("RGB", (8, 8), (9, 99, 9)))})
+    assert look_at("pictures", side=8, with_classes=None).data.channels == 3
 
 
 def test_grey_pictures_have_one_channel(files: dict[str, bytes]) -> None:
