@@ -167,6 +167,29 @@ def test_what_is_there_is_not_written_over_unless_asked_to(files: dict[str, byte
     assert load_config("runs/pictures/student.yaml").run == "runs/pictures/student"
 
 
+@pytest.mark.parametrize(("place", "folder"), [("data.1", "data-1"), ("data.2", "data-2"), ("more.zip", "more")])
+def test_runs_have_the_pictures_name(
+    files: dict[str, bytes], no_prediction: None, monkeypatch: pytest.MonkeyPatch, place: str, folder: str
+) -> None:
+    monkeypatch.setattr(command, "_num_threads", lambda start: None)
+    (write_zip if place.endswith(".zip") else write_folder)(Path(place), files)
+    assert call("init", place, "--resolution", "8").exit_code == 0
+    assert load_config(f"runs/{folder}/student.yaml").teacher == f"runs/{folder}/teacher"
+
+
+@pytest.mark.parametrize("broken", ["a\nmodel: 3", "b\u2028c", "d\re"])
+def test_a_name_with_line_breaks_stays_in_its_line(
+    files: dict[str, bytes], no_prediction: None, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(command, "_num_threads", lambda start: None)
+    write_folder(Path(broken), files)
+    result = call("init", broken, "--resolution", "8", "--out", "runs/mine")
+    assert result.exit_code == 0, result.output
+    for file in ("teacher", "student"):
+        assert load_config(f"runs/mine/{file}.yaml").data.path == broken  # type: ignore[union-attr]
+    assert find_protocol("runs/mine/protocol.yaml").reference
+
+
 def test_nothing_is_written_among_the_pictures(files: dict[str, bytes]) -> None:
     write_folder(Path("pictures"), files)
     result = call("init", ".")
