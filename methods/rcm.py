@@ -74,8 +74,10 @@ class RCM(Method):
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        generator = Update(("generator",), "generator_loss", self.fake_updates)
-        return (generator, Update(("fake",), "fake_loss", start=self.warmup)) if self.matching_weight else (generator,)
+        if not self.matching_weight:
+            return (Update(("generator",), "generator_loss"),)
+        fake = Update(("fake",), "fake_loss", start=self.warmup)
+        return Update(("generator",), "generator_loss", self.fake_updates), fake
 
     def sampler(self, problem: Problem) -> FewSteps:
         return self.steps

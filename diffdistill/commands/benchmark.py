@@ -36,9 +36,8 @@ def benchmark(
 
     Example: diffdistill benchmark runs/sdxl --prompts geneval/prompts/evaluation_metadata.jsonl --out images/geneval
     """
-    import torch
-
     from diffdistill.diffusion.guidance.policies import parse_guidance
+    from diffdistill.distributed.devices import choose_device
     from diffdistill.exported.benchmarks import BenchmarkOptions, write_benchmark
     from diffdistill.inference.image_generator import SampleRequest
 
@@ -47,7 +46,7 @@ def benchmark(
         guidance=None if guidance is None else parse_guidance(guidance),
         num_steps=steps,
         ema=ema,
-        device=torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu"),
+        device=choose_device(device),
         trusts_code=trust_code,
     )
     options = BenchmarkOptions(layout, FilePath(prompts), FilePath(out), asked, images_per_prompt, batch)

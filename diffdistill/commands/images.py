@@ -94,10 +94,9 @@ def sample(
 
     Example: diffdistill sample runs/four-steps --first-calls 1 --estimates --out estimates.png
     """
-    import torch
-
     from diffdistill.data.prompts import read_prompts
     from diffdistill.diffusion.guidance.policies import parse_guidance
+    from diffdistill.distributed.devices import choose_device
     from diffdistill.exported.sample import SampleOptions, run_estimates, run_sample
     from diffdistill.inference.image_generator import SampleRequest
 
@@ -111,7 +110,7 @@ def sample(
         style=style,
         negative_prompt=negative_prompt,
         negative_scale=negative_scale,
-        device=torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu"),
+        device=choose_device(device),
         trusts_code=trust_code,
     )
     options = SampleOptions(

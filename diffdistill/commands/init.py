@@ -61,7 +61,9 @@ def init(
 
     if resolution and resolution not in SIDES:
         raise UserError(f"--resolution {resolution}: choose from {', '.join(map(str, SIDES))}")
-    name = re.sub(r"[^a-z0-9]+", "-", FilePath(pictures).expanduser().resolve().stem.lower()).strip("-") or "pictures"
+    place = FilePath(pictures).expanduser().resolve()
+    own = place.name if place.is_dir() else place.stem
+    name = re.sub(r"[^a-z0-9]+", "-", own.lower()).strip("-") or "pictures"
     folder = FilePath(out or f"runs/{name}")
     _check_folder(folder, FilePath(pictures), (TEACHER, STUDENT, PROTOCOL), force=force)
     about = look_at(pictures, side=resolution, with_classes=classes)

@@ -1,7 +1,6 @@
 """A folder of pictures, looked at: how many, how large, of which classes, what is broken, and their deviation."""
 
 import io
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ MOST_BROKEN = 0.5
 MEASURED = 2000
 """Images, evenly spread, that sigma_data is measured on."""
 FEW = 100
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def look_at(place: str, *, side: int | None, with_classes: bool | None) -> Pictu
     """Prepare the pictures in the cache, and measure them.
 
     side: of the images to be made; None for the largest of 8 and 16 (on a GPU up to 64) that the pictures have.
-    with_classes: whether folders are classes; None where they look so: two or more that hold all pictures, and two
-    pictures each.
-    Raises UserError where there are none, most are broken, or they are smaller than 8 pixels.
+    with_classes: whether folders are classes; None where they look so: two or more that hold all pictures, two each on
+    average at least.
+    Raises UserError where there are none, half are broken, they are smaller than 8 pixels or of one colour, or their
+    folders are a data set's parts and with_classes is None.
     """
     _check_text(place)
     listing = list_images(FilePath(place).expanduser(), setting="pictures")
@@ -105,20 +106,40 @@ def look_at(place: str, *, side: int | None, with_classes: bool | None) -> Pictu
     folders = {name.split("/")[0] for name in without_common_folders(names) if "/" in name}
     loose = [name for name in without_common_folders(names) if "/" not in name] if folders else []
     if with_classes is None:
+        _refuse_splits(place, names)
         with_classes = not loose and 1 < len(folders) <= len(names) // 2
     labels: Literal["folders", "none"] = "folders" if with_classes else "none"
     data = ImageFolder(path=place, labels=labels, resolution=side or _side_for(place, sizes))
     data, source = _prepared(data, len(names))
-    pixels = source.images[_sample(source).numpy()]
-    if (pixels == pixels[:, :1]).all():
-        with quietly():
-            data, source = _prepared(replace(data, channels=1), len(names))
-    sigma = round(float(source.rows(_sample(source)).std()), 2)
     if len(source) < 2:
         raise UserError(f"{place}: a single picture; a model needs many")
-    if not sigma > 0:
-        raise UserError(f"{place}: all pictures are of one colour; there is nothing to learn")
+    sample = _sample(source)
+    pixels = source.images[sample.numpy()]
+    if (pixels == pixels[:1, :, :1, :1]).all():
+        raise UserError(f"{place}: all {len(sample):,} pictures measured are of one colour; there is nothing to learn")
+    if _is_grey(source):
+        with quietly():
+            data, source = _prepared(replace(data, channels=1), len(names))
+    sigma = float(f"{source.rows(sample).std():.2g}")
     return Pictures(data, source, len(names), sizes, sigma, loose)
+
+
+def _refuse_splits(place: str, names: Sequence[str]) -> None:
+    inner = without_common_folders(names)
+    folders = {name.split("/")[0] for name in inner if "/" in name}
+    if len(folders) < 2 or not {folder.lower() for folder in folders} <= SPLITS:
+        return
+    parts = sorted(folders, key=str.lower)
+    first = next((folder for folder in parts if folder.lower().startswith("train")), parts[0])
+    one = FilePath(place) / names[0].removesuffix(inner[0]) / first
+    how = f"name one of them, as {one}" if FilePath(place).expanduser().is_dir() else f"unpack it and name its {first}"
+    raise UserError(f"{place}: {', '.join(parts)}: parts of a data set, no classes; {how}, or take all by --no-classes")
+
+
+def _is_grey(source: MappedImages) -> bool:
+    """Whether all of them are; one that has colour ends the reading."""
+    chunks = (source.images[begin : begin + MEASURED] for begin in range(0, len(source), MEASURED))
+    return all((chunk == chunk[:, :1]).all() for chunk in chunks)
 
 
 def _sample(source: MappedImages) -> Tensor:
@@ -131,10 +152,14 @@ def _prepared(data: ImageFolder, num_files: int) -> tuple[ImageFolder, MappedIma
         return data, data.load()
     except UserError:
         found = replace(data, max_unreadable=MOST_BROKEN).load()  # which raises where something else is wrong
-    broken = 1 - len(found) / num_files
-    tolerant = replace(data, max_unreadable=min(MOST_BROKEN, math.floor(100 * broken + 1) / 100))
+    tolerant = replace(data, max_unreadable=share_above(num_files - len(found), num_files))
     with quietly():
         return tolerant, tolerant.load()
+
+
+def share_above(broken: int, num_files: int) -> float:
+    """The least whole percentage above the share of the broken, which is below MOST_BROKEN: as many are refused."""
+    return (100 * broken // num_files + 1) / 100
 
 
 @contextmanager

@@ -33,16 +33,15 @@ def play(
     """
     import importlib.util
 
-    import torch
-
+    from diffdistill.distributed.devices import choose_device
     from diffdistill.export.space_app import serve
     from diffdistill.exported.side_by_side import SideBySide
     from diffdistill.inference.image_generator import SampleRequest
     from diffdistill.settings.schema import UserError
 
+    chosen = choose_device(device)
     if importlib.util.find_spec("gradio") is None:
         raise UserError("play: needs gradio, which is not installed: pip install 'diffdistill[play]'")
-    chosen = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
     stage = SideBySide(runs, SampleRequest(device=chosen, trusts_code=trust_code), teacher_from=teacher_from)
     console.print(f"{', '.join(stage.names)}: Ctrl-C ends the page", highlight=False, soft_wrap=True, markup=False)
     serve(stage, "diffdistill", host=host, port=port)

@@ -159,7 +159,19 @@ def _told_metric(metric: Any) -> dict[str, Any]:
     return {"name": metric.name, "features": {"name": metric.features.name}, **changed}
 
 
+class _OneLine(yaml.SafeDumper):
+    """Strings that hold a line break or the like are quoted with escapes."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_OneLine.add_representer(str, _OneLine.represent_str)
+
+
 def inline(value: Any) -> str:
     """A value as YAML on one line."""
-    text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
-    return text.strip()[1:-1]
+    text = yaml.dump(
+        [value], Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    )
+    return str(text).strip()[1:-1]

@@ -3,8 +3,9 @@
 A method is a frozen dataclass, which is also its config. It never steps an optimiser, logs, or asks for a device.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,6 +50,13 @@ class Update:
     def is_due(self, step: int, images_seen: int) -> bool:
         """Whether the update is taken in the iteration `step`, before which `images_seen` images passed."""
         return step % self.every == 0 and step >= self.start and images_seen >= self.start_images
+
+
+def first_with_all(updates: Sequence[Update], batch_size: int) -> int:
+    """The first iteration in which all of them are due: what it costs, the run costs from then on."""
+    start = max(max(update.start, math.ceil(update.start_images / batch_size)) for update in updates)
+    every = math.lcm(*(update.every for update in updates))
+    return math.ceil(start / every) * every
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from diffdistill.training.speed.options import SpeedConfig
 
 BASE, MOST_BASES = "base", 8
 """The key of the config that a file begins from, and how many may stand over one another."""
+OVER = "-over-base"
 
 Name = Annotated[str, Field(pattern="^[a-z0-9_]+$")]
 """What the user calls one of several."""
@@ -220,9 +221,28 @@ def parse_config(data: object, *, origin: str = "config") -> RunConfig:
 
 
 def json_schema() -> str:
-    """The schema of a run's YAML, for editors."""
+    """The schema of a run's YAML, for editors. Of one with a `base`, nothing is required in any group."""
     made = TypeAdapter(RunConfig).json_schema()
+    groups = made.pop("$defs")
+    over = _without_required(made)
     about = "the config that this one stands over: a packaged one's name, or a file"
-    made["properties"][BASE] = {"type": "string", "description": about}
-    made["anyOf"] = [{"required": [BASE]}, {"required": made.pop("required")}]
-    return json.dumps(made, indent=1) + "\n"
+    over["properties"][BASE] = {"type": "string", "description": about}
+    groups |= {f"{name}{OVER}": _without_required(group) for name, group in groups.items()}
+    whole = {"$defs": groups, "type": "object", "if": {"required": [BASE]}, "then": over, "else": made}
+    return json.dumps(whole, indent=1) + "\n"
+
+
+def _without_required(node: Any) -> Any:
+    """A schema of which each group may say a part, its `name` left out: then several kinds of it may fit."""
+    if isinstance(node, list):
+        return [_without_required(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return node | {"$ref": node["$ref"] + OVER}
+    kept = {key: _without_required(part) for key, part in node.items() if not _decides(key, part)}
+    return kept | ({"anyOf": kept.pop("oneOf")} if "oneOf" in kept else {})
+
+
+def _decides(key: str, part: Any) -> bool:
+    return (key == "required" and isinstance(part, list)) or (key == "discriminator" and "mapping" in part)

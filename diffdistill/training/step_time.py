@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diffdistill.distillation.method import Update
+from diffdistill.distillation.method import Update, first_with_all
 from diffdistill.training.assembly import Assembly
 from diffdistill.training.iteration import MicroBatch
 from diffdistill.training.optimizers import clip
@@ -55,12 +55,13 @@ def measure_step_time(
     plan = assembly.plan
     size = min(plan.config.train.micro_batch_size or plan.share, plan.share)
     count = plan.share // size
+    step = first_with_all(plan.method.updates, plan.config.train.global_batch_size)
     micro_batches, after, reading = dict[str, list[float]](), dict[str, list[float]](), list[float]()
     began = clock()
     for number in range(PASSES):
         begin = clock()
         images, cond = plan.real(0, size)
-        micro = assembly.iteration.micro_batch(0, 0, images, cond, size)
+        micro = assembly.iteration.micro_batch(step, 0, images, cond, size)
         reading.append(clock() - begin)
         for update in plan.method.updates:
             begin = clock()

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 
+from diffdistill.distributed.devices import check_device
 from diffdistill.distributed.meeting import is_cpu_fleet, meet
 from diffdistill.distributed.processes import others
-from diffdistill.settings.schema import UserError
 
 T = TypeVar("T")
 
@@ -40,8 +40,7 @@ def find_workers(device: str = "auto") -> Workers:
     """
     from accelerate import PartialState
 
-    if device not in ("auto", "cpu"):
-        raise UserError(f"--device {device}: choose from auto, cpu")
+    check_device(device)
     state = meet(lambda patience: PartialState(cpu=device == "cpu" or is_cpu_fleet(), timeout=patience))
 
     def wait() -> None:

@@ -1,5 +1,6 @@
 """`init`: from a folder of pictures to a student and its evaluation, without editing a file."""
 
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from support.pictures import NAMES, by_class, encode, pictures, write_folder, wr
 from typer.testing import CliRunner
 
 from diffdistill.commands import init as command
+from diffdistill.commands import own_pictures
 from diffdistill.commands.cli import app
-from diffdistill.commands.own_pictures import look_at
+from diffdistill.commands.own_pictures import look_at, share_above
 from diffdistill.commands.starting_configs import SIZES, Start
 from diffdistill.data.image_folder import ImageFolder
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.eval.protocols.packaged import find_protocol
 from diffdistill.models.spec import ModelSpec
+from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import parse_yaml
 from diffdistill.storage.checkpoint import read_state
 from diffdistill.training import step_time
@@ -110,6 +113,20 @@ def test_broken_files_are_named_and_left_out(files: dict[str, bytes], no_predict
     assert "runs/pictures/student" in go_the_whole_way(result).stdout
 
 
+def test_one_broken_file_of_ten_is_left_out(files: dict[str, bytes]) -> None:
+    write_folder(Path("pictures"), dict([*flat(files).items()][:9]) | {"zzz.png": b"no image"})
+    found = look_at("pictures", side=8, with_classes=None)
+    assert (found.num_files, found.num_broken, found.data.max_unreadable) == (10, 1, 0.11)
+
+
+def test_the_share_that_is_tolerated_is_the_least_hundredth_above_that_of_the_broken() -> None:
+    for total in range(2, 401):
+        for broken in range(1, (total + 1) // 2):
+            share = share_above(broken, total)
+            assert broken < share * total, "prepare refuses as many as this"
+            assert round(100 * share) - 1 <= Fraction(100 * broken, total) < round(100 * share)
+
+
 @pytest.mark.parametrize("what", ["empty", "no images", "none that can be read", "all of one colour", "tiny"])
 def test_what_holds_no_pictures_is_refused(what: str) -> None:
     contents = {
@@ -127,7 +144,7 @@ def test_what_holds_no_pictures_is_refused(what: str) -> None:
         "empty": "pictures = 'pictures': holds no images; .png",
         "no images": "pictures = 'pictures': holds no images but 1",
         "none that can be read": "pictures: none of 2 files can be read as an image: a.png, b.png",
-        "all of one colour": "pictures: all pictures are of one colour",
+        "all of one colour": "pictures: all 3 pictures measured are of one colour",
         "tiny": "pictures: the pictures' shorter side is 4 pixels; at least 8 are needed",
     }
     assert message[what] in result.stderr
@@ -148,6 +165,29 @@ def test_what_is_there_is_not_written_over_unless_asked_to(files: dict[str, byte
     assert load_config("runs/b/student.yaml").teacher == "runs/b/teacher"
     assert call("init", "pictures", "--resolution", "8", "--force").exit_code == 0
     assert load_config("runs/pictures/student.yaml").run == "runs/pictures/student"
+
+
+@pytest.mark.parametrize(("place", "folder"), [("data.1", "data-1"), ("data.2", "data-2"), ("more.zip", "more")])
+def test_runs_have_the_pictures_name(
+    files: dict[str, bytes], no_prediction: None, monkeypatch: pytest.MonkeyPatch, place: str, folder: str
+) -> None:
+    monkeypatch.setattr(command, "_num_threads", lambda start: None)
+    (write_zip if place.endswith(".zip") else write_folder)(Path(place), files)
+    assert call("init", place, "--resolution", "8").exit_code == 0
+    assert load_config(f"runs/{folder}/student.yaml").teacher == f"runs/{folder}/teacher"
+
+
+@pytest.mark.parametrize("broken", ["a\nmodel: 3", "b\u2028c", "d\re"])
+def test_a_name_with_line_breaks_stays_in_its_line(
+    files: dict[str, bytes], no_prediction: None, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(command, "_num_threads", lambda start: None)
+    write_folder(Path(broken), files)
+    result = call("init", broken, "--resolution", "8", "--out", "runs/mine")
+    assert result.exit_code == 0, result.output
+    for file in ("teacher", "student"):
+        assert load_config(f"runs/mine/{file}.yaml").data.path == broken  # type: ignore[union-attr]
+    assert find_protocol("runs/mine/protocol.yaml").reference
 
 
 def test_nothing_is_written_among_the_pictures(files: dict[str, bytes]) -> None:
@@ -172,11 +212,47 @@ def test_folders_are_classes_where_they_look_so_or_the_user_says_so(files: dict[
     assert look_at("classes", side=8, with_classes=False).classes == {}
 
 
+@pytest.mark.parametrize("above", ["", "set/"])
+def test_folders_of_a_split_are_no_classes(files: dict[str, bytes], above: str) -> None:
+    split = {f"{above}{('test', 'Train')[n % 2]}/{name}": content for n, (name, content) in enumerate(files.items())}
+    write_folder(Path("pictures"), split)
+    result = call("init", "pictures", "--resolution", "8")
+    assert result.exit_code == 2
+    assert f"test, Train: parts of a data set, no classes; name one of them, as pictures/{above}Train" in result.stderr
+    assert look_at(f"pictures/{above}Train", side=8, with_classes=None).classes.keys() == set(NAMES[:3])
+    assert look_at("pictures", side=8, with_classes=False).num_files == COUNT
+    assert look_at("pictures", side=8, with_classes=True).classes.keys() == {"test", "Train"}, "who says so gets it"
+    write_folder(Path("words"), {name.replace(NAMES[0], "train"): content for name, content in files.items()})
+    assert len(look_at("words", side=8, with_classes=None).classes) == 3, "a class of trains"
+
+
 def test_sigma_data_is_that_of_the_pixels_as_the_network_will_see_them(files: dict[str, bytes]) -> None:
     write_folder(Path("pictures"), files)
     found = look_at("pictures", side=8, with_classes=None)
     images = ImageFolder(path="pictures", resolution=8).load().rows(torch.arange(COUNT))
     assert found.sigma_data == round(float(images.std()), 2)
+
+
+def test_dark_and_faint_pictures_are_no_single_colour() -> None:
+    faint = {f"{n}.png": encode(Image.new("RGB", (8, 8), (0, 0, n % 2))) for n in range(4)}
+    write_folder(Path("pictures"), faint)
+    found = look_at("pictures", side=8, with_classes=None)
+    std = float(found.source.rows(torch.arange(4)).std())
+    assert 0 < std < 0.005
+    assert found.sigma_data == pytest.approx(std, rel=0.05), "two digits, the zeros in front not counted"
+
+
+def test_one_colour_is_nothing_to_learn_whatever_its_channels() -> None:
+    write_folder(Path("pictures"), {f"{n}.png": encode(Image.new("RGB", (8, 8), (200, 9, 9))) for n in range(3)})
+    with pytest.raises(UserError, match="all 3 pictures measured are of one colour"):
+        look_at("pictures", side=8, with_classes=None)
+
+
+def test_a_single_coloured_picture_anywhere_makes_the_set_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_pictures, "MEASURED", 2)
+    grey = {f"{n}.png": encode(Image.new("RGB", (8, 8), (n * 30,) * 3)) for n in range(7)}
+    write_folder(Path("pictures"), grey | {"3.png": encode(Image.new("RGB", (8, 8), (9, 99, 9)))})
+    assert look_at("pictures", side=8, with_classes=None).data.channels == 3
 
 
 def test_grey_pictures_have_one_channel(files: dict[str, bytes]) -> None:

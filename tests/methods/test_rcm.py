@@ -33,6 +33,8 @@ def test_without_matching_after_the_warm_up_it_is_scm_with_an_even_weight() -> N
     for a, b in zip(gradients(found, players), gradients(expected, players), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
     assert set(players) == {"teacher", "generator"}
+    assert CONSISTENCY.fake_updates > 1
+    assert [update.every for update in CONSISTENCY.updates] == [1], "there is no fake score to wait for"
 
 
 @pytest.mark.parametrize("levels", [None, DrawnLevels(calls=(2, 3), order="capped")], ids=["the sampler's", "drawn"])

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from diffdistill.data.digits import Digits
 from diffdistill.data.image_folder import ImageFolder
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump_yaml, parse_yaml
-from diffdistill.training.config import OptimizerConfig, RunConfig, find_config, load_config, parse_config
+from diffdistill.training.config import OptimizerConfig, RunConfig, find_config, load_config, parse_config, read_config
 from diffdistill.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -134,6 +135,29 @@ def test_a_config_stands_over_its_base(tmp_path: Path) -> None:
     assert found.optimizers["generator"] == replace(packaged.optimizers["generator"], lr=1e-5)
     assert found.optimizers["default"] == packaged.optimizers["default"]
     assert found.train == replace(packaged.train, steps=5, global_batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "merged"),
+    [
+        ("{lr: 1, decay: linear}", "{name: adamw, lr: 2}", {"name": "adamw", "lr": 2, "decay": "linear"}),
+        ("{lr: 1, decay: linear}", "{name: adam}", {"name": "adam", "lr": 1, "decay": "linear"}),
+        ("{name: radam, lr: 1, eps: 1}", "{lr: 2}", {"name": "radam", "lr": 2, "eps": 1}),
+        ("{name: radam, lr: 1}", "{name: radam, eps: 2}", {"name": "radam", "lr": 1, "eps": 2}),
+        ("{name: radam, lr: 1, eps: 1}", "{name: sgd, lr: 2}", {"name": "sgd", "lr": 2}),
+    ],
+)
+def test_a_group_gives_way_to_another_name_alone(tmp_path: Path, base: str, own: str, merged: dict[str, Any]) -> None:
+    (tmp_path / "base.yaml").write_text(f"optimizers: {{default: {base}}}\n")
+    (tmp_path / "own.yaml").write_text(f"base: base.yaml\noptimizers: {{default: {own}}}\n")
+    assert read_config(tmp_path / "own.yaml") == {"optimizers": {"default": merged}}
+
+
+def test_of_several_bases_the_lowest_is_the_first_to_be_written_over(tmp_path: Path) -> None:
+    (tmp_path / "low.yaml").write_text("data: {name: digits, split: test}\n")
+    (tmp_path / "middle.yaml").write_text("base: low.yaml\ndata: {cache: mine}\n")
+    (tmp_path / "own.yaml").write_text("base: middle.yaml\ndata: {name: image_folder, path: pictures}\n")
+    assert read_config(tmp_path / "own.yaml") == {"data": {"name": "image_folder", "path": "pictures"}}
 
 
 @pytest.mark.parametrize(

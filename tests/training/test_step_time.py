@@ -3,13 +3,16 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from diffdistill.commands.doctor import examine_config
+from diffdistill.distillation.method import Update, first_with_all
 from diffdistill.training.assembly import assemble
 from diffdistill.training.config import RunConfig
 from diffdistill.training.iteration import Iteration
+from diffdistill.training.memory.prediction import saved_growth
 from diffdistill.training.plan import plan
 from diffdistill.training.step_time import StepTime, measure_step_time, one_micro_batch
 from diffdistill.training.trainer import Trainer
@@ -77,3 +80,34 @@ def test_one_micro_batch_is_a_step_of_the_same_memory(make_config: MakeConfig, l
     assert small.plan.config.train == replace(config.train, global_batch_size=4)
     Trainer(small, quiet=True).train_step()
     assert len(losses) == len(small.plan.method.updates)
+
+
+def test_an_update_is_measured_in_the_first_iteration_in_which_all_are_due(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = (Update((), "a", every=5), Update((), "b", every=2, start=12), Update((), "c", start_images=90))
+    assert first_with_all(updates, batch_size=4) == 30
+    assert first_with_all(updates[:2], batch_size=4) == 20
+    assert first_with_all(updates[:1], batch_size=4) == 0
+    asked: list[int] = []
+    make = Iteration.micro_batch
+
+    def noted(self: Iteration, step: int, *rest: Any) -> Any:
+        asked.append(step)
+        return make(self, step, *rest)
+
+    monkeypatch.setattr(Iteration, "micro_batch", noted)
+    config = make_config("rcm", "method.warmup=7", "method.fake_updates=2", "train.micro_batch_size=2")
+    said = {finding.topic: finding.text for finding in examine_config(config)}
+    assert set(asked) <= {8, 9}
+    assert "as predicted" in said["fake"], "it steps as well where the step is counted"
+
+
+def test_matching_that_begins_after_a_warm_up_needs_the_memory_that_it_needs_without_one(
+    make_config: MakeConfig,
+) -> None:
+    found = []
+    for warmup in (0, 100):
+        assembly = assemble(plan(make_config("rcm", f"method.warmup={warmup}"), resume=None))
+        found.append(saved_growth(assembly.plan, assembly.iteration)["generator_loss"].at(64))
+    assert found[1] == pytest.approx(found[0], rel=0.2), "the calls before the one with a gradient are drawn"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.distillation.method import Players, Update
+from diffdistill.distillation.method import Players, Update, first_with_all
 from diffdistill.distillation.rewards import Judge, find_reward
 from diffdistill.models.encoders import PixelDecoder
 from diffdistill.networks.lora import lora_of
@@ -163,9 +163,10 @@ class Rehearsal:
 
 
 def rehearse(assembly: Assembly, steps: int = 2) -> Rehearsal:
-    """Take real steps and count. Nothing is written."""
+    """Take real steps, from the first in which every update is due, and count. Nothing is written."""
     gradients: dict[str, int] = {}
     trainer, players = Trainer(assembly, quiet=True), assembly.iteration.players
+    trainer.step = _step(assembly.plan)
 
     def note(name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
@@ -250,7 +251,12 @@ def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
 
 def _micro_batch(plan: Plan, iteration: Iteration, size: int) -> MicroBatch:
     images, cond = plan.real(0, size)
-    return iteration.micro_batch(0, 0, images, cond, size)
+    return iteration.micro_batch(_step(plan), 0, images, cond, size)
+
+
+def _step(plan: Plan) -> int:
+    """In which every update is due, so that nothing of the run is left out."""
+    return first_with_all(plan.method.updates, plan.config.train.global_batch_size)
 
 
 def _batch_bytes(micro: MicroBatch) -> int:
