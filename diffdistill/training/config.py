@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import reduce
 from importlib import resources
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
@@ -169,23 +170,27 @@ def load_config(file: str | FilePath, overrides: Sequence[str] = ()) -> RunConfi
 def read_config(file: str | FilePath) -> dict[str, Any]:
     """A run's YAML over that of its `base`, a packaged config's name or a file, from this one's folder or from here.
 
-    Groups of one `name` are merged, everything else takes the place of the base's.  Raises UserError.
+    Groups are merged, unless both have a `name` and they differ; everything else takes the place of the base's.
+    Raises UserError.
     """
-    data, here = read_yaml(file), FilePath(file)
-    for _ in range(MOST_BASES):
-        if BASE not in data:
-            return data
-        name = data.pop(BASE)
+    here, files = FilePath(file), [read_yaml(file)]
+    while BASE in files[-1]:
+        name = files[-1].pop(BASE)
         if not isinstance(name, str):
             raise UserError(f"{here}: base = {name!r}: name a packaged config, as dmd2/sd15, or a file")
+        if len(files) > MOST_BASES:
+            raise UserError(
+                f"{file}: base: more than {MOST_BASES} configs over one another, or they begin from themselves"
+            )
         here = beside if (beside := here.parent / name).is_file() else find_config(name)
-        data = _over(read_yaml(here), data)
-    raise UserError(f"{file}: base: more than {MOST_BASES} configs over one another, or they begin from themselves")
+        files.append(read_yaml(here))
+    return reduce(_over, reversed(files))
 
 
 def _over(base: Any, own: Any) -> Any:
-    are_groups = isinstance(base, dict) and isinstance(own, dict)
-    if not are_groups or own.get("name", base.get("name")) != base.get("name"):
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    if "name" in base and "name" in own and base["name"] != own["name"]:
         return own
     return base | {key: _over(base.get(key), value) for key, value in own.items()}
 
