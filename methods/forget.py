@@ -51,7 +51,7 @@ class Forget(Wrapper):
         if self.becomes is not None and (self.becomes >= problem.num_classes or self.becomes in self.forgotten):
             raise UserError(f"method.becomes = {self.becomes}: must be a class that stays, or null for any")
         if not self.base.tells_teacher_class:
-            telling = ", ".join(sorted(n for n in METHODS.own if METHODS.find(n).tells_teacher_class is True))
+            telling = ", ".join(sorted(n for n in METHODS.own if _tells(METHODS.find(n))))
             said = "tells its teacher no class of its own, so that nothing would be forgotten"
             raise UserError(f"method.base.name = {self.base.name!r}: {said}; choose from {telling}")
         if weight := getattr(self.base, "regression_weight", 0):
@@ -88,3 +88,7 @@ class Forget(Wrapper):
     @staticmethod
     def _one_of(classes: tuple[int, ...], uniform: Tensor) -> Tensor:
         return constant(classes, uniform.device, torch.int64)[integer_of(uniform, len(classes))]
+
+
+def _tells(method: type[Method]) -> bool:
+    return True in (vars(kind).get("tells_teacher_class") for kind in method.__mro__)

@@ -2,6 +2,7 @@
 with. It runs without this package: app.py is a copy of `space_app`."""
 
 import json
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as FilePath
 from typing import Any
@@ -10,9 +11,10 @@ import yaml
 
 from diffdistill.export import space_app
 from diffdistill.export.card import read_state
-from diffdistill.export.record import guidance_of, read_record
-from diffdistill.export.run import Exported, ExportOptions, export
+from diffdistill.export.record import RECORD, guidance_of, read_record
+from diffdistill.export.run import Exported, ExportOptions, building_place, export
 from diffdistill.export.usage import has_code, makes_pictures, takes_text
+from diffdistill.export.verify import ExportError
 from diffdistill.models.load import load_model
 from diffdistill.models.places import find_again
 from diffdistill.models.spec import TrainedModel
@@ -26,6 +28,7 @@ GRADIO = "6.31.0"
 """That the page was tested with."""
 NEEDED = ("torch", "diffusers", "accelerate", "safetensors")
 STUDENT, TEACHER = "student", "teacher"
+PAGE = ("app.py", "requirements.txt", "README.md")
 
 
 def export_space(place: str, folder: FilePath, options: ExportOptions) -> Exported:
@@ -35,16 +38,22 @@ def export_space(place: str, folder: FilePath, options: ExportOptions) -> Export
     """
     if options.kind in ("lora", "kohya"):
         raise UserError(f"--space: needs a whole pipeline, and not --kind {options.kind}")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+    if options.push:
+        raise UserError(
+            "--push: uploads a model and not a Space; leave it out, the Space's README.md says how to push it"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise UserError(f"--space {folder}: holds something else than a Space of ours; name a new folder")
     model = load_model(place, ema=options.ema)
     if not makes_pictures(model):
         raise UserError(f"--space: {place} makes no pictures")
     made = export(place, folder / STUDENT, options)
     teacher = _export_teacher(model, folder / TEACHER, is_verified=options.is_verified)
+    if not teacher and (folder / TEACHER / RECORD).is_file():
+        shutil.rmtree(folder / TEACHER)  # of an export before
     models = [_facts(folder / name, name) for name in ((TEACHER, STUDENT) if teacher else (STUDENT,))]
-    if teacher:
-        models[0]["call"] = {"guidance_scale": guidance_of(read_state(model)["config"]["method"])}
+    if teacher and (models[0]["takes_steps"] or "guidance_scale" in models[0]["call"]):
+        models[0]["call"] = models[0]["call"] | {"guidance_scale": guidance_of(read_state(model)["config"]["method"])}
     labels = list(model.spec.classes or range(model.spec.num_classes))
     names = model.spec.class_names
     told = {
@@ -60,6 +69,16 @@ def export_space(place: str, folder: FilePath, options: ExportOptions) -> Export
     return made
 
 
+def _is_ours(folder: FilePath) -> bool:
+    """Whether it holds a Space of ours, or what one leaves that was broken off: then its facts are not yet there."""
+    if (folder / FACTS).is_file():
+        return True
+    names = {one.name for one in folder.iterdir()}
+    shown = {name for name in names if not name.startswith(".")}
+    begun = (folder / STUDENT / RECORD).is_file() or (not shown and building_place(folder / STUDENT).name in names)
+    return begun and shown <= {STUDENT, TEACHER, *PAGE}
+
+
 def _export_teacher(model: TrainedModel, folder: FilePath, *, is_verified: bool) -> Exported | None:
     """A teacher that was trained by us; one of the hub is too large to be copied, and has licences of its own."""
     state = read_state(model)
@@ -71,7 +90,7 @@ def _export_teacher(model: TrainedModel, folder: FilePath, *, is_verified: bool)
         return None
     try:
         return export(found.place, folder, ExportOptions(is_verified=is_verified))
-    except UserError as error:
+    except (UserError, ExportError) as error:
         say(f"the Space shows the student alone: {error}")
         return None
 
