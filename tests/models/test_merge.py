@@ -168,13 +168,10 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_another_start_is_said(pair: tuple[Path, Path], home: Path, tmp_path: Path) -> None:
-    teacher = origin("mlp", "sid", home / "mlp3")
+    teacher = origin("mlp", "sid", home / "mlp3", "train.seed=7")
     other = train("sid", teacher, home / "c")
     assert shapes_of(load_model(other).denoiser) == shapes_of(load_model(pair[0]).denoiser)
-    state = json.loads((list_checkpoints(other / "checkpoints")[-1] / "state.json").read_text())
-    mine = json.loads((list_checkpoints(pair[0] / "checkpoints")[-1] / "state.json").read_text())
-    same = state["sha256"]["teacher"] == mine["sha256"]["teacher"]
-    assert merge_runs([pair[0], other], tmp_path / "m", (0.5,)).has_one_start == same
+    assert not merge_runs([pair[0], other], tmp_path / "m", (0.5,)).has_one_start
 
 
 def test_the_command_mixes_and_says_what(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -77,15 +77,15 @@ PROMPTS = ("a red fox", "two blue birds", "a hat")
 COUNT = 8  # images
 
 
-def origin(family: str, method: str, folder: Path) -> Path:
-    """A family's stand-in, or a run of one of our own networks.
+def origin(family: str, method: str, folder: Path, *overrides: str) -> Path:
+    """A family's stand-in, or a run of one of our own networks, of which overrides are.
 
     `ddpm` has classes for the methods that need some, and what BOOT starts from predicts v.
     """
     if family in OWN:
         text = f"method: {{name: pretrain}}\nmodel: {OWN[family]}\noptimizers: {{default: {{lr: 1e-3}}}}"
         settings = parse_yaml(f"{text}\ntrain: {SMALL_TRAIN}", origin="the tests' settings") | {"run": str(folder)}
-        return _run(parse_config(apply_overrides(settings, ["train.steps=3"])))
+        return _run(parse_config(apply_overrides(settings, ["train.steps=3", *overrides])))
     classes = {"num_classes": 5} if family == "ddpm" and method in NEED_CLASSES else {}
     save_stand_in(family, folder, **classes)
     file = folder / "scheduler" / "scheduler_config.json"
