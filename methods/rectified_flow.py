@@ -21,14 +21,20 @@ from diffdistill.diffusion.time_distributions import AnyTimeDistribution, UShape
 from diffdistill.distillation.distances import LPIPS
 from diffdistill.distillation.first_noise import check_first_noise
 from diffdistill.distillation.losses import pseudo_huber
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import check_deterministic, check_teleport, memorisation, teacher_pairs
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem, Update
+from diffdistill.distillation.pairs import (
+    OnStoredPairs,
+    check_deterministic,
+    check_teleport,
+    memorisation,
+    teacher_pairs,
+)
 from diffdistill.settings.numbers import NonNegativeInt
 from diffdistill.settings.schema import NonNegative, Number, Positive, PositiveInt, field, schema
 
 
 @schema
-class RectifiedFlow(Method):
+class RectifiedFlow(OnStoredPairs):
     """steps: how the student makes its image, one call or several with `later_noise: fixed`."""
 
     name: Literal["rectified_flow"] = "rectified_flow"
@@ -50,14 +56,6 @@ class RectifiedFlow(Method):
 
     def __post_init__(self) -> None:
         check_deterministic("pair_sampler", self.pair_sampler)
-
-    @property
-    def needs_images(self) -> bool:
-        return self.teleport is not None  # the Gaussian is of them
-
-    @property
-    def one_shape(self) -> str | None:
-        return None if self.teleport is None else "its stored pairs are of one size"
 
     def sampler(self, problem: Problem) -> FewSteps:
         return self.steps

@@ -14,14 +14,20 @@ from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.sampling import AnySampler, FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom, integer_of
 from diffdistill.distillation.distances import PairDistance, SquaredError
-from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
-from diffdistill.distillation.pairs import check_deterministic, check_teleport, memorisation, teacher_pairs
+from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem, Update
+from diffdistill.distillation.pairs import (
+    OnStoredPairs,
+    check_deterministic,
+    check_teleport,
+    memorisation,
+    teacher_pairs,
+)
 from diffdistill.settings.numbers import NonNegativeInt
 from diffdistill.settings.schema import Number, Positive, PositiveInt, field, schema
 
 
 @schema
-class Regression(Method):
+class Regression(OnStoredPairs):
     """pairs: how many.  pair_sampler: the teacher's, deterministic.  guidance: w of D_u + w (D_c - D_u), its own."""
 
     name: Literal["regression"] = "regression"
@@ -42,14 +48,6 @@ class Regression(Method):
         check_deterministic("pair_sampler", self.pair_sampler)
         if self.steps.num_evaluations > 1:
             raise ValueError("steps: a pair is of one step; use a single one")
-
-    @property
-    def needs_images(self) -> bool:
-        return self.teleport is not None  # the Gaussian is of them
-
-    @property
-    def one_shape(self) -> str | None:
-        return None if self.teleport is None else "its stored pairs are of one size"
 
     def sampler(self, problem: Problem) -> FewSteps:
         return self.steps

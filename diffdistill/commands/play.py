@@ -42,8 +42,8 @@ def play(
     chosen = choose_device(device)
     if importlib.util.find_spec("gradio") is None:
         raise UserError("play: needs gradio, which is not installed: pip install 'diffdistill[play]'")
-    stage = SideBySide(runs, SampleRequest(device=chosen, trusts_code=trust_code), teacher_from=teacher_from)
-    console.print(f"{', '.join(stage.names)}: Ctrl-C ends the page", highlight=False, soft_wrap=True, markup=False)
-    serve(stage, "diffdistill", host=host, port=port)
+    models = SideBySide(runs, SampleRequest(device=chosen, trusts_code=trust_code), teacher_from=teacher_from)
+    console.print(f"{', '.join(models.names)}: Ctrl-C ends the page", highlight=False, soft_wrap=True, markup=False)
+    serve(models, "diffdistill", host=host, port=port)
     if as_run(runs[0]):
         say_next(("export", runs[0], "--space", f"spaces/{FilePath(runs[0]).resolve().name}"))

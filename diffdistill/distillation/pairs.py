@@ -26,6 +26,23 @@ FACTS = "pairs.json"
 Pairs = dict[str, Tensor]
 
 
+class OnStoredPairs(Method):
+    """A method of a student that learns a teacher's pairs, which are made before the first step.
+
+    teleport: a setting of the method: pairs begin where a Gaussian of the run's images arrives, so it needs them.
+    """
+
+    teleport: float | None
+
+    @property
+    def needs_images(self) -> bool:
+        return self.teleport is not None
+
+    @property
+    def one_shape(self) -> str | None:
+        return None if self.teleport is None else "its stored pairs are of one size"
+
+
 @torch.no_grad()
 def teacher_pairs(
     problem: Problem,

@@ -21,7 +21,7 @@ CSS = ".model img {image-rendering: pixelated} footer {display: none !important}
 
 
 @dataclass(frozen=True)
-class Wish:
+class PageRequest:
     """What the page asks for. Image i is of noise number i of the seed, for every model.
 
     label: a class; None for all in turn.  steps, guidance: of the students, and of the teacher; None: each one's own.
@@ -51,7 +51,7 @@ class Drawn:
     fault: str = ""
 
 
-class Stage(Protocol):
+class PageModels(Protocol):
     """The models.  names: what stands over each, the teacher's first where there is one.  classes: to choose from."""
 
     names: list[str]
@@ -59,14 +59,14 @@ class Stage(Protocol):
     takes_text: bool
     classes: list[str]
 
-    def draw(self, wish: Wish) -> list[Drawn]: ...
+    def draw(self, request: PageRequest) -> list[Drawn]: ...
 
 
-def wish_of(values: dict[str, Any]) -> Wish:
+def request_of(values: dict[str, Any]) -> PageRequest:
     """From the fields of the page, of which some are empty; a browser may send anything."""
     seed, count = int(values.get("seed") or 0), int(values.get("count") or 1)
     filled = {name: value for name, value in values.items() if value not in (None, "")}
-    return Wish(**filled | {"seed": min(max(seed, 0), MAX_SEED), "count": min(max(count, 1), MAX_COUNT)})
+    return PageRequest(**filled | {"seed": min(max(seed, 0), MAX_SEED), "count": min(max(count, 1), MAX_COUNT)})
 
 
 def caption(drawn: Drawn, slowest: float) -> str:
@@ -92,12 +92,12 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def page(stage: Stage, title: str) -> Any:
+def page(models: PageModels, title: str) -> Any:
     """The page, as gradio's Blocks."""
     import gradio as gr
 
     def draw(*values: Any) -> list[Any]:
-        drawn = stage.draw(wish_of(dict(zip(asked, values, strict=True))))
+        drawn = models.draw(request_of(dict(zip(asked, values, strict=True))))
         slowest = max(one.seconds for one in drawn)
         return [*(grid(one.images) if one.images else None for one in drawn), *(caption(one, slowest) for one in drawn)]
 
@@ -105,15 +105,15 @@ def page(stage: Stage, title: str) -> Any:
         gr.Markdown(f"# {title}\nEvery model draws from the same noise: image *i* here is image *i* there.")
         asked: dict[str, Any] = {}
         with gr.Row():
-            if stage.takes_text:
+            if models.takes_text:
                 asked["prompt"] = gr.Textbox("a red fox", label="Prompt", max_length=1000, scale=3)
-            elif stage.classes:
-                choices = [("all in turn", ""), *((name, name) for name in stage.classes)]
+            elif models.classes:
+                choices = [("all in turn", ""), *((name, name) for name in models.classes)]
                 asked["label"] = gr.Dropdown(choices, value="", label="Class")
             asked["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-            asked["count"] = gr.Slider(1, MAX_COUNT, 4 if stage.takes_text else 9, step=1, label="Images")
+            asked["count"] = gr.Slider(1, MAX_COUNT, 4 if models.takes_text else 9, step=1, label="Images")
         with gr.Accordion("Steps and guidance", open=False), gr.Row():
-            for who in ("teacher", "student") if stage.has_teacher else ("student",):
+            for who in ("teacher", "student") if models.has_teacher else ("student",):
                 prefix = "teacher_" if who == "teacher" else ""
                 own: Any = {"value": None, "placeholder": "its own"}
                 whole: Any = {"precision": 0, "minimum": 1, "maximum": 1000}
@@ -122,7 +122,7 @@ def page(stage: Stage, title: str) -> Any:
         button = gr.Button("Draw", variant="primary", elem_id="draw")
         pictures, captions = [], []
         with gr.Row():
-            for name in stage.names:
+            for name in models.names:
                 with gr.Column(min_width=260):
                     gr.Markdown(f"### {name}")
                     shown = gr.Image(show_label=False, format="png", buttons=["download"], elem_classes="model")
@@ -132,13 +132,13 @@ def page(stage: Stage, title: str) -> Any:
     return blocks
 
 
-def serve(stage: Stage, title: str, *, host: str | None = None, port: int | None = None) -> None:
+def serve(models: PageModels, title: str, *, host: str | None = None, port: int | None = None) -> None:
     """Serve the page until it is stopped; no share link, nothing of other hosts.  host, port: None: gradio's own."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
     plain = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page(stage, title).launch(
+    page(models, title).launch(
         server_name=host, server_port=port, share=False, theme=plain, css=CSS, footer_links=[], ssr_mode=False
     )
 
@@ -153,11 +153,11 @@ class Folders:
         self.names, self.has_teacher = [model["name"] for model in self.models], bool(self.models[0]["is_teacher"])
         self.pipelines = [_load(place / model["folder"], model) for model in self.models]
 
-    def draw(self, wish: Wish) -> list[Drawn]:
-        return [self._draw(pipe, model, wish) for pipe, model in zip(self.pipelines, self.models, strict=True)]
+    def draw(self, request: PageRequest) -> list[Drawn]:
+        return [self._draw(pipe, model, request) for pipe, model in zip(self.pipelines, self.models, strict=True)]
 
-    def _draw(self, pipe: Any, model: dict[str, Any], wish: Wish) -> Drawn:
-        steps, scale = wish.of(is_teacher=model["is_teacher"])
+    def _draw(self, pipe: Any, model: dict[str, Any], request: PageRequest) -> Drawn:
+        steps, scale = request.of(is_teacher=model["is_teacher"])
         call = dict(model["call"])
         if model["takes_steps"]:
             call |= {"num_inference_steps": steps} if steps else {}
@@ -165,22 +165,22 @@ class Folders:
         elif steps or scale is not None:
             return Drawn(fault="Its steps and guidance are those that it was exported with; leave them empty.")
         try:
-            self._call(pipe, call, wish, range(1))
-            began, every = time.perf_counter(), range(wish.count)
-            images = [one for i in every[::BATCH] for one in self._call(pipe, call, wish, every[i : i + BATCH])]
+            self._call(pipe, call, request, range(1))
+            began, every = time.perf_counter(), range(request.count)
+            images = [one for i in every[::BATCH] for one in self._call(pipe, call, request, every[i : i + BATCH])]
         except (ValueError, torch.OutOfMemoryError) as error:  # of diffusers, of the folder's pipeline, of the device
             return Drawn(fault=str(error))
         calls = int(pipe.model.sampler_for(steps).num_evaluations) if model["takes_steps"] else model["num_evaluations"]
         return Drawn(images, calls, (time.perf_counter() - began) / len(images))
 
-    def _call(self, pipe: Any, call: dict[str, Any], wish: Wish, index: range) -> list[Image.Image]:
-        chosen = [self.labels[self.classes.index(wish.label)]] if wish.label else self.labels
+    def _call(self, pipe: Any, call: dict[str, Any], request: PageRequest, index: range) -> list[Image.Image]:
+        chosen = [self.labels[self.classes.index(request.label)]] if request.label else self.labels
         asked: dict[str, Any] = {"batch_size": len(index)}
         if self.takes_text:
-            asked = {"prompt": [wish.prompt] * len(index)}
+            asked = {"prompt": [request.prompt] * len(index)}
         elif chosen:
             asked = {"class_labels": [chosen[i % len(chosen)] for i in index]}
-        noise = [torch.Generator().manual_seed(wish.seed * MAX_COUNT + i) for i in index]
+        noise = [torch.Generator().manual_seed(request.seed * MAX_COUNT + i) for i in index]
         return list(pipe(**asked, **call, generator=noise).images)
 
 

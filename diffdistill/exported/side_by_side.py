@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffdistill.data.pictures import to_uint8
 from diffdistill.diffusion.guidance.policies import Guidance
-from diffdistill.export.space_app import Drawn, Wish
+from diffdistill.export.space_app import Drawn, PageRequest
 from diffdistill.exported.image_generators import Opened, open_place, open_teacher, timed_images
 from diffdistill.exported.sample import teacher_of
 from diffdistill.inference.image_generator import SampleRequest
@@ -70,9 +70,9 @@ class SideBySide:
         names = first.class_names
         self.classes = [names[number] if names else str(number) for number in first.classes]
 
-    def draw(self, wish: Wish) -> list[Drawn]:
+    def draw(self, request: PageRequest) -> list[Drawn]:
         """The same noise through every model; what a model does not know is said in its place."""
-        return [self._draw(player, wish) for player in self.players]
+        return [self._draw(player, request) for player in self.players]
 
     def _open_teacher(self, place: str, students: Sequence[Player], now: str | None) -> Opened | None:
         """None, which is said, where it is not on this machine or cannot be opened. Raises UserError where it is the
@@ -87,19 +87,19 @@ class SideBySide:
             say(f"no teacher beside them: {error}")
             return None
 
-    def _draw(self, player: Player, wish: Wish) -> Drawn:
-        steps, guidance = wish.of(is_teacher=player.is_teacher)
+    def _draw(self, player: Player, request: PageRequest) -> Drawn:
+        steps, guidance = request.of(is_teacher=player.is_teacher)
         asked = replace(
             self.asked,
-            prompts=(wish.prompt,) if self.takes_text else (),
-            labels=(wish.label,) if wish.label else (),
-            seed=wish.seed,
+            prompts=(request.prompt,) if self.takes_text else (),
+            labels=(request.label,) if request.label else (),
+            seed=request.seed,
             num_steps=steps,
             guidance=player.guidance if guidance is None else guidance,
         )
         try:
             imager = player.opened.generator(asked)
-            images, seconds = timed_images(imager, wish.count, BATCH)
+            images, seconds = timed_images(imager, request.count, BATCH)
         except (UserError, torch.OutOfMemoryError) as error:
             return Drawn(fault=str(error))
         return Drawn(pictures(images), imager.num_evaluations, seconds)

@@ -10,12 +10,11 @@ import torch
 from pydantic import Field
 
 from diffdistill.eval.features.extractors import AnyFeatures, Hps, Inception, LaionAesthetic, OpenClip, PickScore
-from diffdistill.eval.metrics.distances import frechet_from_features, frechet_from_few, frechet_from_summaries
 from diffdistill.eval.metrics.facts import AGAINST, PUBLISHED, Fact
 from diffdistill.eval.metrics.kernels import cmmd, kid
 from diffdistill.eval.metrics.neighbours import Prdc, prdc
 from diffdistill.eval.metrics.scores import class_share, clip_score, diversity, inception_score, mean_product
-from diffdistill.eval.metrics.sides import Features, Found, MissingFeaturesError, Rows, Sides
+from diffdistill.eval.metrics.sides import Found, Rows, Sides, frechet_of
 from diffdistill.settings.limits import MAX_CHOSEN, MAX_LEVELS
 from diffdistill.settings.numbers import Levels, NonNegativeInt, SamplingSteps, Seed
 from diffdistill.settings.schema import Positive, PositiveInt, UserError, field, schema
@@ -65,7 +64,7 @@ class Frechet(Metric):
         return ("fid" if isinstance(self.features, Inception) else f"fd-{self.features.label}",)
 
     def compute(self, sides: Sides) -> Found:
-        return Found((_frechet(sides.fake, sides.real),))
+        return Found((frechet_of(sides.fake, sides.real),))
 
 
 @schema
@@ -89,7 +88,7 @@ class FrechetRest(Metric):
         rest = rows[~torch.isin(asked, torch.tensor(self.forgotten, device=asked.device)).to(rows.device)]
         if len(rest) < 2:
             raise UserError(f"{sides.key}: {len(rest)} images are asked for other classes; a distance needs 2 or more")
-        return Found((_frechet(Rows(rest), sides.real),))
+        return Found((frechet_of(Rows(rest), sides.real),))
 
 
 @schema
@@ -366,27 +365,12 @@ def primary_metric(metrics: Sequence[str]) -> str:
     return min(first, key=lambda metric: first[metric]) if first else (known or list(metrics))[0]
 
 
-def _frechet(fake: Features, real: Features) -> float:
-    """From streamed means and covariances; of fewer samples than features from the features that are there."""
-    if fake.summary.count >= len(fake.summary.mean):
-        return frechet_from_summaries(fake.summary, real.summary)
-    try:
-        return frechet_from_features(fake.rows(), real.rows())
-    except MissingFeaturesError:
-        return frechet_from_few(fake.rows(), real.summary)
-
-
 def _balls(metric: PrecisionRecall | DensityCoverage, sides: Sides) -> Prdc:
     """Of the same features, precision and recall with density and coverage cost little more than either."""
     key = (metric.features.label, metric.max_samples)
     if key not in sides.shared:
-        partners = [
-            other
-            for other in sides.metrics
-            if isinstance(other, (PrecisionRecall, DensityCoverage))
-            and (other.features.label, other.max_samples) == key
-        ]
-        nearest = {type(partner): partner.nearest_k for partner in partners}
+        both = [other for other in sides.metrics if isinstance(other, (PrecisionRecall, DensityCoverage))]
+        nearest = {type(m): m.nearest_k for m in both if (m.features.label, m.max_samples) == key}
         own = metric.nearest_k
         sides.shared[key] = prdc(
             sides.real.rows(metric.max_samples),

@@ -9,6 +9,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
+from diffdistill.eval.metrics.distances import frechet_from_features, frechet_from_few, frechet_from_summaries
 from diffdistill.eval.metrics.moments import Summary
 from diffdistill.settings.schema import UserError
 
@@ -116,3 +117,13 @@ class Found(NamedTuple):
 
     values: tuple[float, ...]
     within: float | None = None
+
+
+def frechet_of(fake: Features, real: Features) -> float:
+    """Frechet distance from streamed means and covariances; with fewer samples than dimensions, from the rows."""
+    if fake.summary.count >= len(fake.summary.mean):
+        return frechet_from_summaries(fake.summary, real.summary)
+    try:
+        return frechet_from_features(fake.rows(), real.rows())
+    except MissingFeaturesError:
+        return frechet_from_few(fake.rows(), real.summary)

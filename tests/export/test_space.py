@@ -22,7 +22,7 @@ from diffdistill.export import space_app
 from diffdistill.export.record import read_record
 from diffdistill.export.run import Exported, ExportOptions
 from diffdistill.export.space import export_space
-from diffdistill.export.space_app import MAX_COUNT, Drawn, Folders, Wish, caption, grid, wish_of
+from diffdistill.export.space_app import MAX_COUNT, Drawn, Folders, PageRequest, caption, grid, request_of
 from diffdistill.export.verify import ExportError
 from diffdistill.settings.schema import UserError
 
@@ -71,9 +71,9 @@ def test_its_program_imports_nothing_of_ours() -> None:
 
 
 def test_its_models_draw_what_their_folders_draw(space: Path) -> None:
-    stage = Folders(space)
-    assert stage.names == ["teacher", "student"]
-    drawn = stage.draw(Wish(count=3, seed=5, teacher_steps=5))
+    models = Folders(space)
+    assert models.names == ["teacher", "student"]
+    drawn = models.draw(PageRequest(count=3, seed=5, teacher_steps=5))
     assert [one.num_evaluations for one in drawn] == [5, 1]
     noise = [torch.Generator().manual_seed(5 * MAX_COUNT + i) for i in range(3)]
     pipe = DiffusionPipeline.from_pretrained(space / "student", trust_remote_code=True)
@@ -82,29 +82,29 @@ def test_its_models_draw_what_their_folders_draw(space: Path) -> None:
 
 
 def test_its_classes_are_chosen_and_its_faults_are_said(space: Path) -> None:
-    stage = Folders(space)
-    stage.labels, stage.classes = [*stage.labels, 99], [*stage.classes, "broken"]
-    label = stage.classes[2]
-    image = pixels(stage.draw(Wish(count=3, label=label, seed=4))[1].images)[2]
-    assert image == pixels(stage.draw(Wish(count=3, seed=4))[1].images)[2]  # class 2, and noise 2
-    assert "must be among 0 to" in stage.draw(Wish(count=1, label="broken"))[1].fault
-    stage.models[1]["takes_steps"] = False
-    assert "leave them empty" in stage.draw(Wish(count=1, guidance=2.0))[1].fault
+    models = Folders(space)
+    models.labels, models.classes = [*models.labels, 99], [*models.classes, "broken"]
+    label = models.classes[2]
+    image = pixels(models.draw(PageRequest(count=3, label=label, seed=4))[1].images)[2]
+    assert image == pixels(models.draw(PageRequest(count=3, seed=4))[1].images)[2]  # class 2, and noise 2
+    assert "must be among 0 to" in models.draw(PageRequest(count=1, label="broken"))[1].fault
+    models.models[1]["takes_steps"] = False
+    assert "leave them empty" in models.draw(PageRequest(count=1, guidance=2.0))[1].fault
 
 
 def test_seeds_share_no_noise_and_many_images_are_drawn_in_batches(space: Path) -> None:
-    stage, batches = Folders(space), []
-    whole = stage.pipelines[1]
+    models, batches = Folders(space), []
+    whole = models.pipelines[1]
 
     def seen(**asked: Any) -> Any:
         batches.append([one.initial_seed() for one in asked["generator"]])
         return whole(**asked)
 
     seen.model = whole.model  # type: ignore[attr-defined]
-    made = stage._draw(seen, stage.models[1], Wish(count=MAX_COUNT, seed=1))
+    made = models._draw(seen, models.models[1], PageRequest(count=MAX_COUNT, seed=1))
     assert [len(batch) for batch in batches] == [1, 16, 16, 4]
     assert [seed for batch in batches[1:] for seed in batch] == list(range(MAX_COUNT, 2 * MAX_COUNT))
-    few = stage._draw(whole, stage.models[1], Wish(count=17, seed=1))
+    few = models._draw(whole, models.models[1], PageRequest(count=17, seed=1))
     assert pixels(made.images)[:17] == pixels(few.images)
 
 
@@ -112,8 +112,8 @@ def test_too_little_memory_is_said(space: Path) -> None:
     def full(**asked: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    stage = Folders(space)
-    assert stage._draw(full, stage.models[1], Wish()).fault == "CUDA out of memory"
+    models = Folders(space)
+    assert models._draw(full, models.models[1], PageRequest()).fault == "CUDA out of memory"
 
 
 def test_a_space_is_refused_where_it_cannot_be(run: Path, tmp_path: Path) -> None:
@@ -243,5 +243,5 @@ def test_large_images_keep_their_size() -> None:
 
 
 def test_a_browser_cannot_ask_for_more_than_the_page_offers() -> None:
-    assert wish_of({"seed": None, "count": 10**9, "label": "", "steps": None}) == Wish(count=MAX_COUNT)
-    assert wish_of({"seed": -5, "count": 0, "label": "3"}) == Wish(count=1, label="3")
+    assert request_of({"seed": None, "count": 10**9, "label": "", "steps": None}) == PageRequest(count=MAX_COUNT)
+    assert request_of({"seed": -5, "count": 0, "label": "3"}) == PageRequest(count=1, label="3")

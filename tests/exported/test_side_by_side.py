@@ -12,7 +12,7 @@ from support.method_matrix import origin, train
 
 from diffdistill.export.record import read_record
 from diffdistill.export.run import ExportOptions, export
-from diffdistill.export.space_app import Wish
+from diffdistill.export.space_app import PageRequest
 from diffdistill.exported.image_generators import open_image_generator
 from diffdistill.exported.side_by_side import SideBySide, pictures
 from diffdistill.inference.image_generator import SampleRequest
@@ -38,11 +38,11 @@ def same(made: Any, place: Path, count: int = 3, **asked: Any) -> bool:
 
 def test_the_teacher_stands_first_and_every_model_has_the_same_noise(runs: tuple[Path, Path]) -> None:
     teacher, student = runs
-    stage = SideBySide([str(student)], ASKED)
-    assert stage.names == ["teacher", "student"]
-    assert stage.has_teacher
-    assert not stage.takes_text
-    first, second = stage.draw(Wish(count=3, seed=7))
+    models = SideBySide([str(student)], ASKED)
+    assert models.names == ["teacher", "student"]
+    assert models.has_teacher
+    assert not models.takes_text
+    first, second = models.draw(PageRequest(count=3, seed=7))
     assert same(first, teacher, seed=7)
     assert same(second, student, seed=7)
     assert (first.num_evaluations > 1, second.num_evaluations) == (True, 1)
@@ -59,8 +59,8 @@ def test_an_early_checkpoint_of_the_teacher_does_not_stand_in_its_place(runs: tu
     early = newest.with_name("step-00000000")
     shutil.copytree(newest, early)
     try:
-        stage = SideBySide([str(student), str(early)], ASKED)
-        assert stage.names == ["teacher", "student", early.name]
+        models = SideBySide([str(student), str(early)], ASKED)
+        assert models.names == ["teacher", "student", early.name]
         assert SideBySide([str(student), str(newest)], ASKED).names == ["teacher", "student"]
     finally:
         shutil.rmtree(early)
@@ -68,16 +68,16 @@ def test_an_early_checkpoint_of_the_teacher_does_not_stand_in_its_place(runs: tu
 
 def test_steps_guidance_and_class_reach_the_models_they_are_meant_for(runs: tuple[Path, Path]) -> None:
     teacher, student = runs
-    stage = SideBySide([str(student)], ASKED)
-    label = stage.classes[1]
-    first, second = stage.draw(Wish(count=3, label=label, teacher_steps=5))
+    models = SideBySide([str(student)], ASKED)
+    label = models.classes[1]
+    first, second = models.draw(PageRequest(count=3, label=label, teacher_steps=5))
     assert first.num_evaluations == 5
     assert same(first, teacher, labels=(label,), num_steps=5)
     assert same(second, student, labels=(label,))
 
 
 def test_what_a_model_does_not_know_is_said_in_its_place(runs: tuple[Path, Path]) -> None:
-    first, second = SideBySide([str(runs[1])], ASKED).draw(Wish(count=2, steps=4, label="nothing"))
+    first, second = SideBySide([str(runs[1])], ASKED).draw(PageRequest(count=2, steps=4, label="nothing"))
     assert not first.images
     assert "--label nothing: unknown class" in first.fault
     assert "--label nothing: unknown class" in second.fault
@@ -86,7 +86,7 @@ def test_what_a_model_does_not_know_is_said_in_its_place(runs: tuple[Path, Path]
 def test_an_exported_folder_stands_beside_its_run_and_makes_the_same(runs: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     export(str(runs[1]), folder, ExportOptions(is_verified=False))
-    _, run, exported = SideBySide([str(runs[1]), str(folder)], ASKED).draw(Wish(count=3))
+    _, run, exported = SideBySide([str(runs[1]), str(folder)], ASKED).draw(PageRequest(count=3))
     assert same(exported, runs[1])
     assert [one.tobytes() for one in run.images] == [one.tobytes() for one in exported.images]
     with pytest.raises(UserError, match="--trust-code"):
@@ -112,8 +112,8 @@ def test_students_stand_alone_where_their_teacher_is_not_on_this_machine(
     assert record is not None
 
     replace(record, teacher=str(gone)).write(folder)
-    stage = SideBySide([str(folder)], ASKED)
-    assert (stage.names, stage.has_teacher) == (["out"], False)
+    models = SideBySide([str(folder)], ASKED)
+    assert (models.names, models.has_teacher) == (["out"], False)
     assert f"no teacher beside them: {gone}: no such folder" in capsys.readouterr().err
     with pytest.raises(UserError, match="elsewhere: no such folder"):
         SideBySide([str(folder)], ASKED, teacher_from=str(tmp_path / "elsewhere"))

@@ -82,18 +82,6 @@ const add = (anchor, added) => {
     document.getElementById("content").append(dialog);
   }
 };
-const wire = (dialog) => {
-  dialog.addEventListener("close", () => {
-    if (location.hash !== `#${dialog.id}`) return;
-    history.replaceState(null, "", location.pathname + location.search);
-    opener?.focus();
-  });
-  dialog.addEventListener("click", (event) => {
-    if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
-    const step = event.target.closest("[data-go]")?.dataset.go;
-    if (step) go(Number(step));
-  });
-};
 const label = () => {
   for (const button of document.querySelectorAll("button[data-further]")) {
     const left = further[button.dataset.further].rows.filter(matches).length;

@@ -79,7 +79,7 @@ const go = (step) => {
   const next = anchors[anchors.indexOf(location.hash) + step];
   if (next) history.replaceState(null, "", next), show();
 };
-for (const dialog of document.querySelectorAll("dialog")) {
+const wire = (dialog) => {
   dialog.addEventListener("close", () => {
     if (location.hash !== `#${dialog.id}`) return; // another record has taken its place
     history.replaceState(null, "", location.pathname + location.search);
@@ -90,7 +90,8 @@ for (const dialog of document.querySelectorAll("dialog")) {
     const step = event.target.closest("[data-go]")?.dataset.go;
     if (step) go(Number(step));
   });
-}
+};
+document.querySelectorAll("dialog").forEach(wire);
 addEventListener("hashchange", show);
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[href^='#record-']");
