@@ -292,16 +292,21 @@ def doctor(
     memory: Annotated[
         float | None, typer.Option(help="GiB to fit into; default: what there is.", min=0, max=MAX_GIB)
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Of a run on several GPUs; default: one alone.", min=1, max=MAX_PROCESSES)
+    ] = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.
 
     With a config: predict its memory, say what to turn on where it does not fit, and train on one micro-batch, which
-    gives the time of a step and of the run. Writes nothing.
+    gives the time of a step and of the run. Writes nothing. For several processes it says what each of them needs.
 
     Example: diffdistill doctor
 
     Example: diffdistill doctor pretrain/digits train.global_batch_size=512 --memory 24
+
+    Example: diffdistill doctor dmd2/digits teacher=runs/teacher speed.shard=all --processes 8
     """
     from diffdistill.commands.doctor import examine, examine_config, show
 
@@ -312,7 +317,7 @@ def doctor(
         from diffdistill.training.config import find_config, load_config
 
         parsed = load_config(find_config(config), overrides or ())
-        findings = list(examine_config(parsed, memory, trusts_code=trust_code))
+        findings = list(examine_config(parsed, memory, processes=processes, trusts_code=trust_code))
         verb = "pretrain" if parsed.method.name == "pretrain" else "train"
         after = (verb, config, *(overrides or ()))
     if not show(findings, console):

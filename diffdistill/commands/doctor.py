@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 
 if TYPE_CHECKING:
@@ -72,28 +73,34 @@ def examine_config(
     config: "RunConfig",
     memory_gib: float | None = None,
     *,
+    processes: int | None = None,
     trusts_code: bool = False,
     teacher: "Denoiser | None" = None,
 ) -> Iterator[Finding]:
     """Say what players drop, predict a run's memory, then train on one micro-batch: count it, time it and
     multiply. Of images of several sizes the largest are taken. Nothing is written.
 
-    memory_gib: of the device to fit into; default: this GPU's, or this machine's.  teacher: one that is not on the disk
-    yet, where the config names none.  Raises UserError as a run would.
+    memory_gib: of the device to fit into; default: this GPU's, or this machine's.  processes: that would train it
+    together, default: those that run this; what each of several needs is arithmetic.  teacher: one that is not on the
+    disk yet, where the config names none.  Raises UserError as a run would.
     """
     from torch import OutOfMemoryError
 
     from diffdistill.training.assembly import assemble
-    from diffdistill.training.memory.prediction import plan_memory, rehearse, show_bytes
+    from diffdistill.training.memory.prediction import in_each_of, plan_memory, rehearse, show_bytes
     from diffdistill.training.plan import plan
     from diffdistill.training.step_time import measure_step_time, one_micro_batch
 
+    config, count = _part_of(config, processes)
     assembly = assemble(plan(config, resume=None, trusts_code=trusts_code, teacher=teacher).at_largest)
     yield _dropout(config, assembly.plan.trained)
     yield _leaving(assembly.plan.spec)
     needs = plan_memory(assembly.plan, assembly.iteration)
     available = _device_memory(assembly.plan.device)
-    yield _fit(assembly, needs, available if memory_gib is None else int(memory_gib * 2**30))
+    each = in_each_of(count, needs, assembly.plan, assembly.iteration)
+    yield _fit(assembly, each, available if memory_gib is None else int(memory_gib * 2**30))
+    if count > 1:
+        yield _shares(assembly, needs, each, count)
     if available is not None and needs.total > available:
         yield Finding("one micro-batch", f"not taken: this machine has {show_bytes(available)}")
         return
@@ -108,6 +115,25 @@ def examine_config(
         yield from _compare(replace(needs, batch_size=needs.micro_batch_size), counted)
         yield _time(config, timed, needs.micro_batch_size)
         yield _room(assembly)
+
+
+def _part_of(config: "RunConfig", processes: int | None) -> tuple["RunConfig", int]:
+    """The run of one process alone with its part of the batch, and how many there are. The config as it is where they
+    run already."""
+    from diffdistill.training.plan import check_batch
+
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if running > 1:
+        if processes not in (None, running):
+            raise UserError(f"--processes = {processes}: {running} run this already; leave it out")
+        return config, running
+    train, count = config.train, processes or 1
+    if count == 1:
+        return config, 1
+    check_batch(train, count)
+    share = train.global_batch_size // count
+    micro = min(train.micro_batch_size, share) if train.micro_batch_size else None
+    return replace(config, train=replace(train, global_batch_size=share, micro_batch_size=micro)), count
 
 
 def _leaving(spec: "ModelSpec") -> Finding:
@@ -256,6 +282,25 @@ def _fit(assembly: "Assembly", plan: "MemoryPlan", memory: int | None) -> Findin
         return Finding(MEMORY, text)
     advice = "".join(f"\n      {line}" for line in advise(assembly.plan, assembly.iteration, plan, memory))
     return Finding(MEMORY, f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)
+
+
+def _shares(assembly: "Assembly", alone: "MemoryPlan", each: "MemoryPlan", count: int) -> Finding:
+    """What the processes share out, and what each of them has whole."""
+    from diffdistill.training.memory.prediction import show_bytes
+
+    config = assembly.plan.config
+    whole = ["buffers", f"{show_bytes(each.peak_activations)} of activations"]
+    if any(config.lora.values()):
+        whole.insert(0, "LoRA's factors")
+    if each.buckets:
+        whole.append(f"{show_bytes(each.buckets)} of gradients, whose space DDP keeps for every update")
+    if each.parts == 1:
+        divided = "the batch alone (speed.shard = none); each has all weights, moments and averages"
+    else:
+        divided = f"weights, gradients, moments and averages by {each.parts} (speed.shard = {config.speed.shard})"
+        whole.append(f"{show_bytes(each.gathered)} of weights that are gathered, a block and the next at a time")
+    text = f"divided: {divided}; not divided: {', '.join(whole)}. {show_bytes(each.total)} each"
+    return Finding(f"{count} processes, by arithmetic", f"{text}, {show_bytes(alone.total)} with one as large a batch")
 
 
 def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:

@@ -54,6 +54,14 @@ def make_mesh(config: "RunConfig", processes: Processes) -> DeviceMesh | None:
     return _mesh(device, replicate=processes.count // here, shard=here)
 
 
+def sharers(config: "RunConfig", count: int) -> int:
+    """How many of `count` processes share one copy of the weights. Where no launcher says how many are of one machine,
+    all of them are."""
+    if config.speed.shard == "machine":
+        return min(count, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+    return count if config.speed.shard == "all" else 1
+
+
 def _mesh(device: str, **sizes: int) -> DeviceMesh:
     """torch's caches of sharded tensors hold their mesh for ever; what it holds, groups and their threads, may end."""
     mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -67,7 +75,7 @@ def shard(modules: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     Of a denoiser each block of the network is gathered by itself, and what is left of it together. A weight that
     several networks hold, LoRA's base, is sharded once. Factors, and what stands around them, stay as they are.
     """
-    common = _held_again([_network_of(module) for module in modules])
+    common = _held_again([network_of(module) for module in modules])
     for module in modules:
         _shard_one(module, mesh)
     for (part, name), (owner, owned) in common.items():
@@ -77,12 +85,12 @@ def shard(modules: Sequence[nn.Module], mesh: DeviceMesh) -> None:
 def _shard_one(module: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    net, lora = _network_of(module), lora_of(module)
+    net, lora = network_of(module), lora_of(module)
     # Gathered weights that stayed, as a root's do by default, would not follow optimisers, averages and requires_grad.
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if lora:
         options["ignored_params"] = set(lora.adapters.parameters())
-    for block in net.closed_blocks if isinstance(net, DiffusersNetwork) else recomputable_blocks(net):
+    for block in gathered_apart(net):
         fully_shard(block, **options)
     fully_shard(net, **options)
     for name in TAPS:
@@ -109,12 +117,17 @@ def _held_again(nets: Sequence[nn.Module]) -> dict[Place, Place]:
     return again
 
 
-def _network_of(module: nn.Module) -> nn.Module:
+def network_of(module: nn.Module) -> nn.Module:
     """What is sharded of a module: a denoiser's network, or what LoRA's factors stand in."""
     lora = lora_of(module)
     if lora:
         return lora.shared_tree
     return module.net if isinstance(module, Denoiser) else module
+
+
+def gathered_apart(net: nn.Module) -> Sequence[nn.Module]:
+    """The blocks of a network that are each gathered by themselves."""
+    return net.closed_blocks if isinstance(net, DiffusersNetwork) else recomputable_blocks(net)
 
 
 def _empty(weight: Tensor) -> nn.Parameter:

@@ -16,7 +16,14 @@ from diffdistill.training.config import OptimizerConfig, RunConfig, load_config
 from diffdistill.training.memory.advice import advise
 from diffdistill.training.memory.counting import LiveTensors, SavedTensors
 from diffdistill.training.memory.lora_over_nf4 import RANK, with_factors_over_nf4
-from diffdistill.training.memory.prediction import Growth, MemoryPlan, optimizer_bytes, plan_memory, rehearse
+from diffdistill.training.memory.prediction import (
+    Growth,
+    MemoryPlan,
+    in_each_of,
+    optimizer_bytes,
+    plan_memory,
+    rehearse,
+)
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.trainer import Trainer
 
@@ -252,6 +259,44 @@ def test_doctor_predicts_counts_and_writes_nothing(write_config: WriteConfig, tm
         line for line in result.stdout.splitlines() if "generator: " in line and line.count("as predicted") != 3
     ] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dmd2.yaml"]
+
+
+def test_doctor_says_what_each_of_several_processes_needs(write_config: WriteConfig, tmp_path: Path) -> None:
+    file = write_config("dmd2")
+    for shard, divided, whole in (
+        (
+            "all",
+            "divided: weights, gradients, moments and averages by 4 (speed.shard = all)",
+            "of weights that are gathered",
+        ),
+        (
+            "none",
+            "divided: the batch alone (speed.shard = none)",
+            "of gradients, whose space DDP keeps for every update",
+        ),
+    ):
+        result = doctor(file, "train.global_batch_size=16", f"speed.shard={shard}", "--processes", "4")
+        assert result.exit_code == 0, result.output
+        said = " ".join(result.stdout.split())
+        assert "ok 4 processes, by arithmetic:" in said
+        assert divided in said
+        assert whole in said
+        assert "of activations for 4 samples" in said
+    refused = doctor(file, "train.global_batch_size=16", "--processes", "3")
+    assert refused.exit_code == 2
+    assert "train.global_batch_size = 16: must be a multiple of the 3 processes" in refused.stderr
+
+
+def test_advice_for_shards_names_nothing_that_does_not_go_with_them(new_trainer: Callable[..., Trainer]) -> None:
+    trainer = new_trainer("dmd2", "unet", "train.micro_batch_size=1", "speed.shard=all")
+    alone = planned(trainer)
+    each = in_each_of(2, alone, trainer.plan, trainer.assembly.iteration)
+    lines = advice(trainer, each, 1000)
+    assert taken(lines)[:3] == ["speed.teacher_dtype", "train.precision", "speed.activation_checkpointing"]
+    assert not any("8bit" in line or "ema_device" in line or "nf4" in line for line in lines)
+    made = new_trainer("dmd2", "unet", "train.micro_batch_size=1", "speed.shard=all", SETTINGS[0])
+    real = in_each_of(2, planned(made), made.plan, made.assembly.iteration)
+    assert lines[0] == f"{SETTINGS[0]}: {real.total / 2**20:.2f} MiB"
 
 
 def test_doctor_says_what_each_player_drops(write_config: WriteConfig, tmp_path: Path) -> None:

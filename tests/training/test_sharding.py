@@ -42,6 +42,7 @@ from diffdistill.storage.checkpoint import CheckpointError, list_checkpoints, lo
 from diffdistill.storage.shard_files import read_shards
 from diffdistill.training.assembly import assemble
 from diffdistill.training.config import RunConfig
+from diffdistill.training.memory.prediction import MemoryPlan, PlayerBytes, in_each_of, plan_memory, rehearse
 from diffdistill.training.plan import plan
 from diffdistill.training.sharding import filled, outline, shard
 from diffdistill.training.trainer import Trainer
@@ -166,6 +167,60 @@ def test_each_process_holds_its_share_of_everything(make_config: MakeConfig, tea
         assert everything[name] > 10_000
         assert sum(share[name] for share in shares) == pytest.approx(everything[name], rel=0.05)  # all have counters
         assert max(share[name] for share in shares) <= 0.35 * everything[name]  # four rows, or one, are not for all
+
+
+def needs_of(config: RunConfig, count: int) -> MemoryPlan:
+    """What doctor says that the first of so many processes needs, found by one."""
+    made = assemble(plan(config, resume=None))
+    return in_each_of(count, plan_memory(made.plan, made.iteration), made.plan, made.iteration)
+
+
+def held(config: RunConfig) -> tuple[dict[str, PlayerBytes], int, int]:
+    """What this process counts in two steps: its players, its averages, and the storages of all gradients."""
+    made = assemble(plan(config, resume=None))
+    storages: dict[int, int] = {}
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            storage = (p.grad.to_local() if is_sharded(p.grad) else p.grad).untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+
+    for optimizer in made.optimizers.values():
+        optimizer.register_step_pre_hook(note)
+    counted = rehearse(made)
+    return dict(counted.players), counted.averages, sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("shard", "lora"),
+    [("all", "{}"), ("all", "{default: {rank: 2}}"), ("none", "{}")],
+    ids=["shards", "factors over shards", "replicas"],
+)
+def test_doctor_s_plan_for_two_processes_is_what_the_first_of_two_holds(
+    make_config: MakeConfig, teacher: Path, shard: str, lora: str
+) -> None:
+    config = make_config("dmd2", f"teacher={teacher}", f"lora={lora}", f"speed.shard={shard}", "train.steps=2")
+    alone, each = (needs_of(config, count) for count in (1, 2))
+    first, second = run_together(2, partial(held, config))
+    assert each.players == first[0]
+    assert each.averages == first[1]
+    ratio = first[0]["teacher"].weights / alone.players["teacher"].weights
+    assert 0.45 <= ratio <= 0.55 if shard == "all" else ratio == 1
+    assert all(other.weights <= first[0][name].weights for name, other in second[0].items())
+    assert (each.gathered > 0) == (shard == "all")
+    if shard == "none":  # gradients lie in DDP's buckets, of each update its own
+        assert each.buckets > 0
+        assert each.buckets == pytest.approx(first[2], abs=64)
+        assert each.total == alone.total + each.buckets - max_gradients(alone)
+    else:
+        assert set(each.replicated) == {name for name in ("generator", "fake") if lora != "{}"}
+        assert each.total < alone.total
+
+
+def max_gradients(needs: MemoryPlan) -> int:
+    """That the plan of one process counts, of the update that needs most."""
+    without = replace(needs, players={n: replace(p, gradients=0) for n, p in needs.players.items()})
+    return needs.total - without.total
 
 
 # LoRA's base

@@ -15,6 +15,7 @@ from diffdistill.training.memory.prediction import (
     PlayerBytes,
     block_growth,
     optimizer_bytes,
+    part_of,
     saved_growth,
     show_bytes,
 )
@@ -63,6 +64,11 @@ class Asking:
     iteration: Iteration
     needs: MemoryPlan
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the run asks for shards, with which some settings do not go."""
+        return self.plan.config.speed.shard != "none"
+
     def measured_anew(self) -> "Asking":
         """With the activations that the losses now keep."""
         saved, blocks = saved_growth(self.plan, self.iteration), block_growth(self.plan, self.iteration)
@@ -102,12 +108,15 @@ def _halve_teacher(asking: Asking) -> Asking | None:
         if is_offloaded(teacher):
             return None
         layers = [part for part in teacher.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-        saved = sum(p.nbytes // 2 for layer in layers for p in layer.parameters() if p.dtype == torch.float32)
+        weights = [p for layer in layers for p in layer.parameters() if p.dtype == torch.float32]
+        saved = sum(part_of(weight, asking.needs.parts).nbytes // 2 for weight in weights)
         players[name] = PlayerBytes(players[name].weights - saved)
     return asking.with_needs(players=players) if teachers else None
 
 
 def _move_averages(asking: Asking) -> Asking | None:
+    if asking.is_sharded:
+        return None
     return asking.with_needs(has_averages_on_device=False)
 
 
@@ -119,6 +128,8 @@ def _recompute_blocks(asking: Asking) -> Asking | None:
 
 
 def _store_moments_in_8bit(asking: Asking) -> Asking | None:
+    if asking.is_sharded:
+        return None
     players = dict(asking.needs.players)
     for name, parameters in asking.iteration.trained.items():
         options = asking.plan.config.optimizer(name)

@@ -46,29 +46,38 @@ def factors_over(net: nn.Module, rank: int = RANK) -> list[Tensor]:
     return [torch.empty(side, device="meta") for side in sides]
 
 
-def plan_for(base: int, parameters: Sequence[Tensor], options: OptimizerConfig) -> MemoryPlan:
+def plan_for(
+    base: int,
+    parameters: Sequence[Tensor],
+    options: OptimizerConfig,
+    *,
+    replicated: frozenset[str] = frozenset(),
+    gathered: int = 0,
+) -> MemoryPlan:
     """Doctor's plan of two players that train these parameters each, an average, and a base of so many bytes, before
-    activations."""
+    activations.  replicated, gathered: see `MemoryPlan`."""
     weights = sum(p.nbytes for p in parameters)
     trained = PlayerBytes(weights, weights, optimizer_bytes(parameters, options))
     return MemoryPlan(
         players={"teacher": PlayerBytes(base), "generator": trained, "fake": trained},
         averages=weights,
         has_averages_on_device=True,
-        updates=(Update(("generator",), "loss"),),
+        updates=(Update(("generator",), "loss"), Update(("fake",), "loss")),
         activations={"loss": Growth()},
         recomputed={"loss": Growth()},
         batch=Growth(),
         batch_size=1,
         micro_batch_size=1,
+        replicated=replicated,
+        gathered=gathered,
     )
 
 
 def with_factors_over_nf4(plan: Plan, iteration: Iteration, needs: MemoryPlan) -> MemoryPlan | None:
     """The same run with factors in the place of copies, and its activations as they were; None where there is no
-    teacher of large linear layers to stand over, or LoRA is there already."""
-    teacher = iteration.problem.teacher
-    if teacher is None or plan.method.trains_network or any(plan.config.lora.values()):
+    teacher of large linear layers to stand over, LoRA is there already, or weights are shared out."""
+    teacher, config = iteration.problem.teacher, plan.config
+    if teacher is None or config.speed.shard != "none" or plan.method.trains_network or any(config.lora.values()):
         return None
     if not quantised_layers(teacher.net):
         return None
@@ -79,7 +88,7 @@ def with_factors_over_nf4(plan: Plan, iteration: Iteration, needs: MemoryPlan) -
             assert isinstance(module, Denoiser)
             players[name] = PlayerBytes(base_bytes(module.net, "nf4"))
         elif isinstance(module, Denoiser) and name in iteration.trained:
-            players[name] = PlayerBytes(weights, weights, optimizer_bytes(factors, plan.config.optimizer(name)))
+            players[name] = PlayerBytes(weights, weights, optimizer_bytes(factors, config.optimizer(name)))
         elif isinstance(module, Denoiser):
             players[name] = PlayerBytes(weights)
-    return replace(needs, players=players, averages=len(plan.config.emas) * weights)
+    return replace(needs, players=players, averages=len(config.emas) * weights)

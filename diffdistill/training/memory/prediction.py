@@ -2,15 +2,16 @@
 
 Activations are what autograd keeps for the backward pass. They grow by the same bytes with every sample, so losses on
 micro-batches of 2 and 3, without a backward pass, tell those of any size. (Not of 1: with one sample some operations
-take other ways through memory, and keep more.)
+take other ways through memory, and keep more.) What each of several processes holds is counted from the shapes.
 Not predicted: what an operation needs while it runs, and what the allocator rounds up.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from diffdistill.distillation.method import Players, Update, first_with_all
 from diffdistill.distillation.rewards import Judge, find_reward
+from diffdistill.distributed.sharded import is_sharded
 from diffdistill.models.encoders import PixelDecoder
 from diffdistill.networks.lora import lora_of
 from diffdistill.networks.quantised import stored
@@ -27,6 +29,7 @@ from diffdistill.training.config import OptimizerConfig, RunConfig
 from diffdistill.training.iteration import Iteration, MicroBatch
 from diffdistill.training.memory.counting import SavedTensors, storage_bytes
 from diffdistill.training.plan import Plan
+from diffdistill.training.sharding import gathered_apart, network_of, sharers
 from diffdistill.training.speed.offload import is_offloaded
 from diffdistill.training.trainer import Trainer
 
@@ -37,11 +40,13 @@ EIGHT_BIT_TABLES = 2 * 256 * 4  # the codes of both moments, once an optimiser
 
 @dataclass(frozen=True)
 class PlayerBytes:
-    """One player. gradients: while one of its updates runs."""
+    """One player. gradients: while one of its updates runs.  accumulated: of a player in shards where micro-batches add
+    up; they are whole until the last."""
 
     weights: int
     gradients: int = 0
     optimizer: int = 0
+    accumulated: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ class MemoryPlan:
 
     averages: all of them, and whether they are on the device.  activations, recomputed: by loss, for one micro-batch;
     recomputed is the largest block's inside, which activation checkpointing brings back one block at a time.
-    batch: images and random numbers of all the step's samples.
+    batch: images and random numbers of all the step's samples.  replicated: players of whose gradients DDP keeps the
+    space, once for each of their updates.  parts: processes that share out the weights.  gathered: of those, what is
+    whole for a time.
     """
 
     players: Mapping[str, PlayerBytes]
@@ -78,12 +85,21 @@ class MemoryPlan:
     batch: Growth
     batch_size: int
     micro_batch_size: int
+    replicated: frozenset[str] = frozenset()
+    parts: int = 1
+    gathered: int = 0
 
     @property
     def fixed(self) -> int:
         """What is there all the time."""
-        stays = sum(player.weights + player.optimizer for player in self.players.values())
+        stays = sum(player.weights + player.optimizer for player in self.players.values()) + self.buckets
         return stays + self.averages * self.has_averages_on_device + self.batch.at(self.batch_size)
+
+    @property
+    def buckets(self) -> int:
+        """The gradients whose space stays."""
+        named = (name for update in self.updates for name in update.players if name in self.replicated)
+        return sum(self.players[name].gradients for name in named)
 
     @property
     def peak_activations(self) -> int:
@@ -93,19 +109,22 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The device's bytes while the most demanding update runs."""
-        return self.fixed + max(self._transient(update) for update in self.updates)
+        return self.fixed + self.gathered + max(self._transient(update) for update in self.updates)
 
     def _transient(self, update: Update) -> int:
         kept = self.activations[update.loss].at(self.micro_batch_size)
         again = self.recomputed[update.loss].at(self.micro_batch_size)
-        return kept + again + sum(self.players[name].gradients for name in update.players)
+        players = [self.players[name] for name in update.players if name not in self.replicated]
+        if self.micro_batch_size < self.batch_size:
+            return kept + again + sum(player.accumulated or player.gradients for player in players)
+        return kept + again + sum(player.gradients for player in players)
 
 
 def plan_memory(plan: Plan, iteration: Iteration) -> MemoryPlan:
     """Predict a run's memory, before any step. Nothing is written.  iteration: of the plan, with what is prepared."""
     config, share = plan.config, plan.share
     twos, threes = (_micro_batch(plan, iteration, size) for size in (2, 3))
-    return MemoryPlan(
+    needs = MemoryPlan(
         players={
             **{name: _player_bytes(config, iteration, name, module) for name, module in iteration.players.items()},
             **_beside_players(iteration),
@@ -118,6 +137,25 @@ def plan_memory(plan: Plan, iteration: Iteration) -> MemoryPlan:
         batch=Growth.through(_batch_bytes(twos), _batch_bytes(threes)),
         batch_size=share,
         micro_batch_size=min(config.train.micro_batch_size or share, share),
+    )
+    return in_each_of(plan.processes.count, needs, plan, iteration)
+
+
+def in_each_of(count: int, needs: MemoryPlan, plan: Plan, iteration: Iteration) -> MemoryPlan:
+    """The same for the first of `count` processes, which holds most: `needs` with players and averages in shards, or in
+    replicas."""
+    if count == 1:
+        return needs
+    config, parts = plan.config, sharers(plan.config, count)
+    in_shards = {n: m for n, m in iteration.players.items() if parts > 1 and not lora_of(m) and not is_offloaded(m)}
+    players = {name: _player_bytes(config, iteration, name, module, parts) for name, module in in_shards.items()}
+    return replace(
+        needs,
+        players={**needs.players, **players},
+        averages=len(config.emas) * _part_bytes(plan.student, 1 if lora_of(plan.student) else parts),
+        parts=parts,
+        replicated=frozenset(name for name in iteration.trained if name not in in_shards),
+        gathered=max((gathered_bytes(module) for module in in_shards.values()), default=0),
     )
 
 
@@ -170,7 +208,7 @@ def rehearse(assembly: Assembly, steps: int = 2) -> Rehearsal:
 
     def note(name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
-        gradients[name] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        gradients[name] = sum(part_of(p.grad, 1).nbytes for p in parameters if p.grad is not None)
 
     for name, optimizer in assembly.optimizers.items():
         optimizer.register_step_pre_hook(partial(note, name))
@@ -235,12 +273,47 @@ def _all_tensors(iteration: Iteration) -> list[Tensor]:
     return own + [tensor for base in bases for tensor in base.base_tensors()]
 
 
-def _player_bytes(config: RunConfig, iteration: Iteration, name: str, module: nn.Module) -> PlayerBytes:
+def _player_bytes(config: RunConfig, iteration: Iteration, name: str, module: nn.Module, parts: int = 1) -> PlayerBytes:
+    """parts: processes that share out its weights."""
     if name not in iteration.trained:
-        return PlayerBytes(_resident_bytes(module))
-    parameters = iteration.trained[name]
+        return PlayerBytes(_resident_bytes(module) if parts == 1 else _part_bytes(module, parts))
+    whole = iteration.trained[name]
+    parameters = [part_of(p, parts) for p in whole]
     gradients = sum(p.nbytes for p in parameters)
-    return PlayerBytes(module_bytes(module), gradients, optimizer_bytes(parameters, config.optimizer(name)))
+    return PlayerBytes(
+        _part_bytes(module, parts),
+        gradients,
+        optimizer_bytes(parameters, config.optimizer(name)),
+        accumulated=sum(p.nbytes for p in whole) if parts > 1 else 0,
+    )
+
+
+def part_of(weight: Tensor, parts: int) -> Tensor:
+    """What the first of the processes holds of a weight whose rows are shared out, without memory."""
+    if is_sharded(weight):
+        return weight.to_local()  # type: ignore[attr-defined, no-any-return]
+    if parts == 1 or not weight.dim():
+        return weight
+    return weight.new_empty(math.ceil(len(weight) / parts), *weight.shape[1:], device="meta")
+
+
+def _part_bytes(module: nn.Module, parts: int) -> int:
+    """Buffers are whole in each process."""
+    if parts == 1:
+        return module_bytes(module)
+    return sum(b.nbytes for b in module.buffers()) + sum(part_of(p, parts).nbytes for p in module.parameters())
+
+
+def gathered_bytes(module: nn.Module) -> int:
+    """The most of a network that is whole at a time: a block that computes and the one after it, beside what is in no
+    block."""
+    net = network_of(module)
+    blocks = [{id(p): p.nbytes for p in block.parameters()} for block in gathered_apart(net)]
+    rest = {id(p): p.nbytes for p in net.parameters()}
+    for block in blocks:
+        rest = {key: count for key, count in rest.items() if key not in block}
+    sizes = [*(sum(block.values()) for block in blocks), 0]
+    return sum(rest.values()) + max(map(sum, pairwise(sizes)), default=0)
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
