@@ -5,7 +5,7 @@
 Arithmetic, not a measurement: networks are diffusers' own on the meta device, without weights. Two trained players,
 Adam and an average on the device, before activations: three copies in float32; and factors of rank 64 on all linear
 layers over one base. What is left of a base in NF4 is as with bf16. Of several processes each: weights in shards, and
-the gathered blocks that are largest, one and the next; factors in replicas, whose gradients' space DDP keeps for both players.
+the largest pair of blocks gathered; factors in replicas, whose gradients' space DDP keeps for both players.
 """
 
 from collections.abc import Mapping

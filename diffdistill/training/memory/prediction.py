@@ -291,7 +291,7 @@ def _player_bytes(config: RunConfig, iteration: Iteration, name: str, module: nn
 def part_of(weight: Tensor, parts: int) -> Tensor:
     """What the first of the processes holds of a weight whose rows are shared out, without memory."""
     if is_sharded(weight):
-        return weight.to_local()  # type: ignore[attr-defined, no-any-return]
+        return weight.to_local()  # type: ignore[attr-defined]
     if parts == 1 or not weight.dim():
         return weight
     return weight.new_empty(math.ceil(len(weight) / parts), *weight.shape[1:], device="meta")
