@@ -39,7 +39,7 @@ from diffdistill.distillation.score_distillation import (
     start_players,
     tapped,
 )
-from diffdistill.networks.discriminator import make_head
+from diffdistill.networks.discriminator import HeadLosses, make_head
 from diffdistill.settings.numbers import SamplingSteps
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, PositiveInt, field, schema
 
@@ -65,6 +65,7 @@ class DMD2(Method):
     gan_fake_weight: NonNegative = 1e-2  # lambda_d, in the fake score's loss
     gan_features: Features = "fake"
     gan_taps: GanTaps = None  # null: the paper's bottleneck
+    gan_head_losses: HeadLosses = "of_mean"
     decoupled: Decoupled | None = None  # guidance at noise of its own; null: DMD2's guided field
     fake_follows: Fraction = 0.0  # of the student's weights, into the fake score's after each of its updates
     regression_weight: NonNegative = 0.0
@@ -110,7 +111,7 @@ class DMD2(Method):
             self.regression_distance.check("method.regression_distance", problem.image_shape, problem.teacher)
         if self.gan_weight:
             judge = tapped(problem, players, self.gan_features)
-            players["discriminator"] = make_head(judge, problem.least_shape, self.gan_taps)
+            players["discriminator"] = make_head(judge, problem.least_shape, self.gan_taps, self.gan_head_losses)
         return players
 
     @property

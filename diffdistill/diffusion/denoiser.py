@@ -18,9 +18,9 @@ from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.settings.schema import UserError
 
-Taps = tuple[int | str, ...]
+Taps = tuple[int | str, ...] | Literal["fastgen"]
 """Blocks whose outputs are asked for: by their number in the order of calls (from the end if negative) or by their
-name, and "middle" for the bottleneck."""
+name, and "middle" for the bottleneck; or the network's own list of that name, see networks/taps.py."""
 
 Features = Tensor | tuple[Tensor, ...]
 """The bottleneck [B, C, h, w], or where taps are named the output of each of them, as a map."""

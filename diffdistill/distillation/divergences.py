@@ -45,9 +45,18 @@ SLOPES: Mapping[Divergence, Callable[[Tensor], Tensor]] = {
 MAX_LOGIT = 10.0
 
 
+def mean_logit(logits: Tensor) -> Tensor:
+    """[B] in float32 or wider, of logits [B], or of each head, [B, heads]."""
+    wide = widen(logits)
+    return wide.mean(1) if wide.ndim == 2 else wide
+
+
 def density_ratio(logits: Tensor, low: float, high: float) -> Tensor:
-    """p/q as a discriminator's logits [B] have it, kept between low and high; float32 or wider, with their graph."""
-    return widen(logits).clamp(-MAX_LOGIT, MAX_LOGIT).exp().clamp(low, high)
+    """p/q [B] as a discriminator's logits have it, kept between low and high; float32 or wider, with their graph.
+
+    logits: [B], or of each head [B, heads], of which their mean counts.
+    """
+    return mean_logit(logits).clamp(-MAX_LOGIT, MAX_LOGIT).exp().clamp(low, high)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Ratios:
     @torch.no_grad()
     def is_free(self, logits: Tensor) -> Tensor:
         """Where no clamp holds the ratio, [B]: elsewhere it does not change with x_t."""
-        return self.read(logits) == widen(logits).exp()
+        return self.read(logits) == mean_logit(logits).exp()
 
     @torch.no_grad()
     def statistics(self, draw: Draw, logits: Tensor) -> Mapping[str, Tensor]:

@@ -29,7 +29,7 @@ from diffdistill.distillation.score_distillation import (
     start_players,
     tapped,
 )
-from diffdistill.networks.discriminator import make_head
+from diffdistill.networks.discriminator import HeadLosses, make_head
 from diffdistill.settings.limits import MAX_SAMPLING_STEPS
 from diffdistill.settings.numbers import SamplingSteps
 from diffdistill.settings.schema import Fraction, NonNegative, Positive, field, schema
@@ -53,6 +53,7 @@ class RatioWeighted(Method):
     gan_fake_weight: NonNegative = 1e-2
     gan_features: Features = "fake"
     gan_taps: GanTaps = None  # null: the bottleneck
+    gan_head_losses: HeadLosses = "of_mean"
     ratio_min: Positive = 0.1
     ratio_max: Positive = 20.0
     ratio_bins: Annotated[int, Field(ge=0, le=MAX_SAMPLING_STEPS)] = 10  # of equal probability in t; 0: none
@@ -110,7 +111,7 @@ class RatioWeighted(Method):
         players = start_players(problem, **self.scales)
         if self.has_discriminator:
             judge = tapped(problem, players, self.gan_features)
-            players["discriminator"] = make_head(judge, problem.least_shape, self.gan_taps)
+            players["discriminator"] = make_head(judge, problem.least_shape, self.gan_taps, self.gan_head_losses)
         return players | self.reading.players()
 
     def draw_with(self, law: TimeDistribution, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ class RatioWeighted(Method):
         return numbers | self.reading.draw(rng)
 
     def look(self, players: Players, draw: Draw, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """D_fake at x_t, and the discriminator's logits [B] there (none without one), with a graph to x_t."""
+        """D_fake at x_t, and the discriminator's logits there (none without one), with a graph to x_t."""
         features = self.gan_features if self.has_discriminator else None
         return fake_with_logits(players, draw, x_t, scales=self.scales, features=features, taps=self.gan_taps)
 

@@ -42,8 +42,9 @@ from diffdistill.settings.schema import UserError
 Features = Literal["fake", "teacher"]
 """Whose features a discriminator's head reads."""
 
-GanTaps = Annotated[tuple[int | str, ...], Field(min_length=1, max_length=MAX_CHOSEN)] | None
-"""The blocks that it reads, by number or name, or "middle", each by a head of its own; null: the bottleneck alone."""
+GanTaps = Annotated[tuple[int | str, ...], Field(min_length=1, max_length=MAX_CHOSEN)] | Literal["fastgen"] | None
+"""The blocks that it reads, by number or name, or "middle", each by a head of its own; "fastgen": those of FastGen's
+list for the network (networks/taps.py); null: the bottleneck alone."""
 
 Role = Literal["generator", "teacher", "fake", "fake loss"]
 """Who is told a condition: what makes the sample, the teacher or the fake score that judges it, or the fake score as it
@@ -258,7 +259,7 @@ def score_identity(x: Tensor, teacher: Tensor, fake: Tensor, residual: Tensor, *
 def fake_with_logits(
     players: Players, draw: Draw, x_t: Tensor, *, scales: Scales, features: Features | None, taps: GanTaps = None
 ) -> tuple[Tensor, Tensor]:
-    """D_fake at x_t, and the discriminator's logits [B] there, both with their graph to x_t.
+    """D_fake at x_t, and the discriminator's logits there, [B] or [B, heads], both with their graph to x_t.
 
     features: whose the head reads; None: there is no discriminator, and there are no logits.
     """
@@ -327,7 +328,7 @@ def head_logits(
 ) -> Tensor:
     """The discriminator's head on a bottleneck, or heads on these taps, each call at noise of its own, in one pass.
 
-    images: [len(calls) B, ...], call by call; cond: theirs.  Returns logits, one a sample.
+    images: [len(calls) B, ...], call by call; cond: theirs.  Returns logits, one a sample, or [B, heads].
     """
     t = torch.cat([draw[f"{call}t"] for call in calls])
     eps = torch.cat([draw[f"{call}eps"] for call in calls])

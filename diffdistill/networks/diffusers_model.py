@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffdistill.attention import reaching
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Features, Network, Taps
-from diffdistill.networks.taps import Tapped
+from diffdistill.networks.taps import Tapped, fastgen_transformer
 from diffdistill.settings.registry import NameOf, from_above
 from diffdistill.settings.schema import Fraction, schema
 
@@ -87,6 +87,11 @@ class DiffusersNetwork(Network):
         """The block whose output is tapped where no taps are named."""
 
     @property
+    def fastgen_taps(self) -> tuple[int, ...]:
+        """The numbers of the blocks that FastGen's list for the model names."""
+        return fastgen_transformer(len(self.blocks))
+
+    @property
     def attention_blocks(self) -> list[nn.Module]:
         """The blocks with attention, in the order of the model's modules."""
         return [part for part in self.model.modules() if type(part).__name__.endswith("TransformerBlock")]
@@ -129,7 +134,7 @@ class DiffusersNetwork(Network):
         blocks = self.blocks
         places = {id(module): name for name, module in self.model.named_modules()} if taps else {}
         names = [places[id(block)] for block in blocks] if taps else []
-        tapped = Tapped(taps, names, blocks.index(self.middle))
+        tapped = Tapped(taps, names, blocks.index(self.middle), self.fastgen_taps)
 
         def tap(number: int) -> Callable[..., None]:
             def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -192,6 +197,10 @@ class DiffusersUNetBlocks(DiffusersNetwork):
         block = self.model.mid_block
         assert isinstance(block, nn.Module)
         return block
+
+    @property
+    def fastgen_taps(self) -> tuple[int, ...]:
+        return (self.blocks.index(self.middle),)
 
 
 class _StopForwardError(Exception):

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, Taps, device_of
 from diffdistill.settings.schema import UserError
+
+HeadLosses = Literal["of_mean", "of_each"]
 
 
 class Head(nn.Module):
@@ -43,31 +46,34 @@ def _map_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 class Heads(nn.Module):
-    """A head on each of several feature maps; a sample's logit is the mean of theirs.
+    """A head on each of several feature maps, behind several blocks of the teacher.
 
-    shapes: [C, h, w] of each map.  Heads behind several blocks of the teacher: Sauer et al. 2024,
-    arXiv:2403.12015, section 3.2, who take the loss of each head by itself; here it is of their mean, so that it stays
-    one estimate of log(p_real / p_fake).
+    shapes: [C, h, w] of each map.  loss: of what the adversarial losses are. "of_mean": of the heads' mean logit, which
+    stays one estimate of log(p_real / p_fake). "of_each": of each head's logit, then their mean; Sauer et al. 2024,
+    arXiv:2403.12015, section 3.2, and FastGen.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], loss: HeadLosses = "of_mean") -> None:
         super().__init__()
         self.heads = nn.ModuleList(Head(*_map_of(shape)) for shape in shapes)
+        self.loss = loss
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """features: a map [B, C, h, w] for each head.  Returns logits [B]."""
+        """features: a map [B, C, h, w] for each head.  Returns logits [B], or of each head, [B, heads]."""
         logits = [head(tapped) for head, tapped in zip(self.heads, features, strict=True)]
-        return torch.stack(logits).mean(0)
+        return torch.stack(logits).mean(0) if self.loss == "of_mean" else torch.stack(logits, 1)
 
 
-def make_head(denoiser: Denoiser, image_shape: tuple[int, ...], taps: Taps | None = None) -> Head | Heads:
+def make_head(
+    denoiser: Denoiser, image_shape: tuple[int, ...], taps: Taps | None = None, loss: HeadLosses = "of_mean"
+) -> Head | Heads:
     """A head that fits the denoiser's bottleneck, or heads for these taps: what `denoiser.features` gives.
 
-    Raises UserError if its network has no features, or no such blocks.
+    loss: as of `Heads`.  Raises UserError if its network has no features, or no such blocks.
     """
     shapes = features_shapes(denoiser, image_shape, taps)
     if taps is not None:
-        return Heads(shapes)
+        return Heads(shapes, loss)
     return Head(*_map_of(shapes[0]))
 
 

@@ -25,7 +25,7 @@ from diffdistill.networks.edm_blocks import (
     Variant,
     group_norm,
 )
-from diffdistill.networks.taps import Tapped
+from diffdistill.networks.taps import Tapped, fastgen_encoder
 from diffdistill.settings.limits import MAX_BLOCKS
 from diffdistill.settings.numbers import Blocks, Resolution, Width, WidthByFour
 from diffdistill.settings.schema import Fraction, UserError, schema
@@ -193,6 +193,8 @@ class EDMUNet(Network):
                 for (i, plan), channels_in in zip(downs.items(), inputs, strict=False)
             }
         )
+        each_resolution = fastgen_encoder([plan.resample == "down" for plan in encoder])
+        self.fastgen_taps = each_resolution[-1:] if isinstance(config, ADM) else each_resolution
         last = decoder[-1].channels
         self.output = nn.Sequential(
             group_norm(last, variant.eps), nn.SiLU(), nn.Conv2d(last, image_shape[0], 3, padding=1)
@@ -248,7 +250,7 @@ class EDMUNet(Network):
 
     def _tapped(self, taps: Taps | None) -> Tapped:
         names = [f"{part}.{i}" for part in ("encoder", "decoder") for i in range(len(getattr(self, part)))]
-        return Tapped(taps, names, len(self.encoder) - 1)
+        return Tapped(taps, names, len(self.encoder) - 1, self.fastgen_taps)
 
     def _run(self, x: Tensor, embedding: Tensor, tapped: Tapped, count: int) -> Tensor:
         """The output of the last of the first `count` blocks, encoder and decoder counted together."""

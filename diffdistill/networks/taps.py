@@ -1,4 +1,10 @@
-"""The outputs of a network's blocks that a call is asked for: a discriminator reads one or several."""
+"""The outputs of a network's blocks that a call is asked for: a discriminator reads one or several.
+
+The list "fastgen" is of the blocks that FastGen's discriminators read (github.com/NVlabs/FastGen, its configs at commit
+34f30e8). Published: every encoder resolution's last block of EDM's CIFAR-10 U-Nets; the bottleneck of ADM, SD 1.5 and
+SDXL; blocks 30 and 45 of Qwen-Image's 60 and of FLUX.1's 57, which those configs name in a comment and leave off for
+the middle one. Ours: the same two shares, a half and three quarters, of every other transformer; our U-Net as EDM's.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,14 +14,29 @@ from torch import Tensor
 from diffdistill.diffusion.denoiser import Features, Taps
 
 MIDDLE = "middle"
+FASTGEN = "fastgen"
 
 
-def block_numbers(taps: Taps, names: Sequence[str], middle: int) -> tuple[int, ...]:
+def fastgen_transformer(count: int, published: int = 60) -> tuple[int, ...]:
+    """FastGen's list for a transformer of `count` blocks: the numbers that stand where 30 and 45 do in `published`."""
+    return tuple(dict.fromkeys(number * count // published for number in (30, 45)))
+
+
+def fastgen_encoder(is_down: Sequence[bool]) -> tuple[int, ...]:
+    """FastGen's list for a U-Net: the last encoder block of each resolution.  is_down: which of them halve it."""
+    return tuple(i for i in range(len(is_down)) if i + 1 == len(is_down) or is_down[i + 1])
+
+
+def block_numbers(
+    taps: Taps, names: Sequence[str], middle: int, fastgen: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
     """The taps as numbers in the order of calls.
 
-    names: of the blocks, in that order; middle: the number of the one that is tapped by default.
-    Raises ValueError on a tap that is no block, and on none.
+    names: of the blocks, in that order; middle: the number of the one that is tapped by default; fastgen: the numbers
+    of that list, None: those of a transformer.  Raises ValueError on a tap that is no block, and on none.
     """
+    if taps == FASTGEN:
+        return fastgen or fastgen_transformer(len(names))
     if not taps:
         raise ValueError("taps: name at least one block")
     return tuple(_number(tap, names, middle) for tap in taps)
@@ -35,10 +56,12 @@ def _number(tap: int | str, names: Sequence[str], middle: int) -> int:
 class Tapped:
     """Keeps the outputs of the tapped blocks of one pass.  numbers: of these blocks, in the order named."""
 
-    def __init__(self, taps: Taps | None, names: Sequence[str], middle: int) -> None:
+    def __init__(
+        self, taps: Taps | None, names: Sequence[str], middle: int, fastgen: tuple[int, ...] | None = None
+    ) -> None:
         """Arguments as `block_numbers`; taps None: the middle alone, whatever the names."""
         self._is_single = taps is None
-        self.numbers = (middle,) if taps is None else block_numbers(taps, names, middle)
+        self.numbers = (middle,) if taps is None else block_numbers(taps, names, middle, fastgen)
         self._kept: dict[int, Any] = {}
 
     @property

@@ -15,7 +15,7 @@ from diffdistill.attention import attention
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
-from diffdistill.networks.taps import Tapped
+from diffdistill.networks.taps import Tapped, fastgen_encoder
 from diffdistill.settings.limits import MAX_BLOCKS, MAX_WIDTH
 from diffdistill.settings.numbers import Blocks, Width
 from diffdistill.settings.schema import Fraction, UserError, schema
@@ -135,7 +135,8 @@ class UNet(Network):
 
     def _tapped(self, taps: Taps | None) -> Tapped:
         names = [f"{part}.{i}" for part in ("encoder", "decoder") for i in range(len(getattr(self, part)))]
-        return Tapped(taps, names, len(self.encoder) - 1)
+        fastgen = fastgen_encoder([block.resample == "down" for block in self.encoder])  # type: ignore[union-attr]
+        return Tapped(taps, names, len(self.encoder) - 1, fastgen)
 
     def _run(self, x: Tensor, embedding: Tensor, tapped: Tapped, count: int) -> Tensor:
         """The output of the last of the first `count` blocks, encoder and decoder counted together."""

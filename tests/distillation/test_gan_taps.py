@@ -65,6 +65,38 @@ def test_the_logit_of_real_and_generated_images_is_the_mean_of_the_heads(method:
 
 
 @every_method
+def test_losses_of_each_head_are_averaged(method: Any) -> None:
+    """Both sides' losses of two heads: the mean of what each head has alone, as in FastGen."""
+    taps = (0, "middle")
+    made = replace(method, gan_taps=taps, gan_head_losses="of_each")
+    players, draw, batch = same_scene(made)
+    x = made.generator_loss(players, draw, batch).carry["x"]
+    both = [made.generator_loss(players, draw, batch), made.fake_loss(players, {**draw, "x": x}, batch)]
+    alone = []
+    for tap, head in zip(taps, players.discriminator.heads, strict=True):
+        of_one = replace(method, gan_taps=(tap,))
+        single = same_scene(of_one)[0]
+        single["discriminator"].heads[0].load_state_dict(head.state_dict())  # type: ignore[union-attr]
+        alone.append([of_one.generator_loss(single, draw, batch), of_one.fake_loss(single, {**draw, "x": x}, batch)])
+    for found, first, second in zip(both, *alone, strict=True):
+        mean = (first.logs["gan"] + second.logs["gan"]) / 2
+        torch.testing.assert_close(found.logs["gan"], mean, rtol=1e-9, atol=1e-12)
+    together = replace(made, gan_head_losses="of_mean")
+    players.discriminator.loss = "of_mean"
+    assert (together.generator_loss(players, draw, batch).logs["gan"] - both[0].logs["gan"]).abs() > 1e-6
+
+
+def test_the_ratio_is_of_the_mean_logit_however_the_losses_are_taken() -> None:
+    method = FDistill(gan_weight=0.0, divergence="js", gan_taps=BLOCKS)
+    players, draw, batch = same_scene(method)
+    totals = []
+    for loss in ("of_mean", "of_each"):
+        players.discriminator.loss = loss
+        totals.append(method.generator_loss(players, draw, batch).total)
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=1e-14)
+
+
+@every_method
 def test_every_head_learns_and_the_generator_hears_of_it(method: Any) -> None:
     made = replace(method, gan_taps=BLOCKS)
     players, draw, batch = same_scene(made)
@@ -84,14 +116,18 @@ def test_a_block_that_is_not_there_is_refused(make_config: MakeConfig) -> None:
         Trainer(make_config("dmd2", "method.gan_taps=[nowhere]"), quiet=True)
     with pytest.raises(UserError, match=r"method.gan_taps"):
         make_config("dmd2", "method.gan_taps=[]")
+    with pytest.raises(UserError, match=r"method.gan_taps.*'fastgen'"):
+        make_config("dmd2", "method.gan_taps=nowhere")
 
 
-@pytest.mark.parametrize("name", ["dmd2", "f_distill"])
-def test_a_run_with_several_taps_resumes(make_config: MakeConfig, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "heads"), [("dmd2", "of_each"), ("f_distill", "of_mean")])
+def test_a_run_with_several_taps_resumes(make_config: MakeConfig, tmp_path: Path, name: str, heads: str) -> None:
     ends = []
+    chosen = {"of_mean": "[0, middle]", "of_each": "fastgen"}[heads]
     for folder, steps in (("whole", (2,)), ("parts", (1, 2))):
         for number in steps:
-            options = ("method.gan_taps=[0, middle]", f"train.steps={number}", f"run={tmp_path / folder}")
+            options = (f"method.gan_taps={chosen}", f"method.gan_head_losses={heads}", f"train.steps={number}")
+            options = (*options, f"run={tmp_path / folder}")
             trainer = Trainer(make_config(name, *options), resume=len(steps) > 1 and number == 2, quiet=True)
             trainer.run()
         ends.append(trainer.trained["discriminator"].state_dict())

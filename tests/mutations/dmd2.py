@@ -12,6 +12,20 @@ APART, DECOUPLED = "diffdistill/distillation/decoupled.py", "distillation/test_d
 
 FAULTS = (
     Fault(
+        "each head's loss is of the heads' mean logit",
+        "diffdistill/networks/discriminator.py",
+        'return torch.stack(logits).mean(0) if self.loss == "of_mean" else torch.stack(logits, 1)',
+        "return torch.stack(logits).mean(0)",
+        "distillation/test_gan_taps.py::test_losses_of_each_head_are_averaged",
+    ),
+    Fault(
+        "FastGen's list of a U-Net has the first blocks of each resolution",
+        "diffdistill/networks/taps.py",
+        "if i + 1 == len(is_down) or is_down[i + 1])",
+        "if i == 0 or is_down[i])",
+        "networks/test_taps.py::test_fastgen_s_list",
+    ),
+    Fault(
         "the field has the wrong sign",
         SHARED,
         "return (fake - teacher) / sample_normaliser",

@@ -8,6 +8,13 @@ GRADIENT = "methods/test_f_distill.py::test_the_gradient_is_that_of_the_divergen
 
 FAULTS = (
     Fault(
+        "the ratio of several heads is of the first alone",
+        "diffdistill/distillation/divergences.py",
+        "return wide.mean(1) if wide.ndim == 2 else wide",
+        "return wide[:, 0] if wide.ndim == 2 else wide",
+        "distillation/test_gan_taps.py::test_the_ratio_is_of_the_mean_logit_however_the_losses_are_taken",
+    ),
+    Fault(
         "the weight of Jensen-Shannon is inverted",
         DIVERGENCES,
         '"js": lambda r: r / (r + 1),\n    "sf"',

@@ -9,10 +9,11 @@ from diffdistill.diffusion.denoiser import Denoiser, Network, freeze
 from diffdistill.diffusion.path import EDM
 from diffdistill.networks.discriminator import Heads, features_shapes, make_head
 from diffdistill.networks.dit import DiTConfig
-from diffdistill.networks.edm_unet import DDPMPP
+from diffdistill.networks.edm_unet import ADM, DDPMPP
 from diffdistill.networks.guided import Guided, GuidedConfig
 from diffdistill.networks.lora import LoRA, LoRASettings
 from diffdistill.networks.mlp import MLPConfig
+from diffdistill.networks.taps import fastgen_transformer
 from diffdistill.networks.unet import UNetConfig
 from diffdistill.settings.schema import UserError
 
@@ -97,6 +98,36 @@ def test_taps_come_in_the_order_named_and_what_is_behind_the_last_does_not_run(n
     assert torch.equal(second, denoiser.features(x, t, cond, taps=(1,))[0])
     [last] = denoiser.features(x, t, cond, taps=(-1,))
     assert torch.equal(last, denoiser.features(x, t, cond, taps=(len(outputs) - 1,))[0])
+
+
+LISTS: dict[str, tuple[int | str, ...]] = {
+    "unet": ("encoder.0", "encoder.2"),
+    "ddpmpp": ("encoder.0", "encoder.2"),
+    "dit": (2, 3),
+    "mlp": (1, 2),
+    "guided": ("encoder.0", "encoder.2"),
+    "lora": ("encoder.0", "encoder.2"),
+}
+
+
+@on_every_network
+def test_fastgen_s_list_names_blocks_of_the_network(name: str) -> None:
+    denoiser, (x, t, cond) = make_denoiser(name), inputs()
+    found = denoiser.features(x, t, cond, taps="fastgen")
+    assert len(found) == len(LISTS[name])
+    assert all(map(torch.equal, found, denoiser.features(x, t, cond, taps=LISTS[name])))
+    assert len(make_head(denoiser, SHAPE, "fastgen").heads) == len(found)  # type: ignore[arg-type]
+
+
+def test_fastgen_s_lists_are_the_published_ones() -> None:
+    """CIFAR-10: 0, 1, 2, the last of four blocks at 32, 16 and 8; ImageNet-64: the last; 30 and 45 of 57 and 60."""
+    assert (fastgen_transformer(60), fastgen_transformer(57, published=57)) == ((30, 45), (30, 45))
+    with torch.device("meta"):
+        cifar = DDPMPP().build((3, 32, 32), 10, 0.0)
+        imagenet = ADM().build((3, 64, 64), 1000, 0.0)
+    names = [cifar.edm_names()[f"encoder.{i}.conv0.weight"] for i in cifar.fastgen_taps]
+    assert [name.split(".")[1] for name in names] == ["32x32_block3", "16x16_block3", "8x8_block3"]
+    assert imagenet.fastgen_taps == (len(imagenet.encoder) - 1,)
 
 
 @pytest.mark.parametrize("tap", [99, -99, "decoder.7"])

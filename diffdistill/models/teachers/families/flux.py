@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.cond import Cond
 from diffdistill.models.teachers.flow_family import FlowFamily, PackedTransformer
 from diffdistill.models.teachers.packing import PATCH, pack, positions, unpack
+from diffdistill.networks.taps import fastgen_transformer
 
 
 class Flux(FlowFamily):
@@ -56,6 +57,10 @@ class FluxNetwork(PackedTransformer):
     @property
     def embedders(self) -> list[nn.Module]:
         return [self.model.time_text_embed]  # type: ignore[list-item]
+
+    @property
+    def fastgen_taps(self) -> tuple[int, ...]:
+        return fastgen_transformer(len(self.blocks), published=57)
 
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B], a thousand times sigma.  Returns [B, C, H, W]."""
