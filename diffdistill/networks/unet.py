@@ -135,7 +135,7 @@ class UNet(Network):
 
     def _tapped(self, taps: Taps | None) -> Tapped:
         names = [f"{part}.{i}" for part in ("encoder", "decoder") for i in range(len(getattr(self, part)))]
-        fastgen = fastgen_encoder([block.resample == "down" for block in self.encoder])  # type: ignore[union-attr]
+        fastgen = fastgen_encoder([block.resample == "down" for block in self.encoder])
         return Tapped(taps, names, len(self.encoder) - 1, fastgen)
 
     def _run(self, x: Tensor, embedding: Tensor, tapped: Tapped, count: int) -> Tensor:

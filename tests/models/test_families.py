@@ -398,6 +398,8 @@ def test_every_block_can_be_tapped(place: Path, is_compiled: bool) -> None:
     first, second = denoiser.features(x, t, cond, taps=("middle", name))
     assert torch.equal(first, denoiser.features(x, t, cond))
     assert torch.equal(second, tapped[0])
+    listed = denoiser.features(x, t, cond, taps="fastgen")
+    assert all(torch.equal(found, tapped[number]) for found, number in zip(listed, net.fastgen_taps, strict=True))
     assert not any(block._forward_hooks for block in net.blocks)
 
 
