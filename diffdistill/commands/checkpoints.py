@@ -1,7 +1,7 @@
-"""The commands that make checkpoints of others: `join`, `merge`, `gather` and `import-edm`."""
+"""The commands that make checkpoints of others: `join`, `merge`, `gather`, `import-edm` and `import-sit`."""
 
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,11 @@ from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.next_steps import exported, say_next
 from diffdistill.settings.limits import MAX_NUMBER
 from diffdistill.settings.terminal import Console
+
+if TYPE_CHECKING:
+    from diffdistill.models.spec import TrainedModel
+
+MAX_HEADS = 1024
 
 console = Console()
 
@@ -93,7 +98,41 @@ def import_edm(
     """
     from diffdistill.models.teachers.edm_checkpoint import import_edm as convert
 
-    made = convert(FilePath(file), FilePath(out))
+    _say_imported(convert(FilePath(file), FilePath(out)), out)
+
+
+@guarded
+def import_sit(
+    file: Annotated[str, typer.Argument(help="SiT's or REPA's .pt, of a published size.")],
+    out: Annotated[str, typer.Option(help="The run's folder to write, a teacher for `train`.")],
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="A diffusers pipeline with the VAE of its latents: facebook/DiT-XL-2-256@refs/pr/1, or a folder."
+        ),
+    ] = None,
+    noise_at: Annotated[
+        int | None,
+        typer.Option(help="The time of pure noise, 0 (SiT) or 1 (REPA), where the file does not say.", min=0, max=1),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(help="Of attention, where the width is none of the published.", min=1, max=MAX_HEADS),
+    ] = None,
+) -> None:
+    """Convert a checkpoint of SiT or REPA into safetensors. Nothing in it is run.
+
+    Example: diffdistill import-sit last.pt --out runs/sit256 --pipeline facebook/DiT-XL-2-256@refs/pr/1
+    """
+    from diffdistill.models.teachers.sit_checkpoint import SiTOptions
+    from diffdistill.models.teachers.sit_checkpoint import import_sit as convert
+
+    options = SiTOptions(heads=heads, noise_at=noise_at, pipeline=pipeline)
+    _say_imported(convert(FilePath(file), FilePath(out), options), out)
+
+
+def _say_imported(made: "TrainedModel", out: str) -> None:
+    """What was converted, and what comes next."""
     network, shape = made.spec.model.network.name, " x ".join(map(str, made.spec.image_shape))
     classes = f"{made.spec.num_classes} classes" if made.spec.num_classes else "no classes"
     console.print(f"{made.source}: {network}, {shape}, {classes}", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from diffdistill import __version__
 from diffdistill.commands.benchmark import benchmark
-from diffdistill.commands.checkpoints import gather, import_edm, join, merge
+from diffdistill.commands.checkpoints import gather, import_edm, import_sit, join, merge
 from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
@@ -244,6 +244,7 @@ app.command(rich_help_panel=CONVERT)(join)
 app.command(rich_help_panel=CONVERT)(merge)
 app.command(rich_help_panel=CONVERT)(gather)
 app.command(name="import-edm", rich_help_panel=CONVERT)(import_edm)
+app.command(name="import-sit", rich_help_panel=CONVERT)(import_sit)
 app.command(name="eval", rich_help_panel=JUDGE)(evaluate)
 app.command(rich_help_panel=JUDGE)(reference)
 app.command(rich_help_panel=JUDGE)(leaderboard)

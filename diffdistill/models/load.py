@@ -336,6 +336,11 @@ def find_checkpoint(place: FilePath) -> FilePath:
         raise CheckpointError(
             f"{place}: a pickle, which is not loaded; convert it: diffdistill import-edm {place} --out runs/teacher"
         )
+    if place.suffix == ".pt" and place.is_file():
+        raise CheckpointError(
+            f"{place}: of torch.save, which is not loaded; SiT's and REPA's are converted: diffdistill import-sit {place} "
+            f"--out runs/teacher"
+        )
     if place.name == BEST and place.is_file():
         place = find_best(place.parent) or place
     if said := no_run(place):

@@ -17,7 +17,7 @@ from diffdistill.diffusion.denoiser import Features, Network, Taps
 from diffdistill.networks.recompute import Recomputable
 from diffdistill.networks.taps import Tapped
 from diffdistill.settings.numbers import Depth, Resolution, Width, WidthByFour
-from diffdistill.settings.schema import Fraction, UserError, schema
+from diffdistill.settings.schema import Fraction, Positive, UserError, schema
 
 FREQUENCIES = 256  # of the time embedding, sines and cosines together
 
@@ -27,6 +27,7 @@ class DiTConfig:
     """Settings of `DiT`, by default those of DiT-S/2; the class methods are the paper's table 1.
 
     patch: its side in pixels.  learn_sigma: twice the outputs, as in the published weights; the second half is unused.
+    time_scale: of the number that it is told; 0.001, where that is a thousand times t, is SiT's.
     """
 
     name: Literal["dit"] = "dit"
@@ -35,6 +36,7 @@ class DiTConfig:
     depth: Depth = 12
     heads: Width = 6
     learn_sigma: bool = False
+    time_scale: Positive = 1.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -79,12 +81,13 @@ class DiT(Network):
         self.accepts = frozenset({"label"} if num_classes else ())
         self.num_classes = num_classes
         self.has_null_condition = has_null_condition
+        self.time_scale = config.time_scale
         self.resolution_multiple = self.patch = config.patch
         self.image_channels, height, width = image_shape
         self.grid = (height // config.patch, width // config.patch)
         outputs = self.image_channels * (2 if config.learn_sigma else 1)
         self.input = nn.Conv2d(self.image_channels, config.width, config.patch, stride=config.patch)
-        self.register_buffer("positions", _positions(self.grid, config.width), persistent=False)
+        self.register_buffer("positions", sine_positions(self.grid, config.width), persistent=False)
         self.embed_time = nn.Sequential(
             nn.Linear(FREQUENCIES, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
@@ -132,7 +135,7 @@ class DiT(Network):
     def _embed(self, time_input: Tensor, cond: Cond) -> Tensor:
         half = FREQUENCIES // 2
         powers = torch.arange(half, device=time_input.device, dtype=time_input.dtype) / half
-        angles = time_input[:, None] * (1 / 10000) ** powers
+        angles = time_input[:, None] * (self.time_scale * (1 / 10000) ** powers)
         embedding = self.embed_time(torch.cat([angles.cos(), angles.sin()], 1))
         if self.embed_label is not None:
             null = torch.full_like(time_input, self.num_classes, dtype=torch.int64)
@@ -193,7 +196,7 @@ def _modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def _positions(grid: tuple[int, int], width: int) -> Tensor:
+def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
     """[1, N, width]: half of it for the column, half for the row, each sines, then cosines."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")

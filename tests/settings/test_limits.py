@@ -34,6 +34,7 @@ from diffdistill.models.sentence_encoder import SentenceEncoder
 from diffdistill.models.teachers.edm_checkpoint import import_edm
 from diffdistill.models.teachers.pickle_reader import PLAIN_CALLS, read_pickle
 from diffdistill.models.teachers.pipeline import load_model_of
+from diffdistill.models.teachers.sit_checkpoint import import_sit
 from diffdistill.networks.adapters import attach_adapters
 from diffdistill.networks.parameter_limit import limited_parameters
 from diffdistill.settings.links import refuse_links
@@ -92,6 +93,7 @@ READERS: dict[str, Callable[[Path, Path], object]] = {
     "adapters": lambda odd, _: attach_adapters(None, odd),  # type: ignore[arg-type]
     "reference": lambda odd, _: open_reference(odd, label="pixels", num_images=None),
     "EDM's pickle": lambda odd, _: import_edm(odd, odd.parent / "out"),
+    "SiT's checkpoint": lambda odd, _: import_sit(odd, odd.parent / "out"),
     "state.json": into_checkpoint("state.json"),
     "manifest.json": into_checkpoint("manifest.json"),
     "weights": into_checkpoint("players.safetensors"),

@@ -6,7 +6,6 @@ Facts from github.com/NVlabs/edm: torch_utils/persistence.py, training/networks.
 Karras et al. 2022, arXiv:2206.00364.  Not read: the baselines' preconditioning (VPPrecond, VEPrecond, iDDPMPrecond).
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -19,6 +18,7 @@ from diffdistill.diffusion.denoiser import Denoiser, freeze
 from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import Heun
 from diffdistill.models.spec import ModelConfig, ModelSpec, TrainedModel
+from diffdistill.models.teachers.imported import refuse_taken, save_imported
 from diffdistill.models.teachers.pickle_reader import (
     PLAIN_CALLS,
     Build,
@@ -30,8 +30,7 @@ from diffdistill.models.teachers.pickle_reader import (
 )
 from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP, EDMUNet
 from diffdistill.settings.schema import UserError
-from diffdistill.settings.values import dump
-from diffdistill.storage.checkpoint import Checkpoint, flatten, list_checkpoints, load_strictly, save_checkpoint
+from diffdistill.storage.checkpoint import load_strictly
 
 PERSISTENCE = Global("torch_utils.persistence", "_reconstruct_persistent_obj")
 VERSION = 6  # of the persistence, in all of EDM's files
@@ -82,25 +81,8 @@ def import_edm(file: FilePath, out: FilePath) -> TrainedModel:
 
     Raises UserError if the folder holds a run, and Refused for whatever is no network of EDM's.
     """
-    if list_checkpoints(out / "checkpoints"):
-        raise UserError(f"--out {out}: holds a run already; name a new folder")
-    model = read_edm(file)
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    state = {
-        "format": 1,
-        "student": "teacher",
-        "model": dump(model.spec),
-        "config": {},
-        "teacher": None,
-        "imported": {"file": file.name, "sha256": digest},
-    }
-    tensors = {"players": flatten({"teacher": model.denoiser.state_dict()})}
-    try:
-        source = save_checkpoint(out / "checkpoints", Checkpoint(0, tensors, state), keep=1)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
-    return TrainedModel(model.denoiser, model.spec, source)
+    refuse_taken(out)
+    return save_imported(read_edm(file), file, out)
 
 
 def read_edm(file: FilePath) -> TrainedModel:
