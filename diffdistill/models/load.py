@@ -338,8 +338,8 @@ def find_checkpoint(place: FilePath) -> FilePath:
         )
     if place.suffix == ".pt" and place.is_file():
         raise CheckpointError(
-            f"{place}: of torch.save, which is not loaded; SiT's and REPA's are converted: diffdistill import-sit {place} "
-            f"--out runs/teacher"
+            f"{place}: of torch.save, which is not loaded; SiT's and REPA's are converted: "
+            f"diffdistill import-sit {place} --out runs/teacher"
         )
     if place.name == BEST and place.is_file():
         place = find_best(place.parent) or place

@@ -236,7 +236,7 @@ def test_other_files_are_named_for_what_they_are(file: Path) -> None:
     with pytest.raises(Refused, match="a web page"):
         read_sit(file)
     file.write_text("weights")
-    with pytest.raises(Refused, match="nothing that torch.save wrote"):
+    with pytest.raises(Refused, match=r"nothing that torch\.save wrote"):
         read_sit(file)
     with file.open("wb") as handle:
         np.savez(handle, a=np.zeros(3))
