@@ -23,7 +23,7 @@ FAULTS = (
         "diffdistill/networks/taps.py",
         "if i + 1 == len(is_down) or is_down[i + 1])",
         "if i == 0 or is_down[i])",
-        "networks/test_taps.py::test_fastgen_s_list",
+        "networks/test_taps.py::test_fastgen_s_list_names_blocks_of_the_network",
     ),
     Fault(
         "the field has the wrong sign",
