@@ -33,7 +33,9 @@ WIDTH, DEPTH, HEADS, PATCH, CHANNELS, SIDE, CLASSES = 16, 2, 2, 2, 4, 8, 5
 OPTIONS = SiTOptions(heads=HEADS)
 
 
-def published(*, outputs: int = CHANNELS, with_projectors: bool = True, seed: int = 0) -> dict[str, Tensor]:
+def published(
+    *, outputs: int = CHANNELS, with_projectors: bool = True, seed: int = 0, side: int = SIDE
+) -> dict[str, Tensor]:
     """Random weights by the published names; positions as both repositories compute them, with NumPy."""
     shapes: dict[str, tuple[int, ...]] = {
         "x_embedder.proj": (WIDTH, CHANNELS, PATCH, PATCH),
@@ -51,7 +53,7 @@ def published(*, outputs: int = CHANNELS, with_projectors: bool = True, seed: in
     weights = {f"{name}.weight": torch.randn(shape, generator=rng) * 0.2 for name, shape in shapes.items()}
     weights |= {f"{name}.bias": torch.randn(shape[0], generator=rng) * 0.2 for name, shape in shapes.items()}
     weights["y_embedder.embedding_table.weight"] = torch.randn(CLASSES + 1, WIDTH, generator=rng)
-    rows = SIDE // PATCH
+    rows = side // PATCH
     omega = 10000.0 ** -(np.arange(WIDTH // 4) / (WIDTH / 4))
     row, column = (place.reshape(-1, 1) * omega for place in np.indices((rows, rows)))
     table = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], 1)
@@ -219,6 +221,12 @@ def test_a_file_that_runs_a_command_is_refused_and_runs_nothing(is_zip: bool, fi
         import_sit(file, tmp_path / "teacher", OPTIONS)
     assert not ran.exists()
     assert not (tmp_path / "teacher").exists()
+
+
+def test_a_pipeline_of_other_latents_is_refused(file: Path, tmp_path: Path) -> None:
+    save_stand_in("dit", tmp_path / "dit")
+    with pytest.raises(UserError, match=r"--pipeline .*: its latents are \[4, 8, 8\], the network's \[4, 4, 4\]"):
+        read_sit(repa(file, ema=published(side=4)), SiTOptions(heads=HEADS, pipeline=str(tmp_path / "dit")))
 
 
 def test_a_pt_as_a_teacher_names_the_command(file: Path) -> None:
