@@ -1,5 +1,6 @@
 """Recipes named by their number of steps: each stands over its model's recipe, and has as many levels as it says."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from support.stand_ins import save_stand_in
 from diffdistill.diffusion.path import Flow, VPDiscrete
 from diffdistill.diffusion.path import Path as NoisePath
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.settings.values import read_yaml
 from diffdistill.training.config import find_config, load_config
 from diffdistill.training.plan import plan
@@ -87,3 +89,20 @@ def test_a_run_can_be_planned_of_a_recipe(
     made = plan(load_config(find_config(f"dmd2/{family}-{number}"), overrides), resume=None)
     assert made.spec.sampler.num_evaluations == number  # type: ignore[union-attr]
     assert {"generator", "fake"} <= made.trained.keys()
+
+
+@pytest.mark.parametrize(("family", "number"), list(product(("sd15", "sdxl", "pixart", "sd3"), NUMBERS)))
+def test_hyper_sd_stops_at_the_stage_of_as_many_segments(family: str, number: int) -> None:
+    name, base = f"hyper_sd/{family}-{number}", load_config(find_config(f"hyper_sd/{family}"))
+    found = load_config(find_config(name))
+    assert isinstance(found.method, HyperSD)
+    assert isinstance(base.method, HyperSD)
+    assert found.method.steps == replace(base.method.steps, num_steps=number)
+    kept = tuple(stage for stage in base.method.stages if stage.segments >= number)
+    assert [replace(stage, num_steps=1) for stage in found.method.stages] == [replace(one, num_steps=1) for one in kept]
+    assert found.method.stages[-1].segments == number
+    assert found.train.steps == 10_000 * len(kept)
+    same = replace(base, run=f"{base.run}-{number}", method=found.method, train=found.train)
+    assert found == same
+    header = find_config(name).read_text().replace("\n# ", " ")
+    assert all(said in header for said in ("Ren et al. 2024, arXiv:2404.13686", f"hyper_sd/{family}", "Not run here."))

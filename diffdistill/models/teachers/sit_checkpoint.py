@@ -87,11 +87,13 @@ def read_sit(file: FilePath, options: SiTOptions = SAID) -> TrainedModel:
     is_repa = any(name.startswith("projectors.") for name in tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("projectors.")}
     spec = _spec(tensors, options, str(file))
-    noise_at = _noise_at(options, is_repa=is_repa, learns_sigma=spec.model.network.learn_sigma, origin=str(file))  # type: ignore[union-attr]
+    network = spec.model.network
+    assert isinstance(network, DiTConfig)
+    noise_at = _noise_at(options, is_repa=is_repa, learns_sigma=network.learn_sigma, origin=str(file))
     positions = tensors.pop("pos_embed").double()
     if noise_at == 0:
         tensors = _reversed(tensors)
-    side = spec.image_shape[1] // spec.model.network.patch  # type: ignore[union-attr]
+    side = spec.image_shape[1] // network.patch
     expected = sine_positions((side, side), positions.shape[2])
     if not torch.allclose(positions, expected.double(), rtol=0, atol=1e-4):
         raise Refused(f"{file}: pos_embed: other positions than sines and cosines")
