@@ -85,6 +85,8 @@ def network_code(model: TrainedModel, source: Pipeline | None) -> str:
         )
     if isinstance(inner, DiffusersConfig):
         kinds.add(type(find_family(inner.family)))
+    if source is not None:  # whose VAE is the model's, though its network may be ours
+        kinds.add(type(source.family))
     lines = sorted(f"from {kind.__module__} import {kind.__name__}" for kind in {*kinds, *used})
     packages = frozenset(kind.__module__.split(".")[0] for kind in {*kinds, *used})
     foreign = "".join(f"\nWhat comes from {name} is under that package's own." for name in sorted(packages - {PACKAGE}))

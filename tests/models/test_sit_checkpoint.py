@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.diffusion.cond import Cond
+from diffdistill.export.self_contained import network_code
 from diffdistill.models.load import load_model
 from diffdistill.models.spec import TrainedModel
 from diffdistill.models.teachers import open_pipeline
@@ -120,7 +121,7 @@ def asked() -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def estimate(model: TrainedModel) -> Tensor:
     x, s, y = asked()
-    return model.denoiser.double()(x, s, Cond(label=y))  # type: ignore[no-any-return]
+    return model.denoiser.double()(x, s, Cond(label=y))
 
 
 def test_repa_s_network_gives_the_published_velocity(file: Path, tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_sit_s_network_is_turned_about_in_time(file: Path, tmp_path: Path) -> No
     """x_t = t x0 + (1 - t) n and v = x0 - n with s = 1 - t, so that D = x_s + s v(x_s, 1 - s)."""
     import_sit(sit(file), tmp_path / "teacher", OPTIONS)
     model, (x, s, y) = load_model(tmp_path / "teacher"), asked()
-    assert model.spec.model.network.learn_sigma  # type: ignore[union-attr]
+    assert model.spec.model.network.learn_sigma  # type: ignore[attr-defined]
     weights = published(outputs=2 * CHANNELS, with_projectors=False)
     expected = x + s[:, None, None, None] * velocity(weights, x, 1 - s, y)
     torch.testing.assert_close(estimate(model), expected, rtol=0, atol=1e-6)
@@ -270,6 +271,13 @@ def teacher(file: Path, tmp_path: Path) -> Path:
     assert again.exit_code == 2
     assert "holds a run already" in again.output
     return tmp_path / "teacher"
+
+
+def test_an_export_has_the_code_of_the_network_and_of_its_vae_s_pipeline(teacher: Path, tmp_path: Path) -> None:
+    """Two classes of different names, though both are DiTs."""
+    code = network_code(load_model(teacher), open_pipeline(tmp_path / "dit"))
+    assert all(defined in code for defined in ("class DiT(Network):", "class DiffusersDiT(Family):"))
+    assert "source = Source(DiffusersDiT(), 'DiTPipeline'" in code
 
 
 @pytest.mark.parametrize("recipe", ["dmd2/sit256", "rcm/sit256"])

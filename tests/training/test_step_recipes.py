@@ -87,7 +87,7 @@ def test_a_run_can_be_planned_of_a_recipe(
     overrides = [f"teacher={tmp_path}/teacher", f"data={{name: prompts, path: {tmp_path}/prompts.txt}}"]
     overrides += ["method.gan_weight=0", f"run={tmp_path}/run", "train.device=cpu"]
     made = plan(load_config(find_config(f"dmd2/{family}-{number}"), overrides), resume=None)
-    assert made.spec.sampler.num_evaluations == number  # type: ignore[union-attr]
+    assert made.spec.sampler.num_evaluations == number
     assert {"generator", "fake"} <= made.trained.keys()
 
 

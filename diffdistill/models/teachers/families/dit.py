@@ -10,7 +10,7 @@ from diffdistill.models.teachers.family import Family
 from diffdistill.networks.diffusers_model import DiffusersTransformer
 
 
-class DiT(Family):
+class DiffusersDiT(Family):
     """The variance half of the output is not used. Label `num_classes` is "no class", as in the pipeline."""
 
     name = "dit"
