@@ -20,9 +20,10 @@ from diffdistill.diffusion.sampling import OneCall
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, even_times
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
+from diffdistill.distillation.signal_student import signal_student
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.registry import SignalBase
-from diffdistill.networks.signal import SignalConfig, signal_config, start_from
+from diffdistill.networks.signal import SignalConfig, signal_config
 from diffdistill.settings.schema import NonNegative, Number, UserError, schema
 
 Target = Literal["exponential", "euler"]
@@ -65,20 +66,14 @@ class Boot(Method):
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         """Raises UserError where the law leaves out an end of the path, or w has no meaning to the teacher."""
-        teacher, student = problem.teacher, problem.network
-        if teacher is None:
-            return problem.copies("generator")  # which says what is missing
-        path = problem.path
+        student, path = signal_student(problem), problem.path
+        assert problem.teacher is not None
         ends = self.times(torch.tensor([0.0, 1.0], dtype=torch.float64), path).tolist()
         if not all(map(math.isclose, ends, (path.t_min, path.t_max))):
             raise UserError(
                 f"method.time_law: must go from {path.t_min:g} to {path.t_max:g}, not {ends[0]:g} to {ends[1]:g}"
             )
-        check_guidance(teacher, "method.guidance", self.guidance)
-        if "generator" in problem.initial:
-            return problem.copies("generator")
-        assert student is not None
-        start_from(student, teacher)
+        check_guidance(problem.teacher, "method.guidance", self.guidance)
         return {"generator": student}
 
     def times(self, uniform: Tensor, path: Path) -> Tensor:

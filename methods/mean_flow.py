@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.augmentation import augment, check_augmentation, draw_motion
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.check import check_guidance, check_null_condition
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import FewSteps
@@ -26,6 +25,7 @@ from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNor
 from diffdistill.distillation.derivatives import along
 from diffdistill.distillation.dropout_masks import masks_again, without_dropout
 from diffdistill.distillation.first_noise import check_first_noise
+from diffdistill.distillation.line import line, line_time, line_velocity
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.registry import BaseNetwork
@@ -135,8 +135,7 @@ class MeanFlow(Method):
         is_guided = (t >= low) & (t <= high)
         if self.velocity == "teacher":
             w = torch.where(is_guided, self.guidance, 1.0) if self.guidance != 1 else 1.0
-            x, time = on_path(players.teacher, z, t)
-            return (z - players.teacher(x, time, cond, guidance=w)) / expand(t, z)
+            return line_velocity(players.teacher, z, t, cond, guidance=w)
         plain = draw["eps"] - batch.images
         if not self.mixes:
             return plain
@@ -149,22 +148,4 @@ class MeanFlow(Method):
 
     def mean_velocity(self, players: Players, z: Tensor, r: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """u(z, r, t, c), the velocity's mean from r to t.  z: [B, ...]; r, t: [B]."""
-        x, time = on_path(players.generator, z, t)
-        return (z - players.generator(x, time, replace(cond, end_time=r))) / expand(t, z)
-
-
-def line_time(ratio: Tensor) -> Tensor:
-    """t in (0, 1) of z = (1 - t) x0 + t eps at a noise-to-signal ratio, float64."""
-    return ratio / (1 + ratio)
-
-
-def line(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """z at t: [B]."""
-    return ((1 - expand(t, x0)) * x0 + expand(t, x0) * eps).to(x0.dtype)
-
-
-def on_path(denoiser: Denoiser, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The denoiser's x and time at the line's z and t."""
-    time = denoiser.path.time_of_ratio(t / (1 - t))
-    scale = denoiser.path.alpha(time) / (1 - t)
-    return z * expand(scale, z), time
+        return line_velocity(players.generator, z, t, replace(cond, end_time=r))

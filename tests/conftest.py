@@ -125,6 +125,17 @@ optimizers:
   generator: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "free_flow": f"""
+method:
+  name: free_flow
+  guidance: [1, 3]
+  prediction_time_law: {{name: karras, ratio_min: 0.02, ratio_max: 20}}
+  fake_updates: 2
+optimizers:
+  generator: {{lr: 6e-4}}
+  default: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "scm": f"""
 method: {{name: scm, steps: {{init_ratio: 10}}, guidance: 2, warmup: 2}}
 optimizers:

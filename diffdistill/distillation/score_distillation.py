@@ -308,12 +308,19 @@ def guided_field(
 
     A sample whose field is not finite pushes nothing.  alpha_power: of alpha_t, by which it is weighed.
     """
+    alpha = players.teacher.path.alpha(draw["t"])
+    fake, real = guided_estimates(players, draw, x, scales=scales)
+    return zero_nonfinite(matching_field(x, fake, real, minimum=minimum) * expand(alpha**alpha_power, x))
+
+
+def guided_estimates(players: Players, draw: Draw, x: Tensor, *, scales: Scales) -> tuple[Tensor, Tensor]:
+    """D_fake and D_teacher [B, ...] at x noised to the draw's t, each with its own scale."""
     path, t = players.teacher.path, draw["t"]
     guidance, fake_guidance = (scale_in(draw, scales, name) for name in ("guidance", "fake_guidance"))
     x_t = path.diffuse(x, draw["eps"], t)
     real = players.teacher(x_t, t, condition(players, draw, role="teacher"), guidance=guidance)
     fake = players.fake(x_t, t, condition(players, draw, role="fake"), guidance=fake_guidance)
-    return zero_nonfinite(matching_field(x, fake, real, minimum=minimum) * expand(path.alpha(t) ** alpha_power, x))
+    return fake, real
 
 
 def head_logits(

@@ -166,6 +166,7 @@ def test_every_method_s_laws_are_looked_at() -> None:
         "rcm",
         "hyper_sd",
         "boot",
+        "free_flow",
         "scm",
         "consistency",
         "tdm",

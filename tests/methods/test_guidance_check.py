@@ -14,10 +14,11 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.check import check_guidance, check_null_condition
 from diffdistill.diffusion.guidance.policies import CFG, Guidance
 from diffdistill.diffusion.path import EDM, expand
+from diffdistill.distillation.line import on_path
 from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.agd import AGD
 from diffdistill.methods.guidance_distill import GuidanceDistill
-from diffdistill.methods.mean_flow import MeanFlow, on_path
+from diffdistill.methods.mean_flow import MeanFlow
 from diffdistill.models.load import load_model
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.unet import UNetConfig
@@ -31,6 +32,7 @@ GUIDED = {
     "uni_instruct": ("method.guidance=2",),
     "cdm": ("method.guidance=2",),
     "rcm": ("method.guidance=2",),
+    "free_flow": ("method.guidance=2",),
     "hyper_sd": ("method.guidance=[1, 2]",),
     "boot": ("method.guidance=[2, 2]",),
     "regression": ("method.guidance=2",),

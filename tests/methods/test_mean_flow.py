@@ -15,8 +15,9 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.path import EDM, Flow, Path
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.line import line, on_path
 from diffdistill.distillation.method import Batch, Players, Problem
-from diffdistill.methods.mean_flow import MeanFlow, line, on_path
+from diffdistill.methods.mean_flow import MeanFlow
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow
 from diffdistill.networks.two_times import TwoTimesConfig
 from diffdistill.networks.unet import UNetConfig
@@ -36,7 +37,7 @@ class Exact(nn.Module):
         super().__init__()
         self.path = path
 
-    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Cond, **_: object) -> Tensor:
         ratio = self.path.ratio(time)
         t, r = ratio / (1 + ratio), cond.end_time
         z = x * ((1 - t) / self.path.alpha(time))[:, None]
@@ -227,7 +228,7 @@ class Masked(nn.Module):
         super().__init__()
         self.path, self.weight, self.masks = EDM(), nn.Parameter(torch.ones(())), list[Tensor]()
 
-    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Cond, **_: object) -> Tensor:
         self.masks.append(nn.functional.dropout(torch.ones(6, *SHAPE), 0.5, self.training))
         return self.weight * x * self.masks[-1]
 

@@ -18,7 +18,7 @@ from diffdistill.settings.schema import UserError
 from diffdistill.training.trainer import Trainer
 
 
-@pytest.mark.parametrize("method", ["hyper_sd", "boot"])
+@pytest.mark.parametrize("method", ["hyper_sd", "boot", "free_flow"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig, method: str, stop: int) -> None:
     """For hyper_sd before, at and after the beginning of its second stage."""

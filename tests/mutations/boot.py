@@ -61,8 +61,8 @@ FAULTS = (
     ),
     Fault(
         "the student does not start from the teacher",
-        "methods/boot.py",
-        "        start_from(student, teacher)\n",
+        "diffdistill/distillation/signal_student.py",
+        "    start_from(problem.network, problem.teacher)\n",
         "",
         "methods/test_boot.py::test_a_student_starts_at_the_teacher_s_estimate_from_pure_noise",
     ),

@@ -29,6 +29,7 @@ METHODS = {
     "uni_instruct": "{name: uni_instruct, steps: {init_ratio: 5, init_noise: unit}}",
     "cdm": "{name: cdm, steps: {init_ratio: 5, later_noise: ddim}, anchor_weight: 0.05}",
     "boot": "{name: boot}",
+    "free_flow": "{name: free_flow}",
     "disback": f"{{name: disback, base: {SCORE}, path_length: 2, recording_interval: 1, backtracking_interval: 1}}",
     "msd": f"{{name: msd, base: {SCORE}, num_students: 2, partition: {{name: label_ranges}}}}",
     "regression": f"{{name: regression, steps: {{init_ratio: 5, init_noise: unit}}, pairs: 8, pair_sampler: {HEUN}}}",
@@ -56,6 +57,9 @@ NO_STUDENTS = {
 }
 """Methods that distil no steps, and what they do."""
 
+OF_THE_SIGNAL = ("boot", "free_flow")
+"""Methods whose students are given noise alone, and take no teacher that predicts it."""
+
 ON_THE_PATH = ("hyper_sd", "rcm", "scm", "consistency", "tdm", "rectified_flow", "mean_flow")
 """Methods whose students begin with the path's own noise: unit noise only where sigma is 1, unlike in `OWN`."""
 
@@ -80,7 +84,7 @@ COUNT = 8  # images
 def origin(family: str, method: str, folder: Path, *overrides: str) -> Path:
     """A family's stand-in, or a run of one of our own networks, of which overrides are.
 
-    `ddpm` has classes for the methods that need some, and what BOOT starts from predicts v.
+    `ddpm` has classes for the methods that need some, and what students of the signal start from predicts v.
     """
     if family in OWN:
         text = f"method: {{name: pretrain}}\nmodel: {OWN[family]}\noptimizers: {{default: {{lr: 1e-3}}}}"
@@ -90,7 +94,7 @@ def origin(family: str, method: str, folder: Path, *overrides: str) -> Path:
     save_stand_in(family, folder, **classes)
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(file.read_text())
-    if method == "boot" and scheduler.get("prediction_type") == "epsilon":
+    if method in OF_THE_SIGNAL and scheduler.get("prediction_type") == "epsilon":
         file.write_text(json.dumps(scheduler | {"prediction_type": "v_prediction"}))
     return folder
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ CLASSES = 3
 BATCH = 6
 EVERYTHING = DMD2(guidance=2.0, regression_weight=0.25, regression_pairs=5, gan_weight=1.0, gan_fake_weight=1.0)
 MULTI_STEP = FewSteps(init_ratio=20.0, later_ratios=(5.0, 1.0))
+BASE = MLPConfig(width=16, blocks=2)
 
 
 def small_teacher(num_classes: int = CLASSES) -> Denoiser:
     """An MLP of random weights in float64, so that every input matters."""
-    net = MLPConfig(width=16, blocks=2).build(SHAPE, num_classes, 0.1)
+    net = BASE.build(SHAPE, num_classes, 0.1)
     generator = torch.Generator().manual_seed(0)
     for parameter in net.parameters():
         parameter.data.normal_(0, 0.2, generator=generator)
@@ -37,6 +39,9 @@ def scene(method: Method, step: int = 0, seed: int = 0) -> tuple[Players, dict[s
     """Players, one step's numbers and real images, all float64; the players differ from one another."""
     teacher = small_teacher()
     problem = Problem(SHAPE, CLASSES, PATH, teacher=deepcopy(teacher).float())  # heads are built in float32
+    config, predicts = method.student_model(BASE, teacher.predicts, problem)
+    if config != BASE:
+        problem = replace(problem, network=Denoiser(config.build(SHAPE, CLASSES, 0.1), PATH, predicts))
     made = {name: module.double() for name, module in method.players(problem).items()}
     generator = torch.Generator().manual_seed(1)
     for module in made.values():

@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import SETTINGS, small_config
 from support.far_device import Crossings, counted, far_device, near
+from support.method_matrix import OF_THE_SIGNAL
 
 from diffdistill.training.trainer import Trainer
 
 PATHS = {"edm": (), "vp_discrete": ("model.path={name: vp_discrete}", "model.predicts=v")}
 NEEDED = {"msd": ("method.student_index=0",), "tsm": PATHS["vp_discrete"]}
-CASES = [("edm", name) for name in ("dmd2", "boot")]  # BOOT takes no teacher on a discrete path
-CASES += [("vp_discrete", name) for name in SETTINGS if name not in ("pretrain", "boot")]
+CASES = [("edm", name) for name in ("dmd2", *OF_THE_SIGNAL)]  # these take no teacher on a discrete path
+CASES += [("vp_discrete", name) for name in SETTINGS if name not in ("pretrain", *OF_THE_SIGNAL)]
 
 
 @pytest.fixture(scope="module")

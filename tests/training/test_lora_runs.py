@@ -34,6 +34,7 @@ WITH_LORA = (
             "uni_instruct",
             "cdm",
             "rcm",
+            "free_flow",
             "regression",
             "msd",
             "scm",

@@ -99,7 +99,7 @@ def test_two_processes_with_a_half_each_train_as_one(
     assert apart(*ends) <= ROUNDING
 
 
-@pytest.mark.parametrize("method", ["scm", "mean_flow"])
+@pytest.mark.parametrize("method", ["scm", "mean_flow", "free_flow"])
 def test_two_with_a_half_each_take_the_derivatives_of_one(make_config: MakeConfig, method: str) -> None:
     """In float64, where the order of a sum is all that can differ."""
     alone, two = (make_config(method, SGD, "train.steps=2", *more) for more in ((), (SHARDED,)))
