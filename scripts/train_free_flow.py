@@ -23,7 +23,7 @@ config = RunConfig(
         "default": OptimizerConfig(lr=1e-3, decay="linear", decay_start=0.5),
     },
     ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=400, global_batch_size=64, num_threads=1, checkpoint_every=200),
+    train=TrainConfig(steps=350, global_batch_size=64, num_threads=1, checkpoint_every=200),
 )
 
 if __name__ == "__main__":

@@ -163,8 +163,8 @@ HEAD = """# What can be exported
 Written by `make test-full` (tests/export/test_export_matrix.py) on {date}. The teacher is each family's smallest
 architecture with random weights, or one of our own networks after three steps of training. Then come three steps of
 the method, the export, and the cards' programs run in one process where diffdistill cannot be imported. A number is the
-greatest difference of any value of two images from the run's own, in float32; {tolerance:g} is allowed. BOOT starts
-from a teacher that predicts v.
+greatest difference of any value of two images from the run's own, in float32; {tolerance:g} is allowed. BOOT and
+FreeFlow start from a teacher that predicts v.
 
 """
 
