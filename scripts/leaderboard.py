@@ -79,6 +79,9 @@ BOARD = (
     Entry("consistency (iCD)", "consistency/digits"),
     Entry("consistency (ECT)", "consistency/digits-ect"),
     Entry("RF++", "rectified_flow/digits"),
+    Entry("sCM", "scm/digits"),
+    Entry("MeanFlow", "mean_flow/digits"),
+    Entry("rCM", "rcm/digits"),
     Entry("Uni-Instruct (forward KL)", "uni_instruct/digits"),
     Entry("Uni-Instruct (reverse KL)", "uni_instruct/digits", ("method.divergence=rkl",)),
 )
@@ -98,7 +101,9 @@ FOR_MLP = {
 FOR_LONGER = {
     "DMD2": ("train.steps=840",),  # what 700 steps with the GAN on the fake score's features cost
     "f-distill (JS)": ("method.gan_features=teacher",),  # those of the fake score draw a longer run off the teacher
+    "AGD, 18 steps": ("optimizers.adapted.clip_norm=0.01",),  # a long run at this rate can diverge without it
 }
+STORED = ("pairs", "trajectories")  # what a method makes before training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -148,11 +153,16 @@ def table() -> None:
 
 
 def longer(entry: Entry, times: int) -> Entry:
-    """The same at so many times its steps, to whose end its rates fall, with an average over the same share of them."""
+    """The same at so many times its steps, to whose end its rates fall, with an average over the same share of them.
+
+    So many times the pairs or trajectories, too, where a method stores some: else a student learns them by heart.
+    """
     overrides = FOR_LONGER.get(entry.name, entry.overrides)
     config = load_config(find_config(entry.config), overrides)
     longer = [f"train.steps={times * config.train.steps}"]
     longer += [f"ema.halflife_images={times * config.ema.halflife_images:g}"] if config.ema else []
+    stored = {name: getattr(config.method, name, None) for name in STORED}
+    longer += [f"method.{name}={times * count}" for name, count in stored.items() if count]
     return replace(entry, overrides=(*overrides, *longer))
 
 

@@ -35,7 +35,9 @@ def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleT
         if usual.ema is not None:
             assert longer.ema is not None
             assert longer.ema.halflife_images == 10 * usual.ema.halflife_images
-        assert replace(longer, train=usual.train, ema=usual.ema) == usual
+        stored = {name: count for name in board.STORED if (count := getattr(usual.method, name, None))}
+        assert {name: getattr(longer.method, name) for name in stored} == {n: 10 * k for n, k in stored.items()}
+        assert replace(longer, train=usual.train, ema=usual.ema, method=replace(longer.method, **stored)) == usual
 
 
 def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(board: ModuleType) -> None:
