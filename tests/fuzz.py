@@ -366,10 +366,10 @@ class Fuzzer:
         one()
 
 
-def feed_for(seconds: float, fuzzer: Fuzzer) -> int:
-    """Changed files for so long, or until one is neither read nor refused. Returns how many."""
+def feed_for(seconds: float, fuzzer: Fuzzer, least: int = 0) -> int:
+    """Changed files for so long and at least so many, or until one is neither read nor refused. Returns how many."""
     until, number = time.monotonic() + seconds, 0
-    while time.monotonic() < until:
+    while time.monotonic() < until or fuzzer.tried < least:
         fuzzer.run(100, number := number + 1)
     return fuzzer.tried
 
