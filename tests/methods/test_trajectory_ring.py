@@ -14,6 +14,7 @@ from support.ring import (
     NUM_MODES,
     PATH,
     STD,
+    TIME_LAW,
     RingResult,
     measure_ring,
     ring_problem,
@@ -33,6 +34,7 @@ from diffdistill.distillation.method import Problem
 from diffdistill.distillation.segments import Stage
 from diffdistill.methods.boot import Boot
 from diffdistill.methods.consistency import Consistency
+from diffdistill.methods.free_flow import FreeFlow
 from diffdistill.methods.hyper_sd import HyperSD
 from diffdistill.methods.rectified_flow import RectifiedFlow
 
@@ -81,6 +83,20 @@ def test_boot_s_one_call_arrives_where_the_teacher_s_sixteen_do() -> None:
     student = Denoiser(RingSignal(), PATH, "x0")
     assert not arrival(student, OneCall()).passes
     problem = replace(problem, initial={"generator": student})
+    result = arrival(trained_generator(method, num_steps=900, lr=4e-3, problem=problem), OneCall())
+    assert result.passes, result
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("correction_weight", [0.0, 0.1])
+def test_free_flow_s_one_call_arrives_where_the_teacher_s_sixteen_do(correction_weight: float) -> None:
+    """By its prediction, with or without the correction."""
+    method = FreeFlow(prediction_time_law=EVEN, correction_weight=correction_weight, time_law=TIME_LAW)
+    problem = ring_problem(method)
+    torch.manual_seed(0)
+    student = Denoiser(RingSignal(), PATH, "x0")
+    assert not arrival(student, OneCall()).passes
+    problem = replace(problem, initial={"generator": student, "fake": problem.initial["fake"]})
     result = arrival(trained_generator(method, num_steps=900, lr=4e-3, problem=problem), OneCall())
     assert result.passes, result
 
