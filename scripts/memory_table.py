@@ -110,7 +110,7 @@ def factors_over_bf16(net: nn.Module, count: int) -> int:
 
 
 def factors_over_nf4(net: nn.Module, count: int) -> int:
-    """The base whole in each: it does not go with speed.shard."""
+    """The base whole in each; shards would divide what NF4 leaves alone."""
     return _factors(net, base_bytes(net, "nf4"), count, 0)
 
 

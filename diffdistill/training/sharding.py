@@ -2,7 +2,8 @@
 
 A block's weights are whole in a process only while it computes.  Zhao et al. 2023, arXiv:2304.11277.
 Of players in LoRA it is the frozen base, once for all that stand over it; their factors are small and stay whole in
-every process, whose gradients are averaged as those of replicas are.
+every process, whose gradients are averaged as those of replicas are. So do layers in few bits, whose packed weights
+fully_shard cannot part, with their biases.
 torch's package takes half a second of CPU time to import: so it is imported where something is sharded.
 """
 
@@ -24,6 +25,7 @@ from diffdistill.distributed.processes import Processes
 from diffdistill.distributed.sharded import whole
 from diffdistill.networks.diffusers_model import DiffusersNetwork
 from diffdistill.networks.lora import lora_of
+from diffdistill.networks.quantised import is_quantised
 from diffdistill.networks.recompute import recomputable_blocks
 from diffdistill.settings.schema import UserError
 from diffdistill.training.objective import Ask, Averaging
@@ -88,14 +90,20 @@ def _shard_one(module: nn.Module, mesh: DeviceMesh) -> None:
     net, lora = network_of(module), lora_of(module)
     # Gathered weights that stayed, as a root's do by default, would not follow optimisers, averages and requires_grad.
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-    if lora:
-        options["ignored_params"] = set(lora.adapters.parameters())
+    kept = {*whole_in_each(net), *(lora.adapters.parameters() if lora else ())}
+    if kept:
+        options["ignored_params"] = kept
     for block in gathered_apart(net):
         fully_shard(block, **options)
     fully_shard(net, **options)
     for name in TAPS:
         if hasattr(net, name):
             register_fsdp_forward_method(net, name)
+
+
+def whole_in_each(net: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of a network's layers in few bits."""
+    return (p for part in net.modules() if is_quantised(part) for p in part.parameters(recurse=False))
 
 
 Place = tuple[nn.Module, str]  # a parameter's: the module that holds it, and its name there
@@ -109,6 +117,8 @@ def _held_again(nets: Sequence[nn.Module]) -> dict[Place, Place]:
     for net in nets:
         empty: dict[int, nn.Parameter] = {}
         for part in net.modules():
+            if is_quantised(part):
+                continue  # all networks have this layer, which stays whole
             for name, weight in part.named_parameters(recurse=False, remove_duplicate=False):
                 owner, place = first.setdefault(id(weight), (net, (part, name)))
                 if owner is not net:
@@ -153,15 +163,26 @@ class Shards:
 def outline(module: nn.Module) -> nn.Module:
     """A copy of a module that is about to be sharded, without weights."""
     weights = [p for part in _trees(module) for p in part.parameters()]
-    return deepcopy(module, {id(weight): _empty(weight) for weight in weights})
+    kept = {id(p): p for part in _trees(module) for p in whole_in_each(part)}
+    return deepcopy(module, {id(weight): _empty(weight) for weight in weights if id(weight) not in kept} | kept)
 
 
 def filled(outline: nn.Module, module: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy of a sharded module, whole in each process: all ask for it, and then compute what they like."""
-    copy = deepcopy(outline)
+    kept = {id(p): p for part in _trees(outline) for p in whole_in_each(part)}
+    copy = deepcopy(outline, kept)
     for empty, part in zip(_trees(copy), _trees(module), strict=True):
-        empty.load_state_dict({name: whole(tensor) for name, tensor in part.state_dict().items()}, assign=True)
+        fill(empty, part)
     return freeze(copy).to(device)
+
+
+def fill(empty: nn.Module, module: nn.Module) -> None:
+    """Give an outline the numbers of what it outlines: all that it does not hold already."""
+    held = {id(p) for p in whole_in_each(empty)}
+    names = {name for name, p in empty.named_parameters(remove_duplicate=False) if id(p) not in held}
+    names |= {name for name, _ in empty.named_buffers(remove_duplicate=False)}
+    found = {name: whole(tensor) for name, tensor in module.state_dict().items() if name in names}
+    empty.load_state_dict(found, assign=True, strict=False)
 
 
 def _trees(module: nn.Module) -> list[nn.Module]:
@@ -181,7 +202,8 @@ def _check(config: "RunConfig") -> None:
     if speed.shard == "none":
         return
     faults = {
-        "lora before torch 2.7": any(config.lora.values()) and not _can_ignore(),
+        "lora, or a teacher in few bits, before torch 2.7": (any(config.lora.values()) or speed.is_quantised)
+        and not _can_ignore(),
         "speed.compile": speed.compile is not None,
         "speed.channels_last": speed.channels_last,
         "speed.ema_device = 'cpu'": speed.ema_device == "cpu",

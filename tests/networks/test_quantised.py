@@ -3,6 +3,7 @@ are installed (both have kernels for CPUs)."""
 
 import sys
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_config
+from equal import apart
+from numpy.typing import NDArray
+from support.fleet import run_together
 from support.stand_ins import save_stand_in
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.distributed.sharded import is_sharded, whole
 from diffdistill.models.teachers import open_pipeline
 from diffdistill.networks import quantised
 from diffdistill.networks.lora import LoRASettings, lora_of, merge_lora, with_lora
 from diffdistill.networks.quantised import dequantised, is_quantised, quantise, stored
 from diffdistill.settings.schema import UserError
+from diffdistill.training.assembly import assemble
+from diffdistill.training.config import RunConfig
 from diffdistill.training.memory.counting import SavedTensors, storage_bytes
-from diffdistill.training.memory.prediction import module_bytes
+from diffdistill.training.memory.prediction import in_each_of, module_bytes, plan_memory
+from diffdistill.training.plan import plan
 from diffdistill.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -171,6 +179,56 @@ def test_a_run_over_a_quantised_base(kind: str, tmp_path: Path) -> None:
     trainer.run()
     again = Trainer(config, resume=True, quiet=True)  # the base's fingerprint is that of its whole weights
     assert again.step == 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nf4"], indirect=True)
+@pytest.mark.parametrize("fake", ["{rank: 2, targets: linear}", "null"], ids=["factors", "beside a player in full"])
+def test_processes_that_share_out_the_rest_of_a_quantised_base_train_as_those_that_do_not(
+    kind: str, fake: str, tmp_path: Path
+) -> None:
+    """The layers in few bits are whole in each; so is what a preview is drawn with."""
+    save_stand_in("dit", tmp_path / "dit")
+    settings = (
+        *("data={name: digits}", "train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=null"),
+        *(
+            "method.gan_weight=0",
+            "method.steps={init_ratio: 10}",
+            "train.preview_every=2",
+            f"speed.teacher_dtype={kind}",
+        ),
+        f"lora={{generator: {{rank: 2, targets: linear}}, fake: {fake}}}",
+        "optimizers={default: {name: sgd, lr: 0.1, betas: [0, 0.999]}}",
+    )
+
+    def trained(config: RunConfig) -> tuple[dict[str, NDArray[Any]], int]:
+        """What is trained, and the bytes of the base that this process holds."""
+        trainer = Trainer(config, quiet=True)
+        trainer.run()
+        assert trainer.problem.teacher is not None
+        few = {name for name, part in trainer.problem.teacher.net.named_modules() if is_quantised(part)}
+        assert few
+        for name, weight in trainer.problem.teacher.net.named_parameters():
+            is_packed = name.rpartition(".")[0] in few
+            assert is_sharded(weight) == (config.speed.shard == "all" and not is_packed), name
+        states = {n: module.state_dict() for n, module in trainer.trained.items()}
+        ends = {f"{n}.{name}": whole(t).numpy() for n, state in states.items() for name, t in state.items()}
+        return ends, module_bytes(trainer.problem.teacher)
+
+    configs = [
+        small_config("dmd2", tmp_path / shard, *settings, f"speed.shard={shard}", teacher=tmp_path / "dit")
+        for shard in ("none", "all")
+    ]
+    ((in_both, all_of_it), _), ((in_parts, held), (others, _)) = (
+        run_together(2, partial(trained, config)) for config in configs
+    )
+    assert any("lora_A" in name for name in in_both)
+    assert apart(in_both, in_parts) <= 1e-6
+    assert apart(in_parts, others) == 0
+    made = assemble(plan(configs[1], resume=None))
+    needs = in_each_of(2, plan_memory(made.plan, made.iteration), made.plan, made.iteration)
+    assert held == needs.players["teacher"].weights < all_of_it
+    previews = [tmp_path / shard / "previews" / "step-00000002.png" for shard in ("none", "all")]
+    assert previews[0].read_bytes() == previews[1].read_bytes()
 
 
 def test_what_cannot_be_is_said(teacher: Denoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,20 +75,22 @@ def plan_for(
 
 def with_factors_over_nf4(plan: Plan, iteration: Iteration, needs: MemoryPlan) -> MemoryPlan | None:
     """The same run with factors in the place of copies, and its activations as they were; None where there is no
-    teacher of large linear layers to stand over, LoRA is there already, or weights are shared out."""
+    teacher of large linear layers to stand over, or LoRA is there already. Whole in each process, as factors are."""
     teacher, config = iteration.problem.teacher, plan.config
-    if teacher is None or config.speed.shard != "none" or plan.method.trains_network or any(config.lora.values()):
+    if teacher is None or plan.method.trains_network or any(config.lora.values()):
         return None
     if not quantised_layers(teacher.net):
         return None
     factors = factors_over(teacher.net)
-    weights, players = sum(factor.nbytes for factor in factors), dict(needs.players)
+    weights, players, replicated = sum(factor.nbytes for factor in factors), dict(needs.players), needs.replicated
     for name, module in iteration.players.items():
         if name in iteration.problem.all_teachers:
             assert isinstance(module, Denoiser)
             players[name] = PlayerBytes(base_bytes(module.net, "nf4"))
         elif isinstance(module, Denoiser) and name in iteration.trained:
             players[name] = PlayerBytes(weights, weights, optimizer_bytes(factors, config.optimizer(name)))
+            replicated |= {name} if needs.parts > 1 else set()
         elif isinstance(module, Denoiser):
             players[name] = PlayerBytes(weights)
-    return replace(needs, players=players, averages=len(config.emas) * weights)
+    averages = len(config.emas) * weights
+    return replace(needs, players=players, averages=averages, replicated=replicated, gathered=0)

@@ -29,7 +29,7 @@ from diffdistill.training.config import OptimizerConfig, RunConfig
 from diffdistill.training.iteration import Iteration, MicroBatch
 from diffdistill.training.memory.counting import SavedTensors, storage_bytes
 from diffdistill.training.plan import Plan
-from diffdistill.training.sharding import gathered_apart, network_of, sharers
+from diffdistill.training.sharding import gathered_apart, network_of, sharers, whole_in_each
 from diffdistill.training.speed.offload import is_offloaded
 from diffdistill.training.trainer import Trainer
 
@@ -301,15 +301,19 @@ def _part_bytes(module: nn.Module, parts: int) -> int:
     """Buffers are whole in each process."""
     if parts == 1:
         return module_bytes(module)
-    return sum(b.nbytes for b in module.buffers()) + sum(part_of(p, parts).nbytes for p in module.parameters())
+    held = sum(b.nbytes for b in module.buffers()) + sum(part_of(p, parts).nbytes for p in module.parameters())
+    packed = list(whole_in_each(module))
+    return held + sum(sum(t.nbytes for t in stored(p)) - part_of(p, parts).nbytes for p in packed)
 
 
 def gathered_bytes(module: nn.Module) -> int:
     """The most of a network that is whole at a time: a block that computes and the one after it, beside what is in no
     block."""
     net = network_of(module)
-    blocks = [{id(p): p.nbytes for p in block.parameters()} for block in gathered_apart(net)]
-    rest = {id(p): p.nbytes for p in net.parameters()}
+    packed = {id(p) for p in whole_in_each(net)}
+    rest, *blocks = (
+        {id(p): p.nbytes for p in part.parameters() if id(p) not in packed} for part in (net, *gathered_apart(net))
+    )
     for block in blocks:
         rest = {key: count for key, count in rest.items() if key not in block}
     sizes = [*(sum(block.values()) for block in blocks), 0]

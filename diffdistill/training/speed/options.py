@@ -102,8 +102,8 @@ def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: 
     """Raise UserError for what cannot be; blocks that can be recomputed are told to be."""
     if speed.teacher_dtype != "fp32" and not has_teacher:
         raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: this method has no teacher; use fp32")
-    if speed.is_quantised and (speed.teacher_device == "cpu" or speed.shard != "none" or speed.channels_last):
-        why = "speed.teacher_device, speed.shard (torch's fully_shard parts no packed weights) and speed.channels_last"
+    if speed.is_quantised and (speed.teacher_device == "cpu" or speed.channels_last):
+        why = "speed.teacher_device and speed.channels_last"
         raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: does not go with {why}; leave them out")
     for name, denoiser in players.items():
         network = type(denoiser.net).__name__
