@@ -35,16 +35,19 @@ class Renormalised:
     """The linear rule, scaled to the norm of the conditional estimate.
 
     over: what shares one norm: a "sample"; a "row" of a channel, as diffusers' pipeline of Lumina 2; or a "patch" of
-    2 x 2 pixels with all channels, as that of Qwen-Image.
+    2 x 2 pixels with all channels, as that of Qwen-Image.  only_shrinks: whether an estimate of a smaller norm stays as
+    it is, as in that of LongCat-Image.
     """
 
     name: Literal["renormalised"] = "renormalised"
     over: Literal["sample", "row", "patch"] = "sample"
+    only_shrinks: bool = False
 
     def __call__(self, without_cond: Tensor, with_cond: Tensor, scale: float | Tensor) -> Tensor:
         """Raises ValueError over patches where a sample is no [C, H, W] with even sides."""
         guided = LINEAR(without_cond, with_cond, scale)
-        return guided * _ratio(self._norm(with_cond), self._norm(guided))
+        ratio = _ratio(self._norm(with_cond), self._norm(guided))
+        return guided * (ratio.clamp(max=1) if self.only_shrinks else ratio)
 
     def _norm(self, x: Tensor) -> Tensor:
         if self.over == "row":

@@ -70,10 +70,12 @@ def habits_of(stock: StockFolder, *, is_told_size: bool = False) -> Habits:
     scale = defaults.get("guidance_scale") or 1.0
     is_guided = scale > 1 and (is_told or net.has_null_condition)
     guided = f"guidance of {scale:g} on top of the student's own" if is_guided else None
+    told = "its network is told guidance_scale=0" if is_told else None
+    anew = "of another prompt, which its text encoder writes anew" if source.family.rewrites_prompts else None
     return Habits(
         number=number,
-        counted=judge("counted", number, size or ("its network is told guidance_scale=0" if is_told else None)),
-        plain=judge("plain", defaults["num_inference_steps"], size or guided),
+        counted=judge("counted", number, size or anew or told),
+        plain=judge("plain", defaults["num_inference_steps"], size or anew or guided),
         reasons=reasons,
         guides_at_one=source.family.guides_above < 1 and net.has_null_condition,
     )

@@ -53,6 +53,16 @@ def test_renormalised_is_as_the_pipelines_of_lumina_and_qwen_image(over: str, se
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
+def test_renormalised_may_shrink_alone_as_the_pipeline_of_longcat_image() -> None:
+    without, with_cond, w = noise(0), noise(1), 1.05
+    c, mixed = packed(with_cond), packed(without + w * (with_cond - without))
+    ratio = torch.norm(c, dim=-1, keepdim=True) / torch.norm(mixed, dim=-1, keepdim=True)
+    assert bool((ratio > 1).any())
+    assert bool((ratio < 1).any())
+    found = packed(Renormalised(over="patch", only_shrinks=True)(without, with_cond, w))
+    torch.testing.assert_close(found, mixed * ratio.clamp(max=1), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("w", [0.3, 2.0, -1.0])
 def test_renormalised_keeps_the_direction_and_takes_the_norm(w: float) -> None:
     without, with_cond = noise(0), noise(1)

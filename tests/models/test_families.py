@@ -75,6 +75,7 @@ def guided(w: float) -> dict[str, Any]:
 GUIDED = {
     "z_image": lambda w: {"guidance_scale": w - 1},
     "qwen_image": lambda w: {"true_cfg_scale": w, "negative_prompt": [" "] * 2},
+    "longcat_image": lambda w: {"guidance_scale": w, "negative_prompt": [""] * 2},
 }
 """And how others are."""
 
@@ -343,6 +344,7 @@ REAL: dict[str, tuple[dict[str, Any], list[int], float]] = {
         [16, 128, 128],
         6.369,
     ),
+    "longcat_image": ({"num_layers": 10, "num_single_layers": 20}, [16, 128, 128], 6.271),
 }
 """What matters of a real network's config.json, what it denoises, and its parameters in thousands of millions."""
 

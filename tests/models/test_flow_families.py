@@ -26,7 +26,7 @@ from diffdistill.networks.negative_prompts import NegativePrompt, steer_away
 from diffdistill.settings.schema import UserError
 
 PROMPTS = ["a red fox", "two blue birds in a tree"]
-FAMILIES = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cogview4")
+FAMILIES = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cogview4", "longcat_image")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -76,7 +76,7 @@ def layout_of(family: str, shape: tuple[int, int, int]) -> Layout:
     """How the pipeline of a family holds latents [C, H, W]."""
     if family == "flux2":
         return as_tokens(*shape[1:])
-    return packed(*shape) if family in ("flux", "qwen_image", "chroma") else Layout()
+    return packed(*shape) if family in ("flux", "qwen_image", "chroma", "longcat_image") else Layout()
 
 
 def assert_steps_agree(

@@ -161,7 +161,7 @@ NO_FAMILY = (
     *("StableDiffusionDepth2ImgPipeline", "StableDiffusionGLIGENPipeline", "StableDiffusionXLControlNetPipeline"),
     *("FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline", "SanaSprintPipeline", "Flux2Pipeline"),
     *("QwenImageEditPipeline", "KandinskyV22Pipeline", "IFPipeline", "KolorsPipeline", "HunyuanDiTPipeline"),
-    *("LongCatImagePipeline", "CogView4ControlPipeline"),
+    *("LongCatImageEditPipeline", "CogView4ControlPipeline"),
     *("CogView3PlusPipeline", "StableCascadeDecoderPipeline", "WanPipeline", "StableVideoDiffusionPipeline"),
 )
 ROWS = [

@@ -22,6 +22,7 @@ from support.tiny_parts import (
     glm_tokenizer,
     latent_scheduler,
     qwen3,
+    qwen_processor,
     qwen_tokenizer,
     qwen_vl,
     t5,
@@ -356,6 +357,27 @@ def cogview4() -> Any:
     return diffusers.CogView4Pipeline(glm_tokenizer(), glm(), autoencoder(), transformer, scheduler)
 
 
+def longcat_image() -> Any:
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        in_channels=64,  # the pipeline draws latents of 16 channels, whatever its VAE has
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )
+    transformer.register_to_config(sample_size=8)
+    return diffusers.LongCatImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(16, shift_factor=0.06),
+        text_encoder=qwen_vl(),
+        tokenizer=qwen_tokenizer(),
+        text_processor=qwen_processor(),
+        transformer=transformer,
+    )
+
+
 STAND_INS: dict[str, Callable[..., Any]] = {
     "ddpm": ddpm,
     "dit": dit,
@@ -373,6 +395,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "lumina2": lumina2,
     "auraflow": auraflow,
     "cogview4": cogview4,
+    "longcat_image": longcat_image,
 }
 """A new pipeline by family."""
 

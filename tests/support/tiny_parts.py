@@ -247,6 +247,14 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
+def qwen_processor() -> Any:
+    import transformers
+
+    tokenizer, images = qwen_tokenizer(), transformers.Qwen2VLImageProcessor()
+    videos = transformers.Qwen2VLVideoProcessor()
+    return transformers.Qwen2VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
+
+
 def qwen_tokens() -> list[str]:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "\u0120", "\u010a"]  # a space, a new line
     return [*special, *string.ascii_letters, *string.digits, *string.punctuation]

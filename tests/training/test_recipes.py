@@ -23,7 +23,7 @@ from diffdistill.training.trainer import Trainer
 FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "dit256": "dit"}
 """The stand-in's family by the recipe's teacher."""
 METHODS = ("dmd2", "sid", "sim", "f_distill", "hyper_sd", "agd")
-FLOWS = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cogview4")
+FLOWS = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cogview4", "longcat_image")
 """Families whose recipes are named as they are, of four calls and, with an ending, of one."""
 FAMILIES |= {f"{family}{end}": family for family, end in product(FLOWS, ("", "_one"))}
 RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, ("sd15", "sdxl", "pixart", "sd3", "dit256"))]

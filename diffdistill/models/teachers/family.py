@@ -88,6 +88,9 @@ class Family(ABC):
     sets_begin: ClassVar[bool] = False
     """Whether it tells it where to begin, and no sigmas."""
 
+    rewrites_prompts: ClassVar[bool] = False
+    """Whether it has a language model write each prompt anew, unless `plain_call` turns that off."""
+
     hands_on_generator: ClassVar[bool] = True
     """Whether the noise between a pipeline's steps is of the generator that it is given, not of torch's own."""
 

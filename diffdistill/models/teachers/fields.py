@@ -122,6 +122,14 @@ NETWORKS: Mapping[str, Fields] = {
         ),
         only={"patch_size": Only((1,), "its tokens are packed by the pipeline")},
     ),
+    "LongCatImageTransformer2DModel": Fields(
+        _names(
+            "in_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim "
+            "axes_dims_rope sample_size"
+        ),
+        {"pooled_projection_dim": "of no layer"},
+        {"patch_size": Only((1,), "its tokens are packed by the pipeline")},
+    ),
     "SanaTransformer2DModel": Fields(
         _names(
             "in_channels out_channels num_attention_heads attention_head_dim num_layers num_cross_attention_heads "
