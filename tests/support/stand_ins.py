@@ -368,10 +368,12 @@ def longcat_image() -> Any:
         axes_dims_rope=(2, 2, 4),
     )
     transformer.register_to_config(sample_size=8)
+    writer = qwen_vl()
+    writer.generation_config.eos_token_id = list(range(writer.config.text_config.vocab_size))  # one token, not 512
     return diffusers.LongCatImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder(16, shift_factor=0.06),
-        text_encoder=qwen_vl(),
+        text_encoder=writer,
         tokenizer=qwen_tokenizer(),
         text_processor=qwen_processor(),
         transformer=transformer,

@@ -251,6 +251,7 @@ def qwen_processor() -> Any:
     import transformers
 
     tokenizer, images = qwen_tokenizer(), transformers.Qwen2VLImageProcessor()
+    tokenizer.add_tokens(["<|image_pad|>", "<|video_pad|>"])
     videos = transformers.Qwen2VLVideoProcessor()
     return transformers.Qwen2VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
 
