@@ -21,7 +21,8 @@ from diffdistill.settings.schema import UserError
 OWN_FAMILIES = [find_family(name) for name in FAMILIES.own]
 TABLES = {**NETWORKS, **VAES}
 IN_CONFIGS_ALONE = {
-    f"{name}Transformer2DModel": {"sample_size"} for name in ("Flux", "ZImage", "QwenImage", "Chroma", "Flux2")
+    f"{name}Transformer2DModel": {"sample_size"}
+    for name in ("Flux", "ZImage", "QwenImage", "Chroma", "Flux2", "LongCatImage")
 }
 IN_CONFIGS_ALONE["QwenImageTransformer2DModel"] |= {"pooled_projection_dim"}
 IN_CONFIGS_ALONE["AutoencoderKLFlux2"] = {"force_upcast"}

@@ -48,11 +48,15 @@ def test_images_are_the_pipelines_own(opened: Pipeline) -> None:
     """Of the latents after its last step."""
     pipeline, last = diffusers.DiffusionPipeline.from_pretrained(opened.folder), []
 
-    def keep(_: Any, __: int, ___: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        last.append(given["latents"].clone())
-        return given
+    step = pipeline.scheduler.step
 
-    theirs = call(pipeline, opened, output_type="pt", callback_on_step_end=keep)
+    def keep(*given: Any, **options: Any) -> Any:
+        made = step(*given, **options)
+        last.append(made[0].clone())
+        return made
+
+    pipeline.scheduler.step = keep
+    theirs = call(pipeline, opened, output_type="pt")
     latents = layout_of(opened.family.name, opened.spec.image_shape).read(last[-1])
     ours = opened.family.to_images(opened.load_vae(), latents)
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-6, rtol=0)
