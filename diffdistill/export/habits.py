@@ -135,7 +135,7 @@ def _run(source: Pipeline, scheduler: Any, steps: Mapping[str, Any], eta: float 
         torch.manual_seed(0)
         x = torch.randn(1, 2, 2, 2) * float(getattr(scheduler, "init_noise_sigma", 1.0))
         scheduler.set_timesteps(**told)
-        if family.names_sigmas or family.sets_begin:
+        if family.sets_begin:
             scheduler.set_begin_index(0)
         takes_eta = eta is not None and "eta" in inspect.signature(scheduler.step).parameters
         for t in scheduler.timesteps:

@@ -32,7 +32,7 @@ SAID = {  # by family and kind of steps: of a number of steps, of a prompt alone
     "flux": [(R, R), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, R)],
     "z_image": [(R, W), None, (R, X), (W, X), (W, X), (W, W), (R, W), (R, W)],
     "cogview4": [(R, W), None, (W, X), (W, X), (W, X), (W, W), (W, W), (R, W)],
-    "longcat_image": [(W, W), None, (W, X), (W, X), (W, X), (W, W), (W, W), (W, W)],
+    "longcat_image": [(W, X), None, (W, X), (W, X), (W, X), (W, W), (W, W), (W, X)],
     "dit": [(R, X), None, (R, X), (R, X), None, (R, W), None, (R, X)],
 }
 

@@ -26,6 +26,7 @@ SHIFTS = {
     "lumina2": 6.0,
     "auraflow": 1.73,
     "cogview4": 3.25,
+    "longcat_image": 3.158,
 }
 PATHS: dict[str, NoisePath] = {
     "sd15": STABLE_DIFFUSION,

@@ -84,9 +84,10 @@ class Family(ABC):
     """Which sizes of images the pipeline takes from the network's `sample_size`, where that changes nothing else."""
 
     names_sigmas: ClassVar[bool] = False
-    """Whether the pipeline itself tells the scheduler even sigmas and where to begin, for a number of steps."""
+    """Whether the pipeline itself tells the scheduler even sigmas, for a number of steps."""
     sets_begin: ClassVar[bool] = False
-    """Whether it tells it where to begin, and no sigmas."""
+    """Whether it tells it where to begin. The scheduler of a flow looks for that otherwise, and takes the second of two
+    equal times."""
 
     rewrites_prompts: ClassVar[bool] = False
     """Whether it has a language model write each prompt anew, unless `plain_call` turns that off."""

@@ -24,6 +24,7 @@ class FlowFamily(Family):
     hands_on_generator = False
     names_size = True
     names_sigmas = True
+    sets_begin = True
     default_side = SIDE
     is_packed: ClassVar[bool] = False
     """Whether the pipeline holds patches of its latents as tokens, whose channels are the network's `in_channels`."""

@@ -27,7 +27,6 @@ class AuraFlow(FlowFamily):
     }
     class_dropout = 0.1
     names_sigmas = False
-    sets_begin = True
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "AuraFlowNetwork":
         return AuraFlowNetwork(model)

@@ -41,6 +41,7 @@ class CogView4(FlowFamily):
     names_size = False
     config_sizes = "square"
     names_sigmas = False
+    sets_begin = False
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "CogView4Network":
         return CogView4Network(model)

@@ -35,6 +35,7 @@ class LongCatImage(FlowFamily):
     plain_call: ClassVar = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
     rewrites_prompts = True
     is_packed = True
+    sets_begin = False
 
     def wrap(self, model: nn.Module, num_classes: int, class_dropout: float) -> "LongCatImageNetwork":
         return LongCatImageNetwork(model, accepts=frozenset({"text"}))
