@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -33,6 +33,9 @@ class DiffusersConfig:
 
 class DiffusersNetwork(Network):
     """A diffusers model as a `Network`. By default the tap is the output of the model's `middle`."""
+
+    cuts_text: ClassVar[bool] = False
+    """Whether a call sees as many tokens as the longest prompt of its batch: its shapes change from call to call."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from diffdistill.distillation.method import Update, first_with_all
 from diffdistill.training.assembly import Assembly
 from diffdistill.training.iteration import MicroBatch
 from diffdistill.training.optimizers import clip
+from diffdistill.training.speed.options import mark_step
 
 BUDGET_SECONDS = 6.0
 PASSES = 5
@@ -59,6 +60,7 @@ def measure_step_time(
     micro_batches, after, reading = dict[str, list[float]](), dict[str, list[float]](), list[float]()
     began = clock()
     for number in range(PASSES):
+        mark_step(plan.config.speed)
         begin = clock()
         images, cond = plan.real(0, size)
         micro = assembly.iteration.micro_batch(step, 0, images, cond, size)

@@ -34,6 +34,7 @@ from diffdistill.training.optimizers import clip, learning_rate
 from diffdistill.training.plan import Plan, plan
 from diffdistill.training.reports.log import Log, Meter, RunLog, Silence
 from diffdistill.training.reports.preview import preview_panels
+from diffdistill.training.speed.options import mark_step
 
 
 class Trainer:
@@ -167,6 +168,7 @@ class Trainer:
     def train_step(self, log: Log | None = None) -> None:
         """One iteration: every update that is due, in the method's order, then the EMA."""
         assembly, method = self.assembly, self.method
+        mark_step(self.config.speed)
         micros = list(self._micro_batches())
         due = [update for update in method.updates if update.is_due(self.step, self.images_seen)]
         if log:

@@ -228,6 +228,26 @@ def test_text_behind_the_mask_does_not_count(tmp_path: Path) -> None:
     assert (denoiser(x, middle(denoiser), replace(cond, text=-cond.text)) - expected).abs().max() > 1e-3
 
 
+def test_a_network_says_whether_its_shapes_change_with_the_prompts(place: Path) -> None:
+    """CUDA graphs are of one shape: what its blocks see of one token and of all of them."""
+    denoiser, table = load_model(place).denoiser, numbered(place)
+    if table is None or (cond := table.rows(torch.arange(2))).text_mask is None:
+        assert not denoiser.net.cuts_text
+        return
+    seen: list[set[tuple[int, ...]]] = []
+    for block in denoiser.net.blocks:
+        block.register_forward_pre_hook(
+            lambda _, given, named: seen[-1].update(t.shape for t in (*given, *named.values()) if torch.is_tensor(t)),
+            with_kwargs=True,
+        )
+    x = torch.randn(2, *open_pipeline(place).spec.image_shape, generator=seeded(1))
+    for count in (1, cond.text_mask.shape[1]):
+        mask = (torch.arange(cond.text_mask.shape[1]) < count).to(cond.text_mask).expand_as(cond.text_mask)
+        seen.append(set())
+        denoiser(x, middle(denoiser), replace(cond, text_mask=mask))
+    assert denoiser.net.cuts_text == (seen[0] != seen[1])
+
+
 def test_v_predictions_are_read(tmp_path: Path) -> None:
     save_stand_in("sd", tmp_path, prediction_type="v_prediction")
     assert load_model(tmp_path).denoiser.predicts == "v"

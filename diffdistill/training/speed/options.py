@@ -17,6 +17,8 @@ from diffdistill.networks.recompute import parts_of, set_recompute
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.training.speed.offload import offload
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+
 RECOMPILES = 64  # graphs kept for one function: each player has one for each want, mode and set of live gradients
 
 
@@ -24,8 +26,9 @@ RECOMPILES = 64  # graphs kept for one function: each player has one for each wa
 class SpeedConfig:
     """What trades time for memory, all off by default. Each but teacher_dtype may change when a run is resumed.
 
-    activation_checkpointing: each block keeps only its inputs and is computed again in the backward pass; the
-    gradients are the same, bit for bit.  compile: torch.compile of the players, by its backend.  channels_last: the
+    activation_checkpointing: each block keeps only its inputs and is computed again in the backward pass; the gradients
+    are the same, bit for bit.  compile: torch.compile of the players, by its backend.  compile_mode: what inductor is
+    asked for; reduce-overhead and max-autotune record CUDA graphs, which are of one shape each.  channels_last: the
     layout of convolutions; on many GPUs faster in bf16.  ema_device: cpu keeps the averages off the GPU and costs a
     copy of the weights at each update.  teacher_device: cpu keeps the teacher's weights off the GPU, to which each
     layer comes when it is called.  teacher_dtype: bf16 stores the teacher's convolutions and linear layers in it and
@@ -36,6 +39,7 @@ class SpeedConfig:
 
     activation_checkpointing: bool = False
     compile: Literal["inductor", "aot_eager", "eager"] | None = None
+    compile_mode: CompileMode = "default"
     channels_last: bool = False
     ema_device: Literal["same", "cpu"] = "same"
     teacher_device: Literal["same", "cpu"] = "same"
@@ -46,6 +50,11 @@ class SpeedConfig:
     def is_quantised(self) -> bool:
         """Whether the teacher's weights are in fewer than 16 bits."""
         return self.teacher_dtype not in ("fp32", "bf16")
+
+    @property
+    def records_graphs(self) -> bool:
+        """Whether a GPU replays the players' calls as CUDA graphs."""
+        return self.compile_mode != "default"
 
 
 def apply_speed(
@@ -85,7 +94,16 @@ def apply_speed(
             place = device or device_of(denoiser)
             denoiser.path.alpha(torch.full((1,), denoiser.path.t_max, device=place))  # makes its table, in no graph
             for part in _compiled_parts(denoiser):
-                part.compile(backend=speed.compile)
+                part.compile(backend=speed.compile, mode=speed.compile_mode)
+
+
+def mark_step(speed: SpeedConfig) -> None:
+    """Before a step: CUDA graphs may write over what the players returned in an earlier one, and in no other case.
+
+    Without it a second call of the teacher in a step would write over the first one's result.
+    """
+    if speed.records_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def _quantise(
@@ -105,8 +123,18 @@ def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: 
     if speed.is_quantised and (speed.teacher_device == "cpu" or speed.channels_last):
         why = "speed.teacher_device and speed.channels_last"
         raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: does not go with {why}; leave them out")
+    if speed.records_graphs and speed.compile != "inductor":
+        raise UserError(
+            f"speed.compile_mode = {speed.compile_mode!r}: inductor's alone, and speed.compile is "
+            f"{speed.compile or 'null'}; use speed.compile = inductor, or default"
+        )
     for name, denoiser in players.items():
         network = type(denoiser.net).__name__
+        if speed.records_graphs and any(getattr(part, "cuts_text", False) for part in parts_of(denoiser.net)):
+            raise UserError(
+                f"speed.compile_mode = {speed.compile_mode!r}: {name}'s network {network} cuts its prompts to the "
+                "longest of a batch, and CUDA graphs are of one shape; use default"
+            )
         if speed.activation_checkpointing and not set_recompute(denoiser.net):
             raise UserError(
                 f"speed.activation_checkpointing: {name}'s network {network} has no blocks to recompute; use false"

@@ -82,6 +82,8 @@ class CogView4(FlowFamily):
 class CogView4Network(DiffusersTransformer):
     """`CogView4Transformer2DModel`."""
 
+    cuts_text = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(
             model, accepts=frozenset({"text", "text_mask", "size"}), has_null_condition=True, resolution_multiple=PATCH

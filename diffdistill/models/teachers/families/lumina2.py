@@ -59,6 +59,8 @@ class Lumina2(FlowFamily):
 class Lumina2Network(RefinedTransformer):
     """`Lumina2Transformer2DModel`."""
 
+    cuts_text = True
+
     def image_tokens(self, tokens: Tensor, count: int, cond: Cond) -> Tensor:
         """Behind as many of the text as its mask counts."""
         assert cond.text_mask is not None

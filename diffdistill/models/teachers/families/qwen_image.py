@@ -80,6 +80,8 @@ class QwenImage(FlowFamily):
 class QwenImageNetwork(PackedTransformer):
     """`QwenImageTransformer2DModel`."""
 
+    cuts_text = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, accepts=frozenset({"text", "text_mask"}))
 

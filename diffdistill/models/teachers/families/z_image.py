@@ -48,6 +48,8 @@ class ZImage(FlowFamily):
 class ZImageNetwork(RefinedTransformer):
     """`ZImageTransformer2DModel`."""
 
+    cuts_text = True
+
     @property
     def embedders(self) -> list[nn.Module]:
         return [self.model.t_embedder]  # type: ignore[list-item]
