@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.dx_policy import DXPolicy
 from diffdistill.diffusion.guidance.policies import Guidance, Guided, begin
 from diffdistill.diffusion.on_device import upload
 from diffdistill.diffusion.path import EDM, Path, VPDiscrete, expand
@@ -372,7 +373,7 @@ class StepInput:
 StepSampler = FewSteps | TCD
 """The samplers of generators: what any of their calls is given can be simulated."""
 
-AnySampler = Annotated[Heun | DDIM | FewSteps | TCD | OneCall, Field(discriminator="name")]
+AnySampler = Annotated[Heun | DDIM | FewSteps | TCD | OneCall | DXPolicy, Field(discriminator="name")]
 """The samplers that a config may name."""
 
 

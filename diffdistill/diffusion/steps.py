@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from diffdistill.diffusion.dx_policy import DXPolicy
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, Sampler
 from diffdistill.settings.schema import UserError
@@ -30,4 +31,6 @@ def with_steps(sampler: Sampler, path: Path, num_steps: int) -> Sampler:
         first, last = sampler.init_ratio, float(path.ratio(torch.tensor(path.t_min, dtype=torch.float64)))
         roots = torch.linspace(first ** (1 / 7), last ** (1 / 7), num_steps + 1, dtype=torch.float64)
         return replace(sampler, later_ratios=tuple((roots[1:-1] ** 7).tolist()))
+    if isinstance(sampler, DXPolicy):
+        raise UserError(f"num_steps = {num_steps}: this student was trained for {sampler.num_steps} segments")
     raise UserError(f"num_steps = {num_steps}: this student makes its image in one call")

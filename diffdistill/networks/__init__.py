@@ -5,6 +5,7 @@ from diffdistill.networks.diffusers_model import DiffusersConfig
 from diffdistill.networks.diffusers_unet import DiffusersUNetConfig
 from diffdistill.networks.dit import DiTConfig
 from diffdistill.networks.edm_unet import ADM, DDPMPP, NCSNPP
+from diffdistill.networks.grid import GridConfig
 from diffdistill.networks.guided import GuidedConfig
 from diffdistill.networks.image_table import ImageTableConfig
 from diffdistill.networks.lora import LoRAConfig
@@ -25,6 +26,7 @@ __all__ = [
     "DiTConfig",
     "DiffusersConfig",
     "DiffusersUNetConfig",
+    "GridConfig",
     "GuidedConfig",
     "ImageTableConfig",
     "LoRAConfig",

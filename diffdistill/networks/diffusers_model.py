@@ -110,6 +110,12 @@ class DiffusersNetwork(Network):
         """The last layer of the embedder that is always called, where that is diffusers' own and all blocks'."""
         return next((part.linear_2 for part in self.embedders[0].modules() if hasattr(part, "linear_2")), None)  # type: ignore[return-value]
 
+    @property
+    def last_layer(self) -> nn.Module | None:
+        """The layer that makes the output, where what comes behind it is done to each sample by itself."""
+        names = ("proj_out_2", "proj_out", "conv_out")
+        return next((layer for name in names if isinstance(layer := getattr(self.model, name, None), nn.Module)), None)
+
     def read_tap(self, output: Any, x: Tensor, cond: Cond) -> Tensor:
         """A block's output for input x [B, C, H, W] as a map [B, C', h, w]; of several outputs the first.
 

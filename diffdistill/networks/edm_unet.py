@@ -217,6 +217,11 @@ class EDMUNet(Network):
         assert isinstance(layer, nn.Module)
         return layer
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that makes the output."""
+        return self.output[-1]
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, C, H, W]; time_input: [B].  Returns [B, C, H, W]."""
         return self.forward_with_features(x, time_input, cond)[0]

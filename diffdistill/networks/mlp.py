@@ -50,6 +50,11 @@ class MLP(Network):
         """The last layer of what it makes of time, before the non-linearity."""
         return self.embed
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that makes the output."""
+        return self.output
+
     def forward(self, x: Tensor, time_input: Tensor, cond: Cond) -> Tensor:
         """x: [B, ...]; time_input: [B].  Returns x's shape."""
         return self.forward_with_features(x, time_input, cond)[0]
@@ -66,7 +71,7 @@ class MLP(Network):
         """Output and `features` from one pass."""
         tapped = self._tapped(taps)
         h = self._run(x, self._embed(time_input, cond), tapped, len(self.blocks))
-        return self.output(F.silu(h)).reshape(x.shape), tapped.features(_as_map)
+        return self.output(F.silu(h)).reshape(-1, *x.shape[1:]), tapped.features(_as_map)
 
     def _tapped(self, taps: Taps | None) -> Tapped:
         return Tapped(taps, [f"blocks.{i}" for i in range(len(self.blocks))], (len(self.blocks) - 1) // 2)

@@ -32,6 +32,7 @@ NETWORKS: Registry[type[NetworkConfig]] = Registry(
         "signal": "diffdistill.networks.signal:SignalConfig",
         "guided": "diffdistill.networks.guided:GuidedConfig",
         "two_times": "diffdistill.networks.two_times:TwoTimesConfig",
+        "grid": "diffdistill.networks.grid:GridConfig",
         "styled": "diffdistill.networks.styled:StyledConfig",
         "adapted": "diffdistill.networks.adapters:AdaptedConfig",
         "lora": "diffdistill.networks.lora:LoRAConfig",

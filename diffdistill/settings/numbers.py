@@ -8,6 +8,7 @@ from diffdistill.settings.limits import (
     MAX_BATCH,
     MAX_BLOCKS,
     MAX_CHANNELS,
+    MAX_CHOSEN,
     MAX_CLASSES,
     MAX_COUNT,
     MAX_DEPTH,
@@ -45,6 +46,7 @@ Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Blocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
 Classes = Annotated[int, Field(ge=0, le=MAX_CLASSES)]
 SamplingSteps = Annotated[int, Field(ge=1, le=MAX_SAMPLING_STEPS)]
+Places = Annotated[int, Field(ge=1, le=MAX_CHOSEN)]
 Levels = Annotated[int, Field(ge=1, le=MAX_LEVELS)]
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Processes = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]

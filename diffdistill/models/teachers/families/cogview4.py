@@ -83,6 +83,7 @@ class CogView4Network(DiffusersTransformer):
     """`CogView4Transformer2DModel`."""
 
     cuts_text = True
+    last_layer = None  # what comes behind it counts on the batch of the input
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(

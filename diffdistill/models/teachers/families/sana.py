@@ -64,6 +64,8 @@ class Sana(Family):
 class SanaNetwork(DiffusersTransformer):
     """`SanaTransformer2DModel`."""
 
+    last_layer = None  # what comes behind it counts on the batch of the input
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(
             model,
