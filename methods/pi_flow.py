@@ -1,9 +1,9 @@
 """pi-Flow: Policy-Based Few-Step Generation via Imitation Distillation.  Chen et al. 2026, arXiv:2510.14974.
 
 Implemented: the DX policy (N estimates of x0 along a segment from one call), imitation on the states that the policy
-itself comes to, the velocity's mean over a window, the schedule that mixes teacher's steps with the policy's, guidance of
-the teacher; a student that starts from noise alone, or from noised data. Any path, in the coordinates of flow matching's
-line. No fake score, no discriminator, no derivative by an input.
+itself comes to, the velocity's mean over a window, the schedule that mixes teacher's steps with the policy's, guidance
+of the teacher; segments that start on the student's own way from noise, or at noised data. Any path, in the coordinates
+of flow matching's line. No fake score, no discriminator, no derivative by an input.
 Not implemented: the GMFlow policy, polynomials, dropout of places. That all N places share the teacher's last layer, to
 which each adds one of its own, is ours.
 """
@@ -32,9 +32,9 @@ from diffdistill.settings.schema import Number, UserError, field, schema
 @schema
 class PiFlow(Method):
     """steps: how the student makes its image.  places: N.  states: of a segment, at which the teacher is asked.
-    window: substeps over which the velocity is a mean.  mixing_steps: iterations in which the teacher's share of the way
-    falls from 1 to 0.  guidance: w of the teacher.  start: where segments start, on the student's own way from noise, or
-    at noised images."""
+    window: substeps over which the velocity is a mean.  mixing_steps: iterations in which the teacher's share of the
+    way falls from 1 to 0.  guidance: w of the teacher.  start: where segments start, on the student's own way from
+    noise, or at noised images."""
 
     name: Literal["pi_flow"] = "pi_flow"
     steps: DXPolicy = field(default_factory=DXPolicy)
@@ -61,8 +61,8 @@ class PiFlow(Method):
         return GridConfig(base=network, places=self.places), predicts
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
-        """The teacher's weights under a wider last layer. Raises UserError where guidance has no meaning to the teacher,
-        and where an earlier run's student has no such layer."""
+        """The teacher's weights under a wider last layer. Raises UserError where guidance has no meaning to the
+        teacher, and where an earlier run's student has no such layer."""
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
             raise UserError("teacher: this method distils one; name a pretrained run")

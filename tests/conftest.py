@@ -183,6 +183,12 @@ optimizers:
   generator: {{lr: 1e-3}}
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
+    "pi_flow": f"""
+method: {{name: pi_flow, steps: {{num_steps: 2}}, places: 3, mixing_steps: 3, guidance: 2}}
+optimizers:
+  generator: {{lr: 1e-3}}
+ema: {{halflife_images: 100, ramp: 0}}
+train: {SMALL_TRAIN}""",
     "tsm": f"""
 method: {{name: tsm, student_sampler: {{name: heun, num_steps: 3, rho: 5}}}}
 model:

@@ -1,8 +1,9 @@
 """The DX policy: a student's estimates of x0 along a segment, which carry a sample over it without further calls.
 
-Chen et al. 2026 (pi-Flow), arXiv:2510.14974. Flow matching's line z = (1 - s) x0 + s eps is any path's, z = x_t / (alpha
-+ sigma) and s = sigma / (alpha + sigma). The velocity is u(z, s) = (z - x0(tau)) / s, with x0 linear between N places that
-are even in the raw time tau: s = shift tau / (1 + (shift - 1) tau). Euler's substeps of u are weighted means of the N.
+Chen et al. 2026 (pi-Flow), arXiv:2510.14974. Flow matching's line z = (1 - s) x0 + s eps is any path's:
+z = x_t / (alpha + sigma), s = sigma / (alpha + sigma). The velocity is u(z, s) = (z - x0(tau)) / s, with x0 linear
+between N places that are even in the raw time tau, s = shift tau / (1 + (shift - 1) tau). Euler's substeps of u add up to
+a weighted mean of the N, so that none of them is taken by itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ class Segment:
         return level / (self.shift - (self.shift - 1) * level)
 
     def carry(self, z: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        """z [B, ...] at the raw times `start` [B], rolled out to `end` [B] below them: DDIM's step by the mean of x0."""
+        """z [B, ...] at the raw times `start` [B], rolled out to `end` [B]: DDIM's step by the mean of x0."""
         mean = self.mean_x0(start, end)
         return mean + expand(self.level(end) / self.level(start), z) * (z - mean)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffdistill.diffusion.dx_policy import DXPolicy
 from diffdistill.diffusion.guidance.first_calls import FirstCalls, on_path
 from diffdistill.diffusion.guidance.policies import Call, Recorder, begin
 from diffdistill.diffusion.sampling import OneCall, Sampler
@@ -18,9 +19,12 @@ from diffdistill.settings.schema import UserError
 
 
 def as_model(imager: ImageGenerator, option: str) -> ModelImageGenerator:
-    """Raises UserError for a folder's own pipeline, of which no single call can be taken over."""
+    """Raises UserError for a folder's own pipeline, of which no single call can be taken over, and for a policy, a call
+    of which answers for a whole segment."""
     if not isinstance(imager, ModelImageGenerator):
         raise UserError(f"{option}: an exported folder with code of its own makes images as a whole; sample the run")
+    if isinstance(imager.model.spec.sampler, DXPolicy):
+        raise UserError(f"{option}: a call of this student answers for a whole segment, which no teacher's does")
     return imager
 
 

@@ -46,6 +46,7 @@ GUIDED = {
     "diversity": ("method.base.guidance=2",),
     "rectified_flow": ("method.guidance=2",),
     "mean_flow": ("method.guidance=2",),
+    "pi_flow": ("method.guidance=2",),
     "disback": ("method.base.guidance=2",),
     "msd": ("method.base.guidance=2",),
     "agd": ("method.guidance=[1, 2]",),

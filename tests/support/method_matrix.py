@@ -47,6 +47,7 @@ METHODS = {
     "ddk": f"{{name: ddk, base: {SCORE}}}",
     "diversity": f"{{name: diversity, base: {SCORE}}}",
     "mean_flow": "{name: mean_flow, steps: {init_ratio: 6000, init_noise: unit}, width: 8}",
+    "pi_flow": "{name: pi_flow, places: 3}",
 }
 """The settings of each method that distils a teacher, for one step from unit noise where it is a generator's."""
 OF_SEVERAL = {"merge_teachers": "{name: merge_teachers, steps: {name: ddim, num_steps: 3}, width: 8}"}

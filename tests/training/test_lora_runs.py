@@ -39,6 +39,7 @@ WITH_LORA = (
             "msd",
             "scm",
             "mean_flow",
+            "pi_flow",
             "tdm",
             "consistency",
             "rectified_flow",
