@@ -32,6 +32,7 @@ ONE_GPU = [recipe for recipe in RECIPES if not recipe.startswith("agd/") and not
 """Those that have a sibling for one GPU. The paper's settings of AGD are of one already."""
 FAMILIES |= {f"{teacher}-one-gpu": family for teacher, family in FAMILIES.items()}
 RECIPES += [f"{recipe}-one-gpu" for recipe in ONE_GPU]
+RECIPES.append("pi_flow/qwen_image")
 LIKE_THEIR_BASE = ("_one-one-gpu", *(f"{family}-one-gpu" for family in FLOWS))
 """Siblings that differ by batch and length alone, which the tests make small: their bases are trained."""
 QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256", "dmd2/z_image")
