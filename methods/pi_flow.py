@@ -19,7 +19,7 @@ from diffdistill.diffusion.dx_policy import DXPolicy, Segment, line_level, line_
 from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.guidance.policies import begin
 from diffdistill.diffusion.on_device import constant
-from diffdistill.diffusion.path import Path, Prediction, expand
+from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.score_distillation import condition
@@ -80,7 +80,7 @@ class PiFlow(Method):
             for name, count in (("own way", self.states), ("teacher's way", self.states - 1))
         )
         uniforms = rng.uniforms(["segment", "label", *own, *teacher])
-        edges = self.edges(problem.path, uniforms["segment"].device)
+        edges = constant(tuple(self.steps.edges(problem.path).tolist()), uniforms["segment"].device, torch.float64)
         below = uniforms["segment"][:, None] * edges[0] < edges[1:-1]  # noise first
         ratio = max(0.0, 1 - rng.step / self.mixing_steps) if self.mixing_steps else 0.0
         zero = torch.zeros_like(uniforms["segment"])
@@ -149,7 +149,3 @@ class PiFlow(Method):
     def condition(self, players: Players, draw: Draw, batch: Batch) -> Cond:
         """The images' own, or the drawn classes."""
         return batch.cond if self.start == "data" else condition(players, draw)
-
-    def edges(self, path: Path, device: torch.device) -> Tensor:
-        """The raw times where segments begin, and 0."""
-        return constant(tuple(self.steps.edges(path).tolist()), device, torch.float64)

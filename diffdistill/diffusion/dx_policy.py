@@ -2,8 +2,8 @@
 
 Chen et al. 2026 (pi-Flow), arXiv:2510.14974. Flow matching's line z = (1 - s) x0 + s eps is any path's:
 z = x_t / (alpha + sigma), s = sigma / (alpha + sigma). The velocity is u(z, s) = (z - x0(tau)) / s, with x0 linear
-between N places that are even in the raw time tau, s = shift tau / (1 + (shift - 1) tau). Euler's substeps of u add up to
-a weighted mean of the N, so that none of them is taken by itself.
+between N places that are even in the raw time tau, s = shift tau / (1 + (shift - 1) tau). Euler's substeps of u add up
+to a weighted mean of the N, so that none of them is taken by itself.
 """
 
 from collections.abc import Callable, Iterator
