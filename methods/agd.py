@@ -43,7 +43,7 @@ the weight would multiply that, at little noise, by up to 1/r^2. The others stor
 class AGD(Method):
     """guidance: least and greatest w, one for each trajectory.  storage: the paper keeps half precision.
 
-    weight: the paper's is the mean squared error of eps; end_points is ours, for all levels and scales to err alike.
+    weight: the paper's is the mean squared error of eps; end_points is ours: equal errors at all levels and scales.
     """
 
     name: Literal["agd"] = "agd"
@@ -61,7 +61,7 @@ class AGD(Method):
 
     def __post_init__(self) -> None:
         if self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
+            raise ValueError(f"guidance: must be increasing: {list(self.guidance)}")
 
     def sampler(self, problem: Problem) -> AnySampler:
         return self.steps
@@ -70,15 +70,15 @@ class AGD(Method):
         self, network: BaseNetwork, predicts: Prediction, problem: Problem
     ) -> tuple[AdaptedConfig, Prediction]:
         if isinstance(network, LoRAConfig):
-            raise UserError("lora: agd's adapters are all that it trains, over a frozen base; leave lora out")
+            raise UserError("lora: agd trains only its adapters, over a frozen base; leave it out")
         return AdaptedConfig(base=network, adapter=self.adapter), predicts
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         """The teacher's weights under new adapters. Raises UserError if w has no meaning to the teacher."""
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
-            raise UserError("teacher: this method distils one; name a pretrained run")
-        check_null_condition(teacher, "teacher: agd, which puts w into a network that is not told it,")
+            raise UserError("teacher: this method distils a teacher; name a pretrained run")
+        check_null_condition(teacher, "teacher: agd, which adds w to a network without it,")
         take_weights(student, problem.initial.get("adapted", teacher))
         return {"adapted": student}
 

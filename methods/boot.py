@@ -32,8 +32,8 @@ Target = Literal["exponential", "euler"]
 @schema
 class Boot(Method):
     """time_law: of the output's times, from the path's least to its greatest; null: `even_times`.  delta: step of the
-    bootstrap, a share of the law.  guidance: least and greatest w of the targets; takes_guidance: the student is told
-    w."""
+    bootstrap, a share of it.  guidance: least and greatest w of the targets; takes_guidance: w is an input of the
+    student."""
 
     name: Literal["boot"] = "boot"
     time_law: AnyTimeDistribution | None = None
@@ -50,7 +50,7 @@ class Boot(Method):
 
     def __post_init__(self) -> None:
         if self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
+            raise ValueError(f"guidance: must be increasing: {list(self.guidance)}")
 
     def sampler(self, problem: Problem) -> OneCall:
         return OneCall()

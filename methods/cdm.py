@@ -43,7 +43,7 @@ from diffdistill.settings.schema import Fraction, NonNegative, Positive, UserErr
 
 @schema
 class CDM(Method):
-    """Settings. Weights of 0 switch a part off."""
+    """Settings. A weight of 0 switches a term off."""
 
     name: Literal["cdm"] = "cdm"
     steps: FewSteps = field(
@@ -72,7 +72,9 @@ class CDM(Method):
         if self.steps.later_noise != "ddim":
             raise ValueError("steps.later_noise: the trajectory is deterministic; use ddim")
         if self.anchor_weight and self.anchor_steps >= self.anchor_sampler.num_steps:
-            raise ValueError("anchor_steps: must be fewer than anchor_sampler.num_steps, which end at the image")
+            raise ValueError(
+                "anchor_steps: must be fewer than anchor_sampler.num_steps, the last of which ends at the image"
+            )
 
     @property
     def scales(self) -> dict[str, FakeScale]:
@@ -152,7 +154,7 @@ class CDM(Method):
         first, grid = self.steps.times(path)[:1], self.anchor_sampler.times(path)
         below = grid[grid < first]
         if len(below) < self.anchor_steps:
-            raise UserError(f"method.anchor_steps = {self.anchor_steps}: only {len(below)} are below the first call")
+            raise UserError(f"method.anchor_steps = {self.anchor_steps}: only {len(below)} are below the first step")
         return torch.cat([first, below[: self.anchor_steps]])
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:

@@ -29,7 +29,7 @@ from diffdistill.settings.schema import NonNegative, Number, UserError, field, s
 
 @schema
 class Consistency(Method):
-    """steps: how the student makes its image, one call or several with fresh noise between them.
+    """steps: the student's sampling steps: one, or several with fresh noise between them.
     velocity: from the noisier to the cleaner level, by the teacher (iCD) or from data and noise (iCT, ECT)
     guidance: w of the teacher's estimates
     time_law: noise levels of training, the noisier of each pair

@@ -56,10 +56,10 @@ class DDK(Wrapper):
 
     name: Literal["ddk"] = "ddk"
     base: AnyBase = field(default_factory=default_base)  # the method that distils, with a fake score
-    floor: Fraction = 0.2  # share of the samples that are of any class alike; 1 is the base
+    floor: Fraction = 0.2  # share of the samples with uniform classes; 1 is the base
     every: PositiveInt = 25  # iterations between two measurements of the gap
     samples: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 256  # for one of them, spread over the classes
-    decay: Fraction = 0.5  # of the law of before, at each of them
+    decay: Fraction = 0.5  # of the previous shares, at each measurement
     ratio: Positive = 0.6  # the noise-to-signal ratio at which student and teacher are compared
 
     tells_teacher_class = False  # a class that is forgotten would be drawn over
@@ -68,12 +68,12 @@ class DDK(Wrapper):
         """Raises UserError where the base has no fake score, or the classes' shares matter to it."""
         made = self.base.players(problem)
         if "fake" not in made or not isinstance(getattr(self.base, "steps", None), StepSampler):
-            raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, whose gap decides")
+            raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, which ddk needs")
         if self.base.needs_images:
-            raise UserError("method.base: compares with real images, whose classes keep their shares; use gan_weight 0")
+            raise UserError("method.base: compares with real images, whose class shares are fixed; use gan_weight 0")
         for setting in ("fake_guidance", "fake_training_guidance"):
             if getattr(self.base, setting, 1.0) not in (None, 1.0):
-                raise UserError(f'method.base.{setting}: its estimate of "no class" is of the classes\' shares; use 1')
+                raise UserError(f"method.base.{setting}: its unconditional estimate depends on the class shares; use 1")
         if problem.num_classes < 2:
             raise UserError("method.name = 'ddk': the teacher has no classes to choose from")
         classes = torch.tensor(problem.classes or tuple(range(problem.num_classes)))

@@ -55,9 +55,9 @@ class DisBack(Wrapper):
         """The base's, and where the path has inner points `target`, which holds the one that it distils from."""
         made = self.base.players(problem)
         if self.path_length and "fake" not in made:
-            raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, which would start on the path")
+            raise UserError(f"method.base.name = {self.base.name!r}: has no fake score, which disback needs")
         if self.path_length and self._of_student.start_images:
-            raise UserError("method.base.generator_start_images: the way back would begin without the generator; use 0")
+            raise UserError("method.base.generator_start_images: backtracking would start without the generator; use 0")
         return made | ({"target": _score(problem)} if self.path_length > 1 else {})
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class Diversity(Wrapper):
     name: Literal["diversity"] = "diversity"
     base: AnyBase = field(default_factory=default_base)  # the method that distils
     weight: NonNegative = 1.0  # beta, of the reward; 0 is the base, bit for bit
-    samples_per_condition: Annotated[int, Field(ge=2, le=MAX_BATCH)] = 2  # so many after one another share a condition
+    samples_per_condition: Annotated[int, Field(ge=2, le=MAX_BATCH)] = 2  # consecutive samples that share a condition
     embedding: Embedding = field(default_factory=Embedding)  # what is compared
 
     keeps_teacher = True
@@ -50,7 +50,9 @@ class Diversity(Wrapper):
         """Raises UserError where base, groups or embedding do not fit."""
         if self.weight:
             if not isinstance(_steps(self.base), StepSampler) or self.base.student != "generator":
-                raise UserError(f"method.base.name = {self.base.name!r}: its student makes no image in a call or a few")
+                raise UserError(
+                    f"method.base.name = {self.base.name!r}: its student does not sample in one or a few steps"
+                )
             check_groups(problem, self.samples_per_condition)
             self._check_whole(problem.at_a_time)
         made = self.base.players(problem)
@@ -89,8 +91,8 @@ class Diversity(Wrapper):
         """Raise UserError where so many images at a time are no whole groups, whose pairs are compared."""
         if count % self.samples_per_condition:
             raise UserError(
-                f"method.samples_per_condition = {self.samples_per_condition}: must divide the images that a process "
-                f"has at a time, {count}: train.micro_batch_size, or the batch over the processes"
+                f"method.samples_per_condition = {self.samples_per_condition}: must divide the images per process and "
+                f"micro-batch, {count}: train.micro_batch_size, or the batch over the processes"
             )
 
     @property

@@ -46,7 +46,7 @@ from diffdistill.settings.schema import Fraction, NonNegative, Positive, Positiv
 
 @schema
 class DMD2(Method):
-    """Settings, in the paper's terms. Weights of 0 switch a part off, and its networks are then not built."""
+    """Settings, in the paper's terms. A weight of 0 switches a term off, and its networks are not built."""
 
     name: Literal["dmd2"] = "dmd2"
     steps: FewSteps = field(default_factory=FewSteps)
@@ -79,9 +79,9 @@ class DMD2(Method):
     def __post_init__(self) -> None:
         check_trained(self.gan_fake_weight, is_asked=self.gan_weight > 0, why="gan_weight is above 0")
         if self.decoupled and other_than_one(self.guidance) is None:
-            raise ValueError("decoupled: parts guidance from matching; give `guidance` a scale other than 1")
+            raise ValueError("decoupled: separates guidance from matching; set `guidance` to a scale other than 1")
         if self.regression_weight and isinstance(self.guidance, tuple):
-            raise ValueError("regression_weight: stored pairs are of one scale; give `guidance` one, not a range")
+            raise ValueError("regression_weight: stored pairs have one scale; set `guidance` to a number, not a range")
         if self.regression_weight:
             check_deterministic("regression_sampler", self.regression_sampler)
 

@@ -41,9 +41,7 @@ class FDistill(RatioWeighted):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gan_r1_weight and not self.has_discriminator:
-            raise ValueError(
-                "gan_r1_weight: is the discriminator's, and with rkl and gan_weight 0 there is none; use 0"
-            )
+            raise ValueError("gan_r1_weight: is for the discriminator, and rkl with gan_weight 0 has none; use 0")
 
     @property
     def r1(self) -> tuple[float, float]:

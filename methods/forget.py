@@ -35,7 +35,7 @@ class Forget(Wrapper):
     name: Literal["forget"] = "forget"
     base: AnyBase = field(default_factory=default_base)  # the method that distils
     forgotten: Annotated[tuple[NonNegativeInt, ...], Field(max_length=MAX_CHOSEN)] = ()  # the classes, by number
-    becomes: NonNegativeInt | None = None  # the class that they become; null: any of those that stay
+    becomes: NonNegativeInt | None = None  # the class that replaces them; null: any class that is kept
     share: Fraction = 0.1  # of samples that are of forgotten classes
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
@@ -49,15 +49,15 @@ class Forget(Wrapper):
         if unknown or len(set(self.forgotten)) >= problem.num_classes:
             raise UserError(f"method.forgotten = {list(self.forgotten)}: the teacher has {problem.num_classes} classes")
         if self.becomes is not None and (self.becomes >= problem.num_classes or self.becomes in self.forgotten):
-            raise UserError(f"method.becomes = {self.becomes}: must be a class that stays, or null for any")
+            raise UserError(f"method.becomes = {self.becomes}: must be a class that is kept, or null for any")
         if not self.base.tells_teacher_class:
             telling = ", ".join(sorted(n for n in METHODS.own if _tells(METHODS.find(n))))
             said = "tells its teacher no class of its own, so that nothing would be forgotten"
             raise UserError(f"method.base.name = {self.base.name!r}: {said}; choose from {telling}")
         if weight := getattr(self.base, "regression_weight", 0):
-            raise UserError(f"method.base.regression_weight = {weight}: the pairs are of forgotten classes too; use 0")
+            raise UserError(f"method.base.regression_weight = {weight}: the pairs include forgotten classes; use 0")
         if self.base.needs_images:
-            raise UserError("method.base: forget goes around a method without real images; set its gan_weight to 0")
+            raise UserError("method.base: forget wraps a method without real images; set its gan_weight to 0")
 
     def classes(self, problem: Problem, source: ImageSource) -> tuple[int, ...]:
         """Those that stay; the others are drawn beside them."""

@@ -27,7 +27,7 @@ from diffdistill.settings.schema import Number, UserError, field, schema
 
 @schema
 class GuidanceDistill(Method):
-    """guidance: least and greatest w.  width: of the encoding of w.  steps: how the student makes images."""
+    """guidance: least and greatest w.  width: of the encoding of w.  steps: the student's sampler."""
 
     name: Literal["guidance_distill"] = "guidance_distill"
     steps: AnySampler = field(default_factory=Heun)
@@ -42,7 +42,7 @@ class GuidanceDistill(Method):
 
     def __post_init__(self) -> None:
         if self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
+            raise ValueError(f"guidance: must be increasing: {list(self.guidance)}")
 
     def sampler(self, problem: Problem) -> AnySampler:
         return self.steps
@@ -56,8 +56,8 @@ class GuidanceDistill(Method):
         """The teacher's weights and a new input. Raises UserError if w has no meaning to the teacher."""
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
-            raise UserError("teacher: this method distils one; name a pretrained run")
-        check_null_condition(teacher, "teacher: guidance_distill, which puts w into a network that is not told it,")
+            raise UserError("teacher: this method distils a teacher; name a pretrained run")
+        check_null_condition(teacher, "teacher: guidance_distill, which adds w to a network without it,")
         take_weights(student, problem.initial.get("student", teacher))
         return {"student": student}
 

@@ -53,7 +53,7 @@ STAGES = (
 
 @schema
 class HyperSD(Method):
-    """Settings, in the paper's terms. A critic learns from the first stage on whose weight asks for it, if any."""
+    """Settings, in the paper's terms. A critic is trained from the first stage on that has a weight for it."""
 
     name: Literal["hyper_sd"] = "hyper_sd"
     stages: Stages = STAGES
@@ -75,7 +75,7 @@ class HyperSD(Method):
 
     def __post_init__(self) -> None:
         if self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance: the range must rise: {list(self.guidance)}")
+            raise ValueError(f"guidance: must be increasing: {list(self.guidance)}")
         for stage in self.stages:
             stage.check(self.steps.grid)
 

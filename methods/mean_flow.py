@@ -37,8 +37,8 @@ from diffdistill.settings.schema import Fraction, NonNegative, Number, Positive,
 @schema
 class MeanFlow(Method):
     """velocity: of the line, by the teacher (distillation) or from data and noise.  guidance, kappa: omega and kappa.
-    guidance_interval: of t, where they hold.  class_dropout: where the student's own estimate without class is used,
-    the share of samples that train it.  share_equal: of samples with r = t; on CIFAR-10 the paper has 0.25.  power,
+    guidance_interval: of t, where they hold.  class_dropout: share of samples that train the student's
+    unconditional estimate.  share_equal: of samples with r = t; on CIFAR-10 the paper has 0.25.  power,
     constant: of the loss.  augment: probability of each of EDM's transforms; the paper's on CIFAR-10 is 0.12."""
 
     name: Literal["mean_flow"] = "mean_flow"
@@ -81,7 +81,7 @@ class MeanFlow(Method):
         check_first_noise(self.name, self.steps, problem.path)
         teacher, student = problem.teacher, problem.network
         if teacher is None or student is None:
-            raise UserError("teacher: this method starts from one; name a pretrained run")
+            raise UserError("teacher: this method starts from a teacher; name a pretrained run")
         if self.mixes:
             check_null_condition(teacher, f"method.guidance: {self.guidance} with velocity: data")
         else:

@@ -35,8 +35,9 @@ from diffdistill.settings.schema import Fraction, NonNegative, UserError, field,
 
 @schema
 class MergeTeachers(Method):
-    """steps: how the student makes images.  width: of a style's vector.  class_dropout: share of samples that lose
-    their condition, for teachers that know "no class".  feature_weight, feature_taps: of features' squared error."""
+    """steps: the student's sampler.  width: of a style's vector.  class_dropout: share of samples without their
+    condition, for teachers with an unconditional estimate.  feature_weight, feature_taps: of the features'
+    squared error."""
 
     name: Literal["merge_teachers"] = "merge_teachers"
     steps: AnySampler = field(default_factory=Heun)
@@ -60,7 +61,7 @@ class MergeTeachers(Method):
         self, network: BaseNetwork, predicts: Prediction, problem: Problem
     ) -> tuple[StyledConfig, Prediction]:
         if not problem.teachers:
-            raise UserError("teachers: merge_teachers needs some, each by a name, beside `teacher`")
+            raise UserError("teachers: merge_teachers needs further teachers, by name, besides `teacher`")
         return StyledConfig(base=network, styles=tuple(problem.teachers), width=self.width), predicts
 
     def players(self, problem: Problem) -> dict[str, nn.Module]:
@@ -69,17 +70,21 @@ class MergeTeachers(Method):
         if problem.teacher is None:
             raise UserError("teacher: this method distils several; name a pretrained run, and others under `teachers`")
         if student is None or not isinstance(student.net, Styled):
-            raise UserError("init: the student there has no styles; leave it out")
+            raise UserError("init: that student has no styles; leave it out")
         if student.net.names != tuple(problem.teachers):
             styles, names = ", ".join(student.net.names), ", ".join(problem.teachers)
-            raise UserError(f"init: its styles are {styles}; `teachers` names {names}; name the same in that order")
+            raise UserError(
+                f"init: its styles are {styles}; `teachers` names {names}; use the same names in the same order"
+            )
         for name, teacher in problem.teachers.items():
             if self.class_dropout and student.net.has_null_condition and not teacher.net.has_null_condition:
                 raise UserError(
-                    f'teachers.{name}: knows no "no class", which `teacher` does; use method.class_dropout 0'
+                    f"teachers.{name}: has no unconditional estimate, which `teacher` has; use method.class_dropout 0"
                 )
             if self.feature_weight and shapes_of(teacher) != shapes_of(problem.teacher):
-                raise UserError(f"teachers.{name}: of another network than `teacher`; use method.feature_weight 0")
+                raise UserError(
+                    f"teachers.{name}: its network differs from that of `teacher`; use method.feature_weight 0"
+                )
         take_weights(student, problem.start_of("student"))
         return {"student": student}
 

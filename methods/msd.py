@@ -30,8 +30,8 @@ else:
 class MSD(Wrapper):
     """One of several students.
 
-    base: the method that trains it.  num_students: K; 1 is the base method, bit for bit.  student_index: which of the
-    students this run is, from 0.  partition: how classes are shared out.
+    base: the method that trains it.  num_students: K; 1 is the base method, bit for bit.  student_index: of this run,
+    from 0.  partition: how classes are divided.
     """
 
     name: Literal["msd"] = "msd"
@@ -66,5 +66,5 @@ class MSD(Wrapper):
         if table is None or not isinstance(self.partition, Quadrants):
             return None
         if self.num_students != 4:
-            raise UserError(f"method.num_students = {self.num_students}: quadrants are four; use 4")
+            raise UserError(f"method.num_students = {self.num_students}: there are four quadrants; use 4")
         return table

@@ -38,11 +38,11 @@ class PreferenceField(Method):
     """As dmd2's, but for the two critics."""
 
     name: Literal["preference_field"] = "preference_field"
-    steps: FewSteps = field(default_factory=FewSteps)  # how the student makes its image, one call or several
+    steps: FewSteps = field(default_factory=FewSteps)  # the student's sampling steps: one or several
     reward: str = "contrast"  # by name; see [rewards](../library.md)
     strength: NonNegative = 1.0  # c of the winners' part of the field
     guidance: Number = 1.0  # w of D_u + w (D_c - D_u), of the teacher
-    fake_updates: SamplingSteps = 5  # updates of the fake scores to one of the generator, exactly
+    fake_updates: SamplingSteps = 5  # updates of the fake scores per update of the generator
     time_law: AnyTimeDistribution = field(default_factory=Karras)  # noise levels at which scores are compared
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)  # noise levels of the fake scores' losses
     fake_weight: DenoisingWeight = "edm"  # of the fake scores' squared errors, as `weight` of `pretrain`

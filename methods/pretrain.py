@@ -23,9 +23,9 @@ from diffdistill.settings.schema import Fraction, UserError, field, schema
 class Pretrain(Method):
     """Train a teacher.
 
-    time_law: noise levels; weight: of ||D - x0||^2; class_dropout: share of samples that lose their class, which
-    makes guidance possible; augment: probability of each of EDM's transforms, 0 for none (EDM: 0.12 on CIFAR-10), for
-    networks that are told of them; teacher_sampler: how its samples are made.
+    time_law: noise levels; weight: of ||D - x0||^2; class_dropout: share of samples without their class, for
+    guidance; augment: probability of each of EDM's transforms, 0 for none (EDM: 0.12 on CIFAR-10), for
+    networks that take them as input; teacher_sampler: its sampler.
     """
 
     name: Literal["pretrain"] = "pretrain"

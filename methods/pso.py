@@ -28,10 +28,10 @@ from diffdistill.settings.schema import NonNegative, Positive, field, schema
 
 @schema
 class PSO(Method):
-    """Settings, in the paper's terms. The student is made by an earlier run (`init`), or is the teacher itself."""
+    """Settings, in the paper's terms. The student comes from an earlier run (`init`), or is the teacher itself."""
 
     name: Literal["pso"] = "pso"
-    steps: FewSteps = field(default_factory=FewSteps)  # how the student makes its image: as it was distilled
+    steps: FewSteps = field(default_factory=FewSteps)  # the student's own sampling steps
     form: Literal["offline", "online"] = "offline"  # on pairs of images, or on roll-outs of the student's own
     winners: Literal["images", "reward"] = "images"  # of `offline`: real ones over the start's, or the better of two
     reward: str = "contrast"  # by name, for `online` and `winners: reward`; see [rewards](../library.md)
@@ -45,9 +45,9 @@ class PSO(Method):
 
     def __post_init__(self) -> None:
         if self.form == "online" and self.steps.num_evaluations == 1:
-            raise ValueError("form: online needs steps between which noise is added; one call has none: use offline")
+            raise ValueError("form: online needs noise between steps; one step has none: use offline")
         if self.form == "online" and self.steps.later_noise != "fresh":
-            raise ValueError(f"form: online needs fresh noise between the calls, not {self.steps.later_noise}")
+            raise ValueError(f"form: online needs fresh noise between the steps, not {self.steps.later_noise}")
 
     @property
     def needs_images(self) -> bool:

@@ -60,9 +60,9 @@ class RCM(Method):
 
     def __post_init__(self) -> None:
         if not (self.consistency_weight or self.matching_weight):
-            raise ValueError("matching_weight: with consistency_weight = 0 nothing is left to learn; set one of them")
+            raise ValueError("matching_weight: with consistency_weight = 0 there is no loss; set one of them")
         if self.warmup and not self.consistency_weight:
-            raise ValueError("warmup: it is of the consistency, whose weight is 0; use 0")
+            raise ValueError("warmup: is for the consistency loss, whose weight is 0; use 0")
 
     @property
     def scales(self) -> dict[str, FakeScale]:

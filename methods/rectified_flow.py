@@ -35,12 +35,12 @@ from diffdistill.settings.schema import NonNegative, Number, Positive, PositiveI
 
 @schema
 class RectifiedFlow(OnStoredPairs):
-    """steps: how the student makes its image, one call or several with `later_noise: fixed`."""
+    """steps: the student's sampling steps: one, or several with `later_noise: fixed`."""
 
     name: Literal["rectified_flow"] = "rectified_flow"
     steps: FewSteps = field(default_factory=lambda: FewSteps(init_ratio=80.0, later_noise="fixed"))
-    pairs: PositiveInt = 10_000  # how many are made, once, before training
-    pair_sampler: AnySampler = field(default_factory=Heun)  # how the teacher makes them, deterministically
+    pairs: PositiveInt = 10_000  # number of pairs, sampled once before training
+    pair_sampler: AnySampler = field(default_factory=Heun)  # the teacher's deterministic sampler for them
     pairs_folder: str | None = None  # keeps them in shards, for stopped and further runs; `null`: the run's
     held_out: NonNegativeInt = 64  # further pairs, never trained on: what the signal `memorisation` compares with
     teleport: Positive | None = None  # pairs begin at this sigma / alpha, where a Gaussian of the run's images arrives

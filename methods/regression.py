@@ -47,7 +47,7 @@ class Regression(OnStoredPairs):
     def __post_init__(self) -> None:
         check_deterministic("pair_sampler", self.pair_sampler)
         if self.steps.num_evaluations > 1:
-            raise ValueError("steps: a pair is of one step; use a single one")
+            raise ValueError("steps: pairs have one step; use a single step")
 
     def sampler(self, problem: Problem) -> FewSteps:
         return self.steps

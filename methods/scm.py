@@ -28,7 +28,7 @@ from diffdistill.settings.schema import NonNegative, Number, Positive, UserError
 class SCM(Method):
     """velocity: of the trajectory, by the teacher (distillation) or from data and noise (training).  guidance: of the
     teacher.  time_law: of the ratio, sigma_data tan(tau); the paper's std on ImageNet-64 is 1.6.  tangent: how it is
-    bounded.  warmup: iterations over which its second part is faded in."""
+    bounded.  warmup: of its second part, in iterations."""
 
     name: Literal["scm"] = "scm"
     steps: FewSteps = field(default_factory=lambda: FewSteps(init_ratio=80.0))

@@ -57,7 +57,7 @@ class ScoreField(Method):
     """The field is w(t) (eps_P - eps_S), of noise estimates; no gradient is taken through them."""
 
     name: Literal["score_field"] = "score_field"
-    steps: FewSteps = field(default_factory=FewSteps)  # how a generator makes its image
+    steps: FewSteps = field(default_factory=FewSteps)  # the sampling steps of a generator
     generator: Literal["teacher", "model"] = "teacher"  # starts as the teacher, or is the run's `model`
     pull: Literal["teacher", "balanced"] = "teacher"  # P: the guided teacher; or BSD's mix, see `smoothing`
     subtract: Subtracted = "fake"  # S: the drawn noise (SDS), a fake score (VSD) or the teacher's estimate elsewhere
@@ -66,7 +66,7 @@ class ScoreField(Method):
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of P
     fake_guidance: FakeScale = 1.0  # of the fake score; ESD is 1 - lambda
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided
-    fake_updates: SamplingSteps = 1  # updates of the fake score to one of the images, exactly
+    fake_updates: SamplingSteps = 1  # updates of the fake score per update of the images
     time_law: AnyTimeDistribution = field(default_factory=Karras)  # noise levels of the field
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)  # those of the fake score's loss
     fake_weight: DenoisingWeight = "edm"  # of its squared errors, as `weight` of `pretrain`
@@ -74,7 +74,7 @@ class ScoreField(Method):
     gamma: Fraction = 1.0  # cleaner: 1 is ISM; TSM is 0.3, nearer to t
     inversion_steps: SamplingSteps = 5  # of DDIM, from a nearly clean image
     inversion_stride: Fraction = 0.2  # of the range, a step of them
-    smoothing: Positive = 1.25  # balanced: of eps_0 - eps_S, beside eps_c - eps_0
+    smoothing: Positive = 1.25  # balanced: weight of eps_0 - eps_S, relative to eps_c - eps_0
     pixel_limit: Positive | None = None  # of a pixel's field, in every channel; null: none
 
     student = "generator"
@@ -87,7 +87,7 @@ class ScoreField(Method):
             how = f"pull {self.pull} and noising {self.noising}"
             raise ValueError(f"subtract: {self.subtract} does not go with {how}; choose from {', '.join(choices)}")
         if self.pull == "balanced" and self.guidance != 1:
-            raise ValueError("guidance: pull balanced weighs the class by itself; use 1")
+            raise ValueError("guidance: pull balanced sets the weight of the class; use 1")
 
     @property
     def trains_network(self) -> bool:
@@ -114,7 +114,7 @@ class ScoreField(Method):
         if problem.num_classes and (self.pull == "balanced" or self.subtract in ("no_class", "cleaner")):
             check_null_condition(problem.teacher, f"method.subtract = {self.subtract}, with pull {self.pull},")
         if not problem.num_classes and (self.pull == "balanced" or self.subtract == "no_class"):
-            raise UserError(f"method.subtract = {self.subtract}, pull {self.pull}: the teacher has no classes to tell")
+            raise UserError(f"method.subtract = {self.subtract}, pull {self.pull}: the teacher has no classes")
         if problem.network is not None and self.trains_network:
             players["generator"] = problem.network
         return players if self.subtract == "fake" else {"generator": players["generator"]}

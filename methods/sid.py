@@ -81,7 +81,7 @@ class SiD(Method):
         check_trained(self.gan_fake_weight, is_asked=self.gan_weight > 0, why="gan_weight is above 0")
         if self.gan_weight and not {self.fake_training_guidance, self.fake_guidance} <= {0.0, 1.0}:
             raise ValueError(
-                "gan_weight: the discriminator reads one condition; the fake score's scales must be 0 or 1"
+                "gan_weight: the discriminator takes one condition; the fake score's scales must be 0 or 1"
             )
 
     @property

@@ -38,14 +38,14 @@ STEPS = FewSteps(init_ratio=80.0, later_ratios=(5.0, 1.0, 0.3), later_noise="ddi
 
 @schema
 class TDM(Method):
-    """steps: how the student makes its image, one call or several with `later_noise: ddim`.
+    """steps: the student's sampling steps: one, or several with `later_noise: ddim`.
     time_law: noise levels of the comparison, for each step those between its ends
     fake_time_law: those of the fake score's loss, for each step between its ends"""
 
     name: Literal["tdm"] = "tdm"
     steps: FewSteps = STEPS
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher; `[low, high]`: drawn for each sample
-    generator_updates_every: SamplingSteps = 1  # updates of the fake score to one of the generator
+    generator_updates_every: SamplingSteps = 1  # updates of the fake score per update of the generator
     time_law: AnyTimeDistribution = field(default_factory=Karras)
     fake_time_law: AnyTimeDistribution = field(default_factory=LogNormal)
     target: Literal["noise", "image"] = "noise"  # of the fake score: the noise that was added, or the step's image

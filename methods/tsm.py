@@ -23,8 +23,8 @@ from diffdistill.settings.schema import Fraction, UserError, field, schema
 class TSM(Method):
     """time_law: noise levels; weight: lambda_t, of ||D - D_teacher||^2.
 
-    class_dropout: share of samples without their class, if the teacher knows "no class"; student_sampler: how the
-    network's samples are made, which is a diffusion model still.
+    class_dropout: share of samples without their class, if the teacher is trained for it; student_sampler: of
+    the student, which is still a diffusion model.
     """
 
     name: Literal["tsm"] = "tsm"

@@ -44,7 +44,9 @@ class UniInstruct(RatioWeighted):
     def players(self, problem: Problem) -> dict[str, nn.Module]:
         players = super().players(problem)
         if self.weight == "exact" and len(self.time_law(EVENLY, problem.path).unique()) == 1:
-            raise UserError("method.weight = exact: integrates over noise levels, and time_law has one; use snr")
+            raise UserError(
+                "method.weight = exact: integrates over noise levels, and time_law has a single one; use snr"
+            )
         return players
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:

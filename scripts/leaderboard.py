@@ -249,18 +249,18 @@ def _tables(records: Sequence[Record]) -> Iterator[str]:
             continue
         floor = _floor([record for _, found in rows for record in found])
         yield f"The teacher: {title}.\n\n"
-        yield "| | evaluations | fd-pixels | precision | recall | CPU-seconds | seeds |"
+        yield "| | NFE | fd-pixels | precision | recall | CPU-seconds | seeds |"
         yield f" to the teacher (its floor {floor:.3f}) |\n" if floor else "\n"
         yield f"|---|---|---|---|---|---|---|{'---|' if floor else ''}\n"
         for name, found in rows:
             first = found[0]
-            evaluations = first.sampler.num_evaluations if first.sampler else None
+            nfe = first.sampler.num_evaluations if first.sampler else None
             numbers = [_spread([r.metrics[m].mean for r in found]) for m in ("fd-pixels", "precision", "recall")]
             spent = [r.cost.train_cpu_seconds for r in found if r.cost and r.cost.train_cpu_seconds]
             cost = f"{fmean(spent):.0f}" if spent else ""
             apart = [r.against.metrics["fd-pixels"].student.value for r in found if r.against]
             last = f" {_spread(apart) if apart else ''} |" if floor else ""
-            yield f"| {name} | {evaluations} | {' | '.join(numbers)} | {cost} | {len(found)} |{last}\n"
+            yield f"| {name} | {nfe} | {' | '.join(numbers)} | {cost} | {len(found)} |{last}\n"
         for name, found in rows:
             if notes := [record.notes.removeprefix("end points: ") for record in found if record.notes]:
                 yield f"\n{name}, end points from guidance's, seed by seed: {'; '.join(notes)}.\n"

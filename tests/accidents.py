@@ -247,7 +247,7 @@ def one_of_two_killed(scene: Scene) -> None:
     ends = scene.start(at_step(a_step(scene), kill, rank), count=2)
     assert ends[rank].code == -signal.SIGKILL
     assert ends[1 - rank].code == 1
-    assert "another process is gone" in ends[1 - rank].said
+    assert "another process has exited" in ends[1 - rank].said
     scene.nothing_lost()
     scene.go_on(count=2)
     scene.ends_as_undisturbed(2)
@@ -265,7 +265,7 @@ def one_of_two_killed_at_the_start(scene: Scene) -> None:
     ends = scene.start(inject, count=2)
     assert ends[rank].code == -signal.SIGKILL
     assert ends[1 - rank].code == 1
-    said = ("do not find each other", "did not come", "another process is gone")
+    said = ("cannot connect", "did not come", "another process has exited")
     assert any(words in ends[1 - rank].said for words in said), ends[1 - rank].said
     scene.nothing_lost()
     scene.go_on(count=2)
@@ -284,7 +284,7 @@ def one_of_two_with_parts_killed(scene: Scene) -> None:
     ends = scene.start(inject, count=2)
     assert ends[rank].code == -signal.SIGKILL
     assert ends[1 - rank].code == 1
-    assert "another process is gone" in ends[1 - rank].said
+    assert "another process has exited" in ends[1 - rank].said
     scene.nothing_lost()
     scene.go_on(count=scene.rng.randrange(1, 3))
     scene.ends_as_undisturbed(2, rounding=ROUNDING)
@@ -462,7 +462,7 @@ def out_of_memory_in_parts(scene: Scene) -> None:
     assert [ended.code for ended in ends] == [1, 1]
     assert f"out of memory at step {step}: CUDA out of memory. Tried to allocate 20.00 GiB." in ends[rank].said
     assert "train.micro_batch_size=2" in ends[rank].said
-    assert "another process is gone" in ends[1 - rank].said
+    assert "another process has exited" in ends[1 - rank].said
     scene.nothing_lost()
     scene.go_on(count=2)
     scene.ends_as_undisturbed(2, rounding=ROUNDING)
@@ -505,7 +505,7 @@ def two_runs(scene: Scene) -> None:
     (second,) = scene.start(nothing, "--resume")
     opened.unlink()
     assert second.code == 2
-    assert "another run is writing there (process " in second.said
+    assert "another run writes to it (process " in second.said
     assert [ended.code for ended in first()] == [0]
     scene.ends_as_undisturbed()
 
@@ -548,7 +548,8 @@ def tracker_down(scene: Scene) -> None:
     (ended,) = scene.start(inject)
     assert ended.code == 0
     assert (
-        "tracker tensorboard has failed: ConnectionError: the server is down; the run goes on without it" in ended.said
+        "tracker tensorboard has failed: ConnectionError: the server is down; the run continues without it"
+        in ended.said
     )
     scene.ends_as_undisturbed()
 
@@ -650,7 +651,7 @@ def launcher_killed(scene: Scene) -> None:
     students.train_students(file, (), resume=True, say=said.append)
     words = student.with_name(student.name + ".log").read_text()
     assert "stopped by SIGTERM at step" in words, "the student trained on"
-    assert not [line for line in said if "ended with" in line], said
+    assert not [line for line in said if "exited with" in line], said
     found, expected = end_of(student), end_of(alone)
     assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)], "another end"
 

@@ -112,7 +112,7 @@ def find_compiler() -> Nvcc | Nvrtc:
         return Nvcc(program)
     library = find_nvrtc()
     if library is None:
-        raise BuildError("no CUDA compiler: neither nvcc on the path nor NVRTC beside torch")
+        raise BuildError("no CUDA compiler: neither nvcc on the path nor NVRTC in the environment of torch")
     return Nvrtc(library)
 
 

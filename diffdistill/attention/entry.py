@@ -103,7 +103,7 @@ def _checked(key_lengths: Tensor | None, k: Tensor) -> Tensor | None:
         return None
     if key_lengths.shape != k.shape[:1] or key_lengths.is_floating_point() or key_lengths.dtype == torch.bool:
         shown = f"{list(key_lengths.shape)} {str(key_lengths.dtype).removeprefix('torch.')}"
-        raise UserError(f"attention: key_lengths must be {k.shape[0]} whole numbers, one a sample, not {shown}")
+        raise UserError(f"attention: key_lengths must be {k.shape[0]} integers, one per sample, not {shown}")
     return key_lengths.to(k.device, torch.int32).contiguous()
 
 

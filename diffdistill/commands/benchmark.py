@@ -1,13 +1,14 @@
-"""`diffdistill benchmark`: images in the layout of a benchmark that others measure."""
+"""`diffdistill benchmark`: images in the layout that a benchmark's own scripts read."""
 
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
 import typer
 
+from diffdistill.commands import options as opt
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.next_steps import say_next
-from diffdistill.settings.limits import MAX_BATCH, MAX_COLUMNS, MAX_INTEGER, MAX_SAMPLING_STEPS
+from diffdistill.settings.limits import MAX_COLUMNS
 from diffdistill.settings.terminal import Console, say
 
 console = Console()
@@ -15,24 +16,26 @@ console = Console()
 
 @guarded
 def benchmark(
-    place: Annotated[str, typer.Argument(help="As in sample; it must take prompts.")],
-    prompts: Annotated[
-        str, typer.Option(help="GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.")
+    model: Annotated[
+        str, typer.Argument(help="A run, a checkpoint, an exported folder or a diffusers pipeline that takes prompts.")
     ],
-    out: Annotated[str, typer.Option(help="The folder to write, a new one; OUT.json beside it says how.")],
-    layout: Annotated[Literal["geneval", "dpg"], typer.Option(help="Whose script will judge.")] = "geneval",
-    images_per_prompt: Annotated[int, typer.Option(help="Both benchmarks take 4.", min=1, max=MAX_COLUMNS)] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=MAX_INTEGER)] = 0,
-    steps: Annotated[
-        int | None, typer.Option(help="Calls for an image; default: its own.", min=1, max=MAX_SAMPLING_STEPS)
-    ] = None,
-    guidance: Annotated[str | None, typer.Option(help="As in sample.")] = None,
-    ema: Annotated[str | None, typer.Option(help="As in sample.")] = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.", min=1, max=MAX_BATCH)] = 16,
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
-    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the code of an exported folder.")] = False,
+    prompts: Annotated[
+        str, typer.Option(help="evaluation_metadata.jsonl of GenEval, or the folder of .txt files of DPG-Bench.")
+    ],
+    out: Annotated[str, typer.Option(help="New folder to write; OUT.json records how the images were made.")],
+    layout: Annotated[Literal["geneval", "dpg"], typer.Option(help="The benchmark: GenEval or DPG-Bench.")] = "geneval",
+    images_per_prompt: Annotated[
+        int, typer.Option(help="Images per prompt; both benchmarks use 4.", min=1, max=MAX_COLUMNS)
+    ] = 4,
+    seed: opt.Seed = 0,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    ema: opt.Ema = None,
+    batch: opt.Batch = 16,
+    device: opt.Device = "auto",
+    trust_code: opt.TrustCode = False,
 ) -> None:
-    """Make the images of GenEval or DPG-Bench in their folders, for the scripts of their authors.
+    """Generate the images of GenEval or DPG-Bench in the layout that their own scripts read.
 
     Example: diffdistill benchmark runs/sdxl --prompts geneval/prompts/evaluation_metadata.jsonl --out images/geneval
     """
@@ -58,6 +61,6 @@ def benchmark(
             say(f"{layout}: {made + count} images")
         made += count
 
-    count = write_benchmark(place, options, advance)
+    count = write_benchmark(model, options, advance)
     console.print(f"{out}: {count} images for {layout}", highlight=False, soft_wrap=True, markup=False)
-    say_next(also=(f"judge {out} with the script of {layout}'s authors; {out}.json says how the images were made",))
+    say_next(also=(f"evaluate {out} with {layout}'s own script; {out}.json records how the images were made",))

@@ -1,4 +1,4 @@
-"""The commands that make checkpoints of others: `join`, `merge`, `gather`, `import-edm` and `import-sit`."""
+"""The commands that make a checkpoint from others: `join`, `merge`, `gather`, `import-edm` and `import-sit`."""
 
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated
@@ -20,10 +20,12 @@ console = Console()
 
 @guarded
 def join(
-    runs: Annotated[list[str], typer.Argument(help="The students' runs or checkpoints, by their numbers.")],
-    out: Annotated[str, typer.Option(help="The folder that stands for all of them.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs or checkpoints of the students, in the order of student_index.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder of the joined model.")],
 ) -> None:
-    """Make one model of students that share the classes: OUT will hold router.json, which names them.
+    """Join the students of an MSD run, each of which has its own classes, into one model: OUT/router.json.
 
     Example: diffdistill join runs/msd/student_index=0 runs/msd/student_index=1 --out runs/msd
     """
@@ -36,21 +38,24 @@ def join(
 
 @guarded
 def merge(
-    runs: Annotated[list[str], typer.Argument(help="Runs or checkpoints of one architecture, of one start.")],
-    out: Annotated[str, typer.Option(help="The run's folder to write.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs or checkpoints of one architecture that started from the same weights.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder of the merged run.")],
     weight: Annotated[
         list[float] | None,
         typer.Option(
-            help="Of the second of two runs, default 0.5; or one for each run, in order, which sum to 1.",
+            help="Weight of the second of two runs, default 0.5; or one weight per run, in order, of sum 1.",
             min=-MAX_NUMBER,
             max=MAX_NUMBER,
         ),
     ] = None,
     player: Annotated[
-        list[str] | None, typer.Option(help="Other weights for one player: fake=0, or generator=0.2,0.3,0.5.")
+        list[str] | None,
+        typer.Option(help="Weights of one player, where they differ: fake=0, or generator=0.2,0.3,0.5."),
     ] = None,
 ) -> None:
-    """Mix the weights of runs linearly, averages included. What it is made of stands in the checkpoint.
+    """Merge runs: a linear combination of their weights, EMAs included, recorded in the checkpoint.
 
     Example: diffdistill merge runs/quality runs/diversity --weight 0.3 --out runs/between
     """
@@ -60,7 +65,7 @@ def merge(
     by_player = dict(read_weights(text) for text in player or ())
     made = merge_runs(runs, FilePath(out), tuple(weight or ([0.5] if len(runs) == 2 else [])), by_player)
     if not made.has_one_start:
-        say("merge: the runs did not start at the same teacher; weights between them may be no model at all")
+        say("merge: the runs did not start from the same teacher; the merged weights may not work")
     left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
     console.print(f"{made.folder}: {', '.join(made.players)}{left}", highlight=False, soft_wrap=True)
     say_next(("sample", out, "--out", f"{out}/samples.png"), ("eval", out), ("export", out, "--out", exported(out)))
@@ -68,10 +73,10 @@ def merge(
 
 @guarded
 def gather(
-    run: Annotated[str, typer.Argument(help="A run's folder, or one of its checkpoints.")],
-    out: Annotated[str, typer.Option(help="The folder to write it to, under checkpoints/.")],
+    run: Annotated[str, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    out: Annotated[str, typer.Option(help="Folder of the run to write; it goes under checkpoints/.")],
 ) -> None:
-    """Gather a sharded checkpoint (speed.shard), a file of each process, into one file.
+    """Gather a sharded checkpoint (speed.shard), which has one file per process, into a single file.
 
     Example: diffdistill gather runs/dmd2 --out runs/dmd2-whole
     """
@@ -89,10 +94,10 @@ def gather(
 
 @guarded
 def import_edm(
-    file: Annotated[str, typer.Argument(help="EDM's .pkl: CIFAR-10, FFHQ, AFHQv2 or ImageNet-64.")],
-    out: Annotated[str, typer.Option(help="The run's folder to write, a teacher for `train`.")],
+    file: Annotated[str, typer.Argument(help="EDM's .pkl file: CIFAR-10, FFHQ, AFHQv2 or ImageNet-64.")],
+    out: Annotated[str, typer.Option(help="Folder of the run to write, a teacher for `train`.")],
 ) -> None:
-    """Convert a checkpoint of EDM into safetensors. The pickle is read as data: nothing in it is run.
+    """Convert an EDM checkpoint to safetensors. The pickle is parsed as data; no code in it runs.
 
     Example: diffdistill import-edm edm-cifar10-32x32-cond-vp.pkl --out runs/teacher
     """

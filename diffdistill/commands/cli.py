@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffdistill import __version__
+from diffdistill.commands import options as opt
 from diffdistill.commands.benchmark import benchmark
 from diffdistill.commands.checkpoints import gather, import_edm, import_sit, join, merge
 from diffdistill.commands.evaluation import evaluate, leaderboard, reference, report
@@ -40,35 +41,18 @@ app = typer.Typer(
 )
 console = Console()
 
-BEGIN, TRAIN, USE, JUDGE, CONVERT = "Begin", "Train", "Sample and export", "Evaluate", "Join and convert checkpoints"
+START, TRAIN, USE, EVALUATE, CONVERT = "Get started", "Train", "Sample and export", "Evaluate", "Merge and convert"
 """The groups of verbs in --help."""
 
-Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged one, as in dmd2/digits.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as often as you like.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run's folder.")]
-FromCheckpoint = Annotated[
-    str | None, typer.Option("--checkpoint", help="With --resume: this checkpoint, as in step-00000500.")
-]
-AllowChanges = Annotated[
-    bool, typer.Option("--allow-changes", help="With --resume: although settings have changed, which are shown.")
-]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Run the features of `eval` that are a program (TorchScript).")
-]
-Sweeps = Annotated[
-    list[str] | None,
-    typer.Option("--sweep", help="key=value,value,...: train every combination and compare them; may be given again."),
-]
 
-
-@app.command(rich_help_panel=BEGIN)
+@app.command(rich_help_panel=START)
 @guarded
 def demo(
-    run: Annotated[str | None, typer.Option(help="Where to write; default runs/demo, or runs/demo-fast.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of training.", min=0, max=MAX_INTEGER)] = 0,
-    fast: Annotated[bool, typer.Option("--fast", help="A few steps only: does everything work here?")] = False,
+    run: Annotated[str | None, typer.Option(help="Folder to write to; default: runs/demo, or runs/demo-fast.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of training.", min=0, max=MAX_INTEGER)] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="A few steps only, to test the installation.")] = False,
 ) -> None:
-    """Train a digits teacher, distil it to one step with DMD2, print the table and write the pictures.
+    """Train a teacher of 8 x 8 digits, distil it to one step with DMD2, and evaluate both.
 
     Example: diffdistill demo
     """
@@ -85,20 +69,20 @@ def demo(
     )
 
 
-app.command(rich_help_panel=BEGIN)(init)
+app.command(rich_help_panel=START)(init)
 
 
 @app.command(rich_help_panel=TRAIN)
 @guarded
 def pretrain(
-    config: Config,
-    overrides: Overrides = None,
-    resume: Resume = False,
-    checkpoint: FromCheckpoint = None,
-    allow_changes: AllowChanges = False,
-    trust_code: TrustCode = False,
+    config: opt.Config,
+    overrides: opt.Overrides = None,
+    resume: opt.Resume = False,
+    checkpoint: opt.FromCheckpoint = None,
+    allow_changes: opt.AllowChanges = False,
+    trust_code: opt.TrustFeatures = False,
 ) -> None:
-    """Train a diffusion model, to be the teacher.
+    """Train a diffusion model on your data, as a teacher.
 
     Example: diffdistill pretrain pretrain/digits run=runs/teacher train.steps=500
     """
@@ -108,15 +92,15 @@ def pretrain(
 @app.command(rich_help_panel=TRAIN)
 @guarded
 def train(
-    config: Config,
-    overrides: Overrides = None,
-    resume: Resume = False,
-    checkpoint: FromCheckpoint = None,
-    allow_changes: AllowChanges = False,
-    trust_code: TrustCode = False,
-    sweep: Sweeps = None,
+    config: opt.Config,
+    overrides: opt.Overrides = None,
+    resume: opt.Resume = False,
+    checkpoint: opt.FromCheckpoint = None,
+    allow_changes: opt.AllowChanges = False,
+    trust_code: opt.TrustFeatures = False,
+    sweep: opt.Sweeps = None,
 ) -> None:
-    """Distil a teacher by the method that the config names.
+    """Distil a teacher into a student, with the method of the config.
 
     Example: diffdistill train dmd2/digits teacher=runs/teacher method.guidance=1.5
 
@@ -129,7 +113,7 @@ def train(
 
 
 class _Start(NamedTuple):
-    """The options that say where a run begins, and what may run in it."""
+    """The options of how a run starts, and what code it may run."""
 
     resume: bool
     checkpoint: str | None
@@ -148,29 +132,29 @@ def _train(config: str, overrides: list[str] | None, start: _Start, *, only: str
     for option in ("checkpoint", "allow_changes"):
         if getattr(start, option) and not start.resume:
             raise UserError(f"--{option.replace('_', '-')}: goes with --resume")
-    leaves: list[bool] = []
+    exportable: list[bool] = []
     done = run_with_oom_retry(
         parsed,
         resume=start.checkpoint or start.resume,
         allow_changes=start.allow_changes,
         trusts_code=start.trusts_code,
-        look=lambda plan: leaves.append(_says_if_it_leaves(plan)),
+        look=lambda plan: exportable.append(_can_be_exported(plan)),
     )
     if this_rank() == 0:
         console.print(f"done: {done}", highlight=False, soft_wrap=True)
     method, teacher = parsed.method.name, parsed.teacher if isinstance(parsed.teacher, str) else None
-    after_training(parsed.run, method, teacher, config=config, leaves=False not in leaves)
+    after_training(parsed.run, method, teacher, config=config, can_export=False not in exportable)
 
 
-def _says_if_it_leaves(plan: "Plan") -> bool:
-    """Whether `export` can write the student; where not, that is said before the first step, not after the last."""
-    from diffdistill.export.leaving import how_it_leaves
+def _can_be_exported(plan: "Plan") -> bool:
+    """Whether `export` can write the student. A warning before the first step, where it cannot."""
+    from diffdistill.export.exportable import export_kind_of
     from diffdistill.settings.terminal import say
 
-    leaving = how_it_leaves(plan.spec)
-    if leaving.kind is None and this_rank() == 0:
-        say(f"`diffdistill export` will not export this student: {leaving.note}")
-    return leaving.kind is not None
+    found = export_kind_of(plan.spec)
+    if found.kind is None and this_rank() == 0:
+        say(f"`diffdistill export` cannot export this student: {found.note}")
+    return found.kind is not None
 
 
 def _sweep(
@@ -187,9 +171,9 @@ def _sweep(
     from diffdistill.training.config import find_config, load_config
 
     if checkpoint:
-        raise UserError("--checkpoint: names a step of one run; a sweep goes on with --resume alone")
+        raise UserError("--checkpoint: names a step of one run; resume a sweep with --resume alone")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--sweep: trains one run after the other in one process; start it without a launcher")
+        raise UserError("--sweep: trains one run after another in one process; start it without a launcher")
     done = run_sweep(
         find_config(config), overrides or (), sweep, resume=resume, console=console, trusts_code=trusts_code
     )
@@ -201,24 +185,22 @@ def _sweep(
 app.command(rich_help_panel=USE)(sample)
 app.command(rich_help_panel=USE)(export)
 app.command(rich_help_panel=USE)(play)
-app.command(rich_help_panel=JUDGE)(benchmark)
+app.command(rich_help_panel=EVALUATE)(benchmark)
 
 
 @app.command(rich_help_panel=TRAIN)
 @guarded
 def students(
-    config: Config,
-    overrides: Overrides = None,
+    config: opt.Config,
+    overrides: opt.Overrides = None,
     processes_each: Annotated[
-        int, typer.Option(help="Processes that train one student together.", min=1, max=MAX_PROCESSES)
+        int, typer.Option(help="Processes per student (distributed training).", min=1, max=MAX_PROCESSES)
     ] = 1,
-    max_restarts: Annotated[
-        int, typer.Option(help="Starts of a student after its first.", min=0, max=MAX_PROCESSES)
-    ] = 3,
-    resume: Resume = False,
-    trust_code: TrustCode = False,
+    max_restarts: Annotated[int, typer.Option(help="Restarts of a student that fails.", min=0, max=MAX_PROCESSES)] = 3,
+    resume: opt.Resume = False,
+    trust_code: opt.TrustFeatures = False,
 ) -> None:
-    """Train all students of an MSD config at the same time, each in processes of its own; one's failure is its own.
+    """Train all students of an MSD config in parallel, each in its own processes; one may fail without the others.
 
     Example: diffdistill students msd/digits teacher=runs/teacher run=runs/msd --processes-each 2
     """
@@ -245,16 +227,16 @@ app.command(rich_help_panel=CONVERT)(merge)
 app.command(rich_help_panel=CONVERT)(gather)
 app.command(name="import-edm", rich_help_panel=CONVERT)(import_edm)
 app.command(name="import-sit", rich_help_panel=CONVERT)(import_sit)
-app.command(name="eval", rich_help_panel=JUDGE)(evaluate)
-app.command(rich_help_panel=JUDGE)(reference)
-app.command(rich_help_panel=JUDGE)(leaderboard)
-app.command(rich_help_panel=JUDGE)(report)
+app.command(name="eval", rich_help_panel=EVALUATE)(evaluate)
+app.command(rich_help_panel=EVALUATE)(reference)
+app.command(rich_help_panel=EVALUATE)(leaderboard)
+app.command(rich_help_panel=EVALUATE)(report)
 
 
-@app.command(rich_help_panel=BEGIN)
+@app.command(rich_help_panel=START)
 @guarded
 def configs() -> None:
-    """List the configs that come with the package, by method; `train` and `doctor` take their names.
+    """List the packaged configs, by method.
 
     Example: diffdistill configs
     """
@@ -269,10 +251,10 @@ def configs() -> None:
     say_next(("doctor", "dmd2/digits"), ("pretrain", "pretrain/digits", "run=runs/teacher"))
 
 
-@app.command(rich_help_panel=BEGIN)
+@app.command(rich_help_panel=START)
 @guarded
 def methods() -> None:
-    """List the methods, who steps when, and what each needs; and what installed packages add.
+    """List the methods: their papers, which players they update and how often, and whether they need images.
 
     Example: diffdistill methods
     """
@@ -282,26 +264,27 @@ def methods() -> None:
     say_next(("configs",))
 
 
-@app.command(rich_help_panel=BEGIN)
+@app.command(rich_help_panel=START)
 @guarded
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(help="A config to be tried out; default: look at the machine.")
+        str | None, typer.Argument(help="Config to predict memory and time for; default: check the machine.")
     ] = None,
-    overrides: Overrides = None,
-    folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs",
+    overrides: opt.Overrides = None,
+    folder: Annotated[str, typer.Option(help="Folder for runs.")] = "runs",
     memory: Annotated[
-        float | None, typer.Option(help="GiB to fit into; default: what there is.", min=0, max=MAX_GIB)
+        float | None, typer.Option(help="Memory to fit into, in GiB; default: this device's.", min=0, max=MAX_GIB)
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(help="Of a run on several GPUs; default: one alone.", min=1, max=MAX_PROCESSES)
+        int | None, typer.Option(help="Number of processes (GPUs) of the run; default: one.", min=1, max=MAX_PROCESSES)
     ] = None,
-    trust_code: TrustCode = False,
+    trust_code: opt.TrustFeatures = False,
 ) -> None:
-    """Check this machine: versions that match, the GPU, writable folders, free disk. Exits with 1 on a fault.
+    """Check this machine (versions, GPU, folders, disk), or predict a config's memory and time. Exit code 1 on a fault.
 
-    With a config: predict its memory, say what to turn on where it does not fit, and train on one micro-batch, which
-    gives the time of a step and of the run. Writes nothing. For several processes it says what each of them needs.
+    With a config, it trains on one micro-batch to measure the time of a step, and lists the settings that save memory
+    if the run does not fit. Nothing is written. With --processes it predicts what each of
+    them needs.
 
     Example: diffdistill doctor
 

@@ -1,4 +1,4 @@
-"""The demo: digits from teacher to one-step student, the table, the pictures."""
+"""The demo: a digits teacher, its one-step student, the table and the pictures."""
 
 import json
 import time
@@ -24,7 +24,7 @@ FAST = ("train.steps=40", "train.checkpoint_every=20", "train.preview_every=40",
 
 
 def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) -> list[Row]:
-    """Teacher, student, table. Goes on where an earlier demo in the same folder was stopped.
+    """Teacher, student, table. Resumes an earlier demo in the same folder.
 
     folder: gets `teacher`, `student`, table.json, teacher.png and student.png.  Returns the table's rows.
     """
@@ -32,12 +32,12 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
     refuse_links(folder)
     common = [f"train.seed={seed}", *(FAST if is_fast else ())]
     teacher, student = folder / "teacher", folder / "student"
-    console.print(f"1/3 a teacher for 8 x 8 digits: {teacher}", highlight=False)
+    console.print(f"1/3 teacher of 8 x 8 digits: {teacher}", highlight=False)
     Trainer(load_config(find_config("pretrain/digits"), [f"run={teacher}", *common]), resume=True).run()
-    console.print(f"2/3 DMD2, one step: {student}", highlight=False)
+    console.print(f"2/3 one-step student by DMD2: {student}", highlight=False)
     settings = [f"run={student}", f"teacher={teacher}", *common]
     Trainer(load_config(find_config("dmd2/digits"), settings), resume=True).run()
-    console.print("3/3 measuring: 1,800 samples each, against the training split", highlight=False)
+    console.print("3/3 evaluation: 1,800 samples each, against the training split", highlight=False)
     init_ratio = _few_steps(str(student)).init_ratio
     rows = [
         bootstrap_floor(seed=0),
@@ -51,8 +51,8 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
         save_grid(folder / f"{name}.png", sample_images(load_model(folder / name), count=100), columns=10)
     save_comparison(folder / "comparison.png", {"teacher": folder / "teacher", "student": folder / "student"})
     console.print(
-        f"{folder}/comparison.png: teacher and student from the same noise; table.json, teacher.png and student.png "
-        f"are written; {time.perf_counter() - began:.0f} s in all",
+        f"{folder}: wrote comparison.png (teacher and student from the same noise), teacher.png, student.png and "
+        f"table.json; {time.perf_counter() - began:.0f} s in total",
         highlight=False,
         soft_wrap=True,
     )
@@ -60,14 +60,13 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
 
 
 def save_comparison(file: FilePath, places: Mapping[str, FilePath]) -> None:
-    """A row of ten digits for each place, by name, from the same noise, with its calls and the time of an image."""
+    """A row of ten digits per model, by name, from the same noise, with its NFE and the time per image."""
     rows = {}
     for name, place in places.items():
         imager = open_image_generator(str(place), SampleRequest())
         images, seconds = timed_images(imager, 100, batch=10)
-        calls = f"{imager.num_evaluations} call{'s' * (imager.num_evaluations > 1)}"
         milliseconds = f"{1000 * seconds:.{1 if seconds < 0.01 else 0}f} ms"
-        rows[f"{name}\n{calls}\n{milliseconds}"] = images[:10]
+        rows[f"{name}\n{imager.num_evaluations} NFE\n{milliseconds}"] = images[:10]
     save_rows(file, rows, titles=[str(digit) for digit in range(10)], min_side=72)
 
 

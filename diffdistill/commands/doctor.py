@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # torch's minor version goes with torchvision's: 2.11 with 0.26, and so on for every release since 2.0 with 0.15.
 TORCHVISION_OFFSET = 15
 REQUIRED_GIB = 1.0
-MEMORY, TIME = "memory, predicted", "time, multiplied"
+MEMORY, TIME = "memory (predicted)", "time (predicted)"
 """Topics of a config's findings."""
 SLOW_SECONDS = 3.0
 """Of a micro-batch, over all updates: from there on one is counted, not two."""
@@ -77,8 +77,8 @@ def examine_config(
     trusts_code: bool = False,
     teacher: "Denoiser | None" = None,
 ) -> Iterator[Finding]:
-    """Say what players drop, predict a run's memory, then train on one micro-batch: count it, time it and
-    multiply. Of images of several sizes the largest are taken. Nothing is written.
+    """Say what players drop, predict a run's memory, then train on one micro-batch, which is measured, and predict
+    the time. With several image sizes, the largest. Nothing is written.
 
     memory_gib: of the device to fit into; default: this GPU's, or this machine's.  processes: that would train it
     together, default: those that run this; what each of several needs is arithmetic.  teacher: one that is not on the
@@ -94,7 +94,7 @@ def examine_config(
     config, count = _part_of(config, processes)
     assembly = assemble(plan(config, resume=None, trusts_code=trusts_code, teacher=teacher).at_largest)
     yield _dropout(config, assembly.plan.trained)
-    yield _leaving(assembly.plan.spec)
+    yield _export(assembly.plan.spec)
     needs = plan_memory(assembly.plan, assembly.iteration)
     available = _device_memory(assembly.plan.device)
     each = in_each_of(count, needs, assembly.plan, assembly.iteration)
@@ -102,7 +102,7 @@ def examine_config(
     if count > 1:
         yield _shares(assembly, needs, each, count)
     if available is not None and needs.total > available:
-        yield Finding("one micro-batch", f"not taken: this machine has {show_bytes(available)}")
+        yield Finding("one micro-batch", f"not run: this machine has {show_bytes(available)}")
         return
     try:
         timed = measure_step_time(assembly)
@@ -136,14 +136,14 @@ def _part_of(config: "RunConfig", processes: int | None) -> tuple["RunConfig", i
     return replace(config, train=replace(train, global_batch_size=share, micro_batch_size=micro)), count
 
 
-def _leaving(spec: "ModelSpec") -> Finding:
-    """What `export` will make of the student."""
-    from diffdistill.export.leaving import how_it_leaves
+def _export(spec: "ModelSpec") -> Finding:
+    """What `export` will write of the student."""
+    from diffdistill.export.exportable import export_kind_of
 
-    leaving = how_it_leaves(spec)
-    if leaving.kind is None:
-        return Finding("export", f"none can be made: {leaving.note}", is_fault=True)
-    return Finding("export", leaving.kind + (f" ({leaving.note})" if leaving.note else ""))
+    found = export_kind_of(spec)
+    if found.kind is None:
+        return Finding("export", f"not possible: {found.note}", is_fault=True)
+    return Finding("export", found.kind + (f" ({found.note})" if found.note else ""))
 
 
 def show(findings: Sequence[Finding], console: Console) -> bool:
@@ -182,7 +182,7 @@ def _packages() -> list[Finding]:
 def _torchvision() -> Finding:
     torch_version, vision = version_of("torch"), version_of("torchvision")
     if torch_version is None or vision is None:
-        return Finding("torch and torchvision", "torchvision is not installed, and only evaluation needs it")
+        return Finding("torch and torchvision", "torchvision is not installed; only evaluation needs it")
     fits = torchvision_fits(torch_version, vision)
     wanted = f"0.{int(torch_version.split('.')[1]) + TORCHVISION_OFFSET}"
     return Finding(
@@ -196,7 +196,7 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPU", f"none that torch {torch.__version__} can use: the CPU is taken")
+        return Finding("GPU", f"none that torch {torch.__version__} can use; training runs on the CPU")
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     return Finding("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
 
@@ -226,7 +226,7 @@ def _writable(folder: FilePath) -> Finding:
     place = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
-            return Finding("folder", f"{folder} can be written")
+            return Finding("folder", f"{folder} is writable")
     except OSError as error:
         return Finding("folder", f"{folder} cannot be written: {error.strerror}", is_fault=True)
 
@@ -266,8 +266,8 @@ def _dropout(config: "RunConfig", players: Mapping[str, "nn.Module"]) -> Finding
     for name, module in players.items():
         probability = dropout_of(module)
         is_set = config.dropout.get(name, config.dropout.get("default")) is not None
-        source = "as set" if is_set else "of the network it starts as"
-        parts.append(f"{name} has none" if probability is None else f"{name} {probability:g}, {source}")
+        source = "set" if is_set else "of the network that it starts from"
+        parts.append(f"{name}: none" if probability is None else f"{name}: {probability:g} ({source})")
     return Finding("dropout", "; ".join(parts))
 
 
@@ -276,12 +276,12 @@ def _fit(assembly: "Assembly", plan: "MemoryPlan", memory: int | None) -> Findin
     from diffdistill.training.memory.prediction import show_bytes
 
     kept = f"{show_bytes(plan.peak_activations)} of activations for {plan.micro_batch_size} samples"
-    known = "an unknown amount (--memory says it)" if memory is None else show_bytes(memory)
-    text = f"{show_bytes(plan.total)} of {known}: {show_bytes(plan.fixed)} all the time, {kept}, gradients"
+    known = "an unknown amount (set --memory)" if memory is None else show_bytes(memory)
+    text = f"{show_bytes(plan.total)} of {known}: {show_bytes(plan.fixed)} throughout, {kept}, gradients"
     if memory is None or plan.total <= memory:
         return Finding(MEMORY, text)
     advice = "".join(f"\n      {line}" for line in advise(assembly.plan, assembly.iteration, plan, memory))
-    return Finding(MEMORY, f"{text}. It does not fit; turn on, in this order:{advice}", is_fault=True)
+    return Finding(MEMORY, f"{text}. It does not fit. Turn on, in this order:{advice}", is_fault=True)
 
 
 def _shares(assembly: "Assembly", alone: "MemoryPlan", each: "MemoryPlan", count: int) -> Finding:
@@ -315,10 +315,10 @@ def _compare(plan: "MemoryPlan", counted: "Rehearsal") -> Iterator[Finding]:
         yield Finding(name, ", ".join(f"{part} {_both(*pair)}" for part, pair in parts.items() if any(pair)))
     if counted.averages:
         place = "" if plan.has_averages_on_device else ", on the CPU"
-        yield Finding("averages", f"{_both(plan.averages, counted.averages)}{place}")
+        yield Finding("EMA", f"{_both(plan.averages, counted.averages)}{place}")
     yield Finding("activations", _both(plan.peak_activations, counted.activations))
     if counted.device_peak is not None:
-        yield Finding("GPU's peak", _both(plan.total, counted.device_peak))
+        yield Finding("GPU peak", _both(plan.total, counted.device_peak))
 
 
 def _time(config: "RunConfig", timed: "StepTime", micro_batch_size: int) -> Finding:
@@ -350,7 +350,7 @@ def _room(assembly: "Assembly") -> Finding:
     if inputs.conditions and inputs.conditions.shards:
         prepared += len(inputs.conditions) * sum(part.nbytes for part in inputs.conditions.empty.parts().values())
     text = (
-        f"{config.train.keep_checkpoints} checkpoints of {show_bytes(one)} and one that is being written: "
+        f"{config.train.keep_checkpoints} checkpoints of {show_bytes(one)}, and one while it is written: "
         f"{show_bytes(written)} of {show_bytes(free)} free; images and prompts in the cache: {show_bytes(prepared)} "
         f"({cache})"
     )

@@ -1,68 +1,50 @@
-"""The commands that judge models and runs: `eval`, `reference`, `leaderboard` and `report`."""
+"""The commands that evaluate models and runs: `eval`, `reference`, `leaderboard` and `report`."""
 
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffdistill.commands import options as opt
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.next_steps import as_run, exported, say_next
-from diffdistill.settings.limits import MAX_BATCH, MAX_COUNT, MAX_LEVELS, MAX_SAMPLING_STEPS
 from diffdistill.settings.terminal import Console
 
-console = Console()
+if TYPE_CHECKING:
+    from diffdistill.eval.evaluation.setup import EvalOptions
 
-Judged = Annotated[
-    list[str],
-    typer.Argument(
-        help="Runs, checkpoints, diffusers folders, folders or zips of images, .npz files; or: compare A B."
-    ),
-]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Run features that are a program (TorchScript); never in a config.")
-]
-ProtocolName = Annotated[
-    str | None, typer.Option(help="A name, or a YAML file; default: digits-pixels, for what makes digits.")
-]
-GuidancePolicy = Annotated[
-    str, typer.Option(help="w of D_u + w (D_c - D_u), 1 is none; or a policy, as {name: adaptive, scale: 2}.")
-]
+console = Console()
 
 
 @guarded
 def evaluate(
-    places: Judged,
-    protocol: ProtocolName = None,
-    against: Annotated[
-        str | None,
-        typer.Option(help="A teacher, or any model: the distance to it, and its floor; or images to compare with."),
-    ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="Ranges of image seeds; default: the protocol's.", min=1, max=MAX_SAMPLING_STEPS)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The first range of image seeds.", min=0, max=MAX_COUNT)] = 0,
-    guidance: GuidancePolicy = "1",
-    sampler: Annotated[str | None, typer.Option(help='Default: the model\'s own. As in "{name: ddim}".')] = None,
-    ema: Annotated[str | None, typer.Option(help="One of the run's more_emas, by its name; default: `ema`.")] = None,
-    name: Annotated[list[str] | None, typer.Option(help="What a record is called; one for each place.")] = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.", min=1, max=256)] = 256,
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
-    weights: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: an extractor's weights.")] = None,
-    reference: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: the real images' statistics.")] = None,
-    captions: Annotated[str | None, typer.Option(help="The protocol's captions, one a line.")] = None,
-    features: Annotated[str | None, typer.Option(help="Keep the features in this folder.")] = None,
-    records: Annotated[str | None, typer.Option(help="Add a line for each place to this JSONL file.")] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="With --records: a PNG of 100 images beside it.")] = False,
-    save_images: Annotated[str | None, typer.Option(help="Write every image as a PNG into this folder.")] = None,
-    efficiency: Annotated[bool, typer.Option("--efficiency", help="Time each model: latency, memory, ...")] = False,
-    trust_code: TrustCode = False,
-    out: Annotated[str | None, typer.Option(help="Also write the table's rows to this JSON file.")] = None,
-    replicates: Annotated[int, typer.Option(help="Of compare's bootstrap.", min=2, max=MAX_LEVELS)] = 200,
-    confidence: Annotated[float, typer.Option(help="Of compare's intervals, and of --against's.", min=0, max=1)] = 0.95,
+    models: opt.Evaluated,
+    protocol: opt.Protocol = None,
+    against: opt.Against = None,
+    repeats: opt.Repeats = None,
+    seed: opt.FirstSeed = 0,
+    guidance: opt.GuidancePolicy = "1",
+    sampler: opt.SamplerText = None,
+    ema: opt.Ema = None,
+    name: opt.RecordName = None,
+    batch: opt.EvalBatch = 256,
+    device: opt.Device = "auto",
+    weights: opt.Weights = None,
+    reference: opt.References = None,
+    captions: opt.Captions = None,
+    features: opt.Features = None,
+    records: opt.RecordsFile = None,
+    grid: opt.Grid = False,
+    save_images: opt.SaveImages = None,
+    efficiency: opt.Efficiency = False,
+    trust_code: opt.TrustFeatures = False,
+    out: opt.TableOut = None,
+    replicates: opt.Replicates = 200,
+    confidence: opt.Confidence = 0.95,
 ) -> None:
-    """Measure models or images by a protocol; or compare two on the same noise, with intervals.
+    """Evaluate models or images under a protocol; or compare two models on the same noise, with confidence intervals.
 
-    An interrupted evaluation resumes when the command is given again. `torchrun -m diffdistill eval` shares the work.
+    Run an interrupted command again to resume it. `torchrun -m diffdistill eval` distributes the work.
 
     Example: diffdistill eval runs/demo/teacher runs/demo/student --out table.json
 
@@ -70,7 +52,6 @@ def evaluate(
 
     Example: diffdistill eval compare runs/demo/teacher runs/demo/student --replicates 50
     """
-    from diffdistill.eval.evaluation.command import run_compare, run_eval
     from diffdistill.eval.evaluation.setup import EvalOptions
     from diffdistill.settings.schema import UserError
 
@@ -97,25 +78,38 @@ def evaluate(
         out=out,
         confidence=confidence,
     )
-    if places[0] != "compare":
-        run_eval(places, options, console)
-        say_next(
-            *(("report", place) for place in places[:1] if as_run(place)),
-            ("leaderboard", records, "--out", str(FilePath(records).with_suffix("")))
-            if records
-            else ("eval", *places, *_given(against, protocol), "--records", "runs/records.jsonl"),
-        )
+    if models[0] != "compare":
+        _evaluate(models, options)
         return
     if against:
         raise UserError("--against: goes with eval, not with eval compare")
-    if len(places) != 3:
-        raise UserError(f"eval compare: takes two places, not {len(places) - 1}")
-    run_compare((places[1], places[2]), options, console, num_replicates=replicates, confidence=confidence)
-    say_next(("eval", places[1], "--against", places[2], *_given(None, protocol)))
+    if len(models) != 3:
+        raise UserError(f"eval compare: takes two models, not {len(models) - 1}")
+    _compare(models[1], models[2], options, replicates)
+
+
+def _evaluate(models: list[str], options: "EvalOptions") -> None:
+    from diffdistill.eval.evaluation.command import run_eval
+
+    run_eval(models, options, console)
+    records = options.records
+    say_next(
+        *(("report", model) for model in models[:1] if as_run(model)),
+        ("leaderboard", records, "--out", str(FilePath(records).with_suffix("")))
+        if records
+        else ("eval", *models, *_given(options.against, options.protocol), "--records", "runs/records.jsonl"),
+    )
+
+
+def _compare(model: str, other: str, options: "EvalOptions", num_replicates: int) -> None:
+    from diffdistill.eval.evaluation.command import run_compare
+
+    run_compare((model, other), options, console, num_replicates=num_replicates, confidence=options.confidence)
+    say_next(("eval", model, "--against", other, *_given(None, options.protocol)))
 
 
 def _given(against: str | None, protocol: str | None) -> tuple[str, ...]:
-    """Options that were given, to be given again."""
+    """These options, as they were given."""
     pairs = (("--against", against), ("--protocol", protocol))
     return tuple(word for name, value in pairs if value for word in (name, value))
 
@@ -125,13 +119,13 @@ def reference(
     images: Annotated[
         str, typer.Argument(help='Real images: a folder, a zip, a .npz, or "{name: cifar10, root: data}".')
     ],
-    protocol: Annotated[str, typer.Option(help="The protocol that will compare with them: a name, or a YAML file.")],
-    weights: Annotated[list[str] | None, typer.Option(help="LABEL=FILE: an extractor's weights.")] = None,
-    out: Annotated[str | None, typer.Option(help="The folder to write into; default: where `eval` looks.")] = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.", min=1, max=MAX_BATCH)] = 64,
-    trust_code: TrustCode = False,
+    protocol: Annotated[str, typer.Option(help="Name or YAML file of the protocol.")],
+    weights: opt.Weights = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write to; default: where `eval` looks.")] = None,
+    batch: opt.Batch = 64,
+    trust_code: opt.TrustFeatures = False,
 ) -> None:
-    """Compute the statistics of real images that a protocol compares with, one file for each kind of features.
+    """Compute the reference statistics of real images for a protocol, one file per feature extractor.
 
     Example: diffdistill reference "{name: cifar10, root: data}" --protocol cifar10-efficientnet-lite0
     """
@@ -153,18 +147,18 @@ def reference(
 
 @guarded
 def leaderboard(
-    records: Annotated[list[str], typer.Argument(help="JSONL files of records, as `diffdistill eval` writes them.")],
-    out: Annotated[str, typer.Option(help="The folder to write into.")],
-    title: Annotated[str | None, typer.Option(help="What the page is called; default: by its protocols.")] = None,
+    records: Annotated[list[str], typer.Argument(help="Records (JSONL), as `diffdistill eval` writes them.")],
+    out: Annotated[str, typer.Option(help="Folder to write to.")],
+    title: Annotated[str | None, typer.Option(help="Title of the page; default: its protocols.")] = None,
     published: Annotated[
         bool | None,
         typer.Option(
             "--published/--no-published",
-            help="Show the published numbers that come along; default: not where all records are of own pictures.",
+            help="Show published results too; default: unless all records are of your own images.",
         ),
     ] = None,
 ) -> None:
-    """Rank what was measured alike: one HTML page, Markdown, CSV, and metadata for model cards.
+    """Rank models measured under the same protocol: HTML, Markdown, CSV, and metadata for model cards.
 
     Example: diffdistill leaderboard runs/records.jsonl --out runs/leaderboard
     """
@@ -176,16 +170,18 @@ def leaderboard(
         Console(stderr=True).print(Text.assemble(("warning:", "yellow"), f" {message}"), soft_wrap=True)
 
     page, *others = write_leaderboard(records, FilePath(out), title=title, with_reported=published, say=say)
-    console.print(f"{page}, and {len(others)} more files beside it", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"{page}, and {len(others)} more files in the same folder", highlight=False, soft_wrap=True, markup=False
+    )
     say_next(also=(f"open {page} in a browser",))
 
 
 @guarded
 def report(
-    run: Annotated[str, typer.Argument(help="A run's folder.")],
-    out: Annotated[str | None, typer.Option(help="The HTML file to write; default: report.html in the folder.")] = None,
+    run: Annotated[str, typer.Argument(help="Folder of the run.")],
+    out: Annotated[str | None, typer.Option(help="HTML file to write; default: report.html in the folder.")] = None,
 ) -> None:
-    """Show one run on one HTML page: settings, curves, health, previews over time, scores.
+    """Write an HTML page of one run: settings, curves, health, previews, scores.
 
     Example: diffdistill report runs/demo/student
     """

@@ -16,24 +16,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-_RESUMED = "The last good checkpoint is intact; make room and go on with --resume"
+_RESUMED = "The newest checkpoint is intact: free disk space, then use --resume"
 WHEN_FULL = {
     **dict.fromkeys(("pretrain", "train", "students"), _RESUMED),
-    "evaluate": "What was measured so far is kept; make room and give the command again, which goes on from there",
-    "export": "Nothing was left behind, and what was there before is intact; make room and give the command again",
+    "evaluate": "Finished measurements are kept: free disk space, then run the command again to resume",
+    "export": "No partial folder was left and an earlier export is intact: free disk space, then run the command again",
 }
 """What to do, by command."""
 
 WHEN_STOPPED = {
-    **dict.fromkeys(("pretrain", "train", "students"), "; checkpoints that were saved stay"),
-    "demo": "; what is done is kept",
-    "evaluate": "; what was measured so far is kept",
+    **dict.fromkeys(("pretrain", "train", "students"), "; saved checkpoints are kept"),
+    "demo": "; finished steps are kept",
+    "evaluate": "; finished measurements are kept",
 }
-"""What is kept when Ctrl-C comes where nothing waits for it, by command."""
+"""What Ctrl-C leaves, by command, where no handler saves more."""
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Say what is wrong, plainly, and leave. Of several processes each says which one it is, but for the first."""
+    """Print the error and exit. In distributed training each process but the main one adds its rank."""
     who = f" process {this_rank()}:" if this_rank() else ""
     said = Text.assemble(("error:", "bold red"), f"{who} {hide_secrets(message)}")
     Console(stderr=True).print(said, soft_wrap=True)
@@ -41,14 +41,14 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def stop(message: str, code: int, *, can_resume: bool) -> NoReturn:
-    """Leave as asked by a signal: no error. The first of several processes says so."""
+    """Exit after a signal, which is no error. The main process says so."""
     if this_rank() == 0:
         say_how_to_go_on(message, can_resume=can_resume)
     raise typer.Exit(code)
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """A command whose expected faults end in one message and the right exit code, never in a traceback."""
+    """A command whose expected errors end in one message and an exit code, never in a traceback."""
 
     can_resume = "resume" in inspect.signature(command).parameters
 
@@ -86,7 +86,7 @@ def _expected(error: Exception, command: str) -> tuple[str, int | None]:
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()), 2
     if is_disk_full(error):
-        return f"the disk is full: {error}. {WHEN_FULL.get(command, 'Make room and give the command again')}", 1
+        return f"the disk is full: {error}. {WHEN_FULL.get(command, 'Free disk space, then run the command again')}", 1
     if isinstance(error, (TrainingError, ExportError, OSError)):
         return str(error), 1
     return "", None

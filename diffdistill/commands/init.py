@@ -1,4 +1,4 @@
-"""`init`: from a folder of pictures to the configs of a teacher and its student, by what can be measured."""
+"""`init`: from a folder of images to the configs of a teacher and its student, by what can be measured."""
 
 import os
 import re
@@ -26,27 +26,25 @@ THREADS_BUDGET = 2.0
 @guarded
 def init(
     pictures: Annotated[
-        str, typer.Argument(help="A folder or a zip of pictures; of folders, where they have classes.")
+        str, typer.Argument(help="Folder or zip of images; with a subfolder per class, if they have classes.")
     ],
     out: Annotated[
         str | None,
-        typer.Option(help="The folder of the configs and their runs; default: runs/ and the pictures' name."),
+        typer.Option(help="Folder of the configs and runs; default: runs/ and the name of the images' folder."),
     ] = None,
     resolution: Annotated[
         int | None,
-        typer.Option(
-            help="Side of the images: 8, 16, 32, 64 or 128; default: what this machine and they allow.", min=8, max=128
-        ),
+        typer.Option(help="Resolution: 8, 16, 32, 64 or 128; default: by the images and this machine.", min=8, max=128),
     ] = None,
     classes: Annotated[
-        bool | None, typer.Option("--classes/--no-classes", help="Are folders classes? Default: where they look so.")
+        bool | None, typer.Option("--classes/--no-classes", help="Whether subfolders are classes; default: detected.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over the configs that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing configs.")] = False,
 ) -> None:
-    """Look at your pictures, and write the configs of a teacher, its one-step student and their evaluation.
+    """Measure your images and write the configs of a teacher, its one-step student and their evaluation.
 
-    Count, sizes, classes, broken files and the standard deviation of pixels are measured; memory and time are predicted
-    on this machine. The three commands at the end are the whole way. Pictures are not changed.
+    It measures count, sizes, classes, unreadable files and the standard deviation of the pixels, predicts memory and
+    time on this machine, and prints the three commands to run. Your images are not changed.
 
     Example: diffdistill init pictures
 
@@ -72,7 +70,7 @@ def init(
     start = replace(start, num_threads=_num_threads(start))
     show([*_predict(start)], console)
     _write(start, folder)
-    console.print(f"written: {', '.join(str(folder / file) for file in (TEACHER, STUDENT, PROTOCOL))}", soft_wrap=True)
+    console.print(f"wrote {', '.join(str(folder / file) for file in (TEACHER, STUDENT, PROTOCOL))}", soft_wrap=True)
     say_next(
         ("pretrain", folder / TEACHER),
         ("train", folder / STUDENT),
@@ -85,9 +83,11 @@ def _check_folder(folder: FilePath, pictures: FilePath, files: tuple[str, ...], 
 
     there = [str(folder / file) for file in files if (folder / file).exists()]
     if there and not force:
-        raise UserError(f"{there[0]}: is there; --force writes over it, and --out names another folder")
+        raise UserError(f"{there[0]}: exists; overwrite it with --force, or name another folder with --out")
     if folder.resolve().is_relative_to(pictures.expanduser().resolve()):
-        raise UserError(f"--out {folder}: lies among the pictures, and previews would be taken for some; name another")
+        raise UserError(
+            f"--out {folder}: is inside the folder of images, and previews would be read as data; name another"
+        )
 
 
 def _num_threads(start: "Start") -> int | None:

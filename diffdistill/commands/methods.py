@@ -1,4 +1,4 @@
-"""The table of methods, and what other packages add."""
+"""The table of methods, and what other installed packages add."""
 
 import sys
 from typing import Any
@@ -21,7 +21,7 @@ OTHER_KINDS: tuple[Registry[Any], ...] = (NETWORKS, DATA, FAMILIES, REWARDS, FEA
 def print_methods(console: Console) -> None:
     """Every method, then a line for each thing of another kind that others add, and for each that cannot be used."""
     table = Table(
-        "method", "what it is; its updates (every n iterations)", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        "method", "paper; players that are updated (every n iterations)", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     found, faults = METHODS.listed()
     others = METHODS.others()
@@ -44,7 +44,7 @@ def _row(kind: type, origin: str | None) -> str:
     method: Any = kind()
     updates = ", ".join(f"{'+'.join(update.players)} ({update.every})" for update in method.updates)
     title = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip().split("\n")[0]
-    images = "on real images" if method.needs_images else "without real images"
+    images = "needs real images" if method.needs_images else "no real images needed"
     return f"{title}{f' (from {origin})' if origin else ''}\n{updates}, {images}"
 
 

@@ -1,4 +1,4 @@
-"""What a command says at its end: what can be typed next, with the paths just used."""
+"""The last lines of a command: what to run next, with the paths just used."""
 
 import os
 import shlex
@@ -12,14 +12,14 @@ from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.terminal import Console, hide_secrets
 
 TYPED: list[str] = []
-"""What stood behind `diffdistill` on the command line."""
+"""The words after `diffdistill` on the command line."""
 
 
 def say_next(*commands: Sequence[object], also: Sequence[str] = ()) -> None:
-    """Commands for people, on the standard error stream, as they can be typed in this shell.
+    """Print the next commands to the standard error stream, as they can be typed in this shell.
 
-    commands: each the words behind `diffdistill`.  also: lines that are none of its commands.  Of several processes the
-    first says it.
+    commands: each the words after `diffdistill`.  also: other lines.  In distributed training the main process prints
+    them.
     """
     if this_rank():
         return
@@ -29,13 +29,13 @@ def say_next(*commands: Sequence[object], also: Sequence[str] = ()) -> None:
     _print("next:", *(f"  {line}" for line in (*lines, *also)))
 
 
-def after_training(run: str, method: str, teacher: str | None, *, config: str, leaves: bool) -> None:
-    """What follows a run.  config: as it was typed.  leaves: whether `export` can write the model."""
+def after_training(run: str, method: str, teacher: str | None, *, config: str, can_export: bool) -> None:
+    """What follows a run.  config: as it was typed.  can_export: whether `export` can write the model."""
     if method == "pretrain":
-        sibling = f"dmd2/{config.rpartition('/')[2]}" if config.startswith("pretrain/") else "CONFIG"
+        student = f"dmd2/{config.rpartition('/')[2]}" if config.startswith("pretrain/") else "CONFIG"
         say_next(
             ("sample", run, "--out", f"{run}/samples.png"),
-            ("train", sibling, f"teacher={run}", f"run={run}-student"),
+            ("train", student, f"teacher={run}", f"run={run}-student"),
         )
         return
     beside = ("--teacher",) if teacher else ()
@@ -43,7 +43,7 @@ def after_training(run: str, method: str, teacher: str | None, *, config: str, l
         ("sample", run, *beside, "--out", f"{run}/samples.png"),
         ("eval", run, *(("--against", teacher) if teacher else ())),
         ("report", run),
-        *([("export", run, "--out", exported(run))] if leaves else []),
+        *([("export", run, "--out", exported(run))] if can_export else []),
     )
 
 
@@ -52,13 +52,13 @@ def exported(run: str) -> str:
     return f"exported/{FilePath(run).resolve().name}"
 
 
-def as_run(place: str) -> bool:
-    """Whether a place is a run's folder, or that of several students."""
-    return (FilePath(place) / "checkpoints").is_dir() or (FilePath(place) / "router.json").is_file()
+def as_run(folder: str) -> bool:
+    """Whether this is the folder of a run, or of joined students."""
+    return (FilePath(folder) / "checkpoints").is_dir() or (FilePath(folder) / "router.json").is_file()
 
 
 def say_how_to_go_on(stopped: str, *, can_resume: bool) -> None:
-    """What stopped a command, what of it was saved, and the command that goes on.
+    """What stopped a command, what of it was saved, and the command that resumes it.
 
     can_resume: whether it has the option --resume.
     """
@@ -69,7 +69,7 @@ def say_how_to_go_on(stopped: str, *, can_resume: bool) -> None:
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         program = "the same launcher, with -m diffdistill"
-    _print(stopped, f"to go on: {f'{first}; ' if first else ''}{program} {shlex.join(words)}")
+    _print(stopped, f"to resume: {f'{first}; ' if first else ''}{program} {shlex.join(words)}")
 
 
 def going_on(typed: Sequence[str], *, can_resume: bool) -> list[str]:
@@ -86,7 +86,7 @@ def going_on(typed: Sequence[str], *, can_resume: bool) -> list[str]:
 
 
 def how_to_call() -> tuple[str | None, str]:
-    """A line to type first, if one is needed, and how this program is then called."""
+    """A line to type first, if one is needed, and the name of this program."""
     found, scripts = shutil.which("diffdistill"), FilePath(sysconfig.get_path("scripts"))
     activate = scripts / "activate"
     if found and (FilePath(found).parent == scripts or not activate.is_file()):

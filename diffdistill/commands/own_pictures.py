@@ -1,4 +1,4 @@
-"""A folder of pictures, looked at: how many, how large, of which classes, what is broken, and their deviation."""
+"""A folder of images, measured: count, sizes, classes, unreadable files, and standard deviation."""
 
 import io
 import statistics
@@ -61,22 +61,22 @@ class Pictures:
     def findings(self) -> list[Finding]:
         """What was measured, in words."""
         grey = ", all grey" if self.data.channels == 1 else ""
-        found = [Finding("pictures", f"{len(self.source):,} in {self.data.path}{grey}"), self._sizes(), self._classes()]
+        found = [Finding("images", f"{len(self.source):,} in {self.data.path}{grey}"), self._sizes(), self._classes()]
         if self.num_broken:
             note = next(note for note in self.source.notes if "cannot be read" in note)
-            found.append(Finding("broken files", note.removeprefix(f"{self.data.path}: ")))
+            found.append(Finding("unreadable files", note.removeprefix(f"{self.data.path}: ")))
         found.append(Finding("sigma_data", f"{self.sigma_data:g} at {self.side} x {self.side} pixels"))
         if len(self.source) < FEW:
-            found.append(Finding("few", f"a network learns {len(self.source)} pictures by heart; hundreds are better"))
+            found.append(Finding("few", f"a network memorises {len(self.source)} images; use hundreds"))
         return found
 
     def _sizes(self) -> Finding:
         (height, width), count = Counter(self.sizes).most_common(1)[0]
         if count == len(self.sizes):
-            return Finding("sizes", f"all are {width} x {height}; they become {self.side} x {self.side}")
+            return Finding("sizes", f"all {width} x {height}, resized to {self.side} x {self.side}")
         shorter = [min(size) for size in self.sizes]
         told = f"shorter sides of {min(shorter):,} to {max(shorter):,} pixels, median {statistics.median(shorter):g}"
-        return Finding("sizes", f"{told}; their middle squares become {self.side} x {self.side}")
+        return Finding("sizes", f"{told}; cropped to their central square, resized to {self.side} x {self.side}")
 
     def _classes(self) -> Finding:
         counts = self.classes
@@ -84,7 +84,7 @@ class Pictures:
             told = [f"{name} ({count:,})" for name, count in counts.items()]
             return Finding("classes", f"{len(counts)}, by folder: {listed(told, most=10)}")
         if self.loose:
-            return Finding("classes", f"none: {len(self.loose):,} pictures lie in no folder ({listed(self.loose)})")
+            return Finding("classes", f"none: {len(self.loose):,} images are in no subfolder ({listed(self.loose)})")
         return Finding("classes", "none")
 
 
@@ -112,11 +112,11 @@ def look_at(place: str, *, side: int | None, with_classes: bool | None) -> Pictu
     data = ImageFolder(path=place, labels=labels, resolution=side or _side_for(place, sizes))
     data, source = _prepared(data, len(names))
     if len(source) < 2:
-        raise UserError(f"{place}: a single picture; a model needs many")
+        raise UserError(f"{place}: holds one image; a model needs many")
     sample = _sample(source)
     pixels = source.images[sample.numpy()]
     if (pixels == pixels[:1, :, :1, :1]).all():
-        raise UserError(f"{place}: all {len(sample):,} pictures measured are of one colour; there is nothing to learn")
+        raise UserError(f"{place}: all {len(sample):,} images measured have a single colour; there is nothing to learn")
     if _is_grey(source):
         with quietly():
             data, source = _prepared(replace(data, channels=1), len(names))
@@ -133,7 +133,9 @@ def _refuse_splits(place: str, names: Sequence[str]) -> None:
     first = next((folder for folder in parts if folder.lower().startswith("train")), parts[0])
     one = FilePath(place) / names[0].removesuffix(inner[0]) / first
     how = f"name one of them, as {one}" if FilePath(place).expanduser().is_dir() else f"unpack it and name its {first}"
-    raise UserError(f"{place}: {', '.join(parts)}: parts of a data set, no classes; {how}, or take all by --no-classes")
+    raise UserError(
+        f"{place}: {', '.join(parts)}: these are splits of a data set, not classes; {how}, or use all with --no-classes"
+    )
 
 
 def _is_grey(source: MappedImages) -> bool:
@@ -174,7 +176,9 @@ def _side_for(place: str, sizes: Sequence[tuple[int, int]]) -> int:
     most = 64 if torch.cuda.is_available() else 16
     fitting = [side for side in SIDES if side <= min(shorter, most)]
     if not fitting:
-        raise UserError(f"{place}: the pictures' shorter side is {shorter:g} pixels; at least {SIDES[0]} are needed")
+        raise UserError(
+            f"{place}: the shorter side of the images is {shorter:g} pixels; at least {SIDES[0]} are needed"
+        )
     return fitting[-1]
 
 
@@ -182,4 +186,4 @@ def _check_text(place: str) -> None:
     try:
         place.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{place!r}: a config cannot hold this name, which is no text; rename it") from None
+        raise UserError(f"{place!r}: this name is not valid UTF-8, and a config cannot hold it; rename it") from None

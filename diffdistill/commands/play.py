@@ -1,10 +1,11 @@
-"""The command `play`: a page in the browser that draws with teacher and students side by side."""
+"""The command `play`: a web page that samples teacher and students side by side."""
 
 from pathlib import Path as FilePath
 from typing import Annotated
 
 import typer
 
+from diffdistill.commands import options as opt
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.next_steps import as_run, say_next
 from diffdistill.settings.terminal import Console
@@ -14,20 +15,20 @@ console = Console()
 
 @guarded
 def play(
-    runs: Annotated[
-        list[str], typer.Argument(help="Runs, checkpoints, exported folders or diffusers pipelines, side by side.")
-    ],
-    teacher_from: Annotated[str | None, typer.Option(help="Where the teacher is now, if it was moved.")] = None,
+    runs: Annotated[list[str], typer.Argument(help="Runs, checkpoints, exported folders or diffusers pipelines.")],
+    teacher_from: Annotated[str | None, typer.Option(help="Path of the teacher, if it was moved.")] = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen at; 0.0.0.0 lets everyone on your network draw.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the page to your network.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.", min=1, max=65_535)] = None,
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
-    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the code of an exported folder.")] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Port; default: the first free one from 7860.", min=1, max=65_535)
+    ] = None,
+    device: opt.Device = "auto",
+    trust_code: opt.TrustCode = False,
 ) -> None:
-    """Open a page that draws with students and their teacher, from the same noise. Needs the extra `play`.
+    """Open a web page that samples students and their teacher from the same noise. Needs the extra `play`.
 
-    Ctrl-C ends it. Nothing is sent to other hosts, and there is no public link.
+    Ctrl-C ends it. Nothing is sent to other hosts; there is no public link.
 
     Example: diffdistill play runs/demo/student
     """

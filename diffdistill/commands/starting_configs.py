@@ -1,4 +1,4 @@
-"""The three files that `init` writes: a teacher's config, its student's, and the protocol that judges both."""
+"""The three files that `init` writes: a teacher's config, its student's, and the protocol that evaluates both."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -56,19 +56,19 @@ class Start:
     def teacher(self) -> str:
         """teacher.yaml."""
         size, about = self.size, self.pictures
-        dropout = "\n  class_dropout: 0.1  # of the images are without their class: this makes guidance possible"
+        dropout = "\n  class_dropout: 0.1  # share of images trained without their class, for classifier-free guidance"
         dropout = dropout if about.classes else ""
         network: dict[str, Any] = {"name": "unet", "channels": [*size.channels], "attention": [*size.attention]}
         if about.side == 8:
             network["head_channels"] = 48
-        return f"""# A teacher for the pictures in {inline(about.data.path)}, written by `diffdistill init`.
-# What is marked as measured is of these pictures; the rest is a start that was chosen on small images. For better ones:
-# more steps first, then more channels.
+        return f"""# A teacher for the images in {inline(about.data.path)}, written by `diffdistill init`.
+# Values marked "measured" come from these images; the others were chosen on small images. For better quality: more
+# steps first, then more channels.
 run: {inline(f"{self.folder}/teacher")}
 method:
   name: pretrain
   time_law: {{name: lognormal, mean: {size.mean}, std: 1.2}}  # noise levels to train at{dropout}
-  teacher_sampler: {{name: heun, num_steps: 18, rho: 5}}  # 35 calls of the network for an image
+  teacher_sampler: {{name: heun, num_steps: 18, rho: 5}}  # 35 NFE
 {self._data()}
 model:
   network: {inline(network)}
@@ -83,15 +83,15 @@ ema: {{halflife_images: 44000}}
     def student(self) -> str:
         """student.yaml."""
         size, about = self.size, self.pictures
-        guidance = "\n  guidance: 1  # of the teacher; above 1 classes are clearer, and images more alike"
+        guidance = "\n  guidance: 1  # scale of the teacher; above 1, clearer classes and less diversity"
         own, others = size.student_lr
-        return f"""# A student of teacher.yaml by DMD2, an image in one call of the network. By `diffdistill init`.
+        return f"""# A one-step (1 NFE) student of teacher.yaml by DMD2, written by `diffdistill init`.
 run: {inline(f"{self.folder}/student")}
 teacher: {inline(f"{self.folder}/teacher")}
 method:
   name: dmd2
-  steps: {{init_ratio: 2.5}}  # one call, on noise 2.5 times as strong as the signal{guidance if about.classes else ""}
-  fake_updates: 2  # of the fake score, for each of the student; more where `health` says that it lags
+  steps: {{init_ratio: 2.5}}  # one step, from sigma / alpha = 2.5{guidance if about.classes else ""}
+  fake_updates: 2  # of the fake score, per update of the student; raise it if the health signals say that it lags
   generator_time_law: {{name: karras, ratio_min: 0.03, ratio_max: 6, rho: 5}}
   fake_time_law: {{name: lognormal, mean: {size.mean}, std: 1.2}}
   gan_time_law: {{name: karras, ratio_min: 0.03, ratio_max: 6, rho: 5}}
@@ -116,14 +116,14 @@ ema: {{halflife_images: 4400, ramp: 0}}
         usual = make_protocol(self.name, made, choice, reference=reference).num_images
         count = min(usual, len(about.source))
         protocol = make_protocol(self.name, made, choice, reference=reference, num_images=count)
-        few = "\n# Over so few pictures a distance is large for a perfect model too." if count < usual else ""
-        return f"""# How teacher and student are judged: FD and KID to the pictures, in {choice.why}.
-# A number compares only with those of the same protocol; give a changed one another name.{few}
+        few = "\n# With so few images the distance of a perfect model is large, too." if count < usual else ""
+        return f"""# How teacher and student are evaluated: FD and KID to the images, in {choice.why}.
+# Compare numbers of one protocol only; give a changed protocol another name.{few}
 {_told(protocol)}"""
 
     def _data(self) -> str:
         told = data_of(self.pictures.data)
-        broken = f"  # {self.pictures.num_broken:,} are broken" if "max_unreadable" in told else ""
+        broken = f"  # {self.pictures.num_broken:,} are unreadable" if "max_unreadable" in told else ""
         return f"data: {inline(told)}{broken}"
 
     def _train(self) -> str:

@@ -61,7 +61,7 @@ class Combination:
 @dataclass
 class Outcome:
     """What came of a run. losses: means over the last tenth of the reports; health: the newest reading; scores: by
-    the protocol digits-pixels, for digits models; warnings: how often a health signal was said to be outside."""
+    the protocol digits-pixels, for digits models; warnings: how often a health signal left its band."""
 
     name: str
     values: Mapping[str, Any]
@@ -111,7 +111,10 @@ def run_sweep(
             train(outcome, settled, resume=resume, quiet=quiet, trusts_code=trusts_code)
         except BaseException:  # a signal, not a failure: the sweep ends here
             outcome.status = "stopped"
-            say(console, f"the sweep is stopped in run {number} of {len(grid)}; the same command with --resume goes on")
+            say(
+                console,
+                f"the sweep stopped in run {number} of {len(grid)}; resume it with the same command and --resume",
+            )
             raise
         finally:
             measure(outcome, FilePath(settled.run))
@@ -142,7 +145,7 @@ def parse_axes(sweeps: Sequence[str], config: RunConfig) -> list[Axis]:
         axes.append(Axis(resolve_key(key.strip(), places), tuple(values)))
     for first, second in itertools.permutations(axes, 2):
         if first.key == second.key or second.key.startswith(f"{first.key}."):
-            raise UserError(f"--sweep: {first.key} and {second.key} set the same thing; give one of them")
+            raise UserError(f"--sweep: {first.key} and {second.key} set the same key; give one of them")
     return axes
 
 
@@ -152,7 +155,7 @@ def resolve_key(key: str, places: Sequence[str]) -> str:
     Raises UserError with the candidates.
     """
     if key == "run":
-        raise UserError("--sweep run: every run of a sweep has a folder of its own already")
+        raise UserError("--sweep run: every run of a sweep has its own folder already")
     found = [place for place in places if place.endswith(f".{key}")]
     if key in places or (not found and "." in key):  # an unknown dotted key is named by the schema
         return key
@@ -203,7 +206,7 @@ def check(
 ) -> list[RunConfig]:
     """Every combination's config. Raises UserError naming all that cannot be run; nothing is written."""
     if list_checkpoints(folder / "checkpoints"):
-        raise UserError(f"{folder}: holds a run already; name another `run` for the sweep")
+        raise UserError(f"{folder}: holds a run already; choose another `run` for the sweep")
     configs: list[RunConfig] = []
     faults: list[str] = []
     for combination in grid:
@@ -303,7 +306,7 @@ def compare(folder: FilePath, axes: Sequence[Axis], outcomes: Sequence[Outcome],
         draw_sweep(folder / PICTURE, entries, keys=[short[axis.key] for axis in axes], title=f"sweep {folder}")
     except Exception as error:
         say(console, f"{PICTURE} cannot be drawn: {_one_line(error)}")
-    say(console, f"{folder}/{RECORD} and {PICTURE} are written")
+    say(console, f"wrote {folder}/{RECORD} and {PICTURE}")
 
 
 def show_table(axes: Sequence[Axis], outcomes: Sequence[Outcome], console: Console) -> None:
@@ -311,7 +314,7 @@ def show_table(axes: Sequence[Axis], outcomes: Sequence[Outcome], console: Conso
     health = list(dict.fromkeys(name for outcome in outcomes for name in outcome.health))
     quality = [n for n in dict.fromkeys(n for outcome in outcomes for n in outcome.numbers) if n not in health]
     _table("scores (* best) and losses (mean over the last tenth)", ["status", *quality], axes, outcomes, console)
-    _table("health (! outside its band) and how many warnings", [*health, "warnings"], axes, outcomes, console)
+    _table("health (! outside its band) and number of warnings", [*health, "warnings"], axes, outcomes, console)
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:

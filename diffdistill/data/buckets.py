@@ -25,9 +25,9 @@ BLOCK = 256  # steps, in which each bucket has its share of the batches
 
 @schema
 class BucketsConfig:
-    """Images keep about their own aspect: each has the nearest of a list of sizes of about the resolution's area.
+    """Images roughly keep their aspect ratio: each takes the nearest of a list of sizes of about the resolution's area.
 
-    step: what their sides are multiples of.  most_aspect: of the longer side to the shorter.
+    step: their sides are multiples of it.  most_aspect: the largest ratio of the longer side to the shorter.
     """
 
     step: Resolution = 64

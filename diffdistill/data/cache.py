@@ -131,7 +131,7 @@ def _publish(folder: FilePath, target: FilePath) -> None:
 
 
 def _say_waiting() -> None:
-    say("waiting for another process that prepares the same")
+    say("waiting for another process that prepares the same data")
 
 
 def _sync(path: FilePath) -> None:

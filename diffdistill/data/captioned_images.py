@@ -39,8 +39,8 @@ class CaptionedImages:
     caption.
 
     caption_column: default caption, text or prompt.
-    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
-    `resolution`, or else all images must be of one size.  buckets: in the place of one size, several of about its area.
+    resolution: centre crop and Lanczos resize to this side, or height and width; default: the teacher's
+    `resolution`, or else all images must have one size.  buckets: several sizes of about its area instead of one.
     """
 
     name: Literal["captioned_images"] = "captioned_images"
@@ -121,7 +121,7 @@ def _match(rows: Iterable[Row], names: list[str], file_column: str, caption_colu
         place = f"{origin}, line {number}"
         file = checked_caption(row.get(file_column), origin=place).removeprefix("./")
         if file in captions:
-            raise UserError(f"{place}: {file!r} stands there twice")
+            raise UserError(f"{place}: {file!r} is listed twice")
         captions[file] = checked_caption(row.get(caption_column), origin=place)
     keys, notes = match_names(names, captions, origin=origin)
     used = set(keys)

@@ -177,7 +177,7 @@ def find_column(
 def checked_caption(value: object, *, origin: str) -> str:
     """A caption without white space around it. Raises UserError on what is no text, or is too long to be one."""
     if not isinstance(value, str):
-        raise UserError(f"{origin}: the caption is no text but {type(value).__name__}")
+        raise UserError(f"{origin}: the caption must be text, not {type(value).__name__}")
     if len(value) > MAX_CHARACTERS:
         raise UserError(f"{origin}: a caption of {len(value):,} characters; the limit is {MAX_CHARACTERS:,}")
     return " ".join(value.split())
@@ -230,7 +230,7 @@ def _rows_of_csv(handle: BinaryIO, suffix: str, origin: str) -> Iterator[Row]:
         header = next(rows, [])
         for row in rows:
             if row and len(row) != len(header):
-                raise UserError(f"{origin}, line {rows.line_num}: has not as many cells as the header")
+                raise UserError(f"{origin}, line {rows.line_num}: the number of cells differs from the header")
             if row:
                 yield rows.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:

@@ -68,7 +68,7 @@ def with_teachers_classes(
     note = f"data: classes are matched with the teacher's by name: {told_classes(sorted(places), known)}"
     if not isinstance(source, MappedImages | DatasetImages):
         told = told_classes(range(len(known)), known)
-        raise UserError(f"data: {type(source).__name__} must number its classes as the teacher does: {told}")
+        raise UserError(f"data: {type(source).__name__} must number its classes like the teacher: {told}")
     made = source.with_classes(
         torch.tensor(places)[source.labels.cpu()],
         num_classes=len(known),
@@ -101,7 +101,7 @@ def numbers_among(
     if missing:
         raise UserError(
             f"{origin}: {whose} knows no class {listed(missing)}; it knows {told_classes(range(len(known)), known)}. "
-            f"Rename the classes, leave them out, or give labels that are numbers"
+            f"Rename the classes, leave them out, or use numbers as labels"
         )
     chosen = [numbers[0] if len(numbers) == 1 else own if own in numbers else -1 for own, numbers in enumerate(found)]
     several = [name for name, number in zip(names, chosen, strict=True) if number < 0]

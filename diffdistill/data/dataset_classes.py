@@ -43,8 +43,8 @@ def _names(dataset: Any) -> Names:
     for names in found:
         if names != longest[: len(names)]:
             raise UserError(
-                f"data: parts of a ConcatDataset have other names for the same labels: {listed(longest)}, and "
-                f"{listed(names)}; number them alike, or give class_names=..."
+                f"data: parts of a ConcatDataset have different names for the same labels: {listed(longest)}, and "
+                f"{listed(names)}; number them consistently, or give class_names=..."
             )
     return longest if all(found) else ()  # labels of a part without names may be any
 

@@ -119,7 +119,7 @@ def _list_zip(path: FilePath, setting: str) -> Listing:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise UserError(f"{setting} = {str(path)!r}: neither a folder nor a zip that can be read: {error}") from None
+        raise UserError(f"{setting} = {str(path)!r}: neither a folder nor a readable zip file: {error}") from None
     members = _trusted_members(archive, path)
     items: dict[str, Item] = {}
     others: dict[str, Item] = {}
@@ -138,12 +138,12 @@ def _list_zip(path: FilePath, setting: str) -> Listing:
 def _trusted_members(archive: zipfile.ZipFile, path: FilePath) -> dict[str, zipfile.ZipInfo]:
     """The files of an archive by their cleaned names. Raises UserError if it tries to deceive."""
     if not all(member.filename for member in archive.infolist()):
-        raise UserError(f"{path}: refused, for something in it has no name")
+        raise UserError(f"{path}: refused: an entry has no name")
     files = [member for member in archive.infolist() if not member.is_dir()]
     check_unpacked_size(archive, path)
     escaping = [member.filename for member in archive.infolist() if _escapes(member.filename)]
     if escaping:
-        raise UserError(f"{path}: refused, for these names lead out of the archive: {listed(escaping)}")
+        raise UserError(f"{path}: refused: these names point outside the archive: {listed(escaping)}")
     names = ["/".join(p for p in re.split(r"[/\\]", member.filename) if p not in ("", ".")) for member in files]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:

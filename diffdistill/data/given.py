@@ -20,8 +20,8 @@ class GivenData:
     def load(self) -> ImageSource:
         if self.key not in _GIVEN:
             raise UserError(
-                f"data: is a {self.kind} that a Python program gave, which no settings read again; go on in Python, "
-                f"with dd.Trainer(config, data=..., resume=True)"
+                f"data: is a {self.kind} object from a Python program, which a config cannot name; resume from "
+                "Python, with dd.Trainer(config, data=..., resume=True)"
             )
         return _GIVEN[self.key]
 

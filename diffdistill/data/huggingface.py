@@ -34,9 +34,9 @@ class HuggingFace:
 
     path: a folder written by save_to_disk, a folder of images, or else a name on the hub.  subset: the hub's
     configuration name.  label_column: default none; ClassLabel, integers or text.  caption_column: default none; text,
-    for a model that takes prompts.  image_column: null for captions alone.
-    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
-    `resolution`, or else all images must be of one size.  buckets: in the place of one size, several of about its area.
+    for a model that takes prompts.  image_column: null for captions only.
+    resolution: centre crop and Lanczos resize to this side, or height and width; default: the teacher's
+    `resolution`, or else all images must have one size.  buckets: several sizes of about its area instead of one.
     """
 
     name: Literal["huggingface"] = "huggingface"
@@ -55,7 +55,7 @@ class HuggingFace:
         if self.image_column is None and self.caption_column is None:
             raise ValueError("image_column and caption_column: give one, or both")
         if self.label_column and self.caption_column:
-            raise ValueError("label_column and caption_column: a model is told one of them; give one")
+            raise ValueError("label_column and caption_column: a model takes classes or prompts; give one")
 
     @property
     def has_captions(self) -> bool:

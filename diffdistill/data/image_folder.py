@@ -24,13 +24,13 @@ CSV_COLUMNS = ("file", "label")
 class ImageFolder:
     """Images below a folder or in a zip, sorted by name, prepared once in the cache.
 
-    labels: none; folders: the name of the outermost folder, those apart that all images share; csv: `labels_file`,
+    labels: none; folders: the name of the outermost folder, without folders that all images share; csv: `labels_file`,
     a CSV file with the columns file and label, on disk or among the images. Labels that are numbers stay as they are,
     names are sorted and counted from 0.
-    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
-    `resolution`, or else all images must be of one size.
-    max_unreadable: fewer images than this share of all are left out with a warning where they cannot be read; as many
-    or more are refused.
+    resolution: centre crop and Lanczos resize to this side, or height and width; default: the teacher's
+    `resolution`, or else all images must have one size.
+    max_unreadable: share of unreadable images below which they are skipped with a warning; otherwise the run is
+    refused.
     """
 
     name: Literal["image_folder"] = "image_folder"
@@ -107,7 +107,7 @@ def classes_of_folders(names: list[str], *, origin: str) -> Classes:
     parts = [name.split("/") for name in without_common_folders(names)]
     loose = [name for name, p in zip(names, parts, strict=True) if len(p) < 2]
     if loose:
-        raise UserError(f"{origin}: labels: folders, but these images are in no folder: {listed(loose)}")
+        raise UserError(f"{origin}: labels: folders, but these images are in no subfolder: {listed(loose)}")
     return numbered_classes([p[0] for p in parts], origin=origin)
 
 
@@ -135,7 +135,7 @@ def _rows_of_csv(handle: BinaryIO, origin: str) -> dict[str, str]:
         for row in rows:
             file, label = (row["file"] or "").strip().removeprefix("./"), (row["label"] or "").strip()
             if file in labels:
-                raise UserError(f"{origin}, line {rows.line_num}: {shown_file(file)} stands there twice")
+                raise UserError(f"{origin}, line {rows.line_num}: {shown_file(file)} is listed twice")
             labels[file] = label
     except csv.Error as error:
         raise UserError(f"{origin}, line {rows.line_num}: {error}") from None

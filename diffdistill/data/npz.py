@@ -21,9 +21,9 @@ from diffdistill.settings.schema import UserError, schema
 class Npz:
     """A .npz file with `images`, uint8 [N, H, W, C] or [N, C, H, W], and perhaps `labels`, integers [N].
 
-    layout: only for arrays that could be either, such as [N, 3, 32, 3].
+    layout: for ambiguous arrays, such as [N, 3, 32, 3].
     resolution: centre crop and Lanczos resize to this side, or height and width.  channels: 1 for grey, 3 for RGB;
-    default: as they are.
+    default: unchanged.
     """
 
     name: Literal["npz"] = "npz"
@@ -64,10 +64,10 @@ def channels_last(
     fits = {"NHWC": images.shape[3] in (1, 3), "NCHW": images.shape[1] in (1, 3)}
     if layout == "auto":
         if all(fits.values()):
-            raise UserError(f"{origin}: `images` {list(images.shape)} could be either; set data.layout")
+            raise UserError(f"{origin}: `images` {list(images.shape)} is ambiguous; set data.layout")
         layout = "NHWC" if fits["NHWC"] else "NCHW"
     if not fits[layout]:
-        raise UserError(f"{origin}: `images` is {list(images.shape)}; one or three channels are read")
+        raise UserError(f"{origin}: `images` is {list(images.shape)}; it must have one or three channels")
     return images if layout == "NHWC" else images.transpose(0, 2, 3, 1)
 
 

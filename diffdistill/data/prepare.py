@@ -162,7 +162,7 @@ def is_prepared(folder: FilePath) -> bool:
 def open_prepared(folder: FilePath) -> MappedImages:
     """A prepared set by its folder. Raises UserError if it is damaged."""
     if not kept.is_whole(folder):
-        raise UserError(f"{folder}: a prepared set that is damaged; prepare it again")
+        raise UserError(f"{folder}: the prepared data are damaged; prepare them again")
     return _open(folder)
 
 
@@ -176,10 +176,10 @@ def _open(folder: FilePath) -> MappedImages:
     except UserError:
         raise
     except Exception as error:  # NumPy has no class for all of its own on damaged files
-        raise UserError(f"{folder}: is no prepared set ({type(error).__name__}: {error}); remove it") from None
+        raise UserError(f"{folder}: not prepared data ({type(error).__name__}: {error}); remove it") from None
     fits = labels is None or (labels.dtype == np.int64 and labels.shape == images.shape[:1])
     if images.dtype != np.uint8 or images.ndim != 4 or not fits:
-        raise UserError(f"{folder}: is no prepared set: its images or labels are not as they are written; remove it")
+        raise UserError(f"{folder}: not prepared data: images or labels do not match their description; remove it")
     for line in about.warnings:
         kept.warn(line)
     content = json.dumps([meta["files"], about.num_classes])

@@ -20,7 +20,7 @@ from diffdistill.settings.schema import UserError, schema
 
 @schema
 class Prompts:
-    """A .txt file with one prompt a line, blank ones passed over, or a .csv, .tsv or .jsonl with a column of them.
+    """A .txt file with one prompt per line, blank lines skipped, or a .csv, .tsv or .jsonl with a column of them.
 
     column: of the prompts; default caption, text or prompt.
     """

@@ -85,7 +85,7 @@ def _build(
     bounds = [(first, min(first + rows_per_shard, count)) for first in range(0, count, rows_per_shard)]
     whole = {number for number in range(len(bounds)) if _find(folder, number)}
     if whole and len(whole) < len(bounds):
-        say(f"{title}: {len(whole)} of {len(bounds)} shards are there; going on")
+        say(f"{title}: {len(whole)} of {len(bounds)} shards exist; resuming")
     if len(whole) < len(bounds):
         make = start()
         for number, (first, last) in enumerate(bounds):
@@ -113,7 +113,7 @@ def _find(folder: FilePath, number: int) -> FilePath | None:
     for file in folder.glob(f"{number:05d}-*.safetensors"):
         if hashlib.sha256(file.read_bytes()).hexdigest()[:HASH_LENGTH] == file.stem.partition("-")[2]:
             return file
-        say(f"{file}: damaged; it is made anew")
+        say(f"{file}: damaged; writing it again")
         file.unlink()
     return None
 
@@ -142,7 +142,7 @@ def _mapped(file: FilePath) -> dict[str, Tensor]:
         header = json.loads(text)
         about = {name: _place(part) for name, part in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{file}: its header makes no sense") from None
+        raise UserError(f"{file}: its header is invalid") from None
     start = 8 + length
     parts: dict[str, Tensor] = {}
     for name, (kind, shape, first, last) in about.items():

@@ -167,7 +167,7 @@ def _survey(dataset: Any) -> _Survey:
             raise UserError(f"data: row {number} has {'no' if label is None else 'a'} label, unlike row 0")
         if label is not None:
             if label < 0:
-                raise UserError(f"data: row {number} has the label {label}; labels begin at 0")
+                raise UserError(f"data: row {number} has the label {label}; labels start at 0")
             labels.append(label)
         if not image.isfinite().all():
             raise UserError(f"data: row {number} holds NaN or infinite values")
@@ -184,8 +184,8 @@ def _check_repeats(dataset: Any) -> None:
     for number in sorted({len(dataset) * part // READ_AGAIN for part in range(READ_AGAIN)}):
         if _bytes_of(*_split(dataset[number])) != _bytes_of(*_split(dataset[number])):
             raise UserError(
-                f"data: row {number} of {type(dataset).__name__} is another when it is read again, so that a run could "
-                f"not be resumed; take the random transforms out, or vouch for the content with key=..."
+                f"data: row {number} of {type(dataset).__name__} changes between reads, so a run could not be "
+                "resumed; remove random transforms, or identify the content with key=..."
             )
 
 
@@ -195,7 +195,7 @@ def _split(row: Any) -> tuple[Tensor, int | None]:
     image, label = parts if len(parts) == 2 else (parts[0], None)
     if not isinstance(image, Tensor):
         if (mode := getattr(image, "mode", "RGB")) not in PICTURE_MODES:  # numbers of a palette, say, are no colours
-            raise UserError(f"data: a picture is of the mode {mode!r}; give image.convert('RGB'), or convert('L')")
+            raise UserError(f"data: an image has the mode {mode!r}; use image.convert('RGB'), or convert('L')")
         try:
             image = torch.from_numpy(np.array(image))
         except (TypeError, ValueError):

@@ -60,8 +60,8 @@ class WebDataset:
 
     captions_ending: of a caption, a text, or a JSON object with `caption_column` (default caption, text or
     prompt).  The image is the member that ends in jpg, jpeg, png or webp.  Damaged shards are left out with a warning.
-    resolution: centre crop and Lanczos resize to this side, or height and width; without it to the teacher's
-    `resolution`, or else all images must be of one size.  buckets: in the place of one size, several of about its area.
+    resolution: centre crop and Lanczos resize to this side, or height and width; default: the teacher's
+    `resolution`, or else all images must have one size.  buckets: several sizes of about its area instead of one.
     """
 
     name: Literal["webdataset"] = "webdataset"

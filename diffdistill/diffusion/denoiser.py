@@ -227,7 +227,7 @@ class Denoiser(nn.Module):
         if isinstance(guidance, (int, float)) and guidance == 0:
             return self._evaluate(x_t, t, null, want, taps)
         if want != "x0":
-            raise ValueError("features are of one condition: use guidance 0 or 1")
+            raise ValueError("features belong to one condition: use guidance 0 or 1")
         both = self._evaluate(
             torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(self.resolve(null), self.resolve(cond))
         )

@@ -99,4 +99,4 @@ def check_finite(values: Tensor, name: str) -> None:
     finite = values.isfinite()
     if not bool(finite.all()):
         place = torch.nonzero(~finite)[0].tolist()
-        raise UserError(f"{name}: NaN or infinite values, the first at {place}")
+        raise UserError(f"{name}: NaN or infinite values, first at {place}")

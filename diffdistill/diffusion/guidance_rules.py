@@ -34,7 +34,7 @@ class Linear:
 class Renormalised:
     """The linear rule, scaled to the norm of the conditional estimate.
 
-    over: what shares one norm: a "sample"; a "row" of a channel, as diffusers' pipeline of Lumina 2; or a "patch" of
+    over: the extent of one norm: a "sample"; a "row" of a channel, as diffusers' pipeline of Lumina 2; or a "patch" of
     2 x 2 pixels with all channels, as that of Qwen-Image.  only_shrinks: whether an estimate of a smaller norm stays as
     it is, as in that of LongCat-Image.
     """
@@ -63,7 +63,7 @@ class Renormalised:
 
 @schema
 class Rescaled:
-    """The linear rule, mixed with itself at the standard deviation of the conditional estimate, by `share`.
+    """The linear rule, mixed by `share` with its rescaling to the standard deviation of the conditional estimate.
 
     share: phi; 0 is the linear rule.  Lin et al. 2023, arXiv:2305.08891, section 3.4, who use 0.7; the
     `guidance_rescale` of diffusers.

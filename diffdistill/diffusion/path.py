@@ -261,7 +261,7 @@ class VPDiscrete(Path):
     """A diffusers training schedule: t is the index 0 .. len(betas) - 1, alpha^2 = prod(1 - beta).
 
     Between two indices log(alpha/sigma) is linear, so that any noise level has a time.
-    `betas` wins over `beta_schedule`; `from_scheduler` reads either from a diffusers scheduler's config.
+    `betas` overrides `beta_schedule`; `from_scheduler` reads either from a diffusers scheduler's config.
     """
 
     name: Literal["vp_discrete"] = "vp_discrete"
@@ -340,9 +340,9 @@ class VPDiscrete(Path):
 class Flow(Path):
     """Rectified flow: alpha = 1 - s, sigma = s.  Liu et al. 2023, arXiv:2209.03003.
 
-    s = shift t / (1 + (shift - 1) t), which is t itself at shift 1: what is even in t is then more often noisy.  Esser
+    s = shift t / (1 + (shift - 1) t), which is t itself at shift 1: above 1, more noise.  Esser
     et al. 2024, arXiv:2403.03206, eq. 23.
-    network_time: a network is told a thousand times sigma, or times t; diffusers tells it t in whole numbers.
+    network_time: the network's input is 1000 sigma, or 1000 t; diffusers rounds t to integers.
     """
 
     name: Literal["flow"] = "flow"

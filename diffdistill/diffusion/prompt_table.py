@@ -48,7 +48,7 @@ class PromptTable:
         for shard in self.shards:
             other = {name: part.shape[1:] for name, part in _parts(shard).items()}
             if other != shapes or len({len(part) for part in _parts(shard).values()}) != 1:
-                raise ValueError(f"conditions: a shard has {other}, the empty condition {shapes}")
+                raise ValueError(f"conditions: a shard has {other}, the null condition {shapes}")
         sizes = torch.tensor([0, *(len(next(iter(_parts(shard).values()))) for shard in self.shards)])
         self._bounds = sizes.cumsum(0)
         self._key = key
@@ -71,7 +71,7 @@ class PromptTable:
         that it does not have stay. Raises ValueError where a shape differs."""
         parts, given = self.empty.parts(), cond.parts()
         if wrong := [name for name, part in given.items() if name not in parts or part.shape != parts[name].shape]:
-            raise ValueError(f"conditions: the empty one's {', '.join(wrong)} would have another shape")
+            raise ValueError(f"conditions: {', '.join(wrong)} of the null condition have another shape")
         made = copy.copy(self)
         made._found, made._empties = WeakTensorKeyDictionary(), {}  # of its own: what was looked up had another one
         made.empty = Cond(**(parts | {name: part.to(parts[name]) for name, part in given.items()}))
@@ -128,9 +128,7 @@ class PromptTable:
     def _gather(self, index: Tensor) -> Cond:
         number = on_host(index)
         if bool(((number < 0) | (number > len(self))).any()):
-            raise ValueError(
-                f"conditions: numbers go from 0 to {len(self)}, which is the empty one; got {number.tolist()}"
-            )
+            raise ValueError(f"conditions: numbers go from 0 to {len(self)}, the null condition; got {number.tolist()}")
         if len(number) and bool((number == len(self)).all()):
             rows = self._empty_on(index.device).map(lambda part: part.expand(len(number), *part.shape[1:]))
             return rows.map(torch.Tensor.contiguous)  # as other rows lie, so that layers round them alike

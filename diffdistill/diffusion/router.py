@@ -28,7 +28,7 @@ class ClassRouter:
     def __call__(self, cond: Cond) -> Tensor:
         """The student of each sample, [B] int64. Raises ValueError without a label."""
         if cond.label is None:
-            raise ValueError("this router goes by the class, and the condition has no label")
+            raise ValueError("this router routes by class, and the condition has no label")
         table, null = constant(self.table, cond.label.device, torch.int64), len(self.table)
         return torch.where(cond.label < null, table[cond.label.clamp_max(null - 1)], cond.label - null)
 
@@ -63,7 +63,7 @@ def text_embedding(cond: Cond) -> Tensor:
     if cond.pooled_text is not None:
         return cond.pooled_text
     if cond.text is None:
-        raise ValueError("this router goes by the text, and the condition has none")
+        raise ValueError("this router routes by text, and the condition has none")
     if cond.text_mask is None:
         return cond.text.mean(1)
     weight = cond.text_mask.to(cond.text.dtype)[..., None]
@@ -138,7 +138,7 @@ class RoutedDenoiser(Denoiser):
     ) -> Tensor:
         """As Denoiser's. Raises ValueError where features are wanted: those of different students do not compare."""
         if want != "x0":
-            raise ValueError("features: students have none in common; ask one of them")
+            raise ValueError("features: the students share none; use one student")
         plain, null = self._plain(cond), None if uncond is None else self._plain(uncond)
 
         def estimate(number: int, rows: Tensor) -> Tensor:

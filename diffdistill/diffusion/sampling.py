@@ -57,7 +57,7 @@ def transfer(path: Path, x: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 @schema
 class Heun:
-    """EDM's deterministic second-order sampler: 2 num_steps - 1 evaluations.
+    """EDM's deterministic second-order sampler: 2 num_steps - 1 NFE.
 
     Karras et al. 2022, algorithm 1, in y = x / alpha and r = sigma / alpha, which is EDM's own form on EDM's path.
     """
@@ -154,12 +154,12 @@ def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = NO_COND, *, 
 
 @schema
 class FewSteps:
-    """How a distilled generator makes its image: one call, or a few with fresh noise between them.
+    """One or a few steps of a distilled generator, with noise added between them.
 
-    init_ratio: the noise-to-signal ratio that the first call is told, the same level in every path.
+    init_ratio: the noise-to-signal ratio of the first step, the same level on every path.
     init_noise: "sigma" feeds sigma_t n, pure noise at that level; "unit" feeds n itself (DMD2 on latents).
-    later_ratios: the levels to re-noise to for further calls, decreasing.
-    later_noise: with "fresh" noise, with the "fixed" noise of the start again, or as "ddim", with what x_t held.
+    later_ratios: the levels to re-noise to for further steps, decreasing.
+    later_noise: "fresh" noise; "fixed", the first noise again; or "ddim", the noise in x_t.
     Yin et al. 2024, arXiv:2405.14867, section 4.4 (several steps); Zhou et al. 2024, arXiv:2404.04057 (ratio 2.5);
     Zhou et al. 2025, arXiv:2505.12674 (the three noises).
     """
@@ -255,10 +255,10 @@ class FewSteps:
 
 @schema
 class TCD:
-    """Trajectory consistency sampling: each call jumps to s = (1 - eta) t', t' the next time, then noises back to t'.
+    """Trajectory consistency sampling: each step jumps to s = (1 - eta) t', t' the next time, then noises back to t'.
 
-    num_steps: calls.  eta: the paper's gamma; 0 is DDIM, 1 is multistep consistency sampling.  grid: the times that the
-    student was trained at, of which the calls take an even choice.  The last jump ends at time 0: on a continuous
+    num_steps: NFE.  eta: the paper's gamma; 0 is DDIM, 1 is multistep consistency sampling.  grid: the times that the
+    student was trained at, from which the steps are evenly chosen.  The last jump ends at time 0: on a continuous
     path that is x0, on a discrete one its first index, as in the authors' scheduler.
     init_noise: "sigma" begins with sigma_t n; "unit" with n itself, as the authors' scheduler.
     Zheng et al. 2024, arXiv:2402.19159, section 4.2.
@@ -338,9 +338,9 @@ class TCD:
 
 @schema
 class OneCall:
-    """A student that turns unit noise into the signal at the time it is told: one call, at the path's least time.
+    """A student that maps unit noise to the signal at a given time: one step, at the path's least time.
 
-    For the students of BOOT (Gu et al. 2023, arXiv:2306.05544), which are no denoisers: their input is always noise.
+    For the students of BOOT (Gu et al. 2023, arXiv:2306.05544), which are not denoisers: their input is always noise.
     """
 
     name: Literal["one_call"] = "one_call"

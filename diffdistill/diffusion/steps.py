@@ -33,4 +33,4 @@ def with_steps(sampler: Sampler, path: Path, num_steps: int) -> Sampler:
         return replace(sampler, later_ratios=tuple((roots[1:-1] ** 7).tolist()))
     if isinstance(sampler, DXPolicy):
         raise UserError(f"num_steps = {num_steps}: this student was trained for {sampler.num_steps} segments")
-    raise UserError(f"num_steps = {num_steps}: this student makes its image in one call")
+    raise UserError(f"num_steps = {num_steps}: this student has 1 NFE")

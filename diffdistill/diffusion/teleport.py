@@ -106,7 +106,9 @@ class Teleport:
         not begin there with pure noise.
         """
         if not isinstance(guidance, (int, float, Tensor)):
-            raise UserError("teleport: a policy changes the scale on the way, which has no closed form; use a number")
+            raise UserError(
+                "teleport: a policy changes the scale during sampling, which has no closed form; use a number"
+            )
         lower = replace(denoiser.path, **_end_at(denoiser.path, self.ratio))  # type: ignore[type-var]
         _check_start(self.sampler, lower, self.ratio)
         top, start = (
@@ -129,12 +131,12 @@ def rest_of_grid(sampler: Sampler, path: Path, ratio: float, setting: str) -> tu
     """
     if not isinstance(sampler, Heun):
         kind = getattr(sampler, "name", type(sampler).__name__)
-        raise UserError(f"{setting} {ratio:g}: leaves out Heun's steps, and the sampler is {kind}")
+        raise UserError(f"{setting} {ratio:g}: skips steps of Heun, and the sampler is {kind}")
     levels = path.ratio(path.karras_times(sampler.num_steps, sampler.rho)[: sampler.num_steps]).tolist()
     left_out = sum(level > ratio * (1 + 1e-9) for level in levels)
     if not 0 < left_out <= sampler.num_steps - 2:
         low, high = levels[-2], levels[0]
-        raise UserError(f"{setting} {ratio:g}: leaves out {left_out} steps; take one from {low:.3g}, below {high:.3g}")
+        raise UserError(f"{setting} {ratio:g}: skips {left_out} steps; choose from {low:.3g}, below {high:.3g}")
     _end_at(path, levels[left_out])
     return replace(sampler, num_steps=sampler.num_steps - left_out), levels[left_out]
 
@@ -142,14 +144,16 @@ def rest_of_grid(sampler: Sampler, path: Path, ratio: float, setting: str) -> tu
 def _check_start(sampler: Sampler, path: Path, ratio: float) -> None:
     """Raise UserError where the sampler does not begin at the path's end, which has this ratio, with sigma n."""
     if isinstance(sampler, OneCall):
-        raise UserError("teleport: one_call does not begin at a noise level")
+        raise UserError("teleport: one_call does not start at a noise level")
     if not isinstance(sampler, (DDIM, FewSteps, TCD)):
         return  # Heun's grid is over the whole path
     if not isinstance(sampler, DDIM) and sampler.init_noise == "unit":
-        raise UserError(f"teleport: {sampler.name} with init_noise: unit forgets the level; use init_noise: sigma")
+        raise UserError(f"teleport: {sampler.name} with init_noise: unit has no noise level; use init_noise: sigma")
     first = float(path.ratio(sampler.times(path)[0]))
     if first < ratio * (1 - 1e-6):
-        raise UserError(f"teleport: {sampler.name} begins at the ratio {first:g}, not at {ratio:g}; make them equal")
+        raise UserError(
+            f"teleport: {sampler.name} starts at the ratio {first:g}, not at {ratio:g}; set both to one value"
+        )
 
 
 def _end_at(path: Path, ratio: float) -> dict[str, float]:
@@ -159,5 +163,7 @@ def _end_at(path: Path, ratio: float) -> dict[str, float]:
     ends = path.ratio(torch.tensor([path.t_min, path.t_max], dtype=torch.float64)).tolist()
     if name is None or not ends[0] < ratio <= ends[1]:
         kind = getattr(path, "name", type(path).__name__)
-        raise UserError(f"teleport: {kind} cannot begin at the ratio {ratio:g}; continuous paths can, below their own")
+        raise UserError(
+            f"teleport: {kind} cannot start at the ratio {ratio:g}; continuous paths can, below their largest ratio"
+        )
     return {name: float(path.time_of_ratio(torch.tensor(ratio, dtype=torch.float64)))}

@@ -54,7 +54,7 @@ class LogNormal:
 class Karras:
     """Ratio even in ratio^(1/rho) between two noise-to-signal ratios, or the path's ends where these are nearer.
 
-    Karras et al. 2022, eq. 5. With ratio_min 0.002 and ratio_max 24.41 it is SiD's law (its tmax 800).
+    Karras et al. 2022, eq. 5. With ratio_min 0.002 and ratio_max 24.41 it is SiD's distribution (its tmax 800).
     """
 
     name: Literal["karras"] = "karras"
@@ -110,7 +110,7 @@ class KarrasIndex:
 
 @schema
 class Uniform:
-    """t even over the part of the path's range from `low` to `high`, both in 0 .. 1 of the range."""
+    """t uniform over the part of the path's range from `low` to `high`, both in 0 .. 1 of the range."""
 
     name: Literal["uniform"] = "uniform"
     low: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -132,7 +132,7 @@ class UniformInteger:
     def __call__(self, uniform: Tensor, path: Path) -> Tensor:
         asked = f"time_law: uniform_integer {self.low} to {self.high}"
         if not isinstance(path, VPDiscrete):
-            raise UserError(f"{asked} is of discrete paths, not of {_named(path)}")
+            raise UserError(f"{asked} is for discrete paths, not for {_named(path)}")
         if self.low > self.high:
             raise UserError(f"{asked}: low is above high")
         first, last = math.ceil(path.t_min), math.floor(path.t_max)
@@ -158,7 +158,7 @@ class LogitNormal:
 
 @schema
 class UShaped:
-    """Both ends of a flow more than its middle: density cosh(a (s - 1/2)), s = ratio / (1 + ratio) the flow's time.
+    """More density at both ends of a flow than in its middle: cosh(a (s - 1/2)), s = ratio / (1 + ratio) its time.
 
     a: how much; 0 is nearly even.  Lee et al. 2024, arXiv:2405.20320, section 4.1: 4.
     """

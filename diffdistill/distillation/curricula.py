@@ -28,7 +28,7 @@ class Doubling:
     """Neighbours on a Karras grid, which doubles at even times of the run.
 
     first, last: intervals of the grid at the start and at the end.  rho: of the grid.
-    A level that a time law draws becomes the noisier end of the interval that it lies in: with a log-normal law these
+    A level from the time distribution becomes the noisier end of its interval: with a log-normal distribution these
     are the differences of erf in the paper.  Song & Dhariwal 2023, arXiv:2310.14189, section 3.4 and 3.5.
     """
 
@@ -65,10 +65,10 @@ def _grid(path: Path, intervals: int, rho: float, device: torch.device) -> Tenso
 
 @schema
 class Nearing:
-    """The lower level is a share of the upper one's ratio, which grows to 1 in stages; at first it is no noise at all.
+    """The lower level is a share of the upper one's ratio, which grows to 1 in stages; at first it is free of noise.
 
-    r = t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t))), t and r ratios.  q, k, b: of that.
-    stages: how many, alike in length.  Geng et al. 2024, arXiv:2406.14548, section 3.
+    r = t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t))), t and r ratios.  q, k, b: constants of the formula.
+    stages: their number; they have equal length.  Geng et al. 2024, arXiv:2406.14548, section 3.
     """
 
     name: Literal["nearing"] = "nearing"

@@ -24,11 +24,11 @@ LOWEST = torch.zeros(1, dtype=torch.float64) + 1e-9
 
 @schema
 class Decoupled:
-    """D_teacher's guidance as a term of its own, at noise that is not that of the matching.
+    """The teacher's guidance as a separate term, at noise levels other than those of the matching.
 
-    time_law: of guidance's noise.  range: "below_call" keeps it cleaner than what the student's call was given;
-    "whole": it may be anywhere.  normaliser: whose estimate each term's nu goes by, the conditional one or, as DMD2's
-    does, the guided one.  Liu et al. 2025, arXiv:2511.22677, eq. 8.
+    time_law: noise levels of guidance.  range: "below_call": below the noise level of the student's step;
+    "whole": all levels.  normaliser: the estimate in each term's nu, the conditional one or, as in DMD2, the guided
+    one.  Liu et al. 2025, arXiv:2511.22677, eq. 8.
     """
 
     time_law: AnyTimeDistribution = field(default_factory=Karras)
@@ -46,9 +46,9 @@ class Decoupled:
             drawn, own = (float(path.ratio(law(LOWEST, path))) for law in (levels.time_law, self.time_law))
             if drawn < own:
                 raise UserError(
-                    f"method.levels.time_law: calls may be at a ratio of {drawn:.3g}, below which "
-                    f"method.decoupled.time_law, which begins at {own:.3g}, has no noise; raise the one or lower the "
-                    "other, or use range: whole"
+                    f"method.levels.time_law: steps may be at a ratio of {drawn:.3g}, below which "
+                    f"method.decoupled.time_law, which starts at {own:.3g}, has no noise level; raise the former, "
+                    "lower the latter, or use range: whole"
                 )
 
     def times(self, rng: StepRandom, path: Path, steps: StepSampler, draw: Draw) -> Tensor:

@@ -37,7 +37,7 @@ class SquaredError:
 class LPIPS:
     """Learned perceptual similarity, by torchmetrics (`pip install 'diffdistill[lpips]'`), over a backbone on disk.
 
-    network: the backbone.  weights: its file, as torchvision's (.pth) or in safetensors; it is never downloaded.
+    network: the backbone.  weights: its file, as torchvision's (.pth) or in safetensors; it is not downloaded.
     sha256: of that file, or at least its first 8 digits; size: images are resized to this side first.
     Zhang et al. 2018, arXiv:1801.03924.
     """
@@ -83,7 +83,7 @@ PairDistance = Annotated[SquaredError | LPIPS, Field(discriminator="name")]
 
 def _need_pixels(shape: Sequence[int]) -> None:
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise UserError(f"lpips looks at images of 1 or 3 channels, not at {list(shape)}")
+        raise UserError(f"lpips takes images of 1 or 3 channels, not {list(shape)}")
 
 
 @lru_cache(maxsize=4)

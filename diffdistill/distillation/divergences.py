@@ -76,7 +76,7 @@ class Ratios:
         if self.low >= self.high:
             raise ValueError(f"ratio_min = {self.low} must be below ratio_max = {self.high}")
         if self.memory and not self.num_bins:
-            raise ValueError("ratio_memory: remembers the means of bins; give ratio_bins, or 0")
+            raise ValueError("ratio_memory: is for the means of bins; set ratio_bins, or use 0")
 
     def players(self) -> dict[str, nn.Module]:
         return {"ratio_means": RatioMeans(self.num_bins)} if self.memory else {}

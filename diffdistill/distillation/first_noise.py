@@ -14,4 +14,4 @@ def check_first_noise(method: str, steps: FewSteps | TCD, path: Path) -> None:
         sigma = float(path.sigma(steps.times(path)[0]))
         if abs(sigma - 1) > NEARLY_ONE:
             said = f"{method} begins with sigma n, and sigma is {sigma:.3g} there"
-            raise UserError(f"method.steps.init_noise = unit: {said}; use sigma, or begin where sigma is 1")
+            raise UserError(f"method.steps.init_noise = unit: {said}; use sigma, or start where sigma is 1")

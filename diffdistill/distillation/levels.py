@@ -1,4 +1,4 @@
-"""Levels of a student's calls that are drawn anew in every iteration."""
+"""Noise levels of a student's steps, drawn in every iteration."""
 
 from typing import Annotated, Literal
 
@@ -15,10 +15,10 @@ from diffdistill.settings.schema import PositiveInt, field, schema
 
 @schema
 class DrawnLevels:
-    """How many calls the student makes in an iteration, and at which levels: a dynamic schedule.
+    """A dynamic schedule: number and noise levels of the student's steps, drawn in every iteration.
 
-    calls: the least and the greatest number, one for the whole batch, all equally likely.  time_law: of the levels
-    after the first, which is the sampler's. They are each sample's own, in decreasing order: "sorted", or "capped",
+    calls: the least and the greatest number of steps; one number per batch, uniformly drawn.  time_law: of the levels
+    after the first, which is the sampler's. They are drawn per sample, in decreasing order: "sorted", or "capped",
     where each is drawn in turn and is at most the one before (rCM, arXiv:2510.08431).
     CDM, arXiv:2605.06376.
     """
@@ -29,7 +29,7 @@ class DrawnLevels:
 
     def __post_init__(self) -> None:
         if self.calls[0] > self.calls[1]:
-            raise ValueError(f"calls: the range must rise: {list(self.calls)}")
+            raise ValueError(f"calls: must be increasing: {list(self.calls)}")
 
     def draw(self, rng: StepRandom, path: Path, steps: StepSampler) -> Tensor:
         """Times [B, calls], noise first, float64; whole numbers on a discrete path."""

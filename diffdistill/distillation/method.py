@@ -145,7 +145,7 @@ class Problem:
     def start_of(self, player: str, named: str | None = None) -> Denoiser:
         """What a player's copy is made of, see `copies`.  named: by the method."""
         if self.teacher is None:
-            raise UserError("teacher: this method distils one; name a pretrained run")
+            raise UserError("teacher: this method distils a teacher; name a pretrained run")
         named = self.starts.get(player, named)
         if named is not None:
             known = self.all_teachers | {f"init.{name}": network for name, network in self.initial.items()}
@@ -153,7 +153,7 @@ class Problem:
                 raise UserError(f"starts.{player} = {named!r}: no such model; choose from {', '.join(known)}")
             found = known[named]
             if found is not self.teacher and settings_for(player, self.lora) and not lora_of(found):
-                raise UserError(f"starts.{player} = {named!r}: lora goes over the teacher; leave one out")
+                raise UserError(f"starts.{player} = {named!r}: LoRA is applied to the teacher; use one of the two")
             return found
         other, lone = self.teacher, self.initial.get("generator")
         if len(self.initial) == 1 and (lone is None or not (lora_of(lone) or shapes_of(lone) == shapes_of(other))):

@@ -51,7 +51,7 @@ class Embedding:
         except (UserError, ValueError) as error:
             raise UserError(f"{setting}: {error}") from None
         if not found.requires_grad:
-            raise UserError(f"{setting}.features = {self.features!r}: gives no gradient to the images")
+            raise UserError(f"{setting}.features = {self.features!r}: has no gradient with respect to the images")
 
 
 def pair_diversity(embeddings: Tensor, size: int) -> Tensor:

@@ -66,7 +66,7 @@ def teacher_pairs(
     """
     teacher = problem.teacher
     if teacher is None:
-        raise UserError("teacher: the pairs are made by one; name a pretrained run")
+        raise UserError("teacher: the pairs are sampled from a teacher; name a pretrained run")
     others = range(count, count + held_out)
     plain = sampler
     if teleport is not None:
@@ -117,7 +117,7 @@ def check_deterministic(setting: str, sampler: AnySampler) -> None:
     is_fresh = isinstance(sampler, FewSteps) and sampler.later_noise == "fresh"
     is_fresh = is_fresh or (isinstance(sampler, TCD) and sampler.eta > 0)
     if is_fresh and sampler.num_evaluations > 1:
-        raise ValueError(f"{setting}: {sampler.name} adds fresh noise between its steps; take heun or ddim")
+        raise ValueError(f"{setting}: {sampler.name} adds fresh noise between its steps; use heun or ddim")
 
 
 def check_teleport(problem: Problem, sampler: Sampler, ratio: float | None, guidance: float) -> None:
@@ -184,4 +184,4 @@ def _open(folder: FilePath, facts: dict[str, object]) -> None:
     if found is not None and found != facts:
         known = found if isinstance(found, dict) else {}
         other = ", ".join(name for name in known | facts if known.get(name) != facts.get(name))
-        raise UserError(f"pairs_folder = {str(folder)!r}: holds pairs of another {other}; name another folder")
+        raise UserError(f"pairs_folder = {str(folder)!r}: holds pairs with another {other}; name another folder")

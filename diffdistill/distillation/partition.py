@@ -33,9 +33,9 @@ class LabelRanges:
 
 @schema
 class KMeans:
-    """Classes that look alike: k-means of their mean images, with cells of equal size.
+    """Similar classes together: k-means of their mean images, with cells of equal size.
 
-    images_per_class: of which a mean is made, the data's first.
+    images_per_class: the data's first, for each mean.
     """
 
     name: Literal["kmeans"] = "kmeans"
@@ -49,7 +49,7 @@ class KMeans:
 class Quadrants:
     """Four cells: the mean images on their two principal axes, split on the first, then each half on the second.
 
-    images_per_class: of which a mean is made, the data's first.
+    images_per_class: the data's first, for each mean.
     """
 
     name: Literal["quadrants"] = "quadrants"
@@ -57,7 +57,7 @@ class Quadrants:
 
     def __call__(self, num_classes: int, num_cells: int, source: ImageSource) -> Tensor:
         if num_cells != 4:
-            raise UserError(f"method.num_students = {num_cells}: quadrants are four; use 4, or partition kmeans")
+            raise UserError(f"method.num_students = {num_cells}: there are four quadrants; use 4, or partition kmeans")
         means = class_means(source, num_classes, self.images_per_class)
         return fit_quadrants(means).cell(means)
 
@@ -88,12 +88,12 @@ def class_means(source: ImageSource, num_classes: int, images_per_class: int) ->
     Raises UserError without labels, and for a class without images.
     """
     if source.labels is None:
-        raise UserError("data: has no labels, of which the classes' means are made; use partition label_ranges")
+        raise UserError("data: has no labels, which the class means need; use partition label_ranges")
     labels, means = source.labels.cpu(), []
     for label in range(num_classes):
         rows = (labels == label).nonzero()[:images_per_class, 0]
         if not len(rows):
-            raise UserError(f"data: no image of class {label}, whose mean is asked for; use partition label_ranges")
+            raise UserError(f"data: no image of class {label}, whose mean is needed; use partition label_ranges")
         means.append(source.rows(rows).cpu().double().flatten(1).mean(0))
     return torch.stack(means)
 

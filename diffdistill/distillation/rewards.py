@@ -91,9 +91,9 @@ def check_reward(name: str, teacher: Denoiser | None) -> None:
     if not isinstance(reward, Judge):
         return
     if teacher is None:
-        raise UserError(f"reward: {name!r} is a judge, ready beside a teacher alone; name one")
+        raise UserError(f"reward: {name!r} needs a teacher; name one")
     if reward.reads_text and (teacher.conditions is None or not teacher.conditions.texts):
-        raise UserError(f"reward: {name!r} reads prompts, and the teacher takes none")
+        raise UserError(f"reward: {name!r} needs prompts, and the teacher takes none")
     reward.load(teacher.offload_device or device_of(teacher))
 
 
@@ -106,7 +106,7 @@ def reward_of(name: str, images: Tensor, cond: Cond, teacher: Denoiser | None = 
     reward = find_reward(name)
     if isinstance(reward, Judge):
         if teacher is None:
-            raise UserError(f"reward: {name!r} is a judge of pixels and prompts; give `loss` the teacher")
+            raise UserError(f"reward: {name!r} needs pixels and prompts; give `loss` the teacher")
         with torch.autocast(images.device.type, enabled=False):  # in bfloat16 images tie that differ
             seen = _wide(images)
             seen = seen if teacher.runtime.decode is None else _wide(teacher.runtime.decode(seen))
@@ -129,7 +129,7 @@ def is_judge(name: str) -> bool:
 class Feedback:
     """A reward as a loss: weight E[relu(threshold - r(x, c))].
 
-    threshold: the reward beyond which an image is good enough.  Xu et al. 2023, arXiv:2304.05977 (ReFL); Ren et al.
+    threshold: the reward above which the loss is zero.  Xu et al. 2023, arXiv:2304.05977 (ReFL); Ren et al.
     2024, arXiv:2404.13686, section 3.2.
     """
 
@@ -156,5 +156,5 @@ def _captions(judge: Judge, teacher: Denoiser, cond: Cond, count: int) -> list[s
     if not judge.reads_text:
         return [""] * count
     if teacher.conditions is None or cond.label is None:
-        raise UserError(f"reward: {judge.name!r} needs the numbers of the prompts, and the condition holds none")
+        raise UserError(f"reward: {judge.name!r} needs the indices of the prompts, and the condition holds none")
     return teacher.conditions.words(cond.label)

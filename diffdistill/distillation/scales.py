@@ -30,7 +30,7 @@ def _read(value: Any, check: Any, choices: str) -> Any:
     except ValidationError:
         raise ValueError(choices) from None
     if isinstance(scale, tuple) and scale[0] > scale[1]:
-        raise ValueError(f"the range must rise: {list(scale)}")
+        raise ValueError(f"must be increasing: {list(scale)}")
     return scale
 
 

@@ -278,7 +278,7 @@ def fake_with_logits(
 def check_followed(players: Mapping[str, nn.Module]) -> None:
     """Raise UserError where the fake score is no network like the generator, whose weights it would follow."""
     if shapes_of(players["fake"]) != shapes_of(players["generator"]):
-        raise UserError("method.fake_follows: fake score and generator are of different networks; use 0")
+        raise UserError("method.fake_follows: fake score and generator have different networks; use 0")
 
 
 @torch.no_grad()

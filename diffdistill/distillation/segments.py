@@ -29,8 +29,8 @@ Ends = Literal["random", "fixed"]
 class Stage:
     """Distillation with a number of segments.
 
-    num_steps: iterations, but the last stage goes on to the run's end.  grid_steps: N, the solver's steps over the
-    whole trajectory, along an even choice of the sampler's grid; null: along all.
+    num_steps: iterations; the last stage lasts to the end of the run.  grid_steps: N, the solver's steps over the
+    whole trajectory, evenly chosen from the sampler's grid; null: all.
     """
 
     segments: Levels

@@ -94,7 +94,7 @@ def _naming() -> Iterator[None]:
         raise
     except (RuntimeError, ValueError) as error:  # ValueError: of environments that are no launcher's
         reason = str(error).splitlines()[0]
-        raise TrainingError(f"the processes do not find each other: {reason}{_stale_hint()}") from error
+        raise TrainingError(f"the processes cannot connect: {reason}{_stale_hint()}") from error
 
 
 def _key(rank: int) -> str:
@@ -146,7 +146,7 @@ def _wait_for_all(limit: timedelta) -> "dist.TCPStore | None":  # type: ignore[n
 def _missing(ranks: list[int], count: int, more: str) -> TrainingError:
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     said = f"process {shown} of {count} did not come{more}"
-    return TrainingError(f"the processes do not find each other: {said}{_stale_hint()}")
+    return TrainingError(f"the processes cannot connect: {said}{_stale_hint()}")
 
 
 def _in_time(limit: timedelta) -> str:

@@ -102,7 +102,7 @@ class Processes:
                 ranks.setdefault(repr(one[name]) if name in one else "nothing", []).append(rank)
             if len(ranks) > 1:
                 listed.append(f"{name}: " + ", ".join(f"{value} in {_named(who)}" for value, who in ranks.items()))
-        raise UserError("the processes were not started alike:\n  " + "\n  ".join(listed))
+        raise UserError("the processes were started differently:\n  " + "\n  ".join(listed))
 
     def _all_texts(self, text: bytes) -> list[bytes]:
         """The texts of all, by rank."""
@@ -148,7 +148,7 @@ class Processes:
         if failure:
             raise failure
         if has_failed:
-            raise TrainingError("the first process has failed, and says why")
+            raise TrainingError("the main process failed; see its message")
 
     def wait(self) -> None:
         """Return when all have called it."""
@@ -200,4 +200,4 @@ def others(advice: str = "The last checkpoint is intact; go on with --resume") -
             raise
         if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in LOST):
             raise
-        raise TrainingError(f"another process is gone ({reason}). {advice}") from error
+        raise TrainingError(f"another process has exited ({reason}). {advice}") from error

@@ -19,7 +19,7 @@ ON_STDIN = "DIFFDISTILL_LAUNCHER_ON_STDIN"
 
 GRACE_SECONDS = 120.0  # to save in, once the launcher is gone
 LOOK_SECONDS = 0.5
-STOPPING = b"\nstopping after this step; once more to stop at once, without saving\n"
+STOPPING = b"\nstopping after this step; press again to stop at once, without saving\n"
 ACCELERATE = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"accelerate.commands.accelerate_cli"}
 """As they are called, the last two by `python -m`."""
 _stops: list[list[int]] = []  # of the open `stop_signals`
@@ -27,7 +27,7 @@ _watching = Lock()
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The command line prints it without a traceback and exits with 1."""
+    """Training cannot continue. The command line prints it without a traceback and exits with 1."""
 
 
 class StopRequested(Exception):  # noqa: N818
@@ -87,7 +87,7 @@ def _is_accelerate(process: int) -> bool:
 
 def _end_after(wait: Callable[[int], None], parent: int) -> None:
     wait(parent)
-    say("the launcher is gone; this process stops")
+    say("the launcher has exited; stopping")
     if not any(_stops):  # the launcher may have handed on a signal before it went
         signal.raise_signal(signal.SIGTERM)
     time.sleep(GRACE_SECONDS)

@@ -159,7 +159,7 @@ def _check_names(definitions: Mapping[Name, ast.stmt], outside: Mapping[str, str
     for name in definitions:
         other = owners.setdefault(name.name, name.module)
         if other != name.module or name.name in outside:
-            raise BundleError(f"{name.name}: means one thing in {name.module} and another in {other}; rename one")
+            raise BundleError(f"{name.name}: is defined in both {name.module} and {other}; rename one")
 
 
 def _names(node: ast.AST, *, are_all: bool) -> Iterator[str]:
@@ -195,7 +195,7 @@ def _module(name: str) -> Module:
     except (ImportError, ValueError):  # "__main__" has none
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise BundleError(f"{name}: is no file of Python that could be copied")
+        raise BundleError(f"{name}: not a Python file that can be copied")
     return _parse(FilePath(spec.origin).read_text(encoding="utf-8"), spec.parent or "")
 
 

@@ -86,7 +86,7 @@ def _plain(model: TrainedModel) -> TrainedModel:
     plain = merge_model(model)
     if not isinstance(plain.denoiser.net, DiffusersNetwork):
         raise UserError(
-            f"{type(plain.denoiser.net).__name__} is not one of diffusers' networks; none loads its factors"
+            f"{type(plain.denoiser.net).__name__} is not one of diffusers' networks; none can load its factors"
         )
     return plain
 
@@ -105,7 +105,7 @@ def _check_base(model: TrainedModel, source: Pipeline) -> None:
     teacher = find_teacher(model.source, state) if state.get("teacher") else None
     if teacher is None or not is_pipeline(teacher):
         raise UserError(
-            f"{model.source}: its factors stand over {teacher}, which differs from {source.place}; use --kind stock"
+            f"{model.source}: its factors belong to {teacher}, which differs from {source.place}; use --kind stock"
         )
     if told := tell_made_of(source):
-        raise UserError(f"{model.source}: its factors stand over {told}, which nobody else has; use --kind stock")
+        raise UserError(f"{model.source}: its factors belong to {told}, which others do not have; use --kind stock")

@@ -54,7 +54,7 @@ def check_parts(source: Pipeline, names: Iterable[str]) -> None:
             refuse_quantised(read_json(part / "config.json"), part / "config.json")
         pickles = sorted(file.name for file in part.glob("*.bin"))
         if pickles and not any(part.glob("*.safetensors")):
-            raise UserError(f"{part}: its weights are a pickle, {pickles[0]}, which is neither read nor copied")
+            raise UserError(f"{part}: its weights are a pickle, {pickles[0]}, which is not opened or copied")
 
 
 def _copy_part(part: FilePath, target: FilePath) -> None:

@@ -132,5 +132,5 @@ class DistilledPipeline(DiffusionPipeline):  # type: ignore[misc]
         names = [normalize("NFC", name) for name in self.model.config.get("class_names", [])]
         for label in class_labels:
             if isinstance(label, str) and names.count(normalize("NFC", label)) != 1:
-                raise ValueError(f"class_labels: {label!r} is the name of no class, or of several, among {names[:20]}")
+                raise ValueError(f"class_labels: {label!r} is not the name of exactly one class of {names[:20]}")
         return [names.index(normalize("NFC", one)) if isinstance(one, str) else one for one in class_labels]

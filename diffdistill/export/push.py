@@ -34,7 +34,7 @@ def push(folder: FilePath, repo: str, *, is_public: bool) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from diffdistill")
     except Exception as error:  # its own, httpx' and the operating system's: it has no class for all
         reason = _without_token(" ".join(str(error).split()))[:300]
-        raise UserError(f"--push {repo}: {type(error).__name__}: {reason}; the folder {folder} is whole") from None
+        raise UserError(f"--push {repo}: {type(error).__name__}: {reason}; the folder {folder} is complete") from None
     return str(address)
 
 

@@ -106,8 +106,8 @@ def export(place: str, folder: FilePath, options: ExportOptions) -> Exported:
     if options.first_calls:
         raise UserError(
             f"--first-calls {options.first_calls}: a folder holds one network, and no pipeline of diffusers changes it "
-            "between its calls; export the student alone, and change the network from a callback (the page Export and "
-            f"sample, The teacher's first calls), or sample {place} with --first-calls {options.first_calls}"
+            "between steps; export the student alone, and change the network from a callback (the page Export and "
+            f"sample, The teacher's first steps), or sample {place} with --first-calls {options.first_calls}"
         )
     if options.push:
         check_push(options.push)
@@ -127,11 +127,11 @@ def write(place: str, folder: FilePath, options: ExportOptions) -> Written:
     if options.is_quantised and (trained.spec.qat is None or options.kind not in ("auto", "stock")):
         raise UserError("--quantised: is for --kind stock, and for a student that was trained with `qat`; leave it out")
     if trained.spec.negative_prompt is not None:
-        raise UserError(f"{place}: steers away from a negative prompt, which no exported folder does")
+        raise UserError(f"{place}: uses a negative prompt, which an exported folder cannot have")
     if options.style is not None:
         trained = at_style(trained, options.style)
     elif names := styles_of(trained.spec):
-        raise UserError(f"{place}: has several styles ({', '.join(names)}); say which one, or a mixture: --style")
+        raise UserError(f"{place}: has several styles ({', '.join(names)}); choose one, or a mixture, with --style")
     model = merge_model(trained)
     scale = default_scale(model) if options.guidance_scale is None else options.guidance_scale
     if options.guidance_scale is not None and not takes_scale(model):
@@ -225,9 +225,9 @@ def default_scale(model: TrainedModel) -> float:
 def _check_free(folder: FilePath) -> None:
     """Raise UserError if something else than an exported folder is there."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"--out {folder}: is there, and is no folder")
+        raise UserError(f"--out {folder}: exists and is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-        raise UserError(f"--out {folder}: holds something else than an exported model; name a new folder")
+        raise UserError(f"--out {folder}: holds something other than an exported model; name a new folder")
 
 
 def building_place(folder: FilePath) -> FilePath:

@@ -45,7 +45,7 @@ def stock_steps(
     if isinstance(denoiser.path, Flow):
         return _on_flow(denoiser, denoiser.path, sampler, config)
     if not isinstance(denoiser.path, VPDiscrete):
-        raise UserError(f"diffusers' schedulers do not have the path {type(denoiser.path).__name__}")
+        raise UserError(f"no scheduler of diffusers has the path {type(denoiser.path).__name__}")
     times = [int(t) for t in _times(denoiser, sampler)]
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     common = {**_betas(config), "prediction_type": names[denoiser.predicts], "clip_sample": False}
@@ -67,7 +67,7 @@ def stock_steps(
 def _times(denoiser: Denoiser, sampler: AnySampler) -> Sequence[float]:
     """The times of its calls. Raises UserError for samplers that no scheduler of diffusers knows."""
     if isinstance(sampler, FewSteps) and sampler.later_noise == "fixed":
-        raise UserError("no scheduler of diffusers uses the first noise again (later_noise: fixed)")
+        raise UserError("no scheduler of diffusers reuses the first noise (later_noise: fixed)")
     if not isinstance(sampler, (FewSteps, TCD, DDIM)):
         raise UserError(f"no scheduler of diffusers makes the steps of {sampler.name}")
     times: list[float] = sampler.times(denoiser.path).tolist()
@@ -244,4 +244,4 @@ def _refuse_unless(is_met: bool, what: str, init_noise: str | None) -> None:
     """Raise UserError that says what no scheduler of diffusers does.  init_noise: the setting with which it can."""
     if not is_met:
         remedy = f"; train with init_noise: {init_noise}" if init_noise else ""
-        raise UserError(f"{what} cannot be had from diffusers' schedulers{remedy}")
+        raise UserError(f"{what} is not possible with diffusers' schedulers{remedy}")

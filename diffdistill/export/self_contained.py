@@ -81,7 +81,8 @@ def network_code(model: TrainedModel, source: Pipeline | None) -> str:
     inner = innermost(spec.model.network)
     if isinstance(inner, GivenNetwork):
         raise BundleError(
-            f"no settings build its {inner.kind}, which a Python program gave; register a network instead"
+            f"its {inner.kind} is an object from a Python program, which a config cannot build; register a network "
+            "instead"
         )
     if isinstance(inner, DiffusersConfig):
         kinds.add(type(find_family(inner.family)))

@@ -37,16 +37,16 @@ def export_space(place: str, folder: FilePath, options: ExportOptions) -> Export
     Raises UserError if the folder holds something else, on kinds that are no whole pipelines, and as `export`.
     """
     if options.kind in ("lora", "kohya"):
-        raise UserError(f"--space: needs a whole pipeline, and not --kind {options.kind}")
+        raise UserError(f"--space: needs a complete pipeline, not --kind {options.kind}")
     if options.push:
         raise UserError(
             "--push: uploads a model and not a Space; leave it out, the Space's README.md says how to push it"
         )
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise UserError(f"--space {folder}: holds something else than a Space of ours; name a new folder")
+        raise UserError(f"--space {folder}: holds something other than a Space of diffdistill; name a new folder")
     model = load_model(place, ema=options.ema)
     if not makes_pictures(model):
-        raise UserError(f"--space: {place} makes no pictures")
+        raise UserError(f"--space: {place} does not sample images")
     made = export(place, folder / STUDENT, options)
     teacher = _export_teacher(model, folder / TEACHER, is_verified=options.is_verified)
     if not teacher and (folder / TEACHER / RECORD).is_file():

@@ -1,4 +1,4 @@
-"""A page that draws with several models side by side, from the same noise. The app.py of a Hugging Face Space is a copy
+"""A page that samples several models side by side, from the same noise. The app.py of a Hugging Face Space is a copy
 of this file: it imports gradio, torch and diffusers only, and shows the folders that space.json beside it names."""
 
 from __future__ import annotations
@@ -72,11 +72,10 @@ def request_of(values: dict[str, Any]) -> PageRequest:
 def caption(drawn: Drawn, slowest: float) -> str:
     """What stands under a model's images.  slowest: seconds of an image of the slowest model."""
     if drawn.fault:
-        return f"**Not drawn.** {drawn.fault}"
-    calls = f"{drawn.num_evaluations} call{'s' * (drawn.num_evaluations != 1)} of the network"
+        return f"**No images.** {drawn.fault}"
     ratio = slowest / drawn.seconds if drawn.seconds else 1.0
     faster = f", {ratio:.0f} times as fast" if ratio >= 1.5 else ""
-    return f"**{1000 * drawn.seconds:.3g} ms** an image{faster}; {calls}"
+    return f"**{1000 * drawn.seconds:.3g} ms** per image{faster}; {drawn.num_evaluations} NFE"
 
 
 def grid(images: Sequence[Image.Image]) -> Image.Image:
@@ -102,7 +101,7 @@ def page(models: PageModels, title: str) -> Any:
         return [*(grid(one.images) if one.images else None for one in drawn), *(caption(one, slowest) for one in drawn)]
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as blocks:
-        gr.Markdown(f"# {title}\nEvery model draws from the same noise: image *i* here is image *i* there.")
+        gr.Markdown(f"# {title}\nAll models start from the same noise: image *i* of each has the same seed.")
         asked: dict[str, Any] = {}
         with gr.Row():
             if models.takes_text:
@@ -115,11 +114,11 @@ def page(models: PageModels, title: str) -> Any:
         with gr.Accordion("Steps and guidance", open=False), gr.Row():
             for who in ("teacher", "student") if models.has_teacher else ("student",):
                 prefix = "teacher_" if who == "teacher" else ""
-                own: Any = {"value": None, "placeholder": "its own"}
+                own: Any = {"value": None, "placeholder": "default"}
                 whole: Any = {"precision": 0, "minimum": 1, "maximum": 1000}
-                asked[f"{prefix}steps"] = gr.Number(label=f"Calls of the {who}", **whole, **own)
+                asked[f"{prefix}steps"] = gr.Number(label=f"NFE of the {who}", **whole, **own)
                 asked[f"{prefix}guidance"] = gr.Number(label=f"Guidance of the {who}", step=0.5, **own)
-        button = gr.Button("Draw", variant="primary", elem_id="draw")
+        button = gr.Button("Sample", variant="primary", elem_id="draw")
         pictures, captions = [], []
         with gr.Row():
             for name in models.names:
@@ -163,7 +162,7 @@ class Folders:
             call |= {"num_inference_steps": steps} if steps else {}
             call |= {"guidance_scale": scale} if scale is not None else {}
         elif steps or scale is not None:
-            return Drawn(fault="Its steps and guidance are those that it was exported with; leave them empty.")
+            return Drawn(fault="NFE and guidance of this export are fixed; leave them empty.")
         try:
             self._call(pipe, call, request, range(1))
             began, every = time.perf_counter(), range(request.count)

@@ -22,7 +22,7 @@ def usage_code(model: TrainedModel, record: ExportRecord, place: str) -> str:
     """
     named = (record.pipeline, record.scheduler or record.pipeline, *record.absent, *record.call)
     if wrong := [name for name in named if not name.isidentifier()]:
-        raise UserError(f"export: {wrong[0]!r} is no name that a program can call; is the teacher's folder changed?")
+        raise UserError(f"export: {wrong[0]!r} is not a valid name; has the teacher's folder changed?")
     lines = [f"place = {place}"]
     if record.base:
         name, _, revision = record.base.partition("@") if is_hub_name(record.base) else (record.base, "", "")

@@ -102,7 +102,7 @@ def _geneval_tasks(file: FilePath) -> list[Task]:
 
 def _dpg_tasks(folder: FilePath) -> list[Task]:
     if not folder.is_dir():
-        raise UserError(f"--prompts {folder}: DPG-Bench's is a folder of .txt files, one prompt each")
+        raise UserError(f"--prompts {folder}: DPG-Bench needs a folder of .txt files, one prompt each")
     files = sorted(folder.glob("*.txt"))
     return [Task(file.stem, " ".join(read_text(file, limit=MAX_JSON_BYTES).split())) for file in files]
 
@@ -130,9 +130,11 @@ def _picture(image: Tensor) -> Image.Image:
 def _check_empty(options: BenchmarkOptions) -> None:
     out, count = options.out, options.images_per_prompt
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is there already; their scripts judge whatever lies in it, so name a new folder")
+        raise UserError(
+            f"--out {out}: exists already; the benchmark's script evaluates everything in it, so name a new folder"
+        )
     if options.layout == "dpg" and count not in (1, DPG_SIDE**2):
-        raise UserError(f"--images-per-prompt {count}: DPG-Bench's script cuts 1 or {DPG_SIDE**2} out of a picture")
+        raise UserError(f"--images-per-prompt {count}: DPG-Bench's script crops 1 or {DPG_SIDE**2} out of a picture")
 
 
 def _write_record(place: str, options: BenchmarkOptions, tasks: Sequence[Task]) -> None:

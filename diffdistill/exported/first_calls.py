@@ -22,7 +22,9 @@ def as_model(imager: ImageGenerator, option: str) -> ModelImageGenerator:
     """Raises UserError for a folder's own pipeline, of which no single call can be taken over, and for a policy, a call
     of which answers for a whole segment."""
     if not isinstance(imager, ModelImageGenerator):
-        raise UserError(f"{option}: an exported folder with code of its own makes images as a whole; sample the run")
+        raise UserError(
+            f"{option}: an exported folder with its own code gives no access to single steps; sample the run"
+        )
     if isinstance(imager.model.spec.sampler, DXPolicy):
         raise UserError(f"{option}: a call of this student answers for a whole segment, which no teacher's does")
     return imager
@@ -39,10 +41,11 @@ def with_first_calls(student: ModelImageGenerator, teacher: ModelImageGenerator,
 def check_first_calls(calls: int, sampler: Sampler) -> None:
     """Raise UserError where a sampler has fewer calls, or calls that no teacher can answer."""
     if isinstance(sampler, OneCall) and calls:
-        raise UserError("--first-calls: this student is told pure noise at any time, which no teacher can denoise")
+        raise UserError(
+            "--first-calls: this student treats its input as pure noise at every time, which no teacher can denoise"
+        )
     if calls > sampler.num_evaluations:
-        made = f"{sampler.num_evaluations} call{'s' * (sampler.num_evaluations > 1)}"
-        raise UserError(f"--first-calls {calls}: the student makes its image in {made}; give it more --steps")
+        raise UserError(f"--first-calls {calls}: the student has {sampler.num_evaluations} NFE; give it more --steps")
 
 
 @dataclass(frozen=True)

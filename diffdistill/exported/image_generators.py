@@ -56,7 +56,7 @@ def open_place(place: str, asked: SampleRequest) -> Opened:
     `device` and negative prompts. Raises UserError if it cannot be loaded so."""
     record = read_record(FilePath(place))
     if record is not None and asked.style is not None:
-        raise UserError(f"--style {asked.style}: an exported folder is of one style; leave it out, or sample the run")
+        raise UserError(f"--style {asked.style}: an exported folder has one style; leave it out, or sample the run")
     if record is not None and record.kind == "self-contained":
         pipeline = _load_code(place, asked)
         generator, net = partial(CodeImageGenerator, place, pipeline, record), pipeline.model
@@ -79,8 +79,8 @@ def open_teacher(place: str, asked: SampleRequest, named: Sequence[str]) -> Open
     record = read_record(FilePath(place))
     if asked.trusts_code and record is not None and record.kind == "self-contained":
         raise UserError(
-            f"{place}: the teacher holds code of its own, {place}/pipeline.py, and --trust-code is for folders that "
-            f"you name; look at it, and add --teacher-from {place}"
+            f"{place}: the teacher holds its own code, {place}/pipeline.py, and --trust-code covers only folders that "
+            f"you name; read it, then add --teacher-from {place}"
         )
     return open_place(place, replace(asked, trusts_code=False))
 
@@ -145,7 +145,7 @@ def _check_request(place: str, asked: SampleRequest) -> None:
 def _load_code(place: str, asked: SampleRequest) -> Any:
     """A folder's own pipeline. Raises UserError unless its code may run."""
     if not asked.trusts_code:
-        raise UserError(f"{place}: holds code of its own, {place}/pipeline.py; look at it, and add --trust-code")
+        raise UserError(f"{place}: holds its own code, {place}/pipeline.py; read it, then add --trust-code")
     _check_request(place, asked)
     from diffusers import DiffusionPipeline
 
@@ -164,7 +164,7 @@ def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> Trai
         found = load_model(place, ema=asked.ema)
         found = found if asked.style is None else at_style(found, asked.style)
     elif record.kind == "kohya":
-        raise UserError(f"{place}: a LoRA file in kohya's keys, for ComfyUI and its like; sample the run itself")
+        raise UserError(f"{place}: a LoRA file in kohya's keys, for ComfyUI and similar tools; sample the run instead")
     else:
         base = place if record.base is None else record.base
         found = load_model(base)

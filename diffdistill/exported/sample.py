@@ -1,4 +1,4 @@
-"""`diffdistill sample`: a grid of images, the teacher's beside them on request."""
+"""`diffdistill sample`: a grid of images, next to the teacher's on request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,11 +28,11 @@ from diffdistill.storage.checkpoint import read_state
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """count: of images; default all prompts once, or 100.  batch: images at a time.  columns: of the grid.
-    teacher_from: where the teacher is now, if not where the student says.
-    teacher_guidance, teacher_steps: default what the student was distilled with, and the teacher's own.
-    teleport: the ratio above which no step is made, see `with_teleport`.
-    first_calls: of the student, that the teacher makes."""
+    """count: of images; default: one per prompt, or 100.  columns: of the grid.
+    teacher_from: path of the teacher, if it was moved.
+    teacher_guidance, teacher_steps: default: what the student was distilled with, and the teacher's own NFE.
+    teleport: the ratio above which steps are skipped, see `with_teleport`.
+    first_calls: the student's first steps that the teacher makes."""
 
     asked: SampleRequest
     out: FilePath
@@ -49,8 +49,8 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Sampled:
-    """name: student, teacher, or nothing.  seconds: of one image, noise to pixels.  guidance: None: the model's own.
-    classes: those that images take in turn, where they have names."""
+    """name: student, teacher, or nothing.  seconds: per image, noise to pixels.  guidance: None: the model's own.
+    classes: of the images in turn, where they have names."""
 
     name: str
     num_evaluations: int
@@ -62,12 +62,11 @@ class Sampled:
     @property
     def caption(self) -> str:
         scale = "" if self.guidance in (None, 1) else f", w = {self.guidance}"
-        calls = f"{self.num_evaluations} call{'s' * (self.num_evaluations > 1)}"
-        return f"{self.name}{': ' * bool(self.name)}{calls}{scale}, {1000 * self.seconds:.1f} ms"
+        return f"{self.name}{': ' * bool(self.name)}{self.num_evaluations} NFE{scale}, {1000 * self.seconds:.1f} ms"
 
 
 def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
-    """Sample, and write the picture. Raises UserError on what the place does not know."""
+    """Sample, and write the picture. Raises UserError on what the model does not know."""
     asked = options.asked
     student = open_image_generator(place, asked)
     if options.teleport is not None:
@@ -81,18 +80,19 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
     if options.has_teacher or not options.first_calls:
         name = "student" if options.has_teacher else ""
         made.append(_draw(name, student, count, options.batch, asked.guidance))
-    if calls := options.first_calls:
-        mixed = with_first_calls(as_model(student, "--first-calls"), as_model(teacher, "--first-calls"), calls)
-        made.append(_draw(f"first {calls} by the teacher", mixed, count, options.batch, asked.guidance))
+    if steps := options.first_calls:
+        mixed = with_first_calls(as_model(student, "--first-calls"), as_model(teacher, "--first-calls"), steps)
+        first = "first step" if steps == 1 else f"first {steps} steps"
+        made.append(_draw(f"{first} by the teacher", mixed, count, options.batch, asked.guidance))
     _save({one.caption: one.images for one in made}, options, _columns(options, count))
     return made
 
 
 def run_estimates(place: str, options: SampleOptions) -> list[Estimates]:
-    """What student and teacher would make of every state on the way of 8 images or `count`, as a picture: a row an
-    image, a column a call. Raises UserError on what the place does not know."""
+    """x0 as student and teacher predict it at every step of 8 images or `count`, as a picture: a row per image, a
+    column per step. Raises UserError on what the model does not know."""
     if options.teleport is not None:
-        raise UserError("--teleport: leaves states out, which --estimates shows; leave one out")
+        raise UserError("--teleport: skips steps, which --estimates shows; use one of the two")
     student = as_model(open_image_generator(place, options.asked), "--estimates")
     teacher = as_model(_teacher(place, options)[0], "--estimates")
     walker = with_first_calls(student, teacher, options.first_calls) if options.first_calls else student
@@ -134,7 +134,7 @@ def teacher_of(place: str, *, now: str | None = None) -> tuple[str, float]:
         return now or str(record.teacher), record.teacher_guidance
     folder = first_student(FilePath(place))
     if not folder.is_dir():
-        raise UserError(f"--teacher: {place} is a pipeline, not a student")
+        raise UserError(f"--teacher: {place} is a diffusers pipeline, not a student")
     checkpoint = find_checkpoint(folder)
     state = read_state(checkpoint)
     if not state.get("teacher"):
@@ -142,7 +142,7 @@ def teacher_of(place: str, *, now: str | None = None) -> tuple[str, float]:
     found = find_again("teacher", checkpoint, state, given=now)
     if found.place is None:
         listed = ", ".join(found.looked)
-        raise UserError(f"--teacher: no such folder (looked for {listed}); say where it is now: --teacher-from PLACE")
+        raise UserError(f"--teacher: no such folder (looked for {listed}); pass its path: --teacher-from FOLDER")
     if found.is_same is False:
         say(f"--teacher: {found.place} holds other weights than the student was distilled from")
     return found.place, guidance_of(state["config"]["method"])

@@ -46,7 +46,7 @@ class SideBySide:
         Raises UserError on places that cannot be opened, and on models that are not told alike what to draw.
         """
         if len(places) > MAX_MODELS:
-            raise UserError(f"play: {len(places)} places; at most {MAX_MODELS} have room side by side")
+            raise UserError(f"play: {len(places)} models; at most {MAX_MODELS} fit side by side")
         self.asked, self.places = asked, places
         players = [Player(name, open_place(place, asked)) for name, place in zip(_names(places), places, strict=True)]
         teacher = _teacher(places, teacher_from)
@@ -61,8 +61,8 @@ class SideBySide:
         for player in players[1:]:
             if _told(player.opened) != _told(first):
                 raise UserError(
-                    f"play: {players[0].name} and {player.name} draw images of other sizes, other classes, or prompts; "
-                    "only models that are told alike what to draw stand side by side"
+                    f"play: {players[0].name} and {player.name} differ in image size, classes or prompts; only models "
+                    "with the same conditions can be shown side by side"
                 )
         if asked.device.type == "cpu" and prod(first.image_shape) <= TINY:
             torch.set_num_threads(1)
@@ -79,12 +79,12 @@ class SideBySide:
         place that the user gave."""
         try:
             if now is None and is_hub_name(place) and place not in {one.opened.pipeline for one in students}:
-                raise UserError(f"{place}: is on the hub, and not fetched unless you say so: --teacher-from {place}")
+                raise UserError(f"{place}: is on the hub and is downloaded only on request: --teacher-from {place}")
             return open_teacher(place, self.asked, [*self.places, *([now] if now else [])])
         except UserError as error:
             if now is not None:
                 raise
-            say(f"no teacher beside them: {error}")
+            say(f"shown without a teacher: {error}")
             return None
 
     def _draw(self, player: Player, request: PageRequest) -> Drawn:
@@ -141,5 +141,5 @@ def _teacher(places: Sequence[str], now: str | None) -> tuple[str, float] | None
             faults.append(str(error))
     if now is not None:
         raise UserError(faults[0])
-    say(f"no teacher beside them: {faults[0]}")
+    say(f"shown without a teacher: {faults[0]}")
     return None

@@ -51,7 +51,9 @@ def fitted(model: TrainedModel) -> LowRankGaussian:
     Raises UserError where there are none, or their classes are not the model's.
     """
     if model.spec.pipeline is not None or not (model.source / STATE).is_file():
-        raise UserError(f"--teleport: needs a run whose images are its network's; {model.source} is none")
+        raise UserError(
+            f"--teleport: needs a run whose network makes pixels or latents of its images; {model.source} does not"
+        )
     config = read_state(model.source).get("config") or {}
     if "data" not in config:
         raise UserError(f"--teleport: {model.source} does not say which images it was trained on")

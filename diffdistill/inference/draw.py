@@ -97,5 +97,7 @@ def check_labels(
             several = f"0 to {num_classes - 1}" if is_all else told_classes(classes, names)
             called = _called(label, names) if isinstance(label, str) else []
             if len(called) > 1:
-                raise UserError(f"--label {label}: the name of several, {told_classes(called, names)}; give the number")
+                raise UserError(
+                    f"--label {label}: several classes have this name, {told_classes(called, names)}; give the number"
+                )
             raise UserError(f"--label {label}: unknown class; the model knows {several if classes else NO_CLASS}")

@@ -97,7 +97,7 @@ class ModelImageGenerator:
         if self.asked.labels:
             raise UserError(f"--label: {self.model.source} knows no classes; give it a --prompt")
         if not self.asked.prompts:
-            raise UserError(f"--prompt: {self.model.source} draws what a prompt says; give one, or a file of --prompts")
+            raise UserError(f"--prompt: {self.model.source} takes a prompt; give one, or a file of --prompts")
         loaded = encoder.load(self.asked.device, stays=False)
         prompts = list(self.asked.prompts)
         step = self.asked.encode_batch or len(prompts)

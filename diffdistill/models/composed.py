@@ -20,7 +20,7 @@ class LoRAFile:
 
 @schema
 class TokenFile:
-    """A token of textual inversion.  place: as a LoRA's.  token: what prompts call it; null: as its file says."""
+    """A token of textual inversion.  place: as a LoRA's.  token: its name in prompts; null: the name in its file."""
 
     place: str
     token: str | None = None
@@ -28,12 +28,12 @@ class TokenFile:
 
 @schema
 class ComposedTeacher:
-    """name: a pipeline's folder or its name on the hub, which says what everything is.
+    """name: a pipeline's folder or its name on the hub, the base.
 
-    file: a single-file checkpoint (.safetensors) whose weights take the place of the pipeline's.
-    lora: files whose factors are added, in any number.
-    textual_inversion: learned tokens that prompts may hold.
-    resolution: of its images in pixels, the side of a square or height and width; null: as its network's config says.
+    file: a single-file checkpoint (.safetensors) whose weights replace the pipeline's.
+    lora: any number of files.
+    textual_inversion: learned tokens for prompts.
+    resolution: of its images in pixels, the side of a square or height and width; null: that of its network's config.
     """
 
     name: str

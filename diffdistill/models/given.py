@@ -24,7 +24,7 @@ def give_teacher(denoiser: Any, *, image_shape: tuple[int, ...], sampler: AnySam
     """
     if not isinstance(denoiser, Denoiser):
         raise UserError(
-            f"teacher: {type(denoiser).__name__} is no Denoiser; say dd.as_denoiser(module, path, predicts) first"
+            f"teacher: {type(denoiser).__name__} is not a Denoiser; use dd.as_denoiser(module, path, predicts) first"
         )
     others = sorted(denoiser.net.accepts - {"label"})
     if others or denoiser.conditions is not None or denoiser.runtime.negative is not None:
@@ -59,8 +59,8 @@ def describe_given(place: str | FilePath) -> ModelSpec:
     """What an object's place stands for. Raises UserError where this process has not been given it."""
     if str(place) not in _SPECS:
         raise UserError(
-            f"teacher = {str(place)!r}: is an object that a Python program gave, which nothing on disk holds; go on in "
-            f"Python, with dd.Trainer(config, teacher=..., resume=True), or after dd.give_teacher(...)"
+            f"teacher = {str(place)!r}: is an object from a Python program, which is not on the disk; resume from "
+            "Python, with dd.Trainer(config, teacher=..., resume=True), or after dd.give_teacher(...)"
         )
     return _SPECS[str(place)]
 

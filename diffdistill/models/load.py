@@ -77,10 +77,10 @@ def load_model(
     if ema and named not in checkpoint.tensors:
         names = sorted(group.removeprefix("ema-") for group in list_groups(target) if group.startswith("ema-"))
         known = ", ".join(names) or "none"
-        raise UserError(f"{target}: no average {ema!r} beside `ema`; there are: {known}")
+        raise UserError(f"{target}: no EMA {ema!r}; choose from: {known}")
     spec = _spec_of(checkpoint.state, target)
     if "student" not in checkpoint.state:
-        raise UserError(f"{target}/state.json: names no student")
+        raise UserError(f"{target}/state.json: does not name a student")
     student = f"{checkpoint.state['student']}."
     group = named if (use_ema or ema) and named in checkpoint.tensors else "players"
     weights = {k.removeprefix(student): v for k, v in checkpoint.tensors[group].items() if k.startswith(student)}
@@ -151,9 +151,9 @@ def _read_base(
     try:
         base = base or merge_model(load_model(place)).denoiser
     except UserError as error:
-        raise UserError(f"{origin}: holds LoRA's factors alone, and their base cannot be read: {error}") from None
+        raise UserError(f"{origin}: holds only LoRA factors, and their base cannot be read: {error}") from None
     if fingerprint(base.net) != spec.base:
-        raise UserError(f"{origin}: holds LoRA's factors alone, and their base, {place}, has changed")
+        raise UserError(f"{origin}: holds only LoRA factors, and their base, {place}, has changed")
     return base
 
 
@@ -191,7 +191,7 @@ def join_students(
     """
     folder = FilePath(folder)
     if (folder / STATE).exists() or list_checkpoints(folder / "checkpoints"):
-        raise UserError(f"{folder}: holds a run, which a router would hide; name another folder")
+        raise UserError(f"{folder}: holds a run already; name another folder")
     models = [_load_student(place) for place in places]
     _check_alike(models)
     router = router or _prompt_router(models) or _class_router(models)
@@ -230,7 +230,7 @@ def _load_students(folder: FilePath, *, use_ema: bool, ema: str | None) -> Train
 def _load_student(place: str | FilePath, *, use_ema: bool = True, ema: str | None = None) -> TrainedModel:
     """A model that is no router itself: one that leads to itself would have no end."""
     if is_routed(FilePath(place)):
-        raise UserError(f"{place}: is a router itself; name its students")
+        raise UserError(f"{place}: holds joined students; name them one by one")
     return load_model(place, use_ema=use_ema, ema=ema)
 
 
@@ -240,12 +240,12 @@ def _check_alike(models: Sequence[TrainedModel]) -> None:
     for other in others:
         is_alike = replace(other.spec, classes=(), class_names=()) == replace(first.spec, classes=(), class_names=())
         if not is_alike:
-            raise UserError(f"{other.source}: another network, image shape or sampler than {first.source}")
+            raise UserError(f"{other.source}: network, image shape or sampler differ from {first.source}")
         if not same_names(other.spec.class_names, first.spec.class_names):
             told = " and ".join(
                 told_classes(range(len(m.class_names)), m.class_names) for m in (first.spec, other.spec)
             )
-            raise UserError(f"{other.source}: numbers its classes in another way than {first.source}: {told}")
+            raise UserError(f"{other.source}: numbers its classes differently from {first.source}: {told}")
 
 
 def _prompt_router(models: Sequence[TrainedModel]) -> AnyRouter | None:
@@ -253,7 +253,7 @@ def _prompt_router(models: Sequence[TrainedModel]) -> AnyRouter | None:
     router = models[0].spec.router
     if router is not None and len(models) != 4:
         raise UserError(
-            f"{len(models)} students: prompts are parted into four quadrants; give all four, in their order"
+            f"{len(models)} students: prompts are split into four quadrants; give all four students, in order"
         )
     return router
 
@@ -265,12 +265,14 @@ def _class_router(models: Sequence[TrainedModel]) -> ClassRouter:
         for label in model.spec.classes or range(model.spec.num_classes):
             if label in owner:
                 told = told_classes([label], names)
-                raise UserError(f"class {told} is of {models[owner[label]].source} and of {model.source}; give one")
+                raise UserError(
+                    f"class {told} belongs to {models[owner[label]].source} and to {model.source}; give one"
+                )
             owner[label] = number
     missing = sorted(set(range(models[0].spec.num_classes)) - owner.keys())
     if missing or not owner:
         told = told_classes(missing, names)
-        raise UserError(f"no student knows the classes {told}" if owner else "these models know no classes")
+        raise UserError(f"no student has the classes {told}" if owner else "these models have no classes")
     return ClassRouter(table=tuple(owner[label] for label in sorted(owner)))
 
 

@@ -91,7 +91,7 @@ def merge_runs(
     kept = [first.student] if has_factors else shared
     unknown = sorted(set(by_player or {}) - set(kept))
     if unknown:
-        raise UserError(f"--player {unknown[0]}: is none of the players that are mixed: {', '.join(kept)}")
+        raise UserError(f"--player {unknown[0]}: not one of the merged players: {', '.join(kept)}")
     shares = {name: _shares((by_player or {}).get(name, weights), len(runs)) for name in kept}
     averages = {group for run in runs for group in run.checkpoint.tensors if _is_average(group)}
     averages = {name for name in averages if name == "ema" or all(name in run.checkpoint.tensors for run in runs)}
@@ -129,7 +129,7 @@ def mix(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     origin = tensors[heaviest]
     if not origin.is_floating_point():
         if any(not torch.equal(origin, other) for other in tensors):
-            raise UserError("merge: the runs hold whole numbers that differ, which cannot be mixed")
+            raise UserError("merge: the runs hold integers that differ, which cannot be merged")
         return origin.clone()
     total = origin.double()
     for tensor, share in zip(tensors, shares, strict=True):
@@ -191,12 +191,12 @@ def _is_average(group: str) -> bool:
 
 def _read(place: str | FilePath) -> _Run:
     if is_routed(FilePath(place)):
-        raise UserError(f"{place}: several students behind a router; merge them one by one")
+        raise UserError(f"{place}: holds joined students; merge them one by one")
     target = find_checkpoint(FilePath(place))
     groups = tuple(group for group in list_groups(target) if group == "players" or _is_average(group))
     checkpoint = load_checkpoint(target, groups=groups)
     if "student" not in checkpoint.state:
-        raise UserError(f"{target}/state.json: names no student")
+        raise UserError(f"{target}/state.json: does not name a student")
     spec = validate(ModelSpec, checkpoint.state.get("model"), origin=f"{target}/state.json", is_saved=True)
     return _Run(target, checkpoint, spec)
 
@@ -209,7 +209,7 @@ def _check_alike(runs: Sequence[_Run]) -> None:
         if _plain(run.spec) != _plain(first.spec) or run.student != first.student:
             raise UserError(f"{run.target}: another network, image shape, sampler or LoRA's base than {first.target}")
         if not _is_shared(first.student, (first, run), takes_ranks=True):
-            raise UserError(f"{run.target}: its weights are of other names or shapes than those of {first.target}")
+            raise UserError(f"{run.target}: names or shapes of its weights differ from {first.target}")
 
 
 def _plain(spec: ModelSpec) -> ModelSpec:

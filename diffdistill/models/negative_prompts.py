@@ -26,7 +26,7 @@ def with_negative_prompt(model: TrainedModel, prompt: str | None, scale: float |
     if prompt is None and scale is None:
         return model
     if prompt is None and own.negative_prompt is None:
-        raise UserError(f"negative_scale = {scale:g}: goes with a negative prompt, and this model has none of its own")
+        raise UserError(f"negative_scale = {scale:g}: needs a negative prompt, and this model has none")
     prompt = own.negative_prompt if prompt is None else prompt
     scale = (own.negative_scale or DEFAULT_SCALE) if scale is None else scale
     spec = replace(own, negative_prompt=prompt, negative_scale=scale)
@@ -44,11 +44,11 @@ def steer(denoiser: nn.Module, spec: ModelSpec) -> None:
     if spec.negative_prompt is None:
         return
     if spec.pipeline is None:
-        raise UserError("negative_prompt: goes with a network of a diffusers pipeline that takes text; leave it out")
+        raise UserError("negative_prompt: is for networks of diffusers pipelines that take text; leave it out")
     pipeline = open_pipeline(spec.pipeline)
     if not text_attention(denoiser):
         kind = pipeline.index.get("_class_name")
-        raise UserError(f"negative_prompt: the network of a {kind} has no cross-attention to a text; leave it out")
+        raise UserError(f"negative_prompt: the network of a {kind} has no cross-attention to text; leave it out")
     cond = pipeline.encode(pipeline.load_encoder(), [spec.negative_prompt])
     assert isinstance(denoiser, Denoiser)
     steer_away(denoiser, NegativePrompt(cond, spec.negative_scale))

@@ -118,7 +118,7 @@ def _made_again(key: str, said: str, state: Mapping[str, Any]) -> list[str]:
     try:
         return [place_of(validate(ComposedTeacher, settings, origin=key, is_saved=True))]
     except UserError as error:
-        say(f"{said}: the teacher that was made of several files is gone, and cannot be made again: {error}")
+        say(f"{said}: the teacher that was composed of several files is missing, and cannot be composed again: {error}")
         return []
 
 

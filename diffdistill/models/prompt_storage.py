@@ -27,12 +27,12 @@ SPARE = 2**28
 
 @schema
 class PromptsConfig:
-    """How prompts reach the networks.
+    """How prompts are encoded.
 
-    encode: cache, all of them once, before training; streaming, each when a batch asks for it, with the encoders in
-    memory for as long as the run.  dtype: of the cache; networks get their own.  tokens: counted keeps those that a
-    mask counts, where the encoder gives one, and zeros stand for the others.  encoder_dtype: what a pipeline's encoders
-    compute in; published, as each one's weights are.
+    encode: cache, all of them once, before training; streaming, per batch, with the encoders in memory.  dtype: of
+    the cache; networks get their own.  tokens: counted stores only those inside the encoder's mask, where it gives
+    one; zeros replace the others.  encoder_dtype: in which a pipeline's encoders compute; published: that of the
+    weights.
     """
 
     encode: Literal["cache", "streaming"] = "cache"
@@ -42,7 +42,7 @@ class PromptsConfig:
 
     def __post_init__(self) -> None:
         if self.encode == "streaming" and (self.dtype, self.tokens) != ("fp32", "all"):
-            raise ValueError("encode: streaming keeps nothing on disk; leave dtype and tokens out")
+            raise ValueError("encode: streaming stores nothing on disk; leave dtype and tokens out")
 
     @property
     def is_packed(self) -> bool:
@@ -125,7 +125,7 @@ def check_room(
     if total - there > room:
         raise UserError(
             f"prompts: {told}, where {size(room)} are free; choose another data.cache, prompts.dtype: bf16, "
-            "prompts.tokens: counted, or prompts.encode: streaming, which keeps none"
+            "prompts.tokens: counted, or prompts.encode: streaming, which stores none"
         )
     if total > WORTH_SAYING:
         say(f"encoding {told}")

@@ -26,7 +26,7 @@ from diffdistill.settings.schema import Fraction, Positive, field, schema
 class ModelConfig:
     """A new model. sigma_data: the data's standard deviation, for predicts: edm.
 
-    guidance_rule: how its estimates with and without the condition become one.
+    guidance_rule: how classifier-free guidance combines its two estimates.
     """
 
     network: AnyNetwork

@@ -43,8 +43,8 @@ CONFIG = "adapter"
 @schema
 class AdapterConfig:
     """kind: an offset, or attention to the tokens of w, and of time and class.  width: of the adapters.  heads: of the
-    attention.  placement: behind the base's blocks with attention, as in the paper, or behind all.  proportional:
-    their output times w - 1, which is how far guidance goes; at w = 1 they are then the base for good."""
+    attention.  placement: after the base's blocks with attention, as in the paper, or after all.  proportional:
+    their output times w - 1; at w = 1 they are then always the base."""
 
     kind: Literal["offset", "cross_attention"] = "offset"
     width: Width = 64
@@ -192,7 +192,7 @@ def attach_adapters(base: Denoiser, file: FilePath) -> Denoiser:
         with safe_open(file, "pt") as opened:
             config = _CONFIGS.validate_json((opened.metadata() or {})[CONFIG])
     except (OSError, SafetensorError, KeyError, ValidationError) as error:
-        raise UserError(f"{file}: is no file of adapters: {type(error).__name__}: {error}") from None
+        raise UserError(f"{file}: not an adapter file: {type(error).__name__}: {error}") from None
     net = Adapted(config, base.net)
     own = {name: t for name, t in net.state_dict().items() if name.startswith(BASE)}
     load_strictly(net, own | load_file(file), origin=str(file))

@@ -69,7 +69,7 @@ class Mixture(Network):
 
     def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
         """There are none. Raises ValueError."""
-        raise ValueError("an analytic denoiser has no features: use a network, or a method without a GAN")
+        raise ValueError("an analytic denoiser has no features: use a network, or a method without GAN")
 
     def forward_with_features(
         self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None

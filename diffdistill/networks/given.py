@@ -31,7 +31,7 @@ class GivenNetwork:
         found = given(self.key)
         if found is None:
             raise UserError(
-                f"network: is a {self.kind} that a Python program gave, which no settings build; in Python say "
+                f"network: is a {self.kind} object from a Python program, which a config cannot build; in Python, call "
                 f"dd.give_teacher(denoiser, image_shape={image_shape}) first"
             )
         return deepcopy(found.net)

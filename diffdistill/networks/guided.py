@@ -150,7 +150,7 @@ def blocks_of(base: nn.Module) -> list[Recomputable]:
     """The base's blocks, in the order of its calls. Raises UserError if it is not made of any that can be changed."""
     found = recomputable_blocks(base)
     if not found:
-        raise UserError(f"network.base: {type(base).__name__} is not made of blocks that could take a guidance scale")
+        raise UserError(f"network.base: {type(base).__name__} has no blocks that can take a guidance scale")
     return found
 
 

@@ -23,7 +23,7 @@ class ImageTableConfig:
     def build(self, image_shape: tuple[int, ...], num_classes: int, class_dropout: Fraction) -> "ImageTable":
         """A table for images [*image_shape]. Raises UserError where noise is too small to tell particles apart."""
         if math.prod(image_shape) == 1 and self.particles > 1:
-            raise UserError("model.network.particles: an image of one number has one particle")
+            raise UserError("model.network.particles: an image of one value has one particle")
         return ImageTable(self, image_shape, num_classes)
 
 
@@ -51,7 +51,7 @@ class ImageTable(Network):
 
     def features(self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None) -> Features:
         """There are none. Raises ValueError."""
-        raise ValueError("a table of images has no features")
+        raise ValueError("an image table has no features")
 
     def forward_with_features(
         self, x: Tensor, time_input: Tensor, cond: Cond, taps: Taps | None = None

@@ -54,7 +54,7 @@ class LoRASettings:
 
 @schema
 class LoRAConfig:
-    """Settings of `LoRA`. The base's weights are the teacher's, whose place stands in the checkpoint."""
+    """Settings of `LoRA`. The base's weights are the teacher's; the checkpoint names it."""
 
     name: Literal["lora"] = "lora"
     base: PlainNetwork

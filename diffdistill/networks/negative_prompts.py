@@ -62,7 +62,7 @@ def steer_away(denoiser: Denoiser, negative: NegativePrompt | None) -> None:
     """
     layers = text_attention(denoiser)
     if negative is not None and not layers:
-        raise UserError("negative_prompt: this network has no cross-attention to a text")
+        raise UserError("negative_prompt: this network has no cross-attention to text")
     for layer in layers:
         plain = layer.processor.plain if isinstance(layer.processor, _Steered) else layer.processor
         layer.set_processor(_Steered(plain, negative.length, negative.scale) if negative else plain)
@@ -154,7 +154,7 @@ class _Split(TorchFunctionMode):
     ) -> Tensor:
         scale = options.pop("scale", None)
         if any(options.values()):  # dropout_p, is_causal, enable_gqa
-            raise UserError(f"negative_prompt: attention to a text with {options} is not known here")
+            raise UserError(f"negative_prompt: attention to text with {options} is not supported")
         (k, other_k), (v, other_v) = (x.split(self.length, dim=2) for x in (key, value))
         mask, other_mask = (None, None) if attn_mask is None else attn_mask.split(self.length, dim=-1)
         return attention_difference(

@@ -24,7 +24,7 @@ SCALE_BYTES = 4
 
 @schema
 class QuantisedTraining:
-    """bits: of a weight, signed and symmetric.  group: so many weights of a row share a scale; null: the row."""
+    """bits: of a weight, signed and symmetric.  group: number of weights of a row that share a scale; null: the row."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 8
     group: Width | None = None

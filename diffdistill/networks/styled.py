@@ -29,7 +29,7 @@ StyleNames = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_CHOSE
 
 @schema
 class StyledConfig:
-    """Settings of `Styled`.  styles: their names, in the order of their numbers.  width: of a style's vector."""
+    """Settings of `Styled`.  styles: their names, in order.  width: of a style's vector."""
 
     name: Literal["styled"] = "styled"
     base: BaseNetwork
@@ -103,7 +103,7 @@ def time_layer(base: nn.Module) -> nn.Module:
     """The linear layer that ends what a network makes of time. Raises UserError if it has none."""
     found = next((layer for part in parts_of(base) if (layer := getattr(part, "time_layer", None)) is not None), None)
     if found is None:
-        raise UserError(f"network.base: {type(base).__name__} names no layer of time that could take a style")
+        raise UserError(f"network.base: {type(base).__name__} has no time embedding that can take a style")
     assert isinstance(found, nn.Module)
     return found
 

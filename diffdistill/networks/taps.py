@@ -49,7 +49,7 @@ def _number(tap: int | str, names: Sequence[str], middle: int) -> int:
         return tap % len(names)
     if tap not in names:
         choices = f"{MIDDLE}, 0 to {len(names) - 1}, or by name {', '.join(names)}"
-        raise ValueError(f"taps: {tap!r} is no block of this network; choose from {choices}")
+        raise ValueError(f"taps: {tap!r} is not a block of this network; choose from {choices}")
     return names.index(tap)
 
 

@@ -25,7 +25,7 @@ from diffdistill.settings.schema import Fraction, UserError, schema
 class UNetConfig:
     """Settings of `UNet`. One entry of `channels` and of `attention` for each resolution, the finest first.
 
-    text_width: numbers of the pooled text that it takes in the place of a class; 0 for none.
+    text_width: width of the pooled text embedding that replaces the class; 0 for none.
     """
 
     name: Literal["unet"] = "unet"
@@ -39,7 +39,7 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.attention):
             raise ValueError(
-                f"channels and attention need one entry a resolution: {len(self.channels)} and {len(self.attention)}"
+                f"channels and attention need one entry per resolution: {len(self.channels)} and {len(self.attention)}"
             )
         for channels, attends in zip(self.channels, self.attention, strict=True):
             heads = max(1, channels // self.head_channels) if attends else 1

@@ -25,13 +25,13 @@ def refuse_links(folder: FilePath) -> None:
             if _is_endless(entry):
                 raise UserError(f"{entry}: is a pipe or a device, not a regular file; remove it")
             if entry.is_symlink() and not _is_inside(os.path.realpath(entry), root):
-                raise UserError(f"{entry}: is a link to {os.readlink(entry)}, which would be written to; remove it")
+                raise UserError(f"{entry}: is a link to {os.readlink(entry)}, and writing would follow it; remove it")
 
 
 def refuse_link(entry: FilePath) -> None:
     """Raise UserError if this is a link, where a file or a folder of ours goes."""
     if entry.is_symlink():
-        raise UserError(f"{entry}: is a link to {os.readlink(entry)}, which would be written to; remove it")
+        raise UserError(f"{entry}: is a link to {os.readlink(entry)}, and writing would follow it; remove it")
 
 
 def refuse_links_below(folder: FilePath, place: FilePath) -> None:
@@ -53,7 +53,7 @@ def open_plain(file: FilePath, mode: str, **options: Any) -> IO[Any]:
         return open(file, mode, opener=opener, **options)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{file}: is a link, which would be written to; remove it") from None
+            raise UserError(f"{file}: is a link, and writing would follow it; remove it") from None
         raise
 
 

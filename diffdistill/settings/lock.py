@@ -35,7 +35,7 @@ def hold(file: FilePath, waiting: Callable[[], None] | None = None) -> Iterator[
     from filelock import FileLock, SoftFileLock, Timeout
 
     if file.is_symlink():
-        raise OSError(errno.ELOOP, f"is a link to {os.readlink(file)}, and no file of ours; remove it", str(file))
+        raise OSError(errno.ELOOP, f"is a link to {os.readlink(file)}, not a file of diffdistill; remove it", str(file))
     lock = FileLock(file, thread_local=False)
     try:
         with warnings.catch_warnings():  # that it falls back to a file where flock is not implemented
@@ -78,7 +78,7 @@ def locked(folder: FilePath) -> Iterator[None]:
             held.enter_context(hold(folder / LOCK))
         except Held as holder:
             raise UserError(
-                f"run = {str(folder)!r}: another run is writing there ({holder}); name another `run`"
+                f"run = {str(folder)!r}: another run writes to it ({holder}); choose another `run`"
             ) from None
         yield
 

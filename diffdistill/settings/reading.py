@@ -22,7 +22,7 @@ def check_regular(file: str | FilePath, *, limit: int | None = None) -> int:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file; save what it gives to a file", str(file))
+        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file; save its content to a file", str(file))
     if limit is not None and found.st_size > limit:
         raise OSError(errno.EINVAL, f"{found.st_size:,} bytes; at most {limit:,} are read", str(file))
     return found.st_size

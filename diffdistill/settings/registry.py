@@ -92,7 +92,7 @@ class Registry(Generic[Item]):
         """
         name = name or _name_of(item)
         if name in self._ours:
-            raise UserError(f"{self.kind} {name!r}: the name is diffdistill's own; choose another")
+            raise UserError(f"{self.kind} {name!r}: diffdistill uses this name; choose another")
         fault = self.check(item)
         if fault:
             raise UserError(f"{_title(item)}: cannot be a {self.kind}: {fault}")
@@ -154,7 +154,7 @@ class Registry(Generic[Item]):
         points = self._points().get(name, [])
         if len(points) > 1:
             both = " and ".join(map(_package, points))
-            raise UserError(f"{self.kind} {name!r}: two packages have it, {both}; uninstall one")
+            raise UserError(f"{self.kind} {name!r}: two packages register it, {both}; uninstall one")
         loaded: list[Item] = [self._loaded(point) for point in points]
         registered = [self._registered[name]] if name in self._registered else []
         if loaded and registered and loaded != registered:

@@ -39,7 +39,7 @@ def read_text(content: bytes, *, origin: str) -> str:
         raise UserError(f"{origin}, line {line}: {why_not_utf8(error, content)}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{origin}, line {line}: holds a NUL character, which is no text{_hint(text, content)}")
+        raise UserError(f"{origin}, line {line}: holds a NUL character{_hint(text, content)}")
     return text
 
 

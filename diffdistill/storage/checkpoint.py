@@ -307,7 +307,7 @@ def _read_json(file: FilePath) -> Any:
 
 
 def read_tensors(file: FilePath, device: str) -> dict[str, Tensor]:
-    """Tensors of a file. Raises CheckpointError if its header makes no sense."""
+    """Tensors of a file. Raises CheckpointError if its header is invalid."""
     try:
         return load_file(file, device=device)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:

@@ -54,7 +54,9 @@ def check_whole(folder: FilePath, tensors: Mapping[str, Tensor]) -> None:
     except ValueError:
         stored = {}
     if stored != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
-        raise TrainingError(f"{folder}: lacks what other processes wrote; `run` must be a folder that all of them see")
+        raise TrainingError(
+            f"{folder}: lacks files of other processes; `run` must be on a file system that all processes share"
+        )
 
 
 def read_shards(folder: FilePath, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
@@ -95,9 +97,9 @@ def _stored(folder: FilePath) -> "dict[str, TensorStorageMetadata]":
         end = 0
         for chunk in sorted(stored.chunks, key=lambda chunk: tuple(chunk.offsets)):
             if tuple(chunk.offsets) != (end, *[0] * (len(stored.size) - 1))[: len(stored.size)]:
-                raise ValueError(f"{name}: its parts do not make a whole")
+                raise ValueError(f"{name}: its parts are incomplete")
             if tuple(chunk.sizes[1:]) != tuple(stored.size[1:]):
-                raise ValueError(f"{name}: its parts do not make a whole")
+                raise ValueError(f"{name}: its parts are incomplete")
             end += chunk.sizes[0] if chunk.sizes else 0
         found[name] = stored
     return found

@@ -127,7 +127,7 @@ def prepared(plan: Plan, folder: FilePath | None) -> dict[str, Tensor]:
         lambda: prepare_once(file, plan.method, plan.problem, seed, is_kept=is_kept, device=plan.device)
     )
     if 0 < len(processes.ranks_where(file.exists())) < processes.count:
-        raise UserError(f"run = {str(folder)!r}: is not the same folder for all processes; put it where all see it")
+        raise UserError(f"run = {str(folder)!r}: is not the same folder for all processes; use a shared file system")
     return read_tensors(file, str(plan.device)) if file.exists() else {}
 
 

@@ -40,9 +40,9 @@ Name = Annotated[str, Field(pattern="^[a-z0-9_]+$")]
 
 @schema
 class OptimizerConfig:
-    """One player's optimiser. clip_norm and clip_value bound its gradient; rates are per iteration of the run.
+    """One player's optimiser. clip_norm and clip_value clip its gradient; learning rates are per iteration of the run.
 
-    decay: after `decay_start` of the run the rate falls to zero, linearly or as a cosine.
+    decay: after `decay_start` of the run the learning rate falls to zero, linearly or as a cosine.
     implementation: torch's; auto is fused for Adam and AdamW, and torch's own choice for SGD and RAdam.
     adam8bit, adamw8bit: bitsandbytes' on a CUDA GPU, a quarter of the moments' bytes.
     """
@@ -88,24 +88,24 @@ class TrainConfig:
 
 @schema
 class RunConfig:
-    """Everything about one run. `model` is for pretrain, `teacher` for every other method: a place, or a pipeline with
-    what is added to it.
+    """The config of one run. `model` is for pretrain, `teacher` for every other method: a run, a pipeline, or
+    a pipeline with additions.
 
-    teachers: further ones by name, for a method that asks several or for players that start as them; each is of the
-    first one's path, images and conditions.
+    teachers: further ones by name, for methods with several teachers or for players that start from them; all have
+    the same path, images and conditions.
     text_encoder: the folder of a sentence encoder, for a `model` that takes text.
-    prompts: how encoded prompts reach the networks.
-    negative_prompt, negative_scale: what the student's cross-attention steers away from, and by how much of it; of a
-    range each training step draws one.  negative_teacher: the teacher is guided away from it, too.
-    init: a run's folder whose players this one starts from, by name, in place of the teacher's weights.
-    starts: by player, what it starts as: `teacher`, `teacher_<name>` or `init.<player>`.
-    guidance_rule: how the teachers' two estimates become one when they are guided; null: by each one's own rule.
-    lora: by player or `default`: trained as factors over the teacher, one frozen base for all; null: in full.
-    dropout: by player or `default`: with which probability its network drops what it drops in training; null: as in the
-    teacher that it is a copy of.
-    qat: the student's weights are rounded to few bits in training, by torchao; null: they are not.
-    ema: the average that samples are taken from.  more_emas: others by name, trained and saved beside it.
-    eval: a small evaluation while training; null for none.
+    prompts: how prompts are encoded.
+    negative_prompt, negative_scale: in the student's cross-attention (NASA), and its weight; with a range each
+    training step draws one.  negative_teacher: the teacher is guided with it, too.
+    init: a run's folder whose players this one starts from, by name, instead of the teacher's weights.
+    starts: by player, the model that it starts from: `teacher`, `teacher_<name>` or `init.<player>`.
+    guidance_rule: how guidance combines the teachers' two estimates; null: each teacher's own rule.
+    lora: by player or `default`: LoRA over the teacher, one frozen base for all; null: full training.
+    dropout: by player or `default`: dropout probability of its network; null: that of the teacher that it
+    starts from.
+    qat: quantisation-aware training of the student, by torchao; null: none.
+    ema: EMA of the student, used by sampling and export.  more_emas: others by name, saved next to it.
+    eval: evaluation during training; null for none.
     """
 
     run: str
@@ -136,14 +136,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.qat and self.speed.shard != "none":
-            raise ValueError("qat: does not go with speed.shard, which has not been tried with it; leave one out")
+            raise ValueError("qat: does not work with speed.shard yet; use one of the two")
         if self.negative_teacher and self.negative_prompt is None:
-            raise ValueError("negative_teacher: goes with negative_prompt, from which the teacher is guided away")
+            raise ValueError("negative_teacher: needs negative_prompt")
         if self.more_emas and self.ema is None:
-            raise ValueError("more_emas: they stand beside `ema`, which is null; give it one")
+            raise ValueError("more_emas: needs `ema`, which is null")
         if self.speed.channels_last and any(options.name.endswith("8bit") for options in self.optimizers.values()):
             # bitsandbytes makes weights contiguous at each step, and keeps its moments in the memory's order.
-            raise ValueError("speed.channels_last: does not go with 8-bit optimisers; use false, or another optimiser")
+            raise ValueError(
+                "speed.channels_last: does not work with 8-bit optimisers; use false, or another optimiser"
+            )
 
     @property
     def emas(self) -> dict[str, EMAConfig]:
@@ -155,7 +157,7 @@ class RunConfig:
         """The settings of a player's optimiser: its own, or those under `default`."""
         found = self.optimizers.get(player) or self.optimizers.get("default")
         if found is None:
-            raise UserError(f"optimizers: none for the player {player!r}; give it one, or one under `default`")
+            raise UserError(f"optimizers: none for the player {player!r}; set one for it, or under `default`")
         return found
 
 
@@ -179,9 +181,7 @@ def read_config(file: str | FilePath) -> dict[str, Any]:
         if not isinstance(name, str):
             raise UserError(f"{here}: base = {name!r}: name a packaged config, as dmd2/sd15, or a file")
         if len(files) > MOST_BASES:
-            raise UserError(
-                f"{file}: base: more than {MOST_BASES} configs over one another, or they begin from themselves"
-            )
+            raise UserError(f"{file}: base: more than {MOST_BASES} nested bases, or a cycle")
         here = beside if (beside := here.parent / name).is_file() else find_config(name)
         files.append(read_yaml(here))
     return reduce(_over, reversed(files))
@@ -216,7 +216,7 @@ def parse_config(data: object, *, origin: str = "config") -> RunConfig:
     """A nested dict as a RunConfig. Raises UserError, also on a password or token: it would be saved with the run."""
     for place, text in texts(data):
         if holds_secret(text):
-            raise UserError(f"{origin}: {place}: holds a password or token; give it by the environment, as HF_TOKEN")
+            raise UserError(f"{origin}: {place}: holds a password or token; pass it in the environment, as HF_TOKEN")
     return validate(RunConfig, data, origin=origin)
 
 
@@ -225,7 +225,7 @@ def json_schema() -> str:
     made = TypeAdapter(RunConfig).json_schema()
     groups = made.pop("$defs")
     over = _without_required(made)
-    about = "the config that this one stands over: a packaged one's name, or a file"
+    about = "the config that this one extends: a packaged one's name, or a file"
     over["properties"][BASE] = {"type": "string", "description": about}
     groups |= {f"{name}{OVER}": _without_required(group) for name, group in groups.items()}
     whole = {"$defs": groups, "type": "object", "if": {"required": [BASE]}, "then": over, "else": made}

@@ -13,8 +13,8 @@ from diffdistill.settings.schema import NonNegative, Positive, schema
 
 @schema
 class EMAConfig:
-    """halflife_images: images after which a weight has half forgotten.  ramp: the half-life is at most this share
-    of the images seen, so that the start is forgotten; 0 switches the ramp off."""
+    """halflife_images: half-life of a weight in the average, in images.  ramp: the half-life is at most this share of
+    the images seen; 0 switches the ramp-up off."""
 
     halflife_images: Positive = 500_000
     ramp: NonNegative = 0.05

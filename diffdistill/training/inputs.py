@@ -50,11 +50,11 @@ def check_inputs(config: RunConfig, teacher: ModelSpec | None) -> None:
     has_images = not isinstance(data, Captioned) or data.has_images
     takes_text = _encoder(config, teacher) is not None
     if config.method.needs_images and not has_images:
-        raise UserError(f"data: {name} needs real images, with these settings; {data.name} has prompts alone")
+        raise UserError(f"data: {name} needs real images with these settings; {data.name} has only prompts")
     if takes_text and not has_prompts:
         raise UserError(f"data: the model takes prompts, and {data.name} has none; choose {CAPTIONED}")
     if not takes_text and not has_images:
-        raise UserError(f"data: {data.name} has prompts alone, and the model takes none")
+        raise UserError(f"data: {data.name} has only prompts, and the model takes none")
     if config.text_encoder is not None and teacher is not None:
         raise UserError("text_encoder: is the teacher's; leave it out")
     if config.text_encoder is not None:
@@ -62,7 +62,7 @@ def check_inputs(config: RunConfig, teacher: ModelSpec | None) -> None:
     width = getattr(config.model.network, "text_width", 0) if config.model else 0
     if config.text_encoder is not None and width != SentenceEncoder(config.text_encoder).width:
         own = SentenceEncoder(config.text_encoder).width
-        raise UserError(f"model.network.text_width = {width}: text_encoder gives {own} numbers")
+        raise UserError(f"model.network.text_width = {width}: text_encoder has width {own}")
     if width and not takes_text:
         raise UserError(f"model.network.text_width = {width}: needs a text_encoder")
     if config.method.needs_images:
@@ -128,7 +128,7 @@ def _check_size(data: object, teacher: ModelSpec | None) -> None:
         height, width = pipeline.image_size
         raise UserError(
             f"data.resolution = {shown}: the teacher was made for images of [{height}, {width}], height and width; "
-            "leave it out, or say teacher.resolution"
+            "leave it out, or set teacher.resolution"
         )
 
 

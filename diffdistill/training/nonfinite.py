@@ -43,9 +43,9 @@ class NonfiniteGuard:
         named = ", ".join(f"{loss} ({count} in a row)" for loss, count in self.skips.items() if count)
         if max(self.skips.values(), default=0) > 1:
             raise TrainingError(
-                f"step {step}: the run is at its end, but not done: its last updates were skipped, {named}, as losses"
-                " or gradients were not finite. Go back to an earlier checkpoint, --resume --checkpoint=NAME, or begin"
-                " anew, at a lower learning rate"
+                f"step {step}: the run is incomplete: its last updates were skipped ({named}), as losses or gradients"
+                " were not finite. Resume from an earlier checkpoint, --resume --checkpoint=NAME, or start again, at a"
+                " lower learning rate"
             )
         return f"step {step}: the last update was skipped: {named}" if named else None
 
@@ -62,8 +62,8 @@ class NonfiniteGuard:
         if faulty:
             named = name_some(dead) if dead else f"those of process {', '.join(map(str, faulty))}"
             raise TrainingError(
-                f"step {step}: weights are not finite ({named}); no checkpoint is written of them, and the last one is"
-                " intact: go on from it with --resume, at a lower learning rate"
+                f"step {step}: weights are not finite ({named}); no checkpoint is written, and the last one is"
+                " intact: resume from it, at a lower learning rate"
             )
 
     def refuse(

@@ -19,10 +19,10 @@ def notes_on_averages(config: RunConfig) -> Iterator[str]:
         share = share_of_start(settings, update, num_steps=steps, batch_images=batch)
         if share > MAX_SHARE_OF_START:
             place = group.replace("ema-", "more_emas.", 1)
-            told = f"{place}: {share:.1%} of the average at step {steps} will be the untrained start"
+            told = f"{place}: {share:.1%} of the EMA at step {steps} will still be the initial weights"
             followed = images_followed(update, num_steps=steps, batch_images=batch)
             if not followed:
-                yield f"{told}; {config.method.student} is not trained before it"
+                yield f"{told}; {config.method.student} is not trained yet"
                 continue
             most = followed * math.log(2) / -math.log(MAX_SHARE_OF_START)
             enough = math.floor(most) if most >= 1 else math.floor(1000 * most) / 1000

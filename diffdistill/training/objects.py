@@ -20,5 +20,5 @@ def with_objects(config: RunConfig, teacher: Any = None, data: Any = None) -> Ru
     if teacher is None:
         return config
     if config.teacher is not None and not is_given(config.teacher):
-        raise UserError(f"teacher = {config.teacher!r}: another is given as an object; leave one out")
+        raise UserError(f"teacher = {config.teacher!r}: another is passed as an object; use one of the two")
     return replace(config, teacher=give_teacher(teacher, image_shape=tuple(config.data.load().image_shape)))

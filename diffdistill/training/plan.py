@@ -251,7 +251,9 @@ def load_teacher(
     teacher = load_frozen("teacher", place, device)
     expected = state["model"].get("base") if state else None
     if expected and fingerprint(teacher.denoiser.net) != expected:
-        raise UserError(f"teacher = {place!r}: has changed since this run began, whose LoRA factors stand over it")
+        raise UserError(
+            f"teacher = {place!r}: has changed since this run started, and the run's LoRA factors belong to it"
+        )
     return teacher
 
 
@@ -263,7 +265,7 @@ def load_teachers(places: Mapping[str, str], device: torch.device) -> dict[str, 
 def load_frozen(key: str, place: str, device: torch.device) -> TrainedModel:
     """One frozen model, its factors merged.  key: the setting that names it."""
     if is_routed(FilePath(place)):
-        raise UserError(f"{key} = {place!r}: several students behind a router; name one model")
+        raise UserError(f"{key} = {place!r}: holds joined students; name one model")
     model = merge_model(load_model(place))
     model.denoiser.to(device)
     return model
@@ -309,11 +311,11 @@ def check_starts(method: Method, problem: Problem, players: Mapping[str, nn.Modu
     """Raise UserError if `starts` names what is no copy, or makes the student another model than its spec's."""
     for name in problem.teachers:
         if f"teacher_{name}" in players:
-            raise UserError(f"teachers.{name}: the method has a player teacher_{name} of its own; choose another name")
+            raise UserError(f"teachers.{name}: the method has its own player teacher_{name}; choose another name")
     copies = [name for name, module in players.items() if isinstance(module, Denoiser)]
     for name, start in problem.starts.items():
         if name not in copies or method.trains_network:
-            raise UserError(f"starts.{name}: no player that is a copy; choose from {', '.join(copies)}")
+            raise UserError(f"starts.{name}: not a player that starts as a copy; choose from {', '.join(copies)}")
         if name != method.student:
             continue
         found, described = problem.start_of(name), replace(problem, starts={}).start_of(name)
@@ -337,7 +339,7 @@ def check_players(config: RunConfig, players: Mapping[str, nn.Module]) -> None:
                 raise UserError(f"{key}.{name}: no such player; choose from {', '.join([*players, 'default'])}")
     for name in config.lora:
         if name != "default" and config.lora[name] and not lora_of(players[name]):
-            raise UserError(f"lora.{name}: does not start as the teacher; it is trained in full")
+            raise UserError(f"lora.{name}: does not start from the teacher; it is trained in full")
     for name in players:
         config.optimizer(name)
 

@@ -101,7 +101,7 @@ def with_rule(teacher: TrainedModel, rule: AnyGuidanceRule | None) -> TrainedMod
     if rule is None:
         return teacher
     if "guidance_input" in teacher.denoiser.net.accepts:
-        raise UserError("guidance_rule: the teacher takes the scale as its input, in one evaluation; leave it out")
+        raise UserError("guidance_rule: the teacher takes the scale as input; leave it out")
     teacher.denoiser.run_with(guidance_rule=rule)
     return replace(teacher, spec=replace(teacher.spec, model=replace(teacher.spec.model, guidance_rule=rule)))
 
@@ -130,7 +130,7 @@ def check_same_classes(what: str, names: tuple[str, ...], teachers: tuple[str, .
     """Raise UserError if both sides name their classes, and otherwise."""
     if not same_names(names, teachers):
         told = " and ".join(told_classes(range(len(known)), known) for known in (names, teachers))
-        raise UserError(f"{what}: its classes are not those of `teacher`: {told}")
+        raise UserError(f"{what}: its classes differ from those of `teacher`: {told}")
 
 
 def describe_student(
@@ -204,9 +204,9 @@ def check_models(config: RunConfig, teacher: TrainedModel | None) -> None:
     elif (config.model is None) == (teacher is None):
         raise UserError("give either `model` (to pretrain) or `teacher` (to distil), not both or neither")
     if config.guidance_rule and teacher is None:
-        raise UserError("guidance_rule: is of the teachers, and there is none; say model.guidance_rule")
+        raise UserError("guidance_rule: is for teachers, and there is none; set model.guidance_rule")
     if config.init and teacher is None:
-        raise UserError("init: goes with a `teacher`; to go on with a run, use --resume")
+        raise UserError("init: needs a `teacher`; to continue a run, use --resume")
 
 
 def check_teachers(config: RunConfig, first: TrainedModel | None, teachers: Mapping[str, TrainedModel]) -> None:
@@ -214,7 +214,7 @@ def check_teachers(config: RunConfig, first: TrainedModel | None, teachers: Mapp
     for name, other in teachers.items():
         key = f"teachers.{name} = {config.teachers.get(name)!r}"
         if first is None:
-            raise UserError(f"{key}: stands beside `teacher`; name that one first")
+            raise UserError(f"{key}: needs `teacher` as well")
         if not config.method.takes_teachers and f"teacher_{name}" not in config.starts.values():
             why = f"{config.method.name} asks one teacher, and no player starts as teacher_{name}"
             raise UserError(f"{key}: {why}; leave it out, or name it in `starts`")
@@ -227,7 +227,7 @@ def check_teachers(config: RunConfig, first: TrainedModel | None, teachers: Mapp
             ("text encoder", encoders[0] == encoders[1]),
         ):
             if not is_same:
-                raise UserError(f"{key}: its {what} is not that of `teacher`")
+                raise UserError(f"{key}: its {what} differs from that of `teacher`")
 
 
 def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: TrainedPlayers | None) -> None:
@@ -236,12 +236,14 @@ def check_lora(config: RunConfig, teacher: TrainedModel | None, initial: Trained
         return
     method = config.method
     if teacher is None or (method.trains_network and settings_for(method.student, config.lora)):
-        raise UserError(f"lora: goes over a teacher, but {method.name} trains a new network; leave lora out")
+        raise UserError(f"lora: is applied to a teacher, but {method.name} trains a new network; leave it out")
     if config.qat and settings_for(method.student, config.lora):
-        raise UserError("qat: rounds the student's weights, which lora leaves as they are; leave one out")
+        raise UserError("qat: rounds the student's weights, which lora does not train; use one of the two")
     for name, denoiser in initial.denoisers.items() if initial else ():
         if settings_for(name, config.lora) and not lora_of(denoiser):
-            raise UserError(f"init: its {name} was trained in full, and lora goes over the teacher; leave one out")
+            raise UserError(
+                f"init: its {name} was trained in full, and LoRA is applied to the teacher; use one of the two"
+            )
 
 
 def check_labels(method: Method, problem: Problem, source: ImageSource) -> None:
@@ -253,7 +255,7 @@ def check_labels(method: Method, problem: Problem, source: ImageSource) -> None:
         raise UserError(f"data: has no labels, but the teacher was trained on {known} classes; give it labels")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= known:
-        raise UserError(f"data: labels go from {low} to {high}; the teacher knows 0 to {known - 1}")
+        raise UserError(f"data: labels go from {low} to {high}; the teacher has 0 to {known - 1}")
 
 
 @contextmanager

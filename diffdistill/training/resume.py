@@ -60,7 +60,7 @@ def find_start(folder: FilePath, resume: bool | str) -> FilePath | None:
     found = list_checkpoints(folder / "checkpoints")
     if not resume:
         if found:
-            raise UserError(f"{folder}: holds a run already; add --resume to go on, or name another `run`")
+            raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another `run`")
         return None
     if isinstance(resume, str):
         target = folder / "checkpoints" / resume
@@ -80,7 +80,7 @@ def read_start(start: FilePath | None, processes: Processes) -> dict[str, Any] |
     content = manifest.read_bytes() if manifest and manifest.is_file() else b""
     if not processes.agree(crc32(start.name.encode() + content) if start else -1):
         seen = f"{start.name} ({crc32(content):08x})" if start else "no checkpoint"
-        raise UserError(f"--resume: not all processes see the same checkpoint; this one sees {seen} as the newest")
+        raise UserError(f"--resume: the processes see different checkpoints; the newest for this one is {seen}")
     if start is None:
         return None
     processes.on_main_first(lambda: check_checkpoint(start))
@@ -135,7 +135,7 @@ def check_teachers_are_there(config: RunConfig, found: Teachers) -> None:
         packaged = (name for name in packaged_configs() if name.startswith(f"pretrain/{config.data.name}"))
         makes = f"diffdistill pretrain {next(packaged, 'CONFIG')} run={place}"
         raise UserError(
-            f"{key} = {place!r}: no such folder; `{makes}` makes one, or name another by {key}=PLACE (a run, a "
+            f"{key} = {place!r}: no such folder; `{makes}` makes one, or name another with {key}=PATH (a run, a "
             "diffusers pipeline, or its name on the hub)"
         )
 
@@ -143,8 +143,8 @@ def check_teachers_are_there(config: RunConfig, found: Teachers) -> None:
 def _same_object(key: str, before: object, now: str | None) -> str:
     if now is None or before != now:
         raise UserError(
-            f"{key}: the run began with {before!r}, and now has {now!r}; an object is named by its weights; give the "
-            f"same again, as in dd.Trainer(config, teacher=..., resume=True)"
+            f"{key}: the run started with {before!r}, and now has {now!r}; an object is identified by its weights; "
+            "pass the same again, as in dd.Trainer(config, teacher=..., resume=True)"
         )
     return now
 
@@ -156,11 +156,11 @@ def _find_teacher(
     named = f"{key} = {given!r}" if given else f"{start}: {key}"
     if found.place is None:
         listed = ", ".join(found.looked)
-        raise UserError(f"{named}: no such folder (looked for {listed}); say where it is now: {key}=PLACE")
+        raise UserError(f"{named}: no such folder (looked for {listed}); pass its path: {key}=PATH")
     if found.is_same is False:
         said = f"{named}: {found.place} holds other weights than when this run began"
         if not allow_changes:
-            raise UserError(f"{said}; say where those are now, {key}=PLACE, or go on with --allow-changes")
+            raise UserError(f"{said}; pass the path of those, {key}=PATH, or use --allow-changes")
         say(said)
     return found.place
 
@@ -209,11 +209,11 @@ def check_unchanged(
     if changed:
         said = f"{origin}: the config has changed since:\n  " + "\n  ".join(changed)
         if not allow_changes:
-            raise UserError(f"{said}\nchange it back, or go on with --allow-changes")
+            raise UserError(f"{said}\nchange it back, or use --allow-changes")
         say(said)
     names = tuple(state.get("model", {}).get("class_names", ()))
     if not same_names(names, class_names_of(source)):
         told = " and ".join(told_classes(range(len(known)), known) for known in (names, class_names_of(source)))
-        raise UserError(f"{origin}: the classes under `data` are named otherwise than when the run began: {told}")
+        raise UserError(f"{origin}: the class names under `data` differ from those at the start of the run: {told}")
     if state.get("data", source.key) != source.key:
-        raise UserError(f"{origin}: the images or labels under `data` are not those that the run began with")
+        raise UserError(f"{origin}: the images or labels under `data` differ from those at the start of the run")

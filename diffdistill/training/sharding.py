@@ -52,7 +52,9 @@ def make_mesh(config: "RunConfig", processes: Processes) -> DeviceMesh | None:
         return _mesh(device, shard=processes.count)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the launcher: torchrun, accelerate
     if here == 1 or processes.count % here:
-        raise UserError(f"speed.shard = 'machine': {here} of {processes.count} processes are here; use all or none")
+        raise UserError(
+            f"speed.shard = 'machine': {here} of {processes.count} processes are on this machine; use all or none"
+        )
     return _mesh(device, replicate=processes.count // here, shard=here)
 
 
@@ -211,7 +213,7 @@ def _check(config: "RunConfig") -> None:
     }
     named = [name for name, is_so in faults.items() if is_so]
     if named:
-        raise UserError(f"speed.shard = {speed.shard!r}: does not go with {', '.join(named)}; use none")
+        raise UserError(f"speed.shard = {speed.shard!r}: does not work with {', '.join(named)}; use none")
 
 
 def _can_ignore() -> bool:

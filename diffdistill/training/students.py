@@ -85,7 +85,7 @@ def train_students(
     failed = [group for group in groups if not group.is_done]
     if failed:
         listed = "".join(f"\n  student {group.index}: {group.last_words} ({group.log})" for group in failed)
-        raise TrainingError(f"{len(failed)} of {len(groups)} students failed:{listed}\ngo on with --resume")
+        raise TrainingError(f"{len(failed)} of {len(groups)} students failed:{listed}\nresume with --resume")
     return [group.run for group in groups]
 
 
@@ -94,11 +94,11 @@ def plan_groups(config: FilePath, overrides: Sequence[str], *, resume: bool) -> 
     parsed = load_config(config, overrides)
     count = getattr(parsed.method, "num_students", None)
     if count is None:
-        raise UserError(f"method.name = {parsed.method.name!r}: has no students; use `diffdistill train`")
+        raise UserError(f"method.name = {parsed.method.name!r}: has a single student; use `diffdistill train`")
     groups = [Group(index, FilePath(parsed.run) / f"student_index={index}") for index in range(count)]
     for group in groups:
         if not resume and list_checkpoints(group.run / "checkpoints"):
-            raise UserError(f"{group.run}: holds a run already; add --resume to go on, or name another `run`")
+            raise UserError(f"{group.run}: holds a run already; add --resume to continue it, or choose another `run`")
     return groups
 
 
@@ -170,7 +170,7 @@ def _supervise(
                 group.starts -= 1
                 waiting.insert(0, group)
             elif can_go_on and not stopping:
-                say(f"student {group.index} ended with {group.code}; start {group.starts + 1}: {group.last_words}")
+                say(f"student {group.index} exited with {group.code}; start {group.starts + 1}: {group.last_words}")
                 waiting.insert(0, group)
             elif group.is_done:
                 say(f"student {group.index}: done")
@@ -180,5 +180,5 @@ def _waits(group: Group, say: Say) -> bool:
     """Whether another process holds the student's folder: one of a launcher that was killed, say, which is saving."""
     before, group.holder = group.holder, holder_of(group.run)
     if group.holder and group.holder != before:
-        say(f"student {group.index}: {group.run} is written by another run ({group.holder}); waits for it to end")
+        say(f"student {group.index}: {group.run} is in use by another run ({group.holder}); waiting for it to end")
     return group.holder is not None

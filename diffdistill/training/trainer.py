@@ -145,7 +145,7 @@ class Trainer:
                 log.note(warning)
                 log.say(f"warning: {warning}")
             if self.plan.start:
-                log.tell(f"{self.folder}: {self._going_on}")
+                log.tell(f"{self.folder}: {self._resumed}")
             while self.step < train.steps:
                 self.train_step(log)
                 log.step(self.step)
@@ -229,9 +229,9 @@ class Trainer:
         return folder / f"{PREFIX}{self.step:08d}"
 
     @property
-    def _going_on(self) -> str:
+    def _resumed(self) -> str:
         steps = self.config.train.steps
-        return f"goes on from step {self.step} of {steps}" if self.step < steps else f"is done, {steps} steps"
+        return f"resumed at step {self.step} of {steps}" if self.step < steps else f"finished, {steps} steps"
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the leaderboard knows of costs: steps, size, training, speed. Only like is put beside like."""
+"""Costs on the leaderboard: NFE, parameters, training, speed. Only costs measured the same way share a column."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ def cost_columns(records: Sequence[Record]) -> list[Cost]:
     way of measuring.
     """
     costs = [
-        Cost("steps", "network evaluations for one image", "network evaluations", evaluations),
-        Cost("params", "parameters of what runs when it samples", "parameters", _parameters),
-        Cost("images seen", "images that training has seen", "training images", _cost("train_images")),
+        Cost("NFE", "NFE: network evaluations per image", "NFE", nfe),
+        Cost("params", "parameters of the networks that sample", "parameters", _parameters),
+        Cost("images seen", "images seen in training", "training images", _cost("train_images")),
         Cost("training s", "training time, seconds", "training time", _cost("train_seconds")),
         Cost("CPU s", "training time, CPU-seconds", "training CPU time", _cost("train_cpu_seconds")),
         Cost("GPU h", "training time, GPU-hours", "GPU-hours", _cost("gpu_hours")),
@@ -38,16 +38,16 @@ def cost_columns(records: Sequence[Record]) -> list[Cost]:
     ]
     for way in dict.fromkeys(_way(record.efficiency) for record in records if record.efficiency):
         costs += [
-            Cost("ms", f"latency of one image, ms ({way})", "latency", _efficiency("latency_ms", way)),
-            Cost("images/s", f"images a second ({way})", "", _efficiency("throughput", way), is_plotted=False),
+            Cost("ms", f"latency per image, ms ({way})", "latency", _efficiency("latency_ms", way)),
+            Cost("images/s", f"images per second ({way})", "", _efficiency("throughput", way), is_plotted=False),
         ]
     if all(record.cost is None or record.cost.train_images is not None for record in records):
         costs = [cost for cost in costs if cost.label != "iterations"]  # these say less than images do
     return [cost for cost in costs if any(cost.value(record) is not None for record in records)]
 
 
-def evaluations(record: Record) -> int | None:
-    """Of the network for one image."""
+def nfe(record: Record) -> int | None:
+    """Number of function evaluations: of the network, per image."""
     if record.sampler and record.sampler.num_evaluations is not None:
         return record.sampler.num_evaluations
     return record.efficiency.num_evaluations if record.efficiency else None

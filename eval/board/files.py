@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from diffdistill.eval.board.card_yaml import write_yaml
-from diffdistill.eval.board.costs import cost_columns, evaluations
+from diffdistill.eval.board.costs import cost_columns, nfe
 from diffdistill.eval.board.figures import compact, decimals_of
 from diffdistill.eval.board.leaderboard import Board, Entry, Group, against_values, read_board
 from diffdistill.eval.board.page import board_page
@@ -83,7 +83,7 @@ def to_markdown(board: Board, *, title: str = "Leaderboard") -> str:
         lines += [f"## {_md(group.name)}", "", f"Protocol `{group.protocol_id[:12]}`, measured.", ""]
         lines += [*_md_table([group], is_ranked=True), ""]
     if board.reported:
-        lines += ["## Published", "", "Not ranked: the set-ups differ.", ""]
+        lines += ["## Published", "", "Not ranked: the evaluations differ.", ""]
     for task in dict.fromkeys(group.task for group in board.reported):
         groups = [group for group in board.reported if group.task == task]
         lines += [f"### {_md(task)}", "", *_md_table(groups, is_ranked=False), ""]
@@ -154,12 +154,12 @@ def _against_args(entry: Entry) -> dict[str, Any]:
 def eval_results(group: Group, entry: Entry) -> list[dict[str, Any]]:
     """Entries of a model repository's `.eval_results/*.yaml`, one for each metric."""
     date = max((s.record.environment.date for s in entry.sources if s.record.environment), default=None)
-    steps = evaluations(entry.first)
+    evaluations = nfe(entry.first)
     notes = ", ".join(
         text
         for text in (
             f"protocol {group.name} ({group.protocol_id[:12]})",
-            f"{steps} network evaluations an image" if steps is not None else "",
+            f"{evaluations} NFE" if evaluations is not None else "",
             f"seeds {', '.join(map(str, entry.seeds))}" if entry.seeds else "",
         )
         if text
@@ -232,7 +232,7 @@ def _csv_rows(group: Group, entry: Entry) -> Iterator[dict[str, Any]]:
         **(dump(first.cost) if first.cost else {}),
         **(dump(first.efficiency) if first.efficiency else {}),
     }
-    known |= {"guidance": first.sampler.guidance if first.sampler else None, "num_evaluations": evaluations(first)}
+    known |= {"guidance": first.sampler.guidance if first.sampler else None, "num_evaluations": nfe(first)}
     if first.model and first.model.parameters is not None:
         known["parameters"] = first.model.parameters
     if first.source:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffdistill.eval.board.costs import Cost, cost_columns, evaluations
+from diffdistill.eval.board.costs import Cost, cost_columns, nfe
 from diffdistill.eval.board.figures import Given, Plot, Scale, compact, decimals_of, scatter, shorten
 from diffdistill.eval.board.further import embedded, rows_at_once, table_of
 from diffdistill.eval.board.leaderboard import Board, Entry, Group, Located, Score
@@ -101,7 +101,7 @@ class Row:
 
     @property
     def bucket(self) -> str:
-        number = evaluations(self.entry.first)
+        number = nfe(self.entry.first)
         if number is None:
             return ""
         return "1" if number == 1 else "2-4" if number <= 4 else "5+"
@@ -259,7 +259,7 @@ def _strip(score: Score, scale: Scale) -> Strip:
 def _metric_column(name: str) -> Column:
     side, label = better(name), metric_label(name)
     if side == "unknown":
-        return Column(label, f"{label}: which is better is unknown")
+        return Column(label, f"{label}: the better direction is unknown")
     return Column(label, f"{label}: {side} is better", side)
 
 
@@ -311,11 +311,11 @@ def _grid(entry: Entry, say: Callable[[str], None]) -> Embedded | None:
         file = (folder / images.grid).resolve()
         is_there = file.is_relative_to(folder) and file.exists()
     except (OSError, ValueError):
-        raise UserError(f"{source.origin}: images.grid = {shorten(images.grid, 80)!r}: is no file's name") from None
+        raise UserError(f"{source.origin}: images.grid = {shorten(images.grid, 80)!r}: is not a file name") from None
     if not file.is_relative_to(folder):
         raise UserError(f"{source.origin}: images.grid = {images.grid!r}: lies outside {folder}")
     if not is_there:
-        say(f"{source.origin}: images.grid = {images.grid!r}: no such file; the page goes without it")
+        say(f"{source.origin}: images.grid = {images.grid!r}: no such file; the page omits it")
         return None
     return embed_picture(file)
 
@@ -331,7 +331,7 @@ def _facts(group: Group) -> str:
         f"{repeats} repeats" if isinstance(repeats, int) and repeats > 1 else "",
         f"against {shorten(str(against), 60)}" if against else "",
         f"ranked by {metric_label(group.primary)}"
-        + (", the least of the repeats" if protocol.get("headline") == "min" else ""),
+        + (", the minimum of the repeats" if protocol.get("headline") == "min" else ""),
     ]
     return " · ".join(fact for fact in facts if fact)
 
@@ -339,9 +339,9 @@ def _facts(group: Group) -> str:
 def _summary(board: Board) -> str:
     models = sum(len(group.entries) for group in board.measured)
     published = sum(len(group.entries) for group in board.reported)
-    text = f"{_count(models, 'result')} measured by {_count(len(board.measured), 'protocol')}"
-    text += f", beside {_count(published, 'published one')}. " if published else ". "
-    return text + "A model is ranked only among models that were measured in exactly the same way."
+    text = f"{_count(models, 'result')} measured under {_count(len(board.measured), 'protocol')}"
+    text += f", next to {_count(published, 'published one')}. " if published else ". "
+    return text + "Models are ranked only against models measured under the same protocol."
 
 
 def _count(number: int, noun: str) -> str:

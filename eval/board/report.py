@@ -1,4 +1,4 @@
-"""One run on one HTML page: settings, curves, health signals, previews over time, scores. From its folder alone."""
+"""An HTML page of one run: settings, curves, health signals, previews, scores. From its folder alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ def write_report(run: FilePath, out: FilePath | None = None) -> FilePath:
 def report_page(run: FilePath) -> str:
     """The page of a run. Raises UserError if the folder has no config.yaml, or one that is not YAML."""
     if not (run / CONFIG).is_file():
-        raise UserError(f"{run}: is no run's folder: it has no {CONFIG}")
+        raise UserError(f"{run}: not the folder of a run: it has no {CONFIG}")
     config = read_yaml(run / CONFIG)
     metrics = read_metrics(run / METRICS)
     clock = read_clock(run / METRICS)
@@ -134,7 +134,7 @@ def tiles(
     found = [
         ("Steps", f"{done:,}", f"of {planned:,}" if isinstance(planned, int) else ""),
         ("Images", compact(images), f"batches of {_setting(config, 'train', 'global_batch_size')}"),
-        ("Time", duration(seconds), f"{done / seconds:.3g} steps a second" if seconds else ""),
+        ("Time", duration(seconds), f"{done / seconds:.3g} steps per second" if seconds else ""),
         ("Seed", str(_setting(config, "train", "seed")), str(_setting(config, "train", "precision"))),
     ]
     if health:
@@ -216,7 +216,7 @@ def against_table(origin: str, records: Sequence[Record]) -> list[Table]:
         if record.against
         for metric, one in record.against.metrics.items()
     ]
-    heads = ("name", "against", "images", "distance", "to it", "its own floor", "above the floor")
+    heads = ("name", "against", "images", "metric", "distance", "floor", "distance - floor")
     pairs = [
         (
             record.name,

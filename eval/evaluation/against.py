@@ -53,7 +53,7 @@ def check_fits(student: tuple[str, Made], teacher: tuple[str, Made]) -> None:
         (own.takes_text or classes[0] == classes[1], _classes(other), _classes(own)),
     ):
         if not is_same:
-            raise UserError(f"--against {place}: {theirs}, and {name} {ours}; give a model of the same images")
+            raise UserError(f"--against {place}: {theirs}, and {name} {ours}; use a model of the same images")
 
 
 def _text(made: Made) -> str:

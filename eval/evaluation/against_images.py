@@ -122,7 +122,7 @@ def _preparation(images: Images, shape: tuple[int, ...], choice: Choice) -> tupl
         return how, ""
     if shape[1] != shape[2]:
         found = ", ".join(sorted(show(size) for size in sizes)[:3])
-        raise UserError(f"--against: images of {found}, and the model makes {show(shape)}, which are no squares")
+        raise UserError(f"--against: images of {found}, and the model makes {show(shape)}, which are not square")
     sized = Preparation(crop="centre_square", side=shape[1], filter="lanczos")
     return sized, f"their middle squares at {shape[1]} x {shape[1]}"
 

@@ -67,7 +67,7 @@ def _names_of(real: Mapping[str, RealFeatures]) -> tuple[str, ...]:
     for about in named:
         if about.class_names != named[0].class_names:
             told = " and ".join(f"{one.origin} of {listed(one.class_names)}" for one in (named[0], about))
-            raise UserError(f"the references are of other classes: {told}; compute them of the same images")
+            raise UserError(f"the references have other classes: {told}; compute them from the same images")
     return named[0].class_names if named else ()
 
 

@@ -39,9 +39,9 @@ def run_eval(places: Sequence[str], options: EvalOptions, console: Console) -> l
     Raises UserError, before any image is made where that can be known.
     """
     if options.names and len(options.names) != len(places):
-        raise UserError(f"--name: {len(options.names)} names for {len(places)} places; give one for each")
+        raise UserError(f"--name: {len(options.names)} names for {len(places)} models; give one per model")
     if options.grid and not options.records:
-        raise UserError("--grid: lies beside the records; give --records as well")
+        raise UserError("--grid: is written next to the records; add --records")
     if options.against:
         _check_writable(options)
     opponent, bench, told = prepare_against(places, options) if options.against else (None, set_up(places, options), "")

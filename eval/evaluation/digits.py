@@ -125,15 +125,15 @@ def gaussian_baseline(seed: int = 0) -> Row:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """One line a row. A row without evaluations shows no cost."""
+    """One line per row. A row without NFE shows no cost."""
     table = Table(title=f"{DIGITS_PIXELS.name}: {DIGITS_PIXELS.num_images:,} images against the train split")
     table.add_column("name")
-    for column in ("evaluations", "FD pixels", "precision", "recall", "ms / image"):
+    for column in ("NFE", "FD pixels", "precision", "recall", "ms / image"):
         table.add_column(column, justify="right")
     for row in rows:
         quality = (f"{value:.3f}" for value in (row.fd_pixels, row.precision, row.recall))
-        evaluations, cost = (str(row.num_evaluations), f"{row.ms_per_image:.3f}") if row.num_evaluations else ("-", "-")
-        table.add_row(row.name, evaluations, *quality, cost)
+        nfe, cost = (str(row.num_evaluations), f"{row.ms_per_image:.3f}") if row.num_evaluations else ("-", "-")
+        table.add_row(row.name, nfe, *quality, cost)
     console.print(table)
 
 

@@ -80,7 +80,9 @@ class StudentEvaluator:
             asked=config.protocol,
         )
         if not isinstance(student, Denoiser):
-            raise UserError(f"eval: the student is no denoiser but {type(student).__name__}; evaluate its checkpoints")
+            raise UserError(
+                f"eval: the student is a {type(student).__name__}, not a denoiser; evaluate its checkpoints"
+            )
         some = captions[: protocol.num_images] if captions is not None else None
         around = open_around(spec, student, some, processes.device, origin="eval", keeps_encoder=False)
         evaluator = StudentEvaluator(config, folder, spec, bench, best_by, processes, around)

@@ -118,7 +118,9 @@ def specifications(protocol: Protocol) -> dict[str, AnyFeatures]:
     for metric in protocol.metrics:
         features = metric.features
         if found.setdefault(features.label, features) != features:
-            raise UserError(f"protocol {protocol.name}: metrics: {features.label} stands for two different features")
+            raise UserError(
+                f"protocol {protocol.name}: metrics: {features.label} names two different feature extractors"
+            )
     return found
 
 
@@ -213,7 +215,7 @@ class StoredFeatures:
         labels = labels_of(protocol.labels, index, protocol.num_images, rng)
         if labels is None:
             raise UserError(
-                f"protocol {protocol.name}: a metric asks what each image was asked for, and it names no classes"
+                f"protocol {protocol.name}: a metric needs the class of each image, and the protocol has none"
             )
         return labels
 

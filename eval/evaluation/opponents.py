@@ -42,8 +42,8 @@ def prepare_against(places: Sequence[str], options: EvalOptions) -> tuple[Oppone
         )
     if options.protocol:
         raise UserError(
-            f"--against {options.against}: are images, of which a protocol is made; leave out --protocol, or give its "
-            "own references by --reference"
+            f"--against {options.against}: are images, which define a protocol; leave out --protocol, or pass the "
+            "references of your protocol with --reference"
         )
     options, told = _against_images(places, options, options.against)
     return None, set_up(places, options), told
@@ -92,7 +92,7 @@ def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> t
     guidance = _teacher_guidance(places)
     source = open_place(place, sets, replace(options, guidance=str(guidance), sampler=None, ema=None))
     if not isinstance(source, SampledImages):
-        raise UserError(f"--against {place}: is no model")
+        raise UserError(f"--against {place}: not a model")
     opponent = Opponent(place, source, sets, pairs, options.root)
     with progress_bar(place, opponent.num_images, Console(stderr=True), is_shown=sets.workers.is_main) as advance:
         opponent.prepare(advance)
@@ -123,7 +123,9 @@ def _teacher_guidance(places: Sequence[str]) -> float:
     found = {place: scale for place in places if (scale := _own_guidance(place)) is not None}
     if len(set(found.values())) > 1:
         told = ", ".join(f"{place} {scale:g}" for place, scale in found.items())
-        raise UserError(f"--against: the students were distilled at different guidance ({told}); measure them apart")
+        raise UserError(
+            f"--against: the students were distilled with different guidance ({told}); evaluate them separately"
+        )
     return next(iter(found.values()), 1.0)
 
 

@@ -162,7 +162,7 @@ def parse_weights(options: Sequence[str], labels: Sequence[str], *, setting: str
         if not equals or not file:
             raise UserError(f"{setting} {option}: write LABEL=FILE, as in {labels[0]}=FILE")
         if label not in labels:
-            raise UserError(f"{setting} {option}: {label} is none of the protocol's features ({', '.join(labels)})")
+            raise UserError(f"{setting} {option}: {label} is not one of the protocol's features ({', '.join(labels)})")
         found[label] = file
     return found
 
@@ -174,7 +174,7 @@ class _DataHolder:
 
 def _reference_of(protocol: Protocol) -> Reference:
     if protocol.reference is None:
-        raise UserError(f"protocol {protocol.name}: compares with no real images")
+        raise UserError(f"protocol {protocol.name}: does not compare with real images")
     return protocol.reference
 
 
@@ -207,6 +207,6 @@ def _found(
     wanted = f"IMAGES being {reference.dataset}'s {reference.split} split ({reference.preparation})"
     told = f", or put {reference.source} at {published}" if reference.source else ""
     raise UserError(
-        f"protocol {protocol.name}: there is no {ours}; compute it: diffdistill reference IMAGES --protocol "
+        f"protocol {protocol.name}: there is no {ours}; compute it with: diffdistill reference IMAGES --protocol "
         f"{shlex.quote(asked)}, {wanted}{told}"
     )

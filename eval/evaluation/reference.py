@@ -183,7 +183,7 @@ def check_reference(
     about, origin = reference.about, reference.about.origin
     if about.weights_sha256 not in (None, extractor.sha256):
         raise UserError(
-            f"the reference {origin} was made by weights {about.weights_sha256}, not by {extractor.sha256} of "
+            f"the reference {origin} was computed with weights {about.weights_sha256}, not with {extractor.sha256} of "
             f"{extractor.label}; compute it again"
         )
     if about.preparation is None:
@@ -191,7 +191,9 @@ def check_reference(
     _check_settings(about, extractor, is_square=is_square)
     told, wanted = (_of_real_images(how) for how in (about.preparation, preparation))
     if told != wanted:
-        raise UserError(f"the reference {origin} is of images prepared as {told}; the protocol's are {wanted}")
+        raise UserError(
+            f"the reference {origin} was computed from images prepared as {told}; the protocol's are {wanted}"
+        )
 
 
 def _check_settings(about: About, extractor: Extractor, *, is_square: bool) -> None:
@@ -205,7 +207,8 @@ def _check_settings(about: About, extractor: Extractor, *, is_square: bool) -> N
         return
     if changed:
         raise UserError(
-            f"the reference {about.origin} is of {extractor.label} under other settings ({'; '.join(changed)}); "
+            f"the reference {about.origin} was computed by {extractor.label} with other settings "
+            f"({'; '.join(changed)}); "
             "compute it again"
         )
 
@@ -241,7 +244,7 @@ def _imported(
 ) -> RealFeatures:
     """The covariance of all these tools is the unbiased one."""
     if num_images is None or num_images < 2:
-        raise UserError(f"{file}: does not say of how many images it is; the protocol's reference.num_images has to")
+        raise UserError(f"{file}: does not state its number of images; set reference.num_images in the protocol")
     mu, sigma = _gaussian(mean, covariance, file, ("mu", "sigma"))
     digest = hashlib.sha256(mu.numpy().tobytes() + sigma.numpy().tobytes()).hexdigest()
     about = About(label=label, origin=file, num_images=num_images, images_sha256=digest)

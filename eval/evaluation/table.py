@@ -1,4 +1,4 @@
-"""Tables of an evaluation for people, and their rows for JSON."""
+"""Tables of an evaluation, and their rows for JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,7 +15,7 @@ from diffdistill.settings.terminal import Console
 
 
 def rows_of(evaluations: Sequence[Evaluation]) -> list[dict[str, str | int | float | None]]:
-    """One flat row each: name, evaluations, every metric (its headline value), milliseconds an image."""
+    """One flat row each: name, NFE, every metric (its headline value), milliseconds an image."""
     rows: list[dict[str, str | int | float | None]] = []
     for done in evaluations:
         record, sampler = done.record, done.record.sampler
@@ -41,7 +41,7 @@ def show_evaluations(evaluations: Sequence[Evaluation], console: Console) -> Non
     """One line a record, all of one protocol, or one a metric where that would be too wide; below it what is to be
     known about them."""
     names = list(evaluations[0].record.metrics)
-    heads = ["name", "evaluations", *map(metric_label, names), "ms / image"]
+    heads = ["name", "NFE", *map(metric_label, names), "ms / image"]
     rows = [heads, *(_cells(done, names) for done in evaluations)]
     title = _title(evaluations[0].record.protocol)
     table = _table(title, rows)
@@ -57,20 +57,20 @@ def show_against(records: Sequence[Record], console: Console) -> None:
     if not asked:
         return
     first = asked[0][1]
-    heads = ["name", "distance", "to it", "its own floor", "above the floor", f"{first.confidence:.0%} interval"]
+    heads = ["name", "metric", "distance", "floor", "distance - floor", f"{first.confidence:.0%} interval"]
     rows = [heads]
     for record, against in asked:
         for metric, one in against.metrics.items():
             values = (number(metric, measured.value) for measured in (one.student, one.floor, one.excess))
             interval = f"{number(metric, one.excess.low)} .. {number(metric, one.excess.high)}"
             rows.append([record.name, metric_label(metric), *values, interval])
-    console.print(_table(f"against {first.place}: {first.num_images:,} images each, on independent noise", rows))
+    console.print(_table(f"against {first.place}: {first.num_images:,} images each, from independent noise", rows))
     for record, against in asked:
         ends = against.end_points
         if ends:
             same = ends.same_noise
             told = (
-                f"{record.name}: on the same noise its pixels differ by {same.value:.3f} ({same.low:.3f} .. "
+                f"{record.name}: from the same noise, pixels differ by {same.value:.3f} ({same.low:.3f} .. "
                 f"{same.high:.3f}) of {ends.unrelated:.3f} between unrelated images, RMS over {ends.count:,} pairs"
             )
             console.print(told, markup=False, highlight=False, soft_wrap=True)

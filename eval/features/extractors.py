@@ -362,8 +362,8 @@ def load_extractor(
     """
     if is_foreign_code(features) and not trusts_code:
         raise UserError(
-            f"features {features.label}: TorchScript, a program that runs as you do; know who made the file and what "
-            "it does, and add --trust-code (in Python: trusts_code=True)"
+            f"features {features.label}: TorchScript, a program that runs with your permissions; if you trust the "
+            "file, add --trust-code (in Python: trusts_code=True)"
         )
     device = torch.device(device)
     if isinstance(features, Registered):

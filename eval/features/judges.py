@@ -33,7 +33,7 @@ class Preference(Judge):
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """images: [B, 3, H, W]; those of one channel are grey.  Raises UserError on others: latents."""
         if images.shape[1] not in (1, 3):
-            raise UserError(f"reward: {self.name!r} sees images of 1 or 3 channels, not {images.shape[1]}: no pixels")
+            raise UserError(f"reward: {self.name!r} takes images of 1 or 3 channels, not {images.shape[1]}")
         self.load(images.device)
         extractor = self._loaded
         assert extractor is not None

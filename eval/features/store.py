@@ -63,7 +63,7 @@ class FeatureStore:
         """A block's tensors by name. Raises UserError if it is not there or damaged."""
         data = self._find(block)
         if data is None:
-            raise UserError(f"{self.folder}: block {block} is missing or damaged; evaluate again")
+            raise UserError(f"{self.folder}: block {block} is missing or damaged; run the evaluation again")
         return load(data)
 
     def rows(self, name: str, *, max_samples: int | None = None) -> Iterator[Tensor]:
@@ -104,7 +104,7 @@ def locked(folder: FilePath) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(folder / ".lock"))
         except Held as holder:
-            raise UserError(f"{folder}: another evaluation of the same images is under way ({holder})") from None
+            raise UserError(f"{folder}: another evaluation of the same images is running ({holder})") from None
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
         yield

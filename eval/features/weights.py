@@ -103,7 +103,7 @@ def _verified(path: FilePath, file: WeightsFile) -> Found:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if file.sha256 and not digest.startswith(file.sha256):
         raise UserError(
-            f"{path}: broken, or another file: its SHA-256 is {digest}, that of {file.name} "
+            f"{path}: damaged, or another file: its SHA-256 is {digest}, that of {file.name} "
             f"{'is' if len(file.sha256) == 64 else 'begins with'} {file.sha256}; replace it{_from(file)}"
         )
     return Found(path, digest)

@@ -36,7 +36,7 @@ def open_diffusers(
     """
     record = read_record(place)
     if place.exists() and not (place / INDEX).exists():
-        raise UserError(f"{place}: a network without its scheduler; give the pipeline's folder, with {INDEX}")
+        raise UserError(f"{place}: a network without its scheduler; name the folder of the pipeline, with {INDEX}")
     pipeline = open_pipeline(place)
     denoiser = _knowing_no_class(pipeline, protocol.labels.num_classes).to(device)
     around = open_around(pipeline.spec, denoiser, options.captions, device, origin=str(place))

@@ -85,7 +85,7 @@ def open_around(
     """
     encoder = encoder_of(spec)
     if encoder is not None and captions is None:
-        raise UserError(f"{origin}: takes captions; name a protocol that has some (coco2014-fid30k, or your own)")
+        raise UserError(f"{origin}: takes captions; choose a protocol with captions (coco2014-fid30k, or your own)")
     pipeline = pipeline_of(spec)
     vae = pipeline.load_vae().to(device) if pipeline and pipeline.has_vae else None
     if encoder is None and vae is None:

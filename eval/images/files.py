@@ -152,7 +152,7 @@ class ImageFiles:
         if found != wanted:
             raise UserError(
                 f"{self.origin}: {shown(item.name)} is {'' if found == 'lossless' else 'no '}lossless file, and the "
-                f"protocol's preparation.encoding is {wanted}; its number would be another one"
+                f"protocol's preparation.encoding is {wanted}; its metrics would not be comparable"
             )
 
     def _sizes_differ(self, numbers: tuple[int, int], images: tuple[Tensor, Tensor]) -> str:

@@ -51,7 +51,7 @@ class SampledImages:
     def __post_init__(self) -> None:
         where, protocol, net = self.model.source, self.protocol, self.denoiser.net
         if protocol.labels.policy == "captions" and (self.around is None or self.around.encode is None):
-            raise UserError(f"{where}: {protocol.name} asks for captions, which this model does not take")
+            raise UserError(f"{where}: {protocol.name} has captions, which this model does not take")
         made = self.around.image_shape(self.image_shape) if self.around else self.image_shape
         if protocol.image_shape not in (None, made):
             raise UserError(f"{where}: makes {show(made)} images; {protocol.name} is for {show(protocol.image_shape)}")

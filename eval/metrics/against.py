@@ -72,7 +72,7 @@ def distances_above_floor(
     sets = (student, same_noise, independent)
     counts = [next(iter(side.values())).summary.count for side in sets]
     if len(set(counts)) > 1 or counts[0] < 4:
-        raise UserError(f"distances above a floor need equal sets of 4 images or more, not {counts}")
+        raise UserError(f"distances above a floor need sets of equal size, 4 images or more, not {counts}")
     whole = [score(metrics, side, independent).values for side in (student, same_noise)]
     rng = torch.Generator().manual_seed(seed)
     drawn = [(draw_half(counts[0], rng), draw_half(counts[0], rng)) for _ in range(num_replicates)]

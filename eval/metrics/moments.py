@@ -89,7 +89,7 @@ class Moments:
         if other._sum.count:
             index, features = self._held_samples()
             if self._sum.count or (len(index) and int(index.min()) < other._sum.count):
-                raise UserError("sample 0 came twice: count samples over all batches and processes")
+                raise UserError("sample 0 was added twice: count samples over all batches and processes")
             self._sum, self._held = other._sum.copy(), {}
             self.update(features, index)
         index, features = other._held_samples()
@@ -130,7 +130,7 @@ class Moments:
         values, repeats = torch.unique(index, return_counts=True)
         twice = torch.cat([index[known], values[repeats > 1]])
         if len(twice):
-            raise UserError(f"sample {int(twice[0])} came twice: count samples over all batches and processes")
+            raise UserError(f"sample {int(twice[0])} was added twice: count samples over all batches and processes")
 
     def _block(self, number: int) -> "_Block":
         if number not in self._held:

@@ -87,7 +87,7 @@ class FrechetRest(Metric):
         rows, asked = sides.fake.rows(), sides.fake.conditions
         rest = rows[~torch.isin(asked, torch.tensor(self.forgotten, device=asked.device)).to(rows.device)]
         if len(rest) < 2:
-            raise UserError(f"{sides.key}: {len(rest)} images are asked for other classes; a distance needs 2 or more")
+            raise UserError(f"{sides.key}: {len(rest)} images are of other classes; a distance needs 2 or more")
         return Found((frechet_of(Rows(rest), sides.real),))
 
 

@@ -19,21 +19,21 @@ from diffdistill.settings.text import read_text
 def read_captions(
     protocol: Protocol, file: str | None, *, setting: str = "--captions"
 ) -> tuple[Protocol, list[str] | None]:
-    """The protocol with its captions' SHA-256, and the captions, one a line; None where it asks for none.
+    """The protocol with its captions' SHA-256, and the captions, one a line; None where it has none.
 
     setting: what names the file, for messages.
     Raises UserError if there is no file, or it is another one than the protocol's.
     """
     if protocol.captions is None:
         if file is not None:
-            raise UserError(f"{setting} {file}: protocol {protocol.name} asks for none")
+            raise UserError(f"{setting} {file}: protocol {protocol.name} has none")
         return protocol, None
     if file is None:
         raise UserError(f"protocol {protocol.name}: give its captions: {setting} FILE ({protocol.captions.name})")
     content = _content(file)
     lines = read_text(content, origin=file).splitlines()
     if content.startswith(codecs.BOM_UTF8):
-        raise UserError(f"{file}: begins with a byte order mark, which is no part of caption 1; write it without one")
+        raise UserError(f"{file}: begins with a byte order mark, which is not part of caption 1; remove it")
     _check(protocol.captions, file, content, lines)
     known = replace(protocol.captions, sha256=hashlib.sha256(content).hexdigest())
     return replace(protocol, captions=known), lines

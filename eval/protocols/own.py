@@ -52,7 +52,7 @@ def choose_features(shape: tuple[int, ...], *, quantiser: str = "round", weights
         if features.label in weights or _is_there(features):
             return Choice(features, Preparation(), f"{features.label}, which is here, for images of {size}")
     if shape[1] != shape[2]:
-        raise UserError(f"--against: no network of features is here, and images of {size} are no squares; --protocol")
+        raise UserError(f"--against: no feature network is available, and images of {size} are not square; --protocol")
     small = Preparation(side=SMALL_SIDE, filter="box")
     return Choice(Pixels(), small, f"pixels at {SMALL_SIDE} x {SMALL_SIDE}, as no network of features is here")
 
@@ -73,7 +73,9 @@ def make_protocol(
     preparation: instead of the choice's.  Raises UserError for a model that takes text, without captions.
     """
     if made.takes_text and captions is None:
-        raise UserError("--against: the model takes text; give --captions FILE, one a line, or a --protocol with some")
+        raise UserError(
+            "--against: the model takes text; pass --captions FILE, one per line, or a --protocol with captions"
+        )
     usual = NUM_IMAGES if isinstance(choice.features, Pixels) else NUM_IMAGES_NETWORK
     count = num_images or min(usual, captions.count if captions else usual)
     labels = Labels(policy="cyclic", num_classes=made.num_classes) if made.num_classes else Labels(policy="none")

@@ -230,5 +230,5 @@ def find_protocol(name: str) -> Protocol:
         raise UserError(f"protocol {name!r}: unknown (choices: {', '.join(PROTOCOLS)}, or a YAML file)")
     own = validate(Protocol, read_yaml(name), origin=name)
     if own.name in PROTOCOLS and own != PROTOCOLS[own.name]:
-        raise UserError(f"{name}: name = {own.name!r}: is the name of another protocol; give yours its own")
+        raise UserError(f"{name}: name = {own.name!r}: is the name of another protocol; choose another name")
     return own

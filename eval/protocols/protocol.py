@@ -143,7 +143,7 @@ class Protocol:
         keys = [key for metric in self.metrics for key in metric.keys]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise ValueError(f"metrics: {twice[0]} is named twice; one protocol has one of each name")
+            raise ValueError(f"metrics: {twice[0]} is named twice; names must be unique")
         if (self.labels.policy == "captions") != (self.captions is not None):
             raise ValueError("captions: go with labels.policy: captions, and only with it")
         if self.captions and self.captions.count < self.num_images:

@@ -265,13 +265,13 @@ def read_records(file: str | FilePath) -> list[Record]:
 def parse_record(text: str, *, origin: str) -> Record:
     """One line as a record.  origin: where it stands, for errors.  Raises UserError naming every fault."""
     if len(text) > MAX_LINE_BYTES:
-        raise UserError(f"{origin}: no record: {len(text):,} characters; at most {MAX_LINE_BYTES:,} are read")
+        raise UserError(f"{origin}: not a record: {len(text):,} characters; at most {MAX_LINE_BYTES:,} are read")
     try:
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: no record: {error}") from None
+        raise UserError(f"{origin}: not a record: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: no record: must be an object, not {type(data).__name__}")
+        raise UserError(f"{origin}: not a record: must be an object, not {type(data).__name__}")
     if data.get("schema") != 1:
         raise UserError(f"{origin}: schema = {data.get('schema')!r}: this version reads schema 1")
     return validate(Record, data, origin=origin)

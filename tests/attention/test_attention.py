@@ -303,7 +303,7 @@ def test_without_a_gpu_the_reference_serves_for_our_kernels_with_one_line():
 )
 def test_key_lengths_are_one_whole_number_a_sample(lengths: Tensor):
     q, k, v, *_ = inputs()
-    with pytest.raises(UserError, match="key_lengths must be 2 whole numbers, one a sample"):
+    with pytest.raises(UserError, match="key_lengths must be 2 integers, one per sample"):
         attention(q, k, v, key_lengths=lengths)
 
 

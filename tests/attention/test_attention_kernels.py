@@ -320,7 +320,7 @@ def test_nvcc_builds_with_16_bytes_of_spilled_registers_at_most(size: int, archi
         assert max(spilled) <= (16 if architecture == 80 and size in (32, 104) else 0)
 
 
-@pytest.mark.skipif(find_nvrtc() is None, reason="no NVRTC beside torch")
+@pytest.mark.skipif(find_nvrtc() is None, reason="no NVRTC in the environment of torch")
 @pytest.mark.parametrize("half", [False, True])
 def test_nvrtc_builds_the_same_source(half: bool, tmp_path: Path):
     file = tmp_path / "a.cubin"

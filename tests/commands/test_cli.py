@@ -89,7 +89,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
     done = in_new_process(TINY_DEMO, "demo", "--fast", "--run", folder)
     assert done.returncode == 0, done.stderr
-    assert "table.json, teacher.png and student.png are written" in done.stdout
+    assert "teacher.png, student.png and table.json; " in done.stdout
     return folder
 
 
@@ -171,7 +171,7 @@ def test_doctor_finds_this_machine_ready(tmp_path: Path, monkeypatch: pytest.Mon
     result = call("doctor", "--folder", tmp_path / "runs")
     assert result.exit_code == 0, result.stdout
     assert "FAULT" not in result.stdout
-    assert f"{tmp_path / 'runs'} can be written" in result.stdout
+    assert f"{tmp_path / 'runs'} is writable" in result.stdout
     assert not (tmp_path / "runs").exists()
 
 
@@ -263,12 +263,14 @@ def test_a_place_that_holds_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_router_leads_to_runs_and_stands_in_none(teacher: Path, tmp_path: Path) -> None:
-    assert_refused(call("join", teacher, "--out", teacher), f"{teacher}: holds a run, which a router would hide")
+    assert_refused(call("join", teacher, "--out", teacher), f"{teacher}: holds a run already")
     assert call("join", teacher, "--out", tmp_path).exit_code == 0
-    assert_refused(call("join", tmp_path, "--out", tmp_path), f"{tmp_path}: is a router itself; name its students")
+    assert_refused(
+        call("join", tmp_path, "--out", tmp_path), f"{tmp_path}: holds joined students; name them one by one"
+    )
     router = json.loads((tmp_path / "router.json").read_text())
     (tmp_path / "router.json").write_text(json.dumps({**router, "students": ["."]}))  # it leads to itself
-    assert_refused(call("sample", tmp_path, "--out", tmp_path / "x.png"), "is a router itself")
+    assert_refused(call("sample", tmp_path, "--out", tmp_path / "x.png"), "holds joined students")
 
 
 @pytest.mark.parametrize("verb", ["sample", "eval"])

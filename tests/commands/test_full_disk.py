@@ -35,10 +35,15 @@ def run(quick_teacher: Path, tmp_path: Path) -> Path:
 
 
 COMMANDS: dict[str, tuple[int, tuple[str, ...], str, str]] = {
-    "sample": (300, ("sample", "{run}", "--count", "8", "--out", "{out}/a.png"), "a.png", "give the command again"),
-    "report": (300, ("report", "{run}"), "report.html", "give the command again"),
-    "export": (300, ("export", "{run}", "--out", "{out}/exported"), "exported", "Nothing was left behind"),
-    "eval": (300, ("eval", "{run}", "--protocol", "digits-pixels", "--features", "{out}/f"), ".safetensors", "is kept"),
+    "sample": (300, ("sample", "{run}", "--count", "8", "--out", "{out}/a.png"), "a.png", "run the command again"),
+    "report": (300, ("report", "{run}"), "report.html", "run the command again"),
+    "export": (300, ("export", "{run}", "--out", "{out}/exported"), "exported", "No partial folder was left"),
+    "eval": (
+        300,
+        ("eval", "{run}", "--protocol", "digits-pixels", "--features", "{out}/f"),
+        ".safetensors",
+        "are kept",
+    ),
     "train": (
         2000,
         ("pretrain", "pretrain/digits", "run={out}/new", "train.steps=1", "trackers=[]"),

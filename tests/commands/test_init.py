@@ -79,12 +79,12 @@ def test_a_folder_with_classes_becomes_a_student_and_its_evaluation(
     write_folder(Path("pictures"), files)
     result = call("init", "pictures", "--resolution", "8")
     told = dict(line[6:].split(": ", 1) for line in result.stdout.splitlines() if line.startswith("ok "))
-    assert told["pictures"] == f"{COUNT} in pictures"
-    assert told["sizes"] == "all are 32 x 32; they become 8 x 8"
+    assert told["images"] == f"{COUNT} in pictures"
+    assert told["sizes"] == "all 32 x 32, resized to 8 x 8"
     assert told["classes"] == f"3, by folder: {', '.join(f'{name} (8)' for name in NAMES[:3])}"
     for name in ("teacher", "student"):
-        assert " of activations for 64 samples" in told[f"{name}'s memory, predicted"]
-        assert told[f"{name}'s time, multiplied"].startswith("2,000 steps at ")
+        assert " of activations for 64 samples" in told[f"{name}'s memory (predicted)"]
+        assert told[f"{name}'s time (predicted)"].startswith("2,000 steps at ")
     done = go_the_whole_way(result)
     assert "runs/pictures/student" in done.stdout
     state = read_state(Path("runs/pictures/student/checkpoints/step-00000002"))
@@ -107,7 +107,7 @@ def test_broken_files_are_named_and_left_out(files: dict[str, bytes], no_predict
     torn = {"torn.png": files[next(iter(files))][:200], "zzz.jpg": b"no image"}
     write_folder(Path("pictures"), flat(files) | torn | {"notes.txt": b"x"})
     result = call("init", "pictures", "--resolution", "8")
-    assert "broken files: 2 of 26 images (7.69%) cannot be read and are left out: torn.png (" in result.stdout
+    assert "unreadable files: 2 of 26 images (7.69%) cannot be read and are left out: torn.png (" in result.stdout
     assert result.stderr.count("torn.png") == 1
     assert load_config("runs/pictures/teacher.yaml").data.max_unreadable == 0.08  # type: ignore[union-attr]
     assert "runs/pictures/student" in go_the_whole_way(result).stdout
@@ -144,8 +144,8 @@ def test_what_holds_no_pictures_is_refused(what: str) -> None:
         "empty": "pictures = 'pictures': holds no images; .png",
         "no images": "pictures = 'pictures': holds no images but 1",
         "none that can be read": "pictures: none of 2 files can be read as an image: a.png, b.png",
-        "all of one colour": "pictures: all 3 pictures measured are of one colour",
-        "tiny": "pictures: the pictures' shorter side is 4 pixels; at least 8 are needed",
+        "all of one colour": "pictures: all 3 images measured have a single colour",
+        "tiny": "pictures: the shorter side of the images is 4 pixels; at least 8 are needed",
     }
     assert message[what] in result.stderr
     assert not Path("runs").exists()
@@ -158,7 +158,8 @@ def test_what_is_there_is_not_written_over_unless_asked_to(files: dict[str, byte
     refused = call("init", "pictures", "--resolution", "8")
     assert refused.exit_code == 2
     assert (
-        "runs/pictures/student.yaml: is there; --force writes over it, and --out names another folder" in refused.stderr
+        "runs/pictures/student.yaml: exists; overwrite it with --force, or name another folder with --out"
+        in refused.stderr
     )
     assert call("init", "pictures", "--resolution", "8", "--out", "runs/b").exit_code == 0
     assert Path("runs/pictures/student.yaml").read_text() == "mine"
@@ -194,7 +195,7 @@ def test_nothing_is_written_among_the_pictures(files: dict[str, bytes]) -> None:
     write_folder(Path("pictures"), files)
     result = call("init", ".")
     assert result.exit_code == 2
-    assert "lies among the pictures" in result.stderr
+    assert "is inside the folder of images" in result.stderr
     assert call("init", "pictures", "--resolution", "20").exit_code == 2
 
 
@@ -202,7 +203,7 @@ def test_folders_are_classes_where_they_look_so_or_the_user_says_so(files: dict[
     write_folder(Path("loose"), files | {"loose.png": files[next(iter(files))]})
     found = look_at("loose", side=8, with_classes=None)
     assert found.classes == {}
-    assert "none: 1 pictures lie in no folder (loose.png)" in [finding.text for finding in found.findings()]
+    assert "none: 1 images are in no subfolder (loose.png)" in [finding.text for finding in found.findings()]
     albums = {f"{number}/a.png": content for number, content in enumerate(files.values())}
     write_zip(Path("albums.zip"), albums)
     assert look_at("albums.zip", side=8, with_classes=None).classes == {}
@@ -218,7 +219,10 @@ def test_folders_of_a_split_are_no_classes(files: dict[str, bytes], above: str) 
     write_folder(Path("pictures"), split)
     result = call("init", "pictures", "--resolution", "8")
     assert result.exit_code == 2
-    assert f"test, Train: parts of a data set, no classes; name one of them, as pictures/{above}Train" in result.stderr
+    assert (
+        f"test, Train: these are splits of a data set, not classes; name one of them, as pictures/{above}Train"
+        in result.stderr
+    )
     assert look_at(f"pictures/{above}Train", side=8, with_classes=None).classes.keys() == set(NAMES[:3])
     assert look_at("pictures", side=8, with_classes=False).num_files == COUNT
     assert look_at("pictures", side=8, with_classes=True).classes.keys() == {"test", "Train"}, "who says so gets it"
@@ -244,7 +248,7 @@ def test_dark_and_faint_pictures_are_no_single_colour() -> None:
 
 def test_one_colour_is_nothing_to_learn_whatever_its_channels() -> None:
     write_folder(Path("pictures"), {f"{n}.png": encode(Image.new("RGB", (8, 8), (200, 9, 9))) for n in range(3)})
-    with pytest.raises(UserError, match="all 3 pictures measured are of one colour"):
+    with pytest.raises(UserError, match="all 3 images measured have a single colour"):
         look_at("pictures", side=8, with_classes=None)
 
 

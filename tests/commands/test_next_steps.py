@@ -1,12 +1,14 @@
 """How a command ends: what it says after a wanted stop, and which command comes next."""
 
 import inspect
+import re
 import signal
 import sys
 import sysconfig
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -49,7 +51,7 @@ def test_a_wanted_stop_is_no_error_and_names_the_command_that_goes_on(
     assert "error:" not in result.stderr
     said = result.stderr.splitlines()
     assert said[-2] == f"stopped by SIGINT at step 1; saved in {config.run}/checkpoints/step-00000001"
-    assert said[-1] == f"to go on: diffdistill {verb} '{file}' train.log_every=1 --resume"
+    assert said[-1] == f"to resume: diffdistill {verb} '{file}' train.log_every=1 --resume"
 
 
 def test_a_checkpoint_that_was_named_is_not_gone_back_to(
@@ -60,7 +62,7 @@ def test_a_checkpoint_that_was_named_is_not_gone_back_to(
     stop_at_once(monkeypatch)
     result = call("train", file, "train.steps=3", "--resume", "--checkpoint", "step-00000002")
     assert result.exit_code == 130, result.stderr
-    assert result.stderr.splitlines()[-1] == f"to go on: diffdistill train '{file}' train.steps=3 --resume"
+    assert result.stderr.splitlines()[-1] == f"to resume: diffdistill train '{file}' train.steps=3 --resume"
 
 
 def test_under_a_launcher_its_command_is_not_made_up(
@@ -70,7 +72,7 @@ def test_under_a_launcher_its_command_is_not_made_up(
     monkeypatch.setattr(next_steps, "TYPED", ["train", "x.yaml"])
     next_steps.say_how_to_go_on("stopped", can_resume=True)
     assert (
-        capsys.readouterr().err == "stopped\nto go on: the same launcher, with -m diffdistill train x.yaml --resume\n"
+        capsys.readouterr().err == "stopped\nto resume: the same launcher, with -m diffdistill train x.yaml --resume\n"
     )
 
 
@@ -82,7 +84,7 @@ def test_ctrl_c_in_the_demo_advises_no_option_that_it_does_not_have(monkeypatch:
     monkeypatch.setattr("diffdistill.commands.demo.run_demo", interrupted)
     result = call("demo", "--fast")
     assert result.exit_code == 130
-    assert result.stderr == "stopped by SIGINT; what is done is kept\nto go on: diffdistill demo --fast\n"
+    assert result.stderr == "stopped by SIGINT; finished steps are kept\nto resume: diffdistill demo --fast\n"
 
 
 def test_ctrl_c_in_an_evaluation_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +92,8 @@ def test_ctrl_c_in_an_evaluation_says_what_is_kept(monkeypatch: pytest.MonkeyPat
     result = call("eval", "runs/a", "--guidance", "{name: adaptive, scale: 2}")
     assert result.exit_code == 130
     assert result.stderr.splitlines() == [
-        "stopped by SIGINT; what was measured so far is kept",
-        "to go on: diffdistill eval runs/a --guidance '{name: adaptive, scale: 2}'",
+        "stopped by SIGINT; finished measurements are kept",
+        "to resume: diffdistill eval runs/a --guidance '{name: adaptive, scale: 2}'",
     ]
 
 
@@ -158,16 +160,23 @@ def test_training_ends_with_commands_of_the_paths_just_used(
     )
 
 
-def test_every_verb_says_what_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def source_of(function: Callable[..., Any]) -> str:
+    """Of a function, and of its module's private ones that it calls."""
+    plain = inspect.unwrap(function)
+    source = inspect.getsource(plain)
+    private = inspect.getmembers(inspect.getmodule(plain), inspect.isfunction)
+    return source + "".join(inspect.getsource(f) for name, f in private if name[0] == "_" and f"{name}(" in source)
+
+
+def test_every_verb_says_what_is_next() -> None:
     """By its source, as some take long to run."""
-    for function in (*(info.callback for info in cli.app.registered_commands),):
-        assert function
-        source = inspect.getsource(inspect.unwrap(function))
-        assert "say_next(" in source or "_train(" in source, function.__name__
+    for info in cli.app.registered_commands:
+        assert info.callback
+        assert re.search(r"say_next\(|after_training\(", source_of(info.callback)), info.callback.__name__
 
 
 def test_a_packaged_teachers_config_leads_to_the_students_of_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    next_steps.after_training("runs/t", "pretrain", None, config="pretrain/digits", leaves=True)
+    next_steps.after_training("runs/t", "pretrain", None, config="pretrain/digits", can_export=True)
     assert "  diffdistill train dmd2/digits teacher=runs/t run=runs/t-student" in capsys.readouterr().err.splitlines()
 
 
@@ -185,7 +194,9 @@ def test_all_configs_are_listed_and_an_unknown_one_shows_the_nearest_five() -> N
 
 def test_verbs_are_grouped_in_help() -> None:
     shown = click.unstyle(call("--help").stdout)
-    titles = [shown.index(title) for title in ("Begin", "Train ", "Sample and export", "Evaluate", "Join and convert")]
+    titles = [
+        shown.index(title) for title in ("Get started", "Train ", "Sample and export", "Evaluate", "Merge and convert")
+    ]
     assert titles == sorted(titles)
     assert all(info.rich_help_panel for info in cli.app.registered_commands)
 

@@ -147,7 +147,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stood(
     folder = tmp_path / "run"
     stopped = call(config, *GRID, "train.checkpoint_every=1")
     assert stopped.exit_code == 130
-    assert "the sweep is stopped in run 2 of 4; the same command with --resume goes on" in stopped.output
+    assert "the sweep stopped in run 2 of 4; resume it with the same command and --resume" in stopped.output
     assert [run["status"] for run in record(folder)["runs"]] == ["done", "stopped", "pending", "pending"]
     assert call(config, *GRID, "train.checkpoint_every=1").exit_code == 2, "without --resume it is refused"
     accident.is_active, accident.trained = False, []
@@ -208,9 +208,9 @@ def test_a_run_that_cannot_train_any_more_is_a_failure_with_its_words(
         (["gan_weight="], ["--sweep 'gan_weight=': gives no value"]),
         (["gan_weight=0.1,0.10"], ["gives 0.1 more than once"]),
         (["gan_weight=[1"], ["--sweep 'gan_weight=[1': not valid YAML"]),
-        (["run=a,b"], ["--sweep run: every run of a sweep has a folder of its own already"]),
-        (["gan_weight=1", "method.gan_weight=2"], ["method.gan_weight and method.gan_weight set the same thing"]),
-        (["ema.ramp=0", "ema=null"], ["ema and ema.ramp set the same thing; give one of them"]),
+        (["run=a,b"], ["--sweep run: every run of a sweep has its own folder already"]),
+        (["gan_weight=1", "method.gan_weight=2"], ["method.gan_weight and method.gan_weight set the same key"]),
+        (["ema.ramp=0", "ema=null"], ["ema and ema.ramp set the same key; give one of them"]),
     ],
 )
 def test_a_bad_sweep_is_refused_before_anything_is_written(
@@ -222,14 +222,14 @@ def test_a_bad_sweep_is_refused_before_anything_is_written(
 
 def test_a_checkpoint_cannot_be_named_for_a_sweep(config: Path, tmp_path: Path) -> None:
     result = call(config, *GRID, "--resume", "--checkpoint", "step-00000001")
-    assert_refused(result, tmp_path / "run", "a sweep goes on with --resume alone")
+    assert_refused(result, tmp_path / "run", "resume a sweep with --resume alone")
 
 
 def test_a_sweep_does_not_move_into_a_run(config: Path, parsed: RunConfig) -> None:
     Trainer(parsed, quiet=True).run()
     result = call(config, *GRID)
     assert result.exit_code == 2
-    assert f"{parsed.run}: holds a run already; name another `run` for the sweep" in result.stderr
+    assert f"{parsed.run}: holds a run already; choose another `run` for the sweep" in result.stderr
 
 
 def test_values_are_yaml_and_keys_may_be_short(parsed: RunConfig) -> None:

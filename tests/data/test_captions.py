@@ -97,10 +97,10 @@ def test_a_caption_file_in_latin_1_is_refused_with_its_line(kind: str, tmp_path:
     [
         ("a.csv", "title\nx\n", "has the columns title; set data.column"),
         ("a.csv", "caption,text\nx,y\n", "has the columns caption, text; set data.column"),
-        ("a.csv", "caption,b\nx\n", "line 2: has not as many cells as the header"),
+        ("a.csv", "caption,b\nx\n", "line 2: the number of cells differs from the header"),
         ("a.jsonl", "{}\n{", "line 2: not valid JSON"),
         ("a.jsonl", "[1]\n", "line 1: must be a JSON object, not list"),
-        ("a.jsonl", '{"caption": 3}\n', "line 1: the caption is no text but int"),
+        ("a.jsonl", '{"caption": 3}\n', "line 1: the caption must be text, not int"),
         ("a.txt", "x" * 10_001, "line 1: a caption of 10,001 characters"),
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.doc", "x", "give a file that ends in"),
@@ -179,7 +179,7 @@ def test_many_images_without_a_caption_are_refused_and_few_left_out(tmp_path: Pa
         ({"captions_file": "none.csv"}, "no such file"),
         ({"captions_file": "c.txt"}, "must end in .csv"),
         ({"captions_file": "c.csv", "caption_column": "title"}, "caption_column = 'title'"),
-        ({"captions_file": "twice.csv"}, "line 3: '000.png' stands there twice"),
+        ({"captions_file": "twice.csv"}, "line 3: '000.png' is listed twice"),
         ({}, "5 of 5 images have no caption"),
     ],
 )
@@ -234,7 +234,7 @@ def test_captions_alone_are_read_from_a_hugging_face_set(tmp_path: Path) -> None
     datasets.Dataset.from_dict({"text": list(PROMPTS), "width": [8] * 5}).save_to_disk(str(tmp_path / "hf"))
     data = HuggingFace(path=str(tmp_path / "hf"), image_column=None, caption_column="text")
     assert (data.has_images, data.captions().prompts) == (False, PROMPTS)
-    with pytest.raises(UserError, match="caption_column = 'width', row 0: the caption is no text but int"):
+    with pytest.raises(UserError, match="caption_column = 'width', row 0: the caption must be text, not int"):
         HuggingFace(path=str(tmp_path / "hf"), image_column=None, caption_column="width").captions()
 
 

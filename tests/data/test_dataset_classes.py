@@ -87,7 +87,7 @@ def test_parts_and_sums_keep_the_names_where_labels_stay() -> None:
 
 def test_parts_that_count_in_different_ways_are_refused() -> None:
     both = ConcatDataset([TWO, Pets(classes=["cat", "dog"])])
-    with pytest.raises(UserError, match=r"other names for the same labels: dog, fox, and cat, dog; .*class_names="):
+    with pytest.raises(UserError, match=r"different names for the same labels: dog, fox, and cat, dog; .*class_names="):
         as_source(both)
     assert names(both, class_names=["a", "b"]) == ("a", "b")
 

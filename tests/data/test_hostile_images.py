@@ -155,7 +155,7 @@ def tree(root: Path) -> set[str]:
 def test_a_zip_that_reaches_outside_is_refused_by_name(tmp_path: Path, name: str) -> None:
     file = write_zip(tmp_path / "a.zip", twenty() | {name: encode(RED)})
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="lead out of the archive") as caught:
+    with pytest.raises(UserError, match="point outside the archive") as caught:
         ImageFolder(path=str(file)).load()
     assert "out.png" in str(caught.value)
     assert tree(tmp_path) == before
@@ -164,7 +164,7 @@ def test_a_zip_that_reaches_outside_is_refused_by_name(tmp_path: Path, name: str
 def test_a_zip_with_a_file_without_a_name_is_refused(tmp_path: Path) -> None:
     file = write_zip(tmp_path / "a.zip", twenty() | {"?.png": encode(RED)})
     file.write_bytes(file.read_bytes().replace(b"?.png", b"\0.png"))  # a name ends at a zero
-    with pytest.raises(UserError, match=r"a\.zip: refused, for something in it has no name"):
+    with pytest.raises(UserError, match=r"a\.zip: refused: an entry has no name"):
         ImageFolder(path=str(file)).load()
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_member_is_named(tmp_path: Path, damage: str, capsys: pytest.C
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut off"])
 def test_a_file_that_is_no_zip_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(UserError, match="neither a folder nor a zip"):
+    with pytest.raises(UserError, match="neither a folder nor a readable zip"):
         ImageFolder(path=str(tmp_path / "a.zip")).load()
 
 

@@ -12,7 +12,7 @@ from diffdistill.data.pictures import save_rows
 def test_rows_stand_below_one_another_right_of_their_labels(tmp_path: Path) -> None:
     file = tmp_path / "rows.png"
     dark, light = (torch.full((3, 1, 8, 8), value) for value in (-1.0, 0.0))
-    save_rows(file, {"teacher\n35 calls": dark, "student": light}, min_side=56)
+    save_rows(file, {"teacher\n35 NFE": dark, "student": light}, min_side=56)
     pixels = np.array(Image.open(file))
     assert pixels.shape[0] == 2 * 58
     images = pixels[:, -3 * 58 :]

@@ -71,7 +71,7 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(tmp_path: Path, capfd:
     assert read(tmp_path / "log") == [0, 3]
     assert_whole(build(tmp_path, tmp_path / "log"))
     assert read(tmp_path / "log") == [0, 3, 6, 9]
-    assert "the table: 2 of 4 shards are there; going on" in " ".join(capfd.readouterr().err.split())
+    assert "the table: 2 of 4 shards exist; resuming" in " ".join(capfd.readouterr().err.split())
 
 
 def test_two_processes_build_it_once(tmp_path: Path) -> None:

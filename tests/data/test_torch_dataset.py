@@ -143,8 +143,8 @@ class Endless(IterableDataset[Any]):
 
 
 REFUSED: list[tuple[Any, str]] = [
-    (Noisy([0, 1, 2]), r"row 0 of Noisy is another when it is read again, so that a run could not be resumed"),
-    (Flipped([0] * 20), r"row \d of Flipped is another when it is read again"),
+    (Noisy([0, 1, 2]), r"row 0 of Noisy changes between reads, so a run could not be resumed"),
+    (Flipped([0] * 20), r"row \d of Flipped changes between reads"),
     (Endless(), "Endless has no numbered rows; give a map-style Dataset"),
     (Rows([]), "Rows is empty"),
     (Rows([PIXELS[0], PIXELS[0, :, :2]]), r"row 1 is torch.uint8 \[3, 2, 5\], row 0 torch.uint8 \[3, 4, 5\]"),
@@ -159,9 +159,9 @@ REFUSED: list[tuple[Any, str]] = [
     (Rows([FLOATS[0] / 0]), "row 0 holds NaN or infinite values"),
     (
         Rows([Image.new("RGB", (4, 4), "red").convert("P")]),
-        r"a picture is of the mode 'P'; give image.convert\('RGB'\)",
+        r"an image has the mode 'P'; use image.convert\('RGB'\)",
     ),
-    (Rows([Image.new("HSV", (4, 4))]), "a picture is of the mode 'HSV'"),
+    (Rows([Image.new("HSV", (4, 4))]), "an image has the mode 'HSV'"),
     (Rows([{"image": PIXELS[0]}]), "a row is dict|an image is|give an image"),
     (
         Rows([np.zeros((4, 4, 3))]),

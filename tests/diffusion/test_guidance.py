@@ -265,7 +265,7 @@ def test_adaptive_guidance_is_armed_by_a_fall_of_the_cosine_or_below_its_ratio()
 def test_guidance_that_looks_at_both_estimates_needs_a_network_that_has_both():
     denoiser, cond = mlp()
     denoiser.net.accepts = frozenset({"label", "guidance_input"})
-    with pytest.raises(ValueError, match="takes the scale as its input, in one evaluation; give a number"):
+    with pytest.raises(ValueError, match="takes the scale as input, at 1 NFE per step; give a number"):
         AdaptiveGuidance(scale=2.0).begin(denoiser, cond)
 
 

@@ -154,7 +154,7 @@ def test_policies_follow_it(rule: GuidanceRule) -> None:
 
 
 def test_cfg_plus_plus_is_of_the_linear_rule_alone() -> None:
-    with pytest.raises(UserError, match=r"cfg\+\+ is for models that are guided linearly"):
+    with pytest.raises(UserError, match=r"cfg\+\+ is for linearly guided models"):
         CFGPlusPlus(scale=0.6).begin(denoiser(Rescaled()), LABEL)
 
 

@@ -120,17 +120,17 @@ def test_a_fit_finds_mean_and_covariance_and_classes() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     teacher, noise = gaussian_denoiser(EDM(), MEAN, COVARIANCE), random(2, 4)
-    with pytest.raises(UserError, match="a policy changes the scale on the way"):
+    with pytest.raises(UserError, match="a policy changes the scale during sampling"):
         Teleport(DDIM(), 2.0, exact())(teacher, noise, guidance=CFG(scale=2.0))
-    with pytest.raises(UserError, match="edm cannot begin at the ratio 100"):
+    with pytest.raises(UserError, match="edm cannot start at the ratio 100"):
         Teleport(DDIM(), 100.0, exact())(teacher, noise)
-    with pytest.raises(UserError, match="vp_discrete cannot begin at the ratio 2"):
+    with pytest.raises(UserError, match="vp_discrete cannot start at the ratio 2"):
         Teleport(DDIM(), 2.0, exact())(gaussian_denoiser(VPDiscrete(), MEAN, COVARIANCE), noise)
     for sampler, said in (
-        (FewSteps(init_ratio=2.5), "few_steps begins at the ratio 2.5, not at 5; "),
+        (FewSteps(init_ratio=2.5), "few_steps starts at the ratio 2.5, not at 5; "),
         (FewSteps(init_ratio=5.0, init_noise="unit"), "few_steps with init_noise: unit .* use init_noise: sigma"),
         (TCD(init_noise="unit"), "tcd with init_noise: unit .* use init_noise: sigma"),
-        (OneCall(), "one_call does not begin at a noise level"),
+        (OneCall(), "one_call does not start at a noise level"),
     ):
         with pytest.raises(UserError, match=said):
             Teleport(sampler, 5.0, exact())(teacher, noise)

@@ -87,7 +87,7 @@ def test_karras_indices_beyond_the_path_are_left_out_and_the_others_drawn_alike(
         (Karras(ratio_min=20, ratio_max=30), EDM(sigma_max=10), "karras from 20 to 30 is not in the path's range"),
         (KarrasIndex(low=990), EDM(sigma_max=10), "none of karras_index 990 to 999 is in the path's range"),
         (LogNormal(mean=9, std=0.1), EDM(sigma_max=10), "lognormal around 8103.08 has no ratio in the path's range"),
-        (UniformInteger(), Flow(), "uniform_integer 0 to 999 is of discrete paths, not of flow"),
+        (UniformInteger(), Flow(), "uniform_integer 0 to 999 is for discrete paths, not for flow"),
         (
             UniformInteger(low=990),
             VPDiscrete(num_steps=900),

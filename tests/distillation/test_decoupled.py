@@ -118,12 +118,12 @@ def test_no_noise_below_a_call_and_guidance_of_one_are_refused() -> None:
     with pytest.raises(UserError, match=r"method\.decoupled\.time_law: karras has no ratio between"):
         scene(high)
     drawn_low = replace(APART, levels=DrawnLevels(time_law=Karras(ratio_min=0.01)))
-    with pytest.raises(UserError, match=r"levels\.time_law: calls may be at a ratio of 0\.01, below which"):
+    with pytest.raises(UserError, match=r"levels\.time_law: steps may be at a ratio of 0\.01, below which"):
         scene(replace(drawn_low, decoupled=Decoupled(time_law=Karras(ratio_min=0.03))))
     scene(replace(drawn_low, decoupled=Decoupled(time_law=Karras(ratio_min=0.03), range="whole")))
     scene(replace(drawn_low, decoupled=Decoupled(time_law=Karras(ratio_min=0.01))))
     scene(replace(high, levels=DrawnLevels(time_law=Karras(ratio_min=3.0))))  # the levels of `steps` are not asked for
-    with pytest.raises(ValueError, match="decoupled: parts guidance from matching"):
+    with pytest.raises(ValueError, match="decoupled: separates guidance from matching"):
         DMD2(decoupled=Decoupled())
 
 
@@ -154,5 +154,5 @@ def test_a_fake_score_of_another_network_cannot_follow() -> None:
     method = DMD2(gan_weight=0.0, fake_follows=0.25)
     other = small_teacher(num_classes=CLASSES + 1).float()
     problem = Problem(SHAPE, CLASSES, PATH, teacher=small_teacher().float(), initial={"fake": other, "x": other})
-    with pytest.raises(UserError, match=r"method\.fake_follows: fake score and generator are of different networks"):
+    with pytest.raises(UserError, match=r"method\.fake_follows: fake score and generator have different networks"):
         method.players(problem)

@@ -85,7 +85,7 @@ def test_other_files_are_refused(backbone: Path, tmp_path: Path) -> None:
         (settings(backbone, sha256="0" * 8), "another file: its SHA-256 is"),
         (settings(backbone, weights=str(tmp_path / "none.pth")), "no such file; it should be torchvision's squeeze"),
         (settings(backbone, network="alex"), "not weights of alex"),
-        (settings(backbone), r"lpips looks at images of 1 or 3 channels, not at \[4, 32, 32\]"),
+        (settings(backbone), r"lpips takes images of 1 or 3 channels, not \[4, 32, 32\]"),
     ):
         with pytest.raises(UserError, match=said):
             wrong(images(0, 4) if "channels" in said else x, images(0, 4) if "channels" in said else x)
@@ -108,7 +108,7 @@ def test_a_file_that_is_another_and_latents_are_found_before_pairs_are_made(
     method(settings(backbone)).players(of(SHAPE))
     with pytest.raises(UserError, match=r"method\.\w+: weights = .*: another file: its SHA-256 is"):
         method(settings(backbone, sha256="0" * 8)).players(of(SHAPE))
-    with pytest.raises(UserError, match=r"method\.\w+: lpips looks at .* not at \[4, 4, 4\]"):
+    with pytest.raises(UserError, match=r"method\.\w+: lpips takes .* not \[4, 4, 4\]"):
         method(settings(backbone)).players(of((4, *SHAPE[1:])))
     DMD2(gan_weight=0.0, regression_distance=settings(backbone, sha256="0" * 8)).players(of(SHAPE))  # no pairs
 

@@ -112,7 +112,9 @@ def test_every_head_learns_and_the_generator_hears_of_it(method: Any) -> None:
 
 
 def test_a_block_that_is_not_there_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match=r"gan: taps: 'nowhere' is no block of this network; choose from middle, 0 to"):
+    with pytest.raises(
+        UserError, match=r"gan: taps: 'nowhere' is not a block of this network; choose from middle, 0 to"
+    ):
         Trainer(make_config("dmd2", "method.gan_taps=[nowhere]"), quiet=True)
     with pytest.raises(UserError, match=r"method.gan_taps"):
         make_config("dmd2", "method.gan_taps=[]")

@@ -103,7 +103,7 @@ def test_without_levels_nothing_of_them_is_drawn() -> None:
 
 
 def test_a_range_of_calls_rises() -> None:
-    with pytest.raises(ValueError, match="calls: the range must rise"):
+    with pytest.raises(ValueError, match="calls: must be increasing"):
         DrawnLevels(calls=(3, 2))
 
 

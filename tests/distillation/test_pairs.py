@@ -82,7 +82,7 @@ def test_pairs_of_something_else_are_refused(
         other = small_teacher().float()
         next(other.parameters()).data += 1
         monkeypatch.setitem(globals(), "small_teacher", lambda: other)
-    with pytest.raises(UserError, match=rf"pairs_folder = .*: holds pairs of another {named}; name another folder"):
+    with pytest.raises(UserError, match=rf"pairs_folder = .*: holds pairs with another {named}; name another folder"):
         made(tmp_path, **changed)  # type: ignore[arg-type]
 
 
@@ -101,7 +101,7 @@ def test_pairs_of_other_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.
 
     assert same(pairs_of(1, 2), pairs_of(1, 2))
     for others in ((2, 1), (1, 3), ()):
-        with pytest.raises(UserError, match="holds pairs of another conditions; name another folder"):
+        with pytest.raises(UserError, match="holds pairs with another conditions; name another folder"):
             pairs_of(*others)
     assert "conditions" not in pairs._facts(small_teacher(), problem(), 0, SAMPLER, 1.0)
 

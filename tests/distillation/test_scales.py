@@ -261,7 +261,7 @@ def test_esd_descends_the_kl_of_each_class_less_the_information_about_it(lam: fl
 
 
 def test_stored_pairs_have_one_scale() -> None:
-    with pytest.raises(ValueError, match="regression_weight: stored pairs are of one scale"):
+    with pytest.raises(ValueError, match="regression_weight: stored pairs have one scale"):
         DMD2(guidance=(1.0, 2.0), regression_weight=0.5)
 
 

@@ -114,6 +114,6 @@ def test_a_name_of_no_model_is_refused_with_the_choices() -> None:
 
 
 def test_factors_stand_over_the_run_s_one_teacher_alone() -> None:
-    with pytest.raises(UserError, match=r"starts.fake = 'teacher_photo': lora goes over the teacher"):
+    with pytest.raises(UserError, match=r"starts.fake = 'teacher_photo': LoRA is applied to the teacher"):
         problem_of(starts={"fake": "teacher_photo"}, fake=LoRASettings(rank=1)).copies("fake")
     assert problem_of(starts={"fake": "teacher"}, fake=LoRASettings(rank=1)).copies("fake")

@@ -83,7 +83,7 @@ def test_a_folder_tells_the_ratio_and_the_data(tmp_path: Path) -> None:
         (images(), {"teleport": 10.0}, "teleport"),
         (images(seed=1), {}, "data"),
     ):
-        with pytest.raises(UserError, match=f"holds pairs of another {named}; name another folder"):
+        with pytest.raises(UserError, match=f"holds pairs with another {named}; name another folder"):
             made(data, **changes)
 
 
@@ -95,9 +95,9 @@ def prompts() -> PromptTable:
 @pytest.mark.parametrize(
     ("changed", "told", "message"),
     [
-        ({"pair_sampler": DDIM()}, {}, "leaves out Heun's steps, and the sampler is ddim"),
-        ({"teleport": 100.0}, {}, "100: leaves out 0 steps; take one from"),
-        ({"teleport": 0.001}, {}, "0.001: leaves out 6 steps"),
+        ({"pair_sampler": DDIM()}, {}, "skips steps of Heun, and the sampler is ddim"),
+        ({"teleport": 100.0}, {}, "100: skips 0 steps; choose from"),
+        ({"teleport": 0.001}, {}, "0.001: skips 6 steps"),
         ({}, {"data": None}, "needs the run's images"),
         ({}, {"data": NoImages(SHAPE)}, "needs the run's images"),
         ({}, {"conditions": prompts()}, "the teacher takes prompts"),
@@ -119,7 +119,7 @@ def test_a_discrete_path_is_refused_and_others_without_the_setting_are_not(kind:
     teacher = small_teacher().float()
     teacher.path = VPDiscrete()
     told = problem(teacher=teacher, path=teacher.path)
-    with pytest.raises(UserError, match="vp_discrete cannot begin at the ratio"):
+    with pytest.raises(UserError, match="vp_discrete cannot start at the ratio"):
         method(kind, guidance=1.0).players(told)
     method(Regression, guidance=1.0, teleport=None, pair_sampler=DDIM()).players(told)
 

@@ -49,7 +49,7 @@ def come_without(missing: int, find: Find) -> tuple[str, float]:
 def test_a_process_that_does_not_come_is_named(find: Find, missing: int) -> None:
     told = run_together(3, lambda: come_without(missing, find))
     for said, seconds in told[:missing] + told[missing + 1 :]:
-        assert said.startswith(f"the processes do not find each other: process {missing} of 3 did not come"), said
+        assert said.startswith(f"the processes cannot connect: process {missing} of 3 did not come"), said
         assert seconds < 20
     assert any("did not come within 2 s (DIFFDISTILL_MEETING_SECONDS sets " in said for said, _ in told)
 
@@ -80,7 +80,7 @@ def leave_at_once() -> str:
 
 
 def test_a_process_that_goes_before_they_are_connected_is_not_waited_for() -> None:
-    assert "the processes do not find each other: " in run_together(2, leave_at_once)[0]
+    assert "the processes cannot connect: " in run_together(2, leave_at_once)[0]
 
 
 def test_once_met_they_wait_for_each_other() -> None:
@@ -157,7 +157,7 @@ def test_processes_that_were_not_started_alike_are_refused_and_told_why(
     assert told[0] == told[1]
     settings, teachers, data, same, code = told[0]
     assert settings == (
-        "the processes were not started alike:\n"
+        "the processes were started differently:\n"
         "  method.gan_weight: 0.03 in process 0, 0.0 in process 1\n"
         "  optimizers.default.lr: 0.001 in process 0, 0.0005 in process 1"
     )
@@ -222,5 +222,5 @@ def test_evaluations_are_compared_by_what_they_measure_and_not_by_where_it_lies(
 
     for same, other in run_together(2, compare):
         assert same == ""
-        assert other.startswith("the processes were not started alike:\n  the protocol of eval.metrics: ")
+        assert other.startswith("the processes were started differently:\n  the protocol of eval.metrics: ")
         assert len(other.splitlines()) == 2

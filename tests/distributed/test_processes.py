@@ -283,9 +283,9 @@ def test_processes_that_would_go_on_from_different_checkpoints_are_refused(make_
     config = make_config("pretrain", "train.steps=2", "train.checkpoint_every=1")
     Trainer(config, quiet=True).run()
     first, second = run_together(2, lambda: begin_apart(config))
-    said = "--resume: not all processes see the same checkpoint; this one sees"
-    assert re.fullmatch(rf"{said} step-00000002 \([0-9a-f]{{8}}\) as the newest", first)
-    assert re.fullmatch(rf"{said} step-00000001 \([0-9a-f]{{8}}\) as the newest", second)
+    said = "--resume: the processes see different checkpoints; the newest for this one is"
+    assert re.fullmatch(rf"{said} step-00000002 \([0-9a-f]{{8}}\)", first)
+    assert re.fullmatch(rf"{said} step-00000001 \([0-9a-f]{{8}}\)", second)
 
 
 def failed_first(config: RunConfig) -> tuple[str, str]:
@@ -307,7 +307,7 @@ def test_where_the_first_process_cannot_save_the_others_stop_as_well(make_config
     (first, why), (second, told) = run_together(2, lambda: failed_first(config))
     assert (first, second) == ("OSError", "TrainingError")
     assert "No space left" in why
-    assert told == "the first process has failed, and says why"
+    assert told == "the main process failed; see its message"
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(make_config: MakeConfig) -> None:
@@ -353,7 +353,7 @@ def test_an_environment_that_is_no_launcher_s_is_one_line(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     AcceleratorState._reset_state(True)
-    with pytest.raises(TrainingError, match=r"the processes do not find each other: .*MASTER_ADDR"):
+    with pytest.raises(TrainingError, match=r"the processes cannot connect: .*MASTER_ADDR"):
         find()
     AcceleratorState._reset_state(True)
 

@@ -208,8 +208,8 @@ def test_a_signal_saves_says_so_and_loses_nothing(
     assert 10 <= stopped_at < 40
     said = errors.splitlines()
     assert said[-2].startswith(f"stopped by {number.name} at step {stopped_at}; saved in {config.run}")
-    assert said[-1] == f"to go on: diffdistill train {tmp_path / 'config.yaml'} --resume"
-    assert "stopping after this step; once more to stop at once, without saving" in said
+    assert said[-1] == f"to resume: diffdistill train {tmp_path / 'config.yaml'} --resume"
+    assert "stopping after this step; press again to stop at once, without saving" in said
     assert "error:" not in errors
     Trainer(config, resume=True, quiet=True).run()
     assert_same_end(undisturbed, config.run)

@@ -255,7 +255,7 @@ def test_another_kind_of_model_is_refused_in_one_sentence(
 ) -> None:
     other = run_with(tmp_path / "other", quick_teacher, **changes)
     text = refused(quick_teacher, "--against", other)
-    assert f"--against {other}: {said.format(student=quick_teacher)}; give a model of the same images" in text
+    assert f"--against {other}: {said.format(student=quick_teacher)}; use a model of the same images" in text
 
 
 def test_what_goes_not_with_against_is_refused(quick_teacher: Path, protocol: Path, tmp_path: Path) -> None:

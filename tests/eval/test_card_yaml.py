@@ -31,7 +31,7 @@ TEXTS = (
     ),
     *("@x", "a,b", "a (b)", "it's", 'q"', "a:b", "long " * 30, "w" * 130, "k" * 110, "n", "a #b", "tab\tx", "line\nx"),
     *("[x]", "{a}", "=", "<<", "0x1f", "1_000", "12:30:00", "±", "%x", "!t", "&a", "*b", "|", ">", "? x", "a?b", "a:"),
-    *(".inf", "model 1", "protocol digits (abc123), 1 network evaluations an image, seeds 0, 1", "a\u2028b", "\x7f"),
+    *(".inf", "model 1", "protocol digits (abc123), 1 NFE, seeds 0, 1", "a\u2028b", "\x7f"),
 )
 NUMBERS = (0, -5, 10**18, True, False, None, 0.25, 3.0, -0.0, 1e22, 1e16, 1.5e-8, 123456789012345680.0)
 

@@ -273,21 +273,21 @@ def test_two_models_are_compared_on_the_same_noise(quick_teacher: Path, protocol
 
 
 def test_compare_takes_two_places(quick_teacher: Path) -> None:
-    assert_refused(call("compare", quick_teacher), "eval compare: takes two places, not 1")
+    assert_refused(call("compare", quick_teacher), "eval compare: takes two models, not 1")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--protocol", "nothing"), "protocol 'nothing': unknown (choices: digits-pixels"),
-        (("--name", "a", "--name", "b"), "--name: 2 names for 1 places"),
+        (("--name", "a", "--name", "b"), "--name: 2 names for 1 models"),
         (("--device", "tpu"), "--device tpu: choose from auto, cpu"),
-        (("--weights", "x=y"), "--weights x=y: x is none of the protocol's features (pixels)"),
+        (("--weights", "x=y"), "--weights x=y: x is not one of the protocol's features (pixels)"),
         (("--reference", "pixels"), "--reference pixels: write LABEL=FILE"),
         (("--reference", "pixels=none.npz"), "none.npz: no such file"),
         (("--sampler", "{name: euler}"), "sampler.name = 'euler': unknown"),
-        (("--grid",), "--grid: lies beside the records"),
-        (("--captions", "none.txt"), "--captions none.txt: protocol digits-pixels asks for none"),
+        (("--grid",), "--grid: is written next to the records"),
+        (("--captions", "none.txt"), "--captions none.txt: protocol digits-pixels has none"),
         (("--records", "/proc/records.jsonl"), "/proc/records.jsonl: cannot be written"),
         (("--protocol", "coco-clip"), "coco-clip: give its captions"),
     ],

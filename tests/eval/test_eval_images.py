@@ -82,7 +82,7 @@ one_more("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
 for escape in ("../out.png", "/tmp/out.png", "C:\\out.png", "a/../../out.png"):
     HOSTILE[f"zip with {escape}"] = (
         lambda root, name=escape: write_zip(root / "f.zip", grey() | {name: encode(RED)}),  # type: ignore[misc]
-        "lead out of the archive",
+        "point outside the archive",
     )
 
 
@@ -106,7 +106,7 @@ def links(root: Path) -> Path:
     return inside
 
 
-@hostile("no zip", "neither a folder nor a zip")
+@hostile("no zip", "neither a folder nor a readable zip")
 def no_zip(root: Path) -> Path:
     (root / "f.zip").write_bytes(b"PK\x03\x04 cut off")
     return root / "f.zip"

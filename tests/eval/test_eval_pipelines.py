@@ -113,9 +113,9 @@ def test_classes_on_latents_need_no_captions(tmp_path: Path) -> None:
 def test_captions_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     text, classes = (save_stand_in(family, tmp_path / family) for family in ("sd", "dit"))
     without = protocol(tmp_path, labels=None, captions=None)
-    with pytest.raises(UserError, match="takes captions; name a protocol that has some"):
+    with pytest.raises(UserError, match="takes captions; choose a protocol with captions"):
         opened(text, without)
-    with pytest.raises(UserError, match="asks for captions, which this model does not take"):
+    with pytest.raises(UserError, match="has captions, which this model does not take"):
         opened(classes, protocol(tmp_path))
     with pytest.raises(UserError, match="makes 3 x 16 x 16 images; tiny-captions is for 3 x 512 x 512"):
         opened(text, protocol(tmp_path, image_shape=[3, 512, 512]))

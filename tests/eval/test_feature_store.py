@@ -67,7 +67,7 @@ def test_the_hash_is_of_all_rows_and_not_of_the_blocks(tmp_path: Path) -> None:
 
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path: Path) -> None:
-    under_way = pytest.raises(UserError, match="another evaluation of the same images is under way")
+    under_way = pytest.raises(UserError, match="another evaluation of the same images is running")
     with locked(tmp_path), under_way, locked(tmp_path):
         pass
     with locked(tmp_path):

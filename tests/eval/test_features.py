@@ -436,7 +436,7 @@ def test_a_file_that_is_not_the_weights_is_named(content: bytes | None, tmp_path
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"mine\.pth"):
         load_extractor(Timm(model="resnet10t"), weights=file)
-    with pytest.raises(UserError, match=r"mine\.pth: broken, or another file: its SHA-256 is [0-9a-f]{64}"):
+    with pytest.raises(UserError, match=r"mine\.pth: damaged, or another file: its SHA-256 is [0-9a-f]{64}"):
         load_extractor(CifarResNet(), weights=file)
 
 

@@ -87,7 +87,7 @@ def test_of_fewer_images_of_the_rest_than_features_the_distance_is_from_the_feat
 
 def test_without_two_images_of_the_rest_the_distance_is_refused(tmp_path: Path) -> None:
     labels = Labels(policy="cyclic", num_classes=4)
-    with pytest.raises(UserError, match="fd-rest-toy: 1 images are asked for other classes; a distance needs 2"):
+    with pytest.raises(UserError, match="fd-rest-toy: 1 images are of other classes; a distance needs 2"):
         measured(tmp_path, labels=labels, num_images=2, repeats=1, metrics=(METRICS[1],))
 
 

@@ -90,7 +90,7 @@ def test_cmmd_of_a_set_with_itself_is_zero_for_it_is_biased() -> None:
 
 @pytest.mark.parametrize("distance", [kid, cmmd])
 def test_nan_is_refused(distance) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=r"the second features: NaN or infinite values, the first at \[1, 0\]"):
+    with pytest.raises(ValueError, match=r"the second features: NaN or infinite values, first at \[1, 0\]"):
         distance(normal(5, 3), torch.tensor([[1.0, 2.0, 3.0], [torch.nan, 0.0, 0.0]]))
 
 

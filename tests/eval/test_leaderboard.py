@@ -273,9 +273,7 @@ def test_a_grid_that_is_missing_is_said_and_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     board = read_board([written(tmp_path, measured("a", 0.1, grid="gone.png"))], with_reported=False)
     assert not Page(board_page(board, title="Board", say=said.append)).of("img")
-    assert said == [
-        f"{tmp_path}/records.jsonl, record 1: images.grid = 'gone.png': no such file; the page goes without it"
-    ]
+    assert said == [f"{tmp_path}/records.jsonl, record 1: images.grid = 'gone.png': no such file; the page omits it"]
 
 
 @pytest.mark.parametrize("place", ["../secret.png", "link.png", "/etc/hostname", "a\0b.png"])
@@ -284,7 +282,7 @@ def test_a_grid_outside_the_records_folder_is_refused(place: str, tmp_path: Path
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
     file = written(tmp_path / "in", measured("a", 0.1, grid=place))
-    with pytest.raises(UserError, match=r"record 1: images\.grid = .*(lies outside|is no file's name)"):
+    with pytest.raises(UserError, match=r"record 1: images\.grid = .*(lies outside|is not a file name)"):
         write_leaderboard([file], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -118,7 +118,7 @@ def test_nothing_is_ranked_by_a_metric_that_nobody_knows() -> None:
     assert [entry.rank for entry in group.entries] == [None, None]
     assert not takes_minimum(group.protocol, "energy")
     page = board_page(board, title="t")
-    assert "energy: which is better is unknown" in page
+    assert "energy: the better direction is unknown" in page
     assert "energy: higher is better" not in page
 
 

@@ -243,7 +243,7 @@ def test_tab_reaches_the_columns_and_space_sorts(page: Tab) -> None:
 
 def test_the_plot_shows_another_cost_when_it_is_chosen(page: Tab) -> None:
     choices = page.all("figure.plot .choices label")
-    assert [choice.text for choice in choices] == ["network evaluations", "training images"]
+    assert [choice.text for choice in choices] == ["NFE", "training images"]
     assert [plot.is_displayed() for plot in page.all("figure.plot svg")] == [True, False]
     choices[1].click()
     assert [plot.is_displayed() for plot in page.all("figure.plot svg")] == [False, True]

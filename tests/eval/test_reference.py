@@ -223,7 +223,7 @@ def test_a_reference_that_contradicts_itself_is_refused(made: RealFeatures, tmp_
 
 def test_imported_statistics_need_the_number_of_their_images(tmp_path: Path) -> None:
     np.savez(tmp_path / "r.npz", mu=np.zeros(D), sigma=EYE)
-    with pytest.raises(UserError, match=r"does not say of how many images it is; .*reference\.num_images"):
+    with pytest.raises(UserError, match=r"does not state its number of images; .*reference\.num_images"):
         open_reference(tmp_path / "r.npz", label="inception-clean")
 
 
@@ -246,7 +246,9 @@ def test_a_reference_does_not_lead_out_of_its_folder(key: str, value: str) -> No
 def test_one_command_computes_what_an_evaluation_then_finds(folder: Path, own_folder: Path) -> None:
     yaml = folder.parent / "corners.yaml"
     yaml.write_text(dump_yaml(PROTOCOL))
-    with pytest.raises(UserError, match=r"there is no .*mine-corners\.npz; compute it: diffdistill reference IMAGES"):
+    with pytest.raises(
+        UserError, match=r"there is no .*mine-corners\.npz; compute it with: diffdistill reference IMAGES"
+    ):
         find_reference(PROTOCOL, EXTRACTOR)
     refused = CliRunner().invoke(app, ["eval", str(folder), "--protocol", str(yaml)])
     assert f"diffdistill reference IMAGES --protocol {yaml}, IMAGES being mine's train split" in refused.output
@@ -274,7 +276,7 @@ def test_a_reference_is_of_as_many_images_as_the_protocol_names(
 def test_a_reference_of_other_weights_or_another_preparation_is_refused(made: RealFeatures, tmp_path: Path) -> None:
     save_reference(made, tmp_path / "r.npz")
     other = replace(EXTRACTOR, sha256="b" * 64)
-    with pytest.raises(UserError, match=f"made by weights {'a' * 64}, not by {'b' * 64}"):
+    with pytest.raises(UserError, match=f"computed with weights {'a' * 64}, not with {'b' * 64}"):
         find_reference(PROTOCOL, other, place=tmp_path / "r.npz")
     cropped = replace(PROTOCOL, preparation=Preparation(crop="centre_square", side=16, filter="lanczos"))
     with pytest.raises(UserError, match=r"prepared as .*'crop': 'none'.* the protocol's are .*'centre_square'"):

@@ -64,7 +64,7 @@ def test_a_page_shows_all_parts_of_a_run(run: Path) -> None:
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run's folder: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"not the folder of a run: it has no config\.yaml"):
         write_report(tmp_path)
 
 
@@ -92,7 +92,7 @@ def test_the_tiles_say_how_far_the_run_is_and_how_it_is(run: Path) -> None:
         for what, value, note in tiles(run, {"train": {"steps": 400}}, read_clock(run / "metrics.jsonl"), health)
     }
     assert found["Steps"] == ("200", "of 400")
-    assert found["Time"] == ("41 s", "4.88 steps a second")
+    assert found["Time"] == ("41 s", "4.88 steps per second")
     assert found["Healthy signals"] == ("1 of 2", "fake lag")
 
 

@@ -387,7 +387,7 @@ RIGHT, OTHER = (OpenClip(model="ViT-B-32", pretrained=tag) for tag in ("laion2b_
 def test_references_of_other_settings_are_refused(tmp_path: Path) -> None:
     made = reference_of(OTHER, tmp_path / "new.npz", is_of_before=False)
     check_reference(made, clip_extractor(OTHER), Preparation(), is_square=True)
-    told = r"under other settings \(quick_gelu True -> False\); compute it again"
+    told = r"with other settings \(quick_gelu True -> False\); compute it again"
     with pytest.raises(UserError, match=told):
         check_reference(made, clip_extractor(RIGHT), Preparation(), is_square=True)
     bilinear = replace(OTHER, interpolation="bilinear")
@@ -401,7 +401,7 @@ def test_references_of_before_are_read_where_their_settings_were_right(tmp_path:
     with pytest.raises(UserError, match=r"resize_mode squash -> shortest"):
         check_reference(right, clip_extractor(RIGHT), Preparation(), is_square=False)
     other = reference_of(OTHER, tmp_path / "other.npz", is_of_before=True)
-    with pytest.raises(UserError, match=r"under other settings \(quick_gelu False -> True\)"):
+    with pytest.raises(UserError, match=r"with other settings \(quick_gelu False -> True\)"):
         check_reference(other, clip_extractor(OTHER), Preparation(), is_square=True)
 
 

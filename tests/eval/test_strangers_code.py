@@ -86,7 +86,10 @@ def test_the_trap_works_where_it_is_allowed(script: Path, trap: Path) -> None:
 
 
 def test_torchscript_features_do_not_run_unless_they_are_allowed(script: Path, trap: Path) -> None:
-    with pytest.raises(UserError, match=r"theirs: TorchScript, a program that runs as you do; .* add --trust-code"):
+    with pytest.raises(
+        UserError,
+        match=r"theirs: TorchScript, a program that runs with your permissions; if you trust .* add --trust-code",
+    ):
         load_extractor(features_of(script), weights=script)
     assert not trap.exists()
 
@@ -94,7 +97,7 @@ def test_torchscript_features_do_not_run_unless_they_are_allowed(script: Path, t
 def test_inception_under_a_hash_of_the_protocols_own_is_a_strangers_program(script: Path) -> None:
     with pytest.raises(UserError, match="--trust-code"):
         load_extractor(Inception(mode="clean", sha256=sha256(script)), weights=script)
-    with pytest.raises(UserError, match="broken, or another file"):
+    with pytest.raises(UserError, match="damaged, or another file"):
         load_extractor(Inception(mode="clean"), weights=script)
 
 

@@ -20,6 +20,6 @@ def wait_in_the_first() -> str:
 
 def test_an_evaluation_says_that_another_process_is_gone() -> None:
     told = run_together(2, wait_in_the_first)[0]
-    assert "another process is gone" in told
+    assert "another process has exited" in told
     assert "give the command again" in told
     assert "--resume" not in told

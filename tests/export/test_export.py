@@ -478,10 +478,10 @@ def test_what_is_not_an_exported_model_is_never_overwritten(run: Path, places: d
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(places["sd"])
     for taken, said in (
-        (places["sd"], "holds something else than an exported model"),
-        (run, "holds something else than an exported model"),
-        (tmp_path / "file", "is there, and is no folder"),
-        (tmp_path / "link", "is there, and is no folder"),
+        (places["sd"], "holds something other than an exported model"),
+        (run, "holds something other than an exported model"),
+        (tmp_path / "file", "exists and is not a folder"),
+        (tmp_path / "link", "exists and is not a folder"),
         (tmp_path / "file" / "below", "cannot be written"),
     ):
         with pytest.raises(UserError, match=said):
@@ -495,7 +495,7 @@ def test_what_is_not_an_exported_model_is_never_overwritten(run: Path, places: d
         (("--kind", "onnx"), "--kind onnx: choose from auto, stock, self-contained, lora, kohya"),
         (("--kind", "stock"), "--kind stock: Adapted is not one of diffusers' networks; use --kind self-contained"),
         (("--kind", "lora"), "has no LoRA factors; use --kind stock"),
-        (("--ema", "short"), "no average 'short' beside `ema`"),
+        (("--ema", "short"), "no EMA 'short'"),
         (("--push", "two words"), "--push two words: must be a name as in your-name/model"),
         (("--records", "none.jsonl"), "none.jsonl"),
     ],
@@ -519,7 +519,7 @@ def test_lora_over_another_network_than_the_pipelines_is_not_exported_as_its_lor
 ) -> None:
     tuned = train("sid", places["sd"], tmp_path / "tuned")
     place = train("sid", tuned, tmp_path / "run", "lora.default={rank: 2}")
-    with pytest.raises(UserError, match=r"its factors stand over .*tuned"):
+    with pytest.raises(UserError, match=r"its factors belong to .*tuned"):
         export(str(place), tmp_path / "out", ExportOptions(kind="lora"))
 
 

@@ -177,5 +177,5 @@ def test_a_program_of_a_card_holds_names_and_values_alone(
         version="0", kind="stock", pipeline="StableDiffusionPipeline", call={}, sampler=models["sd"].spec.sampler
     )
     assert "from_pretrained(place)" in usage_code(models["sd"], record, "'here'")
-    with pytest.raises(UserError, match="no name that a program can call"):
+    with pytest.raises(UserError, match="not a valid name"):
         usage_code(models["sd"], replace(record, **changed), "'here'")

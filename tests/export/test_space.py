@@ -118,9 +118,9 @@ def test_too_little_memory_is_said(space: Path) -> None:
 
 def test_a_space_is_refused_where_it_cannot_be(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else than a Space"):
+    with pytest.raises(UserError, match="holds something other than a Space"):
         export_space(str(run), tmp_path, ExportOptions())
-    with pytest.raises(UserError, match="--space: needs a whole pipeline, and not --kind lora"):
+    with pytest.raises(UserError, match="--space: needs a complete pipeline, not --kind lora"):
         export_space(str(run), tmp_path / "new", ExportOptions(kind="lora"))
     with pytest.raises(UserError, match="--push: uploads a model and not a Space"):
         export_space(str(run), tmp_path / "new", ExportOptions(push="me/space"))
@@ -149,7 +149,7 @@ def test_a_space_that_was_broken_off_is_written_again(
         with pytest.raises(UserError, match="written again"):
             export_space(str(run), folder, ExportOptions())
     (broken / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else than a Space"):
+    with pytest.raises(UserError, match="holds something other than a Space"):
         export_space(str(run), broken, ExportOptions())
     assert written == ["student", "student"]
 
@@ -222,9 +222,9 @@ def test_without_its_teacher_the_student_is_shown_alone(run: Path, tmp_path: Pat
 
 def test_captions_tell_the_time_of_an_image_and_how_much_faster_it_is() -> None:
     teacher, student = Drawn([], 35, 0.2), Drawn([], 1, 0.005)
-    assert caption(teacher, 0.2) == "**200 ms** an image; 35 calls of the network"
-    assert caption(student, 0.2) == "**5 ms** an image, 40 times as fast; 1 call of the network"
-    assert caption(Drawn(fault="no"), 0.2) == "**Not drawn.** no"
+    assert caption(teacher, 0.2) == "**200 ms** per image; 35 NFE"
+    assert caption(student, 0.2) == "**5 ms** per image, 40 times as fast; 1 NFE"
+    assert caption(Drawn(fault="no"), 0.2) == "**No images.** no"
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (3, 2, 2), (9, 3, 3), (10, 4, 3)])

@@ -82,7 +82,7 @@ def test_dpg_bench_cuts_the_four_images_of_a_prompt_out_of_one_picture(place: Pa
     [
         ('{"tag": "x"}', [], "line 1: must be a JSON object with a `prompt`"),
         ("", [], "holds no prompts"),
-        (LINES[0], ["--layout", "dpg"], "is a folder of .txt files"),
+        (LINES[0], ["--layout", "dpg"], "needs a folder of .txt files"),
         (LINES[0], ["--out", "{full}"], "name a new folder"),
     ],
 )

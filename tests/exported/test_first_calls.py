@@ -82,7 +82,7 @@ def test_prompts_reach_both(text_run: Path, tmp_path: Path) -> None:
     own = imager(text_run, prompts=("a red fox",), num_steps=2)(torch.arange(2))
     assert mixed.images.shape == own.shape
     assert float((mixed.images - own).abs().max()) > 0
-    assert mixed.caption.startswith("first 1 by the teacher: 2 calls, ")
+    assert mixed.caption.startswith("first step by the teacher: 2 NFE, ")
 
 
 def test_beside_the_teacher_there_are_three_grids(class_run: Path, tmp_path: Path) -> None:
@@ -129,20 +129,20 @@ def test_the_command_says_what_it_wrote(class_run: Path, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     assert "a.png: student's estimates, student's states, sigma / alpha " in result.stdout
     result = sampled(class_run, "--steps", 2, "--first-calls", 1, "--count", 2, "--out", tmp_path / "b.png")
-    assert "b.png: 2 images; first 1 by the teacher: 2 calls, " in result.stdout
+    assert "b.png: 2 images; first step by the teacher: 2 NFE, " in result.stdout
 
 
 def test_what_cannot_be_is_refused(class_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="pure noise at any time, which no teacher can denoise"):
+    with pytest.raises(UserError, match="pure noise at every time, which no teacher can denoise"):
         check_first_calls(1, OneCall())
     check_first_calls(0, OneCall())
     check_first_calls(1, FewSteps())
     folder = tmp_path / "code"
     export(str(class_run), folder, ExportOptions(kind="self-contained", is_verified=False))
     for place, arguments, said in (
-        (class_run, ("--first-calls", 2), "--first-calls 2: the student makes its image in 1 call; give it"),
-        (folder, ("--trust-code", "--first-calls", 1), "--first-calls: an exported folder with code of its own"),
-        (folder, ("--trust-code", "--estimates"), "--estimates: an exported folder with code of its own"),
+        (class_run, ("--first-calls", 2), "--first-calls 2: the student has 1 NFE; give it"),
+        (folder, ("--trust-code", "--first-calls", 1), "--first-calls: an exported folder with its own code"),
+        (folder, ("--trust-code", "--estimates"), "--estimates: an exported folder with its own code"),
         (class_run.with_name("mlp"), ("--first-calls", 1), "--teacher: "),
     ):
         result = sampled(place, "--out", tmp_path / "a.png", *arguments)
@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused(class_run: Path, tmp_path: Path) -> None:
 
 
 def test_estimates_without_the_noisiest_states_are_refused(class_run: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="--teleport: leaves states out, which --estimates shows"):
+    with pytest.raises(UserError, match="--teleport: skips steps, which --estimates shows"):
         run_estimates(str(class_run), SampleOptions(SampleRequest(), tmp_path / "a.png", teleport=2.0))
 
 

@@ -128,7 +128,7 @@ def test_the_teachers_images_are_of_the_same_noise(class_run: Path, tmp_path: Pa
     assert (teacher.name, student.name) == ("teacher", "student")
     assert torch.equal(teacher.images, images(class_run.with_name("mlp"), 6, seed=5, num_steps=5))
     assert torch.equal(student.images, images(class_run, 6, seed=5))
-    assert teacher.caption.startswith("teacher: 5 calls, ")
+    assert teacher.caption.startswith("teacher: 5 NFE, ")
     assert student.caption.startswith("student: 1 call, ")
     assert student.seconds > 0
     assert (tmp_path / "both.png").exists()
@@ -173,7 +173,7 @@ def test_what_does_not_go_with_the_model_is_refused(text_run: Path, class_run: P
         (class_run, ("--prompt", "a fox"), "takes no prompts"),
         (class_run, ("--label", 3, "--label", 10), "--label 10: unknown class; the model knows 0 to 9"),
         (class_run.with_name("mlp"), ("--teacher",), "--teacher: "),
-        (code, (), "holds code of its own"),
+        (code, (), "holds its own code"),
         (code, ("--trust-code", "--label", 10), "--label 10: unknown class"),
         (code, ("--trust-code", "--prompt", "a fox"), "takes none"),
         (code, ("--trust-code", "--guidance", "{name: cfg, scale: 2}"), "takes a number for --guidance"),
@@ -185,7 +185,7 @@ def test_what_does_not_go_with_the_model_is_refused(text_run: Path, class_run: P
 
 
 def test_steps_that_a_student_cannot_take_are_refused() -> None:
-    with pytest.raises(UserError, match="num_steps = 2: this student makes its image in one call"):
+    with pytest.raises(UserError, match="num_steps = 2: this student has 1 NFE"):
         with_steps(OneCall(), EDM(), 2)
     with pytest.raises(UserError, match="num_steps = 60: the student was trained at 50 times"):
         with_steps(TCD(), EDM(), 60)
@@ -194,7 +194,7 @@ def test_steps_that_a_student_cannot_take_are_refused() -> None:
 def test_the_code_of_a_folder_does_not_run_unless_it_is_trusted(class_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported(class_run, "self-contained"), tmp_path / "planted")
     (folder / "pipeline.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(UserError, match="look at it, and add --trust-code"):
+    with pytest.raises(UserError, match="read it, then add --trust-code"):
         open_image_generator(str(folder), SampleRequest())
     assert not (tmp_path / "ran").exists()
 
@@ -234,7 +234,7 @@ def test_code_runs_only_of_the_folder_that_was_named_and_not_of_the_teacher_that
         lambda: run_sample(str(outer), options),
         lambda: run_sample(str(outer), replace(options, has_teacher=False, first_calls=1)),
     ):
-        with pytest.raises(UserError, match="folders that you name; look at it, and add --teacher-from"):
+        with pytest.raises(UserError, match="folders that you name; read it, then add --teacher-from"):
             act()
     assert SideBySide([str(outer)], options.asked).names == ["outer"]
     assert not trap.exists()

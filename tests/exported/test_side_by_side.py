@@ -98,7 +98,7 @@ def test_a_teacher_alone_and_a_moved_one(
 ) -> None:
     alone = SideBySide([str(runs[0])], ASKED)
     assert (alone.names, alone.has_teacher) == ([runs[0].name], False)
-    assert "no teacher beside them" in capsys.readouterr().err
+    assert "shown without a teacher" in capsys.readouterr().err
     with pytest.raises(UserError, match="has none; it was trained from images"):
         SideBySide([str(runs[0])], ASKED, teacher_from=str(tmp_path))
 
@@ -114,14 +114,14 @@ def test_students_stand_alone_where_their_teacher_is_not_on_this_machine(
     replace(record, teacher=str(gone)).write(folder)
     models = SideBySide([str(folder)], ASKED)
     assert (models.names, models.has_teacher) == (["out"], False)
-    assert f"no teacher beside them: {gone}: no such folder" in capsys.readouterr().err
+    assert f"shown without a teacher: {gone}: no such folder" in capsys.readouterr().err
     with pytest.raises(UserError, match="elsewhere: no such folder"):
         SideBySide([str(folder)], ASKED, teacher_from=str(tmp_path / "elsewhere"))
 
     monkeypatch.setattr(hub, "_fetch", lambda *_: pytest.fail("fetched"))
     replace(record, teacher="someone/large").write(folder)
     assert SideBySide([str(folder)], ASKED).names == ["out"]
-    assert "is on the hub, and not fetched unless you say so: --teacher-from someone/large" in capsys.readouterr().err
+    assert "is on the hub and is downloaded only on request: --teacher-from someone/large" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_are_told_by_their_paths(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -134,12 +134,12 @@ def test_models_that_are_told_differently_what_to_draw_do_not_stand_together(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     other = origin("sd", "sid", tmp_path / "sd")
-    with pytest.raises(UserError, match="only models that are told alike"):
+    with pytest.raises(UserError, match="only models with the same conditions"):
         SideBySide([str(runs[1]), str(other)], ASKED)
 
 
 def test_too_many_places_are_refused() -> None:
-    with pytest.raises(UserError, match="play: 9 places; at most 8"):
+    with pytest.raises(UserError, match="play: 9 models; at most 8"):
         SideBySide(["here"] * 9, ASKED)
 
 

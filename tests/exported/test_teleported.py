@@ -66,7 +66,7 @@ def test_a_run_is_sampled_with_fewer_calls_by_a_gaussian_of_its_own_images(tmp_p
 
 def test_other_samplers_are_refused(tmp_path: Path):
     run = train("sid", origin("mlp", "sid", tmp_path / "mlp"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"--teleport 2: leaves out Heun's steps, and the sampler is few_steps"):
+    with pytest.raises(UserError, match=r"--teleport 2: skips steps of Heun, and the sampler is few_steps"):
         with_teleport(imager(run), 2.0)
 
 

@@ -49,7 +49,7 @@ def test_a_run_survives_at_any_moment(
 def test_a_lock_ends_with_its_run_and_names_its_holder(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
-        pytest.raises(UserError, match=rf"another run is writing there \(process {os.getpid()} on "),
+        pytest.raises(UserError, match=rf"another run writes to it \(process {os.getpid()} on "),
         locked(tmp_path),
     ):
         pass

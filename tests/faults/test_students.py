@@ -58,9 +58,9 @@ def test_a_student_that_fails_starts_again_and_the_others_do_not(write: Write, p
     logs = [run.with_name(run.name + ".log").read_text().splitlines() for run in runs]
     assert [len(log) for log in logs] == [1, 3, 1]
     assert logs[1] == ["error: bad luck 1 False", "error: bad luck 2 True", "error: bad luck 3 True"]
-    assert [line for line in said if "ended with" in line] == [
-        "student 1 ended with 1; start 2: error: bad luck 1 False",
-        "student 1 ended with 1; start 3: error: bad luck 2 True",
+    assert [line for line in said if "exited with" in line] == [
+        "student 1 exited with 1; start 2: error: bad luck 1 False",
+        "student 1 exited with 1; start 3: error: bad luck 2 True",
     ]
 
 
@@ -143,13 +143,13 @@ def test_students_end_with_a_launcher_that_is_killed_and_its_successor_waits_for
     os.kill(first.pid, signal.SIGKILL)
     said: list[str] = []
     assert train_students(file, (), resume=True, say=said.append) == folders
-    waits = [line for line in said if "is written by another run (process " in line]
+    waits = [line for line in said if "is in use by another run (process " in line]
     assert [line.partition(":")[0] for line in waits] == ["student 0", "student 1"]
-    assert [line for line in said if "ended with" in line] == []
+    assert [line for line in said if "exited with" in line] == []
     for folder in folders:
         log = folder.with_name(folder.name + ".log").read_text().splitlines()
         assert [line for line in log if line.startswith("saved")] == ["saved False", "saved True"]
-        assert "the launcher is gone; this process stops" in "\n".join(log)
+        assert "the launcher has exited; stopping" in "\n".join(log)
 
 
 TORCHRUN_WORKER = """
@@ -234,7 +234,7 @@ def test_a_single_process_ends_with_the_real_accelerate_launch(tmp_path: Path) -
 def test_what_cannot_be_is_refused_before_anything_starts(write: Write, tmp_path: Path, quick_teacher: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(dump_yaml(config_at(tmp_path / "run", quick_teacher)))
-    with pytest.raises(UserError, match="'dmd2': has no students"):
+    with pytest.raises(UserError, match="'dmd2': has a single student"):
         plan_groups(other, (), resume=False)
     file = write()
     (tmp_path / "msd" / "student_index=1" / "checkpoints" / "step-00000001").mkdir(parents=True)

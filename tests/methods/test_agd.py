@@ -307,12 +307,12 @@ def test_the_loss_is_the_weighted_mean_square_of_what_is_missing(weight):
 def test_a_teacher_that_knows_no_unconditional_is_refused():
     problem = gaussian_setting()
     problem.teacher.net.has_null_condition = False
-    with pytest.raises(UserError, match=r'agd, .* needs the estimate of "no class"'):
+    with pytest.raises(UserError, match=r"agd, .* needs an unconditional estimate"):
         METHOD.players(problem)
 
 
 def test_a_range_of_scales_that_falls_is_refused():
-    with pytest.raises(ValueError, match="guidance: the range must rise"):
+    with pytest.raises(ValueError, match="guidance: must be increasing"):
         AGD(guidance=(3.0, 1.0))
 
 

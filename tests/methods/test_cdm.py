@@ -130,7 +130,7 @@ def test_the_anchor_follows_the_guided_teacher() -> None:
 def test_an_anchor_that_ends_at_the_image_or_begins_above_the_sampler_is_refused() -> None:
     with pytest.raises(ValueError, match="anchor_steps: must be fewer than"):
         replace(ANCHORED, anchor_steps=12)
-    with pytest.raises(UserError, match=r"method\.anchor_steps = 11: only \d+ are below the first call"):
+    with pytest.raises(UserError, match=r"method\.anchor_steps = 11: only \d+ are below the first step"):
         scene(replace(ANCHORED, anchor_steps=11))
 
 

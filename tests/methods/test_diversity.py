@@ -165,7 +165,7 @@ def test_it_may_hold_one_that_forgets() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     cases = [
         (Diversity(base=BASE, samples_per_condition=4), "method.samples_per_condition = 4: must divide"),
-        (Diversity(base=Boot()), "its student makes no image in a call or a few"),
+        (Diversity(base=Boot()), "its student does not sample in one or a few steps"),
         (
             Diversity(base=BASE, embedding=Embedding(features="timm")),
             "method.embedding: features = 'timm': takes settings",
@@ -175,10 +175,10 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(UserError, match=said):
             method.players(problem())
     method = Diversity(base=BASE)
-    pieces = "must divide the images that a process has at a time, 3: train.micro_batch_size"
+    pieces = "must divide the images per process and micro-batch, 3: train.micro_batch_size"
     with pytest.raises(UserError, match=pieces):
         method.players(problem(at_a_time=3))
     players, _ = scene(method)
     draw = method.draw(StepRandom(0, 0, torch.arange(3)), problem())
-    with pytest.raises(UserError, match="must divide the images that a process has at a time, 3"):
+    with pytest.raises(UserError, match="must divide the images per process and micro-batch, 3"):
         method.reward(players, draw)

@@ -239,7 +239,7 @@ def test_what_a_step_carried_is_what_the_next_one_starts_from() -> None:
 
 
 def test_memory_without_bins_is_refused() -> None:
-    with pytest.raises(ValueError, match="ratio_memory: remembers the means of bins"):
+    with pytest.raises(ValueError, match="ratio_memory: is for the means of bins"):
         FDistill(ratio_memory=0.5, ratio_bins=0)
 
 
@@ -348,7 +348,7 @@ def test_r1_is_the_squared_change_of_the_logit_when_real_images_move_and_reaches
 
 
 def test_r1_without_a_discriminator_is_refused() -> None:
-    with pytest.raises(UserError, match="gan_r1_weight: is the discriminator's"):
+    with pytest.raises(UserError, match="gan_r1_weight: is for the discriminator"):
         FDistill(divergence="rkl", gan_weight=0.0, gan_r1_weight=1.0)
     assert not FDistill(divergence="rkl", gan_weight=0.0).has_discriminator
 

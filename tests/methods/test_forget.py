@@ -164,11 +164,11 @@ def test_the_forgetting_term_vanishes_at_the_other_class_s_law_and_points_to_it_
     [
         ({"forgotten": (3,)}, r"method.forgotten = \[3\]: the teacher has 3 classes"),
         ({"forgotten": (0, 1, 2)}, r"method.forgotten = \[0, 1, 2\]: the teacher has 3 classes"),
-        ({"forgotten": (1,), "becomes": 1}, "method.becomes = 1: must be a class that stays, or null for any"),
-        ({"forgotten": (1,), "becomes": 7}, "method.becomes = 7: must be a class that stays, or null for any"),
+        ({"forgotten": (1,), "becomes": 1}, "method.becomes = 1: must be a class that is kept, or null for any"),
+        ({"forgotten": (1,), "becomes": 7}, "method.becomes = 7: must be a class that is kept, or null for any"),
         (
             {"forgotten": (1,), "base": DMD2()},
-            "forget goes around a method without real images; set its gan_weight to 0",
+            "forget wraps a method without real images; set its gan_weight to 0",
         ),
         (
             {"forgotten": (1,), "base": DMD2(gan_weight=0.0, regression_weight=0.25)},

@@ -82,7 +82,7 @@ def test_a_teacher_that_takes_w_can_be_guided(method: str, flux: Path, tmp_path:
 def test_what_needs_no_class_itself_says_so(method: str) -> None:
     teacher = make(class_dropout=0.0, takes_scale=True)
     problem = Problem((1, 8, 8), 3, EDM(), teacher=teacher, network=teacher)
-    with pytest.raises(UserError, match=r'needs the estimate of "no class".*\(it takes a scale as its input instead\)'):
+    with pytest.raises(UserError, match=r"needs an unconditional estimate.*\(it takes a scale as its input instead\)"):
         NEEDS_NO_CLASS[method].players(problem)
 
 
@@ -123,6 +123,6 @@ def test_guidance_is_refused_where_it_would_mean_nothing(scale: Guidance) -> Non
 @pytest.mark.parametrize("takes_scale", [False, True])
 def test_no_class_is_asked_for_where_it_is_needed(takes_scale: bool) -> None:
     check_null_condition(make(class_dropout=0.1, takes_scale=takes_scale), "this")
-    with pytest.raises(UserError, match=r"this needs the estimate of \"no class\"") as caught:
+    with pytest.raises(UserError, match=r"this needs an unconditional estimate") as caught:
         check_null_condition(make(class_dropout=0.0, takes_scale=takes_scale), "this")
     assert ("takes a scale" in str(caught.value)) == takes_scale

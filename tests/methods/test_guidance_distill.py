@@ -125,7 +125,7 @@ def test_a_teacher_that_knows_no_unconditional_is_refused():
 
 
 def test_a_range_of_scales_that_falls_is_refused():
-    with pytest.raises(ValueError, match="guidance: the range must rise"):
+    with pytest.raises(ValueError, match="guidance: must be increasing"):
         GuidanceDistill(guidance=(3.0, 1.0))
 
 

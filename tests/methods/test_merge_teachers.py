@@ -158,13 +158,13 @@ def test_every_teacher_is_asked_at_each_step_also_without_a_sample():
 
 
 def test_teachers_that_cannot_be_merged_are_refused():
-    with pytest.raises(UserError, match="teachers: merge_teachers needs some"):
+    with pytest.raises(UserError, match="teachers: merge_teachers needs further teachers"):
         METHOD.student_model(BASE, "edm", Problem(SHAPE, CLASSES, EDM(), teacher=small_teacher()))
     with pytest.raises(UserError, match=r'teachers.all: knows no "no class"'):
         scene(all=Denoiser(BASE.build(SHAPE, CLASSES, 0.0).double(), EDM(), "edm"))
     wide = Denoiser(MLPConfig(width=24, blocks=2).build(SHAPE, CLASSES, 0.1).double(), EDM(), "edm")
     scene(wide=wide)
-    with pytest.raises(UserError, match=r"teachers.wide: of another network"):
+    with pytest.raises(UserError, match=r"teachers.wide: its network differs"):
         scene(replace(METHOD, feature_weight=1.0), wide=wide)
 
 
@@ -320,7 +320,7 @@ def test_a_run_is_sampled_and_exported_by_style(
     folder = tmp_path / "line"
     write(config.run, folder, ExportOptions(style="line"))
     torch.testing.assert_close(images(folder, None), made["line"].clamp(-1, 1), rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="an exported folder is of one style"):
+    with pytest.raises(UserError, match="an exported folder has one style"):
         images(folder, "photo")
 
 

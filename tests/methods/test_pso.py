@@ -128,9 +128,9 @@ def test_the_reference_is_the_start_and_stays() -> None:
 
 
 def test_what_has_no_likelihood_is_refused() -> None:
-    with pytest.raises(ValueError, match="one call has none: use offline"):
+    with pytest.raises(ValueError, match="one step has none: use offline"):
         PSO(form="online")
-    with pytest.raises(ValueError, match="online needs fresh noise between the calls, not ddim"):
+    with pytest.raises(ValueError, match="online needs fresh noise between the steps, not ddim"):
         PSO(form="online", steps=replace(TWO, later_noise="ddim"))
     with pytest.raises(UserError, match="'beauty' is unknown"):
         scene(replace(ONLINE, reward="beauty"))

@@ -123,7 +123,7 @@ def test_each_loss_reaches_its_player_alone() -> None:
 
 
 def test_settings_that_leave_nothing_to_learn_are_refused() -> None:
-    with pytest.raises(ValueError, match="matching_weight: with consistency_weight = 0 nothing is left to learn"):
+    with pytest.raises(ValueError, match="matching_weight: with consistency_weight = 0 there is no loss"):
         replace(MATCHING, matching_weight=0.0)
-    with pytest.raises(ValueError, match="warmup: it is of the consistency, whose weight is 0; use 0"):
+    with pytest.raises(ValueError, match="warmup: is for the consistency loss, whose weight is 0; use 0"):
         replace(METHOD, consistency_weight=0.0)

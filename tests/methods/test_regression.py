@@ -121,7 +121,7 @@ def test_a_later_run_s_generator_starts_as_the_student_and_its_fake_score_as_the
 
 
 def test_several_steps_are_refused():
-    with pytest.raises(ValueError, match="a pair is of one step"):
+    with pytest.raises(ValueError, match="pairs have one step"):
         Regression(steps=FewSteps(later_ratios=(1.0,)))
 
 

@@ -110,7 +110,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 
 def test_fields_of_the_class_need_a_teacher_that_can_leave_it_out() -> None:
     problem = Problem((2,), 0, VPCosine(), teacher=gaussian())
-    with pytest.raises(UserError, match="no classes to tell"):
+    with pytest.raises(UserError, match="the teacher has no classes"):
         CSD.players(problem)
     assert set(ISM.players(problem)) == {"generator"}
 

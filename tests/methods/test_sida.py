@@ -117,7 +117,7 @@ def test_two_micro_batches_of_8_train_as_one_batch_of_16(make_config: MakeConfig
 
 
 def test_a_guided_fake_score_is_refused_beside_the_discriminator() -> None:
-    with pytest.raises(ValueError, match="the discriminator reads one condition"):
+    with pytest.raises(ValueError, match="the discriminator takes one condition"):
         SiD(gan_weight=0.01, fake_guidance=2.0)
 
 

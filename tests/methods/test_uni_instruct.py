@@ -233,7 +233,9 @@ def test_the_exact_weight_is_of_the_levels_whatever_their_law() -> None:
 def test_one_level_is_no_integral() -> None:
     """Its slope is 0 everywhere: the generator would learn nothing."""
     one = KarrasIndex(low=500, high=500)
-    with pytest.raises(UserError, match="weight = exact: integrates over noise levels, and time_law has one; use snr"):
+    with pytest.raises(
+        UserError, match="weight = exact: integrates over noise levels, and time_law has a single one; use snr"
+    ):
         scene(UniInstruct(time_law=one))
     scene(UniInstruct(time_law=one, weight="snr"))
 

@@ -175,19 +175,19 @@ def test_what_cannot_be_added_is_refused(place: Path, tmp_path: Path) -> None:
 
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x04")
     (tmp_path / "two").mkdir()
-    refused(place, "old.ckpt: a pickle (.ckpt), which is not opened", file=str(tmp_path / "old.ckpt"))
+    refused(place, "old.ckpt: a pickle (.ckpt), which may run code and is not opened", file=str(tmp_path / "old.ckpt"))
     refused(place, "nothing.safetensors: no such file", lora=(LoRAFile(place=str(tmp_path / "nothing.safetensors")),))
     others = {name.replace("unet.", "unet.other_"): tensor for name, tensor in tensors.items()}
     refused(place, "does not fit StableDiffusionPipeline", lora=written("others.safetensors", others))
     one = {**tensors, **{first.replace("to_q.lora_A", f"to_x.lora_{end}"): factor.clone() for end in "AB"}}
     refused(place, "1 of its 17 pairs of factors fit no layer", lora=written("one.safetensors", one))
     dora = {**tensors, "unet.x.dora_scale": torch.ones(1)}
-    refused(place, "holds DoRA's magnitudes", lora=written("dora.safetensors", dora))
+    refused(place, "holds magnitudes of DoRA", lora=written("dora.safetensors", dora))
     dead = {name: tensor * float("nan") for name, tensor in tensors.items()}
     refused(place, "is not finite", lora=written("dead.safetensors", dead))
     save_file({"emb_params": torch.zeros(1, WIDTH)}, tmp_path / "nameless.safetensors")
     tokens = (TokenFile(place=str(tmp_path / "nameless.safetensors")),)
-    refused(place, "does not say what its token is called", textual_inversion=tokens)
+    refused(place, "does not name its token", textual_inversion=tokens)
     refused(
         save_stand_in("ddpm", tmp_path / "ddpm"), "DDPMPipeline loads no LoRA files", lora=(LoRAFile(place=str(lora)),)
     )
@@ -235,6 +235,6 @@ def test_a_run_takes_a_composed_teacher_and_finds_it_again(place: Path, tmp_path
     assert "with the LoRA `style.safetensors` with weight 0.7" in card
     assert "place: style.safetensors" in card
     assert str(lora) not in card
-    with pytest.raises(UserError, match="which nobody else has; use --kind stock"):
+    with pytest.raises(UserError, match="which others do not have; use --kind stock"):
         write_lora(again, tmp_path / "lora", is_kohya=False)
     assert describe_model(made).image_shape == (4, 8, 8)

@@ -633,7 +633,7 @@ def test_damaged_configs_are_refused_by_file(file: str, text: str, said: str, tm
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     file = save_stand_in("sd", tmp_path) / "unet" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gguf"}}))
-    with pytest.raises(UserError, match="quantised weights are not read"):
+    with pytest.raises(UserError, match="quantised weights are not supported"):
         load_model(tmp_path)
 
 

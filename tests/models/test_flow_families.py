@@ -17,7 +17,7 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import Renormalised
 from diffdistill.diffusion.path import Flow
 from diffdistill.diffusion.sampling import FewSteps
-from diffdistill.export.leaving import Leaving, how_it_leaves
+from diffdistill.export.exportable import ExportKind, export_kind_of
 from diffdistill.models.load import load_model
 from diffdistill.models.teachers import Pipeline, find_family, open_pipeline
 from diffdistill.models.teachers.families.flux2 import _mu
@@ -96,11 +96,11 @@ def test_a_sample_sees_its_own_prompt_however_long_the_others_are(opened: Pipeli
 
 def test_a_student_of_each_leaves_as_a_stock_folder_and_it_is_said_before_the_first_step(opened: Pipeline) -> None:
     spec = replace(opened.spec, sampler=FewSteps(init_ratio=5, init_noise="unit"))
-    assert how_it_leaves(spec) == Leaving("stock")
+    assert export_kind_of(spec) == ExportKind("stock")
 
 
 def test_text_and_image_attend_jointly_so_that_no_negative_prompt_can_steer(opened: Pipeline) -> None:
-    with pytest.raises(UserError, match="has no cross-attention to a text"):
+    with pytest.raises(UserError, match="has no cross-attention to text"):
         steer_away(load_model(opened.folder).denoiser, NegativePrompt(Cond(), 0.3))
 
 

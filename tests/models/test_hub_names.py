@@ -173,7 +173,7 @@ def test_neither_pickles_nor_code_nor_second_copies_are_downloaded(hub: Hub) -> 
 
 
 def test_a_name_that_the_hub_lacks_is_said_to_be_neither(hub: Hub) -> None:
-    with pytest.raises(UserError, match="nobody/nothing: no such folder, and not to be had from the Hugging Face hub"):
+    with pytest.raises(UserError, match="nobody/nothing: no such folder, and not available from the Hugging Face hub"):
         load_model("nobody/nothing")
 
 

@@ -149,12 +149,12 @@ def test_what_does_not_fit_is_refused(
     other = train("sid", origin("own dit", "sid", home / "dit"), home / "dit-run")
     out = tmp_path / "m"
     cases: list[tuple[Any, tuple[float, ...], dict[str, tuple[float, ...]], str]] = [
-        ((pair[0], other), (0.5,), {}, "another network, image shape, sampler or LoRA's base than"),
-        ((pair[0], factors[0]), (0.5,), {}, "another network, image shape, sampler or LoRA's base than"),
+        ((pair[0], other), (0.5,), {}, "network, image shape, sampler or LoRA's base than"),
+        ((pair[0], factors[0]), (0.5,), {}, "network, image shape, sampler or LoRA's base than"),
         ((pair[0],), (1.0,), {}, "needs at least two runs"),
         (pair, (0.5, 0.6), {}, "must sum to 1; 0.5 \\+ 0.6 = 1.1"),
         ((*pair, pair[0]), (0.5,), {}, "3 runs need as many weights; there are 1"),
-        (pair, (0.5,), {"critic": (0.5,)}, "--player critic: is none of the players that are mixed: fake, generator"),
+        (pair, (0.5,), {"critic": (0.5,)}, "--player critic: not one of the merged players: fake, generator"),
         ((pair[0], tmp_path / "none"), (0.5,), {}, "no such folder"),
     ]
     for places, weights, by_player, said in cases:
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(
     assert not out.exists()
     with pytest.raises(UserError, match="holds a run already"):
         merge_runs(pair, pair[0], (0.5,))
-    with pytest.raises(UserError, match="whole numbers that differ"):
+    with pytest.raises(UserError, match="integers that differ"):
         mix([torch.tensor([1]), torch.tensor([2])], (0.5, 0.5))
 
 

@@ -188,7 +188,7 @@ def test_a_run_is_the_same_to_the_bit_streaming_or_from_the_cache(
 
 
 def test_streaming_keeps_nothing_that_could_be_packed() -> None:
-    with pytest.raises(UserError, match="streaming keeps nothing on disk"):
+    with pytest.raises(UserError, match="streaming stores nothing on disk"):
         PromptsConfig(encode="streaming", dtype="bf16")
 
 

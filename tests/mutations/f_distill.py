@@ -22,7 +22,11 @@ FAULTS = (
         GRADIENT,
     ),
     Fault(
-        "the ratio is upside down", DIVERGENCES, "return widen(logits).clamp", "return (-widen(logits)).clamp", GRADIENT
+        "the ratio is upside down",
+        DIVERGENCES,
+        "return mean_logit(logits).clamp",
+        "return (-mean_logit(logits)).clamp",
+        GRADIENT,
     ),
     Fault(
         "the weight is dropped",

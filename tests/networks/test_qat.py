@@ -195,8 +195,8 @@ def test_a_full_precision_run_after_it_is_one(make_config: MakeConfig):
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (("lora.default={rank: 2}",), "qat: rounds the student's weights, which lora leaves"),
-        (("speed.shard=all",), "qat: does not go with speed.shard"),
+        (("lora.default={rank: 2}",), "qat: rounds the student's weights, which lora does not train; use"),
+        (("speed.shard=all",), "qat: does not work with speed.shard"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(make_config: MakeConfig, overrides: tuple[str, ...], fault: str):

@@ -265,7 +265,7 @@ def test_a_broken_package_is_a_line_of_methods_for_each_kind_and_stops_nothing_e
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
 def test_our_names_are_not_given_away(registry: Any) -> None:
     for name in (*registry.own, *registry.unlisted):
-        with pytest.raises(UserError, match=f"'{name}': the name is diffdistill's own; choose another"):
+        with pytest.raises(UserError, match=f"'{name}': diffdistill uses this name; choose another"):
             registry.register(registry.find(name), name=name)
 
 

@@ -120,7 +120,7 @@ def test_pipes_and_devices_are_refused_not_waited_for(
 def test_who_gives_a_pipe_is_told_what_to_do(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "odd")
     for read in ("config", "prompts", "captions", "records"):
-        with pytest.raises(UserError, match=r"odd.*: a pipe or a device.*save what it gives to a file"):
+        with pytest.raises(UserError, match=r"odd.*: a pipe or a device.*save its content to a file"):
             READERS[read](tmp_path / "odd", tmp_path)
 
 

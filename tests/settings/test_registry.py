@@ -134,7 +134,7 @@ def test_a_class_with_a_name_of_ours_is_refused() -> None:
     class Mine:
         name: Literal["saw"] = "saw"
 
-    with pytest.raises(UserError, match="tool 'saw': the name is diffdistill's own; choose another"):
+    with pytest.raises(UserError, match="tool 'saw': diffdistill uses this name; choose another"):
         TOOLS.register(Mine)
     with pytest.raises(UserError, match="'saw' is the name of diffdistill's own tool"):
         Job(tool=Mine())
@@ -215,7 +215,7 @@ def test_an_entry_point_with_a_name_of_ours_is_ignored_with_a_line(place: Path) 
 def test_two_packages_with_one_name_are_refused_naming_both(place: Path) -> None:
     install(place, "drill-tool", {"drill_tool": PLUGIN}, {GROUP: {"drill": "drill_tool:Drill"}})
     install(place, "other-tool", {"other_tool": PLUGIN}, {GROUP: {"drill": "other_tool:Drill"}}, version="2.0")
-    with pytest.raises(UserError, match=r"two packages have it, .*-tool \d.0 and .*-tool \d.0; uninstall one"):
+    with pytest.raises(UserError, match=r"two packages register it, .*-tool \d.0 and .*-tool \d.0; uninstall one"):
         read(name="drill")
 
 

@@ -220,13 +220,13 @@ ROWS = [
     Row(
         "an inpainting UNet of nine channels",
         "refused",
-        "in_channels = 9, out_channels = 4: a network that is also given",
+        "in_channels = 9, out_channels = 4: a network that also takes",
         edited("sd", UNET, {"in_channels": 9}),
     ),
     Row(
         "a depth UNet of five channels, as another class",
         "refused",
-        "in_channels = 5, out_channels = 4: a network that is also given",
+        "in_channels = 5, out_channels = 4: a network that also takes",
         depth,
     ),
     Row(
@@ -256,7 +256,7 @@ ROWS = [
     Row(
         "a field of a newer diffusers",
         "refused",
-        "new_trick = 3: is not a field that this version understands",
+        "new_trick = 3: this version does not know the field",
         edited("sd", UNET, {"new_trick": 3}),
     ),
     Row(
@@ -275,7 +275,7 @@ ROWS = [
     Row(
         "a network quantised by bitsandbytes",
         "refused",
-        "quantised weights are not read",
+        "quantised weights are not supported",
         edited("sd", UNET, {"quantization_config": {"quant_method": "bitsandbytes"}}),
     ),
     Row(
@@ -293,7 +293,7 @@ ROWS = [
     Row(
         "weights as `.non_ema` alone",
         "refused",
-        "holds the weights without their average alone",
+        "holds only the weights without EMA",
         renamed("sd", ".non_ema.safetensors"),
     ),
     Row("a LoRA left loaded", "refused", "was saved with a LoRA left loaded, whose weight is in no file", left_loaded),
@@ -304,7 +304,12 @@ ROWS = [
         "a single file; name the pipeline that it goes with: teacher: {name: PIPELINE, file:",
         one_file("mine.safetensors"),
     ),
-    Row("a single file as a pickle", "refused", "a pickle (.ckpt), which is not opened", one_file("mine.ckpt")),
+    Row(
+        "a single file as a pickle",
+        "refused",
+        "a pickle (.ckpt), which may run code and is not opened",
+        one_file("mine.ckpt"),
+    ),
     Row(
         "a LoRA's folder",
         "refused",

@@ -165,7 +165,7 @@ def test_of_several_bases_the_lowest_is_the_first_to_be_written_over(tmp_path: P
     [
         ("base: dmd2/sd16\n", "dmd2/sd16: no such file, nor a packaged config; nearest: dmd2/sd15"),
         ("base: {name: x}\n", "base = {'name': 'x'}: name a packaged config"),
-        ("base: own.yaml\n", "base: more than 8 configs over one another, or they begin from themselves"),
+        ("base: own.yaml\n", "base: more than 8 nested bases, or a cycle"),
         ("base: dmd2/digits\nstepz: 1\n", "stepz: unknown key"),
     ],
 )
@@ -254,7 +254,7 @@ def test_labels_that_the_teacher_does_not_know_are_refused(
 ) -> None:
     images, labels = Digits().tensors()
     monkeypatch.setattr(Digits, "tensors", lambda self: (images, labels + shift))
-    assert_refused(run("dmd2", write_config("dmd2")), f"data: labels go {seen}; the teacher knows 0 to 9")
+    assert_refused(run("dmd2", write_config("dmd2")), f"data: labels go {seen}; the teacher has 0 to 9")
     assert not (tmp_path / "run").exists()
 
 

@@ -50,7 +50,7 @@ def test_a_destroying_rate_ends_no_run_as_done_and_saves_nothing(
 def test_a_run_whose_last_updates_were_skipped_is_not_done(make_config: MakeConfig) -> None:
     destroyed = make_config("pretrain", "train.steps=4", "optimizers.teacher={lr: 1e15}", "train.max_skips=50")
     for resume in (False, True):  # again with nothing left to do
-        with pytest.raises(TrainingError, match=r"step 4: .* not done: its last .*teacher_loss \(3 in a"):
+        with pytest.raises(TrainingError, match=r"step 4: .* incomplete: its last .*teacher_loss \(3 in a"):
             Trainer(destroyed, quiet=True, resume=resume).run()
 
 

@@ -118,7 +118,7 @@ def test_the_recipes_averages_forget_the_start() -> None:
     for recipe in recipes():
         assert not list(notes_on_averages(load_config(find_config(recipe)))), recipe
     was = load_config(find_config("f_distill/cifar10"), ["ema.halflife_images=56800000"])
-    assert "ema: 13.5% of the average at step 80000 will be the untrained start" in next(notes_on_averages(was))
+    assert "ema: 13.5% of the EMA at step 80000 will still be the initial weights" in next(notes_on_averages(was))
 
 
 @pytest.mark.parametrize(("start", "advises_ramp"), [(10, True), (80, False), (100, False)])
@@ -135,8 +135,7 @@ def test_a_late_updates_average_is_advised_by_the_images_it_follows(
     assert note.endswith(f", or ramp: {EMAConfig().ramp}") == advises_ramp
     if start == 100:
         assert (
-            note
-            == "ema: 100.0% of the average at step 100 will be the untrained start; student is not trained before it"
+            note == "ema: 100.0% of the EMA at step 100 will still be the initial weights; student is not trained yet"
         )
         return
     advised = float(note.split("halflife_images of ")[1].split()[0])
@@ -161,7 +160,7 @@ def test_a_run_says_so_and_what_would_do(make_config: MakeConfig, capsys: pytest
     )  # two updates of the generator, of two iterations each
     assert config.method.fake_updates == 2
     assert first.startswith(
-        f"ema: {share:.1%} of the average at step 4 will be the untrained start; use a halflife_images"
+        f"ema: {share:.1%} of the EMA at step 4 will still be the initial weights; use a halflife_images"
     )
     assert second.startswith("more_emas.long: ")
     advised = float(first.split("halflife_images of ")[1].split()[0])

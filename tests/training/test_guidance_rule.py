@@ -57,10 +57,10 @@ def test_a_rule_is_refused_for_a_teacher_that_is_told_w(make_config: MakeConfig,
     Trainer(guided, quiet=True).run()
     assert isinstance(load_model(guided.run).spec.model.network, GuidedConfig)
     config = make_config("regression", *RULE, f"teacher={guided.run}")
-    with pytest.raises(UserError, match="guidance_rule: the teacher takes the scale as its input"):
+    with pytest.raises(UserError, match="guidance_rule: the teacher takes the scale as input"):
         plan(config, resume=None)
 
 
 def test_a_rule_is_refused_where_there_is_no_teacher_to_guide(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match=r"guidance_rule: is of the teachers, .* model.guidance_rule"):
+    with pytest.raises(UserError, match=r"guidance_rule: is for teachers, .* model.guidance_rule"):
         plan(make_config("pretrain", "guidance_rule={name: renormalised}"), resume=None)

@@ -137,7 +137,7 @@ def test_what_is_outside_from_the_start_is_said_soon_after_the_warm_up() -> None
 def test_a_warning_names_the_signal_its_value_its_band_and_what_to_try() -> None:
     (line,) = Health(HealthConfig(patience=1), NO_REFERENCE).judge(150, {"std_ratio": 9.0}, {})
     assert line.startswith("step 150: std_ratio = 9 (healthy: 0.6 to 1.4): ")
-    assert "Try a tenth of the generator's rate" in line
+    assert "Try a tenth of the generator's learning" in line
 
 
 def test_a_gradient_is_compared_with_its_usual_size() -> None:
@@ -202,7 +202,7 @@ def test_few_pairs_are_learnt_by_heart_and_that_is_said(make: Callable[[int], Re
     assert found[-1] > 3
     assert len(said) == 1
     assert "memorisation = " in said[0]
-    assert "learns them by heart (teacher hacking)" in said[0]
+    assert "memorises them (teacher hacking)" in said[0]
 
 
 @pytest.mark.parametrize("make", METHODS, ids=["regression", "rectified_flow"])

@@ -91,7 +91,7 @@ def test_every_method_trains_factors_and_saves_no_weight_of_the_teacher(make_con
 
 @pytest.mark.parametrize("method", ["pretrain", "tsm", "agd"])
 def test_a_method_that_has_nothing_to_put_factors_on_says_so(make_config: MakeConfig, method: str) -> None:
-    with pytest.raises(UserError, match=f"lora: .*{method}.*leave lora out"):
+    with pytest.raises(UserError, match=f"lora: .*{method}.*leave it out"):
         Trainer(make_config(method, LORA), quiet=True)
 
 
@@ -150,7 +150,7 @@ def test_null_trains_a_player_in_full_where_the_default_is_factors(make_config: 
     ("setting", "message"),
     [
         ("lora.critic={rank: 2}", "lora.critic: no such player; choose from generator, fake, discriminator, default"),
-        ("lora.discriminator={rank: 2}", "lora.discriminator: does not start as the teacher"),
+        ("lora.discriminator={rank: 2}", "lora.discriminator: does not start from the teacher"),
         ("lora.default={rank: 0}", "lora.default.rank = 0: input should be greater than or equal to 1"),
         ("lora.default={targets: [to_k]}", r"lora.targets = \('to_k',\): no such layer in MLP"),
     ],
@@ -172,7 +172,7 @@ def moved(quick_teacher: Path, tmp_path: Path) -> RunConfig:
 def test_factors_without_their_base_are_refused_by_its_name(moved: RunConfig) -> None:
     assert moved.teacher is not None
     shutil.rmtree(moved.teacher)
-    with pytest.raises(UserError, match=r"holds LoRA's factors alone, and their base cannot be read: .*teacher"):
+    with pytest.raises(UserError, match=r"holds only LoRA factors, and their base cannot be read: .*teacher"):
         load_model(moved.run)
 
 
@@ -185,7 +185,7 @@ def test_factors_over_a_base_that_has_changed_are_refused(moved: RunConfig) -> N
     longer = replace(moved, train=replace(moved.train, steps=3))
     with pytest.raises(UserError, match="holds other weights than when this run began"):
         Trainer(longer, resume=True, quiet=True)
-    with pytest.raises(UserError, match="has changed since this run began"):
+    with pytest.raises(UserError, match="has changed since this run started"):
         Trainer(longer, resume=True, quiet=True, allow_changes=True)
 
 

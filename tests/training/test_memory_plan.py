@@ -253,7 +253,7 @@ def test_doctor_predicts_counts_and_writes_nothing(write_config: WriteConfig, tm
     file = write_config("dmd2")
     result = doctor(file, "train.global_batch_size=16")
     assert result.exit_code == 0, result.output
-    for part in ("memory, predicted:", "generator: weights", "averages:", "activations:", "time, multiplied:", "disk:"):
+    for part in ("memory (predicted):", "generator: weights", "EMA:", "activations:", "time (predicted):", "disk:"):
         assert part in result.stdout
     assert [
         line for line in result.stdout.splitlines() if "generator: " in line and line.count("as predicted") != 3
@@ -306,14 +306,14 @@ def test_doctor_says_what_each_player_drops(write_config: WriteConfig, tmp_path:
     Trainer(replace(teacher, run=str(tmp_path / "teacher")), quiet=True).run()
     student = (write_config("dmd2"), f"teacher={tmp_path / 'teacher'}", "dropout={generator: 0}", "--memory", "0.0001")
     said = " ".join(doctor(*student).stdout.split())
-    assert "ok dropout: generator 0, as set; fake 0.3, of the network it starts as; discriminator has none" in said
+    assert "ok dropout: generator: 0 (set); fake: 0.3 (of the network that it starts from); discriminator: none" in said
 
 
 def test_doctor_says_what_to_turn_on(write_config: WriteConfig) -> None:
     result = doctor(write_config("dmd2"), "train.global_batch_size=64", "--memory", "0.0008")
     assert result.exit_code == 1
-    assert "FAULT memory, predicted:" in result.stdout
-    assert "It does not fit; turn on, in this order:\n      train.micro_batch_size=" in result.stdout
+    assert "FAULT memory (predicted):" in result.stdout
+    assert "It does not fit. Turn on, in this order:\n      train.micro_batch_size=" in result.stdout
 
 
 def test_doctor_looks_at_a_config_whose_run_exists(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_the_teachers_images_come_from_where_it_is_now(
     (tmp_path / TEACHER).rename(tmp_path / "moved")
     gone = CliRunner().invoke(app, [*sample, "--teacher"])
     assert gone.exit_code == 2
-    assert "--teacher-from PLACE" in gone.stderr
+    assert "--teacher-from FOLDER" in gone.stderr
     second = CliRunner().invoke(app, [*sample, "--teacher-from", "../moved", "--out", "second.png"])
     assert second.exit_code == 0, second.stderr
     file = tmp_path / RUN / "config.yaml"

@@ -117,16 +117,16 @@ def test_a_source_of_images_is_taken_as_it_is(tmp_path: Path) -> None:
 OTHERS: list[tuple[dict[str, Any], str]] = [
     (
         {"data": dataset()},
-        r"teacher: the run began with 'object:\w{32}', and now has None; .* dd.Trainer\(config, teach",
+        r"teacher: the run started with 'object:\w{32}', and now has None; .* dd.Trainer\(config, teach",
     ),
     (
         {"teacher": plain_teacher(seed=1), "data": dataset()},
-        r"teacher: the run began with 'object:\w{32}', and now has 'object:\w{32}'; an object is named by its weights",
+        r"teacher: the run started with 'object:\w{32}', and now has 'object:\w{32}'; an object is identified by",
     ),
     ({"teacher": plain_teacher()}, "data.name: was 'given', now 'digits'"),
     (
         {"teacher": plain_teacher(), "data": dataset(63)},
-        "the images or labels under `data` are not those that the run began with",
+        "the images or labels under `data` differ from those at the start of the run",
     ),
 ]
 
@@ -150,7 +150,7 @@ def test_a_program_that_was_given_nothing_says_what_to_give(begun: Path, forget:
     done = CliRunner().invoke(app, ["train", str(file), "train.steps=2", "--resume"])
     assert done.exit_code == 2
     said = " ".join(done.stderr.split())
-    assert "is an object that a Python program gave, which nothing on disk holds; go on in Python" in said
+    assert "is an object from a Python program, which is not on the disk; resume from Python" in said
     assert "dd.Trainer(config, teacher=..., resume=True)" in said
     needs_data = dd.load_config(file, ["run=elsewhere"])
     with pytest.raises(dd.UserError, match=r"data: is a TensorDataset that a Python program gave.*data=\.\.\., resume"):
@@ -159,7 +159,7 @@ def test_a_program_that_was_given_nothing_says_what_to_give(begun: Path, forget:
     for command in (["sample", str(begun), "--out", "x.png"], ["export", str(begun), "--out", "x"]):
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 2
-        assert "network: is a Plain that a Python program gave, which no settings build" in " ".join(
+        assert "network: is a Plain object from a Python program, which a config cannot build" in " ".join(
             done.stderr.split()
         )
     dd.give_teacher(plain_teacher(), image_shape=(1, 8, 8))
@@ -167,9 +167,7 @@ def test_a_program_that_was_given_nothing_says_what_to_give(begun: Path, forget:
 
 
 def test_a_student_of_an_object_is_not_exported_and_the_reason_is_said(begun: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        dd.UserError, match="no settings build its Plain, which a Python program gave; register a network"
-    ):
+    with pytest.raises(dd.UserError, match=r"its Plain is an object from a Python program, .*; register a network"):
         dd.export_model(str(begun), tmp_path / "out", dd.ExportOptions())
     assert not (tmp_path / "out").exists()
 
@@ -180,7 +178,7 @@ def test_factors_of_lora_stand_over_an_object(tmp_path: Path, forget: Callable[[
     trainer.run()
     equal_tensors(dd.load_model(tmp_path / "run").denoiser.state_dict(), trainer.student.state_dict())
     forget()
-    with pytest.raises(dd.UserError, match=r"network: is a Plain that a Python program gave"):
+    with pytest.raises(dd.UserError, match=r"network: is a Plain object from a Python program"):
         dd.load_model(tmp_path / "run")
 
 
@@ -198,7 +196,7 @@ class Prompted(Plain):
 
 
 REFUSED: list[tuple[Any, str]] = [
-    (Plain(), r"teacher: Plain is no Denoiser; say dd.as_denoiser\(module, path, predicts\) first"),
+    (Plain(), r"teacher: Plain is not a Denoiser; use dd.as_denoiser\(module, path, predicts\) first"),
     (dd.Denoiser(Prompted(), dd.EDM(), "edm"), "teacher: the network takes text, which an object lacks"),  # type: ignore[arg-type]
 ]
 
@@ -210,7 +208,7 @@ def test_what_can_be_no_teacher_is_refused(tmp_path: Path, teacher: Any, said: s
 
 
 def test_two_teachers_and_images_of_another_shape_are_refused(tmp_path: Path, quick_teacher: Path) -> None:
-    with pytest.raises(dd.UserError, match=r"teacher = .*: another is given as an object; leave one out"):
+    with pytest.raises(dd.UserError, match=r"teacher = .*: another is passed as an object; use one of the two"):
         dd.Trainer(config(tmp_path / "run", 1, teacher=str(quick_teacher)), teacher=plain_teacher())
     wide = TensorDataset(-torch.ones(4, 1, 8, 16), torch.tensor([0, 1, 2, 9]))
     with pytest.raises(dd.UserError, match=r"data: images are \(1, 8, 16\), but the teacher's are \(1, 8, 8\)"):
@@ -238,7 +236,7 @@ def test_a_module_s_features_are_its_tap_s(tmp_path: Path) -> None:
 
 def test_the_editors_schema_has_no_objects() -> None:
     assert "given" not in json_schema().lower().split('"')
-    with pytest.raises(dd.UserError, match="network 'given': the name is diffdistill's own"):
+    with pytest.raises(dd.UserError, match="network 'given': diffdistill uses this name"):
         dd.register_network(given_networks.GivenNetwork)
 
 

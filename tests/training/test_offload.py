@@ -147,7 +147,7 @@ def test_the_memory_plan_leaves_an_offloaded_teacher_out(make_config: MakeConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("sid", "lora.fake={rank: 2}"), "fake stands over the teacher's weights"),
+        (("sid", "lora.fake={rank: 2}"), "fake is LoRA over the teacher's weights"),
         (("sid", "speed.compile=eager"), "does not go with speed.compile"),
         (("pretrain",), "this method has no teacher"),
     ],

@@ -157,9 +157,9 @@ def test_a_run_that_goes_on_says_from_which_step(make_config: MakeConfig, capsys
     assert "goes on" not in capsys.readouterr().err
     longer = make_config("pretrain", "train.steps=3", f"run={config.run}")
     Trainer(longer, resume=True).run()
-    assert f"{config.run}: goes on from step 2 of 3" in capsys.readouterr().err.splitlines()
+    assert f"{config.run}: resumed at step 2 of 3" in capsys.readouterr().err.splitlines()
     Trainer(longer, resume=True).run()
-    assert f"{config.run}: is done, 3 steps" in capsys.readouterr().err.splitlines()
+    assert f"{config.run}: finished, 3 steps" in capsys.readouterr().err.splitlines()
     Trainer(longer, resume=True, quiet=True).run()
     assert capsys.readouterr().err == ""
 

@@ -147,7 +147,7 @@ def test_a_start_alone_leaves_memory(tmp_path: Path, quick_teacher: Path, sketch
     ("overrides", "said"),
     [
         (["teachers.sketch={sketch}"], "dmd2 asks one teacher, and no player starts as teacher_sketch; leave it out"),
-        (["starts.critic=teacher"], r"starts.critic: no player that is a copy; choose from generator, fake"),
+        (["starts.critic=teacher"], r"starts.critic: not a player that starts as a copy; choose from generator, fake"),
         (["starts.fake=sketch"], r"starts.fake = 'sketch': no such model; choose from teacher"),
         (["teachers.Bad={sketch}"], r"teachers.Bad"),
         (["teachers.sketch={sketch}/nowhere", "starts.fake=teacher_sketch"], "nowhere"),
@@ -170,7 +170,7 @@ def test_a_teacher_does_not_take_a_player_s_name(tmp_path: Path, quick_teacher: 
 
     config = towards_both(tmp_path / "run", quick_teacher, sketch)
     object.__setattr__(config, "method", Own(gan_weight=0.0))
-    with pytest.raises(UserError, match=r"teachers.sketch: the method has a player teacher_sketch of its own"):
+    with pytest.raises(UserError, match=r"teachers.sketch: the method has its own player teacher_sketch of its own"):
         plan(config, resume=None)
 
 
@@ -178,7 +178,7 @@ def test_teachers_that_differ_are_refused(tmp_path: Path, quick_teacher: Path, t
     flow = ("model.path={name: flow}", "model.predicts=flow")
     Trainer(small_config("pretrain", tmp_path / "flow", "train.steps=1", *flow), quiet=True).run()
     given = (*DATA_FREE, f"teachers.other={tmp_path / 'flow'}", "starts.fake=teacher_other")
-    with pytest.raises(UserError, match=r"teachers.other = .*: its path is not that of `teacher`"):
+    with pytest.raises(UserError, match=r"teachers.other = .*: its path differs from that of `teacher`"):
         plan(small_config("dmd2", tmp_path / "run", *given, teacher=quick_teacher), resume=None)
     given = (*DATA_FREE, f"teachers.other={teacher}", "starts.generator=teacher_other")
     with pytest.raises(UserError, match=r"starts.generator = 'teacher_other': is another network than the student's"):

@@ -569,11 +569,11 @@ def test_parts_that_do_not_make_a_whole_are_refused_before_anything_is_allocated
     """By a manifest that fits them: their author means harm, or has lost a file."""
     first, second = sorted((damaged(in_parts, tmp_path) / "players").iterdir())
     first.unlink()
-    with pytest.raises(UserError, match="its parts do not make a whole"):
+    with pytest.raises(UserError, match="its parts are incomplete"):
         read_shards(second.parent, lambda _: None)
     far = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [2**40]}})}
     save_file({"w": torch.ones(1)}, tmp_path / "far.safetensors", metadata=far)
-    with pytest.raises(UserError, match="w: its parts do not make a whole"):
+    with pytest.raises(UserError, match="w: its parts are incomplete"):
         read_shards(tmp_path, lambda _: None)
     for offsets in ((2, 2), (0, 1), (0, 3)):  # twice the same, over each other, with a gap
         folder = tmp_path / f"{offsets}"
@@ -581,7 +581,7 @@ def test_parts_that_do_not_make_a_whole_are_refused_before_anything_is_allocated
         for number, offset in enumerate(offsets):
             where = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [offset]}})}
             save_file({"w": torch.ones(2)}, folder / f"{number}.safetensors", metadata=where)
-        with pytest.raises(UserError, match="w: its parts do not make a whole"):
+        with pytest.raises(UserError, match="w: its parts are incomplete"):
             read_shards(folder, lambda _: None)
     for text in ("[]", "{", '{"w": 3}', '{"w": {"saved_offsets": ["a"]}}', '{"w": {"saved_offsets": [-1]}}'):
         save_file({"w": torch.ones(1)}, tmp_path / "far.safetensors", metadata={"DCP_SHARDING_INFO": text})
@@ -637,8 +637,8 @@ def save_elsewhere(config: RunConfig) -> str:
 def test_parts_on_another_machine_s_disk_make_no_checkpoint(make_config: MakeConfig) -> None:
     config = make_config("pretrain", "train.steps=1", SHARDED)
     first, second = run_together(2, lambda: save_elsewhere(config))
-    assert "lacks what other processes wrote; `run` must be a folder that all of them see" in first
-    assert second == "the first process has failed, and says why"
+    assert "lacks files of other processes; `run` must be on a file system that all processes share" in first
+    assert second == "the main process failed; see its message"
     assert list((Path(config.run) / "0" / "checkpoints").iterdir()) == []
 
 
@@ -661,7 +661,7 @@ def test_a_process_that_is_gone_is_said_to_be_gone_whatever_the_others_wait_in(
     make_config: MakeConfig, moment: str
 ) -> None:
     config = make_config("pretrain", "train.steps=1", "train.preview_every=1", SHARDED)
-    assert "another process is gone" in run_together(2, lambda: end_early(config, moment))[0]
+    assert "another process has exited" in run_together(2, lambda: end_early(config, moment))[0]
 
 
 # What does not go
@@ -680,7 +680,7 @@ def test_what_does_not_go_with_parts_is_refused(
     make_config: MakeConfig, method: str, settings: tuple[str, ...], said: str
 ) -> None:
     config = make_config(method, *settings, SHARDED)
-    with pytest.raises(UserError, match=rf"speed.shard = 'all': does not go with {said}"):
+    with pytest.raises(UserError, match=rf"speed.shard = 'all': does not work with {said}"):
         Trainer(config, quiet=True)
     assert not Path(config.run).exists()
 

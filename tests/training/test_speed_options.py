@@ -276,7 +276,7 @@ def test_an_8_bit_optimiser_has_no_other_forms() -> None:
 
 
 def test_8_bit_optimisers_and_channels_last_are_refused_together(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match=r"speed.channels_last: does not go with 8-bit optimisers"):
+    with pytest.raises(UserError, match=r"speed.channels_last: does not work with 8-bit optimisers"):
         make_config("pretrain", "optimizers.teacher.name=adam8bit", "speed.channels_last=true")
 
 
@@ -363,12 +363,12 @@ def test_the_first_average_samples_and_the_others_load_by_name(make_config: Make
     picture = Path(trainer.folder) / "long.png"
     run_sample(str(folder), SampleOptions(SampleRequest(ema="long"), picture, count=1))
     assert picture.exists()
-    with pytest.raises(UserError, match=r"no average 'short' beside `ema`; there are: long"):
+    with pytest.raises(UserError, match=r"no EMA 'short'; choose from: long"):
         load_model(folder, ema="short")
 
 
 def test_more_averages_need_a_first_one(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match="more_emas: they stand beside `ema`"):
+    with pytest.raises(UserError, match="more_emas: needs `ema`"):
         make_config("dmd2", "ema=null", SEVERAL[1])
     with pytest.raises(UserError, match="more_emas"):
         make_config("dmd2", "more_emas={../up: {}}")

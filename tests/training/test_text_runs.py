@@ -124,7 +124,7 @@ def test_a_resumed_run_refuses_other_prompts(shared: Path, tmp_path: Path) -> No
     Trainer(config("sim", shared, tmp_path / "run", "prompts", FLAT, "train.steps=1"), quiet=True).run()
     (tmp_path / "others.txt").write_text("\n".join(PROMPTS[::-1]))
     again = config("sim", shared, tmp_path / "run", "prompts", FLAT, f"data.path={tmp_path / 'others.txt'}")
-    with pytest.raises(UserError, match="are not those that the run began with"):
+    with pytest.raises(UserError, match="differ from those at the start of the run"):
         Trainer(again, quiet=True, resume=True)
 
 
@@ -190,7 +190,7 @@ def test_encoders_have_left_memory_before_the_networks_come(
 @pytest.mark.parametrize(
     ("method", "data", "more", "said"),
     [
-        ("dmd2", "prompts", (FLAT,), "data: dmd2 needs real images, with these settings; prompts has prompts alone"),
+        ("dmd2", "prompts", (FLAT,), "data: dmd2 needs real images with these settings; prompts has only prompts"),
         ("hyper_sd", "prompts", (), "data: hyper_sd needs real images"),
         (
             "sim",
@@ -220,7 +220,7 @@ def test_a_missing_input_is_said_before_any_work_starts(
 
 def test_prompts_for_a_teacher_without_text_are_refused(quick_teacher: Path, shared: Path, tmp_path: Path) -> None:
     data = f"data={json.dumps({'name': 'prompts', 'path': str(shared / 'prompts.txt')})}"
-    with pytest.raises(UserError, match="prompts has prompts alone, and the model takes none"):
+    with pytest.raises(UserError, match="prompts has only prompts, and the model takes none"):
         Trainer(small_config("sim", tmp_path / "run", data, teacher=quick_teacher), quiet=True)
 
 
@@ -261,7 +261,7 @@ def test_a_network_of_our_own_learns_from_sentences_and_is_distilled(shared: Pat
     [
         (
             "model.network={name: unet, channels: [8, 16], text_width: 8}",
-            "text_width = 8: text_encoder gives 16 numbers",
+            "text_width = 8: text_encoder has width 16 numbers",
         ),
         ("text_encoder=null", "the model takes none|text_width = 16: needs a text_encoder"),
     ],

@@ -176,7 +176,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     assert time.monotonic() - began < 10
     said = capsys.readouterr().err
     assert said.count(f"tracker {name}") == 1
-    assert f"{says}; the run goes on without it" in said
+    assert f"{says}; the run continues without it" in said
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
     works = next(made for made in Recorder.made if made.name == "recorder")
     assert [step for kind, _, step in works.told if kind == "log"] == [1, 2, 3, 4, 5, 6]
@@ -225,7 +225,7 @@ def test_a_hanging_tracker_costs_the_run_no_time_and_its_queue_is_bounded(
     for step in range(200):
         both.numbers(step, {"loss": 1.0})
     assert time.monotonic() - began < 0.5
-    assert said == ["tracker hanger cannot keep up: 5 reports are waiting; the run goes on without it"]
+    assert said == ["tracker hanger cannot keep up: 5 reports are waiting; the run continues without it"]
     both.close()
     assert time.monotonic() - began < 0.5, "one that is given up is not waited for"
     assert len(said) == 1
@@ -240,7 +240,7 @@ def test_a_tracker_that_does_not_answer_is_given_up_after_its_time(
     one.numbers(1, {})
     time.sleep(0.3)
     one.numbers(2, {})
-    assert said == ["tracker hanger has not answered for 0.05 s; the run goes on without it"]
+    assert said == ["tracker hanger has not answered for 0.05 s; the run continues without it"]
 
 
 def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,4 +346,4 @@ def test_curves_that_cannot_be_drawn_are_said_once(
 
     monkeypatch.setattr(log, "draw_curves", refuse)
     run(make_config("pretrain", "trackers=[]", "train.steps=2", "train.preview_every=1"))
-    assert capsys.readouterr().err.count("curves.png cannot be drawn: OSError: no font; the run goes on") == 1
+    assert capsys.readouterr().err.count("curves.png cannot be drawn: OSError: no font; the run continues") == 1

@@ -30,4 +30,4 @@ def check_null_condition(denoiser: Denoiser, what: str) -> None:
     """
     if not denoiser.net.has_null_condition:
         takes = " (it takes a scale as its input instead)" if denoiser.takes_guidance else ""
-        raise UserError(f'{what} needs the estimate of "no class": a model trained with class_dropout > 0{takes}')
+        raise UserError(f"{what} needs an unconditional estimate: a model trained with class_dropout > 0{takes}")

@@ -116,7 +116,7 @@ class CFGPlusPlus:
             return self.scale if following is None else self.scale / float(1 - following / now)
 
         if denoiser.runtime.guidance_rule != LINEAR:
-            raise UserError("guidance: cfg++ is for models that are guided linearly; this one has a rule of its own")
+            raise UserError("guidance: cfg++ is for linearly guided models; this one has its own guidance rule")
 
         return _scaled(denoiser, cond, scale)
 
@@ -234,7 +234,7 @@ def unconditional(denoiser: Denoiser, cond: Cond) -> Cond:
     Raises UserError if the network takes the scale as input: it has one estimate only.
     """
     if "guidance_input" in denoiser.net.accepts:
-        raise UserError("guidance: this network takes the scale as its input, in one evaluation; give a number")
+        raise UserError("guidance: this network takes the scale as input, at 1 NFE per step; give a number")
     return denoiser.unconditional(cond)
 
 

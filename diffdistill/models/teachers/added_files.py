@@ -40,11 +40,10 @@ def find_added(key: str, place: str, names: Sequence[str]) -> FilePath:
 def _checked(key: str, file: FilePath) -> FilePath:
     if file.suffix in PICKLES:
         raise UserError(
-            f"{key}: {file}: a pickle ({file.suffix}), which is not opened, for it may be a program; give the same as "
-            ".safetensors"
+            f"{key}: {file}: a pickle ({file.suffix}), which may run code and is not opened; convert it to .safetensors"
         )
     if file.suffix != ".safetensors":
-        raise UserError(f"{key}: {file}: is no .safetensors file")
+        raise UserError(f"{key}: {file}: not a .safetensors file")
     return file
 
 

@@ -78,7 +78,7 @@ def compose(teacher: ComposedTeacher) -> str:
     if not (folder / INDEX).is_file():
         with kept.locked(root, key) as is_alone:
             if not (folder / INDEX).is_file():
-                say(f"making the teacher of {teacher.name} and what is added to it: {folder}")
+                say(f"composing the teacher of {teacher.name} and its additions: {folder}")
                 with kept.new_folder(root, key, is_alone=is_alone) as made:
                     _write(teacher, base, files, made)
     return os.path.abspath(folder)
@@ -145,7 +145,7 @@ def _add(teacher: ComposedTeacher, files: _Files, folder: FilePath) -> None:
     for file, tensors in zip(files.lora, loras, strict=True):
         if any("dora_scale" in name for name in tensors):
             raise UserError(
-                f"lora: {file}: holds DoRA's magnitudes, which diffusers leaves out; fuse it with its own tool"
+                f"lora: {file}: holds magnitudes of DoRA, which diffusers ignores; fuse it with its own tool"
             )
     has_text = bool(files.tokens) or any("text_encoder" in k or k.startswith("lora_te") for t in loras for k in t)
     pipe = _assemble(made, has_network=bool(loras), has_text=has_text)
@@ -222,7 +222,7 @@ def _add_tokens(pipe: Any, tensors: dict[str, Tensor], token: str | None, file: 
     if not hasattr(pipe, "load_textual_inversion"):
         raise UserError(f"textual_inversion: diffusers' {type(pipe).__name__} loads no tokens")
     if token is None and (len(tensors) != 1 or "emb_params" in tensors):
-        raise UserError(f"textual_inversion: {file}: does not say what its token is called; give it a `token`")
+        raise UserError(f"textual_inversion: {file}: does not name its token; set `token`")
     changed: set[str] = set()
     for name, vectors in tensors.items():
         end = ENCODERS.get(name, "")

@@ -196,13 +196,13 @@ class Family(ABC):
         """Raise UserError, naming the option, on a network that is told more than this family tells it."""
         for name, values in self.told.items():
             if options.get(name) not in values:
-                raise UserError(f"{name} = {options.get(name)!r}: a network that is told other things than here")
+                raise UserError(f"{name} = {options.get(name)!r}: a network with other conditions than supported here")
         taken: Any = options.get("in_channels")
         made = options.get("out_channels")
         if None not in (taken, made) and made not in ((taken, 2 * taken) if self.learns_variance else (taken,)):
             raise UserError(
-                f"in_channels = {taken!r}, out_channels = {made!r}: a network that is also given an image or a mask "
-                "(for inpainting or editing), which it is not here"
+                f"in_channels = {taken!r}, out_channels = {made!r}: a network that also takes an image or a mask "
+                "(inpainting, editing), which is not supported"
             )
 
     def num_classes(self, options: Mapping[str, Any]) -> int:

@@ -263,7 +263,7 @@ SCHEDULER = Fields(
         "time_shift_type": Only(("exponential", "linear", None), "is not read; choose from exponential, linear"),
         "thresholding": Only((False, None), "its pipeline moves each estimate by the quantiles of its pixels"),
         "timestep_type": Only(("discrete", None), "the network is told noise levels, not steps"),
-        "invert_sigmas": Only((False, None), "is not read; use a scheduler without it"),
+        "invert_sigmas": Only((False, None), "not supported; use a scheduler without it"),
         "predict_epsilon": Only((True, None), "is of an older diffusers; say prediction_type: sample"),
         "snr_shift_scale": Only((None, 1.0), "moves the schedule of betas"),
         **dict.fromkeys(("stages", "stage_range", "gamma", "scheduler_type"), _OF_STUDENTS),
@@ -282,6 +282,6 @@ def check_fields(config: Mapping[str, Any], fields: Fields, file: FilePath | str
         is_known = name.startswith("_") or name in fields.known or name in EXTRAS
         if not is_known and value not in (None, False, [], {}, ""):
             raise UserError(
-                f"{file}: {name} = {value!r:.80}: is not a field that this version understands; without it this may be "
-                "another network"
+                f"{file}: {name} = {value!r:.80}: this version does not know the field, and without it the network "
+                "may differ"
             )

@@ -28,10 +28,10 @@ def flow_path(
         scheduler.get("use_flow_sigmas") and scheduler.get("prediction_type") == "flow_prediction"
     )
     if not is_flow:
-        raise UserError(f"scheduler: {name}: is not one of a flow")
+        raise UserError(f"scheduler: {name}: not a flow-matching scheduler")
     for key in UNREAD:
         if scheduler.get(key):
-            raise UserError(f"scheduler: {key} = {scheduler[key]!r}: is not read; use a scheduler without it")
+            raise UserError(f"scheduler: {key} = {scheduler[key]!r}: not supported; use a scheduler without it")
     if scheduler.get("num_train_timesteps", STEPS) != STEPS:
         raise UserError(f"scheduler: num_train_timesteps = {scheduler['num_train_timesteps']!r}: must be {STEPS}")
     if scheduler.get("use_dynamic_shifting"):

@@ -100,7 +100,7 @@ def _fetch(place: str, wanted: list[str], unwanted: Sequence[str] = ()) -> FileP
         )
     except Exception as error:  # its own, requests', httpx' and the operating system's: it has no class for all
         raise UserError(
-            f"{place}: no such folder, and not to be had from the Hugging Face hub: {_reason(error)}"
+            f"{place}: no such folder, and not available from the Hugging Face hub: {_reason(error)}"
         ) from None
 
 
@@ -112,7 +112,7 @@ def fetch_file(repo: str, file: str, revision: str | None) -> FilePath:
     try:
         return FilePath(hf_hub_download(repo, file, revision=revision))
     except Exception as error:  # as above
-        raise UserError(f"{repo}/{file}: not to be had from the Hugging Face hub: {_reason(error)}") from None
+        raise UserError(f"{repo}/{file}: not available from the Hugging Face hub: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:

@@ -185,9 +185,9 @@ class Pipeline:
         try:
             factor = self.family.vae_factor(config)
         except READING as error:
-            raise UserError(f"{file}: does not say how many pixels are one latent: {_short(error)}") from None
+            raise UserError(f"{file}: does not say how many pixels one latent covers: {_short(error)}") from None
         if factor < 1:
-            raise UserError(f"{file}: does not say how many pixels are one latent: its list of blocks is empty")
+            raise UserError(f"{file}: does not say how many pixels one latent covers: its list of blocks is empty")
         return factor
 
     @cached_property
@@ -346,20 +346,20 @@ def _check_weights(folder: FilePath) -> None:
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     if pickles and not found:
         raise UserError(
-            f"{folder}: its weights are a pickle, {pickles[0]}, which is not opened, for it may be a program; load "
-            "the pipeline with diffusers where you trust it, and save it with safe_serialization=True"
+            f"{folder}: its weights are a pickle, {pickles[0]}, which may run code and is not opened; if you trust "
+            "it, load the pipeline with diffusers and save it with safe_serialization=True"
         )
     if found and all(".non_ema" in name for name in found):
         raise UserError(
-            f"{folder}: holds the weights without their average alone, {found[0]}; where those are what you mean, "
-            f"rename it to {found[0].replace('.non_ema', '')}"
+            f"{folder}: holds only the weights without EMA, {found[0]}; to use them, rename it to "
+            f"{found[0].replace('.non_ema', '')}"
         )
 
 
 def refuse_quantised(config: Mapping[str, Any], file: FilePath) -> None:
     """Raise UserError on a part's config.json that names a quantisation."""
     if config.get("quantization_config"):
-        raise UserError(f"{file}: quantised weights are not read; give the pipeline's unquantised ones")
+        raise UserError(f"{file}: quantised weights are not supported; use the pipeline's unquantised weights")
 
 
 def read_json(file: FilePath) -> dict[str, Any]:

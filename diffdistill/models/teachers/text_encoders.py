@@ -55,7 +55,7 @@ def in_float32(cond: Cond, place: str) -> Cond:
     if any(not bool(torch.isfinite(part).all()) for part in halves.values()):
         raise UserError(
             f"{place}: a text encoder overflows in the half precision that it is published in; "
-            "say prompts.encoder_dtype: fp32"
+            "set prompts.encoder_dtype: fp32"
         )
     return replace(cond, **{name: part.float() for name, part in halves.items()})
 

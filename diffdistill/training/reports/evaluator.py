@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @schema
 class EvalConfig:
-    """An evaluation while training, of the averaged student where there is an average, and always of the last step.
+    """Evaluation during training, of the EMA where there is one, and always at the last step.
 
     protocol: a name, or a YAML file; one repeat of it.  every: steps between two.  num_images: fewer than the
-    protocol's, which makes it another protocol.  best_by: the metric that decides which checkpoint is kept as the
-    best; null takes the protocol's first.  guidance: w of D_u + w (D_c - D_u).  weights, references: files by the
-    features' label, where they do not lie in their folders.  captions: the file of a protocol's captions.
+    protocol's, which makes it another protocol.  best_by: the metric of the best checkpoint;
+    null: the protocol's first.  guidance: w of D_u + w (D_c - D_u).  weights, references: files by the
+    features' label, where they are not in their folders.  captions: the file of a protocol's captions.
     """
 
     protocol: str = "digits-pixels"

@@ -33,9 +33,9 @@ REMEMBERED = 50  # readings of a gradient norm that its usual size is taken from
 
 @schema
 class HealthConfig:
-    """every: steps between two examinations; samples: images for each; patience: readings in a row outside a band
-    before it is said; warmup_steps: the start, in which nothing is said; distance_every: steps between two readings of
-    the distance to the teacher, 0 for none."""
+    """every: steps between two examinations; samples: images for each; patience: consecutive readings outside a band
+    before a warning; warmup_steps: iterations without warnings at the start; distance_every: steps between two
+    measurements of the distance to the teacher, 0 for none."""
 
     every: PositiveInt = 50
     samples: Annotated[int, Field(ge=8, le=MAX_BATCH)] = 64
@@ -59,30 +59,31 @@ BANDS = {
         0.0,
         1.1,
         "",
-        "the fake score denoises the student's samples worse than the teacher does: it cannot follow. Try more "
-        "fake_updates, a higher rate for `fake`, or a lower one for `generator`",
+        "the fake score denoises the student's samples worse than the teacher does: it lags. Try more "
+        "fake_updates, a higher learning rate for `fake`, or a lower one for `generator`",
     ),
     "cosine": Band(
         0.2,
         0.99999,
         "teacher and fake score pull the samples in different directions: one of them is fed the wrong noise level, "
-        "condition or prediction, or the fake score has diverged. Look at the preview; try a lower rate for `fake`",
-        "fake score and teacher are the same function on the student's samples, so nothing pushes the student: is the "
-        "fake score trained at all? Look at fake/gradient_norm. Try a higher rate for `fake`",
+        "condition or prediction, or the fake score has diverged. Look at the preview; try a lower "
+        "learning rate for `fake`",
+        "fake score and teacher are the same function on the student's samples, so the student gets no gradient: is "
+        "the fake score trained at all? Look at fake/gradient_norm. Try a higher learning rate for `fake`",
     ),
     "mean_drift": Band(
         0.0,
         0.5,
         "",
-        "the mean of the samples has left the data's. A wrong sign or a rate far too high does this; try a tenth of "
-        "the generator's rate, and guidance 1",
+        "the mean of the samples has left the data's. A wrong sign or a learning rate far too high causes this; try a "
+        "tenth of the generator's learning rate, and guidance 1",
     ),
     "std_ratio": Band(
         0.6,
         1.4,
-        "the samples have lost contrast. Try a lower rate, or more fake_updates",
-        "the samples are much more spread than the data: they diverge. Try a tenth of the generator's rate; look at "
-        "guidance, which spreads too",
+        "the samples have lost contrast. Try a lower learning rate, or more fake_updates",
+        "the samples are much more spread than the data: they diverge. Try a tenth of the generator's learning "
+        "rate; check guidance, which widens them too",
     ),
     "diversity": Band(
         0.4,
@@ -90,7 +91,7 @@ BANDS = {
         "samples of one condition look alike: the student drops modes. Try a GAN or regression term, or a larger "
         "gan_weight",
         "samples of one condition differ more than the data's: the student ignores its condition, or diverges. Look "
-        "at the preview. Try a lower rate",
+        "at the preview. Try a lower learning rate",
     ),
     "discriminator_accuracy": Band(
         0.0,
@@ -110,14 +111,14 @@ BANDS = {
         0.0,
         1.5,
         "",
-        "the student does better on its stored pairs than on new ones: it learns them by heart (teacher hacking). Try "
+        "the student does better on its stored pairs than on new ones: it memorises them (teacher hacking). Try "
         "more pairs, or fewer steps",
     ),
     "gradient_jump": Band(
         0.0,
         20.0,
         "",
-        "a gradient is many times its usual size. Try clip_norm at its usual size, or a lower rate",
+        "a gradient is many times its usual size. Try clip_norm at its usual size, or a lower learning rate",
     ),
 }
 """Every signal's band. The defaults were set on digits; a signal's meaning does not depend on the data."""

@@ -197,7 +197,7 @@ class RunLog:
             self._has_new_curves = False
         except Exception as error:
             if not self._has_said_curves:
-                self.say(f"curves.png cannot be drawn: {type(error).__name__}: {error}; the run goes on")
+                self.say(f"curves.png cannot be drawn: {type(error).__name__}: {error}; the run continues")
             self._has_said_curves = True
 
     def _drop_after(self, step: int) -> None:

@@ -195,7 +195,7 @@ class BackgroundTracker:
                 return
             self._is_given_up = True
         with suppress(Exception):
-            self._say(hide_secrets(f"tracker {self.name} {reason}; the run goes on without it"))
+            self._say(hide_secrets(f"tracker {self.name} {reason}; the run continues without it"))
 
 
 def flat_settings(settings: Mapping[str, Any], place: str = "") -> dict[str, str | int | float | bool]:

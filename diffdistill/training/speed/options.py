@@ -24,9 +24,9 @@ RECOMPILES = 64  # graphs kept for one function: each player has one for each wa
 
 @schema
 class SpeedConfig:
-    """What trades time for memory, all off by default. Each but teacher_dtype may change when a run is resumed.
+    """Trade-offs of time and memory, all off by default. All but teacher_dtype may change when a run is resumed.
 
-    activation_checkpointing: each block keeps only its inputs and is computed again in the backward pass; the gradients
+    activation_checkpointing: gradient checkpointing: each block is recomputed in the backward pass; the gradients
     are the same, bit for bit.  compile: torch.compile of the players, by its backend.  compile_mode: what inductor is
     asked for; reduce-overhead and max-autotune record CUDA graphs, which are of one shape each.  channels_last: the
     layout of convolutions; on many GPUs faster in bf16.  ema_device: cpu keeps the averages off the GPU and costs a
@@ -122,7 +122,7 @@ def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: 
         raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: this method has no teacher; use fp32")
     if speed.is_quantised and (speed.teacher_device == "cpu" or speed.channels_last):
         why = "speed.teacher_device and speed.channels_last"
-        raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: does not go with {why}; leave them out")
+        raise UserError(f"speed.teacher_dtype = {speed.teacher_dtype!r}: does not work with {why}; leave them out")
     if speed.records_graphs and speed.compile != "inductor":
         raise UserError(
             f"speed.compile_mode = {speed.compile_mode!r}: inductor's alone, and speed.compile is "
@@ -142,7 +142,7 @@ def _check(speed: SpeedConfig, players: Mapping[str, Denoiser], *, has_teacher: 
         if speed.channels_last and not _has_convolutions(denoiser):
             raise UserError(f"speed.channels_last: {name}'s network {network} has no convolutions; use false")
         if speed.teacher_device == "cpu" and lora_of(denoiser):
-            raise UserError(f"speed.teacher_device = 'cpu': {name} stands over the teacher's weights; use same")
+            raise UserError(f"speed.teacher_device = 'cpu': {name} is LoRA over the teacher's weights; use same")
     if speed.teacher_device == "cpu" and (speed.compile or not has_teacher):
         why = "does not go with speed.compile" if speed.compile else "this method has no teacher"
         raise UserError(f"speed.teacher_device = 'cpu': {why}; use same")

@@ -45,8 +45,8 @@ class StableDiffusionXL(Family):
     def check_index(self, index: Mapping[str, Any], file: FilePath) -> None:
         if index.get("requires_aesthetics_score"):
             raise UserError(
-                f"{file}: requires_aesthetics_score = true: a refiner, which is told a score and goes on from another "
-                "network's images; name the base model"
+                f"{file}: requires_aesthetics_score = true: a refiner, which takes a score and refines the images of "
+                "another network; name the base model"
             )
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from support.stand_ins import save_stand_in, sd, sdxl
 
 from diffdistill.commands import cli, doctor
 from diffdistill.export.expected import check_of
-from diffdistill.export.leaving import Leaving, how_it_leaves
+from diffdistill.export.exportable import ExportKind, export_kind_of
 from diffdistill.export.record import ExportRecord
 from diffdistill.export.run import ExportOptions, write
 from diffdistill.export.self_contained import write_self_contained
@@ -99,7 +99,7 @@ def check_for(place: Path, folder: Path, *, has_code: bool = False) -> Check:
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
-    home = tmp_path_factory.mktemp("leaving")
+    home = tmp_path_factory.mktemp("exports")
     places = {
         "sd3 without T5": save_stand_in("sd3", home / "sd3", has_t5=False),
         "bf16 alone": with_variant(save_stand_in("sd", home / "bf16"), "bf16"),
@@ -136,7 +136,7 @@ def test_latents_of_odd_sides_are_trained_and_loaded(tmp_path: Path) -> None:
     assert student.spec.image_shape == (4, 9, 9)
     x, text = torch.zeros(1, 4, 9, 9), load_model(place).denoiser
     assert student.denoiser.net.accepts == text.net.accepts
-    assert how_it_leaves(student.spec) == Leaving("stock")
+    assert export_kind_of(student.spec) == ExportKind("stock")
     assert student.denoiser.net.model(x, 1, torch.zeros(1, 3, 16)).sample.shape == x.shape
 
 
@@ -151,15 +151,15 @@ def test_a_quantised_vae_is_refused_with_its_file_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = quantised(save_stand_in("sd", tmp_path / "teacher"))
-    said = r"vae/config.json: quantised weights are not read"
-    leaving = how_it_leaves(load_model(place).spec)
-    assert leaving.kind is None
-    assert "vae/config.json: quantised weights are not read" in str(leaving.note)
-    findings = doctor._leaving(load_model(place).spec)
+    said = r"vae/config.json: quantised weights are not supported"
+    found = export_kind_of(load_model(place).spec)
+    assert found.kind is None
+    assert "vae/config.json: quantised weights are not supported" in str(found.note)
+    findings = doctor._export(load_model(place).spec)
     assert findings.is_fault
-    assert findings.text.startswith("none can be made: ")
-    assert not cli._says_if_it_leaves(SimpleNamespace(spec=load_model(place).spec))  # type: ignore[arg-type]
-    assert "`diffdistill export` will not export this student: " in capsys.readouterr().err
+    assert findings.text.startswith("not possible: ")
+    assert not cli._can_be_exported(SimpleNamespace(spec=load_model(place).spec))  # type: ignore[arg-type]
+    assert "`diffdistill export` cannot export this student: " in capsys.readouterr().err
     with pytest.raises(UserError, match=said):
         check_for(place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
