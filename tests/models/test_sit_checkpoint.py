@@ -175,6 +175,18 @@ def without(name: str) -> dict[str, Tensor]:
         (published() | {"pos_embed": torch.zeros(16)}, r"pos_embed is \(16,\): no SiT"),
         (published() | {"x_embedder.proj.weight": torch.zeros(16, 4, 0, 0)}, r"\(16, 4, 0, 0\): no SiT"),
         (published() | {"t_embedder.mlp.0.weight": torch.ones(1, 1).expand(16, 256)}, "more than the file holds of it"),
+        (
+            published() | {"extra": torch.zeros(2, 2).to_sparse()},
+            r"'extra': \(2, 2\) of torch.float32, torch.sparse_coo on",
+        ),
+        (
+            published() | {"final_layer.linear.bias": torch.zeros(16, device="meta")},
+            "on meta: no dense tensor of floats",
+        ),
+        (
+            published() | {"final_layer.linear.bias": torch.zeros(16).int()},
+            "torch.int32, .*: no dense tensor of floats",
+        ),
         (published() | {"blocks.9999.attn.qkv.bias": torch.ones(1)}, "network's shapes: .*depth"),
         ({"a": 3}, "its network is no dict of tensors"),
     ],

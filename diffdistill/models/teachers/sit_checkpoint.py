@@ -147,8 +147,11 @@ def _tensors(content: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
     if missing := [name for name in needed if name not in tensors]:
         raise Refused(f"{origin}: no network of SiT's: {missing[0]} is missing ({len(missing)} in all)")
     for name, tensor in tensors.items():
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes() or not tensor.is_floating_point():
-            raise Refused(f"{origin}: {name}: {tuple(tensor.shape)} of {tensor.dtype}, more than the file holds of it")
+        kind = f"{name!r}: {tuple(tensor.shape)} of {tensor.dtype}"
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            raise Refused(f"{origin}: {kind}, {tensor.layout} on {tensor.device}: no dense tensor of floats")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise Refused(f"{origin}: {kind}, more than the file holds of it")
     return tensors
 
 
