@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -197,11 +198,12 @@ def test_what_is_no_such_network_is_refused_in_one_line(ema: dict[str, Any], sai
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", [Namespace, dict])
 @pytest.mark.parametrize("change", [{"path_type": "cosine"}, {"path_type": "GVP"}, {"prediction": "noise"}])
-def test_another_path_or_prediction_is_refused(change: dict[str, str], file: Path) -> None:
+def test_another_path_or_prediction_is_refused(change: dict[str, str], kind: Callable[..., Any], file: Path) -> None:
     ((name, value),) = change.items()
     with pytest.raises(Refused, match=f"{name} = '{value}': only"):
-        read_sit(repa(file, args=Namespace(**change)), OPTIONS)
+        read_sit(repa(file, args=kind(**change)), OPTIONS)
 
 
 def test_what_the_file_does_not_say_is_asked_for_by_the_option(file: Path) -> None:
@@ -262,6 +264,9 @@ def test_other_files_are_named_for_what_they_are(file: Path) -> None:
     with file.open("wb") as handle:
         np.savez(handle, a=np.zeros(3))
     with pytest.raises(Refused, match=r"cannot be read \(\w+\); refused, and nothing was run"):
+        read_sit(file)
+    file.write_bytes(pickle.dumps({"ema": None}))
+    with pytest.raises(Refused, match=r"give SiT's or REPA's \.pt; EDM's \.pkl is for import-edm"):
         read_sit(file)
     torch.save([1, 2], file)
     with pytest.raises(Refused, match="holds no dict but a list"):

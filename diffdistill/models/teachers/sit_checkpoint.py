@@ -81,7 +81,8 @@ def read_sit(file: FilePath, options: SiTOptions = SAID) -> TrainedModel:
     """The network in a checkpoint, averaged where it has an average, frozen. Raises Refused, UserError."""
     content = _load(file)
     told = content.get("args")
-    arguments: Mapping[str, Any] = vars(told) if isinstance(told, argparse.Namespace) else {}
+    told = vars(told) if isinstance(told, argparse.Namespace) else told
+    arguments: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
     tensors = _tensors(content, str(file))
     _check_arguments(arguments, tensors, str(file))
     is_repa = any(name.startswith("projectors.") for name in tensors)
@@ -117,7 +118,8 @@ def _load(file: FilePath) -> Mapping[str, Any]:
     if size > MAX_BYTES:
         raise Refused(f"{file}: {size:,} bytes; at most {MAX_BYTES // 2**30} GiB are read")
     if not head.startswith((ZIP, LEGACY)):
-        raise Refused(f"{file}: {other_kind(head) or 'nothing that torch.save wrote'}; give SiT's or REPA's .pt")
+        edm = "; EDM's .pkl is for import-edm" if head.startswith(b"\x80") else ""
+        raise Refused(f"{file}: {other_kind(head) or 'nothing that torch.save wrote'}; give SiT's or REPA's .pt{edm}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=head.startswith(ZIP))
