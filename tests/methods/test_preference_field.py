@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.closed_forms import normal_nodes, one_gaussian, pairs
+from support.closed_forms import normal_nodes, numbers, one_gaussian, pairs
 from support.tiny_players import BATCH, due, learned, scene
 from torch import Tensor, nn
 
@@ -121,6 +121,27 @@ def test_at_the_teacher_s_law_it_moves_the_mean_to_the_winners_alone() -> None: 
     assert push > 0.1
     assert mean == pytest.approx(-push, rel=1e-4)
     assert not replace(METHOD, strength=0.0).field(players, draw, (M + S * z)[:, None]).any()
+
+
+def test_down_the_field_it_rests_where_the_match_holds_the_winners_back() -> None:
+    """On Gaussians with exact critics: at M + strength A E[s_winners - s_losers], with the teacher's spread."""
+    z, eps, weights = pairs(normal_nodes(16), normal_nodes(16))
+    variance, strength = S**2 + SIGMA**2, 0.5
+    draw = {"eps": eps[:, None], "t": torch.full_like(z, SIGMA), "label": torch.zeros(len(z), dtype=torch.int64)}
+
+    def gradient(mean: float, std: float) -> Tensor:
+        critics = {"winners": Half(1.0, mean, std, 401), "losers": Half(-1.0, mean, std, 401)}
+        players = Players(teacher=one_gaussian(M, S), fake=one_gaussian(mean, std), **critics)
+        method = replace(METHOD, strength=strength, normaliser_minimum=1e3)
+        field = method.field(players, draw, (mean + std * z)[:, None])[:, 0] * 1e3 / SIGMA**2
+        return torch.stack([(weights * field).sum(), (weights * field * z).sum()])
+
+    push = -float(gradient(M, S)[0])  # strength times that of the critics: the match is at rest here
+    assert variance * push > 0.1
+    at = numbers(-0.4, 0.9)
+    for _ in range(40):
+        at = at - numbers(0.5 * variance, 2.0) * gradient(*at.tolist())
+    torch.testing.assert_close(at, numbers(M + variance * push, S), rtol=0, atol=1e-5)
 
 
 def test_each_critic_learns_its_own_and_ties_teach_neither() -> None:

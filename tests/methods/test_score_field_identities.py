@@ -100,6 +100,17 @@ def test_vsd_is_the_difference_of_scores_and_rests_at_the_teacher() -> None:
     assert at_rest.gradient(SDS).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("method", "rest"), [(VSD, (M, S)), (SDS, (M, 0.0))], ids=["VSD", "SDS"])
+def test_down_vsd_a_generator_goes_to_the_teacher_s_law_and_down_sds_to_its_mean(
+    method: ScoreField, rest: tuple[float, float]
+) -> None:
+    at = numbers(TH, TA)
+    for _ in range(60):
+        fake = {"fake": one_gaussian(*at.tolist())} if method is VSD else {}
+        at = at - numbers(0.5 * A, A) / SIGMA * field_gradient(method, fake, {}, theta=float(at[0]), tau=float(at[1]))
+    torch.testing.assert_close(at, numbers(*rest), rtol=0, atol=1e-3)
+
+
 def with_label(fake: Denoiser) -> Denoiser:
     """The same, always told its condition: the fixture's draws have no classes."""
 
