@@ -314,6 +314,8 @@ def small_config(method: str, run: Path, *overrides: str, teacher: Path | None =
     """A run of a few steps on a tiny network, changed by overrides as on the command line."""
     settings = parse_yaml(SETTINGS[method], origin="the tests' settings")
     settings |= {"run": str(run)} | ({"teacher": str(teacher)} if teacher else {})
+    if method == "merge_teachers":
+        settings["teachers"] = {"other": str(teacher)}  # which it cannot do without
     return parse_config(apply_overrides(settings, overrides))
 
 

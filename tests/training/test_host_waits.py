@@ -29,8 +29,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def crossings_of(method: str, run: Path, *overrides: str, teacher: Path | None) -> tuple[Crossings, int]:
     """What crossed in a run's third step, and how many updates are due in it: what is kept on the device is there."""
     overrides = (*NEEDED.get(method, ()), *overrides)
-    if method == "merge_teachers":
-        overrides = (*overrides, f"teachers={{other: {teacher}}}")
     with far_device():
         trainer = Trainer(small_config(method, run, *overrides, teacher=teacher), quiet=True)
         for _ in range(2):
@@ -84,8 +82,6 @@ def test_the_simulated_device_sees_what_a_gpu_would_wait_for():
 @pytest.mark.parametrize(("path", "method"), CASES)
 def test_a_step_on_a_gpu_waits_once_an_update(path, method, teachers, tmp_path):
     overrides = (*NEEDED.get(method, ()), "train.device=auto")
-    if method == "merge_teachers":
-        overrides = (*overrides, f"teachers={{other: {teachers[path]}}}")
     trainer = Trainer(small_config(method, tmp_path / "run", *overrides, teacher=teachers[path]), quiet=True)
     for _ in range(2):
         trainer.train_step()
