@@ -86,6 +86,24 @@ def test_prompts_alone_train_a_method_that_needs_no_images(shared: Path, tmp_pat
     assert (student.spec.pipeline, student.spec.num_classes) == (str(shared / "sd"), 0)
 
 
+def test_a_forgotten_prompt_is_another_for_the_teacher_alone(shared: Path, tmp_path: Path) -> None:
+    """A prompt is a class by its number: every sample is of the second here, which becomes the first."""
+    base = ("method.base.gan_weight=0", "method.base.steps={init_ratio: 10}")
+    forget = ("method.forgotten=[1]", "method.becomes=0", "method.share=1", "health=null")
+    trainer = Trainer(config("forget", shared, tmp_path / "run", "prompts", *base, *forget), quiet=True)
+    told: dict[str, list[Tensor]] = {"teacher": [], "fake": [], "generator": []}
+    for name, seen in told.items():
+        denoiser = trainer.players[name]
+        denoiser.net.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[2].text))
+    trainer.train_step()
+    table = trainer.players.teacher.conditions
+    first, second = table.rows(torch.tensor([0, 1])).text
+    assert not torch.equal(first, second)
+    for name, wanted in (("teacher", first), ("fake", second), ("generator", second)):
+        assert told[name], name
+        assert all(torch.equal(text, wanted.expand_as(text)) for text in told[name]), name
+
+
 def test_the_distance_to_a_teacher_that_takes_text_is_of_the_run_s_own_prompts(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
