@@ -40,7 +40,18 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(make_config: MakeConfig, 
 
 
 @pytest.mark.parametrize(
-    "method", ["tdm", "consistency", "rectified_flow", "pi_flow", "pso", "preference_field", "score_field", "forget"]
+    "method",
+    [
+        "tdm",
+        "consistency",
+        "rectified_flow",
+        "pi_flow",
+        "pso",
+        "preference_field",
+        "score_field",
+        "forget",
+        "diversity",
+    ],
 )
 def test_a_run_that_lost_its_end_comes_to_the_same_end_again(make_config: MakeConfig, method: str) -> None:
     """Of the same length: the curriculum of `consistency` goes by it."""
