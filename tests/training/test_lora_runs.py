@@ -43,6 +43,13 @@ WITH_LORA = (
             "tdm",
             "consistency",
             "rectified_flow",
+            "pso",
+            "preference_field",
+            "score_field",
+            "forget",
+            "ddk",
+            "diversity",
+            "merge_teachers",
         )
     ),
 )
