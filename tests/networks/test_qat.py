@@ -105,6 +105,15 @@ def test_a_row_or_group_has_as_many_levels_as_its_bits_and_no_weight_moves_by_mo
     assert torch.equal(net.output.weight, rounded.output.weight)
 
 
+def test_what_is_rounded_twice_is_not_what_is_rounded_once():
+    """The greatest of a row is cut to a level below its own, so that a second scale is another: nobody rounds again."""
+    net, settings = network(), QuantisedTraining(bits=4)
+    on_grid(net, settings)
+    once = net.blocks[0].qkv.weight.detach().clone()
+    on_grid(net, settings)
+    assert float((net.blocks[0].qkv.weight - once).abs().max()) > 0.01
+
+
 def test_training_computes_with_what_is_loaded_and_keeps_names_and_weights():
     net, settings = network(), QuantisedTraining(bits=4)
     trained, loaded = deepcopy(net), deepcopy(net)
