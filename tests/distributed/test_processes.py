@@ -55,16 +55,10 @@ def distance(first: RunConfig, second: RunConfig) -> float:
     return apart({n: t.numpy() for n, t in one.items()}, {n: t.numpy() for n, t in other.items()})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("f_distill", "sid (SiDA)"),  # whose losses have statistics of the whole batch
-        *(
-            pytest.param(name, marks=pytest.mark.full)
-            for name in ("score_field", "forget", "diversity", "merge_teachers")
-        ),
-    ],
-)
+LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("score_field", "forget", "diversity", "merge_teachers")]
+
+
+@pytest.mark.parametrize("name", ["f_distill", "sid (SiDA)", *LONG])  # the first have statistics of the whole batch
 def test_two_and_four_processes_train_as_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick_teacher: Path, name: str
 ) -> None:
