@@ -15,7 +15,7 @@ from diffdistill.commands.evaluation import evaluate, leaderboard, reference, re
 from diffdistill.commands.exit_codes import guarded
 from diffdistill.commands.images import export, sample
 from diffdistill.commands.init import init
-from diffdistill.commands.next_steps import TYPED, after_training, exported, say_next
+from diffdistill.commands.next_steps import TYPED, after_training, exported, launched, say_next
 from diffdistill.commands.play import play
 from diffdistill.settings.launcher import this_rank
 from diffdistill.settings.limits import MAX_GIB, MAX_INTEGER, MAX_PROCESSES
@@ -293,9 +293,13 @@ def doctor(
     Example: diffdistill doctor dmd2/digits teacher=runs/teacher speed.shard=all --processes 8
     """
     from diffdistill.commands.doctor import examine, examine_config, show
+    from diffdistill.settings.schema import UserError
 
     after: tuple[str, ...] = ("demo",)
     if config is None:
+        for name, value in (("--memory", memory), ("--processes", processes)):
+            if value is not None:
+                raise UserError(f"{name}: is of a config; name one")
         findings = examine(FilePath(folder))
     else:
         from diffdistill.training.config import find_config, load_config
@@ -306,7 +310,10 @@ def doctor(
         after = (verb, config, *(overrides or ()))
     if not show(findings, console):
         raise typer.Exit(1)
-    say_next(after)
+    if processes is not None and processes > 1:
+        say_next(also=(launched(processes, after),))
+    else:
+        say_next(after)
 
 
 @app.callback(invoke_without_command=True)

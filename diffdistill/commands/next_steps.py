@@ -29,6 +29,11 @@ def say_next(*commands: Sequence[object], also: Sequence[str] = ()) -> None:
     _print("next:", *(f"  {line}" for line in (*lines, *also)))
 
 
+def launched(processes: int, words: Sequence[str]) -> str:
+    """The line that starts a command of ours in so many processes.  words: those behind `diffdistill`."""
+    return f"accelerate launch --multi_gpu --num_processes {processes} -m diffdistill {shlex.join(words)}"
+
+
 def after_training(run: str, method: str, teacher: str | None, *, config: str, can_export: bool) -> None:
     """What follows a run.  config: as it was typed.  can_export: whether `export` can write the model."""
     if method == "pretrain":

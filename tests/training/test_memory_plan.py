@@ -282,9 +282,17 @@ def test_doctor_says_what_each_of_several_processes_needs(write_config: WriteCon
         assert divided in said
         assert whole in said
         assert "of activations for 4 samples" in said
+        assert "accelerate launch --multi_gpu --num_processes 4 -m diffdistill train" in " ".join(result.stderr.split())
     refused = doctor(file, "train.global_batch_size=16", "--processes", "3")
     assert refused.exit_code == 2
     assert "train.global_batch_size = 16: must be a multiple of the 3 processes" in refused.stderr
+
+
+@pytest.mark.parametrize("option", ["--processes", "--memory"])
+def test_doctor_refuses_what_is_of_a_config_without_one(option: str) -> None:
+    refused = doctor(option, "8")
+    assert refused.exit_code == 2
+    assert f"{option}: is of a config; name one" in refused.stderr
 
 
 def test_advice_for_shards_names_nothing_that_does_not_go_with_them(new_trainer: Callable[..., Trainer]) -> None:
