@@ -132,10 +132,12 @@ def check_teachers_are_there(config: RunConfig, found: Teachers) -> None:
     for key, place in places.items():
         if place is None or is_given(place) or FilePath(place).expanduser().exists() or is_there(place):
             continue
-        packaged = (name for name in packaged_configs() if name.startswith(f"pretrain/{config.data.name}"))
-        makes = f"diffdistill pretrain {next(packaged, 'CONFIG')} run={place}"
+        packaged = next((name for name in packaged_configs() if name.startswith(f"pretrain/{config.data.name}")), None)
+        makes = f"`diffdistill pretrain {packaged or 'CONFIG'} run={place}` makes one"
+        if packaged is None:
+            makes += f", import-edm or import-sit with --out {place} makes it of a published file"
         raise UserError(
-            f"{key} = {place!r}: no such folder; `{makes}` makes one, or name another with {key}=PATH (a run, a "
+            f"{key} = {place!r}: no such folder; {makes}, or name another with {key}=PATH (a run, a "
             "diffusers pipeline, or its name on the hub)"
         )
 

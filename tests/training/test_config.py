@@ -279,6 +279,10 @@ def test_a_teacher_without_a_checkpoint_is_refused(write_config: WriteConfig, tm
     none = tmp_path / "none"
     makes = f"no such folder; `diffdistill pretrain pretrain/digits run={none}` makes one"
     assert_refused(run("dmd2", file, f"teacher={none}"), f"teacher = '{none}': {makes}", "teacher=PLACE")
+    imported = (
+        f"`diffdistill pretrain CONFIG run={none}` makes one, import-edm or import-sit with --out {none} makes it"
+    )
+    assert_refused(run("dmd2", "dmd2/sit256", f"teacher={none}"), f"teacher = '{none}': no such folder; {imported}")
     assert_refused(run("dmd2", file, f"teacher={file}"), f"{file}: no such folder")
     assert not (tmp_path / "run").exists()
 
