@@ -169,24 +169,26 @@ def config(out: Path, stage: str, run: str | None = None, changes: Sequence[str]
             "path": {"name": "edm", "sigma_min": 0.02, "sigma_max": 80},
             "sigma_data": 0.6,
         },
-        "optimizers": {"teacher": {"lr": 2e-3, "betas": [0.9, 0.99], "warmup_steps": 100}},
+        "optimizers": {"teacher": {"lr": 2e-3, "betas": [0.9, 0.99], "warmup_steps": 100, "decay": "linear"}},
         "ema": {"halflife_images": 10_000, "ramp": 0.1},
-        "train": {"steps": 20_000, "global_batch_size": 64, **train},
+        "train": {"steps": 1_400, "global_batch_size": 64, **train},
     }
     student = {
         "method": {
             "name": "dmd2",
             "steps": {"init_ratio": 2.5},
             "guidance": GUIDANCE,
-            "fake_updates": 2,
+            "fake_updates": 1,
             "gan_weight": 0.0,
+            "generator_time_law": {"name": "karras", "ratio_min": 0.03, "ratio_max": 6, "rho": 5},
+            "fake_time_law": {"name": "lognormal", "mean": -0.6, "std": 1.2},
         },
         "data": prompts,
         "teacher": str(out / "teacher"),
         "optimizers": {"generator": {"lr": 5e-4}, "default": {"lr": 1e-3}},
         "ema": {"halflife_images": 2_000, "ramp": 0.1},
         "health": {"every": 250},
-        "train": {"steps": 20_000, "global_batch_size": 32, **train},
+        "train": {"steps": 164, "global_batch_size": 32, **train},
     }
     settings = {"run": str(out / (run or stage))} | (teacher if stage == "teacher" else student)
     return parse_config(apply_overrides(settings, changes))
@@ -294,8 +296,8 @@ def judge(out: Path, student: str = "student") -> None:
     (out / "shown.txt").write_text("\n".join(prompts[place] for place in shown) + "\n", encoding="utf-8")
     panels = {
         "held out: real": real,
-        f"teacher, {report['teacher']['evaluations']} ev.": images["teacher"],
-        "student, 1 ev.": images["student"],
+        f"teacher, {report['teacher']['evaluations']} NFE": images["teacher"],
+        "student, 1 NFE": images["student"],
     }
     save_panels(out / f"{prefix}samples.png", {name: found[shown] for name, found in panels.items()}, columns=8)
 
