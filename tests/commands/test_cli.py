@@ -223,7 +223,7 @@ def test_doctor_reports_a_full_disk_and_a_folder_that_cannot_be_written(
 def test_samples_are_written_as_a_grid(teacher: Path, tmp_path: Path) -> None:
     result = call("sample", teacher, "--count", 12, "--label", 3, "--guidance", 1.5, "--out", tmp_path / "a" / "b.png")
     assert result.exit_code == 0, result.output
-    assert "12 images; 5 calls, w = 1.5, " in result.stdout
+    assert "12 images; 5 NFE, w = 1.5, " in result.stdout
     assert Image.open(tmp_path / "a" / "b.png").height < Image.open(tmp_path / "a" / "b.png").width
 
 

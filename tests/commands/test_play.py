@@ -112,8 +112,8 @@ def test_a_page_draws_teacher_and_student_and_draws_anew(run: Path, browser: Any
         browser.get(f"http://127.0.0.1:{port}/")
         first = pictures(browser, 2)
         assert [one.text for one in browser.find_elements("css selector", "h3")] == ["teacher", "student"]
-        assert "calls of the network" in captions(browser)[0]
-        assert "1 call of the network" in captions(browser)[1]
+        assert captions(browser)[0].endswith("; 35 NFE")
+        assert captions(browser)[1].endswith("; 1 NFE")
         seed = browser.find_element("css selector", "input[aria-label='Seed'], label input[type=number]")
         seed.clear()
         seed.send_keys("3")
@@ -131,7 +131,7 @@ def test_a_space_runs_where_this_package_is_not(run: Path, browser: Any, tmp_pat
     with served(tmp_path, "space/app.py", PYTHONPATH=str(tmp_path)) as port:
         browser.get(f"http://127.0.0.1:{port}/")
         pictures(browser, 2)
-        assert "1 call of the network" in captions(browser)[1]
+        assert captions(browser)[1].endswith("; 1 NFE")
         assert asked_elsewhere(browser, port) == []
 
 

@@ -140,7 +140,9 @@ def test_a_teacher_that_was_never_without_a_class_is_refused(name: str, scale: o
 
 @pytest.mark.parametrize("wrong", ["much", [1.0], [3.0, 1.0], True])
 def test_a_wrong_scale_is_one_sentence(wrong: object, make_config: Any) -> None:
-    with pytest.raises(UserError, match=r"method.fake_guidance.*(a finite number, or a range|must rise)") as caught:
+    with pytest.raises(
+        UserError, match=r"method.fake_guidance.*(a finite number, or a range|must be increasing)"
+    ) as caught:
         make_config("sim", f"method.fake_guidance={wrong}")
     assert "1 fault" in str(caught.value)
 

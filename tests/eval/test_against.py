@@ -88,7 +88,7 @@ def test_a_teacher_against_itself_is_at_its_floor(quick_teacher: Path, tmp_path:
     protocol = write_protocol(tmp_path / "small.yaml", reference=REAL)
     file, table = tmp_path / "records.jsonl", tmp_path / "table.json"
     text = done(quick_teacher, "--against", quick_teacher, "--protocol", protocol, "--records", file, "--out", table)
-    assert f"against {quick_teacher}: 60 images each, on independent noise" in text
+    assert f"against {quick_teacher}: 60 images each, from independent noise" in text
     record = only(file)
     assert record.against is not None
     found = record.against.metrics["fd-pixels"]

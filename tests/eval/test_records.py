@@ -61,8 +61,8 @@ def test_repeats_keep_their_min_mean_and_sample_deviation() -> None:
         (changed(kind="reported"), "source: a reported record needs it"),
         ('{"schema": 1, "schema": 1}', "repeated key 'schema'"),
         ("[1]", "must be an object, not list"),
-        (changed()[:40], "no record"),
-        ("[" * 100_000, "no record"),
+        (changed()[:40], "not a record"),
+        ("[" * 100_000, "not a record"),
     ],
 )
 def test_what_is_no_record_is_refused_by_file_and_line(line: str, said: str, tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_real_images_are_a_folder_or_a_data_set_in_yaml(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("a.pth", "write LABEL=FILE, as in x="), ("y=a.pth", "y is none of .* features \\(x\\)")]
+    ("option", "message"), [("a.pth", "write LABEL=FILE, as in x="), ("y=a.pth", "y is not one of .* features \\(x\\)")]
 )
 def test_weights_are_given_by_label(option: str, message: str) -> None:
     assert parse_weights(["x=a=b.pth"], ["x"]) == {"x": "a=b.pth"}

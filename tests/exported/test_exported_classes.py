@@ -70,7 +70,7 @@ def test_its_default_is_the_classes_that_it_was_trained_on(named_folder: Path, q
     for labels in (None, ["cat", 5, "ka\u0308fer"], torch.tensor(KNOWN)):
         assert torch.equal(drawn(labels), drawn(list(KNOWN)))
     assert torch.equal(drawn(["fox"] * 3), drawn([5] * 3))
-    with pytest.raises(ValueError, match="'yak' is the name of no class"):
+    with pytest.raises(ValueError, match="'yak' is not the name of exactly one class"):
         drawn("yak")
 
 

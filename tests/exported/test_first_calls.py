@@ -89,7 +89,7 @@ def test_beside_the_teacher_there_are_three_grids(class_run: Path, tmp_path: Pat
     asked = SampleRequest(num_steps=2)
     options = SampleOptions(asked, tmp_path / "a.png", count=3, first_calls=1, has_teacher=True, teacher_steps=3)
     made = run_sample(str(class_run), options)
-    assert [one.name for one in made] == ["teacher", "student", "first 1 by the teacher"]
+    assert [one.name for one in made] == ["teacher", "student", "first step by the teacher"]
     assert len({float(one.images.sum()) for one in made}) == 3
 
 

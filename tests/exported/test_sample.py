@@ -129,7 +129,7 @@ def test_the_teachers_images_are_of_the_same_noise(class_run: Path, tmp_path: Pa
     assert torch.equal(teacher.images, images(class_run.with_name("mlp"), 6, seed=5, num_steps=5))
     assert torch.equal(student.images, images(class_run, 6, seed=5))
     assert teacher.caption.startswith("teacher: 5 NFE, ")
-    assert student.caption.startswith("student: 1 call, ")
+    assert student.caption.startswith("student: 1 NFE, ")
     assert student.seconds > 0
     assert (tmp_path / "both.png").exists()
 
@@ -157,7 +157,7 @@ def test_a_prompt_file_is_read_and_the_grid_written(text_run: Path, tmp_path: Pa
     (tmp_path / "prompts.txt").write_text("a red fox\n\ntwo blue birds\n", encoding="utf-8")
     result = sampled(text_run, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "grid.png")
     assert result.exit_code == 0, result.output
-    assert "grid.png: 2 images; 1 call, " in result.stdout
+    assert "grid.png: 2 images; 1 NFE, " in result.stdout
 
 
 def test_what_does_not_go_with_the_model_is_refused(text_run: Path, class_run: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_rest_of_the_grid_is_its_own_levels():
 
 @pytest.mark.parametrize(("ratio", "left_out"), [(20.0, 0), (30.0, 0), (0.02, 5), (0.001, 6)])
 def test_a_ratio_that_leaves_out_nothing_or_too_much_is_refused(ratio: float, left_out: int):
-    with pytest.raises(UserError, match=f"leaves out {left_out} steps"):
+    with pytest.raises(UserError, match=f"skips {left_out} steps"):
         rest_of_grid(Heun(num_steps=6, rho=5.0), EDM(sigma_min=0.02, sigma_max=20.0), ratio, "--teleport")
 
 

@@ -145,7 +145,11 @@ def test_what_does_not_fit_is_refused() -> None:
     cases: list[tuple[Any, Problem, str]] = [
         (DDK(base=Regression(pairs=2)), problem(), "has no fake score"),
         (DDK(base=DMD2()), problem(), "compares with real images"),
-        (DDK(base=DMD2(gan_weight=0, fake_guidance=2.0)), problem(), "method.base.fake_guidance: its estimate"),
+        (
+            DDK(base=DMD2(gan_weight=0, fake_guidance=2.0)),
+            problem(),
+            "method.base.fake_guidance: its unconditional estimate",
+        ),
         (Forget(base=DDK(base=BASE), forgotten=(1,)), problem(), "'ddk': tells its teacher no class of its own"),
     ]
     for method, setting, said in cases:

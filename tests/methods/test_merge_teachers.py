@@ -160,7 +160,7 @@ def test_every_teacher_is_asked_at_each_step_also_without_a_sample():
 def test_teachers_that_cannot_be_merged_are_refused():
     with pytest.raises(UserError, match="teachers: merge_teachers needs further teachers"):
         METHOD.student_model(BASE, "edm", Problem(SHAPE, CLASSES, EDM(), teacher=small_teacher()))
-    with pytest.raises(UserError, match=r'teachers.all: knows no "no class"'):
+    with pytest.raises(UserError, match=r"teachers.all: has no unconditional estimate"):
         scene(all=Denoiser(BASE.build(SHAPE, CLASSES, 0.0).double(), EDM(), "edm"))
     wide = Denoiser(MLPConfig(width=24, blocks=2).build(SHAPE, CLASSES, 0.1).double(), EDM(), "edm")
     scene(wide=wide)

@@ -300,7 +300,7 @@ def test_a_student_alone_is_sampled_in_its_own_classes(students: list[Path]):
 
 
 def test_students_that_share_a_class_or_leave_one_out_are_refused(students: list[Path], tmp_path: Path):
-    with pytest.raises(UserError, match="class 0 is of"):
+    with pytest.raises(UserError, match="class 0 belongs to"):
         join_students(tmp_path, [students[0], students[0]])
     with pytest.raises(UserError, match="no student has the classes 0, 1, 2, 3, 4"):
         join_students(tmp_path, [students[1]])

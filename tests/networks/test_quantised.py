@@ -244,5 +244,5 @@ def test_what_cannot_be_is_said(teacher: Denoiser, tmp_path: Path, monkeypatch: 
         quantise(teacher.net, [], "fp8", dtype=torch.float32, device=CPU)
     save_stand_in("dit", tmp_path / "dit")
     more = ("speed.teacher_dtype=nf4", "speed.teacher_device=cpu", "method.gan_weight=0")
-    with pytest.raises(UserError, match=r"speed.teacher_dtype = 'nf4': does not go with"):
+    with pytest.raises(UserError, match=r"speed.teacher_dtype = 'nf4': does not work with"):
         Trainer(small_config("dmd2", tmp_path / "run", *more, teacher=tmp_path / "dit"), quiet=True)

@@ -134,7 +134,7 @@ def test_fastgen_s_lists_are_the_published_ones() -> None:
 @pytest.mark.parametrize("tap", [99, -99, "decoder.7"])
 def test_a_tap_that_is_no_block_is_refused_with_the_choices(tap: int | str) -> None:
     denoiser, (x, t, cond) = make_denoiser("unet"), inputs()
-    with pytest.raises(ValueError, match=rf"taps: {tap!r} is no block .* middle, 0 to \d, or by name encoder.0, "):
+    with pytest.raises(ValueError, match=rf"taps: {tap!r} is not a block .* middle, 0 to \d, or by name encoder.0, "):
         denoiser.features(x, t, cond, taps=(0, tap))
     with pytest.raises(UserError, match=rf"gan: taps: {tap!r}"):
         make_head(denoiser, SHAPE, (tap,))

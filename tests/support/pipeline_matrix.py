@@ -271,7 +271,7 @@ ROWS = [
         "thresholding = True: its pipeline moves each estimate",
         scheduled("ddpm", thresholding=True),
     ),
-    Row("inverted sigmas", "refused", "invert_sigmas = True: is not read", scheduled("flux", invert_sigmas=True)),
+    Row("inverted sigmas", "refused", "invert_sigmas = True: not supported", scheduled("flux", invert_sigmas=True)),
     Row(
         "a network quantised by bitsandbytes",
         "refused",
@@ -307,7 +307,7 @@ ROWS = [
     Row(
         "a single file as a pickle",
         "refused",
-        "a pickle (.ckpt), which may run code and is not opened",
+        "a pickle (.ckpt), which is not opened",
         one_file("mine.ckpt"),
     ),
     Row(

@@ -145,7 +145,7 @@ def test_doctor_measures_at_the_teachers_resolution(home: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("method.gan_weight=0",), "dmd2 sees no images with these settings; say teacher.resolution"),
+        (("method.gan_weight=0",), "dmd2 sees no images, with these settings; say teacher.resolution"),
         (("method.regression_weight=1",), "with regression_weight its stored pairs are of one size"),
         (("speed.compile=eager",), "speed.compile compiles a network for each shape anew"),
         (

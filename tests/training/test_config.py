@@ -278,7 +278,7 @@ def test_a_teacher_without_a_checkpoint_is_refused(write_config: WriteConfig, tm
     assert_refused(run("dmd2", file, f"teacher={tmp_path / 'empty'}"), f"{tmp_path / 'empty'}: holds no checkpoint")
     none = tmp_path / "none"
     makes = f"no such folder; `diffdistill pretrain pretrain/digits run={none}` makes one"
-    assert_refused(run("dmd2", file, f"teacher={none}"), f"teacher = '{none}': {makes}", "teacher=PLACE")
+    assert_refused(run("dmd2", file, f"teacher={none}"), f"teacher = '{none}': {makes}", "teacher=PATH")
     imported = (
         f"`diffdistill pretrain CONFIG run={none}` makes one, import-edm or import-sit with --out {none} makes it"
     )

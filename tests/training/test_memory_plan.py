@@ -256,7 +256,7 @@ def test_doctor_predicts_counts_and_writes_nothing(write_config: WriteConfig, tm
     for part in ("memory (predicted):", "generator: weights", "EMA:", "activations:", "time (predicted):", "disk:"):
         assert part in result.stdout
     assert [
-        line for line in result.stdout.splitlines() if "generator: " in line and line.count("as predicted") != 3
+        line for line in result.stdout.splitlines() if "generator: weights" in line and line.count("as predicted") != 3
     ] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dmd2.yaml"]
 

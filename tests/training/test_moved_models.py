@@ -126,7 +126,7 @@ def test_other_weights_are_refused_or_taken_with_a_word(setting: Setting, capsys
 def test_a_teacher_that_is_gone_is_named_with_what_to_do(setting: Setting) -> None:
     train(setting("train.steps=2"))
     shutil.rmtree(TEACHER)
-    with pytest.raises(UserError, match=r"teacher: no such folder \(looked for runs/teacher/.*teacher=PLACE"):
+    with pytest.raises(UserError, match=r"teacher: no such folder \(looked for runs/teacher/.*teacher=PATH"):
         Trainer(setting(), resume=True, quiet=True)
     with pytest.raises(UserError, match=r"teacher = 'runs/nowhere': no such folder"):
         Trainer(setting(teacher=Path("runs/nowhere")), resume=True, quiet=True)

@@ -153,7 +153,9 @@ def test_a_program_that_was_given_nothing_says_what_to_give(begun: Path, forget:
     assert "is an object from a Python program, which is not on the disk; resume from Python" in said
     assert "dd.Trainer(config, teacher=..., resume=True)" in said
     needs_data = dd.load_config(file, ["run=elsewhere"])
-    with pytest.raises(dd.UserError, match=r"data: is a TensorDataset that a Python program gave.*data=\.\.\., resume"):
+    with pytest.raises(
+        dd.UserError, match=r"data: is a TensorDataset object from a Python program.*data=\.\.\., resume"
+    ):
         dd.Trainer(needs_data, teacher=plain_teacher())
     forget()
     for command in (["sample", str(begun), "--out", "x.png"], ["export", str(begun), "--out", "x"]):

@@ -170,7 +170,7 @@ def test_a_teacher_does_not_take_a_player_s_name(tmp_path: Path, quick_teacher: 
 
     config = towards_both(tmp_path / "run", quick_teacher, sketch)
     object.__setattr__(config, "method", Own(gan_weight=0.0))
-    with pytest.raises(UserError, match=r"teachers.sketch: the method has its own player teacher_sketch of its own"):
+    with pytest.raises(UserError, match=r"teachers.sketch: the method has its own player teacher_sketch; choose"):
         plan(config, resume=None)
 
 

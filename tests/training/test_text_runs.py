@@ -279,7 +279,7 @@ def test_a_network_of_our_own_learns_from_sentences_and_is_distilled(shared: Pat
     [
         (
             "model.network={name: unet, channels: [8, 16], text_width: 8}",
-            "text_width = 8: text_encoder has width 16 numbers",
+            "text_width = 8: text_encoder has width 16",
         ),
         ("text_encoder=null", "the model takes none|text_width = 16: needs a text_encoder"),
     ],
