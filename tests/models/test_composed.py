@@ -175,7 +175,7 @@ def test_what_cannot_be_added_is_refused(place: Path, tmp_path: Path) -> None:
 
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x04")
     (tmp_path / "two").mkdir()
-    refused(place, "old.ckpt: a pickle (.ckpt), which is not opened", file=str(tmp_path / "old.ckpt"))
+    refused(place, "old.ckpt: a pickle (.ckpt), which may run code and is not opened", file=str(tmp_path / "old.ckpt"))
     refused(place, "nothing.safetensors: no such file", lora=(LoRAFile(place=str(tmp_path / "nothing.safetensors")),))
     others = {name.replace("unet.", "unet.other_"): tensor for name, tensor in tensors.items()}
     refused(place, "does not fit StableDiffusionPipeline", lora=written("others.safetensors", others))
