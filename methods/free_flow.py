@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffdistill.diffusion.guidance.check import check_guidance
+from diffdistill.diffusion.line import line, line_time, line_velocity
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import OneCall
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.time_distributions import AnyTimeDistribution, Karras, LogNormal, even_times
 from diffdistill.distillation.derivatives import along
 from diffdistill.distillation.dropout_masks import masks_again
-from diffdistill.distillation.line import line, line_time, line_velocity
 from diffdistill.distillation.losses import DenoisingWeight, field_loss, zero_nonfinite
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.distillation.scales import FakeScale, Scale, draw_scales, scale_in
@@ -84,9 +84,8 @@ class FreeFlow(Method):
         check_guidance(problem.teacher, "method.guidance", self.guidance)
         if not self.correction_weight:
             return {"generator": student}
-        starts = (
-            {} if "fake" in problem.initial else {"fake": "teacher"}
-        )  # never as the student, which denoises nothing
+        # Never as the student, which denoises nothing.
+        starts = {} if "fake" in problem.initial else {"fake": "teacher"}
         return {"generator": student} | problem.copies("fake", starts=starts)
 
     def draw(self, rng: StepRandom, problem: Problem) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffdistill.diffusion.augmentation import augment, check_augmentation, draw_motion
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance.check import check_guidance, check_null_condition
+from diffdistill.diffusion.line import line, line_time, line_velocity
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
@@ -25,7 +26,6 @@ from diffdistill.diffusion.time_distributions import AnyTimeDistribution, LogNor
 from diffdistill.distillation.derivatives import along
 from diffdistill.distillation.dropout_masks import masks_again, without_dropout
 from diffdistill.distillation.first_noise import check_first_noise
-from diffdistill.distillation.line import line, line_time, line_velocity
 from diffdistill.distillation.method import Batch, Draw, Loss, Method, Players, Problem, Update
 from diffdistill.networks.guided import take_weights
 from diffdistill.networks.registry import BaseNetwork

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
-from diffdistill.diffusion.dx_policy import DXPolicy, Segment, line_level, line_scale
+from diffdistill.diffusion.dx_policy import DXPolicy, Segment, line_scale
 from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.guidance.policies import begin
+from diffdistill.diffusion.line import line_time
 from diffdistill.diffusion.on_device import constant
 from diffdistill.diffusion.path import Prediction, expand
 from diffdistill.diffusion.step_random import StepRandom
@@ -106,9 +107,10 @@ class PiFlow(Method):
         policy = self.steps.segment(student, begin(1.0, student, cond), z, number)
         window, way = self.lengths(policy)
         raw, losses = policy.high, []
+        least = policy.raw_time(line_time(path.ratio(torch.full_like(raw, path.t_min))))
         for own, taught in zip(draw["own ways"].unbind(1), draw["teacher's ways"].unbind(1), strict=True):
             with torch.no_grad():
-                after = (raw - own * way).maximum(policy.raw_time(line_level(path, torch.full_like(raw, path.t_min))))
+                after = (raw - own * way).maximum(least)
                 z, raw = policy.carry(z, raw, after).to(z.dtype), after
                 level = policy.level(raw)
                 target = self.estimate(players, z, level, cond)

@@ -82,6 +82,8 @@ BOARD = (
     Entry("sCM", "scm/digits"),
     Entry("MeanFlow", "mean_flow/digits"),
     Entry("rCM", "rcm/digits"),
+    Entry("FreeFlow", "free_flow/digits"),
+    Entry("pi-Flow", "pi_flow/digits"),
     Entry("Uni-Instruct (forward KL)", "uni_instruct/digits"),
     Entry("Uni-Instruct (reverse KL)", "uni_instruct/digits", ("method.divergence=rkl",)),
 )

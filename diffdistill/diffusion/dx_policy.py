@@ -17,16 +17,21 @@ from torch import Tensor
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.policies import Guidance, Guided, begin
+from diffdistill.diffusion.line import line_time
 from diffdistill.diffusion.on_device import constant
 from diffdistill.diffusion.path import Path, expand
 from diffdistill.settings.numbers import SamplingSteps
 from diffdistill.settings.schema import Positive, schema
 
 
-def line_level(path: Path, t: Tensor) -> Tensor:
-    """s in (0, 1) of the path's times, float64."""
-    ratio = path.ratio(t)
-    return ratio / (1 + ratio)
+def shifted(raw: Tensor, shift: float) -> Tensor:
+    """s of raw times."""
+    return shift * raw / (1 + (shift - 1) * raw)
+
+
+def raw_time(level: Tensor, shift: float) -> Tensor:
+    """The inverse of `shifted`."""
+    return level / (shift - (shift - 1) * level)
 
 
 def line_scale(path: Path, t: Tensor) -> Tensor:
@@ -49,11 +54,11 @@ class Segment:
 
     def level(self, raw: Tensor) -> Tensor:
         """s of raw times."""
-        return self.shift * raw / (1 + (self.shift - 1) * raw)
+        return shifted(raw, self.shift)
 
     def raw_time(self, level: Tensor) -> Tensor:
         """The inverse of `level`."""
-        return level / (self.shift - (self.shift - 1) * level)
+        return raw_time(level, self.shift)
 
     def carry(self, z: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """z [B, ...] at the raw times `start` [B], rolled out to `end` [B]: DDIM's step by the mean of x0."""
@@ -108,15 +113,15 @@ class DXPolicy:
         """The path's times [num_steps] of the calls, noise first, float64; the first is not beyond the path's end."""
         length = 1 / (self.num_steps - 1 + self.last_segment)
         raw = 1 - length * torch.arange(self.num_steps, dtype=torch.float64)
-        level = self.shift * raw / (1 + (self.shift - 1) * raw)
+        level = shifted(raw, self.shift)
         ends = path.ratio(torch.tensor([path.t_min, path.t_max], dtype=torch.float64))
         ratio = (level / (1 - level)).clamp(float(ends[0]), float(ends[1]))
         return path.whole(path.time_of_ratio(ratio).clamp(path.t_min, path.t_max))
 
     def edges(self, path: Path) -> Tensor:
         """The raw times [num_steps + 1] where segments begin, those of the calls, and 0, where the last one ends."""
-        level = line_level(path, self.times(path))
-        return torch.cat([level / (self.shift - (self.shift - 1) * level), level.new_zeros(1)])
+        raw = raw_time(line_time(path.ratio(self.times(path))), self.shift)
+        return torch.cat([raw, raw.new_zeros(1)])
 
     def __call__(
         self,
@@ -137,7 +142,7 @@ class DXPolicy:
         guided, path = begin(guidance, denoiser, cond), denoiser.path
         times = self.times(path).tolist()
         first = torch.full((len(noise),), times[0], dtype=torch.float64, device=noise.device)
-        z = noise * expand(line_level(path, first), noise)
+        z = noise * expand(line_time(path.ratio(first)), noise)
         for number in range(self.num_steps):
             yield z
             segment = self.segment(denoiser, guided, z, torch.full_like(first, number, dtype=torch.int64))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
-from diffdistill.diffusion.dx_policy import DXPolicy, Segment, line_level, line_scale
+from diffdistill.diffusion.dx_policy import DXPolicy, Segment, line_scale
+from diffdistill.diffusion.line import line_time
 from diffdistill.diffusion.path import EDM, Flow, Path, expand
 from diffdistill.diffusion.sampling import ddim
 from diffdistill.diffusion.steps import with_steps
@@ -155,7 +156,7 @@ def test_segments_are_even_in_raw_time_from_the_path_s_end_to_the_image(path: Pa
     assert bool((times >= path.t_min).all() and (times <= path.t_max).all())
     assert torch.equal(times, path.whole(times))
     expected = torch.tensor([1.0, 5 / 7, 3 / 7, 1 / 7, 0.0], dtype=torch.float64)
-    last = line_level(path, torch.tensor([path.t_max], dtype=torch.float64))
+    last = line_time(path.ratio(torch.tensor([path.t_max], dtype=torch.float64)))
     expected[0] = last / (2 - last)
     torch.testing.assert_close(edges, expected, rtol=0, atol=2e-3)  # whole times of a discrete path
 

@@ -9,10 +9,10 @@ from support.tiny_players import BATCH, CLASSES, PATH, SHAPE, due, learned, scen
 from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.line import line_time
 from diffdistill.diffusion.path import EDM, Path, expand
 from diffdistill.diffusion.sampling import FewSteps, OneCall
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distillation.line import line_time
 from diffdistill.distillation.method import Batch, Loss, Players, Problem
 from diffdistill.methods.boot import Boot
 from diffdistill.methods.dmd2 import DMD2

@@ -13,8 +13,8 @@ from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.guidance.check import check_guidance, check_null_condition
 from diffdistill.diffusion.guidance.policies import CFG, Guidance
+from diffdistill.diffusion.line import on_path
 from diffdistill.diffusion.path import EDM, expand
-from diffdistill.distillation.line import on_path
 from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.agd import AGD
 from diffdistill.methods.guidance_distill import GuidanceDistill

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from diffdistill.diffusion.augmentation import augment, draw_motion
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.line import line, on_path
 from diffdistill.diffusion.path import EDM, Flow, Path
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.step_random import StepRandom
-from diffdistill.distillation.line import line, on_path
 from diffdistill.distillation.method import Batch, Players, Problem
 from diffdistill.methods.mean_flow import MeanFlow
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow

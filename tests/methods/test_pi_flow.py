@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser, Features, Network, Taps
-from diffdistill.diffusion.dx_policy import DXPolicy, Segment, line_level
+from diffdistill.diffusion.dx_policy import DXPolicy, Segment
+from diffdistill.diffusion.line import line_time
 from diffdistill.diffusion.path import EDM, Flow, Path
 from diffdistill.diffusion.sampling import DDIM
 from diffdistill.diffusion.step_random import StepRandom
@@ -247,7 +248,7 @@ def test_later_segments_start_where_the_student_comes_to() -> None:
     first, second, _ = method.steps.roll_out(players.generator, draw["eps"], cond)
     assert torch.equal(found, torch.where(wide(draw["segment"] == 0), first, second))
     assert not found.requires_grad
-    level = line_level(EDM(), torch.tensor([EDM().t_max]))
+    level = line_time(EDM().ratio(torch.tensor([EDM().t_max])))
     torch.testing.assert_close(first, draw["eps"] * wide(level))
 
 

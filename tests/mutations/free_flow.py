@@ -2,7 +2,7 @@
 
 from mutate import Fault
 
-METHOD, LINE, TEST = "methods/free_flow.py", "diffdistill/distillation/line.py", "methods/test_free_flow.py::test_"
+METHOD, LINE, TEST = "methods/free_flow.py", "diffdistill/diffusion/line.py", "methods/test_free_flow.py::test_"
 EXACT = f"{TEST}the_exact_map_is_its_own_target_and_another_one_is_not"
 BY_DIFFERENCES = f"{TEST}the_target_is_the_teacher_s_velocity_less_the_map_s_change_in_d_alone_by_finite_differences"
 AS_DMD2 = f"{TEST}without_prediction_and_by_nu_it_is_dmd2_without_a_gan_bit_for_bit"

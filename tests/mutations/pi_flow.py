@@ -75,8 +75,8 @@ FAULTS = (
     Fault(
         "the shift is taken the other way",
         POLICY,
-        "return self.shift * raw / (1 + (self.shift - 1) * raw)",
-        "return raw / (self.shift + (1 - self.shift) * raw)",
+        "return shift * raw / (1 + (shift - 1) * raw)",
+        "return raw / (shift + (1 - shift) * raw)",
         THEIRS,
     ),
     Fault(
