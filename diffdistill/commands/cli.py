@@ -299,7 +299,7 @@ def doctor(
     if config is None:
         for name, value in (("--memory", memory), ("--processes", processes)):
             if value is not None:
-                raise UserError(f"{name}: is of a config; name one")
+                raise UserError(f"{name}: needs a config; give one")
         findings = examine(FilePath(folder))
     else:
         from diffdistill.training.config import find_config, load_config

@@ -292,7 +292,7 @@ def test_doctor_says_what_each_of_several_processes_needs(write_config: WriteCon
 def test_doctor_refuses_what_is_of_a_config_without_one(option: str) -> None:
     refused = doctor(option, "8")
     assert refused.exit_code == 2
-    assert f"{option}: is of a config; name one" in refused.stderr
+    assert f"{option}: needs a config; give one" in refused.stderr
 
 
 def test_advice_for_shards_names_nothing_that_does_not_go_with_them(new_trainer: Callable[..., Trainer]) -> None:
