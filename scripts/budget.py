@@ -3,10 +3,11 @@
     python scripts/budget.py cifar10 --data "{name: cifar10, root: data, download: true}" --weights resnet20.th
     python scripts/budget.py mnist --data "{name: mnist, root: data, download: true}"
 
-CIFAR-10's budget is an hour of one GPU, MNIST's three hours of two CPU cores. Call it again until it says that all is
+CIFAR-10's budget is an hour of one GPU, MNIST's three hours of one CPU core. Call it again until it says that all is
 done: a call takes one slice. The budget is of seconds in which training or measuring ran, written down every few
-seconds, so that a killed slice counts, too. The teacher has half of it, a tenth is for measuring, and the methods share
-the rest; each one's steps follow from the time that its first ones take. The records go to FOLDER/records.jsonl.
+seconds, so that a killed slice counts, too. The teacher has its share of it, a tenth is for measuring, and the methods
+share the rest; each one's steps follow from the time that its first ones take (MNIST's from their CPU time, so that
+other work on the machine does not count). The records go to FOLDER/records.jsonl.
 
 --smoke: 50 steps of tiny networks and 60 images: does everything work here? It says nothing about any method.
 """
@@ -39,9 +40,12 @@ TEACHER, PROBE, BEAT = "pretrain", 30, 5  # phases' name, steps that are timed, 
 @dataclass(frozen=True)
 class Plan:
     """What one set of images gets: recipes NAME_budget of these methods, within so many minutes; protocols, and the
-    features' label of each.  tiny: the teacher's network where all is to be tried only."""
+    features' label of each.  teacher: its share of the time.  clock: that the time of a step is read from, as it
+    stands in metrics.jsonl.  tiny: the teacher's network where all is to be tried only."""
 
     minutes: float
+    teacher: float
+    clock: str
     methods: tuple[str, ...]
     protocols: Mapping[str, str]
     tiny: str
@@ -50,12 +54,16 @@ class Plan:
 PLANS = {
     "cifar10": Plan(
         minutes=60,
+        teacher=0.5,
+        clock="seconds",
         methods=("dmd2", "sid", "f_distill"),
         protocols={"cifar10-resnet20": "resnet20-cifar", "cifar10-efficientnet-lite0": "efficientnet-lite0"},
         tiny="{name: ddpmpp, channels: 16, multipliers: [1, 2], blocks: 1, dropout: 0}",
     ),
     "mnist": Plan(
         minutes=180,
+        teacher=0.2,
+        clock="cpu_seconds",
         methods=("regression", "dmd2", "sid", "f_distill", "sim"),
         protocols={"mnist-pixels": "pixels", "mnist-efficientnet-lite0": "efficientnet-lite0"},
         tiny="{name: unet, channels: [8, 16], attention: [false, true]}",
@@ -67,10 +75,10 @@ SMOKE = ("train.global_batch_size=8", "train.checkpoint_every=20", "train.previe
 class Budget:
     """FOLDER/budget.json: the seconds that each phase has used, and the steps that it was given."""
 
-    def __init__(self, folder: Path, minutes: float, methods: Sequence[str]) -> None:
-        self.file, self.total = folder / "budget.json", 60 * minutes
-        share = 0.4 / len(methods)
-        self.shares = {TEACHER: 0.5, "measuring": 0.1} | dict.fromkeys(methods, share)
+    def __init__(self, folder: Path, plan: Plan, minutes: float | None, methods: Sequence[str]) -> None:
+        self.file, self.total, self.clock = folder / "budget.json", 60 * (minutes or plan.minutes), plan.clock
+        share = (0.9 - plan.teacher) / len(methods)
+        self.shares = {TEACHER: plan.teacher, "measuring": 0.1} | dict.fromkeys(methods, share)
         kept: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.seconds: dict[str, float] = kept.get("seconds", {})
         self.steps: dict[str, int] = kept.get("steps", {})
@@ -143,7 +151,7 @@ def main(
         sys.exit(f"error: {error}")
     folder = folder or Path(f"runs/{images}-budget")
     folder.mkdir(parents=True, exist_ok=True)
-    budget = Budget(folder, minutes or plan.minutes, methods)
+    budget = Budget(folder, plan, minutes, methods)
     part = Slice(slice_minutes, budget)
     for phase, config in configs.items():
         given = [f"data={data}", *(SMOKE if smoke else ())]
@@ -186,7 +194,8 @@ def _affordable(phase: str, command: str, config: Path, given: Sequence[str], fo
         return sys.exit(f"{phase}: {PROBE} steps do not fit into a slice") if was_whole else None
     reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     half = reports[len(reports) // 2 - 1]
-    seconds = (reports[-1]["seconds"] - half["seconds"]) / (reports[-1]["step"] - half["step"])
+    clock = part.budget.clock
+    seconds = (reports[-1][clock] - half[clock]) / (reports[-1]["step"] - half["step"])
     return max(PROBE, int(0.95 * part.budget.left(phase) / seconds))
 
 

@@ -19,6 +19,7 @@ from diffdistill.settings.schema import UserError
 SHAPE, CLASSES, BATCH, PLACES = (2, 8, 8), 3, 4, 3
 BASES = {
     "unet": UNetConfig(channels=(8, 16)),
+    "unet of patches": UNetConfig(channels=(8, 16), patch=2),
     "ddpmpp": DDPMPP(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,)),
     "adm": ADM(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), head_channels=8),
     "dit": DiTConfig(patch=2, width=16, depth=2, heads=2, learn_sigma=True),

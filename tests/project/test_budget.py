@@ -43,26 +43,35 @@ def test_a_plan_s_recipes_and_protocols_exist_and_fit_one_another(budget: Module
         assert {metric.features.label for metric in PROTOCOLS[name].metrics} == {label}
 
 
-def test_the_shares_of_a_budget_are_all_of_it_and_what_was_used_is_kept(budget: ModuleType, tmp_path: Path) -> None:
-    first = budget.Budget(tmp_path, 10, ["sid", "sim"])
+@pytest.mark.parametrize(("images", "share"), [("cifar10", 0.2), ("mnist", 0.35)])
+def test_the_shares_of_a_budget_are_all_of_it_and_what_was_used_is_kept(
+    budget: ModuleType, images: str, share: float, tmp_path: Path
+) -> None:
+    plan, methods = budget.PLANS[images], ["sid", "sim"]
+    first = budget.Budget(tmp_path, plan, 10, methods)
     assert sum(first.shares.values()) == pytest.approx(1)
-    assert first.left("sid") == pytest.approx(0.2 * 600)
+    assert first.left("sid") == pytest.approx(share * 600)
     first.charge("sid", 30)
-    assert budget.Budget(tmp_path, 10, ["sid", "sim"]).left("sid") == pytest.approx(0.2 * 600 - 30)
+    assert budget.Budget(tmp_path, plan, 10, methods).left("sid") == pytest.approx(share * 600 - 30)
+    assert budget.Budget(tmp_path, plan, None, methods).total == 60 * plan.minutes
 
 
 class Stub:
-    """A slice whose runs take half a second a step, or end with the slice."""
+    """A slice whose runs take half a second a step by the plan's clock, or end with the slice."""
 
-    def __init__(self, budget: ModuleType, folder: Path, *, is_whole: bool = True, ends: bool = True) -> None:
-        self.budget, self.is_whole, self.ends = budget.Budget(folder, 10, ["sid"]), is_whole, ends
+    def __init__(
+        self, budget: ModuleType, folder: Path, images: str = "mnist", *, is_whole: bool = True, ends: bool = True
+    ) -> None:
+        self.budget, self.is_whole, self.ends = budget.Budget(folder, budget.PLANS[images], 10, ["sid"]), is_whole, ends
 
     def run(self, phase: str, command: str, config: str, *given: str) -> bool:
         if self.ends:
             found = load_config(config, given)
             steps = range(found.train.log_every, found.train.steps + 1, found.train.log_every)
             Path(found.run).mkdir(parents=True)
-            lines = [json.dumps({"step": step, "seconds": 3 + step / 2}) + "\n" for step in steps]
+            other = {"seconds": "cpu_seconds", "cpu_seconds": "seconds"}[self.budget.clock]
+            reports = [{"step": step, self.budget.clock: 3 + step / 2, other: 5 + 2 * step} for step in steps]
+            lines = [json.dumps(report) + "\n" for report in reports]
             (Path(found.run) / "metrics.jsonl").write_text("".join(lines))
         return self.ends
 
@@ -71,7 +80,7 @@ class Stub:
 def test_the_steps_of_every_recipe_can_be_timed(budget: ModuleType, images: str, tmp_path: Path) -> None:
     for phase in (budget.TEACHER, *budget.PLANS[images].methods):
         config = find_config(f"{phase}/{images}_budget")
-        part = Stub(budget, tmp_path)
+        part = Stub(budget, tmp_path, images)
         part.budget.shares[phase] = 0.4
         assert budget._affordable(phase, "train", config, [], tmp_path, part) == int(0.95 * 0.4 * 600 / 0.5)
 
