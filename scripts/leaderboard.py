@@ -29,6 +29,7 @@ from diffdistill.eval.evaluation.command import run_eval
 from diffdistill.eval.evaluation.setup import EvalOptions
 from diffdistill.eval.images.places import seconds_until
 from diffdistill.eval.metrics.endpoints import endpoint_error
+from diffdistill.eval.protocols.packaged import DIGITS_TEST_PIXELS
 from diffdistill.eval.records.record import Cost, Record, append_record, read_records
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import find_checkpoint, join_students, load_model
@@ -41,6 +42,7 @@ STRIPS = ROOT / "results" / "strips"  # samples of each row of the first table, 
 PAGE = ROOT / "docs" / "digits-board.md"
 PICTURE = ROOT / "docs" / "images" / "digits-board.png"
 MARKS = ("<!-- digits board -->", "<!-- end of the digits board -->")
+UNSEEN = "test split"  # of another record of a longer row, by digits-test-pixels
 SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
 IN_PICTURE, COLUMNS, SHOWN = "U-Net", 30, 10
 
@@ -200,9 +202,11 @@ def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
 def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), teacher: Path | None = None) -> None:
     if _is_recorded(name, seed):
         return
-    is_longer = teacher is not None and not name.endswith((f", {IN_PICTURE}", ", MLP"))
-    options = EvalOptions(names=[name], against=str(teacher) if is_longer else None)  # by digits-pixels, as digits are
-    [record] = run_eval([str(place)], options, console)
+    is_longer = not name.endswith((f", {IN_PICTURE}", ", MLP"))
+    if is_longer:
+        _append_unseen(name, place, seed)
+    against = str(teacher) if is_longer and teacher else None
+    [record] = run_eval([str(place)], EvalOptions(names=[name], against=against), console)  # digits-pixels, of digits
     assert record.model is not None
     assert record.environment is not None
     notes = ""
@@ -218,8 +222,18 @@ def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), t
         environment=replace(record.environment, command="python scripts/leaderboard.py train"),
         notes=notes,
     )
-    RECORDS.parent.mkdir(exist_ok=True)
     append_record(RECORDS, record)
+
+
+def _append_unseen(name: str, place: Path, seed: int) -> None:
+    """A record against digits that nothing was trained on."""
+    name = f"{name}, {UNSEEN}"
+    if not _is_recorded(name, seed):
+        options = EvalOptions(names=[name], protocol=DIGITS_TEST_PIXELS.name)
+        [record] = run_eval([str(place)], options, console)
+        assert record.model is not None
+        model = replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None)
+        append_record(RECORDS, replace(record, seed=seed, model=model))
 
 
 def _sum(runs: Sequence[Path]) -> Cost:
@@ -242,7 +256,8 @@ def _is_recorded(name: str, seed: int) -> bool:
 
 
 def _tables(records: Sequence[Record]) -> Iterator[str]:
-    longer = {record.name.partition(", ")[2] for record in records if record.name.endswith("times the steps")}
+    ends = (re.search(rf", ({IN_PICTURE}, \d+ times the steps)$", record.name) for record in records)
+    longer = {found[1] for found in ends if found}
     families = {IN_PICTURE: "a U-Net of 0.3 million weights", "MLP": "a residual MLP"}
     families |= {name: f"the same {name.replace(',', ' as above, at')}" for name in sorted(longer)}
     for family, title in families.items():
@@ -250,10 +265,12 @@ def _tables(records: Sequence[Record]) -> Iterator[str]:
         if not rows:
             continue
         floor = _floor([record for _, found in rows for record in found])
+        unseen = dict(_rows(records, f"{family}, {UNSEEN}"))
         yield f"The teacher: {title}.\n\n"
         yield "| | NFE | fd-pixels | precision | recall | CPU-seconds | seeds |"
-        yield f" to the teacher (its floor {floor:.3f}) |\n" if floor else "\n"
-        yield f"|---|---|---|---|---|---|---|{'---|' if floor else ''}\n"
+        yield f" to the teacher (its floor {floor:.3f}) |" if floor else ""
+        yield " fd-pixels, test split |\n" if unseen else "\n"
+        yield f"|---|---|---|---|---|---|---|{'---|' if floor else ''}{'---|' if unseen else ''}\n"
         for name, found in rows:
             first = found[0]
             nfe = first.sampler.num_evaluations if first.sampler else None
@@ -261,7 +278,9 @@ def _tables(records: Sequence[Record]) -> Iterator[str]:
             spent = [r.cost.train_cpu_seconds for r in found if r.cost and r.cost.train_cpu_seconds]
             cost = f"{fmean(spent):.0f}" if spent else ""
             apart = [r.against.metrics["fd-pixels"].student.value for r in found if r.against]
-            last = f" {_spread(apart) if apart else ''} |" if floor else ""
+            last = f" {_spread(apart)} |" if floor else ""
+            if unseen:
+                last += f" {_spread([r.metrics['fd-pixels'].mean for r in unseen.get(name, [])])} |"
             yield f"| {name} | {nfe} | {' | '.join(numbers)} | {cost} | {len(found)} |{last}\n"
         for name, found in rows:
             if notes := [record.notes.removeprefix("end points: ") for record in found if record.notes]:
@@ -286,7 +305,9 @@ def _rows(records: Sequence[Record], family: str) -> list[tuple[str, list[Record
 
 
 def _spread(values: Sequence[float]) -> str:
-    """The mean, and least and greatest where there are several."""
+    """The mean, and least and greatest where there are several; nothing of none."""
+    if not values:
+        return ""
     return f"{fmean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
 
 

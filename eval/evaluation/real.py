@@ -200,7 +200,8 @@ def _found(
         if place or file.is_file():
             return open_reference(file, label=extractor.label, num_images=reference.num_images)
     if reference.dataset == "digits":
-        images = DataImages("digits", Digits(split="train").load(), protocol.preparation)
+        digits = validate(Digits, {"split": reference.split}, origin=f"protocol {protocol.name}: reference")
+        images = DataImages("digits", digits.load(), protocol.preparation)
         return compute_reference(images, extractor, protocol.preparation, batch_size=256)
     if reference.dataset.lstrip().startswith("{"):
         return _of_data_set(protocol, reference, extractor)

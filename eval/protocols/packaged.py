@@ -1,5 +1,7 @@
 """The protocols that come along, by name, and users' own from YAML."""
 
+from dataclasses import replace
+
 from diffdistill.eval.features.extractors import (
     CifarResNet,
     DinoV2,
@@ -47,6 +49,13 @@ DIGITS_PIXELS = Protocol(
     metrics=(Frechet(features=Pixels()), PrecisionRecall(features=Pixels())),
 )
 """How good generated digits are, in pixels, in seconds on a CPU."""
+
+DIGITS_TEST_PIXELS = replace(
+    DIGITS_PIXELS,
+    name="digits-test-pixels",
+    reference=Reference(name="digits-test", dataset="digits", split="test", num_images=360),
+)
+"""The same against digits that no method saw: who learns the training split by heart is nearer to that one alone."""
 
 CIFAR10_FID50K = Protocol(
     name="cifar10-fid50k",
@@ -204,6 +213,7 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         DIGITS_PIXELS,
+        DIGITS_TEST_PIXELS,
         CIFAR10_RESNET20,
         CIFAR10_EFFICIENTNET,
         MNIST_PIXELS,

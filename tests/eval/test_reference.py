@@ -308,6 +308,18 @@ def test_the_digits_protocol_gives_the_numbers_of_the_demos_table() -> None:
     assert real.summary.count == 1437
 
 
+def test_digits_are_judged_against_the_split_that_their_protocol_names() -> None:
+    test = PROTOCOLS["digits-test-pixels"]
+    real = find_reference(test, load_extractor(Pixels())).rows()
+    assert torch.equal(torch.as_tensor(real), Digits(split="test").tensors()[0].flatten(1).to(torch.as_tensor(real)))
+    assert len(real) == test.reference.num_images == 360
+    other = replace(test, name="own", reference=replace(test.reference, split="all", num_images=None))
+    with pytest.raises(
+        UserError, match=r"protocol own: reference: 1 fault\n  split = 'all': choose from 'train' or 'test'"
+    ):
+        find_reference(other, load_extractor(Pixels()))
+
+
 def test_real_images_are_a_folder_or_a_data_set_in_yaml(folder: Path) -> None:
     assert len(open_real_images(str(folder), PROTOCOL)) == 40
     digits_images = open_real_images("{name: digits, split: train}", DIGITS_PIXELS)

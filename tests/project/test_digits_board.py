@@ -62,3 +62,16 @@ def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(b
     assert "to the teacher" not in first
     assert "| to the teacher (its floor 0.038) |" in second
     assert second.rstrip().endswith(" | 1 | 0.093 |")
+
+
+def test_a_longer_row_says_its_distance_to_digits_that_nothing_saw(board: ModuleType) -> None:
+    record = next(record for record in read_records(board.RECORDS) if record.name == "Hyper-SD, 1 step, U-Net")
+    name = f"Hyper-SD, 1 step, {board.longer_family(10)}"
+    scores = replace(record.metrics["fd-pixels"], values=(0.777,), min=0.777, mean=0.777)
+    unseen = replace(record, metrics={"fd-pixels": scores})
+    records = [replace(record, name=name), replace(unseen, name=f"{name}, {board.UNSEEN}")]
+    [_, *rows] = [line for line in "".join(board._tables(records)).splitlines() if line.startswith("| ")]
+    assert [row.split("|")[-2].strip() for row in rows] == ["0.777"]
+    assert rows[0].startswith("| Hyper-SD, 1 step |")
+    assert "fd-pixels, test split" in "".join(board._tables(records))
+    assert "test split" not in "".join(board._tables(records[:1]))
