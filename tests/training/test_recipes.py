@@ -23,19 +23,24 @@ from diffdistill.training.trainer import Trainer
 FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "dit256": "dit"}
 """The stand-in's family by the recipe's teacher."""
 METHODS = ("dmd2", "sid", "sim", "f_distill", "hyper_sd", "agd")
-FLOWS = ("z_image", "qwen_image", "chroma", "flux2", "lumina2", "auraflow", "cogview4", "longcat_image")
+FLOWS = ("z_image", "qwen_image", "chroma", "flux", "flux2", "lumina2", "auraflow", "cogview4", "longcat_image")
 """Families whose recipes are named as they are, of four calls and, with an ending, of one."""
 FAMILIES |= {f"{family}{end}": family for family, end in product(FLOWS, ("", "_one"))}
 RECIPES = [f"{method}/{teacher}" for method, teacher in product(METHODS, ("sd15", "sdxl", "pixart", "sd3", "dit256"))]
 RECIPES += [f"{method}/{family}{end}" for method, family, end in product(("dmd2", "sid"), FLOWS, ("", "_one"))]
 ONE_GPU = [recipe for recipe in RECIPES if not recipe.startswith("agd/") and not recipe.endswith("/dit256")]
 """Those that have a sibling for one GPU. The paper's settings of AGD are of one already."""
+DECOUPLED = ("sdxl", "lumina2", "z_image", "qwen_image")
+FAMILIES |= {f"{family}-decoupled": family for family in DECOUPLED}
+FEW_CALLS = ["cdm/sd3", "cdm/longcat_image", "tdm/pixart", "tdm/sdxl", "tdm/sd3"]
+FEW_CALLS += [f"dmd2/{family}-decoupled" for family in DECOUPLED]
+"""Of students of several calls alone, each with a sibling for one GPU."""
 FAMILIES |= {f"{teacher}-one-gpu": family for teacher, family in FAMILIES.items()}
 RECIPES += [f"{recipe}-one-gpu" for recipe in ONE_GPU]
-RECIPES.append("pi_flow/qwen_image")
-LIKE_THEIR_BASE = ("_one-one-gpu", *(f"{family}-one-gpu" for family in FLOWS))
+RECIPES += ["pi_flow/qwen_image", "pi_flow/flux", *FEW_CALLS, *(f"{recipe}-one-gpu" for recipe in FEW_CALLS)]
+LIKE_THEIR_BASE = ("_one-one-gpu", *(f"{method}/{family}-one-gpu" for method, family in product(("dmd2", "sid"), FLOWS)))
 """Siblings that differ by batch and length alone, which the tests make small: their bases are trained."""
-QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256", "dmd2/z_image")
+QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256", "dmd2/z_image", "cdm/sd3", "tdm/pixart")
 """Those that the quick tests train."""
 
 PROMPTS = ("a red fox", "two blue birds", "a hat")
@@ -112,6 +117,18 @@ def test_a_sibling_for_one_gpu_has_lora_and_a_small_batch_in_pieces_and_is_calle
         assert sum(stage.num_steps or 0 for stage in found.method.stages) < found.train.steps
     else:
         assert found.method == paper.method
+    assert " are ours; " in find_config(f"{recipe}-one-gpu").read_text().replace("\n# ", " ")
+
+
+@pytest.mark.parametrize("recipe", FEW_CALLS)
+def test_a_sibling_of_a_few_call_recipe_differs_in_lora_batch_and_length(recipe: str) -> None:
+    found, paper = load_config(find_config(f"{recipe}-one-gpu")), load_config(find_config(recipe))
+    for player in ("generator", "fake"):
+        assert found.lora.get(player, found.lora["default"]) == LoRASettings(rank=64)
+    assert (found.train.global_batch_size, found.train.micro_batch_size) == (64, 1)
+    assert found.train.steps <= paper.train.steps
+    optimizers, run = found.optimizers, f"{paper.run}-one-gpu"
+    assert found == replace(paper, run=run, lora=found.lora, optimizers=optimizers, train=found.train)
     assert " are ours; " in find_config(f"{recipe}-one-gpu").read_text().replace("\n# ", " ")
 
 

@@ -22,6 +22,7 @@ SHIFTS = {
     "z_image": 6.0,
     "qwen_image": 2.0,
     "chroma": 3.0,
+    "flux": 3.158,
     "flux2": 7.56,
     "lumina2": 6.0,
     "auraflow": 1.73,
