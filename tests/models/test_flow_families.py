@@ -157,6 +157,19 @@ def test_texts_of_many_lengths_are_one_table() -> None:
     assert torch.equal(text[mask], torch.cat(texts))
 
 
+def test_prompts_without_a_token_are_the_same_alone_and_beside_others(tmp_path: Path) -> None:
+    """Lumina 2's empty prompt has no token where its tokenizer adds none: guidance's second call is of these alone."""
+    opened = open_pipeline(save_stand_in("lumina2", tmp_path))
+    teacher = load_model(opened.folder).denoiser
+    both = opened.conditions(["a hat", "a red fox"]).rows(torch.arange(2))
+    assert both.text_mask is not None
+    both = replace(both, text_mask=both.text_mask * torch.tensor([[1], [0]]))
+    alone = replace(both, text_mask=0 * both.text_mask)
+    x, t = torch.randn(2, *opened.spec.image_shape, generator=seeded(1)), torch.full((2,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x, t, alone)[1], teacher(x, t, both)[1], rtol=0, atol=1e-5)
+
+
 def test_qwen_images_guidance_keeps_the_norm_of_each_token(tmp_path: Path) -> None:
     teacher = load_model(save_stand_in("qwen_image", tmp_path))
     assert teacher.spec.model.guidance_rule == Renormalised(over="patch")

@@ -38,7 +38,10 @@ FEW_CALLS += [f"dmd2/{family}-decoupled" for family in DECOUPLED]
 FAMILIES |= {f"{teacher}-one-gpu": family for teacher, family in FAMILIES.items()}
 RECIPES += [f"{recipe}-one-gpu" for recipe in ONE_GPU]
 RECIPES += ["pi_flow/qwen_image", "pi_flow/flux", *FEW_CALLS, *(f"{recipe}-one-gpu" for recipe in FEW_CALLS)]
-LIKE_THEIR_BASE = ("_one-one-gpu", *(f"{method}/{family}-one-gpu" for method, family in product(("dmd2", "sid"), FLOWS)))
+LIKE_THEIR_BASE = (
+    "_one-one-gpu",
+    *(f"{method}/{family}-one-gpu" for method, family in product(("dmd2", "sid"), FLOWS)),
+)
 """Siblings that differ by batch and length alone, which the tests make small: their bases are trained."""
 QUICK = ("dmd2/pixart", "sid/sd3", "agd/dit256", "dmd2/z_image", "cdm/sd3", "tdm/pixart")
 """Those that the quick tests train."""

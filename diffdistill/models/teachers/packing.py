@@ -38,11 +38,11 @@ def padded(texts: list[Tensor], length: int) -> Cond:
 
 
 def trimmed(cond: Cond) -> tuple[Tensor, Tensor]:
-    """text and its mask, without what counts in no sample: [B, L, C] and [B, L] bool."""
+    """text and its mask, without what counts in no sample: [B, L, C] and [B, L] bool, L at least 1."""
     assert cond.text is not None
     assert cond.text_mask is not None
     mask = cond.text_mask.bool()
-    length = int(mask.sum(1).max())  # the tokens that count come first
+    length = max(1, int(mask.sum(1).max()))  # the tokens that count come first
     return cond.text[:, :length], mask[:, :length]
 
 
