@@ -37,7 +37,7 @@ class Iteration:
     """A method's losses on its players.
 
     trained: the players that updates name, with the parameters of each that training may change.  stored: from the
-    method's `prepare`.  is_half: whether networks compute in bf16.
+    method's `prepare`.  is_half: whether networks compute in bf16.  compiles: see `StepRandom`.
     """
 
     method: Method
@@ -48,6 +48,7 @@ class Iteration:
     seed: int
     device: torch.device
     is_half: bool = False
+    compiles: bool = False
 
     @staticmethod
     def of(
@@ -60,14 +61,15 @@ class Iteration:
         seed: int,
         device: torch.device,
         is_half: bool = False,
+        compiles: bool = False,
     ) -> "Iteration":
         """With the parameters that now require a gradient."""
         parameters = {name: trainable(module) for name, module in trained.items()}
-        return Iteration(method, problem, players, parameters, stored, seed, device, is_half)
+        return Iteration(method, problem, players, parameters, stored, seed, device, is_half, compiles)
 
     def micro_batch(self, step: int, first: int, images: Tensor, cond: Cond, size: int) -> MicroBatch:
         """The samples from number `first` on, with this step's random numbers.  images: [size, ...], or empty."""
-        rng = StepRandom(self.seed, step, upload(torch.arange(first, first + size), self.device))
+        rng = StepRandom(self.seed, step, upload(torch.arange(first, first + size), self.device), self.compiles)
         problem, shape = self.problem, tuple(images.shape[1:])
         if len(images) and shape != problem.image_shape:
             problem = replace(problem, image_shape=shape)

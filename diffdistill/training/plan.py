@@ -157,6 +157,7 @@ class Plan:
             seed=train.seed,
             device=self.device,
             is_half=train.precision == "bf16",
+            compiles=self.config.speed.compile == "inductor",
         )
 
     def real(self, first: int, count: int) -> tuple[Tensor, Cond]:
