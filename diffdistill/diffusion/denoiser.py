@@ -76,7 +76,8 @@ class Runtime:
     conditions: what a label stands for, for a network that takes text.  negative: what its attention steers away from.
     autocast: of the network alone; None: as around it.  offload_device: where it computes with weights elsewhere.
     guidance_rule: how its two estimates become one; saved with the model.  decode: what it makes to pixels, for who
-    judges these; None where it makes pixels, or nobody does.
+    judges these; None where it makes pixels, or nobody does.  num_threads: of the CPU, on which its run was trained;
+    None: not known.
     """
 
     conditions: PromptTable | None = None
@@ -85,6 +86,7 @@ class Runtime:
     offload_device: torch.device | None = None
     guidance_rule: GuidanceRule = LINEAR
     decode: Callable[[Tensor], Tensor] | None = None
+    num_threads: int | None = None
 
 
 class Denoiser(nn.Module):

@@ -3,12 +3,10 @@
 Plain tensors in, numbers out.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from diffdistill.diffusion.threads import threads
 from diffdistill.settings.schema import UserError
 
 ROUNDING = 1e-5
@@ -26,20 +24,9 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     mean_b, cov_b = checked_gaussian(mean_b, cov_b, "b")
     if mean_a.shape != mean_b.shape:
         raise UserError(f"both sides need the same features: a has {len(mean_a)}, b has {len(mean_b)}")
-    with one_thread():
+    with threads(1):  # the last bits of LAPACK's results depend on the number of threads
         traces = cov_a.trace() + cov_b.trace()
         return float((mean_a - mean_b).square().sum() + traces - 2 * _trace_of_root(cov_a, cov_b))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The last bits of LAPACK's results depend on the number of threads; those of a distance should not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _trace_of_root(cov_a: Tensor, cov_b: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.cond import NO_COND, Cond
+from diffdistill.diffusion.threads import sampling_threads, threads
 from diffdistill.export.record import ExportRecord
 from diffdistill.export.usage import LATER_SEED, asked_of, draws_by_torch, makes_pictures, usage_code
 from diffdistill.export.verify import Check
@@ -36,6 +37,7 @@ def check_of(model: TrainedModel, folder: FilePath, record: ExportRecord, *, gui
         call={**asked_of(model, COUNT), **record.call, "output_type": "latent" if is_plain else "np"},
         expected=several if is_plain else images[:COUNT],
         shown=images[COUNT],
+        num_threads=sampling_threads(model.denoiser, model.spec.image_shape),
     )
 
 
@@ -68,10 +70,11 @@ def _sample(
     def draw(wanted: tuple[int, ...]) -> Tensor:
         return torch.randn(wanted, generator=later)
 
-    return model.spec.sampler(
-        model.denoiser,
-        noise,
-        cond,
-        guidance=scale,
-        fresh_noise=lambda step: layout(draw, shape) if layout else draw(shape),
-    )
+    with threads(sampling_threads(model.denoiser, model.spec.image_shape)):
+        return model.spec.sampler(
+            model.denoiser,
+            noise,
+            cond,
+            guidance=scale,
+            fresh_noise=lambda step: layout(draw, shape) if layout else draw(shape),
+        )

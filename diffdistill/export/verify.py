@@ -28,7 +28,7 @@ class ExportError(RuntimeError):
 class Check:
     """code: the card's program, which loads the folder as `pipe` and makes one `image`.  shown: that image, as the run
     makes it.  call: how that pipeline is called once more, by seed 0.  expected: its images, as the run makes them.
-    habits: other calls by name, that may make these images too."""
+    habits: other calls by name, that may make these images too.  num_threads: of the CPU; 0: as many as torch has."""
 
     folder: FilePath
     code: str
@@ -36,6 +36,7 @@ class Check:
     expected: Tensor
     shown: Tensor
     habits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    num_threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _call(checks: Sequence[Check], place: FilePath) -> list[Mapping[str, Tensor 
     ]
     (place / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
     # A home of its own for the code that diffusers copies; nothing is asked of the network.
+    threads = max(check.num_threads or torch.get_num_threads() for check in checks)
     settings = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-I", str(FilePath(__file__).with_name("reload.py")), str(place / "requests.json")],
@@ -113,7 +115,7 @@ def _call(checks: Sequence[Check], place: FilePath) -> list[Mapping[str, Tensor 
         text=True,
         check=False,
         cwd=place,
-        env=os.environ | settings | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=os.environ | settings | {"OMP_NUM_THREADS": str(threads)},
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"

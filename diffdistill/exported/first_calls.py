@@ -14,6 +14,7 @@ from diffdistill.diffusion.dx_policy import DXPolicy
 from diffdistill.diffusion.guidance.first_calls import FirstCalls, on_path
 from diffdistill.diffusion.guidance.policies import Call, Recorder, begin
 from diffdistill.diffusion.sampling import OneCall, Sampler
+from diffdistill.diffusion.threads import sampling_threads, threads
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator
 from diffdistill.settings.schema import UserError
 
@@ -86,7 +87,9 @@ def estimates_along(
             columns = []
             for call in calls:
                 x, t = on_path(call.x, call.t, path, denoiser.path)
-                columns.append(model.decode(begin(model.guidance, denoiser, cond)(x, t).to(x.dtype)).float().cpu())
+                with threads(sampling_threads(denoiser, x.shape[1:])):
+                    estimate = begin(model.guidance, denoiser, cond)(x, t).to(x.dtype)
+                columns.append(model.decode(estimate).float().cpu())
             made[name].append(torch.stack(columns, 1))
     return [Estimates(name, states, ratios, torch.cat(parts)) for name, parts in made.items()]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffdistill.data.classes import told_classes
 from diffdistill.diffusion.denoiser import freeze
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.threads import sampling_threads, threads
 from diffdistill.export.lora_files import DIFFUSERS_FILE
 from diffdistill.export.record import ExportRecord, read_record
 from diffdistill.inference.draw import check_labels, number_of
@@ -115,14 +116,15 @@ class CodeImageGenerator:
         asked, shape = self.asked, self.pipeline.model.image_shape
         chosen = [self.told[int(i) % len(self.told)] for i in index] if self.told else []
         noise = StepRandom(asked.seed, 0, index).normal("noise", shape)
-        made = self.pipeline(
-            **{self.argument: chosen} if chosen else {},
-            latents=noise,
-            num_inference_steps=asked.num_steps,
-            guidance_scale=asked.guidance,
-            generator=torch.Generator().manual_seed(asked.seed),
-            output_type="pt",
-        ).images
+        with threads(sampling_threads(self.pipeline.model, shape)):
+            made = self.pipeline(
+                **{self.argument: chosen} if chosen else {},
+                latents=noise,
+                num_inference_steps=asked.num_steps,
+                guidance_scale=asked.guidance,
+                generator=torch.Generator().manual_seed(asked.seed),
+                output_type="pt",
+            ).images
         return made.float().cpu() * 2 - 1
 
     @property

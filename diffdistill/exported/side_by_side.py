@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -23,8 +22,6 @@ from diffdistill.settings.terminal import say
 
 BATCH = 16
 MAX_MODELS = 8
-TINY = 3 * 32 * 32
-"""Values of an image, up to which a network is fastest on one thread."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,6 @@ class SideBySide:
                     f"play: {players[0].name} and {player.name} differ in image size, classes or prompts; only models "
                     "with the same conditions can be shown side by side"
                 )
-        if asked.device.type == "cpu" and prod(first.image_shape) <= TINY:
-            torch.set_num_threads(1)
         self.takes_text = first.takes_text
         names = first.class_names
         self.classes = [names[number] if names else str(number) for number in first.classes]

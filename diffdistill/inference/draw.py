@@ -11,6 +11,7 @@ from diffdistill.data.names import composed
 from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.threads import sampling_threads, threads
 from diffdistill.models.spec import ModelSpec, TrainedModel
 from diffdistill.settings.schema import UserError
 
@@ -48,13 +49,14 @@ def sample_rows(model: TrainedModel, rng: StepRandom, labels: Tensor, *, guidanc
     """
     shape = model.spec.image_shape
     check_guidance(model.denoiser, "--guidance", guidance)
-    return model.spec.sampler(
-        model.denoiser,
-        rng.normal("noise", shape),
-        model.denoiser.class_cond(labels),
-        guidance=guidance,
-        fresh_noise=rng.fresh_noise(shape),
-    )
+    with threads(sampling_threads(model.denoiser, shape)):
+        return model.spec.sampler(
+            model.denoiser,
+            rng.normal("noise", shape),
+            model.denoiser.class_cond(labels),
+            guidance=guidance,
+            fresh_noise=rng.fresh_noise(shape),
+        )
 
 
 def label_numbers(labels: Sequence[int | str], spec: ModelSpec) -> tuple[int, ...]:

@@ -93,6 +93,7 @@ def load_model(
     if spec.qat and rounds:
         on_grid(denoiser.net, spec.qat)
     steer(denoiser, spec)
+    denoiser.run_with(num_threads=_threads_of(checkpoint.state))
     return TrainedModel(denoiser, spec, target)
 
 
@@ -114,6 +115,13 @@ def _spec_of(state: Mapping[str, Any], target: FilePath) -> ModelSpec:
     """What a checkpoint's model is."""
     spec = validate(ModelSpec, state.get("model"), origin=f"{target}/state.json", is_saved=True)
     return settle_places(spec, target, state)
+
+
+def _threads_of(state: Mapping[str, Any]) -> int | None:
+    """The CPU threads that the checkpoint's run was trained on, where its config says."""
+    train = (state.get("config") or {}).get("train") or {}
+    number = train.get("num_threads")
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def _kinds_of(state: Mapping[str, Any], target: FilePath) -> dict[str, PlayerKind]:

@@ -14,6 +14,7 @@ from diffdistill.data.order import DataOrder
 from diffdistill.data.source import ImageSource
 from diffdistill.diffusion.cond import NO_COND, Cond
 from diffdistill.diffusion.denoiser import Denoiser, freeze
+from diffdistill.diffusion.threads import threads
 from diffdistill.distillation.method import Method, Players, Problem, shapes_of
 from diffdistill.distributed.processes import Processes, find_processes
 from diffdistill.models.encoders import PixelDecoder
@@ -187,9 +188,20 @@ def plan(
     are read once all processes have met.
     Raises UserError for whatever the config asks that cannot be.
     """
+    with threads(config.train.num_threads):
+        return _plan(config, resume, teacher, data, allow_changes=allow_changes, trusts_code=trusts_code)
+
+
+def _plan(
+    config: RunConfig,
+    resume: bool | str | None,
+    teacher: Denoiser | None,
+    data: object,
+    *,
+    allow_changes: bool,
+    trusts_code: bool,
+) -> Plan:
     train, folder = config.train, FilePath(config.run)
-    if train.num_threads:
-        torch.set_num_threads(train.num_threads)
     processes = find_processes(train.device)
     check_same_settings(config, processes)
     config = with_objects(config, teacher, data)
@@ -217,6 +229,7 @@ def plan(
     trained, followers = build_players(config, spec, problem, home)
     apply_speed(config.speed, trained, problem.all_teachers, followers, processes.device)
     check_optimizers(config, trained)
+    trained[config.method.student].run_with(num_threads=train.num_threads)  # type: ignore[operator]
     evaluator = make_evaluator(
         config.eval, folder, trained[config.method.student], spec, processes, trusts_code=trusts_code
     )

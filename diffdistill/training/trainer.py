@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffdistill.data.pictures import save_panels
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.threads import threads
 from diffdistill.distillation.method import Loss, Method, Players, Problem, Update
 from diffdistill.distributed.processes import Processes, others
 from diffdistill.distributed.stopping import StopRequested, stop_signals
@@ -72,7 +73,8 @@ class Trainer:
 
     def _assembled(self, folder: FilePath | None) -> Assembly:
         if self._assembly is None:
-            self._assembly = assemble(self.plan, folder)
+            with threads(self.config.train.num_threads):
+                self._assembly = assemble(self.plan, folder)
             self.plan = self._assembly.plan  # a teacher that is not needed any more leaves memory
         elif folder:
             self.processes.on_main_first(partial(keep_prepared, self._assembly, folder))
@@ -133,7 +135,7 @@ class Trainer:
         non-finite, OSError when nothing can be written (the last good checkpoint stays).
         """
         train, processes, evaluator = self.config.train, self.processes, self.plan.evaluator
-        with others(), ExitStack() as held:
+        with others(), threads(train.num_threads), ExitStack() as held:
             processes.on_main_first(lambda: held.enter_context(own_folder(self.folder, self.config)))
             distance = self._assembled(self.folder).distance
             if distance:
@@ -173,8 +175,9 @@ class Trainer:
         due = [update for update in method.updates if update.is_due(self.step, self.images_seen)]
         if log:
             log.begin(len(due) * len(micros))
-        amount = self.config.negative_scale
-        with drawn_scale(self.trained[method.student], amount, seed=self.config.train.seed, step=self.step):
+        train, amount = self.config.train, self.config.negative_scale
+        drawn = drawn_scale(self.trained[method.student], amount, seed=train.seed, step=self.step)
+        with threads(train.num_threads), drawn:
             self._updates(due, micros, log)
         self.step += 1
         with torch.no_grad():

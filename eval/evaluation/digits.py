@@ -18,6 +18,7 @@ from diffdistill.diffusion.denoiser import Denoiser
 from diffdistill.diffusion.sampling import FewSteps, Sampler
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.diffusion.teleport import LowRankGaussian
+from diffdistill.diffusion.threads import threads
 from diffdistill.eval.images.generate import SampledImages
 from diffdistill.eval.metrics.distances import frechet_from_features
 from diffdistill.eval.metrics.neighbours import precision_recall
@@ -97,8 +98,9 @@ def score(images: Tensor) -> Scores:
     if images.shape != expected:
         raise ValueError(f"{DIGITS_PIXELS.name} scores images {list(expected)}, not {list(images.shape)}")
     fake, real = images.cpu().flatten(1), _reference()[0].flatten(1)
-    precision, recall = precision_recall(real, fake, k=NEAREST_K)
-    return Scores(frechet_from_features(fake, real), precision, recall)
+    with threads(1):  # 64 numbers an image are little work
+        precision, recall = precision_recall(real, fake, k=NEAREST_K)
+        return Scores(frechet_from_features(fake, real), precision, recall)
 
 
 def bootstrap_floor(seed: int = 0) -> Row:

@@ -16,6 +16,7 @@ from diffdistill.diffusion.guidance.check import check_guidance
 from diffdistill.diffusion.guidance.policies import AnyPolicy
 from diffdistill.diffusion.sampling import Sampler
 from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.diffusion.threads import sampling_threads, threads
 from diffdistill.eval.images.encoder_and_vae import EncoderAndVAE, WholeSampler
 from diffdistill.eval.protocols.protocol import Labels, Protocol
 from diffdistill.eval.records.record import Cost, ModelRecord, SamplerRecord
@@ -138,7 +139,7 @@ class SampledImages:
         def normal(name: str) -> Tensor:
             return rng.normal(name, self.image_shape).to(device)
 
-        with eval_mode(self.denoiser):
+        with eval_mode(self.denoiser), threads(sampling_threads(self.denoiser, self.image_shape)):
             made = self.sampler(
                 self.denoiser,
                 normal(protocol.noise.latent),

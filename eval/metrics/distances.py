@@ -9,7 +9,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from diffdistill.diffusion.gaussians import checked_gaussian, factor, frechet_distance, one_thread
+from diffdistill.diffusion.gaussians import checked_gaussian, factor, frechet_distance
+from diffdistill.diffusion.threads import threads
 from diffdistill.eval.metrics.checks import check_features, check_pair
 from diffdistill.eval.metrics.moments import Summary
 from diffdistill.settings.schema import UserError
@@ -35,7 +36,7 @@ def frechet_from_features(a: Tensor, b: Tensor) -> float:
     check_pair(a, b, min_samples=2)
     for count in (len(a), len(b)):
         _warn_of_few(count, a.shape[1])
-    with one_thread():
+    with threads(1):  # as in `frechet_distance`
         if max(len(a), len(b)) < a.shape[1]:
             return _frechet_of_few(a.double(), b.double())
         of_a, of_b = Summary.of(a), Summary.of(b)
@@ -54,7 +55,7 @@ def frechet_from_few(a: Tensor, b: Summary) -> float:
         raise UserError(f"both sides need the same features: a has {a.shape[1]}, b has {len(mean_b)}")
     for count in (len(a), b.count):
         _warn_of_few(count, len(mean_b))
-    with one_thread():
+    with threads(1):  # as in `frechet_distance`
         mean_a = a.mean(0, dtype=torch.float64)
         scaled_a = (a - mean_a) / math.sqrt(len(a) - 1)
         shared = torch.linalg.svdvals(scaled_a @ factor(cov_b, "b")).sum()
