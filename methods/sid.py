@@ -93,7 +93,14 @@ class SiD(Method):
         of_all = ("fake_weights", "sample_weights") if self.gan_weight else (None, None)
         return (
             Update(("fake",), "fake_loss", statistics=of_all[0]),
-            Update(("generator",), "generator_loss", self.fake_updates, self.generator_start_images, of_all[1]),
+            Update(
+                ("generator",),
+                "generator_loss",
+                self.fake_updates,
+                self.generator_start_images,
+                of_all[1],
+                more_from_images=self.gan_start_images if self.gan_weight else 0,
+            ),
         )
 
     def sampler(self, problem: Problem) -> FewSteps:

@@ -292,7 +292,7 @@ def doctor(
 
     Example: diffdistill doctor dmd2/digits teacher=runs/teacher speed.shard=all --processes 8
     """
-    from diffdistill.commands.doctor import examine, examine_config, show
+    from diffdistill.commands.doctor import examine, show
     from diffdistill.settings.schema import UserError
 
     after: tuple[str, ...] = ("demo",)
@@ -302,6 +302,7 @@ def doctor(
                 raise UserError(f"{name}: needs a config; give one")
         findings = examine(FilePath(folder))
     else:
+        from diffdistill.commands.doctor_config import examine_config
         from diffdistill.training.config import find_config, load_config
 
         parsed = load_config(find_config(config), overrides or ())

@@ -115,7 +115,7 @@ def _num_threads(start: "Start") -> int | None:
 
 def _predict(start: "Start") -> Iterator["Finding"]:
     """Memory and time of both runs. The student's teacher is a network that has learnt nothing: it costs the same."""
-    from diffdistill.commands.doctor import MEMORY, TIME, examine_config
+    from diffdistill.commands.doctor_config import MEMORY, TIME, examine_config
     from diffdistill.commands.own_pictures import quietly
     from diffdistill.models.spec import ModelSpec
 

@@ -32,9 +32,9 @@ def threads(count: int | None) -> Iterator[None]:
 def sampling_threads(model: nn.Module, image_shape: Sequence[int]) -> int:
     """The CPU threads on which a model is sampled.
 
-    model: a Denoiser, or a network of any other kind.  image_shape: [C, H, W] of what it makes.  Where the user sets OMP_NUM_THREADS, torch's number, which
-    follows it. Else what the model's run was trained on (`train.num_threads`), or one where the network is tiny; never
-    more than torch's number.
+    model: a Denoiser, or a network of any other kind.  image_shape: [C, H, W] of what it makes.
+    Returns torch's number where the user sets OMP_NUM_THREADS, which torch follows. Else what the model's run was
+    trained on (`train.num_threads`), or one where the network is tiny; never more than torch's number.
     """
     now = torch.get_num_threads()
     if OF_THE_USER in os.environ or device_of(model).type != "cpu":

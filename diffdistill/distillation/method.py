@@ -34,7 +34,8 @@ Draw = Mapping[str, Tensor]
 class Update:
     """One optimiser step: the players that it changes, the method's loss, and every how many iterations.
 
-    start, start_images: the run's iterations and images that pass before the update is first due.
+    start, start_images: the run's iterations and images that pass before the update is first due.  more_from_images:
+    those that pass before its loss computes more (a GAN that joins); 0: all of it from the start.
     statistics: a method `(players, draw, batch) -> dict of [B, ...]` for losses that look at the whole batch. Where the
     batch comes in pieces it is asked for each of them first, without gradient, and every piece's draw then holds the
     values of all samples, in order, as "all <name>".
@@ -46,17 +47,26 @@ class Update:
     start_images: int = 0
     statistics: str | None = None
     start: int = 0
+    more_from_images: int = 0
 
     def is_due(self, step: int, images_seen: int) -> bool:
         """Whether the update is taken in the iteration `step`, before which `images_seen` images passed."""
         return step % self.every == 0 and step >= self.start and images_seen >= self.start_images
 
 
-def first_with_all(updates: Sequence[Update], batch_size: int) -> int:
-    """The first iteration in which all of them are due: what it costs, the run costs from then on."""
-    start = max(max(update.start, math.ceil(update.start_images / batch_size)) for update in updates)
+def first_with_all(updates: Sequence[Update], batch_size: int, *, start: int | None = None) -> int:
+    """The first iteration from `start` on that is every update's turn; default: in which all of them are due, and
+    compute all that they ever will: what it costs, the run costs from then on."""
+    start = phase_starts(updates, batch_size)[-1] if start is None else start
     every = math.lcm(*(update.every for update in updates))
     return math.ceil(start / every) * every
+
+
+def phase_starts(updates: Sequence[Update], batch_size: int) -> list[int]:
+    """The iterations, 0 first, from which a step costs more than before: an update is due, or computes more."""
+    images = {number for update in updates for number in (update.start_images, update.more_from_images)}
+    later = {update.start for update in updates} | {math.ceil(number / batch_size) for number in images}
+    return sorted({0} | later)
 
 
 @dataclass(frozen=True)

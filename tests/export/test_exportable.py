@@ -13,7 +13,7 @@ from support.habits import sampler_of
 from support.method_matrix import train
 from support.stand_ins import save_stand_in, sd, sdxl
 
-from diffdistill.commands import cli, doctor
+from diffdistill.commands import cli, doctor_config
 from diffdistill.export.expected import check_of
 from diffdistill.export.exportable import ExportKind, export_kind_of
 from diffdistill.export.record import ExportRecord
@@ -155,7 +155,7 @@ def test_a_quantised_vae_is_refused_with_its_file_before_the_first_step(
     found = export_kind_of(load_model(place).spec)
     assert found.kind is None
     assert "vae/config.json: quantised weights are not supported" in str(found.note)
-    findings = doctor._export(load_model(place).spec)
+    findings = doctor_config._export(load_model(place).spec)
     assert findings.is_fault
     assert findings.text.startswith("not possible: ")
     assert not cli._can_be_exported(SimpleNamespace(spec=load_model(place).spec))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from conftest import small_config
 from PIL import Image
 from support.stand_ins import save_stand_in
 
-from diffdistill.commands.doctor import examine_config
+from diffdistill.commands.doctor_config import examine_config
 from diffdistill.data.buckets import BucketedImages, order_of
 from diffdistill.models.load import describe_model, load_players
 from diffdistill.settings.schema import UserError

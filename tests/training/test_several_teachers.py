@@ -11,7 +11,7 @@ from conftest import small_config
 from support.stand_ins import save_stand_in
 from torch import Tensor, nn
 
-from diffdistill.commands.doctor import examine_config
+from diffdistill.commands.doctor_config import examine_config
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance_rules import Renormalised, Rescaled
 from diffdistill.distillation.method import Draw, Players, Problem

@@ -181,6 +181,8 @@ def saved_growth(plan: Plan, iteration: Iteration) -> dict[str, Growth]:
 
 def block_growth(plan: Plan, iteration: Iteration) -> dict[str, Growth]:
     """What the largest recomputed block of each loss brings back; nothing where none is recomputed."""
+    if not any(block.is_recomputed for player in iteration.players.values() for block in recomputable_blocks(player)):
+        return {update.loss: Growth() for update in iteration.method.updates}
     return _growth(plan, iteration, _block_bytes)
 
 
