@@ -22,8 +22,8 @@ PROMPTS = ("a red fox", "two blue birds", "three dogs", "a cat")
 def make_pipeline(folder: Path, width: int, layers: int) -> None:
     """Written by diffusers' own classes."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import stand_ins
     import transformers
+    from support import stand_ins
 
     pipeline = stand_ins.STAND_INS["sd"]()
     shape = pipeline.text_encoder.config.to_dict() | {

@@ -5,7 +5,7 @@ says. Each limit is far beyond what anyone trains, and far below what would over
 by one number.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -87,9 +87,20 @@ def faults_of(data: Any) -> list[str]:
         total += len(layer)
         if total > MAX_TOTAL:
             return [f"the value: holds more than {MAX_TOTAL:,} values altogether"]
-        if any(_wrong(value, depth) for value in layer if not (type(value) is str and len(value) <= MAX_TEXT)):
-            return list(islice(_placed(data, "", 0), MAX_FAULTS))
-        layer = [item for value in layer if isinstance(value, (dict, list, tuple)) for item in _items(value)]
+        inner: list[Any] = []
+        for value in layer:
+            kind = type(value)
+            if value is None or kind is bool or (kind is str and len(value) <= MAX_TEXT):
+                continue
+            if kind is float and -MAX_NUMBER <= value <= MAX_NUMBER:
+                continue
+            if _wrong(value, depth):
+                return list(islice(_placed(data, "", 0), MAX_FAULTS))
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, (list, tuple)):
+                inner += value
+        layer = inner
     return []
 
 
@@ -123,7 +134,3 @@ def _wrong(value: Any, depth: int) -> str:
         if depth == MAX_NESTING:
             return f": nested more than {MAX_NESTING} deep"
     return ""
-
-
-def _items(group: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
-    return group.values() if isinstance(group, dict) else group

@@ -34,14 +34,6 @@ def refuse_link(entry: FilePath) -> None:
         raise UserError(f"{entry}: is a link to {os.readlink(entry)}, and writing would follow it; remove it")
 
 
-def refuse_links_below(folder: FilePath, place: FilePath) -> None:
-    """Raise UserError if a step from the folder down to a place in it is a link; the folder itself may be one."""
-    step = folder
-    for part in place.relative_to(folder).parts if place.is_relative_to(folder) else ():
-        step /= part
-        refuse_link(step)
-
-
 def open_plain(file: FilePath, mode: str, **options: Any) -> IO[Any]:
     """As `open`, for writing, but raises UserError if the file is a link, and an OSError names the file."""
     refuse_link(file)

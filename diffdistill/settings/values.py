@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -39,9 +39,9 @@ def _check_size(data: object, origin: str) -> None:
         raise listed(faults, origin=origin)
 
 
-def dump(value: object) -> Any:
-    """A schema value as plain JSON types."""
-    return TypeAdapter(type(value)).dump_python(value, mode="json")
+def dump(value: object, *, without: Set[str] = frozenset()) -> Any:
+    """A schema value as plain JSON types.  without: fields that are left out."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json", exclude=set(without) or None)
 
 
 def dump_yaml(value: object) -> str:

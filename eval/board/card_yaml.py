@@ -75,6 +75,7 @@ def _key(key: Any) -> str:
     return key
 
 
+@lru_cache(maxsize=4096)
 def _is_plain(text: str) -> bool:
     return PLAIN.fullmatch(text) is not None and text.lower() not in WORDS
 

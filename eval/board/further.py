@@ -40,7 +40,7 @@ def as_data(row: Any) -> dict[str, Any]:
         "cells": [[c.text, c.value, c.spread, c.title, c.is_best, c.is_primary] for c in row.cells],
         "scores": row.scores,
         "notes": row.notes,
-        "records": [[source.origin, _without_protocol(dump(source.record))] for source in row.entry.sources],
+        "records": [[source.origin, _known(dump(source.record, without={"protocol"}))] for source in row.entry.sources],
     }
 
 
@@ -57,5 +57,5 @@ def table_of(section: Mapping[str, Any], rows: Sequence[Any]) -> dict[str, Any]:
     return {"name": section["name"], "protocol": section["protocol"], "rows": [as_data(row) for row in rows]}
 
 
-def _without_protocol(told: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if key != "protocol" and value is not None}
+def _known(told: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in told.items() if value is not None}

@@ -4,6 +4,7 @@ eval/metrics/distances.py and its neighbours). A new metric is one class here, a
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
@@ -338,6 +339,7 @@ CLASSES: tuple[type[Metric], ...] = get_args(get_args(AnyMetric)[0])
 FACTS = (*(fact for kind in CLASSES for fact in kind.facts), *PUBLISHED, *AGAINST)
 
 
+@lru_cache(maxsize=1024)
 def fact_of(metric: str) -> Fact | None:
     """What is known of a metric.  metric: its name in a record, as in fd-pixels or recall; None for a foreign one."""
     return max((fact for fact in FACTS if fact.holds_for(metric)), key=lambda fact: len(fact.name), default=None)
