@@ -122,11 +122,21 @@ Teleport = Annotated[
 
 # Export
 ExportOut = Annotated[str | None, typer.Option(help="Folder to write; an earlier export there is replaced.")]
+
+
+def _check_space(folder: str | None) -> str | None:
+    """`--space --out DIR` would take "--out" for the folder's name."""
+    if folder is not None and folder.startswith("-"):
+        raise typer.BadParameter(f"is followed by its folder, not by {folder}: write --space FOLDER, without --out")
+    return folder
+
+
 Space = Annotated[
     str | None,
     typer.Option(
+        callback=_check_space,
         help="Instead of --out: folder of a Hugging Face Space with the export, its teacher if that was trained here, "
-        "and the page of `play`."
+        "and the page of `play`.",
     ),
 ]
 Kind = Annotated[

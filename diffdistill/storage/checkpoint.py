@@ -25,6 +25,7 @@ from diffdistill.distributed.sharded import is_sharded, sharded_as
 from diffdistill.settings.links import refuse_link
 from diffdistill.settings.reading import read_json
 from diffdistill.settings.schema import UserError
+from diffdistill.settings.terminal import printable
 from diffdistill.storage.atomic import sync, write_synced, write_tensors
 from diffdistill.storage.finite import find_dead, name_some
 from diffdistill.storage.shard_files import check_whole, read_shards, write_shards
@@ -242,7 +243,7 @@ def load_strictly(
         if own[name].shape != weights[name].shape
     ]
     if faults:
-        listed = "; ".join(sorted(faults)[:3])
+        listed = printable("; ".join(sorted(faults)[:3])).replace("\n", "\\n")  # a name may have any
         raise UserError(f"{origin}: the weights are of another architecture: {listed} ({len(faults)} in all)")
     dead = find_dead({name: weights[name] for name, _ in module.named_parameters() if name in weights})
     if dead:

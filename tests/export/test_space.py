@@ -245,3 +245,9 @@ def test_large_images_keep_their_size() -> None:
 def test_a_browser_cannot_ask_for_more_than_the_page_offers() -> None:
     assert request_of({"seed": None, "count": 10**9, "label": "", "steps": None}) == PageRequest(count=MAX_COUNT)
     assert request_of({"seed": -5, "count": 0, "label": "3"}) == PageRequest(count=1, label="3")
+
+
+def test_space_followed_by_out_says_the_right_form(run: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["export", str(run), "--space", "--out", str(tmp_path / "x")])
+    assert told.exit_code == 2
+    assert "write --space FOLDER, without --out" in " ".join(told.output.replace("│", " ").split())

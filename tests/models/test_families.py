@@ -420,9 +420,23 @@ def test_every_block_can_be_tapped(place: Path, is_compiled: bool) -> None:
     first, second = denoiser.features(x, t, cond, taps=("middle", name))
     assert torch.equal(first, denoiser.features(x, t, cond))
     assert torch.equal(second, tapped[0])
+    last = len(taps)
+    published = 57 if open_pipeline(place).family.name == "flux" else 60
+    numbers = (last * 30 // published, last * 45 // published)
+    wanted = (taps[net.blocks.index(net.model.mid_block)],) if hasattr(net.model, "mid_block") else numbers
     listed = denoiser.features(x, t, cond, taps="fastgen")
-    assert all(torch.equal(found, tapped[number]) for found, number in zip(listed, net.fastgen_taps, strict=True))
+    assert len(listed) == len(set(wanted))
+    assert all(torch.equal(found, tapped[number]) for found, number in zip(listed, dict.fromkeys(wanted), strict=True))
     assert not any(block._forward_hooks for block in net.blocks)
+
+
+def test_flux_s_blocks_of_fastgen_are_the_published_ones() -> None:
+    """Of FLUX.1's 57 blocks 30 and 45."""
+    with init_empty_weights():
+        model = diffusers.FluxTransformer2DModel(
+            num_layers=19, num_single_layers=38, num_attention_heads=1, attention_head_dim=16
+        )
+    assert find_family("flux").wrap(model, 0, 0.0).fastgen_taps == (30, 45)
 
 
 @pytest.mark.parametrize("want", ["x0", "features", "both"])

@@ -190,12 +190,42 @@ def without(name: str) -> dict[str, Tensor]:
         ),
         (published() | {"blocks.9999.attn.qkv.bias": torch.ones(1)}, "network's shapes: .*depth"),
         ({"a": 3}, "its network is no dict of tensors"),
+        (published() | {"a\nb.weight": torch.ones(1)}, r"of another architecture: net.a\\nb.weight is unknown"),
     ],
 )
 def test_what_is_no_such_network_is_refused_in_one_line(ema: dict[str, Any], said: str, file: Path) -> None:
     with pytest.raises(UserError, match=said) as refused:
         read_sit(repa(file, ema=ema), OPTIONS)
     assert "\n" not in str(refused.value)
+
+
+def test_repa_s_early_names_are_numbered_through(file: Path) -> None:
+    early = {name.replace("blocks.1.", "decoder_blocks.0."): tensor for name, tensor in published().items()}
+    assert any(name.startswith("decoder_blocks.0.") for name in early)
+    assert torch.equal(estimate(read_sit(repa(file, ema=early), OPTIONS)), estimate(read_sit(repa(file), OPTIONS)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told", "classes", "has_null"),
+    [(1000, None, 1000, False), (1001, None, 1000, True), (6, 6, 6, False), (6, 5, 5, True), (1000, 999, 999, True)],
+)
+def test_a_table_of_labels_has_a_row_for_no_class_or_not(
+    rows: int, told: int | None, classes: int, has_null: bool, file: Path
+) -> None:
+    table = torch.randn(rows, WIDTH)
+    arguments = Namespace() if told is None else Namespace(num_classes=told)
+    ema = published() | {"y_embedder.embedding_table.weight": table}
+    model = read_sit(repa(file, ema=ema, args=arguments), OPTIONS)
+    assert model.spec.num_classes == classes
+    assert model.denoiser.net.has_null_condition == has_null
+    own = model.denoiser.state_dict()["net.embed_label.weight"]
+    assert own.shape == (classes + 1, WIDTH)
+    assert torch.equal(own[:rows], table)
+
+
+def test_a_table_of_labels_that_is_not_the_told_classes_is_refused(file: Path) -> None:
+    with pytest.raises(Refused, match=r"num_classes = 4: y_embedder.embedding_table has 6 rows"):
+        read_sit(repa(file, args=Namespace(num_classes=4)), OPTIONS)
 
 
 @pytest.mark.parametrize("kind", [Namespace, dict])

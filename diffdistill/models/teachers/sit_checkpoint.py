@@ -17,6 +17,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import freeze
@@ -35,6 +36,9 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Of the published sizes S, B, L and XL, by width: a file's tensors do not say."""
 TOLD = {"path_type": ("linear",), "prediction": ("v", "velocity")}
 """What the arguments of its training may say, where they are in the file."""
+LATER_BLOCK = re.compile(r"decoder_blocks\.(\d{1,4})\.")
+IMAGENET = 1_000
+"""Its classes."""
 BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j"  # what torch.save writes, and wrote
 TIME_SCALE = 1e-3  # our networks are told a thousand times t
@@ -87,7 +91,7 @@ def read_sit(file: FilePath, options: SiTOptions = SAID) -> TrainedModel:
     _check_arguments(arguments, tensors, str(file))
     is_repa = any(name.startswith("projectors.") for name in tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("projectors.")}
-    spec = _spec(tensors, options, str(file))
+    spec = _spec(tensors, options, arguments.get("num_classes"), str(file))
     network = spec.model.network
     assert isinstance(network, DiTConfig)
     noise_at = _noise_at(options, is_repa=is_repa, learns_sigma=network.learn_sigma, origin=str(file))
@@ -99,6 +103,8 @@ def read_sit(file: FilePath, options: SiTOptions = SAID) -> TrainedModel:
     if not torch.allclose(positions, expected.double(), rtol=0, atol=1e-4):
         raise Refused(f"{file}: pos_embed: other positions than sines and cosines")
     own = {f"net.{_own_name(name)}": tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    if not spec.class_dropout:  # ours has a row for no class in any case, which is not asked for here
+        own["net.embed_label.weight"] = F.pad(own["net.embed_label.weight"], (0, 0, 0, 1))
     denoiser = spec.build_empty()
     load_strictly(denoiser, own, origin=str(file), takes_tensors=True)
     freeze(denoiser)
@@ -139,7 +145,7 @@ def _tensors(content: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
     ):
         raise Refused(f"{origin}: its network is no dict of tensors")
-    tensors = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    tensors = _numbered_through({name.removeprefix("module."): tensor for name, tensor in found.items()})
     needed = (
         "pos_embed",
         *(f"{name}.weight" for name in RENAMED),
@@ -157,6 +163,16 @@ def _tensors(content: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
     return tensors
 
 
+def _numbered_through(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's early checkpoints number the blocks behind the projectors' anew, as decoder_blocks (its utils.py,
+    load_legacy_checkpoints): here they go on from the others."""
+    first = 1 + max((int(found[1]) for name in tensors if (found := BLOCK.match(name))), default=-1)
+    return {
+        f"blocks.{first + int(found[1])}.{name[found.end() :]}" if (found := LATER_BLOCK.match(name)) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _check_arguments(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: str) -> None:
     """Raise Refused for another path, another prediction, or normalised queries and keys."""
     for name, read in TOLD.items():
@@ -167,8 +183,9 @@ def _check_arguments(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]
         raise Refused(f"{origin}: qk_norm: a network with normalised queries and keys is not read")
 
 
-def _spec(tensors: Mapping[str, Tensor], options: SiTOptions, origin: str) -> ModelSpec:
-    """The network's description, from the shapes of its tensors. Raises Refused, UserError."""
+def _spec(tensors: Mapping[str, Tensor], options: SiTOptions, told_classes: object, origin: str) -> ModelSpec:
+    """The network's description, from the shapes of its tensors.  told_classes: what the training's arguments say.
+    Raises Refused, UserError."""
     width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
     one, count, of_each = _shape(tensors, "pos_embed", 3, origin)
     rows, _ = _shape(tensors, "y_embedder.embedding_table.weight", 2, origin)
@@ -183,6 +200,7 @@ def _spec(tensors: Mapping[str, Tensor], options: SiTOptions, origin: str) -> Mo
     if heads is None:
         known = ", ".join(map(str, HEADS))
         raise UserError(f"{origin}: a width of {width} is none of SiT's ({known}); say how many --heads it has")
+    num_classes = _num_classes(rows, told_classes, origin)
     depth = 1 + max(int(found[1]) for name in tensors if (found := BLOCK.match(name)))
     try:
         network = DiTConfig(
@@ -191,13 +209,24 @@ def _spec(tensors: Mapping[str, Tensor], options: SiTOptions, origin: str) -> Mo
         spec = ModelSpec(
             model=ModelConfig(network=network, path=Flow(), predicts="flow", sigma_data=1.0),  # of latents, about
             image_shape=(channels, side * patch, side * patch),
-            num_classes=rows - 1,
-            class_dropout=0.1,
+            num_classes=num_classes,
+            class_dropout=0.1 if rows > num_classes else 0.0,
             sampler=Heun(num_steps=50),
         )
     except ValueError as error:
         raise Refused(f"{origin}: the network's shapes: {' '.join(str(error).split())[:200]}") from None
     return spec if options.pipeline is None else _of_pipeline(spec, options.pipeline)
+
+
+def _num_classes(rows: int, told: object, origin: str) -> int:
+    """Of the rows of a table of labels, the classes: all but a last one for no class, which is there where training
+    left classes out. 1,000 rows are ImageNet's without it, 1,001 with it.  Raises Refused if what is told is neither.
+    """
+    if told is None:
+        return rows if rows == IMAGENET else rows - 1
+    if told not in (rows, rows - 1):
+        raise Refused(f"{origin}: num_classes = {told!r}: y_embedder.embedding_table has {rows:,} rows")
+    return rows if told == rows else rows - 1
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, count: int, origin: str) -> tuple[int, ...]:
