@@ -7,7 +7,7 @@ CIFAR-10's budget is an hour of one GPU, MNIST's three hours of one CPU core. Ca
 done: a call takes one slice. The budget is of seconds in which training or measuring ran, written down every few
 seconds, so that a killed slice counts, too. The teacher has its share of it, a tenth is for measuring, and the methods
 share the rest; each one's steps follow from the time that its first ones take (MNIST's from their CPU time, so that
-other work on the machine does not count). The records go to FOLDER/records.jsonl.
+other work on the machine does not count). The records go to FOLDER/records.jsonl, a picture to FOLDER/samples.png.
 
 --smoke: 50 steps of tiny networks and 60 images: does everything work here? It says nothing about any method.
 """
@@ -26,15 +26,19 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from diffdistill.data.pictures import save_rows
 from diffdistill.eval.features.extractors import Pixels
 from diffdistill.eval.metrics.settings import Frechet
 from diffdistill.eval.protocols.packaged import PROTOCOLS
+from diffdistill.inference.draw import sample_images
+from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump, read_yaml
 from diffdistill.storage.atomic import write_text_atomically
 from diffdistill.training.config import find_config
 
 TEACHER, PROBE, BEAT = "pretrain", 30, 5  # phases' name, steps that are timed, seconds
+COLUMNS, SIDE = 10, 84  # of the picture: images a row, pixels at least
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,9 @@ def main(
         label = Pixels().label if smoke and not weights and known == "resnet20-cifar" else known
         if not _measure(protocol, label, [TEACHER, *methods], folder, part, data, weights, is_smoke=smoke):
             return _say_rest(budget, "measuring")
-    print(f"all is done: {folder}/records.jsonl; {sum(budget.seconds.values()) / 60:.1f} minutes were used")
+    _draw([TEACHER, *methods], folder)
+    used = sum(budget.seconds.values()) / 60
+    print(f"all is done: {folder}/records.jsonl, {folder}/samples.png; {used:.1f} minutes were used")
     return None
 
 
@@ -234,6 +240,15 @@ def _measure(
         if not part.run("measuring", "eval", str(folder / name), *options):
             return False
     return True
+
+
+def _draw(names: Sequence[str], folder: Path) -> None:
+    """FOLDER/samples.png: a row of each model's images, from the same noise and of the same classes."""
+    rows = {}
+    for name in names:
+        model, label = load_model(folder / name), "teacher" if name == TEACHER else name
+        rows[f"{label}\n{model.spec.sampler.num_evaluations} NFE"] = sample_images(model, count=COLUMNS)
+    save_rows(folder / "samples.png", rows, min_side=SIDE)
 
 
 def _small(protocol: str, label: str, folder: Path) -> str:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffdistill.eval.protocols.packaged import PROTOCOLS
 from diffdistill.training.config import find_config, load_config
@@ -116,3 +117,4 @@ def test_a_small_budget_is_spent_in_slices(tmp_path: Path) -> None:
     records = [json.loads(line)["name"] for line in (tmp_path / "runs" / "records.jsonl").read_text().splitlines()]
     protocols = ("mnist-pixels", "mnist-efficientnet-lite0")
     assert records == [f"{name}, {protocol}" for protocol in protocols for name in ("pretrain", "sid")]
+    assert Image.open(tmp_path / "runs" / "samples.png").height == 2 * (28 * 3 + 2)
