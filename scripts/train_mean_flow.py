@@ -14,15 +14,16 @@ method = MeanFlow(
     steps=FewSteps(init_ratio=20.0, init_noise="sigma"),
     time_law=LogNormal(mean=0.0, std=1.4),
     share_equal=0.25,  # the teacher knows r = t already
+    power=0,
 )
 config = RunConfig(
     run="runs/digits-mean-flow",
     teacher="runs/digits-teacher",
     method=method,
-    optimizers={"default": OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), decay="linear", decay_start=0.5)},
-    ema=EMAConfig(halflife_images=4400, ramp=0),
+    optimizers={"default": OptimizerConfig(lr=1.5e-3, betas=(0.9, 0.99), decay="linear", decay_start=0.5)},
+    ema=EMAConfig(halflife_images=1100, ramp=0),
     health=None,
-    train=TrainConfig(steps=400, global_batch_size=64, num_threads=1),
+    train=TrainConfig(steps=900, global_batch_size=32, num_threads=1),
 )
 
 if __name__ == "__main__":

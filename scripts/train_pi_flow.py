@@ -14,16 +14,17 @@ method = PiFlow(
     steps=DXPolicy(num_steps=1, substeps=64),
     places=8,
     window=0,
-    mixing_steps=100,  # first the teacher's way, then the policy's own
+    states=4,
+    mixing_steps=500,  # first the teacher's way, then the policy's own
 )
 config = RunConfig(
     run="runs/digits-pi-flow",
     teacher="runs/digits-teacher",
     method=method,
-    optimizers={"default": OptimizerConfig(lr=1e-3, betas=(0.9, 0.95), decay="linear", decay_start=0.5)},
-    ema=EMAConfig(halflife_images=4400, ramp=0),
+    optimizers={"default": OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), clip_norm=2, decay="linear", decay_start=0.3)},
+    ema=EMAConfig(halflife_images=2200, ramp=0),
     health=HealthConfig(warmup_steps=25),
-    train=TrainConfig(steps=400, global_batch_size=64, num_threads=1),
+    train=TrainConfig(steps=650, global_batch_size=64, num_threads=1),
 )
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ First make a teacher:  diffdistill pretrain pretrain/digits
 
 from diffdistill.diffusion.sampling import FewSteps
 from diffdistill.diffusion.time_distributions import Karras, LogNormal
-from diffdistill.distillation.levels import DrawnLevels
 from diffdistill.methods.rcm import RCM
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.ema import EMAConfig
@@ -13,9 +12,11 @@ from diffdistill.training.trainer import Trainer
 
 method = RCM(
     steps=FewSteps(init_ratio=20.0, init_noise="sigma"),
-    levels=DrawnLevels(calls=(1, 4), time_law=Karras(ratio_min=0.1, ratio_max=15.0, rho=5.0), order="capped"),
+    levels=None,
     consistency_time_law=LogNormal(mean=-0.2, std=1.6),
-    warmup=200,  # iterations until the student is matched as well
+    tangent_constant=5.0,
+    warmup=100,  # iterations until the student is matched as well
+    matching_weight=0.1,
     time_law=Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0),
     fake_time_law=LogNormal(mean=-0.6, std=1.2),
     fake_updates=2,
@@ -25,11 +26,11 @@ config = RunConfig(
     teacher="runs/digits-teacher",
     method=method,
     optimizers={
-        "generator": OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), decay="linear", decay_start=0.5),
+        "generator": OptimizerConfig(lr=5e-4, betas=(0.9, 0.99), decay="linear", decay_start=0.5),
         "default": OptimizerConfig(lr=1e-3, decay="linear", decay_start=0.5),
     },
-    ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=800, global_batch_size=64, num_threads=1, checkpoint_every=300),
+    ema=EMAConfig(halflife_images=2200, ramp=0),
+    train=TrainConfig(steps=600, global_batch_size=64, num_threads=1, checkpoint_every=300),
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A metric owns what is true of its numbers; records, boards, tables and the choice of the best checkpoint ask it."""
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +123,15 @@ def test_nothing_is_ranked_by_a_metric_that_nobody_knows() -> None:
     assert "energy: higher is better" not in page
 
 
+@pytest.fixture
+def _facts_are_read_anew() -> Iterator[None]:
+    """What is known of a metric is kept."""
+    settings.fact_of.cache_clear()
+    yield
+    settings.fact_of.cache_clear()
+
+
+@pytest.mark.usefixtures("_facts_are_read_anew")
 def test_a_metric_that_is_known_is_ranked_by_its_own_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "FACTS", (*FACTS, Fact("energy", "lower", "energy", priority=0)))
     (group,) = make_board([located("a", energy=2.0, fid=1.0), located("b", energy=1.0, fid=2.0)]).measured

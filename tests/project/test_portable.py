@@ -23,7 +23,7 @@ UNIX_NAMES = {
 } | {
     *("killpg", "mkfifo", "posix_fallocate", "pread", "pwrite", "setsid", "statvfs", "sysconf", "uname", "wait4"),
 }
-GUARDED = {("doctor.py", "sysconf")}
+GUARDED = {("doctor_config.py", "sysconf")}
 """Asked for by `hasattr` first."""
 
 WITHOUT = """
