@@ -5,7 +5,8 @@ DMD2's field on what the student makes of noise in calls at drawn levels, of whi
 simulation); a fake score. Matching and fake score begin when the warm-up is over.
 Not implemented: a student that steps in every iteration of the warm-up; the released code draws the number of calls in
 turn and lets the fake score rest where the student steps, which here is drawn and does not.
-The released losses are sums over pixels and these are means, so that `matching_weight` does not depend on the size.
+The released losses are sums over pixels and these are means, in the same ratio. A normalised tangent is no longer than
+1 whatever an image's size, and the matching's field grows with its root: `matching_weight` depends on the size.
 """
 
 from typing import Literal
