@@ -43,6 +43,10 @@ class Diversity(Wrapper):
     keeps_teacher = True
 
     @property
+    def group(self) -> int:
+        return self.samples_per_condition
+
+    @property
     def judges_pixels(self) -> bool:
         return self.base.judges_pixels or self.embedding.features is not None
 

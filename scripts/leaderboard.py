@@ -200,11 +200,11 @@ def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
 
 
 def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), teacher: Path | None = None) -> None:
+    is_longer = not name.endswith((f", {IN_PICTURE}", ", MLP"))
+    if is_longer and place.exists():
+        _append_unseen(name, place, seed)
     if _is_recorded(name, seed):
         return
-    is_longer = not name.endswith((f", {IN_PICTURE}", ", MLP"))
-    if is_longer:
-        _append_unseen(name, place, seed)
     against = str(teacher) if is_longer and teacher else None
     [record] = run_eval([str(place)], EvalOptions(names=[name], against=against), console)  # digits-pixels, of digits
     assert record.model is not None

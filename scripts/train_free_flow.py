@@ -3,14 +3,15 @@
 First make a teacher:  diffdistill pretrain pretrain/digits
 """
 
-from diffdistill.diffusion.time_distributions import Karras, LogNormal
+from diffdistill.diffusion.time_distributions import Karras, LogNormal, UShaped
 from diffdistill.methods.free_flow import FreeFlow
 from diffdistill.training.config import OptimizerConfig, RunConfig, TrainConfig
 from diffdistill.training.ema import EMAConfig
 from diffdistill.training.trainer import Trainer
 
 method = FreeFlow(
-    prediction_time_law=Karras(ratio_min=0.02, ratio_max=20.0, rho=7.0),  # the teacher's own range of noise
+    prediction_time_law=UShaped(a=0.1),  # nearly even
+    normaliser="nu",
     time_law=Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0),
     fake_time_law=LogNormal(mean=-0.6, std=1.2),
 )
@@ -22,8 +23,8 @@ config = RunConfig(
         "generator": OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), decay="linear", decay_start=0.5),
         "default": OptimizerConfig(lr=1e-3, decay="linear", decay_start=0.5),
     },
-    ema=EMAConfig(halflife_images=4400, ramp=0),
-    train=TrainConfig(steps=350, global_batch_size=64, num_threads=1, checkpoint_every=200),
+    ema=EMAConfig(halflife_images=2200, ramp=0),
+    train=TrainConfig(steps=370, global_batch_size=64, num_threads=1, checkpoint_every=200),
 )
 
 if __name__ == "__main__":

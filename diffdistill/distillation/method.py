@@ -250,6 +250,11 @@ class Method(ABC):
         return ()
 
     @property
+    def group(self) -> int:
+        """The samples that belong together: of so many, or a multiple, a micro-batch is made."""
+        return 1
+
+    @property
     @abstractmethod
     def updates(self) -> tuple[Update, ...]:
         """Who steps, in which order, how often."""

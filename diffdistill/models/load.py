@@ -119,9 +119,9 @@ def _spec_of(state: Mapping[str, Any], target: FilePath) -> ModelSpec:
 
 def _threads_of(state: Mapping[str, Any]) -> int | None:
     """The CPU threads that the checkpoint's run was trained on, where its config says."""
-    train = (state.get("config") or {}).get("train") or {}
-    number = train.get("num_threads")
-    return number if isinstance(number, int) and number > 0 else None
+    train = (state.get("config") or {}).get("train")
+    number = train.get("num_threads") if isinstance(train, dict) else None
+    return number if type(number) is int and number > 0 else None
 
 
 def _kinds_of(state: Mapping[str, Any], target: FilePath) -> dict[str, PlayerKind]:

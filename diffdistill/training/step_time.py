@@ -23,7 +23,7 @@ from diffdistill.training.speed.options import mark_step
 BUDGET_SECONDS = 6.0
 PASSES = 10
 FEW = 2
-"""Samples that are timed first: they tell how many the budget allows."""
+"""Groups of samples that are timed first: they tell how many the budget allows."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def measure_step_time(
     seconds = clock() - began
     lengths = [end - start for start, end in pairwise(starts)]
     return StepTime(
-        micro_batches=_scaled(few, many, measured, size),
+        micro_batches=_scaled(few, many, measured, size, plan.method.group),
         after=_means(many.after),
         updates=plan.method.updates,
         num_micro_batches=plan.share // size,
         reading=_mean(many.reading) * size / measured,
-        earlier=tuple((n, _scaled(*found, size)) for n, found in zip(lengths, before, strict=True)),
+        earlier=tuple((n, _scaled(*found, size, plan.method.group)) for n, found in zip(lengths, before, strict=True)),
         steps=train.steps,
         num_measured=measured,
         cpu_share=(time.process_time() - cpu) / seconds if is_alone and seconds > 0 else None,
@@ -141,13 +141,14 @@ def measure_step_time(
 
 def _measure(assembly: Assembly, start: int, size: int, budget: float, meter: _Meter) -> tuple[_Timed, _Timed, int]:
     """A few samples and as many as the budget allows, at most `size`, of the phase from `start` on; and how many."""
-    began = meter.spent()
-    few = _passes(assembly, start, min(FEW, size), 2, budget / 4, meter)
+    began, group = meter.spent(), assembly.plan.method.group
+    least = min(FEW * group, size)
+    few = _passes(assembly, start, least, 2, budget / 4, meter)
     left = budget - (meter.spent() - began)
-    affordable = int(left / 2 / max(few.spent, 1e-9) * min(FEW, size))
-    measured = min(size, affordable)
-    if measured < 2 * FEW and measured < size:
-        return few, few, min(FEW, size)
+    affordable = int(left / 2 / max(few.spent, 1e-9) * least)
+    measured = min(size, affordable - affordable % group)
+    if measured < 2 * least and measured < size:
+        return few, few, least
     return few, _passes(assembly, start, measured, PASSES, left, meter), measured
 
 
@@ -175,7 +176,7 @@ def _passes(assembly: Assembly, start: int, size: int, most: int, budget: float,
     return found
 
 
-def _scaled(few: _Timed, many: _Timed, measured: int, size: int) -> dict[str, float]:
+def _scaled(few: _Timed, many: _Timed, measured: int, size: int, group: int = 1) -> dict[str, float]:
     """Seconds of each loss for `size` samples: by a line through few and many, or in proportion to one of them."""
     found = _means(many.micro_batches)
     if measured == size:
@@ -184,7 +185,7 @@ def _scaled(few: _Timed, many: _Timed, measured: int, size: int) -> dict[str, fl
         return {name: seconds * size / measured for name, seconds in found.items()}
     least = _means(few.micro_batches)
     return {
-        name: seconds + max(seconds - least[name], 0.0) / (measured - FEW) * (size - measured)
+        name: seconds + max(seconds - least[name], 0.0) / (measured - FEW * group) * (size - measured)
         for name, seconds in found.items()
     }
 

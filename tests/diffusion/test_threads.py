@@ -16,7 +16,7 @@ from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.threads import TINY, is_tiny, sampling_threads, threads
 from diffdistill.export import verify
 from diffdistill.inference.draw import sample_images
-from diffdistill.models.load import load_model
+from diffdistill.models.load import _threads_of, load_model
 from diffdistill.networks.unet import UNetConfig
 from diffdistill.training.config import RunConfig
 from diffdistill.training.iteration import Iteration
@@ -143,3 +143,9 @@ def test_training_in_a_program_gives_the_threads_back(
     trainer.run()
     assert torch.get_num_threads() == 2
     assert numbers == {1}
+
+
+@pytest.mark.parametrize("config", [None, {}, {"train": [1]}, {"train": None}, {"train": {"num_threads": True}}])
+def test_a_checkpoint_that_says_no_number_has_none(config: object) -> None:
+    assert _threads_of({"config": config}) is None
+    assert _threads_of({"config": {"train": {"num_threads": 3}}}) == 3

@@ -198,3 +198,13 @@ def test_matching_that_begins_after_a_warm_up_needs_the_memory_that_it_needs_wit
         assembly = assemble(plan(make_config("rcm", f"method.warmup={warmup}"), resume=None))
         found.append(saved_growth(assembly.plan, assembly.iteration)["generator_loss"].at(64))
     assert found[1] == pytest.approx(found[0], rel=0.2), "the calls before the one with a gradient are drawn"
+
+
+def test_samples_that_belong_together_are_measured_together(make_config: MakeConfig) -> None:
+    groups = "method.samples_per_condition=4", "train.global_batch_size=16", "train.num_threads=1"
+    config = make_config("diversity", *groups)
+    said = {finding.topic: finding.text for finding in examine_config(config)}
+    assert "time (predicted)" in said
+    assembly = assemble(plan(config, resume=None))
+    timed = measure_step_time(assembly, budget=6.0, clock=clocks(each=100), spent=clocks(each=100))
+    assert timed.num_measured == 8

@@ -60,9 +60,9 @@ class Growth:
         return self.fixed + self.each * size
 
     @staticmethod
-    def through(two: int, three: int) -> "Growth":
-        """From the bytes for two samples and for three."""
-        return Growth(3 * two - 2 * three, three - two)
+    def through(two: int, three: int, group: int = 1) -> "Growth":
+        """From the bytes for two groups of samples and for three."""
+        return Growth(3 * two - 2 * three, -(-(three - two) // group))
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class MemoryPlan:
 def plan_memory(plan: Plan, iteration: Iteration) -> MemoryPlan:
     """Predict a run's memory, before any step. Nothing is written.  iteration: of the plan, with what is prepared."""
     config, share = plan.config, plan.share
-    twos, threes = (_micro_batch(plan, iteration, size) for size in (2, 3))
+    group = iteration.method.group
+    twos, threes = (_micro_batch(plan, iteration, size * group) for size in (2, 3))
     needs = MemoryPlan(
         players={
             **{name: _player_bytes(config, iteration, name, module) for name, module in iteration.players.items()},
@@ -134,7 +135,7 @@ def plan_memory(plan: Plan, iteration: Iteration) -> MemoryPlan:
         updates=plan.method.updates,
         activations=saved_growth(plan, iteration),
         recomputed=block_growth(plan, iteration),
-        batch=Growth.through(_batch_bytes(twos), _batch_bytes(threes)),
+        batch=Growth.through(_batch_bytes(twos), _batch_bytes(threes), group),
         batch_size=share,
         micro_batch_size=min(config.train.micro_batch_size or share, share),
     )
@@ -346,16 +347,16 @@ def _batch_bytes(micro: MicroBatch) -> int:
 def _growth(
     plan: Plan, iteration: Iteration, measure: Callable[[Iteration, Update, MicroBatch], tuple[int, Any]]
 ) -> dict[str, Growth]:
-    """By loss, from micro-batches of two and three samples."""
-    found: list[dict[str, int]] = []
+    """By loss, from micro-batches of two and three groups of samples."""
+    found, group = list[dict[str, int]](), iteration.method.group
     for size in (2, 3):
-        micro = _micro_batch(plan, iteration, size)
+        micro = _micro_batch(plan, iteration, size * group)
         found.append({})
         for update in iteration.method.updates:
             found[-1][update.loss], carry = measure(iteration, update, micro)
             micro.draw |= carry
     twos, threes = found
-    return {name: Growth.through(twos[name], threes[name]) for name in twos}
+    return {name: Growth.through(twos[name], threes[name], group) for name in twos}
 
 
 def _saved_bytes(iteration: Iteration, update: Update, micro: MicroBatch) -> tuple[int, Mapping[str, Tensor]]:
