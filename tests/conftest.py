@@ -310,6 +310,11 @@ train: {SMALL_TRAIN}""",
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests by a profiler first: behind others in one process it saw no call, for a reason that is not known yet."""
+    items.sort(key=lambda item: item.path.parts[-2:] != ("project", "test_path.py"))
+
+
 def small_config(method: str, run: Path, *overrides: str, teacher: Path | None = None) -> RunConfig:
     """A run of a few steps on a tiny network, changed by overrides as on the command line."""
     settings = parse_yaml(SETTINGS[method], origin="the tests' settings")
