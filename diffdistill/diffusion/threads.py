@@ -20,9 +20,13 @@ OF_THE_USER = "OMP_NUM_THREADS"
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Compute on so many CPU threads, afterwards on as many as before; None: no change."""
+    """Compute on so many CPU threads, afterwards on as many as before; None: no change, nor of what others set within
+    (accelerate shares a machine's cores out among its processes)."""
+    if count is None:
+        yield
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

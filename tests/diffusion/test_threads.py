@@ -149,3 +149,13 @@ def test_training_in_a_program_gives_the_threads_back(
 def test_a_checkpoint_that_says_no_number_has_none(config: object) -> None:
     assert _threads_of({"config": config}) is None
     assert _threads_of({"config": {"train": {"num_threads": 3}}}) == 3
+
+
+def test_no_number_leaves_what_others_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        with threads(None):
+            torch.set_num_threads(3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

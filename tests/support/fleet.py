@@ -37,6 +37,8 @@ def run_together(count: int, work: Callable[[], T], *, timeout: float = 900) -> 
 def _member(rank: int, count: int, port: int, work: Callable[[], Any], told: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    # Or accelerate takes all cores for a process alone, and OpenMP does not survive a fork of who has computed on two.
+    os.environ["OMP_NUM_THREADS"] = "1"
     AcceleratorState._reset_state(True)
     torch.set_num_threads(1)
     try:
