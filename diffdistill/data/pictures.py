@@ -47,7 +47,7 @@ def save_rows(file: FilePath, rows: Mapping[str, Tensor], *, titles: Sequence[st
     """
     font, line, pad = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4, 8
     strips = {label: tile(images, len(images), min_side) for label, images in rows.items()}
-    left = pad + max(int(font.getlength(part)) + 1 for label in rows for part in label.splitlines())
+    left = 2 * pad + max(int(font.getlength(part)) + 1 for label in rows for part in label.splitlines())
     top, (width, height) = line + pad // 2 if titles else 0, next(iter(strips.values())).size
     height = max(height, line * max(len(label.splitlines()) for label in rows))
     sheet = Image.new("RGB", (left + width, top + height * len(rows)), "white")
@@ -56,7 +56,7 @@ def save_rows(file: FilePath, rows: Mapping[str, Tensor], *, titles: Sequence[st
         pen.text((left + width / len(titles) * (number + 0.5), top / 2), title, fill="black", font=font, anchor="mm")
     for number, (label, strip) in enumerate(strips.items()):
         middle = top + height * number + strip.height / 2
-        pen.multiline_text((0, middle), label, fill="black", font=font, anchor="lm", spacing=4)
+        pen.multiline_text((pad, middle), label, fill="black", font=font, anchor="lm", spacing=4)
         sheet.paste(strip, (left, top + height * number))
     save_picture(sheet, file)
 

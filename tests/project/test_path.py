@@ -50,13 +50,28 @@ def calls_above(frame: FrameType | None) -> list[Call]:
 
 @contextmanager
 def profiled(note: Callable[[FrameType], None]) -> Iterator[None]:
-    """While open, `note` is told of every call of the package."""
+    """While open, `note` is told of every call of the package.
+
+    Python takes away a profiler that raises, and what it raised is lost where a finalizer runs: here the end raises it.
+    """
+    raised: list[Exception] = []
+
+    def tell(frame: FrameType, event: str, _: object) -> None:
+        try:
+            if event == "call" and file_of(frame):
+                note(frame)
+        except Exception as error:
+            raised.append(error)
+
     before = sys.getprofile()
-    sys.setprofile(lambda frame, event, _: note(frame) if event == "call" and file_of(frame) else None)
+    sys.setprofile(tell)
     try:
         yield
+        assert sys.getprofile() is tell, f"another profiler was set: {sys.getprofile()}"
     finally:
         sys.setprofile(before)
+    for error in raised:
+        raise error
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +94,8 @@ def followed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Followe
     with profiled(note):
         result = CliRunner().invoke(app, ["train", "dmd2/digits", f"teacher={teacher}", f"run={run}", *SMALL])
     assert result.exit_code == 0, result.output
+    assert stacks, "no call of the network was seen"
+    assert handed, "no config was seen"
     return stacks, handed
 
 
