@@ -1,6 +1,6 @@
 """What an evaluation costs beside its network, and against clean-fid's on the same network; memory against N.
 
-python scripts/bench_features.py [--images 1000] [--side 256] [--batch 32] [--only memory|speed] [--out FILE]
+python scripts/bench_features.py [--images N] [--side N] [--batch N] [--only memory|speed] [--counts N ...] [--out FILE]
 
 The network is torchvision's Inception-v3 with random weights at 299 x 299, on one thread, in CPU-seconds. Ours is all
 of `diffdistill eval` on a folder of PNGs: reading, hashing, resizing, the network, features to disk, statistics, the
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -164,20 +164,20 @@ def speed(images: int, side: int, batch: int) -> dict[str, dict[str, float]]:
         return found | {"of ours, the distance": {"seconds": cpu_seconds(distance)}}
 
 
-def memory() -> dict[str, float]:
+def memory(counts: Sequence[int] = MEMORY_COUNTS) -> dict[str, float]:
     """MiB at the peak, by N, each in its own process."""
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "images.zip"
         pixels = photographs(100, 32)
         with zipfile.ZipFile(file, "w") as archive:
-            for number in range(max(MEMORY_COUNTS)):
+            for number in range(max(counts)):
                 buffer = BytesIO()
                 Image.fromarray(np.roll(pixels[number % 100], number // 100, 0)).save(buffer, "PNG")
                 archive.writestr(f"{number:06d}.png", buffer.getvalue())
         found = {}
-        for count in MEMORY_COUNTS:
+        for count in counts:
             command = [sys.executable, __file__, "--peak", str(count), "--file", str(file)]
-            found[f"{count:,} images"] = float(subprocess.run(command, check=True, capture_output=True).stdout)
+            found[f"{count:,} images"] = float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         return found
 
 
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=("memory", "speed"))
+    parser.add_argument("--counts", type=int, nargs="+", default=MEMORY_COUNTS, help="images of each peak of memory")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -211,7 +212,7 @@ def main() -> None:
     told: dict[str, object] = {"machine": describe()}
     print(told["machine"])
     if options.only != "speed":
-        held = told["peak_mib"] = memory()
+        held = told["peak_mib"] = memory(options.counts)
         print("peak MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in held.items()), flush=True)
     if options.only != "memory":
         seconds = told["cpu_seconds"] = speed(options.images, options.side, options.batch)

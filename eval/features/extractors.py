@@ -366,11 +366,11 @@ def load_extractor(
             "file, add --trust-code (in Python: trusts_code=True)"
         )
     device = torch.device(device)
-    if isinstance(features, Registered):
-        return _registered(features.label)
     file = None if weights is None else FilePath(weights)
     made: Extractor
-    if type(features) in _OWN:
+    if isinstance(features, Registered):
+        made = _registered(features.label)
+    elif type(features) in _OWN:
         made = import_module(f"{__package__}.networks.{features.name}").load(features, file, device)
     else:
         made = features.load(file, device)  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from PIL import Image
 from support.pictures import pictures
 from torch import Tensor, nn
 
+from diffdistill.eval.evaluation.bench import make_bench
+from diffdistill.eval.evaluation.workers import Workers
 from diffdistill.eval.features.extractors import (
     AnyFeatures,
     CifarResNet,
@@ -33,6 +36,8 @@ from diffdistill.eval.features.extractors import (
 )
 from diffdistill.eval.features.networks import cifar_resnet, dinov2, inception
 from diffdistill.eval.features.resize import clean_resize, interpolated, levels, network_input, signed
+from diffdistill.eval.metrics.settings import Diversity
+from diffdistill.eval.protocols.protocol import Protocol
 from diffdistill.settings.schema import UserError
 
 ROUNDING = 1e-5
@@ -348,6 +353,14 @@ def test_a_users_module_is_found_by_the_label_it_was_registered_under(images: Te
     assert_close(load_extractor(Registered(label="mine"))(images).features, images.float().mean((2, 3)))
     with pytest.raises(UserError, match=r"'yours'.*mine"):
         load_extractor(Registered(label="yours"))
+
+
+def test_a_users_module_judges_and_the_record_names_it_as_registered() -> None:
+    mine = Extractor(label="mine", network=lambda x: x.mean((2, 3)), prepare=levels, num_features=3)
+    protocol = Protocol(name="own", num_images=4, metrics=(Diversity(features=register(mine)),))
+    bench = make_bench(protocol, Workers(torch.device("cpu")))
+    assert bench.extractors["mine"] == replace(mine, features=Registered(label="mine"))
+    assert bench.protocol.metrics == protocol.metrics
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 2, 8, 8), (1, 3, 0, 8)])
