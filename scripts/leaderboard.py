@@ -44,6 +44,7 @@ PICTURE = ROOT / "docs" / "images" / "digits-board.png"
 MARKS = ("<!-- digits board -->", "<!-- end of the digits board -->")
 UNSEEN = "test split"  # of another record of a longer row, by digits-test-pixels
 SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
+SHORT = "short"  # the name of a longer run's second average
 IN_PICTURE, COLUMNS, SHOWN = "U-Net", 30, 10
 
 U_NET: tuple[str, ...] = ()
@@ -52,12 +53,16 @@ MLP = ("model.network={name: mlp, width: 256, blocks: 3}", "train.steps=1500")
 
 @dataclass(frozen=True)
 class Entry:
-    """A row. config: packaged; overrides: of it; students: the overrides of each, where several make one model."""
+    """A row. config: packaged; overrides: of it; students: the overrides of each, where several make one model.
+
+    second: the name of a row by the run's other average.
+    """
 
     name: str
     config: str
     overrides: tuple[str, ...] = ()
     students: tuple[str, ...] = ()
+    second: str | None = None
 
     @property
     def slug(self) -> str:
@@ -107,6 +112,8 @@ FOR_LONGER = {
     "f-distill (JS)": ("method.gan_features=teacher",),  # those of the fake score draw a longer run off the teacher
     "AGD, 18 steps": ("optimizers.adapted.clip_norm=0.01",),  # a long run at this rate can diverge without it
 }
+# A second row of the same runs by an average whose half-life is so many times the board's: it keeps more recall.
+SHORTER = {"SiD": 4}
 STORED = ("pairs", "trajectories")  # what a method makes before training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -165,9 +172,14 @@ def longer(entry: Entry, times: int) -> Entry:
     config = load_config(find_config(entry.config), overrides)
     longer = [f"train.steps={times * config.train.steps}"]
     longer += [f"ema.halflife_images={times * config.ema.halflife_images:g}"] if config.ema else []
+    second = None
+    if entry.name in SHORTER and config.ema:
+        halflife = SHORTER[entry.name] * config.ema.halflife_images
+        longer.append(f"more_emas={{{SHORT}: {{halflife_images: {halflife:g}, ramp: {config.ema.ramp:g}}}}}")
+        second = f"{entry.name}, EMA half-life {halflife:,.0f} images"
     stored = {name: getattr(config.method, name, None) for name in STORED}
     longer += [f"method.{name}={times * count}" for name, count in stored.items() if count]
-    return replace(entry, overrides=(*overrides, *longer))
+    return replace(entry, overrides=(*overrides, *longer), second=second)
 
 
 def longer_family(times: int) -> str:
@@ -182,7 +194,8 @@ def _slug(name: str) -> str:
 def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> None:
     """Train and measure one student. One that is recorded is trained again only if its samples are missing."""
     place, name = folder / f"{entry.slug}-{seed}", f"{entry.name}, {family}"
-    if _is_recorded(name, seed) and not _misses_strip(name, seed):
+    second = f"{entry.second}, {family}" if entry.second else name
+    if _is_recorded(name, seed) and _is_recorded(second, seed) and not _misses_strip(name, seed):
         return
     parts = [(option, place / str(i)) for i, option in enumerate(entry.students)] or [("", place)]
     for option, run in parts:
@@ -192,6 +205,8 @@ def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> N
         join_students(place, [run for _, run in parts])
     with _lock:
         _measure(name, place, seed, parts=[run for _, run in parts], teacher=teacher)
+        if entry.second:
+            _measure(second, place, seed, teacher=teacher, ema=SHORT)
         _keep_strip(name, place, seed)
 
 
@@ -199,14 +214,23 @@ def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
     train_alone(entry.config, run, [*entry.overrides, *given], name=entry.name)
 
 
-def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), teacher: Path | None = None) -> None:
+def _measure(
+    name: str,
+    place: Path,
+    seed: int,
+    *,
+    parts: Sequence[Path] = (),
+    teacher: Path | None = None,
+    ema: str | None = None,
+) -> None:
     is_longer = not name.endswith((f", {IN_PICTURE}", ", MLP"))
     if is_longer and place.exists():
-        _append_unseen(name, place, seed)
+        _append_unseen(name, place, seed, ema)
     if _is_recorded(name, seed):
         return
     against = str(teacher) if is_longer and teacher else None
-    [record] = run_eval([str(place)], EvalOptions(names=[name], against=against), console)  # digits-pixels, of digits
+    options = EvalOptions(names=[name], against=against, ema=ema)  # digits-pixels, of digits
+    [record] = run_eval([str(place)], options, console)
     assert record.model is not None
     assert record.environment is not None
     notes = ""
@@ -225,11 +249,11 @@ def _measure(name: str, place: Path, seed: int, *, parts: Sequence[Path] = (), t
     append_record(RECORDS, record)
 
 
-def _append_unseen(name: str, place: Path, seed: int) -> None:
+def _append_unseen(name: str, place: Path, seed: int, ema: str | None) -> None:
     """A record against digits that nothing was trained on."""
     name = f"{name}, {UNSEEN}"
     if not _is_recorded(name, seed):
-        options = EvalOptions(names=[name], protocol=DIGITS_TEST_PIXELS.name)
+        options = EvalOptions(names=[name], protocol=DIGITS_TEST_PIXELS.name, ema=ema)
         [record] = run_eval([str(place)], options, console)
         assert record.model is not None
         model = replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None)

@@ -37,7 +37,18 @@ def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleT
             assert longer.ema.halflife_images == 10 * usual.ema.halflife_images
         stored = {name: count for name in board.STORED if (count := getattr(usual.method, name, None))}
         assert {name: getattr(longer.method, name) for name in stored} == {n: 10 * k for n, k in stored.items()}
-        assert replace(longer, train=usual.train, ema=usual.ema, method=replace(longer.method, **stored)) == usual
+        alike = {"train": usual.train, "ema": usual.ema, "more_emas": usual.more_emas}
+        assert replace(longer, **alike, method=replace(longer.method, **stored)) == usual
+
+
+def test_a_second_row_is_of_the_same_run_by_a_shorter_average(board: ModuleType) -> None:
+    [sid] = [entry for entry in board.BOARD if entry.name == "SiD"]
+    entry = board.longer(sid, 10)
+    config = load_config(find_config(entry.config), entry.overrides)
+    assert config.ema is not None
+    assert config.more_emas[board.SHORT] == replace(config.ema, halflife_images=17_600)
+    assert entry.second == "SiD, EMA half-life 17,600 images"
+    assert all(board.longer(e, 10).second is None for e in board.BOARD if e.name not in board.SHORTER)
 
 
 def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(board: ModuleType) -> None:
