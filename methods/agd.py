@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.diffusion.guidance.check import check_null_condition
-from diffdistill.diffusion.guidance.policies import Call, Recorder
+from diffdistill.diffusion.guidance.policies import Evaluation, Recorder
 from diffdistill.diffusion.path import Path, Prediction, expand
 from diffdistill.diffusion.sampling import AnySampler, Heun
 from diffdistill.diffusion.step_random import StepRandom
@@ -83,7 +83,7 @@ class AGD(Method):
         return {"adapted": student}
 
     def prepare(self, problem: Problem, seed: int) -> dict[str, Tensor]:
-        """Guided trajectories: x and what was said there [N, calls, ...], t [N, calls], scale and label [N].
+        """Guided trajectories: x and the estimates there [N, NFE, ...], t [N, NFE], scale and label [N].
 
         The estimate is stored as `STORED` has it, under that name; x0 under the name of target.
         """
@@ -105,13 +105,13 @@ class AGD(Method):
         dtype = torch.float16 if self.storage == "fp16" else torch.float32
         kind = STORED.get(self.weight)
 
-        def said(call: Call) -> Tensor:
+        def said(call: Evaluation) -> Tensor:
             return teacher.convert(call.x0, kind, call.x, call.t) if kind else call.x0
 
         return {
-            "x": torch.stack([call.x for call in seen.calls], 1).to(dtype),
-            kind or "target": torch.stack([said(call) for call in seen.calls], 1).to(dtype),
-            "t": torch.stack([call.t for call in seen.calls], 1),
+            "x": torch.stack([one.x for one in seen.evaluations], 1).to(dtype),
+            kind or "target": torch.stack([said(one) for one in seen.evaluations], 1).to(dtype),
+            "t": torch.stack([one.t for one in seen.evaluations], 1),
             "scale": scale.float(),
             "label": label,
         }

@@ -1,10 +1,10 @@
 """CDM: distribution matching on schedules that are drawn and off the student's own trajectory.  arXiv:2605.06376.
 
-Implemented: the number and the levels of the student's calls drawn in every iteration, a deterministic roll-out,
+Implemented: the number and the levels of the student's steps drawn in every iteration, a deterministic roll-out,
 guidance and matching at noise of their own (Decoupled DMD, arXiv:2511.22677), matching once more from a point beside
 the trajectory, a fake score that follows the student's weights; and the anchor of DP-DMD (arXiv:2602.03139): the first
 call learns where the teacher's own ODE leads, and is not matched.
-Not implemented: DP-DMD's gradient through several calls; here the drawn call alone has one, as in DMD2.
+Not implemented: DP-DMD's gradient through several steps; here only the drawn step has one, as in DMD2.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class CDM(Method):
     steps: FewSteps = field(
         default_factory=lambda: FewSteps(init_ratio=80.0, later_ratios=(8.0, 2.0, 0.5), later_noise="ddim")
     )
-    levels: DrawnLevels | None = field(default_factory=DrawnLevels)  # of the calls in training; null: `steps`'
+    levels: DrawnLevels | None = field(default_factory=DrawnLevels)  # of the steps in training; null: `steps`'
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
     decoupled: Decoupled = field(default_factory=Decoupled)
     time_law: AnyTimeDistribution = field(default_factory=Karras)  # of the matching's noise, both times
@@ -62,7 +62,7 @@ class CDM(Method):
     off_trajectory_law: AnyTimeDistribution = field(default_factory=Karras)  # of the level beside the trajectory
     anchor_weight: NonNegative = 0.0  # DP-DMD: 0.05
     anchor_sampler: DDIM = field(default_factory=lambda: DDIM(num_steps=30))  # the teacher's
-    anchor_steps: SamplingSteps = 10  # so many of its steps lead to what the first call learns
+    anchor_steps: SamplingSteps = 10  # so many of its steps lead to the first step's target
 
     student = "generator"
     tells_teacher_class = True
@@ -107,7 +107,7 @@ class CDM(Method):
         return numbers
 
     def generator_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
-        """Matching at the drawn call, once more from beside its trajectory, and the first call's anchor."""
+        """Matching at the drawn step, once more off its trajectory, and the first step's anchor."""
         cond, path = condition(players, draw), players.teacher.path
         start = call_input(players, draw, self.steps, cond=cond)
         x = players.generator(start.x, start.t, cond)
@@ -138,7 +138,7 @@ class CDM(Method):
 
     @torch.no_grad()
     def anchor(self, players: Players, draw: Draw, noise: Tensor) -> Tensor:
-        """The image whose straight way from the first call's input meets the teacher's guided ODE after its steps."""
+        """The image whose straight way from the first step's input meets the teacher's guided ODE after its steps."""
         teacher, path = players.teacher, players.teacher.path
         told, guidance = condition(players, draw, role="teacher"), scale_in(draw, self.scales, "guidance")
         times = [time.expand(len(noise)) for time in upload(self.anchor_times(path), noise.device)]
@@ -150,7 +150,7 @@ class CDM(Method):
         return (reached - expand(ratio, noise) * noise) / expand(signal, noise)
 
     def anchor_times(self, path: Path) -> Tensor:
-        """The first call's level and the next of the sampler's below it, [anchor_steps + 1].  Raises UserError."""
+        """The first step's level and the next of the sampler's below it, [anchor_steps + 1].  Raises UserError."""
         first, grid = self.steps.times(path)[:1], self.anchor_sampler.times(path)
         below = grid[grid < first]
         if len(below) < self.anchor_steps:
@@ -158,7 +158,7 @@ class CDM(Method):
         return torch.cat([first, below[: self.anchor_steps]])
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
-        """Denoising on the drawn call's images."""
+        """Denoising on the drawn step's images."""
         x = sample_at_hand(players, draw, self.steps)
         return critics_loss(players, draw, batch, x, weight=self.fake_weight, gan_weight=None, features="fake")
 

@@ -128,9 +128,9 @@ class DDK(Wrapper):
     def _apart(self, players: Players, rng: StepRandom) -> Tensor:
         """|D_fake - D_teacher| of the samples with these numbers, which go round the classes, [B]."""
         law, steps, path = players.label_law, self.base.steps, players.teacher.path  # type: ignore[attr-defined]
-        calls, label = steps.num_evaluations, law.classes[rng.index % len(law.classes)]
-        noises = rng.normals(["z", "eps", *(f"fresh {i}" for i in range(calls - 1))], law.image_shape)
-        draw = {**noises, "label": label, "step": torch.tensor(calls - 1)}
+        count, label = steps.num_evaluations, law.classes[rng.index % len(law.classes)]
+        noises = rng.normals(["z", "eps", *(f"fresh {i}" for i in range(count - 1))], law.image_shape)
+        draw = {**noises, "label": label, "step": torch.tensor(count - 1)}
         x = generate(players, draw, steps)
         t = path.whole(path.time_of_ratio(torch.full((len(x),), self.ratio, dtype=torch.float64, device=x.device)))
         x_t, cond = path.diffuse(x, draw["eps"], t), condition(players, draw)

@@ -1,6 +1,6 @@
 """Diversity-Rewarded CFG Distillation: samples of one condition differ.  Cideron et al. 2024, arXiv:2410.06084.
 
-Implemented: around any method whose student makes images in one or a few calls, the reward of pairs of samples of one
+Implemented: around any method whose student makes images in one or a few steps, the reward of pairs of samples of one
 condition between embeddings, by its gradient. With a base that is guided it is the paper's objective, quality and
 diversity at once. The paper's is for language-style models of music, by reinforcement; ours for images is DERIVED.
 The mixing of a student of quality with one of diversity is `diffdistill merge`.

@@ -50,7 +50,7 @@ class DMD2(Method):
 
     name: Literal["dmd2"] = "dmd2"
     steps: FewSteps = field(default_factory=FewSteps)
-    levels: DrawnLevels | None = None  # of the calls in training; null: those of `steps`
+    levels: DrawnLevels | None = None  # of the steps in training; null: those of `steps`
     guidance: Scale = 1.0  # w of D_u + w (D_c - D_u), of the teacher
     fake_guidance: FakeScale = 1.0  # of the fake score; the paper has none
     fake_class_dropout: Fraction = 0.1  # in the fake score's loss, where it is guided

@@ -165,7 +165,7 @@ class HyperSD(Method):
 
     @torch.no_grad()
     def field(self, players: Players, draw: Draw, x: Tensor) -> Tensor:
-        """DMD's push on the images of the student's own calls.  Section 3.3."""
+        """DMD's gradient on the images of the student's own steps.  Section 3.3."""
         t, x_t = draw["t"], players.teacher.path.diffuse(x, draw["eps"], draw["t"])
         asked, told = (condition(players, draw, role=role) for role in ("teacher", "fake"))
         real, fake = players.teacher(x_t, t, asked, guidance=draw.get("w", 1.0)), players.fake(x_t, t, told)
@@ -181,7 +181,7 @@ class HyperSD(Method):
         return Loss(gan_discriminator_loss(real, fake), {"accuracy": accuracy})
 
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
-        """Denoising on the images of the student's own calls."""
+        """Denoising on the images of the student's own steps."""
         return critics_loss(players, draw, batch, draw["x"], weight=self.fake_weight, gan_weight=None, features="fake")
 
     def _logits(self, players: Players, draw: Draw, x: Tensor, noise: str, cond: Cond) -> Tensor:

@@ -1,6 +1,6 @@
 """pi-Flow: Policy-Based Few-Step Generation via Imitation Distillation.  Chen et al. 2026, arXiv:2510.14974.
 
-Implemented: the DX policy (N estimates of x0 along a segment from one call), imitation on the states that the policy
+Implemented: the DX policy (N estimates of x0 along a segment from one NFE), imitation on the states that the policy
 itself comes to, the velocity's mean over a window, the schedule that mixes teacher's steps with the policy's, guidance
 of the teacher; segments that start on the student's own way from noise, or at noised data. Any path, in the coordinates
 of flow matching's line. No fake score, no discriminator, no derivative by an input.
@@ -70,7 +70,7 @@ class PiFlow(Method):
         check_guidance(teacher, "method.guidance", self.guidance)
         if getattr(student.net, "places", 1) != self.places:
             told = getattr(student.net, "places", 1)
-            raise UserError(f"init: its generator gives {told} estimates a call, and method.places is {self.places}")
+            raise UserError(f"init: its generator gives {told} estimates per NFE, and method.places is {self.places}")
         start_from(student, problem.initial.get("generator", teacher))
         return {"generator": student}
 

@@ -2,8 +2,8 @@
 
 Implemented: the offline form on pairs of a wanted image and one of the start's own, or of two of the start's that a
 reward ranks, compared by the denoising error at the student's levels; the online form on two of the student's own
-roll-outs with fresh noise between the calls, by the likelihood of each step, clipped. The reference is the start.
-Any reward will do, differentiable or not. A student of one call has no likelihood: it takes the offline form alone.
+roll-outs with fresh noise between the steps, by the likelihood of each step, clipped. The reference is the start.
+Any reward will do, differentiable or not. A one-step student has no likelihood: it takes the offline form alone.
 Not implemented: the DreamBooth form (a hinge without reference), the prior term on the losing image.
 """
 
@@ -136,8 +136,8 @@ class PSO(Method):
 
     def roll_out(self, generator: Denoiser, draw: Draw, cond: Cond, who: str) -> list[Tensor]:
         """What each call is given, and the image last."""
-        calls = self.steps.trajectory(generator, draw[f"{who}z"], cond, fresh_noise=lambda i: draw[f"{who}fresh {i}"])
-        return [*(call.x for call in calls), generator(calls[-1].x, calls[-1].t, cond)]
+        states = self.steps.trajectory(generator, draw[f"{who}z"], cond, fresh_noise=lambda i: draw[f"{who}fresh {i}"])
+        return [*(state.x for state in states), generator(states[-1].x, states[-1].t, cond)]
 
     def log_ratios(self, players: Players, states: list[Tensor], cond: Cond) -> Tensor:
         """log p(x_i+1 | x_i) - log p_ref of each re-noised step, [B, steps], a mean over pixels.

@@ -1,9 +1,9 @@
 """rCM: Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency.  arXiv:2510.08431.
 
 Implemented: sCM's tangent on real images with the guided teacher's velocity and rCM's own warm-up, and beside it
-DMD2's field on what the student makes of noise in calls at drawn levels, of which the last has a gradient (backward
+DMD2's field on what the student makes of noise in steps at drawn levels, of which the last has a gradient (backward
 simulation); a fake score. Matching and fake score begin when the warm-up is over.
-Not implemented: a student that steps in every iteration of the warm-up; the released code draws the number of calls in
+Not implemented: a student that steps in every iteration of the warm-up; the released code draws the number of steps in
 turn and lets the fake score rest where the student steps, which here is drawn and does not.
 The released losses are sums over pixels and these are means, in the same ratio. A normalised tangent is no longer than
 1 whatever an image's size, and the matching's field grows with its root: `matching_weight` depends on the size.

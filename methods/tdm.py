@@ -144,9 +144,9 @@ class TDM(Method):
         if "start" in draw:
             return draw["start"]
         with torch.no_grad():
-            calls = self.steps.trajectory(players.generator, draw["z"], condition(players, draw))
+            states = self.steps.trajectory(players.generator, draw["z"], condition(players, draw))
         rows = torch.arange(len(draw["call"]), device=draw["call"].device)
-        return torch.stack([call.x for call in calls], 1)[rows, draw["call"]]
+        return torch.stack([state.x for state in states], 1)[rows, draw["call"]]
 
     def image(self, players: Players, draw: Draw, start: Tensor) -> Tensor:
         """The generator's x0 of the drawn step."""

@@ -3,7 +3,8 @@
     python scripts/score_fields.py
 
 Two classes of three Gaussians each, known exactly; the points of each class are a table of parameters that one field
-moves, by `score_field`'s own loss. The fake score is exact as well: that of the points' own law, which VSD's learns.
+moves, by `score_field`'s own loss. The fake score is exact as well: that of the points' own distribution, which
+VSD's learns.
 """
 
 import math
@@ -53,8 +54,9 @@ FIELDS: dict[str, ScoreField] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """points: [2, count, 2], by class.  spread: their standard deviation about the nearest mode, of the law's.
-    near: share within 3 standard deviations of a mode of the own class.  distance: energy distance to the law."""
+    """points: [2, count, 2], by class.  spread: their standard deviation about the nearest mode, of the distribution's.
+    near: share within 3 standard deviations of a mode of the own class.  distance: energy distance to the
+    distribution."""
 
     points: Tensor
     spread: float
@@ -87,7 +89,7 @@ class Points(nn.Module):
         return self.points + 0 * x
 
     def law(self) -> Denoiser:
-        """The exact denoiser of the points' own law, by class and as a whole."""
+        """The exact denoiser of the points' own distribution, by class and as a whole."""
         count, label = len(self.points), labels(len(self.points) // 2)
         return mixture_denoiser(PATH, torch.ones(count), self.points.detach(), torch.zeros(count).double(), label)
 
@@ -142,12 +144,15 @@ def energy_distance(first: Tensor, second: Tensor) -> float:
 
 def table(outcomes: Mapping[str, Outcome]) -> str:
     rows = [f"| {name} | {one.near:.0%} | {one.spread:.2f} | {one.distance:.3f} |\n" for name, one in outcomes.items()]
-    head = "| | near a mode of its class | spread in a mode, of the law's | energy distance to the law |\n"
+    head = (
+        "| | near a mode of its class | spread in a mode, of the distribution's | "
+        "energy distance to the distribution |\n"
+    )
     return head + "|---|---|---|---|\n" + "".join(rows)
 
 
 def draw_picture(outcomes: Mapping[str, Outcome], file: Path) -> None:
-    """A panel for each, over the law's contours."""
+    """A panel for each, over the distribution's contours."""
     rows, columns = math.ceil(len(outcomes) / 4), 4
     figure = Figure(figsize=(2.1 * columns, 2.25 * rows), dpi=90, layout="constrained")
     side = torch.linspace(-2.6, 2.6, 80, dtype=torch.float64)
@@ -169,7 +174,7 @@ def draw_picture(outcomes: Mapping[str, Outcome], file: Path) -> None:
 
 def main(*, count: int = 120, num_steps: int = 300) -> None:
     """Move the points by each field, and write picture and table."""
-    given = {"the law": judge(torch.stack([truth(c, count) for c in (0, 1)]))}
+    given = {"the distribution": judge(torch.stack([truth(c, count) for c in (0, 1)]))}
     given["the start"] = judge(Points(count).points.detach().reshape(2, count, 2))
     outcomes = given | {name: move(method, count=count, num_steps=num_steps) for name, method in FIELDS.items()}
     draw_picture(outcomes, PICTURE)

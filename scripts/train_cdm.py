@@ -13,17 +13,17 @@ from diffdistill.training.ema import EMAConfig
 from diffdistill.training.trainer import Trainer
 
 noise_levels = Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0)
-of_calls = Karras(ratio_min=0.1, ratio_max=15.0, rho=5.0)
+of_steps = Karras(ratio_min=0.1, ratio_max=15.0, rho=5.0)
 method = CDM(
     steps=FewSteps(
         init_ratio=20.0, later_ratios=(4.0, 1.2, 0.4), later_noise="ddim"
     ),  # what the student makes images by
-    levels=DrawnLevels(calls=(1, 6), time_law=of_calls),  # what it is trained on
+    levels=DrawnLevels(num_steps=(1, 6), time_law=of_steps),  # what it is trained on
     guidance=1.5,
-    decoupled=Decoupled(time_law=noise_levels),  # guidance at cleaner noise than the call's input
+    decoupled=Decoupled(time_law=noise_levels),  # guidance at cleaner noise than the step's input
     time_law=noise_levels,
     fake_time_law=LogNormal(mean=-0.6, std=1.2),
-    off_trajectory_law=of_calls,
+    off_trajectory_law=of_steps,
     fake_follows=0.002,
 )
 config = RunConfig(

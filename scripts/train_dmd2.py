@@ -12,7 +12,7 @@ from diffdistill.training.reports.health import HealthConfig
 from diffdistill.training.trainer import Trainer
 
 method = DMD2(
-    steps=FewSteps(init_ratio=4.0),  # one call, on noise 4 times as strong as the signal
+    steps=FewSteps(init_ratio=4.0),  # 1 NFE, from noise 4 times as strong as the signal
     fake_updates=2,  # the fake score follows the generator, two steps to its one
     generator_time_law=Karras(ratio_min=0.03, ratio_max=4.0, rho=5.0),
     fake_time_law=LogNormal(mean=-0.6, std=1.2),

@@ -11,7 +11,7 @@ from diffdistill.training.ema import EMAConfig
 from diffdistill.training.trainer import Trainer
 
 method = SIM(
-    steps=FewSteps(init_ratio=2.5),  # one call, on noise 2.5 times as strong as the signal
+    steps=FewSteps(init_ratio=2.5),  # 1 NFE, from noise 2.5 times as strong as the signal
     distance="pseudo_huber",
     time_law=Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0),  # where teacher and fake score are compared
     fake_time_law=LogNormal(mean=-0.6, std=1.2),

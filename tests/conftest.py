@@ -85,7 +85,7 @@ train: {SMALL_TRAIN}""",
 method:
   name: cdm
   steps: {{init_ratio: 10, later_ratios: [2], later_noise: ddim}}
-  levels: {{calls: [1, 3], time_law: {{name: karras, ratio_min: 0.1, ratio_max: 5}}}}
+  levels: {{num_steps: [1, 3], time_law: {{name: karras, ratio_min: 0.1, ratio_max: 5}}}}
   guidance: [1, 3]
   fake_follows: 0.01
   anchor_weight: 0.05
@@ -146,7 +146,7 @@ train: {SMALL_TRAIN}""",
 method:
   name: rcm
   steps: {{init_ratio: 10, later_ratios: [2]}}
-  levels: {{calls: [1, 3], order: capped}}
+  levels: {{num_steps: [1, 3], order: capped}}
   guidance: [1, 3]
   warmup: 1
   fake_updates: 1

@@ -32,7 +32,7 @@ def sample(
     teacher_steps: opt.TeacherSteps = None,
     teacher_guidance: opt.TeacherGuidance = None,
     teleport: opt.Teleport = None,
-    first_calls: opt.FirstCalls = 0,
+    first_steps: opt.FirstSteps = 0,
     estimates: opt.Estimates = False,
     ema: opt.Ema = None,
     style: opt.Style = None,
@@ -49,7 +49,7 @@ def sample(
 
     Example: diffdistill sample exported/sd15 --prompt "a red fox" --prompt "two blue birds" --steps 2
 
-    Example: diffdistill sample runs/four-steps --first-calls 1 --estimates --out estimates.png
+    Example: diffdistill sample runs/four-steps --first-steps 1 --estimates --out estimates.png
     """
     from diffdistill.data.prompts import read_prompts
     from diffdistill.diffusion.guidance.policies import parse_guidance
@@ -81,7 +81,7 @@ def sample(
         teacher_guidance=None if teacher_guidance is None else parse_guidance(teacher_guidance),
         teacher_steps=teacher_steps,
         teleport=teleport,
-        first_calls=first_calls,
+        first_steps=first_steps,
     )
     if estimates:
         _write_estimates(run, options)
@@ -116,7 +116,7 @@ def export(
     guidance: opt.GuidanceScale = None,
     own_pipeline: opt.OwnPipeline = False,
     quantised: opt.Quantised = False,
-    first_calls: opt.NoFirstCalls = 0,
+    first_steps: opt.NoFirstSteps = 0,
     licence: opt.Licence = None,
     records: opt.CardRecords = None,
     verify: opt.Verify = True,
@@ -153,7 +153,7 @@ def export(
         scores=partial(model_index_of, FilePath(records)) if records else None,
         push=push,
         is_public=public,
-        first_calls=first_calls,
+        first_steps=first_steps,
     )
     made = run_export(run, FilePath(out), options) if out else export_space(run, FilePath(str(space)), options)
     _print(made.summary)

@@ -92,10 +92,10 @@ TeacherSteps = Annotated[
 TeacherGuidance = Annotated[
     str | None, typer.Option(help="Guidance of the teacher; default: that of distillation.", rich_help_panel=TEACHER)
 ]
-FirstCalls = Annotated[
+FirstSteps = Annotated[
     int,
     typer.Option(
-        help="Let the teacher make this many of the student's first steps, with --teacher-guidance: more diversity.",
+        help="Let the teacher make the student's first steps, this many NFE, with --teacher-guidance: more diversity.",
         min=0,
         max=MAX_SAMPLING_STEPS,
         rich_help_panel=TEACHER,
@@ -167,7 +167,7 @@ Quantised = Annotated[
         "--quantised", help="Store the quantised weights of a student trained with `qat`: torchao 0.16, stock."
     ),
 ]
-NoFirstCalls = Annotated[
+NoFirstSteps = Annotated[
     int,
     typer.Option(
         help="Not possible in a folder; the message says how a program does it.", min=0, max=MAX_SAMPLING_STEPS

@@ -19,7 +19,7 @@ from diffdistill.diffusion.prompt_table import PromptTable
 from diffdistill.settings.schema import UserError
 
 Taps = tuple[int | str, ...] | Literal["fastgen"]
-"""Blocks whose outputs are asked for: by their number in the order of calls (from the end if negative) or by their
+"""Blocks whose outputs are asked for: by their number in order of execution (from the end if negative) or by their
 name, and "middle" for the bottleneck; or the network's own list of that name, see networks/taps.py."""
 
 Features = Tensor | tuple[Tensor, ...]
@@ -150,9 +150,9 @@ class Denoiser(nn.Module):
         """Denoise x_t: D(x_t, t, c), [B, ...] in float32 or wider.
 
         x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
-        guidance: w of D_u + w (D_c - D_u), or of the model's own rule; a number or [B]. 1 calls the network on `cond`
-        alone and 0 on `uncond` alone; any other value puts both into one batched call. A network that takes the scale
-        as its input is given w instead, whatever it is, in one call, unless cond says one.
+        guidance: w of D_u + w (D_c - D_u), or of the model's own rule; a number or [B]. 1 evaluates the network on
+        `cond` alone and 0 on `uncond` alone; any other value evaluates both in one batch. A network that takes the scale
+        as its input gets w instead, whatever it is, in one evaluation, unless cond has one.
         uncond: default `unconditional(cond)`.
         Raises ValueError on a condition that the network does not take, and where it knows no "no class".
         Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.

@@ -1,4 +1,4 @@
-"""The DX policy: a student's estimates of x0 along a segment, which carry a sample over it without further calls.
+"""The DX policy: a student's estimates of x0 along a segment, which carry a sample over it without further NFE.
 
 Chen et al. 2026 (pi-Flow), arXiv:2510.14974. Flow matching's line z = (1 - s) x0 + s eps is any path's:
 z = x_t / (alpha + sigma), s = sigma / (alpha + sigma). The velocity is u(z, s) = (z - x0(tau)) / s, with x0 linear
@@ -93,9 +93,9 @@ class Segment:
 
 @schema
 class DXPolicy:
-    """A policy a call: each of num_steps segments is rolled out by the N estimates that its one call gives.
+    """One policy per NFE: each of num_steps segments is rolled out with the N estimates of one network evaluation.
 
-    substeps: of Euler over raw time 1, without a call.  shift: of the raw time.  last_segment: the last segment's share
+    substeps: of Euler over raw time 1, without NFE.  shift: of the raw time.  last_segment: the last segment's share
     of another's length.  A network that gives one estimate makes DDIM's steps.
     """
 
@@ -110,7 +110,7 @@ class DXPolicy:
         return self.num_steps
 
     def times(self, path: Path) -> Tensor:
-        """The path's times [num_steps] of the calls, noise first, float64; the first is not beyond the path's end."""
+        """The path's times [num_steps] of the NFE, noise first, float64; the first is not beyond the path's end."""
         length = 1 / (self.num_steps - 1 + self.last_segment)
         raw = 1 - length * torch.arange(self.num_steps, dtype=torch.float64)
         level = shifted(raw, self.shift)
@@ -119,7 +119,7 @@ class DXPolicy:
         return path.whole(path.time_of_ratio(ratio).clamp(path.t_min, path.t_max))
 
     def edges(self, path: Path) -> Tensor:
-        """The raw times [num_steps + 1] where segments begin, those of the calls, and 0, where the last one ends."""
+        """The raw times [num_steps + 1] where segments begin, those of the NFE, and 0, where the last one ends."""
         raw = raw_time(line_time(path.ratio(self.times(path))), self.shift)
         return torch.cat([raw, raw.new_zeros(1)])
 
@@ -138,7 +138,7 @@ class DXPolicy:
     def roll_out(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, guidance: Guidance = 1.0
     ) -> Iterator[Tensor]:
-        """z [B, ...] where each segment starts, one call after another, and the image.  noise: [B, ...] unit."""
+        """z [B, ...] where each segment starts, one after another, and the image.  noise: [B, ...] unit."""
         guided, path = begin(guidance, denoiser, cond), denoiser.path
         times = self.times(path).tolist()
         first = torch.full((len(noise),), times[0], dtype=torch.float64, device=noise.device)
@@ -150,9 +150,9 @@ class DXPolicy:
         yield z
 
     def segment(self, denoiser: Denoiser, guided: Guided, z: Tensor, number: Tensor) -> Segment:
-        """The policy of the network's one call.
+        """The policy of one network evaluation.
 
-        guided: the denoiser's call.  z: [B, ...] at the starts of the segments `number`, [B] int64, noise first.
+        guided: the guided denoiser.  z: [B, ...] at the starts of the segments `number`, [B] int64, noise first.
         """
         path, device = denoiser.path, z.device
         times = constant(tuple(self.times(path).tolist()), device, torch.float64)

@@ -1,7 +1,7 @@
 """LinearAG: some unconditional estimates are not evaluated but predicted, from the run's earlier ones.
 
-Castillo et al. 2023, arXiv:2312.12487. Which calls are predicted, and from what, was not to be had from the paper, and
-is ours: every other call of the first half, from every earlier estimate; then Adaptive Guidance.
+Castillo et al. 2023, arXiv:2312.12487. Which evaluations are predicted, and from what, is not in the paper, and
+is ours: every other one of the first half, from every earlier estimate; then Adaptive Guidance.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,9 +18,9 @@ from diffdistill.diffusion.sampling import FreshNoise, Sampler
 
 @dataclass(frozen=True)
 class LinearFit:
-    """How one call predicts eps_u: the sum of weights times `History.features`, plus the intercept.
+    """How eps_u of one evaluation is predicted: the sum of weights times `History.features`, plus the intercept.
 
-    weights: [2 k + 1] for call number k.  intercept: in a sample's shape, or a single 0.  Both float64.
+    weights: [2 k + 1] for evaluation k.  intercept: in a sample's shape, or a single 0.  Both float64.
     """
 
     weights: Tensor
@@ -33,7 +33,7 @@ class LinearFit:
 
 @dataclass
 class History:
-    """eps of a run's calls so far, with and without the condition, each [B, ...]."""
+    """eps of a run's evaluations so far, with and without the condition, each [B, ...]."""
 
     with_cond: list[Tensor] = field(default_factory=list)
     without_cond: list[Tensor] = field(default_factory=list)
@@ -43,13 +43,13 @@ class History:
         self.without_cond.append(without_cond)
 
     def features(self, with_cond: Tensor) -> Tensor:
-        """What predicts the next call's eps_u, given its eps_c: [2 k + 1, B, ...], k being the calls so far."""
+        """What predicts the next eps_u, given its eps_c: [2 k + 1, B, ...], after k evaluations."""
         return torch.stack([*self.with_cond, with_cond, *self.without_cond])
 
 
 @dataclass(frozen=True)
 class LinearAG:
-    """A guidance policy.  adaptive: the scale, and when guidance ends.  fits: of the calls that are predicted."""
+    """A guidance policy.  adaptive: the scale, and when guidance ends.  fits: of the evaluations that are predicted."""
 
     adaptive: AdaptiveGuidance
     fits: Mapping[int, LinearFit]
@@ -82,20 +82,20 @@ def fit_linear_ag(
     cond: Cond,
     *,
     adaptive: AdaptiveGuidance,
-    calls: Iterable[int] | None = None,
+    evaluations: Iterable[int] | None = None,
     has_intercept: bool = False,
     fresh_noise: FreshNoise | None = None,
 ) -> LinearAG:
     """Fit the policy, by ordinary least squares on the sampler's own guided trajectories from `noise`.
 
-    calls: which are predicted, by number from 0, which cannot be; default: the odd ones of the first half.
+    evaluations: which are predicted, by number from 0, which cannot be; default: the odd ones of the first half.
     has_intercept: one number a pixel too, for all samples: for trajectories of one condition. Where the classes are
-    Gaussians of one covariance the fit is then exact.  Raises ValueError if a call is not one of the sampler's.
+    Gaussians of one covariance the fit is then exact.  Raises ValueError if one is not the sampler's.
     """
     total = sampler.num_evaluations
-    chosen = set(range(1, total // 2, 2) if calls is None else calls)
+    chosen = set(range(1, total // 2, 2) if evaluations is None else evaluations)
     if not chosen <= set(range(1, total)):
-        raise ValueError(f"calls: {sorted(chosen)} must be among 1 to {total - 1}")
+        raise ValueError(f"evaluations: {sorted(chosen)} must be among 1 to {total - 1}")
     watched = _Watched(replace(adaptive, threshold=2.0))
     sampler(denoiser, noise, cond, guidance=watched, fresh_noise=fresh_noise)
     history, fits = History(), {}
@@ -104,7 +104,7 @@ def fit_linear_ag(
         if number in chosen:
             features = history.features(with_cond)
             fits[number] = least_squares(features, without_cond, has_intercept=has_intercept)
-            without_cond = fits[number].predict(features)  # what later calls will have
+            without_cond = fits[number].predict(features)  # what later evaluations will have
         history.add(with_cond, without_cond)
     return LinearAG(adaptive, fits)
 
@@ -124,7 +124,7 @@ def least_squares(features: Tensor, target: Tensor, *, has_intercept: bool) -> L
 
 
 class _Watched:
-    """Guidance that keeps both estimates of every call."""
+    """Guidance that keeps both estimates of every evaluation."""
 
     def __init__(self, policy: AdaptiveGuidance) -> None:
         self.policy = policy

@@ -209,9 +209,9 @@ class FewSteps:
         guidance: Guidance = 1.0,
         times: Tensor | None = None,
     ) -> "StepInput":
-        """What call number `step` (0 is the first) is given when the generator makes the image itself.
+        """The network's input in step number `step` (0 is the first) when the generator makes the image itself.
 
-        noise: [B, ...] unit.  times: of the calls, each sample's own, [B, calls], noise first; default: the sampler's.
+        noise: [B, ...] unit.  times: each sample's own, [B, steps], noise first; default: the sampler's.
         Returns x_t [B, ...] and t [B].  Training on it is DMD2's backward simulation.
         Raises ValueError if a later step has no fresh noise.
         """
@@ -221,7 +221,7 @@ class FewSteps:
     def trajectory(
         self, generator: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, fresh_noise: FreshNoise | None = None
     ) -> list["StepInput"]:
-        """What each call is given when the generator makes the image itself, of one roll-out.
+        """The network's input in each step of one roll-out, where the generator makes the image itself.
 
         noise: [B, ...] unit.  Raises ValueError as `roll_out`.
         """
@@ -237,7 +237,7 @@ class FewSteps:
     def _inputs(
         self, path: Path, guided: Guided, noise: Tensor, times: Tensor, last: int, fresh_noise: FreshNoise | None
     ) -> Iterator["StepInput"]:
-        """Of the calls up to number `last`.  times: [calls, B]."""
+        """Of the steps up to number `last`.  times: [steps, B]."""
         x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
         yield StepInput(x, times[0])
         for i in range(last):
@@ -281,8 +281,8 @@ class TCD:
     def times(self, path: Path) -> Tensor:
         """[num_steps + 1], noise first, time 0 last, float64."""
         times = self.grid.times(path)
-        calls = torch.arange(self.num_steps) * len(times) // self.num_steps
-        return torch.cat([times[calls], times.new_zeros(1)])
+        chosen = torch.arange(self.num_steps) * len(times) // self.num_steps
+        return torch.cat([times[chosen], times.new_zeros(1)])
 
     def __call__(
         self,
@@ -310,9 +310,9 @@ class TCD:
         guidance: Guidance = 1.0,
         times: Tensor | None = None,
     ) -> "StepInput":
-        """What call number `step` (0 is the first) is given on the way from noise.
+        """The network's input in step number `step` (0 is the first) on the way from noise.
 
-        noise: [B, ...] unit.  times: of the calls, each sample's own, [B, calls], noise first; default: the sampler's.
+        noise: [B, ...] unit.  times: each sample's own, [B, steps], noise first; default: the sampler's.
         Returns x_t [B, ...] and t [B].
         Raises ValueError if a later step has no fresh noise, unless eta is 0.
         """
@@ -322,7 +322,7 @@ class TCD:
     def _run(
         self, path: Path, guided: Guided, noise: Tensor, times: Tensor, step: int, fresh_noise: FreshNoise | None
     ) -> "StepInput":
-        """times: [calls, B]."""
+        """times: [steps, B]."""
         x = noise if self.init_noise == "unit" else noise * expand(path.sigma(times[0]), noise)
         for i in range(step):
             t, following = times[i], times[i + 1]
@@ -371,7 +371,7 @@ class StepInput:
 
 
 StepSampler = FewSteps | TCD
-"""The samplers of generators: what any of their calls is given can be simulated."""
+"""The samplers of generators: the input of any of their steps can be simulated."""
 
 AnySampler = Annotated[Heun | DDIM | FewSteps | TCD | OneCall | DXPolicy, Field(discriminator="name")]
 """The samplers that a config may name."""
@@ -392,5 +392,5 @@ def times_on(sampler: Timed, path: Path, device: torch.device) -> Tensor:
 
 
 def _each_sample_s(sampler: Timed, path: Path, noise: Tensor) -> Tensor:
-    """The sampler's times [calls] for every sample of noise [B, ...]: [calls, B], on its device."""
+    """The sampler's times [steps] for every sample of noise [B, ...]: [steps, B], on its device."""
     return times_on(sampler, path, noise.device)[:, None].expand(-1, len(noise))

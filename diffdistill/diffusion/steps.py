@@ -1,4 +1,4 @@
-"""A sampler with another number of calls than it was made for."""
+"""A sampler with another number of NFE than it was made for."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from diffdistill.settings.schema import UserError
 
 
 def with_steps(sampler: Sampler, path: Path, num_steps: int) -> Sampler:
-    """`sampler` with `num_steps` calls of the denoiser, as nearly as it can: Heun's calls are 2 steps - 1.
+    """`sampler` with `num_steps` NFE, as nearly as it can: Heun has 2 steps - 1.
 
     FewSteps begins where it did, and re-noises to levels even in ratio^(1/7) from there down to the path's least
     (Karras et al. 2022, eq. 5), unless `num_steps` is its own.

@@ -36,13 +36,16 @@ class Decoupled:
     normaliser: Literal["conditional", "guided"] = "conditional"
 
     def check(self, steps: StepSampler, path: Path, levels: DrawnLevels | None = None) -> None:
-        """Raise UserError where the law has no noise below one of the student's calls.  levels: if they are drawn."""
+        """Raise UserError if the time distribution has no noise below one of the student's steps.
+
+        levels: if they are drawn.
+        """
         if self.range == "whole":
             return
         times = steps.times(path)
         for level in times[:1].tolist() if levels else times.tolist():  # the first is the sampler's in any case
             shares_between(self.time_law, path, path.t_min, level, "method.decoupled.time_law")
-        if levels and levels.calls[1] > 1:
+        if levels and levels.num_steps[1] > 1:
             drawn, own = (float(path.ratio(law(LOWEST, path))) for law in (levels.time_law, self.time_law))
             if drawn < own:
                 raise UserError(
@@ -52,11 +55,11 @@ class Decoupled:
                 )
 
     def times(self, rng: StepRandom, path: Path, steps: StepSampler, draw: Draw) -> Tensor:
-        """Of guidance's noise, [B], float64.  Below the first call there is the whole of most laws."""
+        """Of guidance's noise, [B], float64.  Most time distributions lie wholly below the first step's."""
         uniform, step = rng.uniform("guidance t"), int(draw["step"])
         if self.range == "below_call":
-            calls = draw["times"] if "times" in draw else times_on(steps, path, uniform.device).expand(len(uniform), -1)
-            uniform = uniform * share_below(self.time_law, path, calls[:, step])
+            times = draw["times"] if "times" in draw else times_on(steps, path, uniform.device).expand(len(uniform), -1)
+            uniform = uniform * share_below(self.time_law, path, times[:, step])
         return self.time_law(uniform, path)
 
     @torch.no_grad()
@@ -88,7 +91,7 @@ class Decoupled:
 
 
 def both(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's conditional and its guided estimate, each network call made once."""
+    """The teacher's conditional and its guided estimate, each network evaluated once."""
     plain = teacher(x_t, t, cond)
     if not teacher.net.has_null_condition:  # it is told w
         return plain, teacher(x_t, t, cond, guidance=guidance)

@@ -1,4 +1,4 @@
-"""What a student's first call is given, where a method's equations follow the path from there."""
+"""The input of a student's first step, where a method's equations follow the path from there."""
 
 from diffdistill.diffusion.path import Path
 from diffdistill.diffusion.sampling import TCD, FewSteps

@@ -17,23 +17,23 @@ from diffdistill.settings.schema import PositiveInt, field, schema
 class DrawnLevels:
     """A dynamic schedule: number and noise levels of the student's steps, drawn in every iteration.
 
-    calls: the least and the greatest number of steps; one number per batch, uniformly drawn.  time_law: of the levels
-    after the first, which is the sampler's. They are drawn per sample, in decreasing order: "sorted", or "capped",
+    num_steps: the least and the greatest number of steps; one number per batch, uniformly drawn.  time_law: of the
+    levels after the first, which is the sampler's. They are drawn per sample, in decreasing order: "sorted", or "capped",
     where each is drawn in turn and is at most the one before (rCM, arXiv:2510.08431).
     CDM, arXiv:2605.06376.
     """
 
-    calls: Annotated[tuple[PositiveInt, PositiveInt], Field(min_length=2)] = (1, 4)
+    num_steps: Annotated[tuple[PositiveInt, PositiveInt], Field(min_length=2)] = (1, 4)
     time_law: AnyTimeDistribution = field(default_factory=Karras)
     order: Literal["sorted", "capped"] = "sorted"
 
     def __post_init__(self) -> None:
-        if self.calls[0] > self.calls[1]:
-            raise ValueError(f"calls: must be increasing: {list(self.calls)}")
+        if self.num_steps[0] > self.num_steps[1]:
+            raise ValueError(f"num_steps: must be increasing: {list(self.num_steps)}")
 
     def draw(self, rng: StepRandom, path: Path, steps: StepSampler) -> Tensor:
-        """Times [B, calls], noise first, float64; whole numbers on a discrete path."""
-        low, high = self.calls
+        """Times [B, steps], noise first, float64; whole numbers on a discrete path."""
+        low, high = self.num_steps
         count = low + rng.shared_integer("calls", high - low + 1)
         first = times_on(steps, path, rng.index.device)[:1].expand(len(rng.index), 1)
         if count == 1:

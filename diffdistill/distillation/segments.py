@@ -49,7 +49,7 @@ class Stage:
             raise ValueError(f"{self.segments} segments need a grid of at least as many steps, not {num_steps}")
 
     def times(self, path: Path, grid: DDIM) -> Tensor:
-        """The times [N + 1] of indices 0 .. N, rising, float64: time 0, then such that DDIM calls a network at."""
+        """The times [N + 1] of indices 0 .. N, rising, float64: time 0, then those of DDIM's evaluations."""
         times = grid.times(path).flip(0)
         stride = grid.num_steps // (self.grid_steps or grid.num_steps)
         return torch.cat([times.new_zeros(1), times])[::stride]

@@ -145,8 +145,7 @@ def _summary(facts: CardFacts) -> str:
     source = pipeline_of(facts.model.spec)
     if told := source and tell_made_of(source):
         teacher = f", from {told}"
-    calls = "one call" if count == 1 else f"{count} calls"
-    return f"Distilled with diffdistill{how}{teacher}: {_what(facts.model)} in {calls} of the network."
+    return f"Distilled with diffdistill{how}{teacher}: {_what(facts.model)} in {count} NFE (network evaluations)."
 
 
 def _what(model: TrainedModel) -> str:

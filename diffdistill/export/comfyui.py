@@ -49,7 +49,7 @@ def write_workflow(model: TrainedModel, source: Pipeline, folder: FilePath, file
 
 
 def steps_of(denoiser: Denoiser, sampler: AnySampler) -> tuple[list[float], str] | None:
-    """The ratios of a student's calls, the last 0, and ComfyUI's name of its sampler; None where it has none."""
+    """The ratios of a student's steps, the last 0, and ComfyUI's name of its sampler; None where it has none."""
     path = denoiser.path
     if not isinstance(path, VPDiscrete) or denoiser.predicts != "eps" or not _is_stable_diffusions(path):
         return None

@@ -103,7 +103,7 @@ class ExportedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.source is not None and self.source.takes_text
 
     def sampler_for(self, num_steps: int | None) -> Sampler:
-        """The model's own, or with another number of calls. Raises ValueError if it cannot take so many."""
+        """The model's own, or with another number of NFE. Raises ValueError if it cannot take so many."""
         path: Path = self.students[0].path  # type: ignore[assignment]
         return self.sampler if num_steps is None else with_steps(self.sampler, path, num_steps)
 

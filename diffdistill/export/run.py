@@ -40,7 +40,7 @@ class ExportOptions:
     default the middle of what it was trained on.  has_own_pipeline: whether a stock folder gets a class of pipeline
     whose plain call is right.  licence: of the teacher, where its own card does not say.
     is_quantised: whether a stock folder holds the bits that a student was trained for, by torchao.
-    scores: gives what was measured of a place.  push: a repository on the hub.  first_calls: of the teacher; refused.
+    scores: gives what was measured of a place.  push: a repository on the hub.  first_steps: of the teacher; refused.
     """
 
     kind: AnyKind = "auto"
@@ -54,7 +54,7 @@ class ExportOptions:
     scores: Scores | None = None
     push: str | None = None
     is_public: bool = False
-    first_calls: int = 0
+    first_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def export(place: str, folder: FilePath, options: ExportOptions) -> Exported:
     Raises UserError if the place is taken or the model cannot be exported so; ExportError if the folder does not do
     what the run does, and it is then not there.
     """
-    if options.first_calls:
+    if options.first_steps:
         raise UserError(
-            f"--first-calls {options.first_calls}: a folder holds one network, and no pipeline of diffusers changes it "
+            f"--first-steps {options.first_steps}: a folder holds one network, and no pipeline of diffusers changes it "
             "between steps; export the student alone, and change the network from a callback (the page Export and "
-            f"sample, The teacher's first steps), or sample {place} with --first-calls {options.first_calls}"
+            f"sample, The teacher's first steps), or sample {place} with --first-steps {options.first_steps}"
         )
     if options.push:
         check_push(options.push)

@@ -65,7 +65,7 @@ def stock_steps(
 
 
 def _times(denoiser: Denoiser, sampler: AnySampler) -> Sequence[float]:
-    """The times of its calls. Raises UserError for samplers that no scheduler of diffusers knows."""
+    """The times of its steps. Raises UserError for samplers that no scheduler of diffusers knows."""
     if isinstance(sampler, FewSteps) and sampler.later_noise == "fixed":
         raise UserError("no scheduler of diffusers reuses the first noise (later_noise: fixed)")
     if not isinstance(sampler, (FewSteps, TCD, DDIM)):

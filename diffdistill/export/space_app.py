@@ -169,8 +169,8 @@ class Folders:
             images = [one for i in every[::BATCH] for one in self._call(pipe, call, request, every[i : i + BATCH])]
         except (ValueError, torch.OutOfMemoryError) as error:  # of diffusers, of the folder's pipeline, of the device
             return Drawn(fault=str(error))
-        calls = int(pipe.model.sampler_for(steps).num_evaluations) if model["takes_steps"] else model["num_evaluations"]
-        return Drawn(images, calls, (time.perf_counter() - began) / len(images))
+        nfe = int(pipe.model.sampler_for(steps).num_evaluations) if model["takes_steps"] else model["num_evaluations"]
+        return Drawn(images, nfe, (time.perf_counter() - began) / len(images))
 
     def _call(self, pipe: Any, call: dict[str, Any], request: PageRequest, index: range) -> list[Image.Image]:
         chosen = [self.labels[self.classes.index(request.label)]] if request.label else self.labels

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffdistill.data.pictures import save_grid, save_panels
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.export.record import guidance_of, read_record
-from diffdistill.exported.first_calls import Estimates, as_model, estimates_along, with_first_calls
+from diffdistill.exported.first_steps import Estimates, as_model, estimates_along, with_first_steps
 from diffdistill.exported.image_generators import (
     CodeImageGenerator,
     open_image_generator,
@@ -32,7 +32,7 @@ class SampleOptions:
     teacher_from: path of the teacher, if it was moved.
     teacher_guidance, teacher_steps: default: what the student was distilled with, and the teacher's own NFE.
     teleport: the ratio above which steps are skipped, see `with_teleport`.
-    first_calls: the student's first steps that the teacher makes."""
+    first_steps: the student's first steps that the teacher makes."""
 
     asked: SampleRequest
     out: FilePath
@@ -43,7 +43,7 @@ class SampleOptions:
     teacher_from: str | None = None
     teacher_guidance: Guidance | None = None
     teacher_steps: int | None = None
-    first_calls: int = 0
+    first_steps: int = 0
     teleport: float | None = None
 
 
@@ -73,15 +73,15 @@ def run_sample(place: str, options: SampleOptions) -> list[Sampled]:
         student = with_teleport(as_model(student, "--teleport"), options.teleport)
     count = options.count or (len(asked.prompts) if asked.prompts else 100)
     made = []
-    if options.has_teacher or options.first_calls:
+    if options.has_teacher or options.first_steps:
         teacher, guidance = _teacher(place, options)
     if options.has_teacher:
         made.append(_draw("teacher", teacher, count, options.batch, guidance))
-    if options.has_teacher or not options.first_calls:
+    if options.has_teacher or not options.first_steps:
         name = "student" if options.has_teacher else ""
         made.append(_draw(name, student, count, options.batch, asked.guidance))
-    if steps := options.first_calls:
-        mixed = with_first_calls(as_model(student, "--first-calls"), as_model(teacher, "--first-calls"), steps)
+    if steps := options.first_steps:
+        mixed = with_first_steps(as_model(student, "--first-steps"), as_model(teacher, "--first-steps"), steps)
         first = "first step" if steps == 1 else f"first {steps} steps"
         made.append(_draw(f"{first} by the teacher", mixed, count, options.batch, asked.guidance))
     _save({one.caption: one.images for one in made}, options, _columns(options, count))
@@ -95,7 +95,7 @@ def run_estimates(place: str, options: SampleOptions) -> list[Estimates]:
         raise UserError("--teleport: skips steps, which --estimates shows; use one of the two")
     student = as_model(open_image_generator(place, options.asked), "--estimates")
     teacher = as_model(_teacher(place, options)[0], "--estimates")
-    walker = with_first_calls(student, teacher, options.first_calls) if options.first_calls else student
+    walker = with_first_steps(student, teacher, options.first_steps) if options.first_steps else student
     both, count = {"student": student, "teacher": teacher}, options.count or len(options.asked.prompts) or 8
     made = estimates_along(walker, both, states="student", count=count, batch=options.batch)
     if options.has_teacher:

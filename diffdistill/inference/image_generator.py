@@ -43,7 +43,7 @@ class SampleRequest:
 
 
 class ImageGenerator(Protocol):
-    """num_evaluations: calls of the network for one image."""
+    """num_evaluations: NFE, network evaluations for one image."""
 
     num_evaluations: int
 

@@ -1,4 +1,4 @@
-"""A network with its last layer N times: N outputs from one call, around any base network.
+"""A network with its last layer N times: N outputs from one evaluation, around any base network.
 
 What the base's last layer is given goes to a further layer of N times its outputs, which adds to each of them. It
 starts at nothing, so that all N start as the base's own; together they are a last layer of N times the width.

@@ -15,7 +15,7 @@ from diffdistill.diffusion.line import line_time
 from diffdistill.diffusion.path import EDM, Flow, Path, expand
 from diffdistill.diffusion.sampling import ddim
 from diffdistill.diffusion.steps import with_steps
-from diffdistill.exported.first_calls import as_model
+from diffdistill.exported.first_steps import as_model
 from diffdistill.inference.image_generator import ModelImageGenerator
 from diffdistill.networks.analytic import gaussian_denoiser, gaussian_flow
 from diffdistill.settings.schema import UserError
@@ -170,5 +170,5 @@ def test_its_number_of_segments_is_the_trained_one() -> None:
 def test_its_calls_are_not_shown_or_taken_over_one_by_one() -> None:
     student = object.__new__(ModelImageGenerator)
     student.model = SimpleNamespace(spec=SimpleNamespace(sampler=DXPolicy(num_steps=4)))  # type: ignore[assignment]
-    with pytest.raises(UserError, match="--estimates: a call of this student answers for a whole segment"):
+    with pytest.raises(UserError, match="--estimates: one NFE of this student covers a whole segment"):
         as_model(student, "--estimates")

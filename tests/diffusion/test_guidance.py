@@ -96,7 +96,7 @@ def test_guiding_one_form_of_the_estimate_guides_all(path, kind):
 def test_a_guided_run_on_gaussians_follows_the_exact_flow_of_the_guided_gaussian(path):
     sampler, denoiser, seen = Heun(num_steps=400), TwoGaussians(path), Recorder(SCALE)
     sampler(denoiser, random(BATCH, 3), ONES, guidance=seen)
-    first, last = seen.calls[0], seen.calls[-1]
+    first, last = seen.evaluations[0], seen.evaluations[-1]
     mean = MEANS[0] + SCALE * (MEANS[1] - MEANS[0])
     exact = gaussian_flow(path, mean, torch.diag(VARIANCES), first.x, first.t, last.t)
     torch.testing.assert_close(last.x, exact, rtol=0, atol=2e-4)  # second order: a quarter of it with 800 steps
@@ -287,20 +287,28 @@ def test_the_residual_of_least_squares_is_orthogonal_to_its_features():
     torch.testing.assert_close(products, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-def linear(*, has_intercept: bool, calls: range | None = None, threshold: float = 1.1) -> tuple[Denoiser, LinearAG]:
+def linear(
+    *, has_intercept: bool, evaluations: range | None = None, threshold: float = 1.1
+) -> tuple[Denoiser, LinearAG]:
     """Fitted on other noise than the tests'."""
     denoiser = TwoGaussians(EDM(sigma_min=0.02, sigma_max=20.0))
     cond = Cond(label=torch.ones(32, dtype=torch.int64))
     adaptive = AdaptiveGuidance(scale=SCALE, threshold=threshold, metric="x0")
     noise = random(32, 3, seed=5)
     fitted = fit_linear_ag(
-        denoiser, Heun(num_steps=6), noise, cond, adaptive=adaptive, calls=calls, has_intercept=has_intercept
+        denoiser,
+        Heun(num_steps=6),
+        noise,
+        cond,
+        adaptive=adaptive,
+        evaluations=evaluations,
+        has_intercept=has_intercept,
     )
     return denoiser, fitted
 
 
 def test_linear_ag_with_an_intercept_is_exact_on_gaussians_of_one_covariance():
-    denoiser, policy = linear(has_intercept=True, calls=range(1, 11))
+    denoiser, policy = linear(has_intercept=True, evaluations=range(1, 11))
     rows = rows_of(denoiser)
     found = sample(Heun(num_steps=6), denoiser, ONES, policy)
     assert rows == [2 * BATCH, *[BATCH] * 10]
@@ -329,10 +337,10 @@ def test_linear_ag_ends_guidance_as_adaptive_guidance_does():
     assert sum(rows) < 2 * BATCH * 11 - 2 * BATCH
 
 
-@pytest.mark.parametrize("calls", [[0], [11]])
-def test_a_call_that_cannot_be_predicted_is_refused(calls):
+@pytest.mark.parametrize("evaluations", [[0], [11]])
+def test_a_call_that_cannot_be_predicted_is_refused(evaluations):
     with pytest.raises(ValueError, match="must be among 1 to 10"):
-        linear(has_intercept=False, calls=calls)
+        linear(has_intercept=False, evaluations=evaluations)
 
 
 # All of them

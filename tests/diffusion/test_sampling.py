@@ -235,7 +235,7 @@ def test_noise_between_steps_is_the_first_again_or_what_x_t_held(path, kind):
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_rolling_out_to_a_step_repeats_the_first_calls_of_sampling(step):
+def test_rolling_out_to_a_step_repeats_the_first_steps_of_sampling(step):
     sampler, denoiser = FewSteps(init_ratio=10.0, later_ratios=(2.0, 0.5)), gaussian(VPCosine())
     calls = calls_of(denoiser)
     sampler(denoiser, random(5, 3), fresh_noise=fresh((5, 3)))

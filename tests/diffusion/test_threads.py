@@ -66,7 +66,7 @@ def denoiser(channels: tuple[int, ...] = (8, 8), num_threads: int | None = None)
     "command",
     [
         ("sample", "{run}", "--count", "2", "--teacher", "--out", "{out}.png"),
-        ("sample", "{run}", "--count", "2", "--first-calls", "1", "--estimates", "--out", "{out}.png"),
+        ("sample", "{run}", "--count", "2", "--first-steps", "1", "--estimates", "--out", "{out}.png"),
         ("eval", "{run}", "--repeats", "1"),
         ("export", "{run}", "--out", "{out}"),
     ],

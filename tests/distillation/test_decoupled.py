@@ -93,7 +93,7 @@ def test_guidance_is_at_cleaner_noise_than_the_student_s_call_was() -> None:
 
 
 def test_where_levels_are_drawn_each_sample_has_its_own_bound() -> None:
-    method = replace(APART, levels=DrawnLevels(calls=(3, 3)))
+    method = replace(APART, levels=DrawnLevels(num_steps=(3, 3)))
     draws = [draw for draw in (drawn(method, step) for step in range(6)) if int(draw["step"]) > 0]
     for draw in draws:
         bound = draw["times"][:, int(draw["step"])]

@@ -22,7 +22,7 @@ from diffdistill.distillation.score_distillation import generate
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.training.trainer import Trainer
 
-LEVELS = DrawnLevels(calls=(2, 5), time_law=Karras(ratio_max=50.0))
+LEVELS = DrawnLevels(num_steps=(2, 5), time_law=Karras(ratio_max=50.0))
 METHOD = DMD2(steps=MULTI_STEP, levels=LEVELS, gan_weight=0.0)
 
 
@@ -41,7 +41,7 @@ def test_every_number_of_calls_in_the_range_occurs_and_all_parts_of_a_batch_shar
 
 @on_every_path
 def test_levels_fall_from_the_sampler_s_first_and_are_each_sample_s_own(path: NoisePath) -> None:
-    times = times_of(3, path, DrawnLevels(calls=(5, 5)))
+    times = times_of(3, path, DrawnLevels(num_steps=(5, 5)))
     assert torch.equal(times[:, 0], MULTI_STEP.times(path)[:1].expand(BATCH))
     assert bool((times.diff(dim=1) <= 0).all())
     assert len(times[:, 1:].unique(dim=0)) == BATCH
@@ -52,7 +52,7 @@ def test_levels_fall_from_the_sampler_s_first_and_are_each_sample_s_own(path: No
 
 def test_the_inner_levels_have_the_law_s_quantiles() -> None:
     """Sorted they are one law's again when they are put together; the first level clamps those above it."""
-    times = times_of(0, levels=DrawnLevels(calls=(3, 3), time_law=LEVELS.time_law), size=20_000)
+    times = times_of(0, levels=DrawnLevels(num_steps=(3, 3), time_law=LEVELS.time_law), size=20_000)
     expected = LEVELS.time_law(torch.tensor([0.25, 0.5], dtype=torch.float64), PATH)
     found = times[:, 1:].flatten().quantile(torch.tensor([0.25, 0.5], dtype=torch.float64))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
@@ -63,7 +63,7 @@ def test_the_inner_levels_have_the_law_s_quantiles() -> None:
 @pytest.mark.parametrize("noise", ["fresh", "fixed", "ddim"])
 def test_the_generator_s_image_is_that_of_a_sampler_with_the_drawn_levels(noise: str) -> None:
     steps = replace(MULTI_STEP, later_noise=noise)
-    below = DrawnLevels(calls=(2, 4), time_law=Karras(ratio_max=19.0))  # no two levels the same
+    below = DrawnLevels(num_steps=(2, 4), time_law=Karras(ratio_max=19.0))  # no two levels the same
     players, draw, _ = scene(replace(METHOD, steps=steps, levels=below), step=2)
     count = draw["times"].shape[1]
     draw["step"] = torch.tensor(count - 1)
@@ -104,13 +104,13 @@ def test_without_levels_nothing_of_them_is_drawn() -> None:
 
 def test_a_range_of_calls_rises() -> None:
     with pytest.raises(ValueError, match="calls: must be increasing"):
-        DrawnLevels(calls=(3, 2))
+        DrawnLevels(num_steps=(3, 2))
 
 
 def test_a_run_in_pieces_ends_as_the_whole(make_config: MakeConfig, tmp_path: Path) -> None:
     ends = []
     for size in (8, 4):
-        options = ("method.gan_weight=0", "method.levels={calls: [1, 3]}", f"train.micro_batch_size={size}")
+        options = ("method.gan_weight=0", "method.levels={num_steps: [1, 3]}", f"train.micro_batch_size={size}")
         trainer = Trainer(make_config("dmd2", *options, f"run={tmp_path / str(size)}"), quiet=True)
         trainer.run()
         ends.append(trainer.trained["generator"].state_dict())

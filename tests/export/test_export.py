@@ -399,7 +399,7 @@ def test_a_card_says_how_to_call_how_it_was_made_and_under_which_licence(
     steps = read_record(tmp_path / "out").call["timesteps"]  # type: ignore[union-attr]
     assert f"pipe(prompt='a red square', timesteps={steps}, guidance_scale=1.0, generator=" in card
     assert "name: sid" in card
-    assert "Distilled with diffdistill by `sid`, from `teacher`: images of 16 x 16 pixels in one call" in card
+    assert "Distilled with diffdistill by `sid`, from `teacher`: images of 16 x 16 pixels in 1 NFE" in card
     assert "| `pipe(prompt, num_inference_steps=1, guidance_scale=0)`, or `1` | the student's images |" in card
     assert "The teacher's, `other`, holds for this student as well." in card
     assert (tmp_path / "out" / "LICENSE").read_text() == "Be kind."

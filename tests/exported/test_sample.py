@@ -232,7 +232,7 @@ def test_code_runs_only_of_the_folder_that_was_named_and_not_of_the_teacher_that
     options = SampleOptions(SampleRequest(trusts_code=True), tmp_path / "out.png", count=2, has_teacher=True)
     for act in (
         lambda: run_sample(str(outer), options),
-        lambda: run_sample(str(outer), replace(options, has_teacher=False, first_calls=1)),
+        lambda: run_sample(str(outer), replace(options, has_teacher=False, first_steps=1)),
     ):
         with pytest.raises(UserError, match="folders that you name; read it, then add --teacher-from"):
             act()

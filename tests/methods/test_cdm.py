@@ -33,7 +33,7 @@ def gradients(loss: Tensor, players: Players) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(players.generator.parameters()), retain_graph=True))
 
 
-@pytest.mark.parametrize("levels", [None, DrawnLevels(calls=(2, 3))], ids=["fixed", "drawn"])
+@pytest.mark.parametrize("levels", [None, DrawnLevels(num_steps=(2, 3))], ids=["fixed", "drawn"])
 def test_without_its_own_parts_it_is_dmd2_with_guidance_apart_bit_for_bit(levels: DrawnLevels | None) -> None:
     method = replace(PLAIN, levels=levels)
     other = DMD2(

@@ -37,7 +37,9 @@ def test_without_matching_after_the_warm_up_it_is_scm_with_an_even_weight() -> N
     assert [update.every for update in CONSISTENCY.updates] == [1], "there is no fake score to wait for"
 
 
-@pytest.mark.parametrize("levels", [None, DrawnLevels(calls=(2, 3), order="capped")], ids=["the sampler's", "drawn"])
+@pytest.mark.parametrize(
+    "levels", [None, DrawnLevels(num_steps=(2, 3), order="capped")], ids=["the sampler's", "drawn"]
+)
 def test_without_consistency_it_is_dmd2_without_a_gan_bit_for_bit(levels: DrawnLevels | None) -> None:
     method = replace(MATCHING, levels=levels)
     other = DMD2(steps=MULTI_STEP, levels=levels, guidance=2.0, gan_weight=0.0)

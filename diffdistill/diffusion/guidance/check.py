@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.guidance.first_calls import FirstCalls
+from diffdistill.diffusion.guidance.first_steps import FirstSteps
 from diffdistill.diffusion.guidance.policies import Guidance
 from diffdistill.settings.schema import UserError
 
@@ -14,8 +14,8 @@ def check_guidance(denoiser: Denoiser, setting: str, scale: Guidance | tuple[flo
     setting: its name, for the user.  scale: of it: a number, one for each sample, the ends of a range, or a policy;
     1 asks for nothing.
     """
-    if isinstance(scale, FirstCalls):
-        check_guidance(scale.teacher, f"{setting} (of the first calls)", scale.guidance)
+    if isinstance(scale, FirstSteps):
+        check_guidance(scale.teacher, f"{setting} (of the first steps)", scale.guidance)
         scale = scale.rest
     values = scale.tolist() if isinstance(scale, Tensor) else scale if isinstance(scale, tuple) else (scale,)
     asked = [value for value in values if value != 1]

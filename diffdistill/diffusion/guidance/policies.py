@@ -2,8 +2,8 @@
 
 Every sampler takes as `guidance` a number w (classifier-free guidance, D_u + w (D_c - D_u); a tensor [B] gives each
 sample its own) or a policy. Here are limited intervals, CFG++ and Adaptive Guidance; LinearAG is in
-`diffdistill.diffusion.linear_ag`. An evaluation is one sample through the network: plain guidance takes two a
-call.
+`diffdistill.diffusion.linear_ag`. An evaluation is one sample through the network: plain guidance takes two
+per step.
 """
 
 import math
@@ -28,7 +28,7 @@ Metric = Literal["eps", "x0"]
 
 
 class Guided(Protocol):
-    """One sampling run's guided denoiser. It may remember the run's earlier calls."""
+    """One sampling run's guided denoiser. It may remember the run's earlier evaluations."""
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
         """x: [B, ...] at t: [B], one time for all; s: [B], the next time on the sampler's grid, None for the image.
@@ -123,11 +123,11 @@ class CFGPlusPlus:
 
 @schema
 class AdaptiveGuidance:
-    """Guidance until both estimates of a sample agree, and from then on one evaluation a call for this sample.
+    """Guidance until both estimates of a sample agree, and from then on one evaluation per step for this sample.
 
     threshold: a sample is done when the cosine between its conditional and unconditional estimate, in the form that
     `metric` says, exceeds it; above 1: never.  armed_below_ratio: the cosine of eps is close to 1 at the start too,
-    where both are the noise itself. So it counts only once it has fallen from one call to the next, or below this
+    where both are the noise itself. So it counts only once it has fallen from one step to the next, or below this
     noise-to-signal ratio, by default that of 0.7 T on a cosine path. The cosine of x0 rises all the way.
     Castillo et al. 2023, arXiv:2312.12487. Not from the paper: the threshold's default, arming, metric x0.
     """
@@ -160,7 +160,7 @@ class Pair:
 
 
 def evaluate_pair(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, null: Cond, guided: Tensor) -> Pair:
-    """One call of the network: every sample with its condition, those that are `guided` without it too."""
+    """One batch through the network: every sample with its condition, those that are `guided` without it too."""
     rows = guided.nonzero()[:, 0]
     # The order of `Denoiser`, so that a batch with all samples guided gives the bits of plain guidance.
     inputs = torch.cat([x[rows], x]), torch.cat([t[rows], t]), Cond.cat(null[rows], cond)
@@ -170,7 +170,7 @@ def evaluate_pair(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, null: Co
 
 
 class AdaptiveRun:
-    """One run under Adaptive Guidance.  last: what the latest call saw.  guided: [B], who goes on being guided."""
+    """One run under Adaptive Guidance.  last: the latest estimates.  guided: [B], who goes on being guided."""
 
     def __init__(self, policy: AdaptiveGuidance, denoiser: Denoiser, cond: Cond) -> None:
         self.policy, self.denoiser, self.cond = policy, denoiser, cond
@@ -203,8 +203,8 @@ def alignment(denoiser: Denoiser, pair: Pair, metric: Metric) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a sampling run: what the guided denoiser was given, [B, ...] and [B], and what it said."""
+class Evaluation:
+    """One evaluation of a sampling run: the guided denoiser's inputs, [B, ...] and [B], and its estimate."""
 
     x: Tensor
     t: Tensor
@@ -212,18 +212,18 @@ class Call:
 
 
 class Recorder:
-    """Another guidance, of which every call is kept, in order."""
+    """Another guidance, of which every evaluation is kept, in order."""
 
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
-        self.calls: list[Call] = []
+        self.evaluations: list[Evaluation] = []
 
     def begin(self, denoiser: Denoiser, cond: Cond) -> Guided:
         guided = begin(self.guidance, denoiser, cond)
 
         def estimate(x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
-            self.calls.append(Call(x, t, guided(x, t, s)))
-            return self.calls[-1].x0
+            self.evaluations.append(Evaluation(x, t, guided(x, t, s)))
+            return self.evaluations[-1].x0
 
         return estimate
 

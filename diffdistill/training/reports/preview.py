@@ -46,7 +46,7 @@ def preview_panels(
     known = [class_names[number] if number < len(class_names) else str(number) for number in classes.tolist()]
     names = ", ".join(known) if problem.num_classes else ""
     told = f": {shown(names)}" if 0 < len(names) <= LONGEST_NAMES else ""
-    panels = {f"{name} ({sampler.num_evaluations} ev.){told}": x}
+    panels = {f"{name} ({sampler.num_evaluations} NFE){told}": x}
     t = problem.path.time_of_ratio(torch.ones(count, dtype=torch.float64, device=device))
     x_t = problem.path.diffuse(x, rng.normal("preview eps", problem.image_shape), t)
     for other in ("teacher", "fake"):

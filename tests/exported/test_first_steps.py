@@ -1,4 +1,4 @@
-"""`diffdistill sample --first-calls` and `--estimates`: whose images, which states, what is refused."""
+"""`diffdistill sample --first-steps` and `--estimates`: whose images, which states, what is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from diffdistill.diffusion.sampling import FewSteps, OneCall
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.export.run import ExportOptions, export
 from diffdistill.export.stock import write_stock
-from diffdistill.exported.first_calls import check_first_calls, estimates_along, with_first_calls
+from diffdistill.exported.first_steps import check_first_steps, estimates_along, with_first_steps
 from diffdistill.exported.image_generators import open_image_generator
 from diffdistill.exported.sample import SampleOptions, run_estimates, run_sample
 from diffdistill.inference.image_generator import ModelImageGenerator, SampleRequest
@@ -61,9 +61,9 @@ def test_none_is_the_student_and_all_are_the_teacher(class_run: Path) -> None:
     student, teacher = imager(class_run, num_steps=3), imager(class_run.with_name("mlp"))
     index, alone = torch.arange(4), imager(class_run, num_steps=3)
     own = alone(index)
-    assert torch.equal(with_first_calls(student, teacher, 0)(index), own)
+    assert torch.equal(with_first_steps(student, teacher, 0)(index), own)
     alone.model = replace(alone.model, denoiser=teacher.model.denoiser)
-    assert torch.equal(with_first_calls(student, teacher, 3)(index), alone(index))
+    assert torch.equal(with_first_steps(student, teacher, 3)(index), alone(index))
     assert torch.equal(student(index), own)  # which is left as it was
 
 
@@ -72,13 +72,13 @@ def test_only_the_first_call_is_the_teachers(class_run: Path) -> None:
     calls: list[str] = []
     for name, one in (("student", student), ("teacher", teacher)):
         one.model.denoiser.net.register_forward_hook(lambda *_, name=name: calls.append(name))
-    with_first_calls(student, teacher, 1)(torch.arange(2))
+    with_first_steps(student, teacher, 1)(torch.arange(2))
     assert calls == ["teacher", "student", "student"]
 
 
 def test_prompts_reach_both(text_run: Path, tmp_path: Path) -> None:
     asked = SampleRequest(prompts=("a red fox",), num_steps=2)
-    [mixed] = run_sample(str(text_run), SampleOptions(asked, tmp_path / "a.png", count=2, first_calls=1))
+    [mixed] = run_sample(str(text_run), SampleOptions(asked, tmp_path / "a.png", count=2, first_steps=1))
     own = imager(text_run, prompts=("a red fox",), num_steps=2)(torch.arange(2))
     assert mixed.images.shape == own.shape
     assert float((mixed.images - own).abs().max()) > 0
@@ -87,7 +87,7 @@ def test_prompts_reach_both(text_run: Path, tmp_path: Path) -> None:
 
 def test_beside_the_teacher_there_are_three_grids(class_run: Path, tmp_path: Path) -> None:
     asked = SampleRequest(num_steps=2)
-    options = SampleOptions(asked, tmp_path / "a.png", count=3, first_calls=1, has_teacher=True, teacher_steps=3)
+    options = SampleOptions(asked, tmp_path / "a.png", count=3, first_steps=1, has_teacher=True, teacher_steps=3)
     made = run_sample(str(class_run), options)
     assert [one.name for one in made] == ["teacher", "student", "first step by the teacher"]
     assert len({float(one.images.sum()) for one in made}) == 3
@@ -103,17 +103,19 @@ def test_estimates_are_those_of_the_states_on_the_way(class_run: Path) -> None:
     student.guidance = seen
     student(torch.arange(5))
     cond = teacher.model.denoiser.class_cond(student.labels_of(torch.arange(5)))
-    for column, call in enumerate(seen.calls):
+    for column, call in enumerate(seen.evaluations):
         with torch.no_grad():
             expected = teacher.model.denoiser(call.x, call.t, cond)
         torch.testing.assert_close(other.images[:, column], expected.float(), atol=1e-5, rtol=0)
-    assert own.ratios == pytest.approx([float(student.model.denoiser.path.ratio(call.t[0])) for call in seen.calls])
+    assert own.ratios == pytest.approx(
+        [float(student.model.denoiser.path.ratio(call.t[0])) for call in seen.evaluations]
+    )
     assert own.caption.startswith("student's estimates, student's states, sigma / alpha ")
 
 
 def test_the_teachers_way_is_shown_too(class_run: Path, tmp_path: Path) -> None:
     asked, out = SampleRequest(num_steps=2), tmp_path / "a.png"
-    options = SampleOptions(asked, out, count=2, has_teacher=True, teacher_steps=5, first_calls=1)
+    options = SampleOptions(asked, out, count=2, has_teacher=True, teacher_steps=5, first_steps=1)
     made = run_estimates(str(class_run), options)
     assert [(one.of, one.states, *one.images.shape[:2]) for one in made] == [
         ("student", "student", 2, 2),
@@ -128,22 +130,22 @@ def test_the_command_says_what_it_wrote(class_run: Path, tmp_path: Path) -> None
     result = sampled(class_run, "--steps", 2, "--estimates", "--count", 2, "--out", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
     assert "a.png: student's estimates, student's states, sigma / alpha " in result.stdout
-    result = sampled(class_run, "--steps", 2, "--first-calls", 1, "--count", 2, "--out", tmp_path / "b.png")
+    result = sampled(class_run, "--steps", 2, "--first-steps", 1, "--count", 2, "--out", tmp_path / "b.png")
     assert "b.png: 2 images; first step by the teacher: 2 NFE, " in result.stdout
 
 
 def test_what_cannot_be_is_refused(class_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pure noise at every time, which no teacher can denoise"):
-        check_first_calls(1, OneCall())
-    check_first_calls(0, OneCall())
-    check_first_calls(1, FewSteps())
+        check_first_steps(1, OneCall())
+    check_first_steps(0, OneCall())
+    check_first_steps(1, FewSteps())
     folder = tmp_path / "code"
     export(str(class_run), folder, ExportOptions(kind="self-contained", is_verified=False))
     for place, arguments, said in (
-        (class_run, ("--first-calls", 2), "--first-calls 2: the student has 1 NFE; give it"),
-        (folder, ("--trust-code", "--first-calls", 1), "--first-calls: an exported folder with its own code"),
+        (class_run, ("--first-steps", 2), "--first-steps 2: the student has 1 NFE; give it"),
+        (folder, ("--trust-code", "--first-steps", 1), "--first-steps: an exported folder with its own code"),
         (folder, ("--trust-code", "--estimates"), "--estimates: an exported folder with its own code"),
-        (class_run.with_name("mlp"), ("--first-calls", 1), "--teacher: "),
+        (class_run.with_name("mlp"), ("--first-steps", 1), "--teacher: "),
     ):
         result = sampled(place, "--out", tmp_path / "a.png", *arguments)
         assert result.exit_code == 2, (arguments, result.output)
@@ -157,9 +159,9 @@ def test_estimates_without_the_noisiest_states_are_refused(class_run: Path, tmp_
 
 
 def test_an_export_is_refused_with_what_to_do_instead(class_run: Path, tmp_path: Path) -> None:
-    told = CliRunner().invoke(app, ["export", str(class_run), "--out", str(tmp_path / "a"), "--first-calls", "1"])
+    told = CliRunner().invoke(app, ["export", str(class_run), "--out", str(tmp_path / "a"), "--first-steps", "1"])
     assert told.exit_code == 2
-    assert "--first-calls 1: a folder holds one network, and no pipeline of diffusers changes it" in told.output
+    assert "--first-steps 1: a folder holds one network, and no pipeline of diffusers changes it" in told.output
     assert not (tmp_path / "a").exists()
 
 
@@ -190,6 +192,6 @@ def test_a_callback_lets_the_teacher_make_the_first_call_of_a_stock_folder(text_
     index = torch.arange(1)
     torch.testing.assert_close(made["student"], student(index).clamp(-1, 1), rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        made["mixed"], with_first_calls(student, teacher, 1)(index).clamp(-1, 1), rtol=0, atol=1e-5
+        made["mixed"], with_first_steps(student, teacher, 1)(index).clamp(-1, 1), rtol=0, atol=1e-5
     )
     assert float((made["mixed"] - made["student"]).abs().max()) > 1e-3

@@ -1,4 +1,4 @@
-"""A student whose first calls are its teacher's: the two ends to the bit, the Gaussians' spread in closed form."""
+"""A student whose first steps are its teacher's: the two ends to the bit, the Gaussians' spread in closed form."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.guidance.check import check_guidance
-from diffdistill.diffusion.guidance.first_calls import FirstCalls, on_path
+from diffdistill.diffusion.guidance.first_steps import FirstSteps, on_path
 from diffdistill.diffusion.guidance.policies import Recorder
 from diffdistill.diffusion.path import EDM, Flow, VPCosine, VPDiscrete
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun
@@ -30,9 +30,9 @@ def test_no_first_call_is_the_student_and_all_of_them_the_teacher(sampler) -> No
     teacher, student, noise = one_gaussian(0.5, TEACHER), one_gaussian(0.5, STUDENT), random(64, 1)
     calls = sampler.num_evaluations
     for count, alone in ((0, student), (calls, teacher)):
-        made = sampler(student, noise, guidance=FirstCalls(count, teacher), fresh_noise=fresh)
+        made = sampler(student, noise, guidance=FirstSteps(count, teacher), fresh_noise=fresh)
         assert torch.equal(made, sampler(alone, noise, fresh_noise=fresh))
-    between = sampler(student, noise, guidance=FirstCalls(1, teacher), fresh_noise=fresh)
+    between = sampler(student, noise, guidance=FirstSteps(1, teacher), fresh_noise=fresh)
     assert not torch.equal(between, sampler(student, noise, fresh_noise=fresh))
 
 
@@ -55,7 +55,7 @@ def test_the_spread_of_gaussians_is_the_closed_form(later_noise, count) -> None:
     steps = FewSteps(init_ratio=20.0, later_ratios=(2.0, 0.5), later_noise=later_noise)
     teacher, student = one_gaussian(0.0, TEACHER), one_gaussian(0.0, STUDENT)
     draws = [random(200_000, 1, seed=seed) for seed in range(3)]
-    policy = FirstCalls(count, teacher)
+    policy = FirstSteps(count, teacher)
     made = steps(student, draws[0], guidance=policy, fresh_noise=lambda i: draws[1 + i])
     expected = spread([TEACHER] * count + [STUDENT] * (3 - count), steps)
     assert float(made.var()) == pytest.approx(expected, rel=0.02)  # 200,000 samples: 0.3 % of a variance, six times
@@ -74,9 +74,9 @@ def test_each_side_has_its_own_guidance_and_condition() -> None:
     two = mixture_denoiser(EDM(), torch.ones(2), means, numbers(0.5, 0.5), classes)
     seen, rest, noise = Recorder(3.0), Recorder(1.0), random(8, 1)
     cond = Cond(label=torch.zeros(8, dtype=torch.long))
-    STEPS(two, noise, cond, guidance=FirstCalls(1, two, seen, rest), fresh_noise=lambda i: random(8, 1, seed=i))
-    assert (len(seen.calls), len(rest.calls)) == (1, 2)
-    first, second = seen.calls[0], rest.calls[0]
+    STEPS(two, noise, cond, guidance=FirstSteps(1, two, seen, rest), fresh_noise=lambda i: random(8, 1, seed=i))
+    assert (len(seen.evaluations), len(rest.evaluations)) == (1, 2)
+    first, second = seen.evaluations[0], rest.evaluations[0]
     assert torch.equal(first.x0, two(first.x, first.t, cond, guidance=3.0))
     assert torch.equal(second.x0, two(second.x, second.t, cond))
 
@@ -84,7 +84,7 @@ def test_each_side_has_its_own_guidance_and_condition() -> None:
 def test_a_teacher_without_classes_is_told_none() -> None:
     classes, means = torch.arange(2), numbers(-2.0, 2.0)[:, None]
     two = mixture_denoiser(EDM(), torch.ones(2), means, numbers(0.5, 0.5), classes)
-    made = FirstCalls(1, one_gaussian(0.0, 1.0)).begin(two, Cond(label=torch.zeros(4, dtype=torch.long)))
+    made = FirstSteps(1, one_gaussian(0.0, 1.0)).begin(two, Cond(label=torch.zeros(4, dtype=torch.long)))
     assert made(random(4, 1), torch.ones(4)).shape == (4, 1)
 
 
@@ -111,16 +111,16 @@ def test_a_gaussian_teacher_on_another_path_gives_the_same_image() -> None:
     steps, noise = FewSteps(init_ratio=9.0, later_ratios=(1.0,), later_noise="ddim"), random(64, 1)
     here, there = (one_gaussian(0.5, TEACHER, path) for path in (EDM(), VPCosine()))
     student = one_gaussian(0.5, STUDENT)
-    made = [steps(student, noise, guidance=FirstCalls(1, teacher)) for teacher in (here, there)]
+    made = [steps(student, noise, guidance=FirstSteps(1, teacher)) for teacher in (here, there)]
     torch.testing.assert_close(*made)
 
 
 def test_guidance_of_either_is_checked() -> None:
     gaussian = one_gaussian(0.0, 1.0)
     for policy, said in (
-        (FirstCalls(1, gaussian, 2.0), r"--guidance \(of the first calls\): 2"),
-        (FirstCalls(1, gaussian, 1.0, 2.0), "--guidance: 2"),
+        (FirstSteps(1, gaussian, 2.0), r"--guidance \(of the first steps\): 2"),
+        (FirstSteps(1, gaussian, 1.0, 2.0), "--guidance: 2"),
     ):
         with pytest.raises(UserError, match=said):
             check_guidance(gaussian, "--guidance", policy)
-    check_guidance(gaussian, "--guidance", FirstCalls(1, gaussian))
+    check_guidance(gaussian, "--guidance", FirstSteps(1, gaussian))

@@ -1,6 +1,6 @@
 """Teacher and student in one trajectory.  Gandikota & Bau 2025, arXiv:2503.10637.
 
-Images whose first calls are the teacher's, and what each of the two would make of every state on the way
+Images whose first steps are the teacher's, and the estimates of both at every state of the trajectory
 (DT-Visualization).
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.diffusion.dx_policy import DXPolicy
-from diffdistill.diffusion.guidance.first_calls import FirstCalls, on_path
-from diffdistill.diffusion.guidance.policies import Call, Recorder, begin
+from diffdistill.diffusion.guidance.first_steps import FirstSteps, on_path
+from diffdistill.diffusion.guidance.policies import Evaluation, Recorder, begin
 from diffdistill.diffusion.sampling import OneCall, Sampler
 from diffdistill.diffusion.threads import sampling_threads, threads
 from diffdistill.inference.image_generator import ImageGenerator, ModelImageGenerator
@@ -20,41 +20,41 @@ from diffdistill.settings.schema import UserError
 
 
 def as_model(imager: ImageGenerator, option: str) -> ModelImageGenerator:
-    """Raises UserError for a folder's own pipeline, of which no single call can be taken over, and for a policy, a call
-    of which answers for a whole segment."""
+    """Raises UserError for a folder's own pipeline, whose single steps cannot be replaced, and for a policy, one
+    evaluation of which covers a whole segment."""
     if not isinstance(imager, ModelImageGenerator):
         raise UserError(
             f"{option}: an exported folder with its own code gives no access to single steps; sample the run"
         )
     if isinstance(imager.model.spec.sampler, DXPolicy):
-        raise UserError(f"{option}: a call of this student answers for a whole segment, which no teacher's does")
+        raise UserError(f"{option}: one NFE of this student covers a whole segment, which no teacher's does")
     return imager
 
 
-def with_first_calls(student: ModelImageGenerator, teacher: ModelImageGenerator, calls: int) -> ModelImageGenerator:
-    """The student with its first calls made by the teacher, each under its own guidance. Raises UserError."""
-    check_first_calls(calls, student.model.spec.sampler)
+def with_first_steps(student: ModelImageGenerator, teacher: ModelImageGenerator, steps: int) -> ModelImageGenerator:
+    """The student with its first steps made by the teacher, each with its own guidance. Raises UserError."""
+    check_first_steps(steps, student.model.spec.sampler)
     mixed = copy(student)
-    mixed.guidance = FirstCalls(calls, teacher.model.denoiser, teacher.guidance, student.guidance)
+    mixed.guidance = FirstSteps(steps, teacher.model.denoiser, teacher.guidance, student.guidance)
     return mixed
 
 
-def check_first_calls(calls: int, sampler: Sampler) -> None:
-    """Raise UserError where a sampler has fewer calls, or calls that no teacher can answer."""
-    if isinstance(sampler, OneCall) and calls:
+def check_first_steps(steps: int, sampler: Sampler) -> None:
+    """Raise UserError if a sampler has fewer NFE, or inputs that no teacher can denoise."""
+    if isinstance(sampler, OneCall) and steps:
         raise UserError(
-            "--first-calls: this student treats its input as pure noise at every time, which no teacher can denoise"
+            "--first-steps: this student treats its input as pure noise at every time, which no teacher can denoise"
         )
-    if calls > sampler.num_evaluations:
-        raise UserError(f"--first-calls {calls}: the student has {sampler.num_evaluations} NFE; give it more --steps")
+    if steps > sampler.num_evaluations:
+        raise UserError(f"--first-steps {steps}: the student has {sampler.num_evaluations} NFE; give it more --steps")
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """What one model would make of every state of some trajectories.
+    """One model's estimates of x0 at every state of some trajectories.
 
-    of: the model's name; states: whose trajectories.  ratios: the states' noise-to-signal ratios, [calls].
-    images: [N, calls, C, H, W] in [-1, 1].
+    of: the model's name; states: whose trajectories.  ratios: the states' noise-to-signal ratios, [NFE].
+    images: [N, NFE, C, H, W] in [-1, 1].
     """
 
     of: str
@@ -72,21 +72,21 @@ class Estimates:
 def estimates_along(
     walker: ModelImageGenerator, asked: dict[str, ModelImageGenerator], *, states: str, count: int, batch: int
 ) -> list[Estimates]:
-    """Of every call of `walker`'s sampler, what each model asked would give as x0, decoded.
+    """The decoded x0 estimates of each model asked, at every evaluation of `walker`'s sampler.
 
     walker: makes the trajectories of images 0 .. count - 1.  states: what to call them.
     """
     made: dict[str, list[Tensor]] = {name: [] for name in asked}
     for index in torch.arange(count).split(batch):
-        calls = _trajectory(walker, index)
+        visited = _trajectory(walker, index)
         path = walker.model.denoiser.path
-        ratios = tuple(float(path.ratio(call.t[0])) for call in calls)
+        ratios = tuple(float(path.ratio(state.t[0])) for state in visited)
         for name, model in asked.items():
             denoiser = model.model.denoiser
             cond = denoiser.class_cond(walker.labels_of(index))
             columns = []
-            for call in calls:
-                x, t = on_path(call.x, call.t, path, denoiser.path)
+            for state in visited:
+                x, t = on_path(state.x, state.t, path, denoiser.path)
                 with threads(sampling_threads(denoiser, x.shape[1:])):
                     estimate = begin(model.guidance, denoiser, cond)(x, t).to(x.dtype)
                 columns.append(model.decode(estimate).float().cpu())
@@ -94,7 +94,7 @@ def estimates_along(
     return [Estimates(name, states, ratios, torch.cat(parts)) for name, parts in made.items()]
 
 
-def _trajectory(walker: ModelImageGenerator, index: Tensor) -> list[Call]:
+def _trajectory(walker: ModelImageGenerator, index: Tensor) -> list[Evaluation]:
     seen = Recorder(walker.guidance)
     walker.before_decoding(index, seen)
-    return seen.calls
+    return seen.evaluations

@@ -1,7 +1,7 @@
-"""Diversity kept: a few-step student whose first calls are its teacher's.  Gandikota & Bau 2025, arXiv:2503.10637.
+"""Diversity kept: a few-step student whose first steps are its teacher's.  Gandikota & Bau 2025, arXiv:2503.10637.
 
-A distilled model settles an image's layout in its first call, where a diffusion model is still undecided. With the
-teacher in that call and the student in the others the layouts are as many as the teacher's, at the student's price.
+A distilled model settles an image's layout in its first step, where a diffusion model is still undecided. With the
+teacher in that step and the student in the others the layouts are as many as the teacher's, at the student's cost.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from diffdistill.diffusion.path import Path, expand
 
 
 @dataclass(frozen=True)
-class FirstCalls:
-    """A policy: `teacher` answers the first `calls` calls of a sampling run, the sampler's own denoiser the others.
+class FirstSteps:
+    """A policy: `teacher` makes the first `num_evaluations` NFE of a sampling run, the sampler's denoiser the others.
 
-    guidance: of the teacher.  rest: of the denoiser.  The steps between the calls stay the sampler's. A teacher on
-    another path is asked at the same noise-to-signal ratio, of the state scaled as it is there.
+    guidance: of the teacher.  rest: of the denoiser.  The sampler stays the student's. A teacher on
+    another path is evaluated at the same noise-to-signal ratio, of the state scaled as it is there.
     """
 
-    calls: int
+    num_evaluations: int
     teacher: Denoiser
     guidance: Guidance = 1.0
     rest: Guidance = 1.0
@@ -34,7 +34,7 @@ class FirstCalls:
         paths, number = (denoiser.path, self.teacher.path), count()
 
         def estimate(x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
-            if next(number) >= self.calls:
+            if next(number) >= self.num_evaluations:
                 return rest(x, t, s)
             (there, time), following = on_path(x, t, *paths), s if s is None else on_path(x, s, *paths)[1]
             return first(there, time, following).to(x.dtype)
