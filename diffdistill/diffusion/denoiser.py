@@ -151,8 +151,8 @@ class Denoiser(nn.Module):
 
         x_t: [B, ...]; t: [B] in the path's time; cond: parts of [B, ...].
         guidance: w of D_u + w (D_c - D_u), or of the model's own rule; a number or [B]. 1 evaluates the network on
-        `cond` alone and 0 on `uncond` alone; any other value evaluates both in one batch. A network that takes the scale
-        as its input gets w instead, whatever it is, in one evaluation, unless cond has one.
+        `cond` alone and 0 on `uncond` alone; any other value evaluates both in one batch. A network that takes the
+        scale as its input gets w instead, whatever it is, in one evaluation, unless cond has one.
         uncond: default `unconditional(cond)`.
         Raises ValueError on a condition that the network does not take, and where it knows no "no class".
         Guidance: Ho & Salimans 2022, arXiv:2207.12598; the scale here is their 1 + w.

@@ -18,8 +18,8 @@ class DrawnLevels:
     """A dynamic schedule: number and noise levels of the student's steps, drawn in every iteration.
 
     num_steps: the least and the greatest number of steps; one number per batch, uniformly drawn.  time_law: of the
-    levels after the first, which is the sampler's. They are drawn per sample, in decreasing order: "sorted", or "capped",
-    where each is drawn in turn and is at most the one before (rCM, arXiv:2510.08431).
+    levels after the first, which is the sampler's. They are drawn per sample, in decreasing order: "sorted", or
+    "capped", where each is drawn in turn and is at most the one before (rCM, arXiv:2510.08431).
     CDM, arXiv:2605.06376.
     """
 

@@ -76,7 +76,7 @@ class TrainConfig:
     seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
-    num_threads: Processes | None = None  # on a CPU; a very small network is fastest, and surest, on one
+    num_threads: Processes | None = None  # CPU threads, before OMP_NUM_THREADS; tiny networks are fastest on one
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skips: PositiveInt = 20  # this many skipped updates in a row stop the run
     on_out_of_memory: Literal["stop", "halve"] = "stop"
