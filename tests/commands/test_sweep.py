@@ -78,7 +78,7 @@ def parsed(config: Path) -> RunConfig:
     return load_config(config)
 
 
-class Accident:
+class PlantedFault:
     """Stops the training of the runs whose folder ends with `where`, after a step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
@@ -143,17 +143,17 @@ def test_every_run_of_the_picture_starts_from_the_same_noise(config: Path, tmp_p
 def test_a_sweep_that_was_killed_goes_on_where_it_stood(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
 ) -> None:
-    accident = Accident(monkeypatch, NAMES[1][-40:], KeyboardInterrupt())
+    planted = PlantedFault(monkeypatch, NAMES[1][-40:], KeyboardInterrupt())
     folder = tmp_path / "run"
     stopped = call(config, *GRID, "train.checkpoint_every=1")
     assert stopped.exit_code == 130
     assert "the sweep stopped in run 2 of 4; resume it with the same command and --resume" in stopped.output
     assert [run["status"] for run in record(folder)["runs"]] == ["done", "stopped", "pending", "pending"]
     assert call(config, *GRID, "train.checkpoint_every=1").exit_code == 2, "without --resume it is refused"
-    accident.is_active, accident.trained = False, []
+    planted.is_active, planted.trained = False, []
     result = call(config, *GRID, "train.checkpoint_every=1", "--resume")
     assert result.exit_code == 0, result.output
-    assert accident.trained == [name for name in NAMES[1:] for _ in range(2)], "the finished one is not trained again"
+    assert planted.trained == [name for name in NAMES[1:] for _ in range(2)], "the finished one is not trained again"
     assert [run["status"] for run in record(folder)["runs"]] == 4 * ["done"]
 
 
@@ -161,7 +161,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hidden-value")
-    accident = Accident(monkeypatch, "=0.03", RuntimeError("no kernel, hidden-value"))
+    planted = PlantedFault(monkeypatch, "=0.03", RuntimeError("no kernel, hidden-value"))
     result = call(config, "--sweep", "gan_weight=0.01,0.03,0.1")
     assert result.exit_code == 1
     assert "1 of 3 runs failed:\n  method.gan_weight=0.03: RuntimeError: no kernel, ***" in result.stderr
@@ -171,16 +171,16 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert trace.startswith("Traceback")
     assert "hidden-value" not in trace + (folder / "sweep.json").read_text() + result.output
     assert (folder / "sweep.png").exists()
-    accident.is_active, accident.trained = False, []
+    planted.is_active, planted.trained = False, []
     assert call(config, "--sweep", "gan_weight=0.01,0.03,0.1", "--resume").exit_code == 0
-    assert set(accident.trained) == {"method.gan_weight=0.03"}
+    assert set(planted.trained) == {"method.gan_weight=0.03"}
     assert not (folder / "method.gan_weight=0.03" / "error.txt").exists()
 
 
 def test_a_run_that_cannot_train_any_more_is_a_failure_with_its_words(
     config: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
 ) -> None:
-    Accident(monkeypatch, "=0.1", TrainingError("step 1: not finite"))
+    PlantedFault(monkeypatch, "=0.1", TrainingError("step 1: not finite"))
     with pytest.raises(TrainingError, match=r"1 of 2 runs failed:\n  method\.gan_weight=0\.1: step 1: not finite"):
         run_sweep(config, [], ["gan_weight=0.01,0.1"], quiet=True)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accidents import end_of
 from conftest import MakeConfig
+from fault_injection import end_of
 
 from diffdistill.settings.values import dump_yaml
 from diffdistill.storage.checkpoint import list_checkpoints

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accidents import config_at
 from conftest import MakeConfig
+from fault_injection import config_at
 
 from diffdistill.distributed.stopping import StopRequested, TrainingError
 from diffdistill.settings.schema import UserError

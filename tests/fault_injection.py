@@ -1,7 +1,8 @@
-"""What happens to real runs, done to small ones at random moments: each must end as an undisturbed run does, or stop
-with the right message, with nothing lost beyond the last checkpoint.
+"""Faults of real runs, injected into small ones at random moments: each must end as an undisturbed run, or stop with
+the right message, with nothing lost beyond the last checkpoint.
 
-python tests/accidents.py [--moments 10] [KIND ...]    prints the table; without names it goes into docs/reliability.md.
+python tests/fault_injection.py [--moments 10] [KIND ...]
+    prints the table; without names it goes into docs/reliability.md.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from diffdistill.training.trainer import Trainer
 STEPS, EVERY = 10, 3
 ROUNDING = 1e-5  # of the largest number, where the pieces of a batch change
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
-BEGIN, END = "<!-- accidents: python tests/accidents.py -->", "<!-- accidents end -->"
+BEGIN, END = "<!-- faults: python tests/fault_injection.py -->", "<!-- faults end -->"
 WRITING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
 
 Action = Callable[[], None]
@@ -223,7 +224,7 @@ def a_step(scene: Scene) -> int:
 
 
 def killed(scene: Scene) -> None:
-    """kill -9 between two steps or inside one"""
+    """kill -9 between steps or during one"""
     (ended,) = scene.start(at_step(a_step(scene), soon(kill, scene.rng.uniform(0, 0.02))))
     assert ended.code in (-signal.SIGKILL, 0)
     scene.nothing_lost()
@@ -232,7 +233,7 @@ def killed(scene: Scene) -> None:
 
 
 def killed_while_saving(scene: Scene) -> None:
-    """kill -9 of the writer, inside a checkpoint"""
+    """kill -9 of the writer, during a checkpoint"""
     when = soon(kill, scene.rng.uniform(0, 0.002)) if scene.rng.random() < 0.5 else kill
     (ended,) = scene.start(at_change(scene.rng.randrange(1, 25), when, scene.run / "checkpoints"))
     assert ended.code in (-signal.SIGKILL, 0)
@@ -242,7 +243,7 @@ def killed_while_saving(scene: Scene) -> None:
 
 
 def one_of_two_killed(scene: Scene) -> None:
-    """kill -9 of one process of two, then of a run that goes on"""
+    """kill -9 of one process of two, then of the resumed run"""
     rank = scene.rng.randrange(2)
     ends = scene.start(at_step(a_step(scene), kill, rank), count=2)
     assert ends[rank].code == -signal.SIGKILL
@@ -254,7 +255,7 @@ def one_of_two_killed(scene: Scene) -> None:
 
 
 def one_of_two_killed_at_the_start(scene: Scene) -> None:
-    """kill -9 of one process of two before they have met, or soon after"""
+    """kill -9 of one process of two during start-up, or soon after"""
     rank, seconds = scene.rng.randrange(2), scene.rng.uniform(0, 0.7)  # later the other can be at its end
 
     def inject() -> None:
@@ -273,7 +274,7 @@ def one_of_two_killed_at_the_start(scene: Scene) -> None:
 
 
 def one_of_two_with_parts_killed(scene: Scene) -> None:
-    """kill -9 of one process of two that shard the weights, in a step or inside a checkpoint"""
+    """kill -9 of one process of two with sharded weights, during a step or a checkpoint"""
     scene.overrides = ("speed.shard=all",)
     rank, folder = scene.rng.randrange(2), scene.run / "checkpoints"
     in_step, number = (
@@ -291,7 +292,7 @@ def one_of_two_with_parts_killed(scene: Scene) -> None:
 
 
 def terminated(scene: Scene) -> None:
-    """SIGTERM: the machine is taken away, with a grace time"""
+    """SIGTERM: preemption with a grace period"""
     step = a_step(scene)
     (ended,) = scene.start(at_step(step, lambda: signal.raise_signal(signal.SIGTERM)))
     assert ended.code == 143
@@ -316,7 +317,7 @@ def interrupted_twice(scene: Scene) -> None:
 
 
 def disk_full_while_saving(scene: Scene) -> None:
-    """disk full inside a checkpoint: a file cannot grow beyond a random size"""
+    """disk full during a checkpoint: a file cannot grow beyond a random size"""
     limit = scene.rng.randrange(10_000, 100_000)  # metrics.jsonl stays below, the players' file does not
     (ended,) = scene.start(
         at_step(a_step(scene), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
@@ -340,7 +341,7 @@ def disk_full_while_logging(scene: Scene) -> None:
 
 
 def disk_full_for_the_cache(scene: Scene) -> None:
-    """disk full while images are prepared into the cache: an error of the system, or a file that cannot grow"""
+    """disk full while images are cached: an error of the system, or a file that cannot grow"""
     cache, limit = scene.folder / "cache", scene.rng.randrange(1000, 60_000)  # the prepared images take 64,128 bytes
     rng = np.random.default_rng(0)
     np.savez(
@@ -370,7 +371,7 @@ def disk_full_for_the_cache(scene: Scene) -> None:
 
 
 def read_only(scene: Scene) -> None:
-    """the output folder becomes read-only, or was"""
+    """the output folder becomes read-only, or is from the start"""
     refused = fails(OSError(errno.EROFS, os.strerror(errno.EROFS), str(scene.run)))
     (ended,) = scene.start(at_change(scene.rng.randrange(1, 40), refused, scene.run, lasts=True))
     assert ended.code in (0, 1, 2)  # 0 where nothing but the curves was left to write
@@ -443,7 +444,7 @@ def _out_of_memory() -> None:
 
 
 def out_of_memory(scene: Scene) -> None:
-    """out of memory: the message holds the plan"""
+    """out of memory: the message includes the memory plan"""
     step = a_step(scene)
     (ended,) = scene.start(at_step(step, _out_of_memory))
     assert ended.code == 1
@@ -456,7 +457,7 @@ def out_of_memory(scene: Scene) -> None:
 
 
 def out_of_memory_in_parts(scene: Scene) -> None:
-    """out of memory in one of two processes that shard the weights"""
+    """out of memory in one of two processes with sharded weights"""
     scene.overrides, step, rank = ("speed.shard=all",), a_step(scene), scene.rng.randrange(2)
     ends = scene.start(at_step(step, _out_of_memory, rank), count=2)
     assert [ended.code for ended in ends] == [1, 1]
@@ -469,7 +470,7 @@ def out_of_memory_in_parts(scene: Scene) -> None:
 
 
 def out_of_memory_halved(scene: Scene) -> None:
-    """out of memory with `on_out_of_memory: halve`: goes on by itself"""
+    """out of memory with `on_out_of_memory: halve`: continues by itself"""
     scene.overrides = ("train.on_out_of_memory=halve",)
     large, step = scene.rng.choice([2, 4]), a_step(scene)  # images at a time that are too much
 
@@ -511,7 +512,7 @@ def two_runs(scene: Scene) -> None:
 
 
 def changed_config(scene: Scene) -> None:
-    """resumed with a changed config"""
+    """resume with a changed config"""
     scene.start(at_step(a_step(scene), kill))
     scene.overrides = ("optimizers.generator.lr=5e-4", "train.seed=1")
     if scene.newest():
@@ -555,7 +556,7 @@ def tracker_down(scene: Scene) -> None:
 
 
 def dead_weights(scene: Scene) -> None:
-    """one step that destroys the weights, then losses that are not finite"""
+    """one step that destroys the weights, then non-finite losses"""
 
     def destroy() -> None:
         steps = torch.optim.Adam.step
@@ -577,7 +578,7 @@ def dead_weights(scene: Scene) -> None:
 
 
 def moved_teacher(scene: Scene) -> None:
-    """the teacher is moved, or trained on, while a killed run waits"""
+    """the teacher is moved, or trained further, before a killed run is resumed"""
     shutil.copytree(scene.teacher, scene.folder / "teacher")
     scene.teacher = scene.folder / "teacher"
     scene.start(at_step(a_step(scene), kill))
@@ -591,7 +592,7 @@ def moved_teacher(scene: Scene) -> None:
 
 
 def copies_beside(scene: Scene) -> None:
-    """copies that somebody keeps beside the checkpoints of a killed run"""
+    """user copies beside the checkpoints of a killed run"""
     scene.start(at_step(scene.rng.randrange(EVERY, STEPS), kill))
     checkpoints = scene.run / "checkpoints"
     names = ["step-good", "step-00000040-backup", "step-40", "best-so-far"]
@@ -622,7 +623,7 @@ cli.main()
 
 
 def launcher_killed(scene: Scene) -> None:
-    """kill -9 of the launcher of students, whose successor starts at once"""
+    """kill -9 of the launcher of students, and an immediate restart"""
     common = (f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "trackers=[]", "health=null")
     settings = ("method.num_students=1", *common)
     alone, run = scene.folder / "alone", scene.folder / "msd"
@@ -657,7 +658,7 @@ def launcher_killed(scene: Scene) -> None:
 
 
 def different_configs(scene: Scene) -> None:
-    """two processes that were started with different settings, in a new run or one that goes on"""
+    """two processes with different settings, in a new or resumed run"""
     key, value, before = scene.rng.choice(
         [
             ("optimizers.generator.lr", "5e-4", "0.0006 in process 0, 0.0005 in process 1"),
@@ -681,7 +682,7 @@ def different_configs(scene: Scene) -> None:
 
 
 def closed_pipe(scene: Scene) -> None:
-    """nobody reads any more what the run says: its pipe is closed"""
+    """the pipe of the run's output is closed"""
 
     def close() -> None:
         reads, writes = os.pipe()
@@ -695,40 +696,40 @@ def closed_pipe(scene: Scene) -> None:
 
 KINDS: tuple[tuple[Callable[[Scene], None], str], ...] = (
     (killed, "resumed: equal"),
-    (killed_while_saving, "all checkpoints whole; resumed: equal"),
-    (one_of_two_killed, "the other stops and says so; resumed on two: equal"),
-    (one_of_two_killed_at_the_start, "the other stops within the meeting's time and says so; started again: equal"),
-    (one_of_two_with_parts_killed, "the other stops and says so; resumed on one or two: equal within rounding"),
+    (killed_while_saving, "all checkpoints intact; resumed: equal"),
+    (one_of_two_killed, "the other reports it and stops; resumed on two: equal"),
+    (one_of_two_killed_at_the_start, "the other reports it and stops within the start-up timeout; restarted: equal"),
+    (one_of_two_with_parts_killed, "the other reports it and stops; resumed on one or two: equal within rounding"),
     (terminated, "saved at that step; resumed: equal"),
     (interrupted_twice, "resumed: equal"),
-    (disk_full_while_saving, "says so; all checkpoints whole; resumed: equal"),
-    (disk_full_while_logging, "says so; resumed: equal"),
-    (disk_full_for_the_cache, "says so, with the file; nothing half written; started again: equal"),
-    (read_only, "says so; resumed once it can be written: equal"),
-    (flipped_bit, "named, with the newest whole one; resumed from that: equal"),
-    (missing_shard, "named, with the newest whole one; resumed from that: equal"),
+    (disk_full_while_saving, "reported; all checkpoints intact; resumed: equal"),
+    (disk_full_while_logging, "reported; resumed: equal"),
+    (disk_full_for_the_cache, "reported, with the file; nothing half written; restarted: equal"),
+    (read_only, "reported; resumed once writable: equal"),
+    (flipped_bit, "named, with the newest intact one; resumed from that: equal"),
+    (missing_shard, "named, with the newest intact one; resumed from that: equal"),
     (not_a_number, "named; all processes skip the update; all numbers finite"),
-    (out_of_memory, "says so, with the plan and what would fit; resumed: equal"),
-    (out_of_memory_in_parts, "says so, with what would fit; the other stops; resumed: equal within rounding"),
+    (out_of_memory, "reported, with the plan and what would fit; resumed: equal"),
+    (out_of_memory_in_parts, "reported, with what would fit; the other stops; resumed: equal within rounding"),
     (out_of_memory_halved, "equal within float32's rounding"),
     (two_runs, "the second is refused; the first: equal"),
-    (changed_config, "refused, with the changes; resumed as it was: equal"),
-    (tracker_down, "said once; the run: equal"),
-    (dead_weights, "stops and says so; nothing saved of them, nothing dropped; resumed: equal"),
-    (moved_teacher, "resumed with its new place: equal"),
-    (copies_beside, "neither resumed from, counted nor removed; resumed: equal"),
-    (launcher_killed, "its student saves and ends; the successor waits for it: equal"),
-    (different_configs, "refused in both, with what differs; resumed alike: equal"),
+    (changed_config, "refused, with the changes; resumed unchanged: equal"),
+    (tracker_down, "reported once; the run: equal"),
+    (dead_weights, "reported and stopped; not saved, no checkpoint deleted; resumed: equal"),
+    (moved_teacher, "resumed with its new path: equal"),
+    (copies_beside, "neither used, counted nor removed; resumed: equal"),
+    (launcher_killed, "its student saves and exits; the new launcher waits for it: equal"),
+    (different_configs, "refused in both, with the difference; resumed with equal settings: equal"),
     (closed_pipe, "the run: equal"),
 )
-"""Each accident, and what must hold after it."""
+"""Each fault, and what must hold after it."""
 
 
 TESTED_ELSEWHERE = (
     *(one_of_two_killed_at_the_start, dead_weights, moved_teacher, copies_beside),
     *(launcher_killed, different_configs, closed_pipe),
 )
-"""Accidents that quicker tests of their own show as well, which `make test` does not try again."""
+"""Faults that quicker tests of their own show as well, which `make test` does not try again."""
 
 
 def undisturbed(folder: Path, teacher: Path) -> dict[int, Mapping[str, Tensor]]:
@@ -742,10 +743,10 @@ def undisturbed(folder: Path, teacher: Path) -> dict[int, Mapping[str, Tensor]]:
     return ends
 
 
-def try_accident(
+def try_fault(
     kind: Callable[[Scene], None], moment: int, folder: Path, teacher: Path, whole: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
-    """One accident at one random moment, named by its number. Raises AssertionError if something does not hold."""
+    """One fault at one random moment, named by its number. Raises AssertionError if something does not hold."""
     place = folder / f"{kind.__name__}-{moment}"
     place.mkdir()
     kind(Scene(place, teacher, whole, random.Random(f"{kind.__name__} {moment}")))
@@ -769,7 +770,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             held = 0
             for moment in range(options.moments):
                 try:
-                    try_accident(kind, moment, folder, teacher, whole)
+                    try_fault(kind, moment, folder, teacher, whole)
                     held += 1
                 except AssertionError as error:
                     failures += 1

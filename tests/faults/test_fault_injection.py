@@ -1,4 +1,4 @@
-"""What happens to real runs, once each at one moment; and the locks that keep two runs out of one folder."""
+"""Each injected fault once, at one moment; and the locks that keep two runs out of one folder."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ from threading import Thread
 
 import pytest
 import torch
-from accidents import KINDS, TESTED_ELSEWHERE, Scene, try_accident, undisturbed
 from conftest import MakeConfig
+from fault_injection import KINDS, TESTED_ELSEWHERE, Scene, try_fault, undisturbed
 from torch import Tensor
 
 from diffdistill.distributed.stopping import TrainingError
@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, quick_teacher: Path) -> Whol
 
 @pytest.mark.parametrize("kind", quick_kinds, ids=[kind.__name__ for kind in quick_kinds])
 def test_a_run_survives(kind: Callable[[Scene], None], tmp_path: Path, quick_teacher: Path, whole: Whole) -> None:
-    try_accident(kind, 0, tmp_path, quick_teacher, whole)
+    try_fault(kind, 0, tmp_path, quick_teacher, whole)
 
 
 @pytest.mark.full
@@ -43,7 +43,7 @@ def test_a_run_survives(kind: Callable[[Scene], None], tmp_path: Path, quick_tea
 def test_a_run_survives_at_any_moment(
     kind: Callable[[Scene], None], moment: int, tmp_path: Path, quick_teacher: Path, whole: Whole
 ) -> None:
-    try_accident(kind, moment, tmp_path, quick_teacher, whole)
+    try_fault(kind, moment, tmp_path, quick_teacher, whole)
 
 
 def test_a_lock_ends_with_its_run_and_names_its_holder(tmp_path: Path) -> None:
