@@ -106,13 +106,13 @@ def tables(records: Sequence[Measured]) -> Iterator[str]:
         yield f"![Distance to the teacher against CPU-seconds](images/{_picture(network).name})\n\n"
         missing = [v for v in VARIANTS[network] if not any(record.run == v.slug for record in of)]
         listed = "; ".join(f"{METHODS[v.method]}, {v.factor}: {v.name}" for v in missing)
-        yield f"Planned and not run: {listed}.\n\n" if missing else ""
+        yield f"Planned but not run: {listed}.\n\n" if missing else ""
 
 
 def _table(method: str, records: Sequence[Measured]) -> Iterator[str]:
     """A row a run, in the order of the records; of several seeds the mean, with least and greatest distance."""
     yield f"**{method}.**\n\n"
-    yield f"| factor | variant | to the teacher: a half, whole | EMA of {LONG} | to the data | FD, precision, recall "
+    yield f"| factor | variant | to the teacher: at half, at the end | EMA of {LONG} | to the data | FD, precision, recall "
     yield "| CPU-seconds | seeds |\n|---|---|---|---|---|---|---|---|\n"
     for run in dict.fromkeys(record.run for record in records):
         own = [record for record in records if record.run == run and not record.average]

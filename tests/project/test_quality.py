@@ -87,7 +87,7 @@ def test_a_row_is_the_mean_of_its_seeds_and_lists_what_is_missing(quality):
     text = "".join(quality.page.tables([made(quality.records), *ends, half, smooth]))
     row = f"{base.name} | 0.500, 0.300 (0.200 to 0.400) | 0.150 | 0.080 (0.080 to 0.080) | 0.10, 0.60, 0.90 | 2 | 2"
     assert f"| base | {row} |" in text
-    missing = text.split("Planned and not run: ")[1]
+    missing = text.split("Planned but not run: ")[1]
     assert "DMD2, GAN: without" in missing
     assert f"DMD2, base: {base.name}" not in missing
 
