@@ -30,7 +30,7 @@ def times_of(step: int, path: NoisePath = PATH, levels: DrawnLevels = LEVELS, si
     return levels.draw(StepRandom(0, step, torch.arange(size)), path, MULTI_STEP)
 
 
-def test_every_number_of_calls_in_the_range_occurs_and_all_parts_of_a_batch_share_it() -> None:
+def test_every_number_of_steps_in_the_range_occurs_and_all_parts_of_a_batch_share_it() -> None:
     seen = []
     for step in range(40):
         parts = [LEVELS.draw(StepRandom(0, step, i), PATH, MULTI_STEP) for i in torch.arange(BATCH).split(2)]
@@ -102,8 +102,8 @@ def test_without_levels_nothing_of_them_is_drawn() -> None:
     assert all(torch.equal(draw[name], other[name]) for name in draw if name != "step" and name in other)
 
 
-def test_a_range_of_calls_rises() -> None:
-    with pytest.raises(ValueError, match="calls: must be increasing"):
+def test_a_range_of_steps_rises() -> None:
+    with pytest.raises(ValueError, match="num_steps: must be increasing"):
         DrawnLevels(num_steps=(3, 2))
 
 

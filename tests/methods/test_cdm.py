@@ -180,7 +180,7 @@ def test_no_network_is_called_twice_on_the_same_input() -> None:
     assert len(set(calls)) == len(calls)
 
 
-def test_levels_are_drawn_by_default_one_number_of_calls_for_the_batch() -> None:
+def test_levels_are_drawn_by_default_one_number_of_steps_for_the_batch() -> None:
     counts = {scene(CDM(guidance=2.0), step=step)[1]["times"].shape for step in range(6)}
     assert {shape[0] for shape in counts} == {BATCH}
     assert len(counts) > 1

@@ -100,7 +100,7 @@ def test_a_student_is_not_matched_by_a_fake_score_that_is_its_unguided_teacher()
     assert method.generator_loss(players, draw, batch).logs["matching"] == 0
 
 
-def test_the_last_of_the_drawn_calls_learns_and_no_level_is_above_the_one_before() -> None:
+def test_the_last_of_the_drawn_steps_learns_and_no_level_is_above_the_one_before() -> None:
     counts = set()
     for step in range(LATE, LATE + 8):
         _, draw, _ = scene(METHOD, step=step)
