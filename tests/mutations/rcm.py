@@ -37,7 +37,7 @@ FAULTS = (
         METHOD,
         'numbers["step"] = torch.tensor(numbers["times"].shape[1] - 1)',
         "pass",
-        f"{TEST}the_last_of_the_drawn_calls_learns_and_no_level_is_above_the_one_before",
+        f"{TEST}the_last_of_the_drawn_steps_learns_and_no_level_is_above_the_one_before",
     ),
     Fault(
         "the student is matched from the start",
@@ -51,6 +51,6 @@ FAULTS = (
         "diffdistill/distillation/levels.py",
         "drawn.cummin(1).values if",
         "drawn if",
-        f"{TEST}the_last_of_the_drawn_calls_learns_and_no_level_is_above_the_one_before",
+        f"{TEST}the_last_of_the_drawn_steps_learns_and_no_level_is_above_the_one_before",
     ),
 )
