@@ -112,7 +112,7 @@ def tables(records: Sequence[Measured]) -> Iterator[str]:
 def _table(method: str, records: Sequence[Measured]) -> Iterator[str]:
     """A row a run, in the order of the records; of several seeds the mean, with least and greatest distance."""
     yield f"**{method}.**\n\n"
-    yield f"| factor | variant | to the teacher: at half, at the end | EMA of {LONG} | to the data | FD, precision, recall "
+    yield f"| factor | variant | to the teacher: half-way, end | EMA of {LONG} | to the data | FD, precision, recall "
     yield "| CPU-seconds | seeds |\n|---|---|---|---|---|---|---|---|\n"
     for run in dict.fromkeys(record.run for record in records):
         own = [record for record in records if record.run == run and not record.average]
