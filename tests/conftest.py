@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cpu_times import pytest_addoption, pytest_configure  # noqa: F401
 from support.digits_runs import train_digits_teacher
 
 from diffdistill.settings.values import apply_overrides, dump_yaml, parse_yaml
