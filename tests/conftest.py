@@ -1,5 +1,6 @@
 """What the tests share: one thread, runs that take a second, and one tiny digits teacher."""
 
+import gc
 import os
 import sysconfig
 from collections.abc import Callable
@@ -11,7 +12,10 @@ from support.cpu_times import pytest_addoption, pytest_configure  # noqa: F401
 from support.digits_runs import train_digits_teacher
 
 from diffdistill.settings.values import apply_overrides, dump_yaml, parse_yaml
+from diffdistill.storage.atomic import write_bytes_atomically
 from diffdistill.training.config import RunConfig, parse_config
+from diffdistill.training.reports import log
+from diffdistill.training.reports.curves import CURVES, draw_curves, read_metrics, sections
 from diffdistill.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -309,6 +313,29 @@ optimizers:
 ema: {{halflife_images: 100, ramp: 0}}
 train: {SMALL_TRAIN}""",
 }
+
+
+def blank_curves(folder: Path, *, title: str) -> Path | None:
+    """The file alone: drawing takes four fifths of a run of a few steps. Tests of the drawing ask for `drawn_curves`."""
+    if not sections(read_metrics(folder / "metrics.jsonl")):
+        return None
+    write_bytes_atomically(folder / CURVES, title.encode())
+    return folder / CURVES
+
+
+pytest.MonkeyPatch().setattr(log, "draw_curves", blank_curves)
+
+
+@pytest.fixture
+def drawn_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their curves, as they do outside the tests."""
+    monkeypatch.setattr(log, "draw_curves", draw_curves)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded stays: nobody need look through it for garbage again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

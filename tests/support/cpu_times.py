@@ -39,7 +39,9 @@ class CpuTimes:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-times", type=int, default=0, metavar="N", help="how many of the dearest tests to list by CPU-seconds")
+    parser.addoption(
+        "--cpu-times", type=int, default=0, metavar="N", help="how many of the dearest tests to list by CPU-seconds"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
