@@ -1,9 +1,11 @@
 """scikit-learn's handwritten digits, 8 x 8: the default data, embedded, no download."""
 
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffdistill.data.source import TensorImages
@@ -29,10 +31,16 @@ class Digits:
 
         The split is numpy's default_rng(0).permutation(1797): the first 1,437 train. Alpaydin & Kaynak 1998.
         """
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(bunch.target))
+        images, labels = _read()
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
         chosen = order[:NUM_TRAIN] if self.split == "train" else order[NUM_TRAIN:]
-        images = torch.from_numpy(bunch.images[chosen]).float()[:, None] / 8 - 1
-        return images, torch.from_numpy(bunch.target[chosen]).long()
+        return torch.from_numpy(images[chosen]).float()[:, None] / 8 - 1, torch.from_numpy(labels[chosen]).long()
+
+
+@cache
+def _read() -> tuple[NDArray[Any], NDArray[Any]]:
+    """All images, 0 to 16, and labels, as scikit-learn has them: text, which takes as long as a step of training."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return bunch.images, bunch.target

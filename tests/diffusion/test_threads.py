@@ -68,9 +68,8 @@ def denoiser(channels: tuple[int, ...] = (8, 8), num_threads: int | None = None)
         ("sample", "{run}", "--count", "2", "--teacher", "--out", "{out}.png"),
         ("sample", "{run}", "--count", "2", "--first-steps", "1", "--estimates", "--out", "{out}.png"),
         ("eval", "{run}", "--repeats", "1"),
-        ("export", "{run}", "--out", "{out}"),
     ],
-    ids=["sample", "estimates", "eval", "export"],
+    ids=["sample", "estimates", "eval"],
 )
 def test_a_command_samples_a_tiny_network_on_one_thread(
     command: tuple[str, ...], run: Path, tmp_path: Path, seen: set[int]
@@ -82,7 +81,9 @@ def test_a_command_samples_a_tiny_network_on_one_thread(
 
 
 @pytest.mark.usefixtures("two")
-def test_an_export_is_checked_on_as_many_threads(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_samples_it_on_one_thread_and_is_checked_on_as_many(
+    run: Path, tmp_path: Path, seen: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[str] = []
     start = verify.subprocess.run
 
@@ -91,7 +92,7 @@ def test_an_export_is_checked_on_as_many_threads(run: Path, tmp_path: Path, monk
         return start(*parts, **named)
 
     monkeypatch.setattr(verify.subprocess, "run", noted)
-    assert CliRunner().invoke(app, ["export", str(run), "--out", str(tmp_path / "out")]).exit_code == 0
+    test_a_command_samples_a_tiny_network_on_one_thread(("export", "{run}", "--out", "{out}"), run, tmp_path, seen)
     assert given == ["1"]
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 import yaml
 from conftest import MakeConfig
 from PIL import Image
+from typer.testing import CliRunner
 
 from diffdistill.commands.cli import app
 from diffdistill.data.registry import DATA
@@ -64,19 +64,6 @@ def titled(page: Path) -> dict[str, str]:
 FILES = {name: text for page in PAGES for name, text in titled(page).items()}
 METHOD = FILES["methods/diff_instruct.py"]
 METHOD_NAME = "diffdistill.methods.diff_instruct"
-TRAIN_IT = f"""
-import importlib.util, sys
-import torch
-torch.set_num_threads(1)
-from diffdistill.commands import cli
-from diffdistill.distillation.method import METHODS
-spec = importlib.util.spec_from_file_location("{METHOD_NAME}", sys.argv.pop(1))
-sys.modules["{METHOD_NAME}"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-METHODS.register(module.DiffInstruct)
-cli.main()
-"""
-"""The page's method, registered, and then the command line."""
 
 
 @pytest.fixture
@@ -102,14 +89,18 @@ def test_the_new_method_passes_the_tests_that_its_page_gives_it(
         test()
 
 
-def test_the_new_method_trains_from_its_config(method_file: Path, quick_teacher: Path, tmp_path: Path) -> None:
+def test_the_new_method_trains_from_its_config(
+    method_file: Path, quick_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS, "_registered", {})
+    monkeypatch.setitem(sys.modules, METHOD_NAME, module_from(method_file, METHOD_NAME))
+    METHODS.register(sys.modules[METHOD_NAME].DiffInstruct)
     config = tmp_path / "digits.yaml"
     config.write_text(FILES["configs/diff_instruct/digits.yaml"])
     places = [f"teacher={quick_teacher}", f"run={tmp_path / 'run'}"]
     short = ["train.steps=2", "train.global_batch_size=8", "train.device=cpu"]
-    command = [sys.executable, "-c", TRAIN_IT, method_file, "train", config, *places, *short]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["train", str(config), *places, *short])
+    assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
 
 

@@ -35,7 +35,7 @@ def symlink(*arguments, **options):
 
 os.symlink = symlink
 """
-EVERY_MODULE = f"""{WITHOUT}
+EVERY_MODULE_AND_THE_DEMO = f"""{WITHOUT}
 import importlib, pkgutil
 import diffdistill
 names = [found.name for found in pkgutil.walk_packages(diffdistill.__path__, "diffdistill.")]
@@ -43,8 +43,6 @@ for name in names:
     if not name.endswith("__main__"):
         importlib.import_module(name)
 print(len(names))
-"""
-DEMO = f"""{WITHOUT}
 import dataclasses
 import torch
 torch.set_num_threads(1)
@@ -65,17 +63,25 @@ def run(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_without_flock_every_module_is_imported() -> None:
-    done = run(EVERY_MODULE)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= len(SOURCES) - 10
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple["subprocess.CompletedProcess[str]", Path]:
+    """What was said where every module was imported and the demo run, and the demo's folder."""
+    folder = tmp_path_factory.mktemp("portable")
+    return run(EVERY_MODULE_AND_THE_DEMO, "demo", "--fast", "--run", str(folder)), folder
 
 
-def test_without_flock_and_links_the_fast_demo_runs(tmp_path: Path) -> None:
-    done = run(DEMO, "demo", "--fast", "--run", str(tmp_path))
+def test_without_flock_every_module_is_imported(demo: tuple["subprocess.CompletedProcess[str]", Path]) -> None:
+    done, _ = demo
+    first = done.stdout.partition("\n")[0]
+    assert first.isdecimal(), done.stderr
+    assert int(first) >= len(SOURCES) - 10
+
+
+def test_without_flock_and_links_the_fast_demo_runs(demo: tuple["subprocess.CompletedProcess[str]", Path]) -> None:
+    done, folder = demo
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "student" / "checkpoints" / "step-00000002").is_dir()
-    assert not [file for file in tmp_path.rglob("*") if file.is_symlink()]
+    assert (folder / "student" / "checkpoints" / "step-00000002").is_dir()
+    assert not [file for file in folder.rglob("*") if file.is_symlink()]
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=[str(file.relative_to(ROOT)) for file in SOURCES])

@@ -27,6 +27,7 @@ PATH = EDM(sigma_min=0.01, sigma_max=10.0)
 TIME_LAW = Karras(ratio_min=0.05, ratio_max=3.0, rho=200.0)  # as good as log-uniform
 INIT_RATIO = 1.0
 BATCH = 256
+NO_IMAGES = Batch(torch.zeros(0))
 
 
 def ring_means() -> Tensor:
@@ -153,7 +154,7 @@ def trained_generator(
             optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / total))
         rng = StepRandom(seed, step, torch.arange(step * BATCH, (step + 1) * BATCH))
         draw = method.draw(rng, problem)
-        batch = replace(_real_batch(rng, players.teacher), stored=stored)
+        batch = replace(_real_batch(rng, players.teacher) if method.needs_images else NO_IMAGES, stored=stored)
         for update in method.updates:
             if not update.is_due(step, step * BATCH):
                 continue
@@ -223,7 +224,18 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _fit_to_teacher(score: Denoiser, teacher: Denoiser, num_steps: int = 200) -> None:
-    """Start the fake score where distillation starts it: at the teacher."""
+    """Start the fake score where distillation starts it: at the ring's teacher. Once for each start, as all is fixed."""
+    start = b"".join(parameter.detach().numpy().tobytes() for parameter in score.parameters())
+    if start not in _FITTED:
+        _fit(score, teacher, num_steps)
+        _FITTED[start] = {name: tensor.clone() for name, tensor in score.state_dict().items()}
+    score.load_state_dict(_FITTED[start])
+
+
+_FITTED: dict[bytes, dict[str, Tensor]] = {}
+
+
+def _fit(score: Denoiser, teacher: Denoiser, num_steps: int) -> None:
     optimizer = torch.optim.Adam(score.parameters(), lr=2e-3)
     for step in range(num_steps):
         rng = StepRandom(7, step, torch.arange(BATCH))
