@@ -316,7 +316,7 @@ train: {SMALL_TRAIN}""",
 
 
 def blank_curves(folder: Path, *, title: str) -> Path | None:
-    """The file alone: drawing takes four fifths of a run of a few steps. Tests of the drawing ask for `drawn_curves`."""
+    """The file alone: drawing is four fifths of a run of a few steps. Tests of the drawing ask for `drawn_curves`."""
     if not sections(read_metrics(folder / "metrics.jsonl")):
         return None
     write_bytes_atomically(folder / CURVES, title.encode())

@@ -65,7 +65,7 @@ NEEDS_NO_CLASS = {
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that takes w as an input, and knows no "no class"."""
-    return save_stand_in("flux", tmp_path_factory.mktemp("flux"))
+    return save_stand_in("flux", tmp_path_factory.mktemp("flux") / "teacher")
 
 
 def test_every_method_that_distils_is_tried() -> None:
@@ -73,8 +73,9 @@ def test_every_method_that_distils_is_tried() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(GUIDED.keys() - NEEDS_NO_CLASS.keys()))
-def test_a_teacher_that_takes_w_can_be_guided(method: str, flux: Path, tmp_path: Path) -> None:
-    student = load_model(train(method, flux, tmp_path / "run", "train.steps=1", *GUIDED[method]))
+def test_a_teacher_that_takes_w_can_be_guided(method: str, flux: Path) -> None:
+    """The runs share their images and encoded prompts."""
+    student = load_model(train(method, flux, flux.with_name(method), "train.steps=1", *GUIDED[method]))
     assert all(bool(p.isfinite().all()) for p in student.denoiser.parameters())
 
 

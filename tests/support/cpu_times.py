@@ -1,4 +1,4 @@
-"""Which tests cost the most: `pytest --cpu-times 25` lists them by CPU-seconds, those of processes they start included."""
+"""Which tests cost the most: `pytest --cpu-times 25` lists them by CPU-seconds, with those of processes they start."""
 
 import os
 

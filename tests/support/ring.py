@@ -224,7 +224,7 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _fit_to_teacher(score: Denoiser, teacher: Denoiser, num_steps: int = 200) -> None:
-    """Start the fake score where distillation starts it: at the ring's teacher. Once for each start, as all is fixed."""
+    """Start the fake score where distillation starts it: at the ring's teacher. Once for each start."""
     start = b"".join(parameter.detach().numpy().tobytes() for parameter in score.parameters())
     if start not in _FITTED:
         _fit(score, teacher, num_steps)
