@@ -1,6 +1,7 @@
 """A run that was stopped, killed or broken off, and resumed, equals one that was not, bit for bit."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -90,15 +91,50 @@ def run_until(config: RunConfig, monkeypatch: pytest.MonkeyPatch, step: int, num
             Trainer(config, quiet=True).run()
 
 
-def start_slowly(config: RunConfig, file: Path, *options: str) -> "subprocess.Popen[str]":
+class Forked:
+    """A program in a copy of this process, which has imported everything already; as `subprocess.Popen` of it."""
+
+    def __init__(self, program: str, arguments: list[str], errors: Path) -> None:
+        self.errors = errors
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(program, arguments))
+        self.process.start()
+
+    def _run(self, program: str, arguments: list[str]) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(os.open(self.errors, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.argv = ["-c", *arguments]
+        exec(program, {"__name__": "__main__"})
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self.process.pid
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[None, str]:
+        self.process.join(timeout)
+        return None, self.errors.read_text()
+
+
+def start_slowly(config: RunConfig, file: Path, *, is_forked: bool = True) -> "subprocess.Popen[str] | Forked":
     """`diffdistill train` in another process; returns once it has a checkpoint."""
     file.write_text(dump_yaml(config))
-    command = [sys.executable, "-c", SLOWLY, "train", str(file), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process: subprocess.Popen[str] | Forked
+    if is_forked:
+        process = Forked(SLOWLY, ["train", str(file)], file.with_name("errors.txt"))
+    else:
+        command = [sys.executable, "-c", SLOWLY, "train", str(file)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
     while not list_checkpoints(Path(config.run) / "checkpoints"):
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.communicate(timeout=60)[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
     return process
@@ -159,7 +195,7 @@ def test_a_resumed_run_keeps_the_teacher_that_it_began_with(
     assert_same_end(whole.run, config.run)
 
 
-LONG = ("train.steps=40", "train.checkpoint_every=10", "train.preview_every=7")
+LONG = ("train.steps=40", "train.checkpoint_every=10", "train.preview_every=17")
 
 
 class SignalBetweenTwoLooks(list[int]):
@@ -194,12 +230,12 @@ def undisturbed(make_config: MakeConfig) -> str:
     return config.run
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code", "is_forked"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
 def test_a_signal_saves_says_so_and_loses_nothing(
-    make_config: MakeConfig, undisturbed: str, tmp_path: Path, number: signal.Signals, code: int
+    make_config: MakeConfig, undisturbed: str, tmp_path: Path, number: signal.Signals, code: int, is_forked: bool
 ) -> None:
     config = make_config("dmd2", *LONG)
-    process = start_slowly(config, tmp_path / "config.yaml")
+    process = start_slowly(config, tmp_path / "config.yaml", is_forked=is_forked)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
@@ -220,7 +256,7 @@ def test_a_kill_at_a_random_moment_loses_nothing(make_config: MakeConfig, undist
     delay = random.SystemRandom().uniform(0, 1)
     process = start_slowly(config, tmp_path / "config.yaml")
     time.sleep(delay)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, f"it ended before the kill after {delay:.3f} s"
     Trainer(config, resume=True, quiet=True).run()

@@ -1,6 +1,8 @@
 """Which tests cost the most: `pytest --cpu-times 25` lists them by CPU-seconds, with those of processes they start."""
 
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 from _pytest.terminal import TerminalReporter
@@ -21,16 +23,16 @@ class CpuTimes:
             self.start, self.last = _now(), _now()
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item) -> object:
+    def pytest_runtest_makereport(self) -> Generator[None, Any, Any]:
         report = yield
         now = _now()
         report.cpu_seconds, report.cpu_start, self.last = now - self.last, self.start, now
         self.start = 0.0
         return report
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, seconds in ((report.nodeid, report.cpu_seconds), (START, report.cpu_start)):
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        for name, of in ((report.nodeid, "cpu_seconds"), (START, "cpu_start")):  # a worker that died has said none
+            self.seconds[name] = self.seconds.get(name, 0.0) + getattr(report, of, 0.0)
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         terminalreporter.section(f"{sum(self.seconds.values()):.0f} CPU-seconds")
