@@ -132,7 +132,7 @@ def start_slowly(config: RunConfig, file: Path, *, is_forked: bool = True) -> "s
         command = [sys.executable, "-c", SLOWLY, "train", str(file)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list_checkpoints(Path(config.run) / "checkpoints"):
         assert process.poll() is None, process.communicate(timeout=60)[1]
         assert time.monotonic() < deadline
