@@ -33,7 +33,7 @@ REMEMBERED = 50  # readings of a gradient norm that its usual size is taken from
 
 @schema
 class HealthConfig:
-    """every: steps between two examinations; samples: images for each; patience: consecutive readings outside a band
+    """every: steps between readings; samples: of the student per reading; patience: consecutive readings outside a band
     before a warning; warmup_steps: iterations without warnings at the start; distance_every: steps between two
     measurements of the distance to the teacher, 0 for none."""
 
@@ -224,7 +224,7 @@ class Health:
         return found
 
     def judge(self, step: int, signals: Mapping[str, float], means: Mapping[str, float]) -> list[str]:
-        """What to say after an examination: one line for each signal that has just been outside for long enough.
+        """Warnings after a reading: one line for each signal that has just been outside for long enough.
 
         means: the run's own logged means, of which gradient norms and the discriminator's accuracy are looked at.
         """
