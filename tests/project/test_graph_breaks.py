@@ -35,7 +35,7 @@ def test_a_break_is_counted_with_its_line_and_reason() -> None:
     assert "Tensor.item()" in told
 
 
-@pytest.mark.parametrize("method", ["dmd2", "sid"])
+@pytest.mark.parametrize("method", ["dmd2", "sid", "pi_flow"])
 def test_a_compiled_step_has_no_break_and_compiles_nothing_after_the_first_cycle(method: str, tmp_path: Path) -> None:
     from graph_breaks import find_breaks
 

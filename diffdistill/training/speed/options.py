@@ -11,9 +11,10 @@ from torch import nn
 
 from diffdistill.diffusion.denoiser import Denoiser, device_of
 from diffdistill.networks.diffusers_model import DiffusersNetwork
+from diffdistill.networks.grid import Grid
 from diffdistill.networks.lora import lora_of
 from diffdistill.networks.quantised import is_quantised, quantise
-from diffdistill.networks.recompute import parts_of, set_recompute
+from diffdistill.networks.recompute import parts_of, recomputable_blocks, set_recompute
 from diffdistill.settings.schema import UserError, schema
 from diffdistill.training.speed.offload import offload
 
@@ -165,9 +166,13 @@ def _has_convolutions(module: nn.Module) -> bool:
 
 
 def _compiled_parts(denoiser: Denoiser) -> list[nn.Module]:
-    """The denoiser as a whole; of diffusers' networks all blocks but the middle one, whose output a hook taps:
-    compiled code does not see hooks that come and go."""
-    net = next((part for part in parts_of(denoiser) if isinstance(part, DiffusersNetwork)), None)
-    if net is None:
-        return [denoiser]
-    return [block for block in net.blocks if block is not net.middle]
+    """The denoiser as a whole, but where a hook comes and goes, which compiled code does not see: of diffusers'
+    networks all blocks but the middle one, whose output it taps; of a grid all blocks, behind which it widens the
+    last layer."""
+    parts = list(parts_of(denoiser))
+    net = next((part for part in parts if isinstance(part, DiffusersNetwork)), None)
+    if net is not None:
+        return [block for block in net.blocks if block is not net.middle]
+    if any(isinstance(part, Grid) for part in parts):
+        return [*recomputable_blocks(denoiser)]
+    return [denoiser]
