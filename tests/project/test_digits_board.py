@@ -37,8 +37,8 @@ def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleT
             assert longer.ema.halflife_images == 10 * usual.ema.halflife_images
         stored = {name: count for name in board.STORED if (count := getattr(usual.method, name, None))}
         assert {name: getattr(longer.method, name) for name in stored} == {n: 10 * k for n, k in stored.items()}
-        alike = {"train": usual.train, "ema": usual.ema, "more_emas": usual.more_emas}
-        assert replace(longer, **alike, method=replace(longer.method, **stored)) == usual
+        method = replace(longer.method, **stored)
+        assert replace(longer, method=method, train=usual.train, ema=usual.ema, more_emas=usual.more_emas) == usual
 
 
 def test_a_second_row_is_of_the_same_run_by_a_shorter_average(board: ModuleType) -> None:
