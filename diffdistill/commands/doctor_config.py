@@ -48,8 +48,13 @@ def examine_config(
     """
     from diffdistill.diffusion.threads import threads
 
-    with threads(config.train.num_threads):
-        yield from _examine(config, memory_gib, processes, teacher, trusts_code=trusts_code)
+    findings = _examine(config, memory_gib, processes, teacher, trusts_code=trusts_code)
+    while True:
+        with threads(config.train.num_threads):  # while something is examined, and not while a caller reads it
+            finding = next(findings, None)
+        if finding is None:
+            return
+        yield finding
 
 
 def _examine(

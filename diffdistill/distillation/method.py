@@ -54,19 +54,27 @@ class Update:
         return step % self.every == 0 and step >= self.start and images_seen >= self.start_images
 
 
-def first_with_all(updates: Sequence[Update], batch_size: int, *, start: int | None = None) -> int:
+def first_with_all(
+    updates: Sequence[Update], batch_size: int, *, start: int | None = None, num_steps: int | None = None
+) -> int:
     """The first iteration from `start` on that is every update's turn; default: in which all of them are due, and
-    compute all that they ever will: what it costs, the run costs from then on."""
-    start = phase_starts(updates, batch_size)[-1] if start is None else start
+    compute all that they ever will: what it costs, the run costs from then on.
+
+    num_steps: of the run, where what it does not reach is left out.
+    """
+    start = phase_starts(updates, batch_size, num_steps)[-1] if start is None else start
     every = math.lcm(*(update.every for update in updates))
     return math.ceil(start / every) * every
 
 
-def phase_starts(updates: Sequence[Update], batch_size: int) -> list[int]:
-    """The iterations, 0 first, from which a step costs more than before: an update is due, or computes more."""
+def phase_starts(updates: Sequence[Update], batch_size: int, num_steps: int | None = None) -> list[int]:
+    """The iterations, 0 first, from which a step costs more than before: an update is due, or computes more.
+
+    num_steps: of the run; default: one that reaches all of them.
+    """
     images = {number for update in updates for number in (update.start_images, update.more_from_images)}
     later = {update.start for update in updates} | {math.ceil(number / batch_size) for number in images}
-    return sorted({0} | later)
+    return sorted({0} | {start for start in later if num_steps is None or start < num_steps})
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def measure_step_time(
     train, size = plan.config.train, _size(plan)
     meter = _Meter(clock, spent or partial(own_seconds, train))
     began, cpu = clock(), time.process_time()
-    starts = [start for start in phase_starts(plan.method.updates, train.global_batch_size) if start < train.steps]
+    starts = phase_starts(plan.method.updates, train.global_batch_size, train.steps)
     each = budget / len(starts)
     with threads(train.num_threads):
         *before, (few, many, measured) = [_measure(assembly, start, size, each, meter) for start in starts]

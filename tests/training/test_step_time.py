@@ -6,16 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from diffdistill.commands import doctor_config
 from diffdistill.commands.doctor_config import examine_config
+from diffdistill.diffusion.threads import threads
 from diffdistill.distillation.method import Update, first_with_all, phase_starts
 from diffdistill.methods.sid import SiD
 from diffdistill.training import step_time
 from diffdistill.training.assembly import assemble
 from diffdistill.training.config import RunConfig
 from diffdistill.training.iteration import Iteration
-from diffdistill.training.memory.prediction import plan_memory, saved_growth
+from diffdistill.training.memory.prediction import _step, plan_memory, saved_growth
 from diffdistill.training.plan import plan
 from diffdistill.training.reports.progress import show_step_time
 from diffdistill.training.step_time import StepTime, _scaled, _Timed, measure_step_time, one_micro_batch
@@ -49,6 +51,7 @@ def test_an_update_that_is_due_every_fifth_step_counts_a_fifth(make_config: Make
 def test_a_step_is_the_mean_of_the_runs_phases() -> None:
     updates = (Update((), "fake"), Update((), "generator", every=2, start=10, more_from_images=120))
     assert phase_starts(updates, batch_size=4) == [0, 10, 30]
+    assert phase_starts(updates, batch_size=4, num_steps=30) == [0, 10]
     assert first_with_all(updates, batch_size=4) == 30
     assert first_with_all(updates, batch_size=4, start=9) == 10
     timed = StepTime(
@@ -175,6 +178,8 @@ def test_an_update_is_measured_in_the_first_iteration_in_which_all_are_due(
     assert first_with_all(updates, batch_size=4) == 30
     assert first_with_all(updates[:2], batch_size=4) == 20
     assert first_with_all(updates[:1], batch_size=4) == 0
+    assert first_with_all(updates, batch_size=4, num_steps=23) == 20
+    assert first_with_all(updates, batch_size=4, num_steps=12) == 0
     asked: list[int] = []
     make = Iteration.micro_batch
 
@@ -183,7 +188,9 @@ def test_an_update_is_measured_in_the_first_iteration_in_which_all_are_due(
         return make(self, step, *rest)
 
     monkeypatch.setattr(Iteration, "micro_batch", noted)
-    config = make_config("rcm", "method.warmup=7", "method.fake_updates=2", "train.micro_batch_size=2")
+    config = make_config(
+        "rcm", "method.warmup=7", "method.fake_updates=2", "train.micro_batch_size=2", "train.steps=20"
+    )
     said = {finding.topic: finding.text for finding in examine_config(config)}
     assert set(asked) <= {0, 8, 9}, "before the warm-up and after it, at a turn of both"
     assert {0, 8} <= set(asked)
@@ -195,7 +202,7 @@ def test_matching_that_begins_after_a_warm_up_needs_the_memory_that_it_needs_wit
 ) -> None:
     found = []
     for warmup in (0, 100):
-        assembly = assemble(plan(make_config("rcm", f"method.warmup={warmup}"), resume=None))
+        assembly = assemble(plan(make_config("rcm", f"method.warmup={warmup}", "train.steps=200"), resume=None))
         found.append(saved_growth(assembly.plan, assembly.iteration)["generator_loss"].at(64))
     assert found[1] == pytest.approx(found[0], rel=0.2), "the calls before the one with a gradient are drawn"
 
@@ -208,3 +215,16 @@ def test_samples_that_belong_together_are_measured_together(make_config: MakeCon
     assembly = assemble(plan(config, resume=None))
     timed = measure_step_time(assembly, budget=6.0, clock=clocks(each=100), spent=clocks(each=100))
     assert timed.num_measured == 8
+
+
+def test_doctor_gives_the_threads_back_between_its_findings(make_config: MakeConfig) -> None:
+    with threads(2):
+        findings = examine_config(make_config("dmd2", "train.num_threads=1"))
+        for _ in findings:
+            assert torch.get_num_threads() == 2
+
+
+def test_memory_is_of_a_step_that_the_run_reaches(make_config: MakeConfig) -> None:
+    gan = ("method.gan_weight=0.01", "method.gan_start_images=40", "train.global_batch_size=4")
+    reaches, ends_before = (plan(make_config("sid", *gan, f"train.steps={n}"), resume=None) for n in (11, 10))
+    assert (_step(reaches), _step(ends_before)) == (10, 0)

@@ -335,8 +335,9 @@ def _micro_batch(plan: Plan, iteration: Iteration, size: int) -> MicroBatch:
 
 
 def _step(plan: Plan) -> int:
-    """In which every update is due, so that nothing of the run is left out."""
-    return first_with_all(plan.method.updates, plan.config.train.global_batch_size)
+    """In which every update is due that the run reaches, so that nothing of it is left out."""
+    train = plan.config.train
+    return first_with_all(plan.method.updates, train.global_batch_size, num_steps=train.steps)
 
 
 def _batch_bytes(micro: MicroBatch) -> int:
