@@ -237,12 +237,16 @@ def _measure(
     if teacher is not None and record.method == "agd":
         errors = {scale: _end_points(place, teacher, scale) for scale in SCALES}
         notes = "end points: " + ", ".join(f"{error:.3f} at w = {scale}" for scale, error in errors.items())
+    apart = record.against
+    if apart is not None and teacher is not None:
+        apart = replace(apart, place=f"{teacher.parent.name}/{teacher.name}")
     record = replace(
         record,
         seed=seed,
         method=record.method or "msd",
         cost=_sum(parts) if len(parts) > 1 else record.cost,
         model=replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None),
+        against=apart,
         environment=replace(record.environment, command="python scripts/leaderboard.py train"),
         notes=notes,
     )

@@ -1,6 +1,7 @@
 """The digits board's script: its table is its page's, and its rows at more steps are runs that exist."""
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -86,3 +87,10 @@ def test_a_longer_row_says_its_distance_to_digits_that_nothing_saw(board: Module
     assert rows[0].startswith("| Hyper-SD, 1 step |")
     assert "fd-pixels, test split" in "".join(board._tables(records))
     assert "test split" not in "".join(board._tables(records[:1]))
+
+
+def test_no_record_names_a_place_of_the_machine_that_made_it() -> None:
+    for file in sorted((ROOT / "results").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            found = re.findall(r'"(/[a-z]+/[^"]*)"', line)
+            assert not found, f"{file.name}: {found}"
