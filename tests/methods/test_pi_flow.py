@@ -273,7 +273,7 @@ def test_guidance_without_a_meaning_and_another_number_of_places_are_refused() -
     problem = Problem(SHAPE, 0, EDM(), teacher=teacher, network=student)
     with pytest.raises(UserError, match=r"method\.guidance: 2\.0 .*class_dropout > 0"):
         PiFlow(places=4, guidance=2.0).players(problem)
-    with pytest.raises(UserError, match=r"init: its generator gives 4 estimates a call, and method.places is 10"):
+    with pytest.raises(UserError, match=r"init: its generator gives 4 estimates per NFE, and method.places is 10"):
         PiFlow().players(problem)
     with pytest.raises(UserError, match=r"teacher: this method distils one"):
         PiFlow().players(replace(problem, teacher=None))
