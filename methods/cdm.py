@@ -3,7 +3,7 @@
 Implemented: the number and the levels of the student's steps drawn in every iteration, a deterministic roll-out,
 guidance and matching at noise of their own (Decoupled DMD, arXiv:2511.22677), matching once more from a point beside
 the trajectory, a fake score that follows the student's weights; and the anchor of DP-DMD (arXiv:2602.03139): the first
-call learns where the teacher's own ODE leads, and is not matched.
+step learns where the teacher's own ODE leads, and is not matched.
 Not implemented: DP-DMD's gradient through several steps; here only the drawn step has one, as in DMD2.
 """
 

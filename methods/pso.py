@@ -135,14 +135,14 @@ class PSO(Method):
         }
 
     def roll_out(self, generator: Denoiser, draw: Draw, cond: Cond, who: str) -> list[Tensor]:
-        """What each call is given, and the image last."""
+        """The network's input in each step, and the image last."""
         states = self.steps.trajectory(generator, draw[f"{who}z"], cond, fresh_noise=lambda i: draw[f"{who}fresh {i}"])
         return [*(state.x for state in states), generator(states[-1].x, states[-1].t, cond)]
 
     def log_ratios(self, players: Players, states: list[Tensor], cond: Cond) -> Tensor:
         """log p(x_i+1 | x_i) - log p_ref of each re-noised step, [B, steps], a mean over pixels.
 
-        The step is N(alpha' D(x_i), sigma'^2); the last call adds no noise and has no likelihood.
+        The step is N(alpha' D(x_i), sigma'^2); the last step adds no noise and has no likelihood.
         """
         path = players.generator.path
         times, ratios = times_on(self.steps, path, states[0].device), []

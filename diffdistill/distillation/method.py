@@ -53,6 +53,10 @@ class Update:
         """Whether the update is taken in the iteration `step`, before which `images_seen` images passed."""
         return step % self.every == 0 and step >= self.start and images_seen >= self.start_images
 
+    def first(self, batch_size: int) -> int:
+        """The first iteration that the update may be taken in, whatever `every` is."""
+        return max(self.start, math.ceil(self.start_images / batch_size))
+
 
 def first_with_all(
     updates: Sequence[Update], batch_size: int, *, start: int | None = None, num_steps: int | None = None
@@ -60,11 +64,14 @@ def first_with_all(
     """The first iteration from `start` on that is every update's turn; default: in which all of them are due, and
     compute all that they ever will: what it costs, the run costs from then on.
 
-    num_steps: of the run, where what it does not reach is left out.
+    num_steps: of the run. Updates that it does not reach are left out, and where it ends before a turn of all the
+    others, their last one is taken.
     """
     start = phase_starts(updates, batch_size, num_steps)[-1] if start is None else start
-    every = math.lcm(*(update.every for update in updates))
-    return math.ceil(start / every) * every
+    reached = [update for update in updates if num_steps is None or update.first(batch_size) < num_steps]
+    every = math.lcm(*(update.every for update in reached))
+    step = math.ceil(start / every) * every
+    return step if num_steps is None or step < num_steps else (num_steps - 1) // every * every
 
 
 def phase_starts(updates: Sequence[Update], batch_size: int, num_steps: int | None = None) -> list[int]:

@@ -32,6 +32,7 @@ from diffdistill.training.config import OptimizerConfig, RunConfig
 from diffdistill.training.ema import EMA, EMAConfig
 from diffdistill.training.memory.counting import SavedTensors
 from diffdistill.training.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from diffdistill.training.speed import options
 from diffdistill.training.speed.options import SpeedConfig, apply_speed, store_in_bf16
 from diffdistill.training.trainer import Trainer
 
@@ -175,6 +176,13 @@ def test_a_compiled_grid_of_outputs_gives_the_same_gradients(base: str, monkeypa
     apply_speed(SpeedConfig(compile="eager"), {"generator": compiled}, {})
     for want in ("x0", "both", "features", "x0"):
         assert_same(gradients(plain, want)[0], gradients(compiled, want)[0])
+
+
+def test_a_grid_over_a_network_without_blocks_is_not_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "grid", GridConfig(base=NETWORKS["mlp"], places=3))
+    monkeypatch.setattr(options, "recomputable_blocks", lambda _: [])
+    with pytest.raises(UserError, match=r"speed.compile: .* has no blocks; leave it out"):
+        apply_speed(SpeedConfig(compile="eager"), {"generator": denoiser("grid")}, {})
 
 
 def test_compiled_players_train_as_plain_ones(make_config: MakeConfig) -> None:

@@ -180,6 +180,9 @@ def test_an_update_is_measured_in_the_first_iteration_in_which_all_are_due(
     assert first_with_all(updates[:1], batch_size=4) == 0
     assert first_with_all(updates, batch_size=4, num_steps=23) == 20
     assert first_with_all(updates, batch_size=4, num_steps=12) == 0
+    late = (Update((), "a", every=5, start=8),)
+    assert [first_with_all(late, batch_size=4, num_steps=n) for n in (20, 10, 5)] == [10, 5, 0]
+    assert first_with_all((*late, Update((), "b", every=7, start=10)), batch_size=4, num_steps=10) == 5
     asked: list[int] = []
     make = Iteration.micro_batch
 

@@ -174,5 +174,8 @@ def _compiled_parts(denoiser: Denoiser) -> list[nn.Module]:
     if net is not None:
         return [block for block in net.blocks if block is not net.middle]
     if any(isinstance(part, Grid) for part in parts):
-        return [*recomputable_blocks(denoiser)]
+        blocks = recomputable_blocks(denoiser)
+        if not blocks:
+            raise UserError("speed.compile: the network under pi_flow's wide last layer has no blocks; leave it out")
+        return [*blocks]
     return [denoiser]
