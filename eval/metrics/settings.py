@@ -354,9 +354,7 @@ def better(metric: str) -> Literal["lower", "higher", "unknown"]:
 def metric_label(metric: str) -> str:
     """A metric's name as a heading: FD resnet20-cifar for fd-resnet20-cifar."""
     fact = fact_of(metric)
-    if fact is None:
-        return metric.replace("-", " ", 1)
-    return f"{fact.label} {metric[len(fact.name) + 1 :]}".rstrip()
+    return f"{fact.label} {metric[len(fact.name) + 1 :]}".rstrip() if fact else metric.replace("-", " ", 1)
 
 
 def primary_metric(metrics: Sequence[str]) -> str:
@@ -380,5 +378,4 @@ def _balls(metric: PrecisionRecall | DensityCoverage, sides: Sides) -> Prdc:
             nearest_k=nearest.get(PrecisionRecall, own),
             density_k=nearest.get(DensityCoverage, own),
         )
-    found: Prdc = sides.shared[key]
-    return found
+    return sides.shared[key]
