@@ -105,8 +105,8 @@ class AGD(Method):
         dtype = torch.float16 if self.storage == "fp16" else torch.float32
         kind = STORED.get(self.weight)
 
-        def said(call: Evaluation) -> Tensor:
-            return teacher.convert(call.x0, kind, call.x, call.t) if kind else call.x0
+        def said(one: Evaluation) -> Tensor:
+            return teacher.convert(one.x0, kind, one.x, one.t) if kind else one.x0
 
         return {
             "x": torch.stack([one.x for one in seen.evaluations], 1).to(dtype),

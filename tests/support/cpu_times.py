@@ -42,7 +42,7 @@ class CpuTimes:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--cpu-times", type=int, default=0, metavar="N", help="how many of the dearest tests to list by CPU-seconds"
+        "--cpu-times", type=int, default=0, metavar="N", help="how many of the most expensive tests to list by CPU-seconds"
     )
 
 
