@@ -41,9 +41,7 @@ class CpuTimes:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--cpu-times", type=int, default=0, metavar="N", help="how many of the most expensive tests to list by CPU-seconds"
-    )
+    parser.addoption("--cpu-times", type=int, default=0, metavar="N", help="list so many of the most expensive tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
