@@ -8,44 +8,50 @@ A record's `train_cpu_seconds` is of one process with one thread and counts what
 a recorded path. The teacher's own training is not in it.
 """
 
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
+from leaderboard_page import (
+    COLUMNS,
+    DRAWS,
+    FIGURES,
+    IN_PICTURE,
+    NUM_DRAWS,
+    RECORDS,
+    ROOT,
+    STRIPS,
+    UNSEEN,
+    Point,
+    append_points,
+    read_points,
+    slug,
+    strip_of,
+    write_page,
+)
 from one_thread import train_alone
 from PIL import Image
 
-from diffdistill.data.pictures import save_rows
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.eval.evaluation.command import run_eval
 from diffdistill.eval.evaluation.setup import EvalOptions
 from diffdistill.eval.images.places import seconds_until
 from diffdistill.eval.metrics.endpoints import endpoint_error
-from diffdistill.eval.protocols.packaged import DIGITS_TEST_PIXELS
-from diffdistill.eval.records.record import Cost, Record, append_record, read_records
+from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, DIGITS_TEST_PIXELS
+from diffdistill.eval.records.record import Cost, append_record, read_records
 from diffdistill.inference.draw import sample_images
 from diffdistill.models.load import find_checkpoint, join_students, load_model
 from diffdistill.settings.terminal import Console
 from diffdistill.training.config import find_config, load_config
 
-ROOT = Path(__file__).parents[1]
-RECORDS = ROOT / "results" / "digits.jsonl"
-STRIPS = ROOT / "results" / "strips"  # samples of each row of the first table, seed 0
-PAGE = ROOT / "docs" / "digits-board.md"
-PICTURE = ROOT / "docs" / "images" / "digits-board.png"
-MARKS = ("<!-- digits board -->", "<!-- end of the digits board -->")
-UNSEEN = "test split"  # of another record of a longer row, by digits-test-pixels
 SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
+POINTS = 10  # of a curve
 SHORT = "short"  # the name of a longer run's second average
-IN_PICTURE, COLUMNS, SHOWN = "U-Net", 30, 10
 
 U_NET: tuple[str, ...] = ()
 MLP = ("model.network={name: mlp, width: 256, blocks: 3}", "train.steps=1500")
@@ -66,11 +72,12 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        return _slug(self.name)
+        return slug(self.name)
 
 
 BOARD = (
     Entry("DMD2", "dmd2/digits", ("train.steps=700", "method.gan_features=fake")),
+    Entry("DMD, with regression", "dmd2/digits-dmd"),
     Entry("SiD", "sid/digits"),
     Entry("SIM", "sim/digits"),
     Entry("f-distill (JS)", "f_distill/digits"),
@@ -114,7 +121,7 @@ FOR_LONGER = {
 }
 # A second row of the same runs by an average whose half-life is so many times the board's: it keeps more recall.
 SHORTER = {"SiD": 4}
-STORED = ("pairs", "trajectories")  # what a method makes before training
+STORED = ("pairs", "trajectories", "regression_pairs")  # what a method makes before training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -152,15 +159,47 @@ def train(
 
 
 @app.command()
+def curves(
+    folder: Annotated[Path, typer.Option(help="Where the runs are.")] = ROOT / "runs" / "board",
+    only: Annotated[list[str] | None, typer.Option(help="A row's name; may be given again.")] = None,
+    times: Annotated[int, typer.Option(help="So many times the steps.", min=1)] = 1,
+) -> None:
+    """Train seed 0 of the U-Net's rows with evaluations on the way, and add those to results/digits-curves.jsonl."""
+    teacher, family = folder / "unet" / "teacher", longer_family(times) if times > 1 else IN_PICTURE
+    known = {point.name for point in read_points()}
+    for entry in (e for e in BOARD if not e.students and (not only or e.name in only)):
+        name = f"{entry.name}, {family}"
+        if name not in known:
+            row = longer(entry, times) if times > 1 else entry
+            place = folder / f"curves-{times}" / f"{row.slug}-0"
+            _train(row, place, [f"teacher={teacher}", "train.seed=0", _on_the_way(row)])
+            append_points(_points(name, place))
+
+
+@app.command()
 def table() -> None:
-    """Write the table of the records into its page, and one picture of samples."""
-    records = read_records(RECORDS)
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    parts = [before, MARKS[0], "\n\n", *_tables(records), *_draw(records), "\n", MARKS[1], after]
-    PAGE.write_text("".join(parts), encoding="utf-8")
-    console.print(f"{PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)} are written")
+    """Write the tables of the records into their page, a picture of samples and one of the curves."""
+    written, missing = write_page()
+    if missing:
+        console.print(f"no samples of {'; '.join(missing)}: `train` makes them")
+    console.print(", ".join(str(file.relative_to(ROOT)) for file in written))
+
+
+def _on_the_way(entry: Entry) -> str:
+    steps = load_config(find_config(entry.config), entry.overrides).train.steps
+    return f"eval={{protocol: {DIGITS_PIXELS.name}, every: {max(steps // POINTS, 1)}}}"
+
+
+def _points(name: str, place: Path) -> list[Point]:
+    found = []
+    for record in read_records(place / "eval.jsonl"):
+        step = record.cost.train_steps if record.cost else None
+        assert step
+        fd_pixels, precision, recall = (round(record.metrics[key].mean, 5) for key in FIGURES)
+        spent = seconds_until(place, step, clock="cpu_seconds") or 0.0
+        figures = {"fd_pixels": fd_pixels, "precision": precision, "recall": recall}
+        found.append(Point(name=name, step=step, cpu_seconds=spent, **figures))
+    return found
 
 
 def longer(entry: Entry, times: int) -> Entry:
@@ -177,18 +216,20 @@ def longer(entry: Entry, times: int) -> Entry:
         halflife = SHORTER[entry.name] * config.ema.halflife_images
         longer.append(f"more_emas={{{SHORT}: {{halflife_images: {halflife:g}, ramp: {config.ema.ramp:g}}}}}")
         second = f"{entry.name}, EMA half-life {halflife:,.0f} images"
-    stored = {name: getattr(config.method, name, None) for name in STORED}
-    longer += [f"method.{name}={times * count}" for name, count in stored.items() if count]
+    longer += [f"method.{name}={times * count}" for name, count in stored(config.method).items()]
     return replace(entry, overrides=(*overrides, *longer), second=second)
+
+
+def stored(method: Any) -> dict[str, int]:
+    """How much of what it makes before training, by setting."""
+    is_unused = {"regression_pairs": not getattr(method, "regression_weight", None)}
+    found = {name: getattr(method, name, None) for name in STORED if not is_unused.get(name)}
+    return {name: count for name, count in found.items() if count}
 
 
 def longer_family(times: int) -> str:
     """What its records' names end with."""
     return f"{IN_PICTURE}, {times} times the steps"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> None:
@@ -225,7 +266,9 @@ def _measure(
 ) -> None:
     is_longer = not name.endswith((f", {IN_PICTURE}", ", MLP"))
     if is_longer and place.exists():
-        _append_unseen(name, place, seed, ema)
+        _append_other(name, place, seed, UNSEEN, EvalOptions(protocol=DIGITS_TEST_PIXELS.name, ema=ema))
+        draws = EvalOptions(repeats=NUM_DRAWS, seed=DIGITS_PIXELS.num_images, ema=ema)
+        _append_other(name, place, seed, DRAWS, draws)
     if _is_recorded(name, seed):
         return
     against = str(teacher) if is_longer and teacher else None
@@ -253,12 +296,11 @@ def _measure(
     append_record(RECORDS, record)
 
 
-def _append_unseen(name: str, place: Path, seed: int, ema: str | None) -> None:
-    """A record against digits that nothing was trained on."""
-    name = f"{name}, {UNSEEN}"
+def _append_other(name: str, place: Path, seed: int, kind: str, options: EvalOptions) -> None:
+    """A record beside the row's own: against digits that nothing was trained on, or of other noises."""
+    name = f"{name}, {kind}"
     if not _is_recorded(name, seed):
-        options = EvalOptions(names=[name], protocol=DIGITS_TEST_PIXELS.name, ema=ema)
-        [record] = run_eval([str(place)], options, console)
+        [record] = run_eval([str(place)], replace(options, names=[name]), console)
         assert record.model is not None
         model = replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None)
         append_record(RECORDS, replace(record, seed=seed, model=model))
@@ -283,68 +325,8 @@ def _is_recorded(name: str, seed: int) -> bool:
     return RECORDS.exists() and any((record.name, record.seed) == (name, seed) for record in read_records(RECORDS))
 
 
-def _tables(records: Sequence[Record]) -> Iterator[str]:
-    ends = (re.search(rf", ({IN_PICTURE}, \d+ times the steps)$", record.name) for record in records)
-    longer = {found[1] for found in ends if found}
-    families = {IN_PICTURE: "a U-Net of 0.3 million weights", "MLP": "a residual MLP"}
-    families |= {name: f"the same {name.replace(',', ' as above, at')}" for name in sorted(longer)}
-    for family, title in families.items():
-        rows = _rows(records, family)
-        if not rows:
-            continue
-        floor = _floor([record for _, found in rows for record in found])
-        unseen = dict(_rows(records, f"{family}, {UNSEEN}"))
-        yield f"The teacher: {title}.\n\n"
-        yield "| | NFE | fd-pixels | precision | recall | CPU-seconds | seeds |"
-        yield f" to the teacher (its floor {floor:.3f}) |" if floor else ""
-        yield " fd-pixels, test split |\n" if unseen else "\n"
-        yield f"|---|---|---|---|---|---|---|{'---|' if floor else ''}{'---|' if unseen else ''}\n"
-        for name, found in rows:
-            first = found[0]
-            nfe = first.sampler.num_evaluations if first.sampler else None
-            numbers = [_spread([r.metrics[m].mean for r in found]) for m in ("fd-pixels", "precision", "recall")]
-            spent = [r.cost.train_cpu_seconds for r in found if r.cost and r.cost.train_cpu_seconds]
-            cost = f"{fmean(spent):.0f}" if spent else ""
-            apart = [r.against.metrics["fd-pixels"].student.value for r in found if r.against]
-            last = f" {_spread(apart)} |" if floor else ""
-            if unseen:
-                last += f" {_spread([r.metrics['fd-pixels'].mean for r in unseen.get(name, [])])} |"
-            yield f"| {name} | {nfe} | {' | '.join(numbers)} | {cost} | {len(found)} |{last}\n"
-        for name, found in rows:
-            if notes := [record.notes.removeprefix("end points: ") for record in found if record.notes]:
-                yield f"\n{name}, end points from guidance's, seed by seed: {'; '.join(notes)}.\n"
-        yield "\n"
-
-
-def _floor(records: Sequence[Record]) -> float | None:
-    """The teacher's own distance to itself, as the first record that has one measured it."""
-    return next((r.against.metrics["fd-pixels"].floor.value for r in records if r.against), None)
-
-
-def _rows(records: Sequence[Record], family: str) -> list[tuple[str, list[Record]]]:
-    """Each row's records, best first, the teacher above."""
-    rows: dict[str, list[Record]] = {}
-    for record in records:
-        if record.name.endswith(f", {family}"):
-            rows.setdefault(record.name.removesuffix(f", {family}"), []).append(record)
-    return sorted(
-        rows.items(), key=lambda row: (row[0] != "teacher", fmean(r.metrics["fd-pixels"].mean for r in row[1]))
-    )
-
-
-def _spread(values: Sequence[float]) -> str:
-    """The mean, and least and greatest where there are several; nothing of none."""
-    if not values:
-        return ""
-    return f"{fmean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
-
-
-def _strip(name: str) -> Path:
-    return STRIPS / f"{_slug(name)}.png"
-
-
 def _misses_strip(name: str, seed: int) -> bool:
-    return name.endswith(f", {IN_PICTURE}") and seed == 0 and not _strip(name).exists()
+    return name.endswith(f", {IN_PICTURE}") and seed == 0 and not strip_of(name).exists()
 
 
 def _keep_strip(name: str, place: Path, seed: int) -> None:
@@ -353,23 +335,7 @@ def _keep_strip(name: str, place: Path, seed: int) -> None:
         return
     [strip] = torch.cat(list(sample_images(load_model(place), count=COLUMNS)), dim=-1)
     STRIPS.mkdir(exist_ok=True)
-    Image.fromarray(((strip.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).save(_strip(name))
-
-
-def _draw(records: Sequence[Record]) -> Iterator[str]:
-    """Write the picture of the first table's rows, in the table's order; gives its place in the page."""
-    names = [f"{row}, {IN_PICTURE}" for row, _ in _rows(records, IN_PICTURE)]
-    if missing := [name for name in names if not _strip(name).exists()]:
-        console.print(f"no samples of {'; '.join(missing)}: `train` makes them")
-    names = [name for name in names if name not in missing]
-    save_rows(PICTURE, {name.rpartition(", ")[0]: _images(name) for name in names}, min_side=48)
-    yield f"![Samples of the first table's rows, of seed 0 from the same noise]({PICTURE.relative_to(PAGE.parent)})\n"
-
-
-def _images(name: str) -> torch.Tensor:
-    """The first ten of a strip, [10, 1, 8, 8] in [-1, 1]."""
-    strip = torch.from_numpy(np.array(Image.open(_strip(name)))).float() / 127.5 - 1
-    return strip.reshape(strip.shape[0], COLUMNS, -1).transpose(0, 1)[:SHOWN, None]
+    Image.fromarray(((strip.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).save(strip_of(name))
 
 
 if __name__ == "__main__":

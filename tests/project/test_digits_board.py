@@ -1,6 +1,7 @@
 """The digits board's script: its table is its page's, and its rows at more steps are runs that exist."""
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from diffdistill.eval.metrics.against import AboveFloor, Measured
-from diffdistill.eval.records.record import Against, read_records
+from diffdistill.eval.records.record import Against, Cost, Record, append_record, read_records
 from diffdistill.training.config import find_config, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +25,13 @@ def board() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "scripts"))
 
 
-def test_the_pages_tables_are_those_of_the_records(board: ModuleType) -> None:
-    assert "".join(board._tables(read_records(board.RECORDS))) in board.PAGE.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def page(board: ModuleType) -> ModuleType:
+    return sys.modules["leaderboard_page"]
+
+
+def test_the_pages_tables_are_those_of_the_records(page: ModuleType) -> None:
+    assert "".join(page.tables(read_records(page.RECORDS))) in page.PAGE.read_text(encoding="utf-8")
 
 
 def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleType) -> None:
@@ -36,7 +42,7 @@ def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleT
         if usual.ema is not None:
             assert longer.ema is not None
             assert longer.ema.halflife_images == 10 * usual.ema.halflife_images
-        stored = {name: count for name in board.STORED if (count := getattr(usual.method, name, None))}
+        stored = board.stored(usual.method)
         assert {name: getattr(longer.method, name) for name in stored} == {n: 10 * k for n, k in stored.items()}
         method = replace(longer.method, **stored)
         assert replace(longer, method=method, train=usual.train, ema=usual.ema, more_emas=usual.more_emas) == usual
@@ -52,8 +58,10 @@ def test_a_second_row_is_of_the_same_run_by_a_shorter_average(board: ModuleType)
     assert all(board.longer(e, 10).second is None for e in board.BOARD if e.name not in board.SHORTER)
 
 
-def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(board: ModuleType) -> None:
-    student = next(record for record in read_records(board.RECORDS) if record.name == "SiD, U-Net")
+def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(
+    board: ModuleType, page: ModuleType
+) -> None:
+    student = next(record for record in read_records(page.RECORDS) if record.name == "SiD, U-Net")
     at = {"student": 0.093, "floor": 0.038, "excess": 0.055}
     measured = AboveFloor(**{name: Measured(value=x, low=x - 0.01, high=x + 0.01) for name, x in at.items()})
     against = Against(
@@ -67,7 +75,7 @@ def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(b
         replicates=50,
     )
     long = replace(student, name=f"SiD, {board.longer_family(10)}", against=against)
-    first, second = "".join(board._tables([student, long])).split(
+    first, second = "".join(page.tables([student, long])).split(
         "The teacher: the same U-Net as above, at 10 times the steps."
     )
     assert first.count("| SiD |") == second.count("| SiD |") == 1
@@ -76,17 +84,63 @@ def test_a_longer_table_is_one_of_its_own_and_says_the_distance_to_the_teacher(b
     assert second.rstrip().endswith(" | 1 | 0.093 |")
 
 
-def test_a_longer_row_says_its_distance_to_digits_that_nothing_saw(board: ModuleType) -> None:
-    record = next(record for record in read_records(board.RECORDS) if record.name == "Hyper-SD, 1 step, U-Net")
+def test_a_longer_row_says_its_distance_to_digits_that_nothing_saw(board: ModuleType, page: ModuleType) -> None:
+    record = next(record for record in read_records(page.RECORDS) if record.name == "Hyper-SD, 1 step, U-Net")
     name = f"Hyper-SD, 1 step, {board.longer_family(10)}"
     scores = replace(record.metrics["fd-pixels"], values=(0.777,), min=0.777, mean=0.777)
     unseen = replace(record, metrics={"fd-pixels": scores})
-    records = [replace(record, name=name), replace(unseen, name=f"{name}, {board.UNSEEN}")]
-    [_, *rows] = [line for line in "".join(board._tables(records)).splitlines() if line.startswith("| ")]
+    records = [replace(record, name=name), replace(unseen, name=f"{name}, {page.UNSEEN}")]
+    [_, *rows] = [line for line in "".join(page.tables(records)).splitlines() if line.startswith("| ")]
     assert [row.split("|")[-2].strip() for row in rows] == ["0.777"]
     assert rows[0].startswith("| Hyper-SD, 1 step |")
-    assert "fd-pixels, test split" in "".join(board._tables(records))
-    assert "test split" not in "".join(board._tables(records[:1]))
+    assert "fd-pixels, test split" in "".join(page.tables(records))
+    assert "test split" not in "".join(page.tables(records[:1]))
+
+
+def test_a_longer_row_s_mean_over_other_noises_stands_beside_its_teacher_s(board: ModuleType, page: ModuleType) -> None:
+    record = next(record for record in read_records(page.RECORDS) if record.name == "Hyper-SD, 1 step, U-Net")
+    family = board.longer_family(10)
+
+    def drawn(name: str, fd: float, recall: float, seed: int = 0) -> Record:
+        values = {"fd-pixels": fd, "recall": recall, "precision": 0.5}
+        metrics = {
+            key: replace(record.metrics[key], values=(x, x), min=x, mean=x, std=0.0) for key, x in values.items()
+        }
+        return replace(record, name=f"{name}, {family}, {page.DRAWS}", metrics=metrics, seed=seed)
+
+    records = [drawn("teacher", 0.14, 0.9), drawn("SiD", 0.13, 0.88), drawn("SiD", 0.15, 0.83, seed=1)]
+    own = replace(record, name=f"SiD, {family}")
+    *_, teacher, student = [line for line in "".join(page.tables([own, *records])).splitlines() if line[:2] == "| "]
+    assert teacher == "| teacher | 0.140 | 0.500 | 0.900 | 1 | 1.00 | 1.00 |"
+    assert student.startswith("| SiD | 0.140 (0.130 to 0.150) | 0.500 ")
+    assert student.endswith(" | 0.855 (0.830 to 0.880) | 2 | 1.00 | 0.95 |")
+    assert "noises" not in "".join(page.tables([own]))
+
+
+def test_what_a_row_makes_before_training_grows_with_its_steps_where_it_is_used(board: ModuleType) -> None:
+    by_name = {entry.name: load_config(find_config(entry.config), entry.overrides).method for entry in board.BOARD}
+    assert board.stored(by_name["DMD, with regression"]) == {"regression_pairs": 4000}
+    assert board.stored(by_name["DMD2"]) == {}
+    assert board.stored(by_name["regression on pairs"]) == {"pairs": 4000}
+
+
+def test_a_curve_is_of_the_evaluations_on_the_way(
+    board: ModuleType, page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = next(record for record in read_records(page.RECORDS) if record.name == "Hyper-SD, 1 step, U-Net")
+    for step in (10, 20):
+        append_record(tmp_path / "eval.jsonl", replace(record, cost=Cost(train_steps=step)))
+    reports = [{"step": 10, "images": 1, "cpu_seconds": 1.5}, {"step": 20, "images": 2, "cpu_seconds": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
+    monkeypatch.setattr(page, "CURVES", tmp_path / "curves.jsonl")
+    assert page.read_points() == []
+    points = board._points("Hyper-SD, 1 step, U-Net", tmp_path)
+    page.append_points(points)
+    assert page.read_points() == points
+    assert [(point.step, point.cpu_seconds) for point in points] == [(10, 1.5), (20, 3.0)]
+    assert points[0].fd_pixels == pytest.approx(record.metrics["fd-pixels"].mean, abs=1e-5)
+    way = board._on_the_way(next(entry for entry in board.BOARD if entry.name == "SiD"))
+    assert way == "eval={protocol: digits-pixels, every: 50}"
 
 
 def test_no_record_names_a_place_of_the_machine_that_made_it() -> None:
