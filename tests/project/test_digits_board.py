@@ -119,7 +119,7 @@ def test_a_longer_row_s_mean_over_other_noises_stands_beside_its_teacher_s(board
 
 def test_what_a_row_makes_before_training_grows_with_its_steps_where_it_is_used(board: ModuleType) -> None:
     by_name = {entry.name: load_config(find_config(entry.config), entry.overrides).method for entry in board.BOARD}
-    assert board.stored(by_name["DMD, with regression"]) == {"regression_pairs": 4000}
+    assert board.stored(by_name["DMD, with regression"]) == {"regression_pairs": 2000}
     assert board.stored(by_name["DMD2"]) == {}
     assert board.stored(by_name["regression on pairs"]) == {"pairs": 4000}
 
