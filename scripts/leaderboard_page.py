@@ -58,7 +58,7 @@ def write_page() -> tuple[list[Path], list[str]]:
     missing = [name for name in names if not strip_of(name).exists()]
     parts = [before, MARKS[0], "\n\n", *tables(records), _draw([n for n in names if n not in missing]), *_curves()]
     PAGE.write_text("".join([*parts, "\n", MARKS[1], after]), encoding="utf-8")
-    return [PAGE, PICTURE, CURVES_PICTURE], missing
+    return [PAGE, PICTURE, *([CURVES_PICTURE] if CURVES.exists() else [])], missing
 
 
 def slug(name: str) -> str:
