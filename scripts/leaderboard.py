@@ -77,7 +77,7 @@ class Entry:
 
 BOARD = (
     Entry("DMD2", "dmd2/digits", ("train.steps=700", "method.gan_features=fake")),
-    Entry("DMD, with regression", "dmd2/digits-dmd"),
+    Entry("DMD, with regression", "dmd2/digits-dmd", ("train.steps=500", "method.regression_pairs=2000")),
     Entry("SiD", "sid/digits"),
     Entry("SIM", "sim/digits"),
     Entry("f-distill (JS)", "f_distill/digits"),

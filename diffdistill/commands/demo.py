@@ -21,6 +21,7 @@ from diffdistill.training.config import find_config, load_config
 from diffdistill.training.trainer import Trainer
 
 FAST = ("train.steps=40", "train.checkpoint_every=20", "train.preview_every=40", "train.log_every=10")
+FAST_STUDENT = ("method.regression_pairs=64",)
 
 
 def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) -> list[Row]:
@@ -34,9 +35,9 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
     teacher, student = folder / "teacher", folder / "student"
     console.print(f"1/3 teacher of 8 x 8 digits: {teacher}", highlight=False)
     Trainer(load_config(find_config("pretrain/digits"), [f"run={teacher}", *common]), resume=True).run()
-    console.print(f"2/3 one-step student by DMD2: {student}", highlight=False)
-    settings = [f"run={student}", f"teacher={teacher}", *common]
-    Trainer(load_config(find_config("dmd2/digits"), settings), resume=True).run()
+    console.print(f"2/3 one-step student by DMD: {student}", highlight=False)
+    settings = [f"run={student}", f"teacher={teacher}", *common, *(FAST_STUDENT if is_fast else ())]
+    Trainer(load_config(find_config("dmd2/digits-dmd"), settings), resume=True).run()
     console.print("3/3 evaluation: 1,800 samples each, against the training split", highlight=False)
     init_ratio = _few_steps(str(student)).init_ratio
     rows = [
@@ -44,7 +45,7 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
         gaussian_baseline(seed=0),
         evaluate_run(str(teacher), name="teacher"),
         evaluate_run(str(teacher), name="teacher, one step", sampler=FewSteps(init_ratio=init_ratio)),
-        evaluate_run(str(student), name="DMD2 student, one step"),
+        evaluate_run(str(student), name="DMD student, one step"),
     ]
     show_table(rows, console, folder / "table.json")
     for name in ("teacher", "student"):

@@ -96,7 +96,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_needs_no_extras_and_writes_the_table(demo: Path) -> None:
     rows = json.loads((demo / "table.json").read_text())
     assert [list(row) for row in rows] == 5 * [COLUMNS]
-    names = ["bootstrap floor", "Gaussian of the data", "teacher", "teacher, one step", "DMD2 student, one step"]
+    names = ["bootstrap floor", "Gaussian of the data", "teacher", "teacher, one step", "DMD student, one step"]
     assert [row["name"] for row in rows] == names
     assert [row["num_evaluations"] for row in rows] == [0, 0, 3, 1, 1]
     assert all(row["ms_per_image"] > 0 for row in rows[2:])
