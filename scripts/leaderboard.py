@@ -1,8 +1,9 @@
 """The like-for-like table on digits: methods from one teacher, at about the same CPU-seconds, three seeds each.
 
     python scripts/leaderboard.py train          # runs/board; what is there already is kept; hours of CPU
-    python scripts/leaderboard.py train --times 10 --seeds 1    # another table: each row at ten times its steps
-    python scripts/leaderboard.py table          # results/digits.jsonl into the docs' table and picture
+    python scripts/leaderboard.py train --times 10    # two tables more: each row at ten times its steps
+    python scripts/leaderboard.py curves         # seed 0 of each row again, evaluated on its way
+    python scripts/leaderboard.py table          # the records into the docs' tables, picture of samples and curves
 
 A record's `train_cpu_seconds` is of one process with one thread and counts what a method prepares: pairs, trajectories,
 a recorded path. The teacher's own training is not in it.
@@ -51,6 +52,8 @@ from diffdistill.training.config import find_config, load_config
 
 SCALES = (1.5, 3.0)  # at which AGD's end points are compared with guidance's
 POINTS = 10  # of a curve
+FIRST_DRAW = 1800  # of the other noises, so that no image seed of theirs is the protocol's own
+COMMAND = "python scripts/leaderboard.py train"
 SHORT = "short"  # the name of a longer run's second average
 
 U_NET: tuple[str, ...] = ()
@@ -141,8 +144,7 @@ def train(
     torch.set_num_threads(1)
     folder = folder / ("mlp" if mlp else "unet")
     teacher = folder / "teacher"
-    if not list(teacher.glob("checkpoints/step-*")):
-        _train(Entry("teacher", "pretrain/digits", MLP if mlp else U_NET), teacher, ())
+    _train_teacher(teacher, MLP if mlp else U_NET)
     if mlp and times > 1:
         raise typer.BadParameter("goes with the U-Net alone", param_hint="--times")
     family = longer_family(times) if times > 1 else "MLP" if mlp else IN_PICTURE
@@ -165,7 +167,9 @@ def curves(
     times: Annotated[int, typer.Option(help="So many times the steps.", min=1)] = 1,
 ) -> None:
     """Train seed 0 of the U-Net's rows with evaluations on the way, and add those to results/digits-curves.jsonl."""
+    torch.set_num_threads(1)
     teacher, family = folder / "unet" / "teacher", longer_family(times) if times > 1 else IN_PICTURE
+    _train_teacher(teacher, U_NET)
     known = {point.name for point in read_points()}
     for entry in (e for e in BOARD if not e.students and (not only or e.name in only)):
         name = f"{entry.name}, {family}"
@@ -196,7 +200,8 @@ def _points(name: str, place: Path) -> list[Point]:
         step = record.cost.train_steps if record.cost else None
         assert step
         fd_pixels, precision, recall = (round(record.metrics[key].mean, 5) for key in FIGURES)
-        spent = seconds_until(place, step, clock="cpu_seconds") or 0.0
+        spent = seconds_until(place, step, clock="cpu_seconds")
+        assert spent
         figures = {"fd_pixels": fd_pixels, "precision": precision, "recall": recall}
         found.append(Point(name=name, step=step, cpu_seconds=spent, **figures))
     return found
@@ -236,7 +241,10 @@ def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> N
     """Train and measure one student. One that is recorded is trained again only if its samples are missing."""
     place, name = folder / f"{entry.slug}-{seed}", f"{entry.name}, {family}"
     second = f"{entry.second}, {family}" if entry.second else name
-    if _is_recorded(name, seed) and _is_recorded(second, seed) and not _misses_strip(name, seed):
+    kinds = [""] if family in (IN_PICTURE, "MLP") else ["", f", {UNSEEN}", f", {DRAWS}"]
+    if all(_is_recorded(f"{n}{kind}", seed) for n in (name, second) for kind in kinds) and not _misses_strip(
+        name, seed
+    ):
         return
     parts = [(option, place / str(i)) for i, option in enumerate(entry.students)] or [("", place)]
     for option, run in parts:
@@ -249,6 +257,11 @@ def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> N
         if entry.second:
             _measure(second, place, seed, teacher=teacher, ema=SHORT)
         _keep_strip(name, place, seed)
+
+
+def _train_teacher(run: Path, overrides: tuple[str, ...]) -> None:
+    if not list(run.glob("checkpoints/step-*")):
+        _train(Entry("teacher", "pretrain/digits", overrides), run, ())
 
 
 def _train(entry: Entry, run: Path, given: Sequence[str]) -> None:
@@ -267,8 +280,7 @@ def _measure(
     is_longer = not name.endswith((f", {IN_PICTURE}", ", MLP"))
     if is_longer and place.exists():
         _append_other(name, place, seed, UNSEEN, EvalOptions(protocol=DIGITS_TEST_PIXELS.name, ema=ema))
-        draws = EvalOptions(repeats=NUM_DRAWS, seed=DIGITS_PIXELS.num_images, ema=ema)
-        _append_other(name, place, seed, DRAWS, draws)
+        _append_other(name, place, seed, DRAWS, EvalOptions(repeats=NUM_DRAWS, seed=FIRST_DRAW, ema=ema))
     if _is_recorded(name, seed):
         return
     against = str(teacher) if is_longer and teacher else None
@@ -290,7 +302,7 @@ def _measure(
         cost=_sum(parts) if len(parts) > 1 else record.cost,
         model=replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None),
         against=apart,
-        environment=replace(record.environment, command="python scripts/leaderboard.py train"),
+        environment=replace(record.environment, command=COMMAND),
         notes=notes,
     )
     append_record(RECORDS, record)
@@ -302,8 +314,10 @@ def _append_other(name: str, place: Path, seed: int, kind: str, options: EvalOpt
     if not _is_recorded(name, seed):
         [record] = run_eval([str(place)], replace(options, names=[name]), console)
         assert record.model is not None
+        assert record.environment is not None
         model = replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None)
-        append_record(RECORDS, replace(record, seed=seed, model=model))
+        environment = replace(record.environment, command=COMMAND)
+        append_record(RECORDS, replace(record, seed=seed, model=model, environment=environment))
 
 
 def _sum(runs: Sequence[Path]) -> Cost:

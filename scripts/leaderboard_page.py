@@ -13,14 +13,13 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from diffdistill.data.pictures import save_rows
-from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.eval.records.record import Record, read_records
 from diffdistill.settings.schema import schema
 from diffdistill.settings.values import dump, validate
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "digits.jsonl"
-CURVES = ROOT / "results" / "digits-curves.jsonl"  # what its rows' students are on their way
+CURVES = ROOT / "results" / "digits-curves.jsonl"  # figures of its rows' students during training
 STRIPS = ROOT / "results" / "strips"  # samples of each row of the first table, seed 0
 PAGE = ROOT / "docs" / "digits-board.md"
 PICTURE = ROOT / "docs" / "images" / "digits-board.png"
@@ -35,7 +34,7 @@ INK, GRID = "#24292f", "#e7eaee"
 
 @schema
 class Point:
-    """A student on its way.  name: of its row, with the table's.  The figures are of protocol digits-pixels.
+    """A student during training.  name: of its row, with the table's.  The figures are of protocol digits-pixels.
 
     cpu_seconds: of its training until `step`, with what it makes before and the evaluations.
     """
@@ -58,7 +57,7 @@ def write_page() -> tuple[list[Path], list[str]]:
     missing = [name for name in names if not strip_of(name).exists()]
     parts = [before, MARKS[0], "\n\n", *tables(records), _draw([n for n in names if n not in missing]), *_curves()]
     PAGE.write_text("".join([*parts, "\n", MARKS[1], after]), encoding="utf-8")
-    return [PAGE, PICTURE, *([CURVES_PICTURE] if CURVES.exists() else [])], missing
+    return [PAGE, PICTURE, *([CURVES_PICTURE] if read_points() else [])], missing
 
 
 def slug(name: str) -> str:
@@ -119,12 +118,14 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _draws(rows: Sequence[tuple[str, list[Record]]]) -> Iterator[str]:
-    """The same rows by the mean over further draws of noise, each by how far it is from its teacher's figures."""
-    if not rows:
+    """The rows by their means over further draws of noise, beside the teacher's; nothing where that has none."""
+    if not rows or rows[0][0] != "teacher":
         return
+    protocol = rows[0][1][0].protocol
     means = {name: {key: fmean(r.metrics[key].mean for r in found) for key in FIGURES} for name, found in rows}
     teacher = means["teacher"]
-    yield f"The same students, means over {NUM_DRAWS} further draws of {DIGITS_PIXELS.num_images:,} noises.\n\n"
+    yield f"Means over {protocol['repeats']} further draws of {protocol['num_images']:,} noises, of the students above "
+    yield "that were measured on them.\n\n"
     yield "| | fd-pixels | precision | recall | seeds | FD, of the teacher's | recall, of the teacher's |\n"
     yield "|---|---|---|---|---|---|---|\n"
     for name, found in rows:
@@ -200,4 +201,5 @@ def _curves() -> Iterator[str]:
     figure.supxlabel("CPU-seconds", fontsize=8)
     figure.supylabel("FD in pixels (dotted: the teacher's)", fontsize=8)
     figure.savefig(CURVES_PICTURE, dpi=110, metadata={"Software": None})
-    yield f"\n![FD in pixels against CPU-seconds, a panel for each row]({CURVES_PICTURE.relative_to(PAGE.parent)})\n"
+    place = CURVES_PICTURE.relative_to(PAGE.parent)
+    yield f"\n![FD in pixels against CPU-seconds, evaluations included, a panel for each row]({place})\n"

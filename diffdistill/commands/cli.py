@@ -52,7 +52,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Random seed of training.", min=0, max=MAX_INTEGER)] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="A few steps only, to test the installation.")] = False,
 ) -> None:
-    """Train a teacher of 8 x 8 digits, distil it to one step with DMD2, and evaluate both.
+    """Train a teacher of 8 x 8 digits, distil it to one step with DMD, and evaluate both.
 
     Example: diffdistill demo
     """

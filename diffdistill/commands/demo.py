@@ -34,10 +34,9 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
     common = [f"train.seed={seed}", *(FAST if is_fast else ())]
     teacher, student = folder / "teacher", folder / "student"
     console.print(f"1/3 teacher of 8 x 8 digits: {teacher}", highlight=False)
-    Trainer(load_config(find_config("pretrain/digits"), [f"run={teacher}", *common]), resume=True).run()
+    _train("pretrain/digits", teacher, common)
     console.print(f"2/3 one-step student by DMD: {student}", highlight=False)
-    settings = [f"run={student}", f"teacher={teacher}", *common, *(FAST_STUDENT if is_fast else ())]
-    Trainer(load_config(find_config("dmd2/digits-dmd"), settings), resume=True).run()
+    _train("dmd2/digits-dmd", student, [f"teacher={teacher}", *common, *(FAST_STUDENT if is_fast else ())])
     console.print("3/3 evaluation: 1,800 samples each, against the training split", highlight=False)
     init_ratio = _few_steps(str(student)).init_ratio
     rows = [
@@ -58,6 +57,17 @@ def run_demo(folder: FilePath, *, seed: int, is_fast: bool, console: Console) ->
         soft_wrap=True,
     )
     return rows
+
+
+def _train(name: str, run: FilePath, settings: Sequence[str]) -> None:
+    """Train a packaged config; goes on where it was stopped. Raises UserError where the folder holds another run."""
+    config, file = load_config(find_config(name), [f"run={run}", *settings]), run / "config.yaml"
+    if file.is_file():
+        before = load_config(file, [])
+        was, now = [(c.method, c.train.seed, c.train.steps) for c in (before, config)]
+        if was != now:
+            raise UserError(f"{run}: holds a run of another config than this demo's; remove it, or give another --run")
+    Trainer(config, resume=True).run()
 
 
 def save_comparison(file: FilePath, places: Mapping[str, FilePath]) -> None:

@@ -124,6 +124,15 @@ def test_a_finished_demo_is_not_trained_again(demo: Path, few_images: None, monk
     assert len(json.loads((demo / "table.json").read_text())) == 5
 
 
+def test_a_demo_s_folder_with_a_run_of_another_config_is_refused_by_name(
+    demo: Path, few_images: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_module, "FAST", TINY)
+    result = call("demo", "--fast", "--seed", 7, "--run", demo)
+    assert result.exit_code == 2
+    assert f"{demo / 'teacher'}: holds a run of another config than this demo's; remove it" in result.stderr
+
+
 @pytest.mark.parametrize("verb", sorted(COMMANDS))
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     result = call(verb, "--help")

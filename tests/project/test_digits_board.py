@@ -115,6 +115,7 @@ def test_a_longer_row_s_mean_over_other_noises_stands_beside_its_teacher_s(board
     assert student.startswith("| SiD | 0.140 (0.130 to 0.150) | 0.500 ")
     assert student.endswith(" | 0.855 (0.830 to 0.880) | 2 | 1.00 | 0.95 |")
     assert "noises" not in "".join(page.tables([own]))
+    assert "noises" not in "".join(page.tables([own, *records[1:]])), "without the teacher's there is nothing beside"
 
 
 def test_what_a_row_makes_before_training_grows_with_its_steps_where_it_is_used(board: ModuleType) -> None:
@@ -122,6 +123,17 @@ def test_what_a_row_makes_before_training_grows_with_its_steps_where_it_is_used(
     assert board.stored(by_name["DMD, with regression"]) == {"regression_pairs": 2000}
     assert board.stored(by_name["DMD2"]) == {}
     assert board.stored(by_name["regression on pairs"]) == {"pairs": 4000}
+    assert board.stored(by_name["AGD, 18 steps"]) == {"trajectories": by_name["AGD, 18 steps"].trajectories}
+
+
+def test_all_means_over_other_noises_are_of_the_same_noises(page: ModuleType) -> None:
+    found = [r for r in read_records(page.RECORDS) if r.name.endswith(f", {page.DRAWS}")]
+    own = next(r for r in read_records(page.RECORDS) if r.name == "SiD, U-Net").protocol
+    assert found[0].protocol["repeats"] == page.NUM_DRAWS
+    assert found[0].protocol["first_seed"] >= own["first_seed"] + own["num_images"]
+    for record in found:
+        assert record.protocol == found[0].protocol, record.name
+    assert {r.environment.command for r in found if r.environment} == {"python scripts/leaderboard.py train"}
 
 
 def test_a_curve_is_of_the_evaluations_on_the_way(
