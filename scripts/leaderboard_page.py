@@ -8,8 +8,8 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from log_axes import INK, log_axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from diffdistill.data.pictures import save_rows
@@ -29,7 +29,6 @@ UNSEEN = "test split"  # of another record of a longer row, by digits-test-pixel
 DRAWS, NUM_DRAWS = "other noises", 8  # of a third one: the protocol's on so many further draws of noises
 IN_PICTURE, COLUMNS, SHOWN = "U-Net", 30, 10
 FIGURES = ("fd-pixels", "precision", "recall")
-INK, GRID = "#24292f", "#e7eaee"
 
 
 @schema
@@ -49,15 +48,22 @@ class Point:
 
 def write_page() -> tuple[list[Path], list[str]]:
     """The page, its picture of samples and its curves. Returns the files, and the rows that have no samples."""
-    records = read_records(RECORDS)
+    records, points = read_records(RECORDS), read_points()
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     names = [f"{row}, {IN_PICTURE}" for row, _ in rows_of(records, IN_PICTURE)]
     missing = [name for name in names if not strip_of(name).exists()]
-    parts = [before, MARKS[0], "\n\n", *tables(records), _draw([n for n in names if n not in missing]), *_curves()]
+    parts = [
+        before,
+        MARKS[0],
+        "\n\n",
+        *tables(records),
+        _draw([n for n in names if n not in missing]),
+        *_curves(records, points),
+    ]
     PAGE.write_text("".join([*parts, "\n", MARKS[1], after]), encoding="utf-8")
-    return [PAGE, PICTURE, *([CURVES_PICTURE] if read_points() else [])], missing
+    return [PAGE, PICTURE, *([CURVES_PICTURE] if points else [])], missing
 
 
 def slug(name: str) -> str:
@@ -170,12 +176,11 @@ def _images(name: str) -> torch.Tensor:
     return strip.reshape(strip.shape[0], COLUMNS, -1).transpose(0, 1)[:SHOWN, None]
 
 
-def _curves() -> Iterator[str]:
+def _curves(records: Sequence[Record], points: Sequence[Point]) -> Iterator[str]:
     """Draw FD against CPU-seconds, a panel for each row; gives the picture's place in the page."""
-    points = read_points()
     if not points:
         return
-    teacher = next(r for r in read_records(RECORDS) if r.name == f"teacher, {IN_PICTURE}").metrics[FIGURES[0]].mean
+    teacher = next(r for r in records if r.name == f"teacher, {IN_PICTURE}").metrics[FIGURES[0]].mean
     names = {p.name: p.name.partition(f", {IN_PICTURE}")[0] for p in points}
     panels_of = sorted(set(names.values()), key=str.lower)
     rows = -(-len(panels_of) // 5)
@@ -189,13 +194,8 @@ def _curves() -> Iterator[str]:
             panel.plot(x, y, color=colour, marker="o", markersize=2, linewidth=1.1)
         panel.axhline(teacher, color=INK, linewidth=0.8, linestyle=":")
         panel.set_title(title, fontsize=8, color=INK)
-        panel.set(xscale="log", yscale="log", ylim=(0.1, 4))
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
-        panel.grid(which="both", color=GRID, linewidth=0.6)
-        panel.tick_params(labelsize=6)
+        log_axes(panel, label_size=6)
+        panel.set_ylim(0.1, 4)
     for panel in panels[len(panels_of) :]:
         panel.set_axis_off()
     figure.supxlabel("CPU-seconds", fontsize=8)

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from log_axes import INK, log_axes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from quality_records import Measured
 from quality_theory import TwoModes, compromise, levels, optimum
 from quality_variants import VARIANTS
@@ -23,7 +23,6 @@ OPTIMA_MARKS = ("<!-- optima: python scripts/quality.py page -->", "<!-- optima 
 LONG = "17,600 images"
 NETWORKS = {"mlp": "A residual MLP of 0.65 million weights", "unet": "A U-Net of 0.31 million weights"}
 METHODS = {"dmd2": "DMD2", "sid": "SiD", "sim": "SIM", "f_distill": "f-distill", "disback": "DisBack"}
-INK, GRID = "#24292f", "#e7eaee"
 COLOURS = ("#1f5fa8", "#c8372d", "#17705f", "#9a4a00", "#6a4c93", "#b5467c", "#6e7781")
 COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.7
 
@@ -164,14 +163,8 @@ def _draw(network: str, records: Sequence[Measured]) -> Path:
         _draw_runs(panel, [r for r in students if (r.method, r.factor) == (method, factor)], COLOURS)
         panel.axhline(teacher.to_teacher, color=INK, linewidth=0.8, linestyle=":")
         panel.set_title(f"{METHODS[method]}: {factor}", fontsize=9, color=INK)
-        panel.set(xscale="log", yscale="log")
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
-        panel.grid(which="both", color=GRID, linewidth=0.6)
+        log_axes(panel, label_size=7)
         panel.legend(fontsize=6, frameon=False)
-        panel.tick_params(labelsize=7)
     for panel in panels[len(factors) :]:
         panel.set_axis_off()
     figure.supxlabel("CPU-seconds of training", fontsize=8)

@@ -64,7 +64,7 @@ def _train(name: str, run: FilePath, settings: Sequence[str]) -> None:
     config, file = load_config(find_config(name), [f"run={run}", *settings]), run / "config.yaml"
     if file.is_file():
         before = load_config(file, [])
-        was, now = [(c.method, c.train.seed, c.train.steps) for c in (before, config)]
+        was, now = [(c.method, c.optimizers, c.ema, c.train.seed, c.train.steps) for c in (before, config)]
         if was != now:
             raise UserError(f"{run}: holds a run of another config than this demo's; remove it, or give another --run")
     Trainer(config, resume=True).run()
