@@ -119,7 +119,9 @@ FOR_MLP = {
 # Of the rows at some times the cost: those that do not go on from the board's.
 FOR_LONGER = {
     "DMD2": ("train.steps=840",),  # what 700 steps with the GAN on the fake score's features cost
-    "f-distill (JS)": ("method.gan_features=teacher",),  # those of the fake score draw a longer run off the teacher
+    # Those of the fake score draw a longer run off the teacher.
+    "f-distill (JS)": ("method.gan_features=teacher",),
+    "DisBack": ("method.base.gan_features=teacher",),
     "AGD, 18 steps": ("optimizers.adapted.clip_norm=0.01",),  # a long run at this rate can diverge without it
 }
 # A second row of the same runs by an average whose half-life is so many times the board's: it keeps more recall.
