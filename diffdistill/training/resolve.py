@@ -37,25 +37,61 @@ def resolve_models(
 
     start: where the run of `init` is.  is_checked: it is a checkpoint whose hashes have been checked.
     """
-    source, method, shape = inputs.source, config.method, inputs.source.image_shape
     check_models(config, teacher)
     check_teachers(config, teacher, teachers)
-    if teacher:
-        teacher = with_rule(teacher, config.guidance_rule)
-        teachers = {name: with_rule(other, config.guidance_rule) for name, other in teachers.items()}
-        teacher.denoiser.run_with(conditions=inputs.conditions)
-    if teacher and teacher.spec.image_shape != shape:
-        raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
+    teacher, teachers = _guided(config, inputs, teacher, teachers)
     base = teacher.denoiser if teacher else None
     initial = load_players(start, base=base, is_checked=is_checked) if start else None
     check_lora(config, teacher, initial)
-    if teacher:
-        for other in teachers.values():
-            other.denoiser.run_with(conditions=inputs.conditions)
-        for player in initial.denoisers.values() if initial else ():
+    if teacher and initial:
+        for player in initial.denoisers.values():
             player.run_with(conditions=inputs.conditions, guidance_rule=teacher.denoiser.runtime.guidance_rule)
-    problem = Problem(
-        shape,
+    problem = _problem_of(config, inputs, teacher, teachers, initial)
+    spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
+    if teacher and config.model is None:
+        check_started_network(config, initial.spec if initial else teacher.spec, teacher, teachers)
+    if spec.model.path != problem.path:
+        raise UserError("model.path: must be the teacher's")
+    problem = replace(problem, classes=settle_classes(config.method, problem, inputs, teacher))
+    spec = _complete(spec, config, problem, inputs, teacher, initial)
+    if config.model is None and teacher and spec.model == teacher.spec.model:
+        return spec, problem
+    with seeded(config.train.seed):
+        network = spec.build()
+        network.run_with(conditions=inputs.conditions)
+        factors = lora_of(network)
+        if factors:
+            assert teacher is not None
+            factors.mount(teacher.denoiser.net)
+        return spec, replace(problem, network=network)
+
+
+def _guided(
+    config: RunConfig, inputs: Inputs, teacher: TrainedModel | None, teachers: Mapping[str, TrainedModel]
+) -> tuple[TrainedModel | None, Mapping[str, TrainedModel]]:
+    """The teachers with the config's guidance rule and the data's conditions. Raises UserError for other images."""
+    if teacher is None:
+        return None, teachers
+    teacher = with_rule(teacher, config.guidance_rule)
+    teachers = {name: with_rule(other, config.guidance_rule) for name, other in teachers.items()}
+    for one in (teacher, *teachers.values()):
+        one.denoiser.run_with(conditions=inputs.conditions)
+    shape = inputs.source.image_shape
+    if teacher.spec.image_shape != shape:
+        raise UserError(f"data: images are {shape}, but the teacher's are {teacher.spec.image_shape}")
+    return teacher, teachers
+
+
+def _problem_of(
+    config: RunConfig,
+    inputs: Inputs,
+    teacher: TrainedModel | None,
+    teachers: Mapping[str, TrainedModel],
+    initial: TrainedPlayers | None,
+) -> Problem:
+    source = inputs.source
+    return Problem(
+        source.image_shape,
         teacher.denoiser.num_classes if teacher else len(inputs.conditions or ()) or source.num_classes,
         teacher.spec.model.path if teacher else config.model.path,  # type: ignore[union-attr]
         teacher=teacher.denoiser if teacher else None,
@@ -68,13 +104,18 @@ def resolve_models(
         image_shapes=source.shapes if isinstance(source, BucketedImages) else (),
         data=source,
     )
-    spec = describe_student(config, problem, teacher.spec if teacher else None, initial.spec if initial else None)
-    if teacher and config.model is None:
-        check_started_network(config, initial.spec if initial else teacher.spec, teacher, teachers)
-    if spec.model.path != problem.path:
-        raise UserError("model.path: must be the teacher's")
-    problem = replace(problem, classes=settle_classes(method, problem, inputs, teacher))
-    router = method.router(problem)  # of prompts, which have numbers in this run alone
+
+
+def _complete(
+    spec: ModelSpec,
+    config: RunConfig,
+    problem: Problem,
+    inputs: Inputs,
+    teacher: TrainedModel | None,
+    initial: TrainedPlayers | None,
+) -> ModelSpec:
+    """With what is not its network's or its sampler's: classes, router, quantisation, negative prompt, LoRA's base."""
+    router = config.method.router(problem)  # of prompts, which have numbers in this run alone
     known = () if router else problem.classes
     spec = replace(spec, classes=known, class_names=settle_names(inputs, teacher, initial))
     spec = replace(spec, router=router, qat=config.qat)
@@ -84,16 +125,7 @@ def resolve_models(
         spec = replace(spec, negative_prompt=config.negative_prompt, negative_scale=usual)
     if teacher and any(config.lora.values()):
         spec = replace(spec, base=fingerprint(teacher.denoiser.net))
-    if config.model is None and teacher and spec.model == teacher.spec.model:
-        return spec, problem
-    with seeded(config.train.seed):
-        network = spec.build()
-        network.run_with(conditions=inputs.conditions)
-        factors = lora_of(network)
-        if factors:
-            assert teacher is not None
-            factors.mount(teacher.denoiser.net)
-        return spec, replace(problem, network=network)
+    return spec
 
 
 def with_rule(teacher: TrainedModel, rule: AnyGuidanceRule | None) -> TrainedModel:
