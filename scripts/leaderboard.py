@@ -64,7 +64,7 @@ MLP = ("model.network={name: mlp, width: 256, blocks: 3}", "train.steps=1500")
 class Entry:
     """A row. config: packaged; overrides: of it; students: the overrides of each, where several make one model.
 
-    second: the name of a row by the run's other average.
+    second: the name of a row by the run's other average.  first: the run of whose student this one's starts.
     """
 
     name: str
@@ -72,18 +72,23 @@ class Entry:
     overrides: tuple[str, ...] = ()
     students: tuple[str, ...] = ()
     second: str | None = None
+    first: "Entry | None" = None
 
     @property
     def slug(self) -> str:
         return slug(self.name)
 
 
+# Pairs and steps for three quarters of a row's cost.
+_WARM = Entry("regression, before another method", "regression/digits", ("method.pairs=3200", "train.steps=480"))
 BOARD = (
     Entry("DMD2", "dmd2/digits", ("train.steps=700", "method.gan_features=fake")),
     Entry("DMD, with regression", "dmd2/digits-dmd", ("train.steps=500", "method.regression_pairs=2000")),
     Entry("SiD", "sid/digits"),
     Entry("SIM", "sim/digits"),
+    Entry("SIM, from regression", "sim/digits-from-regression", first=_WARM),
     Entry("f-distill (JS)", "f_distill/digits"),
+    Entry("f-distill (JS), from regression", "f_distill/digits-from-regression", first=_WARM),
     Entry("DisBack", "disback/digits"),
     Entry("Hyper-SD, 1 step", "hyper_sd/digits"),
     Entry("Hyper-SD, 4 steps", "hyper_sd/digits-4"),
@@ -131,6 +136,7 @@ STORED = ("pairs", "trajectories", "regression_pairs")  # what a method makes be
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 _lock = threading.Lock()  # evaluations run one at a time, in this process
+_first_lock = threading.Lock()  # rows of one seed may share the run that they start from
 
 
 @app.command()
@@ -180,8 +186,9 @@ def curves(
         if name not in known:
             row = longer(entry, times) if times > 1 else entry
             place = folder / f"curves-{times}" / f"{row.slug}-0"
-            _train(row, place, [f"teacher={teacher}", "train.seed=0", _on_the_way(row)])
-            append_points(_points(name, place))
+            before, given = _train_first(row, 0, place.parent, teacher)
+            _train(row, place, [*given, _on_the_way(row)])
+            append_points(_points(name, place, before))
 
 
 @app.command()
@@ -198,8 +205,8 @@ def _on_the_way(entry: Entry) -> str:
     return f"eval={{protocol: {DIGITS_PIXELS.name}, every: {max(steps // POINTS, 1)}}}"
 
 
-def _points(name: str, place: Path) -> list[Point]:
-    found = []
+def _points(name: str, place: Path, before: Sequence[Path] = ()) -> list[Point]:
+    found, earlier = [], _sum(before).train_cpu_seconds or 0.0
     for record in read_records(place / "eval.jsonl"):
         step = record.cost.train_steps if record.cost else None
         assert step
@@ -207,7 +214,7 @@ def _points(name: str, place: Path) -> list[Point]:
         spent = seconds_until(place, step, clock="cpu_seconds")
         assert spent
         figures = {"fd_pixels": fd_pixels, "precision": precision, "recall": recall}
-        found.append(Point(name=name, step=step, cpu_seconds=spent, **figures))
+        found.append(Point(name=name, step=step, cpu_seconds=earlier + spent, **figures))
     return found
 
 
@@ -218,15 +225,16 @@ def longer(entry: Entry, times: int) -> Entry:
     """
     overrides = FOR_LONGER.get(entry.name, entry.overrides)
     config = load_config(find_config(entry.config), overrides)
-    longer = [f"train.steps={times * config.train.steps}"]
-    longer += [f"ema.halflife_images={times * config.ema.halflife_images:g}"] if config.ema else []
+    scaled = [f"train.steps={times * config.train.steps}"]
+    scaled += [f"ema.halflife_images={times * config.ema.halflife_images:g}"] if config.ema else []
     second = None
     if entry.name in SHORTER and config.ema:
         halflife = SHORTER[entry.name] * config.ema.halflife_images
-        longer.append(f"more_emas={{{SHORT}: {{halflife_images: {halflife:g}, ramp: {config.ema.ramp:g}}}}}")
+        scaled.append(f"more_emas={{{SHORT}: {{halflife_images: {halflife:g}, ramp: {config.ema.ramp:g}}}}}")
         second = f"{entry.name}, EMA half-life {halflife:,.0f} images"
-    longer += [f"method.{name}={times * count}" for name, count in stored(config.method).items()]
-    return replace(entry, overrides=(*overrides, *longer), second=second)
+    scaled += [f"method.{name}={times * count}" for name, count in stored(config.method).items()]
+    first = longer(entry.first, times) if entry.first else None
+    return replace(entry, overrides=(*overrides, *scaled), second=second, first=first)
 
 
 def stored(method: Any) -> dict[str, int]:
@@ -250,17 +258,28 @@ def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> N
         name, seed
     ):
         return
+    before, given = _train_first(entry, seed, folder, teacher)
     parts = [(option, place / str(i)) for i, option in enumerate(entry.students)] or [("", place)]
     for option, run in parts:
-        given = [*filter(None, [option]), f"teacher={teacher}", f"train.seed={seed}"]
-        _train(entry, run, given)
+        _train(entry, run, [*filter(None, [option]), *given])
     if entry.students:
         join_students(place, [run for _, run in parts])
     with _lock:
-        _measure(name, place, seed, parts=[run for _, run in parts], teacher=teacher)
+        _measure(name, place, seed, parts=[*before, *(run for _, run in parts)], teacher=teacher)
         if entry.second:
             _measure(second, place, seed, teacher=teacher, ema=SHORT)
         _keep_strip(name, place, seed)
+
+
+def _train_first(entry: Entry, seed: int, folder: Path, teacher: Path) -> tuple[list[Path], list[str]]:
+    """Train the run that this row's starts from, if any. Returns that, and what the row's own run is given."""
+    given = [f"teacher={teacher}", f"train.seed={seed}"]
+    if entry.first is None:
+        return [], given
+    place = folder / f"{entry.first.slug}-{seed}"
+    with _first_lock:
+        _train(entry.first, place, given)
+    return [place], [*given, f"init={place}"]
 
 
 def _train_teacher(run: Path, overrides: tuple[str, ...]) -> None:
