@@ -48,6 +48,34 @@ def test_every_row_has_ten_times_its_steps_and_falls_to_their_end(board: ModuleT
         assert replace(longer, method=method, train=usual.train, ema=usual.ema, more_emas=usual.more_emas) == usual
 
 
+def test_a_row_from_another_run_scales_both_and_starts_from_it(
+    board: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [entry] = [board.longer(entry, 10) for entry in board.BOARD if entry.name == "SIM, from regression"]
+    first = load_config(find_config(entry.first.config), entry.first.overrides)
+    assert (first.method.name, first.train.steps, first.method.pairs) == ("regression", 4800, 32_000)
+    trained: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(board, "_train", lambda row, run, given: trained.append((f"{row.name} {run.name}", given)))
+    before, given = board._train_first(entry, 2, tmp_path, tmp_path / "teacher")
+    assert trained == [(f"{entry.first.name} {before[0].name}", [f"teacher={tmp_path / 'teacher'}", "train.seed=2"])]
+    assert given == [*trained[0][1], f"init={before[0]}"]
+    assert before[0].parent == tmp_path
+    [sid] = [entry for entry in board.BOARD if entry.name == "SiD"]
+    assert board._train_first(sid, 2, tmp_path, tmp_path / "teacher") == ([], given[:2])
+
+
+def test_what_a_row_starts_from_is_part_of_its_cost(board: ModuleType, tmp_path: Path) -> None:
+    for name, seconds in (("first", 700.0), ("own", 300.0)):
+        (tmp_path / name / "checkpoints" / "step-00000020").mkdir(parents=True)
+        reports = [{"step": 20, "images": 2, "cpu_seconds": seconds}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
+    record = next(record for record in read_records(board.RECORDS) if record.name == "Hyper-SD, 1 step, U-Net")
+    append_record(tmp_path / "own" / "eval.jsonl", replace(record, cost=Cost(train_steps=20)))
+    assert board._sum([tmp_path / "first", tmp_path / "own"]).train_cpu_seconds == 1000
+    [point] = board._points("SIM, from regression, U-Net", tmp_path / "own", [tmp_path / "first"])
+    assert point.cpu_seconds == 1000
+
+
 def test_a_second_row_is_of_the_same_run_by_a_shorter_average(board: ModuleType) -> None:
     [sid] = [entry for entry in board.BOARD if entry.name == "SiD"]
     entry = board.longer(sid, 10)
