@@ -87,9 +87,9 @@ BOARD = (
     Entry("SiD", "sid/digits"),
     Entry("SIM", "sim/digits"),
     Entry("SIM, from regression", "sim/digits-from-regression", first=_WARM),
-    Entry("f-distill (JS)", "f_distill/digits"),
+    Entry("f-distill (JS)", "f_distill/digits", ("method.gan_features=fake",)),
     Entry("f-distill (JS), from regression", "f_distill/digits-from-regression", first=_WARM),
-    Entry("DisBack", "disback/digits"),
+    Entry("DisBack", "disback/digits", ("method.base.gan_features=fake",)),
     Entry("Hyper-SD, 1 step", "hyper_sd/digits"),
     Entry("Hyper-SD, 4 steps", "hyper_sd/digits-4"),
     Entry("BOOT", "boot/digits"),
@@ -117,16 +117,15 @@ FOR_MLP = {
     "DMD2": ("train.steps=2800", _HALF, _REST),
     "SiD": ("train.steps=2500", _HALF, _FAKE, *_CLIPPED),
     "SIM": ("train.steps=2500", _HALF, _FAKE),
-    "f-distill (JS)": ("train.steps=2400", _HALF, _REST),
+    "f-distill (JS)": ("train.steps=2400", "method.gan_features=fake", _HALF, _REST),
     "regression on pairs": ("train.steps=4000",),
 }
 
 # Of the rows at some times the cost: those that do not go on from the board's.
 FOR_LONGER = {
     "DMD2": ("train.steps=840",),  # what 700 steps with the GAN on the fake score's features cost
-    # Those of the fake score draw a longer run off the teacher.
-    "f-distill (JS)": ("method.gan_features=teacher",),
-    "DisBack": ("method.base.gan_features=teacher",),
+    "f-distill (JS)": (),  # with the GAN on the teacher's features: those of the fake score draw it off the teacher
+    "DisBack": (),
     "AGD, 18 steps": ("optimizers.adapted.clip_norm=0.01",),  # a long run at this rate can diverge without it
 }
 # A second row of the same runs by an average whose half-life is so many times the board's: it keeps more recall.
@@ -302,8 +301,9 @@ def _measure(
 ) -> None:
     is_longer = not name.endswith((f", {IN_PICTURE}", ", MLP"))
     if is_longer and place.exists():
-        _append_other(name, place, seed, UNSEEN, EvalOptions(protocol=DIGITS_TEST_PIXELS.name, ema=ema))
-        _append_other(name, place, seed, DRAWS, EvalOptions(repeats=NUM_DRAWS, seed=FIRST_DRAW, ema=ema))
+        unseen = EvalOptions(protocol=DIGITS_TEST_PIXELS.name, ema=ema)
+        _append_other(name, place, seed, UNSEEN, unseen, parts)
+        _append_other(name, place, seed, DRAWS, EvalOptions(repeats=NUM_DRAWS, seed=FIRST_DRAW, ema=ema), parts)
     if _is_recorded(name, seed):
         return
     against = str(teacher) if is_longer and teacher else None
@@ -331,7 +331,7 @@ def _measure(
     append_record(RECORDS, record)
 
 
-def _append_other(name: str, place: Path, seed: int, kind: str, options: EvalOptions) -> None:
+def _append_other(name: str, place: Path, seed: int, kind: str, options: EvalOptions, parts: Sequence[Path]) -> None:
     """A record beside the row's own: against digits that nothing was trained on, or of other noises."""
     name = f"{name}, {kind}"
     if not _is_recorded(name, seed):
@@ -340,7 +340,8 @@ def _append_other(name: str, place: Path, seed: int, kind: str, options: EvalOpt
         assert record.environment is not None
         model = replace(record.model, source=f"{place.parent.name}/{place.name}", teacher=None)
         environment = replace(record.environment, command=COMMAND)
-        append_record(RECORDS, replace(record, seed=seed, model=model, environment=environment))
+        cost = _sum(parts) if len(parts) > 1 else record.cost
+        append_record(RECORDS, replace(record, seed=seed, model=model, cost=cost, environment=environment))
 
 
 def _sum(runs: Sequence[Path]) -> Cost:

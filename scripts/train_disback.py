@@ -19,6 +19,7 @@ base = DMD2(  # how the student is distilled from each target
     gan_time_law=Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0),
     gan_weight=0.2,
     gan_fake_weight=0.1,
+    gan_features="teacher",
 )
 method = DisBack(
     base=base,

@@ -13,13 +13,14 @@ from diffdistill.training.trainer import Trainer
 noise_levels = Karras(ratio_min=0.03, ratio_max=6.0, rho=5.0)
 method = FDistill(
     divergence="js",
-    steps=FewSteps(init_ratio=2.5),  # one call, on noise 2.5 times as strong as the signal
+    steps=FewSteps(init_ratio=2.5),  # 1 NFE, from noise 2.5 times as strong as the signal
     fake_updates=2,  # the critics follow the generator, two steps to its one
     generator_time_law=noise_levels,
     fake_time_law=LogNormal(mean=-0.6, std=1.2),
     gan_time_law=noise_levels,
     gan_weight=0.15,
     gan_fake_weight=0.1,
+    gan_features="teacher",  # those of the fake score draw a longer run off the teacher
 )
 config = RunConfig(
     run="runs/digits-f-distill",
