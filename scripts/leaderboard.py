@@ -79,7 +79,7 @@ class Entry:
         return slug(self.name)
 
 
-# Pairs and steps for three quarters of a row's cost.
+# Four fifths of the pairs and steps of regression's own row.
 _WARM = Entry("regression, before another method", "regression/digits", ("method.pairs=3200", "train.steps=480"))
 BOARD = (
     Entry("DMD2", "dmd2/digits", ("train.steps=700", "method.gan_features=fake")),
@@ -114,7 +114,7 @@ _HALF, _FAKE, _REST = "optimizers.generator.lr=3e-4", "optimizers.fake.lr=5e-4",
 # About four times the usual norms: without this bound SiD blew up at one seed of three (FD 3.47) at half the rates.
 _CLIPPED = ("optimizers.fake.clip_norm=100", "optimizers.generator.clip_norm=2000")
 FOR_MLP = {
-    "DMD2": ("train.steps=2800", _HALF, _REST),
+    "DMD2": ("train.steps=2800", "method.gan_features=fake", _HALF, _REST),
     "SiD": ("train.steps=2500", _HALF, _FAKE, *_CLIPPED),
     "SIM": ("train.steps=2500", _HALF, _FAKE),
     "f-distill (JS)": ("train.steps=2400", "method.gan_features=fake", _HALF, _REST),
@@ -124,7 +124,8 @@ FOR_MLP = {
 # Of the rows at some times the cost: those that do not go on from the board's.
 FOR_LONGER = {
     "DMD2": ("train.steps=840",),  # what 700 steps with the GAN on the fake score's features cost
-    "f-distill (JS)": (),  # with the GAN on the teacher's features: those of the fake score draw it off the teacher
+    # With the GAN on the teacher's features: those of the fake score pull a longer run away from the teacher.
+    "f-distill (JS)": (),
     "DisBack": (),
     "AGD, 18 steps": ("optimizers.adapted.clip_norm=0.01",),  # a long run at this rate can diverge without it
 }
@@ -263,10 +264,11 @@ def _row(entry: Entry, seed: int, folder: Path, family: str, teacher: Path) -> N
         _train(entry, run, [*filter(None, [option]), *given])
     if entry.students:
         join_students(place, [run for _, run in parts])
+    runs = [*before, *(run for _, run in parts)]
     with _lock:
-        _measure(name, place, seed, parts=[*before, *(run for _, run in parts)], teacher=teacher)
+        _measure(name, place, seed, parts=runs, teacher=teacher)
         if entry.second:
-            _measure(second, place, seed, teacher=teacher, ema=SHORT)
+            _measure(second, place, seed, parts=runs, teacher=teacher, ema=SHORT)
         _keep_strip(name, place, seed)
 
 
@@ -345,10 +347,11 @@ def _append_other(name: str, place: Path, seed: int, kind: str, options: EvalOpt
 
 
 def _sum(runs: Sequence[Path]) -> Cost:
-    """What several students took together."""
+    """What several runs took together."""
     specs = [(find_checkpoint(run), run) for run in runs]
     steps = [int(checkpoint.name.removeprefix("step-")) for checkpoint, _ in specs]
     spent = [seconds_until(run, step, clock="cpu_seconds") for (_, run), step in zip(specs, steps, strict=True)]
+    assert all(spent)
     return Cost(train_steps=sum(steps), train_cpu_seconds=sum(filter(None, spent)))
 
 

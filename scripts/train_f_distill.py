@@ -20,7 +20,7 @@ method = FDistill(
     gan_time_law=noise_levels,
     gan_weight=0.15,
     gan_fake_weight=0.1,
-    gan_features="teacher",  # those of the fake score draw a longer run off the teacher
+    gan_features="teacher",  # those of the fake score pull a longer run away from the teacher
 )
 config = RunConfig(
     run="runs/digits-f-distill",

@@ -69,7 +69,10 @@ def resolve_models(
 def _guided(
     config: RunConfig, inputs: Inputs, teacher: TrainedModel | None, teachers: Mapping[str, TrainedModel]
 ) -> tuple[TrainedModel | None, Mapping[str, TrainedModel]]:
-    """The teachers with the config's guidance rule and the data's conditions. Raises UserError for other images."""
+    """The teachers with the config's guidance rule and the data's conditions.
+
+    Raises UserError if the data's images have another shape.
+    """
     if teacher is None:
         return None, teachers
     teacher = with_rule(teacher, config.guidance_rule)
@@ -89,6 +92,7 @@ def _problem_of(
     teachers: Mapping[str, TrainedModel],
     initial: TrainedPlayers | None,
 ) -> Problem:
+    """What the method is given: shapes, classes, path and the networks that a player may start from."""
     source = inputs.source
     return Problem(
         source.image_shape,
@@ -114,7 +118,7 @@ def _complete(
     teacher: TrainedModel | None,
     initial: TrainedPlayers | None,
 ) -> ModelSpec:
-    """With what is not its network's or its sampler's: classes, router, quantisation, negative prompt, LoRA's base."""
+    """The description with all but its network and sampler: classes, router, quantisation, negative prompt, base."""
     router = config.method.router(problem)  # of prompts, which have numbers in this run alone
     known = () if router else problem.classes
     spec = replace(spec, classes=known, class_names=settle_names(inputs, teacher, initial))

@@ -64,6 +64,18 @@ def test_a_row_from_another_run_scales_both_and_starts_from_it(
     assert board._train_first(sid, 2, tmp_path, tmp_path / "teacher") == ([], given[:2])
 
 
+def test_a_row_is_measured_with_the_run_that_it_starts_from(
+    board: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [entry] = [entry for entry in board.BOARD if entry.name == "SIM, from regression"]
+    measured: list[list[str]] = []
+    monkeypatch.setattr(board, "_train", lambda *_: None)
+    monkeypatch.setattr(board, "_keep_strip", lambda *_: None)
+    monkeypatch.setattr(board, "_measure", lambda *_, parts, **__: measured.append([run.name for run in parts]))
+    board._row(entry, 7, tmp_path, board.IN_PICTURE, tmp_path / "teacher")
+    assert measured == [[f"{entry.first.slug}-7", f"{entry.slug}-7"]]
+
+
 def test_what_a_row_starts_from_is_part_of_its_cost(board: ModuleType, tmp_path: Path) -> None:
     for name, seconds in (("first", 700.0), ("own", 300.0)):
         (tmp_path / name / "checkpoints" / "step-00000020").mkdir(parents=True)
