@@ -39,7 +39,7 @@ class Base:
     overrides: tuple[str, ...] = ()
 
 
-# The screen's base of DMD2: what was packaged while it was made.
+# The screen's bases: what was packaged while it was made.
 _FAKE_S_FEATURES = ("method.gan_features=fake",)
 # The MLP's rates are half the U-Net's and SiD's gradients are bounded, as on the digits board.
 _SLOWER = ("optimizers.generator.lr=3e-4", "optimizers.default.lr=5e-4")
@@ -58,8 +58,8 @@ BASES = {
         "dmd2": Base("dmd2/digits", 1048, _FAKE_S_FEATURES),
         "sid": Base("sid/digits", 496),
         "sim": Base("sim/digits", 496),
-        "f_distill": Base("f_distill/digits", 600),
-        "disback": Base("disback/digits", 560),
+        "f_distill": Base("f_distill/digits", 600, _FAKE_S_FEATURES),
+        "disback": Base("disback/digits", 560, ("method.base.gan_features=fake",)),
     },
 }
 
