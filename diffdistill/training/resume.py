@@ -18,7 +18,7 @@ from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import say
 from diffdistill.settings.values import differences, dump
 from diffdistill.storage.checkpoint import MANIFEST, check_checkpoint, list_checkpoints, read_state
-from diffdistill.training.config import RunConfig, packaged_configs, parse_config
+from diffdistill.training.config import RunConfig, find_config, packaged_configs, parse_config
 from diffdistill.training.speed.options import SpeedConfig
 
 PIECES = ("micro_batch_size", "on_out_of_memory")
@@ -169,8 +169,20 @@ def _find_teacher(
 
 def find_initial(config: RunConfig, start: FilePath | None) -> str | None:
     """Where the run is that this one's players start from. A resumed run takes no weights from there: where it is gone,
-    the checkpoint says as well how they are built."""
-    return str(start) if config.init and start and not is_there(config.init) else config.init
+    the checkpoint says as well how they are built.
+
+    Raises UserError with the key and what would make it, where a new run's is nothing yet.
+    """
+    place = config.init
+    if place is None or is_there(place):
+        return place
+    if start:
+        return str(start)
+    known = (
+        name for name in packaged_configs() if f"\nrun: {place}\n" in find_config(name).read_text(encoding="utf-8")
+    )
+    makes = f"`diffdistill train {next(known, 'CONFIG')} run={place}` makes one"
+    raise UserError(f"init = {place!r}: no such folder; {makes}, or name another run with init=PATH")
 
 
 def contents_of(

@@ -156,6 +156,18 @@ def test_a_run_to_start_from_may_be_gone_once_the_run_has_begun(setting: Setting
     assert equal(kept, {name: tensor for name, tensor in one.items() if name.startswith("players.generator.")})
 
 
+@pytest.mark.parametrize(
+    ("place", "makes"), [("runs/digits-regression", "regression/digits"), ("runs/no-config-s", "CONFIG")]
+)
+def test_a_run_to_start_from_that_is_not_there_is_named_with_what_makes_it(
+    setting: Setting, place: str, makes: str
+) -> None:
+    told = f"init = '{place}': no such folder; `diffdistill train {makes} run={place}` makes one, or name another run"
+    with pytest.raises(UserError, match=told):
+        Trainer(setting(f"init={place}"), quiet=True)
+    assert not RUN.exists() or not any(RUN.iterdir())
+
+
 def test_the_teachers_images_come_from_where_it_is_now(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
