@@ -130,7 +130,7 @@ def _draws(rows: Sequence[tuple[str, list[Record]]]) -> Iterator[str]:
     protocol = rows[0][1][0].protocol
     means = {name: {key: fmean(r.metrics[key].mean for r in found) for key in FIGURES} for name, found in rows}
     teacher = means["teacher"]
-    yield f"Means over {protocol['repeats']} further draws of {protocol['num_images']:,} noises, of the students above "
+    yield f"Means over {protocol['repeats']} further draws of {protocol['num_images']:,} noises, of the students "
     yield "that were measured on them.\n\n"
     yield "| | fd-pixels | precision | recall | seeds | FD, of the teacher's | recall, of the teacher's |\n"
     yield "|---|---|---|---|---|---|---|\n"
