@@ -1,6 +1,9 @@
 """What stands between a command and the network: the files and hops that CONTRIBUTING.md names, and no more."""
 
+import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,10 +77,8 @@ def profiled(note: Callable[[FrameType], None]) -> Iterator[None]:
         raise error
 
 
-@pytest.fixture(scope="module")
-def followed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Followed:
-    """One step of DMD2 by the command line: the calls above each call of the network inside a loss; and from which file
-    to which a config was handed."""
+def follow(teacher: str, run: str) -> None:
+    """Print what `followed` returns, as JSON on the last line."""
     stacks: list[list[Call]] = []
     handed: set[tuple[str, str]] = set()
 
@@ -90,13 +91,26 @@ def followed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Followe
         if has_config and frame.f_code.co_name != "__post_init__":  # where it is made
             handed.add((calls_above(frame.f_back)[-1][0], str(file_of(frame))))
 
-    run = tmp_path_factory.mktemp("followed") / "run"
     with profiled(note):
         result = CliRunner().invoke(app, ["train", "dmd2/digits", f"teacher={teacher}", f"run={run}", *SMALL])
     assert result.exit_code == 0, result.output
+    print(json.dumps([stacks, sorted(handed)]))
+
+
+@pytest.fixture(scope="module")
+def followed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Followed:
+    """One step of DMD2 by the command line: the calls above each call of the network inside a loss; and from which file
+    to which a config was handed.  In a process of its own, whose interpreter no other test has touched."""
+    run = tmp_path_factory.mktemp("followed") / "run"
+    code = f"import test_path; test_path.follow({str(teacher)!r}, {str(run)!r})"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stacks, handed = json.loads(done.stdout.splitlines()[-1])
     assert stacks, "no call of the network was seen"
     assert handed, "no config was seen"
-    return stacks, handed
+    return [[(file, name) for file, name in calls] for calls in stacks], {(above, below) for above, below in handed}
 
 
 def test_the_files_between_a_command_and_the_network_are_those_that_are_named(followed: Followed) -> None:
