@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -128,17 +128,26 @@ def _draws(rows: Sequence[tuple[str, list[Record]]]) -> Iterator[str]:
     if not rows or rows[0][0] != "teacher":
         return
     protocol = rows[0][1][0].protocol
-    means = {name: {key: fmean(r.metrics[key].mean for r in found) for key in FIGURES} for name, found in rows}
-    teacher = means["teacher"]
+    teacher = rows[0][1]
     yield f"Means over {protocol['repeats']} further draws of {protocol['num_images']:,} noises, of the students "
-    yield "that were measured on them.\n\n"
+    yield "that were measured on them; ± the standard error over the draws, which all models share.\n\n"
     yield "| | fd-pixels | precision | recall | seeds | FD, of the teacher's | recall, of the teacher's |\n"
     yield "|---|---|---|---|---|---|---|\n"
     for name, found in rows:
         numbers = [_spread([r.metrics[key].mean for r in found]) for key in FIGURES]
-        shares = [f"{means[name][key] / teacher[key]:.2f}" for key in ("fd-pixels", "recall")]
+        shares = ["1" if found is teacher else _share(found, teacher, key) for key in ("fd-pixels", "recall")]
         yield f"| {name} | {' | '.join(numbers)} | {len(found)} | {' | '.join(shares)} |\n"
     yield "\n"
+
+
+def _share(found: Sequence[Record], teacher: Sequence[Record], key: str) -> str:
+    """A row's mean as a share of the teacher's, with the standard error of that ratio over their common draws."""
+    own, other = (
+        [fmean(draw) for draw in zip(*(r.metrics[key].values for r in side), strict=True)] for side in (found, teacher)
+    )
+    share = fmean(own) / fmean(other)
+    error = stdev(one - share * its for one, its in zip(own, other, strict=True)) / len(own) ** 0.5 / fmean(other)
+    return f"{share:.3f} ± {error:.3f}"
 
 
 def _floor(records: Sequence[Record]) -> float | None:

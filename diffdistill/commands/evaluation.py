@@ -37,9 +37,9 @@ def evaluate(
     grid: opt.Grid = False,
     save_images: opt.SaveImages = None,
     efficiency: opt.Efficiency = False,
-    trust_code: opt.TrustFeatures = False,
+    trust_code: opt.TrustEvaluated = False,
     out: opt.TableOut = None,
-    replicates: opt.Replicates = 200,
+    replicates: opt.Replicates = None,
     confidence: opt.Confidence = 0.95,
 ) -> None:
     """Evaluate models or images under a protocol; or compare two models on the same noise, with confidence intervals.
@@ -52,6 +52,8 @@ def evaluate(
 
     Example: diffdistill eval compare runs/demo/teacher runs/demo/student --replicates 50
     """
+    from dataclasses import replace
+
     from diffdistill.eval.evaluation.setup import EvalOptions
     from diffdistill.settings.schema import UserError
 
@@ -79,13 +81,15 @@ def evaluate(
         confidence=confidence,
     )
     if models[0] != "compare":
-        _evaluate(models, options)
+        if replicates is not None and against is None:
+            raise UserError(f"--replicates {replicates}: goes with eval compare and with --against")
+        _evaluate(models, replace(options, replicates=replicates or options.replicates))
         return
-    if against:
+    if against is not None:
         raise UserError("--against: goes with eval, not with eval compare")
     if len(models) != 3:
         raise UserError(f"eval compare: takes two models, not {len(models) - 1}")
-    _compare(models[1], models[2], options, replicates)
+    _compare(models[1], models[2], options, replicates or 200)
 
 
 def _evaluate(models: list[str], options: "EvalOptions") -> None:

@@ -35,6 +35,10 @@ Sweeps = Annotated[
 TrustFeatures = Annotated[
     bool, typer.Option("--trust-code", help="Allow feature extractors that are programs (TorchScript).")
 ]
+TrustEvaluated = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Allow an exported folder's own code, and TorchScript feature extractors."),
+]
 
 # Sampling
 Seed = Annotated[int, typer.Option(help="Random seed of the noise.", min=0, max=MAX_INTEGER)]
@@ -228,7 +232,10 @@ Grid = Annotated[
 SaveImages = Annotated[str | None, typer.Option(help="Folder to write every image to, as PNG.", rich_help_panel=FILES)]
 TableOut = Annotated[str | None, typer.Option(help="JSON file to write the table to.", rich_help_panel=FILES)]
 Efficiency = Annotated[bool, typer.Option("--efficiency", help="Measure latency, throughput and memory too.")]
-Replicates = Annotated[int, typer.Option(help="Bootstrap replicates of `compare`.", min=2, max=MAX_LEVELS)]
+Replicates = Annotated[
+    int | None,
+    typer.Option(help="Replicates of the intervals: of `compare` (200), of --against (50).", min=2, max=MAX_LEVELS),
+]
 Confidence = Annotated[
     float, typer.Option(help="Confidence level of the intervals of `compare` and --against.", min=0, max=1)
 ]

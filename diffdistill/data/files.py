@@ -48,22 +48,23 @@ class Listing:
         return left_out.notes(origin, used=len(self.items) + len(read))
 
 
-def list_images(path: FilePath, *, setting: str = "data.path") -> Listing:
+def list_images(path: FilePath, *, setting: str | None = "data.path") -> Listing:
     """The images in a folder or a zip; symbolic links, hidden files and folders that systems make are left out.
 
-    setting: where the user named the path, for messages.
+    setting: where the user named the path, for messages; None: it is named by itself.
     Raises UserError if it is neither, holds no images, or is an archive that must not be trusted.
     """
+    where = f"{setting} = {str(path)!r}" if setting else str(path)
     if path.is_dir():
         listing = _list_folder(path)
     elif path.is_file():
-        listing = _list_zip(path, setting)
+        listing = _list_zip(path, where)
     else:
-        raise UserError(f"{setting} = {str(path)!r}: no such folder or file")
+        raise UserError(f"{where}: no such folder or file")
     if not listing.items:
         found = listing.left_out.with_more(NO_IMAGE, listing.others)
         known = " ".join(SUFFIXES)
-        raise UserError(f"{setting} = {str(path)!r}: holds no images{f' but {found}' if found.total else ''}; {known}")
+        raise UserError(f"{where}: holds no images{f' but {found}' if found.total else ''}; image files end in {known}")
     return listing
 
 
@@ -115,11 +116,11 @@ def _read_file(path: FilePath) -> bytes:
         return handle.read()
 
 
-def _list_zip(path: FilePath, setting: str) -> Listing:
+def _list_zip(path: FilePath, where: str) -> Listing:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise UserError(f"{setting} = {str(path)!r}: neither a folder nor a readable zip file: {error}") from None
+        raise UserError(f"{where}: neither a folder nor a readable zip file: {error}") from None
     members = _trusted_members(archive, path)
     items: dict[str, Item] = {}
     others: dict[str, Item] = {}

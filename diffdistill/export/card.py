@@ -88,8 +88,13 @@ def read_state(model: TrainedModel) -> dict[str, Any]:
 
 def teacher_licence(pipeline: str | None) -> dict[str, str]:
     """What the card of the teacher's pipeline says of its licence."""
-    file = open_pipeline(pipeline).folder / "README.md" if pipeline else None
-    if file is None or not file.is_file():
+    return licence_in(open_pipeline(pipeline).folder) if pipeline else {}
+
+
+def licence_in(folder: FilePath) -> dict[str, str]:
+    """What a folder's card says of its licence; nothing where there is no card."""
+    file = folder / "README.md"
+    if not file.is_file():
         return {}
     try:
         text = read_bytes(file, limit=MAX_TEXT).decode("utf-8", errors="replace")

@@ -59,7 +59,8 @@ def open_place(place: str, asked: SampleRequest) -> Opened:
     if record is not None and asked.style is not None:
         raise UserError(f"--style {asked.style}: an exported folder has one style; leave it out, or sample the run")
     if record is not None and record.kind == "self-contained":
-        pipeline = _load_code(place, asked)
+        _check_request(place, asked)
+        pipeline = load_own_code(place, trusts_code=asked.trusts_code, device=asked.device)
         generator, net = partial(CodeImageGenerator, place, pipeline, record), pipeline.model
         classes = () if net.takes_text else record.classes or tuple(range(net.num_classes))
         return Opened(generator, tuple(net.image_shape), net.takes_text, classes, record.class_names)
@@ -98,7 +99,7 @@ class CodeImageGenerator:
     """By a folder's own pipeline, whose code runs."""
 
     def __init__(self, place: str, pipeline: Any, record: ExportRecord, asked: SampleRequest) -> None:
-        """pipeline: as `_load_code`.  Raises UserError on what the pipeline does not know."""
+        """pipeline: as `load_own_code`.  Raises UserError on what the pipeline does not know."""
         _check_request(place, asked)
         self.pipeline, self.asked, model = pipeline, asked, pipeline.model
         self.names = record.class_names
@@ -144,37 +145,41 @@ def _check_request(place: str, asked: SampleRequest) -> None:
         raise UserError(f"{place}: an exported folder takes a number for --guidance, no --ema, no --negative-prompt")
 
 
-def _load_code(place: str, asked: SampleRequest) -> Any:
+def load_own_code(place: str, *, trusts_code: bool, device: torch.device) -> Any:
     """A folder's own pipeline. Raises UserError unless its code may run."""
-    if not asked.trusts_code:
+    if not trusts_code:
         raise UserError(f"{place}: holds its own code, {place}/pipeline.py; read it, then add --trust-code")
-    _check_request(place, asked)
     from diffusers import DiffusionPipeline
 
     turn_off_loading_bars()
     loaded = DiffusionPipeline.from_pretrained(
         place, trust_remote_code=True, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
     )
-    pipeline: Any = loaded.to(asked.device)
+    pipeline: Any = loaded.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def load_exported(place: str, record: ExportRecord) -> TrainedModel:
+    """The model of a folder without code of its own, with the sampler that it was exported with. Raises UserError."""
+    if record.kind == "kohya":
+        raise UserError(f"{place}: a LoRA file in kohya's keys, for ComfyUI and similar tools; name the run instead")
+    base = place if record.base is None else record.base
+    found = load_model(base)
+    if record.base is not None:
+        found = _with_lora_file(found, FilePath(place))
+    names = record.class_names or found.spec.class_names
+    spec = replace(found.spec, sampler=record.sampler, class_names=names, classes=record.classes)
+    return replace(found, spec=spec, source=FilePath(place))
+
+
 def _load(place: str, record: ExportRecord | None, asked: SampleRequest) -> TrainedModel:
-    """A model; an exported one with the sampler that it was exported with."""
+    """A run's model, or an exported folder's."""
     if record is None:
         found = load_model(place, ema=asked.ema)
         found = found if asked.style is None else at_style(found, asked.style)
-    elif record.kind == "kohya":
-        raise UserError(f"{place}: a LoRA file in kohya's keys, for ComfyUI and similar tools; sample the run instead")
     else:
-        base = place if record.base is None else record.base
-        found = load_model(base)
-        if record.base is not None:
-            found = _with_lora_file(found, FilePath(place))
-        names = record.class_names or found.spec.class_names
-        spec = replace(found.spec, sampler=record.sampler, class_names=names, classes=record.classes)
-        found = replace(found, spec=spec, source=FilePath(place))
+        found = load_exported(place, record)
     return with_negative_prompt(found, asked.negative_prompt, asked.negative_scale)
 
 

@@ -22,23 +22,12 @@ from diffdistill.eval.metrics.settings import Frechet
 from diffdistill.eval.protocols.own import Made
 from diffdistill.eval.protocols.protocol import Labels, Preparation, Protocol
 from diffdistill.eval.records.record import Against
-from diffdistill.models.encoders import encoder_of
-from diffdistill.models.load import describe_model
-from diffdistill.models.teachers import is_pipeline, pipeline_of
+from diffdistill.models.teachers import is_pipeline
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.values import dump
 
 PAIRS, PAIR_VALUES = 1024, 2**28
 """Pairs of images of one noise: at most so many, and so many values of theirs (1 GiB as float32)."""
-
-
-def made_by(place: str) -> Made:
-    """What a model on disk makes, from its text files. Raises UserError if it is none."""
-    spec = describe_model(place)
-    pipeline = pipeline_of(spec)
-    has_vae = pipeline is not None and pipeline.has_vae
-    shape = (3, *pipeline.image_size) if pipeline and has_vae else spec.image_shape
-    return Made(shape, spec.num_classes, encoder_of(spec) is not None)
 
 
 def check_fits(student: tuple[str, Made], teacher: tuple[str, Made]) -> None:

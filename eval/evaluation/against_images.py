@@ -24,6 +24,8 @@ from diffdistill.storage.atomic import write_text_atomically
 PROTOCOL = "protocol.yaml"
 LOOKED_AT = 64
 """Images whose size is looked at."""
+LEAST = 2
+"""Images of a reference: kernel distances compare two of each side."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def protocol_of_images(
     """
     channels = made.shape[0] if made else 3
     images = open_pictures(place, Preparation(), channels=channels)
+    if len(images) < LEAST:
+        raise UserError(f"--against {place}: holds {len(images)} image; a distance needs at least {LEAST}")
     shape = made.shape if made else tuple(images.rows(torch.tensor([0])).shape[1:])
     made = made or Made(shape, 0, False)
     files = dict(option.split("=", 1) for option in weights if "=" in option)

@@ -14,12 +14,13 @@ from diffdistill.data.pictures import save_grid, save_picture
 from diffdistill.eval.evaluation.against import Opponent
 from diffdistill.eval.evaluation.efficiency import measure_efficiency
 from diffdistill.eval.evaluation.extract import Bench, Source, StoredFeatures
-from diffdistill.eval.evaluation.opponents import prepare_against
+from diffdistill.eval.evaluation.opponents import AgainstSetup, prepare_against
 from diffdistill.eval.evaluation.run import Evaluation, evaluate, own_images, progress_bar
 from diffdistill.eval.evaluation.setup import EvalOptions, open_place, set_up
 from diffdistill.eval.evaluation.table import rows_of, show_against, show_differences, show_evaluations
 from diffdistill.eval.features.resize import signed
 from diffdistill.eval.images.generate import SampledImages
+from diffdistill.eval.images.places import parse_sampler
 from diffdistill.eval.images.preparation import picture, prepare, quantise
 from diffdistill.eval.metrics.compare import Difference, paired_differences
 from diffdistill.eval.protocols.protocol import Preparation, Protocol
@@ -42,18 +43,24 @@ def run_eval(places: Sequence[str], options: EvalOptions, console: Console) -> l
         raise UserError(f"--name: {len(options.names)} names for {len(places)} models; give one per model")
     if options.grid and not options.records:
         raise UserError("--grid: is written next to the records; add --records")
-    if options.against:
+    if options.sampler:
+        parse_sampler(options.sampler)
+    if options.against is not None:
         _check_writable(options)
-    opponent, bench, told = prepare_against(places, options) if options.against else (None, set_up(places, options), "")
-    if told and bench.workers.is_main:
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+    is_against = options.against is not None
+    setup = prepare_against(places, options) if is_against else AgainstSetup(None, set_up(places, options), "")
+    opponent, bench = setup.opponent, setup.bench
+    if setup.told and bench.workers.is_main:
+        console.print(setup.told, markup=False, highlight=False, soft_wrap=True)
     sources = [open_place(place, bench, options) for place in places]
     files = [source.model.source for source in sources if not isinstance(source, SampledImages)]
     if options.efficiency and files:
         raise UserError(f"{files[0]}: --efficiency: files of images cannot be timed; give a model")
     _check_writable(options)
+    bench = setup.sample()
     done = []
-    for number, source in enumerate(sources):
+    for number, opened in enumerate(sources):
+        source: Source = replace(opened, protocol=bench.protocol)  # type: ignore[type-var]
         name = options.names[number] if options.names else places[number]
         student = opponent.student(source) if opponent else source
         against = _measure(opponent, student, options) if opponent else None

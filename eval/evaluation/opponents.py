@@ -1,44 +1,76 @@
 """What `--against PLACE` makes ready: a model that makes two sets of images, or images with a protocol made of them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
-from diffdistill.eval.evaluation.against import Opponent, check_fits, made_by, opponent_benches
+import torch
+
+from diffdistill.eval.evaluation.against import Opponent, check_fits, opponent_benches
 from diffdistill.eval.evaluation.against_images import is_images, protocol_of_images
 from diffdistill.eval.evaluation.extract import Bench
+from diffdistill.eval.evaluation.real import open_pictures
 from diffdistill.eval.evaluation.run import progress_bar
-from diffdistill.eval.evaluation.setup import EvalOptions, bench_of, default_protocol, open_place, set_up, with_seed
+from diffdistill.eval.evaluation.setup import (
+    EvalOptions,
+    bench_of,
+    default_protocol,
+    is_model,
+    open_place,
+    set_up,
+    with_seed,
+)
 from diffdistill.eval.evaluation.workers import find_workers
 from diffdistill.eval.features.store import hash_features
-from diffdistill.eval.images.diffusers_folder import is_diffusers
+from diffdistill.eval.images.describe import describe
 from diffdistill.eval.images.files import open_images
-from diffdistill.eval.images.generate import SampledImages
+from diffdistill.eval.images.generate import SampledImages, show
 from diffdistill.eval.images.places import is_run
 from diffdistill.eval.protocols.captions import captions_of
 from diffdistill.eval.protocols.own import choose_features, make_protocol
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS
 from diffdistill.eval.protocols.protocol import Preparation, Reference
 from diffdistill.export.record import guidance_of, read_record
-from diffdistill.models.load import describe_model, find_checkpoint, first_student
+from diffdistill.models.load import find_checkpoint, first_student
 from diffdistill.settings.schema import UserError
 from diffdistill.settings.terminal import Console
 from diffdistill.storage.checkpoint import read_state
 
 
-def prepare_against(places: Sequence[str], options: EvalOptions) -> tuple[Opponent | None, Bench, str]:
-    """The model to measure against, None for images; the bench of the records' own protocol; and what was chosen, in
-    a line or two for people.
+@dataclass(frozen=True)
+class AgainstSetup:
+    """What `--against` was resolved to; no image of a model is made yet.
 
-    Raises UserError, before any image is made, where a place does not fit.
+    opponent: the model; None for images.  bench: of the records' own protocol.  told: what was chosen, in a line or
+    two for people.  needs_samples: whether the reference of that protocol are the model's own images.
     """
+
+    opponent: Opponent | None
+    bench: Bench
+    told: str
+    needs_samples: bool = False
+
+    def sample(self) -> Bench:
+        """Make the model's images, where it is one and they are not there yet. Returns the bench of the records."""
+        if self.opponent is None:
+            return self.bench
+        opponent, workers = self.opponent, self.bench.workers
+        with progress_bar(opponent.place, opponent.num_images, Console(stderr=True), is_shown=workers.is_main) as bar:
+            opponent.prepare(bar)
+        return _by_its_samples(self.bench, opponent) if self.needs_samples else self.bench
+
+
+def prepare_against(places: Sequence[str], options: EvalOptions) -> AgainstSetup:
+    """Look at the place and choose what it is measured by. Raises UserError where a place does not fit."""
     assert options.against is not None
+    if not options.against:
+        raise UserError("--against: is empty; give a run, a pipeline, an exported folder, or images")
     if is_model(options.against):
         return _against_model(places, options, options.against)
     if not is_images(options.against):
         raise UserError(
-            f"--against {options.against}: no such folder or file; give a run, a pipeline, or images (a folder, a zip, "
-            "a .npz, a prepared set)"
+            f"--against {options.against}: no such folder or file; give a run, a pipeline, an exported folder, or "
+            "images (a folder, a zip, a .npz, a prepared set)"
         )
     if options.protocol:
         raise UserError(
@@ -46,20 +78,14 @@ def prepare_against(places: Sequence[str], options: EvalOptions) -> tuple[Oppone
             "references of your protocol with --reference"
         )
     options, told = _against_images(places, options, options.against)
-    return None, set_up(places, options), told
-
-
-def is_model(place: str) -> bool:
-    """Whether a place is a run, a checkpoint, students behind a router, or a pipeline."""
-    path = FilePath(place).expanduser()
-    return is_run(path) or is_diffusers(path)
+    return AgainstSetup(None, set_up(places, options), told)
 
 
 def _against_images(places: Sequence[str], options: EvalOptions, place: str) -> tuple[EvalOptions, str]:
     """The options with the protocol that was made of images."""
     judged = places[0]
-    made = made_by(judged) if is_model(judged) else None
-    count = None if made else len(open_images(judged, Preparation()))
+    made = describe(judged, trusts_code=options.trusts_code).made if is_model(judged) else None
+    count = None if made else _check_alike(judged, place)
     captions = captions_of(options.captions) if options.captions else None
     kept = protocol_of_images(
         place, made, find_workers(options.device), judged=count, weights=options.weights, captions=captions
@@ -68,11 +94,21 @@ def _against_images(places: Sequence[str], options: EvalOptions, place: str) -> 
     return replace(options, protocol=str(kept.file), references=references), kept.told
 
 
-def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> tuple[Opponent, Bench, str]:
-    made = made_by(place)
+def _check_alike(judged: str, place: str) -> int:
+    """How many images are judged. Raises UserError where those to compare with have another size."""
+    images, real = open_images(judged, Preparation()), open_pictures(place, Preparation(), channels=3)
+    own, other = (tuple(side.rows(torch.tensor([0])).shape[1:]) for side in (images, real))
+    if own != other:
+        raise UserError(f"--against {place}: holds images of {show(other)}, and {judged} of {show(own)}")
+    return len(images)
+
+
+def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> AgainstSetup:
+    described = describe(place, trusts_code=options.trusts_code)
+    made, names = described.made, described.class_names
     for judged in filter(is_model, places):
-        check_fits((judged, made_by(judged)), (place, made))
-    usual = options.protocol or (DIGITS_PIXELS.name if default_protocol(place) else None)
+        check_fits((judged, describe(judged, trusts_code=options.trusts_code).made), (place, made))
+    usual = options.protocol or (DIGITS_PIXELS.name if default_protocol(place, options) else None)
     main = set_up(places, replace(options, protocol=usual)) if usual else None
     if options.protocol:
         assert main is not None
@@ -85,7 +121,6 @@ def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> t
         protocol = make_protocol(name, made, choice, reference=None, captions=captions)
         used = replace(options, references=())
         judging, told = bench_of(with_seed(protocol, options.seed), used), f"in {choice.why}"
-    names = describe_model(place).class_names
     if not judging.class_names and len(names) == judging.protocol.labels.num_classes:
         judging = replace(judging, class_names=names)  # students may number the same classes otherwise
     sets, pairs = opponent_benches(judging)
@@ -94,12 +129,11 @@ def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> t
     if not isinstance(source, SampledImages):
         raise UserError(f"--against {place}: not a model")
     opponent = Opponent(place, source, sets, pairs, options.root)
-    with progress_bar(place, opponent.num_images, Console(stderr=True), is_shown=sets.workers.is_main) as advance:
-        opponent.prepare(advance)
     scale = "" if guidance == 1 else f" at guidance {guidance:g}"
     told = f"{place}{scale}: {sets.protocol.num_images:,} images a set, compared {told}"
     has_reference = main is not None and main.protocol.reference is not None
-    return opponent, main if main and has_reference else _by_its_samples(judging, opponent), told
+    bench = main if main and has_reference else judging
+    return AgainstSetup(opponent, bench, told, needs_samples=not has_reference)
 
 
 def _by_its_samples(bench: Bench, opponent: Opponent) -> Bench:

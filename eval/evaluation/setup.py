@@ -11,14 +11,15 @@ from diffdistill.eval.evaluation.extract import Bench, Source, specifications
 from diffdistill.eval.evaluation.real import parse_weights
 from diffdistill.eval.evaluation.workers import find_workers
 from diffdistill.eval.features.store import BLOCK
+from diffdistill.eval.images.describe import describe
 from diffdistill.eval.images.diffusers_folder import is_diffusers, open_diffusers
+from diffdistill.eval.images.exported_folder import is_exported, open_exported
 from diffdistill.eval.images.files import in_number_order, open_images
 from diffdistill.eval.images.judged_files import FileImages
 from diffdistill.eval.images.places import SamplingOptions, is_run, open_run, parse_sampler
 from diffdistill.eval.protocols.captions import read_captions
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_protocol
 from diffdistill.eval.protocols.protocol import Protocol
-from diffdistill.models.load import load_model
 from diffdistill.settings.schema import UserError
 
 
@@ -29,7 +30,8 @@ class EvalOptions:
     protocol: a name or a YAML file; None takes digits-pixels for what makes digits.  repeats, seed: another number of
     repeats, and the first range of image seeds; either is another protocol.  weights, references: LABEL=FILE.
     features: a folder where features are kept; None keeps them until the record is there.  records: a JSONL file.
-    out: the table's rows as JSON.  trusts_code: whether features that are a program may run.
+    out: the table's rows as JSON.  trusts_code: whether features that are a program, and an exported folder's own code,
+    may run.
     against: a model, the distance to which is measured as well, or images that a protocol is made of.
     replicates, confidence: of the intervals of that distance.
     """
@@ -89,9 +91,9 @@ def bench_of(protocol: Protocol, options: EvalOptions) -> Bench:
 
 
 def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
-    """A run, a checkpoint, a diffusers folder, a folder or zip of images, or a .npz. Raises UserError."""
+    """A run, a checkpoint, a diffusers or an exported folder, or images: a folder, a zip, a .npz. Raises UserError."""
     path, protocol = FilePath(place).expanduser(), bench.protocol
-    if is_run(path) or is_diffusers(path):
+    if is_model(place):
         sampler = parse_sampler(options.sampler) if options.sampler else None
         sampling = SamplingOptions(
             guidance=parse_guidance(options.guidance),
@@ -99,8 +101,9 @@ def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
             ema=options.ema,
             captions=bench.captions,
             class_names=bench.class_names,
+            trusts_code=options.trusts_code,
         )
-        opener = open_run if is_run(path) else open_diffusers
+        opener = open_run if is_run(path) else open_exported if is_exported(path) else open_diffusers
         return opener(path, protocol, sampling, bench.workers.device)
     channels = protocol.image_shape[0] if protocol.image_shape else 3
     if not path.exists():
@@ -110,7 +113,7 @@ def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
 
 
 def _protocol(places: Sequence[str], options: EvalOptions) -> Protocol:
-    protocol = find_protocol(options.protocol) if options.protocol else default_protocol(places[0])
+    protocol = find_protocol(options.protocol) if options.protocol else default_protocol(places[0], options)
     if protocol is None:
         raise UserError(f"{places[0]}: name a --protocol (choices: {', '.join(PROTOCOLS)}, or a YAML file)")
     if options.repeats:
@@ -123,11 +126,17 @@ def with_seed(protocol: Protocol, seed: int) -> Protocol:
     return replace(protocol, first_seed=protocol.first_seed + seed * protocol.num_images)
 
 
-def default_protocol(place: str) -> Protocol | None:
+def default_protocol(place: str, options: EvalOptions) -> Protocol | None:
     """digits-pixels for a model of digits; None for anything else."""
     path = FilePath(place).expanduser()
-    if is_run(path) or not (path.exists() or is_diffusers(path)):
-        spec = load_model(path).spec
-        if spec.image_shape == DIGITS_PIXELS.image_shape and spec.num_classes == DIGITS_PIXELS.labels.num_classes:
+    if is_run(path) or is_exported(path) or not (path.exists() or is_diffusers(path)):
+        made = describe(place, trusts_code=options.trusts_code).made
+        if made.shape == DIGITS_PIXELS.image_shape and made.num_classes == DIGITS_PIXELS.labels.num_classes:
             return DIGITS_PIXELS
     return None
+
+
+def is_model(place: str) -> bool:
+    """Whether a place is a run, a checkpoint, students behind a router, a pipeline, or an exported folder."""
+    path = FilePath(place).expanduser()
+    return is_run(path) or is_exported(path) or is_diffusers(path)

@@ -34,9 +34,11 @@ from diffdistill.data.source import ImageSource, MappedImages
 from diffdistill.eval.images.preparation import prepare
 from diffdistill.eval.protocols.protocol import Preparation
 from diffdistill.settings.schema import UserError
+from diffdistill.storage.checkpoint import STATE
 
 NPZ_KEYS = ("images", "arr_0")
 """Ours, and that of ADM's sample files."""
+A_CHECKPOINT = f"checkpoints/*/{STATE}"
 
 
 class Images(Interface):
@@ -196,16 +198,17 @@ def open_images(
 ) -> ImageFiles:
     """The images of a folder, a zip or a .npz file. See ImageFiles for the options.
 
-    Raises UserError if there are none, or the archive must not be trusted.
+    Raises UserError if there are none, the folder is of runs, or the archive must not be trusted.
     """
     path = FilePath(place).expanduser()
+    _refuse_runs(str(place), path)
     if path.suffix.lower() == ".npz" and path.is_file():
         images, others = _array(path)
         left_out = arrays_left_out(others, origin=str(place))
         layout: Literal["NHWC", "NCHW"] = "NHWC" if images.shape[-1:] in ((1,), (3,)) else "NCHW"
         items = array_items(channels_last(images, origin=str(place), layout=layout))
     else:
-        listing = list_images(path, setting="images")
+        listing = list_images(path, setting=None)
         items, left_out = listing.items, listing.notes(str(place))
         _refuse_two_formats(str(place), [item.name for item in items], is_judged=is_judged)
     return ImageFiles(str(place), items, preparation, channels, is_judged, left_out)
@@ -241,6 +244,16 @@ def _refuse_two_formats(origin: str, names: list[str], *, is_judged: bool) -> No
         odd = min(kinds, key=lambda kind: (kinds[kind], kind))
         first = [name for name in names if FilePath(name).suffix.lower().replace(".jpeg", ".jpg") == odd]
         raise UserError(f"{origin}: holds images of more than one format ({found}), such as {listed(first, most=1)}")
+
+
+def _refuse_runs(origin: str, folder: FilePath) -> None:
+    """The pictures in a folder of runs are their curves and previews."""
+    found = sorted({file.parents[2] for depth in ("", "*/", "*/*/") for file in folder.glob(f"{depth}{A_CHECKPOINT}")})
+    if found == [folder]:
+        raise UserError(f"{origin}: is a run, not images")
+    if found:
+        choices = listed([str(FilePath(origin) / run.relative_to(folder)) for run in found], most=5)
+        raise UserError(f"{origin}: holds runs, not images; name one of them: {choices}")
 
 
 def _array(file: FilePath) -> tuple[NDArray[Any], list[str]]:

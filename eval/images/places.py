@@ -1,7 +1,7 @@
 """Models on disk that can be judged: runs and checkpoints. Diffusers' folders are in diffusers_folder.py."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -29,13 +29,14 @@ from diffdistill.training.reports.log import METRICS
 class SamplingOptions:
     """How a model is sampled.  sampler: instead of its own.  ema: one of the run's `more_emas` by its name.
     captions: one an image, where the protocol has some.  class_names: of the classes that the protocol draws, where
-    it or its reference says them."""
+    it or its reference says them.  trusts_code: whether code of an exported folder's own may run."""
 
     guidance: float | AnyPolicy = 1.0
     sampler: AnySampler | None = None
     ema: str | None = None
     captions: Sequence[str] | None = None
     class_names: tuple[str, ...] = ()
+    trusts_code: bool = False
 
 
 @schema
@@ -60,6 +61,30 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
     state = read_json(file) if file.exists() else None  # several students have none
     if state and not state["config"]:
         state = None  # imported, not trained here
+    sha256 = weights_sha256(model.source, options.ema) if state else hash_weights(model.denoiser)
+    made = sampled_images(model, sha256, protocol, options, device, place=place)
+    if not state:
+        return made
+    return replace(
+        made,
+        model=replace(made.model, teacher=state.get("teacher")),
+        method=state["config"]["method"]["name"],
+        seed=state["config"]["train"]["seed"],
+        cost=_cost(model, state),
+    )
+
+
+def sampled_images(
+    model: TrainedModel,
+    sha256: str,
+    protocol: Protocol,
+    options: SamplingOptions,
+    device: torch.device,
+    *,
+    place: FilePath | None = None,
+) -> SampledImages:
+    """The images of a model.  sha256: of its weights.  place: what the user called it; default its source."""
+    place = place or model.source
     denoiser = model.denoiser.to(device)
     around = open_around(model.spec, denoiser, options.captions, device, origin=str(place))
     return SampledImages(
@@ -74,15 +99,11 @@ def open_run(place: FilePath, protocol: Protocol, options: SamplingOptions, devi
         guidance=options.guidance,
         model=ModelRecord(
             source=str(place),
-            sha256=weights_sha256(model.source, options.ema) if state else hash_weights(model.denoiser),
-            parameters=count_parameters(model.denoiser),
+            sha256=sha256,
+            parameters=count_parameters(denoiser),
             around_sha256=dict(around.sha256) if around else {},
-            teacher=state.get("teacher") if state else None,
             licence=licence_of(model.spec.pipeline),
         ),
-        method=state["config"]["method"]["name"] if state else None,
-        seed=state["config"]["train"]["seed"] if state else None,
-        cost=_cost(model, state) if state else None,
     )
 
 

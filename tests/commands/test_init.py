@@ -141,7 +141,7 @@ def test_what_holds_no_pictures_is_refused(what: str) -> None:
     result = call("init", "pictures")
     assert result.exit_code == 2
     message = {
-        "empty": "pictures = 'pictures': holds no images; .png",
+        "empty": "pictures = 'pictures': holds no images; image files end in .png",
         "no images": "pictures = 'pictures': holds no images but 1",
         "none that can be read": "pictures: none of 2 files can be read as an image: a.png, b.png",
         "all of one colour": "pictures: all 3 images measured have a single colour",

@@ -258,6 +258,44 @@ def test_another_kind_of_model_is_refused_in_one_sentence(
     assert f"--against {other}: {said.format(student=quick_teacher)}; use a model of the same images" in text
 
 
+def test_what_is_wrong_is_said_before_the_teacher_is_sampled(
+    quick_teacher: Path, protocol: Path, cache: Path, tmp_path: Path
+) -> None:
+    by = ("--protocol", protocol, "--against", quick_teacher)
+    assert "no such folder" in refused(tmp_path / "nothing", *by)
+    assert "--sampler" in refused(quick_teacher, *by, "--sampler", "nonsense")
+    assert "nonsense" in refused(quick_teacher, *by, "--ema", "nonsense")
+    assert not (cache / "features").exists()
+
+
+def test_what_are_no_images_to_compare_with_is_said(quick_teacher: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(quick_teacher, runs / "one" / "teacher")
+    save_digits(runs / "pictures", count=3)
+    text = refused(quick_teacher, "--against", runs)
+    assert f"{runs}: holds runs, not images; name one of them: {runs / 'one' / 'teacher'}" in text
+    assert f"{runs}: holds runs" in refused(runs, "--protocol", "digits-pixels")
+    one = save_digits(tmp_path / "one", count=1)
+    assert f"--against {one}: holds 1 image; a distance needs at least 2" in refused(quick_teacher, "--against", one)
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'}: holds no images; image files end in" in refused(
+        quick_teacher, "--against", tmp_path / "empty"
+    )
+    large = save_digits(tmp_path / "large", count=5, side=12)
+    said = f"--against {large}: holds images of 3 x 12 x 12, and {one} of 3 x 8 x 8"
+    assert said in refused(one, "--against", large)
+    assert not (tmp_path / "references").exists()
+    assert "--against: is empty" in refused(quick_teacher, "--against", "")
+
+
+def test_the_intervals_replicates_are_the_users(quick_teacher: Path, protocol: Path, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    by = ("--protocol", protocol, "--replicates", 3)
+    done(quick_teacher, "--against", quick_teacher, *by, "--records", file)
+    assert only(file).against.replicates == 3  # type: ignore[union-attr]
+    assert "--replicates 3: goes with eval compare and with --against" in refused(quick_teacher, *by)
+
+
 def test_what_goes_not_with_against_is_refused(quick_teacher: Path, protocol: Path, tmp_path: Path) -> None:
     folder = save_digits(tmp_path / "real", count=2)
     assert "no such folder or file" in refused(quick_teacher, "--against", tmp_path / "nothing")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from types import ModuleType
 
 import pytest
@@ -151,11 +152,26 @@ def test_a_longer_row_s_mean_over_other_noises_stands_beside_its_teacher_s(board
     records = [drawn("teacher", 0.14, 0.9), drawn("SiD", 0.13, 0.88), drawn("SiD", 0.15, 0.83, seed=1)]
     own = replace(record, name=f"SiD, {family}")
     *_, teacher, student = [line for line in "".join(page.tables([own, *records])).splitlines() if line[:2] == "| "]
-    assert teacher == "| teacher | 0.140 | 0.500 | 0.900 | 1 | 1.00 | 1.00 |"
+    assert teacher == "| teacher | 0.140 | 0.500 | 0.900 | 1 | 1 | 1 |"
     assert student.startswith("| SiD | 0.140 (0.130 to 0.150) | 0.500 ")
-    assert student.endswith(" | 0.855 (0.830 to 0.880) | 2 | 1.00 | 0.95 |")
+    assert student.endswith(" | 0.855 (0.830 to 0.880) | 2 | 1.000 ± 0.000 | 0.950 ± 0.000 |")
     assert "noises" not in "".join(page.tables([own]))
     assert "noises" not in "".join(page.tables([own, *records[1:]])), "without the teacher's there is nothing beside"
+
+
+def test_a_share_s_error_is_that_of_the_difference_over_common_draws(page: ModuleType) -> None:
+    record = next(record for record in read_records(page.RECORDS) if record.name == "Hyper-SD, 1 step, U-Net")
+
+    def drawn(*values: float) -> Record:
+        spread = {"min": min(values), "mean": fmean(values), "std": stdev(values)}
+        scores = replace(record.metrics["recall"], values=values, **spread)
+        return replace(record, metrics={"recall": scores})
+
+    teacher, twice = [drawn(1.0, 2.0, 3.0)], [drawn(2.0, 4.0, 6.0)]
+    assert page._share(twice, teacher, "recall") == "2.000 ± 0.000", "what all draws share is no error"
+    apart = [drawn(2.5, 3.5, 6.0)]  # 2, and 0.5, -0.5, 0: their deviation 0.5, over the root of 3 and the mean of 2
+    assert page._share(apart, teacher, "recall") == "2.000 ± 0.144"
+    assert page._share([drawn(2.5, 3.5, 6.0), drawn(1.5, 4.5, 6.0)], teacher, "recall") == "2.000 ± 0.000"
 
 
 def test_what_a_row_makes_before_training_grows_with_its_steps_where_it_is_used(board: ModuleType) -> None:

@@ -1,0 +1,141 @@
+"""`diffdistill eval` of exported folders: they are judged as the run that they were exported from is."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from support.method_matrix import origin, train
+from typer.testing import CliRunner
+
+from diffdistill.commands.cli import app
+from diffdistill.eval.evaluation.setup import EvalOptions, open_place, set_up
+from diffdistill.eval.images.describe import describe
+from diffdistill.eval.records.record import Record, read_records
+from diffdistill.export.run import ExportOptions, export
+
+KINDS = ("stock", "lora", "self-contained")
+FOXES = ("a red fox", "two blue birds")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("judged")
+
+
+@pytest.fixture(scope="module")
+def text_run(home: Path) -> Path:
+    """A one-step student with LoRA on a stand-in of Stable Diffusion."""
+    return train("sid", origin("sd", "sid", home / "sd"), home / "sd-run", "lora.default={rank: 2}")
+
+
+@pytest.fixture(scope="module")
+def class_run(home: Path) -> Path:
+    return train("sid", origin("mlp", "sid", home / "mlp"), home / "mlp-run")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+
+
+def exported(run: Path, kind: Any) -> Path:
+    """An export of it, made once."""
+    folder = run.with_name(f"{run.name}-{kind}")
+    if not folder.exists():
+        export(str(run), folder, ExportOptions(kind=kind, is_verified=False))
+    return folder
+
+
+def write_protocol(file: Path, shape: list[int], **more: Any) -> str:
+    plain = {
+        "name": "small",
+        "num_images": 20,
+        "image_shape": shape,
+        "labels": {"policy": "cyclic", "num_classes": 10},
+        "preparation": {"quantiser": "none"},
+        "metrics": [{"name": "frechet", "features": {"name": "pixels"}}],
+    }
+    file.write_text(yaml.safe_dump(plain | more))
+    return str(file)
+
+
+def called(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["eval", *map(str, arguments)])
+
+
+def refused(*arguments: object) -> str:
+    result = called(*arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.stderr.split())
+
+
+def recorded(file: Path, *arguments: object) -> Record:
+    result = called(*arguments, "--records", file)
+    assert result.exit_code == 0, result.output
+    return read_records(file)[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_makes_the_runs_images_from_captions(text_run: Path, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "captions.txt"
+    file.write_text("\n".join(FOXES * 10) + "\n")
+    captions = {"name": "foxes", "count": 20, "sha256": None}
+    protocol = write_protocol(tmp_path / "small.yaml", [3, 16, 16], labels={"policy": "captions"}, captions=captions)
+    options = EvalOptions(protocol=protocol, captions=str(file), trusts_code=True)
+    places = [str(exported(text_run, kind)), str(text_run)]
+    bench = set_up(places, options)
+    made, own = (open_place(place, bench, options).take(0, torch.tensor([0, 1, 7, 19])) for place in places)
+    torch.testing.assert_close(made, own, atol=2e-5, rtol=0)
+    assert made.shape == (4, 3, 16, 16)
+    folder, run = (describe(place, trusts_code=True).made for place in places)
+    assert (folder.shape, folder.takes_text) == (run.shape, run.takes_text) == ((3, 16, 16), True)
+
+
+def test_a_folder_with_code_of_its_own_is_judged_as_its_run(class_run: Path, tmp_path: Path) -> None:
+    folder, file = exported(class_run, "self-contained"), tmp_path / "records.jsonl"
+    protocol = write_protocol(tmp_path / "small.yaml", list(describe(str(class_run)).made.shape))
+    by = ("--protocol", protocol, "--trust-code")
+    apart = recorded(file, folder, "--against", class_run, *by).against
+    assert apart is not None
+    assert apart.end_points is not None
+    assert apart.end_points.same_noise.value < 1e-5
+    turned = recorded(file, class_run, "--against", folder, *by).against
+    assert turned is not None
+    assert abs(turned.metrics["fd-pixels"].excess.value) < 1e-5
+    assert turned.end_points is not None
+    assert turned.end_points.same_noise.value < 1e-5
+    record = recorded(file, folder, *by, "--against", folder, "--efficiency")
+    assert record.sampler is not None
+    assert record.efficiency is not None
+    assert record.sampler.num_evaluations == record.efficiency.num_evaluations == 1
+
+
+def test_its_code_runs_only_where_the_user_says(class_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported(class_run, "self-contained"), tmp_path / "planted")
+    planted = folder / "pipeline.py"
+    planted.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{planted.read_text()}")
+    protocol = write_protocol(tmp_path / "small.yaml", list(describe(str(class_run)).made.shape))
+    for arguments in ((folder,), (class_run, "--against", folder), (folder, "--against", class_run)):
+        text = refused(*arguments, "--protocol", protocol)
+        assert f"{folder}: holds its own code, {folder}/pipeline.py; read it, then add --trust-code" in text
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_an_exported_folder_does_not_take_is_said(class_run: Path, text_run: Path, tmp_path: Path) -> None:
+    folder = exported(class_run, "self-contained")
+    protocol = write_protocol(tmp_path / "small.yaml", list(describe(str(class_run)).made.shape))
+    by = (folder, "--protocol", protocol, "--trust-code")
+    assert f"--ema long: {folder} is an exported folder, which has one set of weights" in refused(*by, "--ema", "long")
+    assert f"--sampler: {folder} is sampled by its own code" in refused(*by, "--sampler", "{name: ddim, num_steps: 2}")
+    policy = "{name: adaptive, scale: 2}"
+    assert f"--guidance: {folder} is sampled by its own code, which takes a number" in refused(
+        *by, "--guidance", policy
+    )
+    kohya = exported(text_run, "kohya")
+    assert "a LoRA file in kohya's keys" in refused(kohya, "--protocol", protocol)
+    prompted = exported(text_run, "self-contained")
+    assert f"{prompted}: takes captions" in refused(prompted, "--protocol", protocol, "--trust-code")
