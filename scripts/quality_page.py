@@ -1,5 +1,6 @@
 """The page of `scripts/quality.py`: tables of the records, curves of distance against CPU-seconds, what was not run."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -8,6 +9,7 @@ from log_axes import INK, log_axes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from quality_records import Measured
+from quality_ring import RECORDS as RING_RECORDS
 from quality_theory import TwoModes, compromise, levels, optimum
 from quality_variants import VARIANTS
 
@@ -19,6 +21,7 @@ PAGE = ROOT / "docs" / "what-decides-quality.md"
 IMAGES = ROOT / "docs" / "images"
 MARKS = ("<!-- quality: python scripts/quality.py page -->", "<!-- quality ends -->")
 LONGER_MARKS = ("<!-- longer: python scripts/quality.py page -->", "<!-- longer end -->")
+RING_MARKS = ("<!-- ring: python scripts/quality_ring.py, then quality.py page -->", "<!-- ring end -->")
 OPTIMA_MARKS = ("<!-- optima: python scripts/quality.py page -->", "<!-- optima end -->")
 LONG = "17,600 images"
 NETWORKS = {"mlp": "A residual MLP of 0.65 million weights", "unet": "A U-Net of 0.31 million weights"}
@@ -30,7 +33,12 @@ COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.7
 def write_page(records: Sequence[Measured]) -> list[Path]:
     """The tables between the page's marks, and a picture for each network. Returns the files."""
     text = PAGE.read_text(encoding="utf-8")
-    made = {MARKS: tables(records), LONGER_MARKS: longer_table(read_records(LONGER)), OPTIMA_MARKS: optima()}
+    made = {
+        MARKS: tables(records),
+        LONGER_MARKS: longer_table(read_records(LONGER)),
+        OPTIMA_MARKS: optima(),
+        RING_MARKS: ring_table(),
+    }
     for marks, parts in made.items():
         before, rest = text.split(marks[0])
         after = rest.split(marks[1])[1]
@@ -83,6 +91,23 @@ def optima() -> Iterator[str]:
     for weight, pixels in ((0.2, 64), (0.03, 64), (0.003, 64), (0.003, 12288)):
         yield f"| {weight:g}, {pixels:,} | {' | '.join(f'{_share(v, weight, pixels):.2f}' for v in variances)} |\n"
     yield "\n"
+
+
+def ring_table() -> Iterator[str]:
+    """Where students end whose teacher is not the data."""
+    rows = [json.loads(line) for line in RING_RECORDS.read_text().splitlines()]
+    weights = sorted({row["gan_weight"] for row in rows} - {0.0})
+    teacher, data = rows[0]["teacher"], rows[0]["data"]
+    yield f"The teacher's mean radius is {teacher:.3f}, the data's {data:.3f}; two seeds each.\n\n"
+    yield f"| the GAN on the features of | without a GAN | {' | '.join(f'weight {weight:g}' for weight in weights)} |\n"
+    yield f"|---|---|{'---|' * len(weights)}\n"
+    for features in ("teacher", "fake"):
+        ends = [
+            [row["end"] for row in rows if row["gan_weight"] == weight and (not weight or row["features"] == features)]
+            for weight in (0.0, *weights)
+        ]
+        told = " | ".join(", ".join(f"{end:.3f}" for end in found) for found in ends)
+        yield f"| {'the teacher' if features == 'teacher' else 'the fake score'} | {told} |\n"
 
 
 def _share(variance: float, weight: float, pixels: int) -> float:

@@ -127,7 +127,7 @@ def ring(radius: float, std: float) -> Denoiser:
     return mixture_denoiser(PATH, torch.ones(MODES), means, variances, torch.arange(MODES) * CLASSES // MODES)
 
 
-class _Drawn:
+class Drawn:
     """Samples, times and noise from one stream."""
 
     def __init__(self, seed: int) -> None:
@@ -157,9 +157,9 @@ def fake_score_error(
     GAN's share of this weight (None: none).
     """
     torch.manual_seed(seed)
-    real, generated, drawn = ring(1.0, 0.12), ring(0.9, 0.2), _Drawn(seed)
-    teacher, fake = _network(), _network()
-    _fit(teacher, real, drawn, steps=steps // 2)
+    real, generated, drawn = ring(1.0, 0.12), ring(0.9, 0.2), Drawn(seed)
+    teacher, fake = network(), network()
+    fit(teacher, real, drawn, steps=steps // 2)
     fake.load_state_dict(teacher.state_dict())
     head = make_head(fake, (DIM,))
     players = Players(teacher=teacher.requires_grad_(False), fake=fake, discriminator=head)
@@ -180,18 +180,20 @@ def fake_score_error(
 
 @torch.no_grad()
 def _error(fake: Denoiser, exact: Denoiser, count: int = 8192) -> float:
-    drawn = _Drawn(99)
+    drawn = Drawn(99)
     batch, t = drawn.batch(exact, count), drawn.t(count)
     x_t = PATH.diffuse(batch.images, drawn.eps(count), t)
     gap = (fake(x_t, t, batch.cond) - exact(x_t, t, batch.cond)).square().mean(1)
     return float((denoising_weight("edm", PATH, t, fake.sigma_data) * gap).mean())
 
 
-def _network() -> Denoiser:
+def network() -> Denoiser:
+    """A small one of points."""
     return Denoiser(MLPConfig(width=64, blocks=2).build((DIM,), CLASSES, 0.1), PATH, "edm", sigma_data=0.7)
 
 
-def _fit(score: Denoiser, law: Denoiser, drawn: _Drawn, *, steps: int) -> None:
+def fit(score: Denoiser, law: Denoiser, drawn: Drawn, *, steps: int) -> None:
+    """Train a network by denoising samples of a law."""
     optimizer = torch.optim.Adam(score.parameters(), lr=RATE)
     for _ in range(steps):
         batch = drawn.batch(law)

@@ -61,6 +61,14 @@ def test_at_the_compromise_the_gradient_of_dmd2_vanishes(theory, weight):
     assert abs(slope_of_dmd2(theory, found, teacher, data, weight)) < 0.03 * max(map(abs, ends))
 
 
+def test_on_the_ring_a_gan_draws_the_student_from_its_teacher_to_the_data(theory):
+    ring = importlib.import_module("quality_ring")
+    alone, pulled = (ring.student(weight, "teacher", steps=60) for weight in (0.0, 1.0))
+    assert alone.teacher == pytest.approx(1.007, abs=0.003)
+    assert alone.data == pytest.approx(1.206, abs=0.003)
+    assert pulled.end > alone.end + 0.03
+
+
 def test_the_compromise_is_the_teacher_without_a_gan_and_nearly_the_data_with_a_heavy_one(theory):
     of = [theory.compromise(1.0, 1.1, SIGMAS, TAUS, weight=weight, pixels=64) for weight in (0.0, 0.003, 0.2, 1e6)]
     assert of[0] == pytest.approx(1.0)

@@ -1,0 +1,133 @@
+"""Where DMD2 ends on the ring when its teacher is not the data: with a GAN, between the two.
+
+    python scripts/quality_ring.py          # five minutes of one core; writes results/quality-ring.jsonl
+
+The teacher is a network fitted to the ring of radius 1, the data are the ring of radius 1.2. Both losses are the
+library's; the student can be either ring.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from quality_theory import BATCH, CLASSES, DIM, PATH, TIME_LAW, Drawn, fit, network, ring
+from torch import Tensor
+
+from diffdistill.diffusion.cond import Cond
+from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.step_random import StepRandom
+from diffdistill.distillation.method import Players, Problem
+from diffdistill.distillation.score_distillation import Features
+from diffdistill.methods.dmd2 import DMD2
+from diffdistill.storage.atomic import write_text_atomically
+
+RECORDS = Path(__file__).parents[1] / "results" / "quality-ring.jsonl"
+TEACHER_RADIUS, DATA_RADIUS, STD = 1.0, 1.2, 0.12
+INIT_RATIO, RATE = 1.0, 1e-3
+CASES: tuple[tuple[float, Features], ...] = (
+    *((0.0, "teacher"), (0.03, "teacher"), (0.2, "teacher"), (1.0, "teacher")),
+    *((0.03, "fake"), (0.2, "fake"), (1.0, "fake")),
+)
+
+
+@dataclass(frozen=True)
+class OnTheRing:
+    """Mean radii of a student's samples, half-way and at its end, and of the teacher's and the data's."""
+
+    gan_weight: float
+    features: Features
+    seed: int
+    steps: int
+    half_way: float
+    end: float
+    teacher: float
+    data: float
+
+
+def student(gan_weight: float, features: Features, *, seed: int = 0, steps: int = 500) -> OnTheRing:
+    """Distil a ring with DMD2.  gan_weight: 0 for no GAN; the discriminator's loss has three times as much, as in the
+    paper.  steps: generator updates, each with three of the fake score; the teacher is fitted in three times as many.
+    """
+    torch.manual_seed(seed)
+    real, law = ring(DATA_RADIUS, STD), ring(TEACHER_RADIUS, STD)
+    teacher = network()
+    fit(teacher, law, Drawn(seed), steps=3 * steps)
+    teacher.requires_grad_(False)
+    method = DMD2(
+        steps=FewSteps(init_ratio=INIT_RATIO),
+        fake_updates=3,
+        gan_weight=gan_weight,
+        gan_fake_weight=3 * gan_weight,
+        gan_features=features,
+        generator_time_law=TIME_LAW,
+        fake_time_law=TIME_LAW,
+        gan_time_law=TIME_LAW,
+    )
+    problem = Problem((DIM,), CLASSES, PATH, teacher=teacher, batch_size=BATCH)
+    players = Players(teacher=teacher, **method.players(problem))  # type: ignore[arg-type]
+    readings = list(_train(method, players, problem, real, seed=seed, steps=steps))
+    own, other = (_radius(Drawn(99).batch(one, 16384).images) for one in (law, real))
+    return OnTheRing(gan_weight, features, seed, steps, readings[0], readings[1], own, other)
+
+
+def _train(
+    method: DMD2, players: Players, problem: Problem, real: Denoiser, *, seed: int, steps: int
+) -> Iterator[float]:
+    """The radius of the averaged student half-way and at the end."""
+    names = {name for update in method.updates for name in update.players}
+    optimizers = {n: torch.optim.Adam(players[n].parameters(), lr=RATE, betas=(0.0, 0.999)) for n in names}
+    drawn, weights = Drawn(seed + 50), list(players.generator.parameters())
+    average = [weight.detach().clone() for weight in weights]
+    total = steps * max(update.every for update in method.updates)
+    for step in range(total):
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = RATE * min(1.0, 2 * (1 - step / total))
+        draw = method.draw(StepRandom(seed, step, torch.arange(step * BATCH, (step + 1) * BATCH)), problem)
+        batch = replace(drawn.batch(real), stored={})
+        for update in method.updates:
+            if not update.is_due(step, step * BATCH):
+                continue
+            for name in names:
+                players[name].requires_grad_(name in update.players)
+            loss = method.call(update.loss, players, draw, batch)
+            loss.total.backward()
+            draw |= loss.carry
+            for name in update.players:
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+            if "generator" in update.players:
+                torch._foreach_lerp_(average, [weight.data for weight in weights], 0.02)
+        if (step + 1) in (total // 2, total):
+            yield _radius(_samples(players.generator, average))
+
+
+@torch.no_grad()
+def _samples(generator: Denoiser, average: list[Tensor], count: int = 8192) -> Tensor:
+    """Of the averaged weights, always from the same noise."""
+    weights = dict(zip(dict(generator.named_parameters()), average, strict=True))
+    t = torch.full((count,), INIT_RATIO, dtype=torch.float64)
+    cond = Cond(label=torch.arange(count) % CLASSES)
+    made: Tensor = torch.func.functional_call(generator, weights, (INIT_RATIO * Drawn(98).eps(count), t, cond))
+    return made
+
+
+def _radius(points: Tensor) -> float:
+    return round(float(points.norm(dim=1).mean()), 4)
+
+
+def main() -> None:
+    """Run all cases with two seeds and write their records."""
+    torch.set_num_threads(1)
+    rows = []
+    for seed in range(2):
+        for weight, features in CASES:
+            rows.append(student(weight, features, seed=seed))
+            print(rows[-1], flush=True)
+    write_text_atomically(RECORDS, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
