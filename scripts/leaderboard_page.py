@@ -130,7 +130,7 @@ def _draws(rows: Sequence[tuple[str, list[Record]]]) -> Iterator[str]:
     protocol = rows[0][1][0].protocol
     teacher = rows[0][1]
     yield f"Means over {protocol['repeats']} further draws of {protocol['num_images']:,} noises, of the students "
-    yield "that were measured on them; ± the standard error over the draws, which all models share.\n\n"
+    yield "that were measured on them; ± the standard error over the draws, which all models share, not over seeds.\n\n"
     yield "| | fd-pixels | precision | recall | seeds | FD, of the teacher's | recall, of the teacher's |\n"
     yield "|---|---|---|---|---|---|---|\n"
     for name, found in rows:

@@ -96,18 +96,19 @@ def optima() -> Iterator[str]:
 def ring_table() -> Iterator[str]:
     """Where students end whose teacher is not the data."""
     rows = [json.loads(line) for line in RING_RECORDS.read_text().splitlines()]
-    weights = sorted({row["gan_weight"] for row in rows} - {0.0})
-    teacher, data = rows[0]["teacher"], rows[0]["data"]
-    yield f"The teacher's mean radius is {teacher:.3f}, the data's {data:.3f}; two seeds each.\n\n"
-    yield f"| the GAN on the features of | without a GAN | {' | '.join(f'weight {weight:g}' for weight in weights)} |\n"
+    weights = sorted({row["gan_weight"] for row in rows})
+    teachers = ", ".join(f"{radius:.3f}" for radius in dict.fromkeys(row["teacher"] for row in rows))
+    yield f"Samples of the fitted teachers of two seeds: {teachers}; the data: {rows[0]['data']:.3f}.\n\n"
+    yield f"| the GAN on the features of | start | {' | '.join(f'weight {weight:g}' for weight in weights)} |\n"
     yield f"|---|---|{'---|' * len(weights)}\n"
-    for features in ("teacher", "fake"):
-        ends = [
-            [row["end"] for row in rows if row["gan_weight"] == weight and (not weight or row["features"] == features)]
-            for weight in (0.0, *weights)
-        ]
-        told = " | ".join(", ".join(f"{end:.3f}" for end in found) for found in ends)
-        yield f"| {'the teacher' if features == 'teacher' else 'the fake score'} | {told} |\n"
+    for features, start in dict.fromkeys((row["features"], row["start"]) for row in rows):
+        of = [row for row in rows if (row["features"], row["start"]) == (features, start)]
+        told = ["; ".join(_way(row) for row in of if row["gan_weight"] == weight) for weight in weights]
+        yield f"| {'the teacher' if features == 'teacher' else 'the fake score'} | {start} | {' | '.join(told)} |\n"
+
+
+def _way(row: dict[str, float]) -> str:
+    return f"{row['half_way']:.3f}, {row['end']:.3f}"
 
 
 def _share(variance: float, weight: float, pixels: int) -> float:

@@ -1,15 +1,16 @@
 """Where DMD2 ends on the ring when its teacher is not the data: with a GAN, between the two.
 
-    python scripts/quality_ring.py          # five minutes of one core; writes results/quality-ring.jsonl
+    python scripts/quality_ring.py          # eight minutes of one core; writes results/quality-ring.jsonl
 
 The teacher is a network fitted to the ring of radius 1, the data are the ring of radius 1.2. Both losses are the
-library's; the student can be either ring.
+library's; the student can be either ring, and starts from the teacher or from a network fitted to the data.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from quality_theory import BATCH, CLASSES, DIM, PATH, TIME_LAW, Drawn, fit, network, ring
@@ -17,39 +18,50 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
-from diffdistill.diffusion.sampling import FewSteps
+from diffdistill.diffusion.sampling import FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Players, Problem
 from diffdistill.distillation.score_distillation import Features
+from diffdistill.eval.records.environment import describe_environment
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.storage.atomic import write_text_atomically
 
 RECORDS = Path(__file__).parents[1] / "results" / "quality-ring.jsonl"
 TEACHER_RADIUS, DATA_RADIUS, STD = 1.0, 1.2, 0.12
-INIT_RATIO, RATE = 1.0, 1e-3
-CASES: tuple[tuple[float, Features], ...] = (
-    *((0.0, "teacher"), (0.03, "teacher"), (0.2, "teacher"), (1.0, "teacher")),
-    *((0.03, "fake"), (0.2, "fake"), (1.0, "fake")),
+INIT_RATIO, RATE, COUNT = 1.0, 1e-3, 8192
+Start = Literal["teacher", "data"]
+WEIGHTS = (0.0, 0.03, 0.2, 1.0)
+CASES: tuple[tuple[float, Features, Start], ...] = (
+    *((weight, "teacher", "teacher") for weight in WEIGHTS),
+    *((weight, "teacher", "data") for weight in WEIGHTS),
+    *((weight, "fake", "teacher") for weight in WEIGHTS[1:]),
 )
 
 
 @dataclass(frozen=True)
 class OnTheRing:
-    """Mean radii of a student's samples, half-way and at its end, and of the teacher's and the data's."""
+    """Mean radii of a student's samples, half-way and at its end, of the fitted teacher's and of the data's.
+
+    start: which network the student began as.  commit: of the code.
+    """
 
     gan_weight: float
     features: Features
+    start: Start
     seed: int
     steps: int
     half_way: float
     end: float
     teacher: float
     data: float
+    commit: str | None
 
 
-def student(gan_weight: float, features: Features, *, seed: int = 0, steps: int = 500) -> OnTheRing:
-    """Distil a ring with DMD2.  gan_weight: 0 for no GAN; the discriminator's loss has three times as much, as in the
-    paper.  steps: generator updates, each with three of the fake score; the teacher is fitted in three times as many.
+def student(
+    gan_weight: float, features: Features, start: Start = "teacher", *, seed: int = 0, steps: int = 500
+) -> OnTheRing:
+    """Distil a ring with DMD2.  gan_weight: 0 for no GAN; the discriminator's loss has three times as much.
+    steps: generator updates, each with three of the fake score; the teacher is fitted in three times as many.
     """
     torch.manual_seed(seed)
     real, law = ring(DATA_RADIUS, STD), ring(TEACHER_RADIUS, STD)
@@ -68,9 +80,15 @@ def student(gan_weight: float, features: Features, *, seed: int = 0, steps: int 
     )
     problem = Problem((DIM,), CLASSES, PATH, teacher=teacher, batch_size=BATCH)
     players = Players(teacher=teacher, **method.players(problem))  # type: ignore[arg-type]
-    readings = list(_train(method, players, problem, real, seed=seed, steps=steps))
-    own, other = (_radius(Drawn(99).batch(one, 16384).images) for one in (law, real))
-    return OnTheRing(gan_weight, features, seed, steps, readings[0], readings[1], own, other)
+    if start == "data":
+        fit(players.generator, real, Drawn(seed + 1), steps=3 * steps)
+    half_way, end = _train(method, players, problem, real, seed=seed, steps=steps)
+    noise, cond = Drawn(97).eps(COUNT), Cond(label=torch.arange(COUNT) % CLASSES)
+    with torch.no_grad():
+        own = _radius(Heun(num_steps=18)(teacher, noise, cond))
+    other = _radius(Drawn(99).batch(real, COUNT).images)
+    commit = describe_environment(torch.device("cpu"), dtype="float32", wall_seconds=0.0).commit
+    return OnTheRing(gan_weight, features, start, seed, steps, half_way, end, own, other, commit)
 
 
 def _train(
@@ -105,12 +123,12 @@ def _train(
 
 
 @torch.no_grad()
-def _samples(generator: Denoiser, average: list[Tensor], count: int = 8192) -> Tensor:
+def _samples(generator: Denoiser, average: list[Tensor]) -> Tensor:
     """Of the averaged weights, always from the same noise."""
     weights = dict(zip(dict(generator.named_parameters()), average, strict=True))
-    t = torch.full((count,), INIT_RATIO, dtype=torch.float64)
-    cond = Cond(label=torch.arange(count) % CLASSES)
-    made: Tensor = torch.func.functional_call(generator, weights, (INIT_RATIO * Drawn(98).eps(count), t, cond))
+    t = torch.full((COUNT,), INIT_RATIO, dtype=torch.float64)
+    cond = Cond(label=torch.arange(COUNT) % CLASSES)
+    made: Tensor = torch.func.functional_call(generator, weights, (INIT_RATIO * Drawn(98).eps(COUNT), t, cond))
     return made
 
 
@@ -123,8 +141,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for seed in range(2):
-        for weight, features in CASES:
-            rows.append(student(weight, features, seed=seed))
+        for weight, features, start in CASES:
+            rows.append(student(weight, features, start, seed=seed))
             print(rows[-1], flush=True)
     write_text_atomically(RECORDS, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
 

@@ -152,18 +152,27 @@ def load_own_code(place: str, *, trusts_code: bool, device: torch.device) -> Any
     from diffusers import DiffusionPipeline
 
     turn_off_loading_bars()
-    loaded = DiffusionPipeline.from_pretrained(
-        place, trust_remote_code=True, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
-    )
+    try:
+        loaded = DiffusionPipeline.from_pretrained(
+            place, trust_remote_code=True, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except Exception as error:  # whatever that code does
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: its own code cannot be loaded: {type(error).__name__}: {told}") from None
     pipeline: Any = loaded.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def load_exported(place: str, record: ExportRecord) -> TrainedModel:
-    """The model of a folder without code of its own, with the sampler that it was exported with. Raises UserError."""
+def refuse_kohya(place: str, record: ExportRecord) -> None:
+    """Raise UserError for a folder that other tools read."""
     if record.kind == "kohya":
         raise UserError(f"{place}: a LoRA file in kohya's keys, for ComfyUI and similar tools; name the run instead")
+
+
+def load_exported(place: str, record: ExportRecord) -> TrainedModel:
+    """The model of a folder without code of its own, with the sampler that it was exported with. Raises UserError."""
+    refuse_kohya(place, record)
     base = place if record.base is None else record.base
     found = load_model(base)
     if record.base is not None:

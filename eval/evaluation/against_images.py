@@ -42,16 +42,16 @@ def protocol_of_images(
     made: Made | None,
     workers: Workers,
     *,
-    judged: int | None = None,
+    judged: Sequence[ImageFiles] = (),
     weights: Sequence[str] = (),
     captions: Captions | None = None,
 ) -> KeptProtocol:
     """The protocol that compares with these images: made now, or found as it was made before.
 
     place: a folder, a zip, a .npz, a prepared set, or a data set as YAML.  made: what the judged model makes; None
-    where images are judged, `judged` of them.  weights: LABEL=FILE of the networks.  Raises UserError.
+    where images are judged.  judged: these.  weights: LABEL=FILE of the networks.  Raises UserError.
     """
-    channels = made.shape[0] if made else 3
+    channels, is_model = made.shape[0] if made else 3, made is not None
     images = open_pictures(place, Preparation(), channels=channels)
     if len(images) < LEAST:
         raise UserError(f"--against {place}: holds {len(images)} image; a distance needs at least {LEAST}")
@@ -60,9 +60,11 @@ def protocol_of_images(
     files = dict(option.split("=", 1) for option in weights if "=" in option)
     choice = choose_features(made.shape, weights=tuple(files))
     how, sized = _preparation(images, made.shape, choice)
+    if how.side is None:
+        _check_alike(judged, made.shape, place)
     reference = Reference(name=_slug(place), dataset=place, split="whole", num_images=len(images))
     usual = make_protocol("against", made, choice, reference=reference, preparation=how, captions=captions)
-    count = min(usual.num_images, judged or usual.num_images)
+    count = usual.num_images if is_model else min(usual.num_images, *map(len, judged))
     told = f"{_content(images)} {dump_yaml(usual)} {count} {' '.join(map(repr, images.class_names()))}".rstrip()
     key = hashlib.sha256(told.encode()).hexdigest()[:12]
     name = f"{_slug(place)[:40]}-{key}"
@@ -113,6 +115,14 @@ def _write(
         images = open_pictures(place, protocol.preparation, channels=channels)
         save_reference(make_reference(protocol, images, extractor), target)
     write_text_atomically(target.parent / PROTOCOL, dump_yaml(protocol))
+
+
+def _check_alike(judged: Sequence[ImageFiles], shape: tuple[int, ...], place: str) -> None:
+    """Raise UserError where judged images have another size than those to compare with, and none is resized."""
+    for images in judged:
+        own = tuple(images.rows(torch.tensor([0])).shape[1:])
+        if own[1:] != shape[1:]:
+            raise UserError(f"--against {place}: holds images of {show(shape)}, and {images.origin} of {show(own)}")
 
 
 def _preparation(images: Images, shape: tuple[int, ...], choice: Choice) -> tuple[Preparation, str]:

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
-import torch
-
 from diffdistill.eval.evaluation.against import Opponent, check_fits, opponent_benches
 from diffdistill.eval.evaluation.against_images import is_images, protocol_of_images
 from diffdistill.eval.evaluation.extract import Bench
-from diffdistill.eval.evaluation.real import open_pictures
 from diffdistill.eval.evaluation.run import progress_bar
 from diffdistill.eval.evaluation.setup import (
     EvalOptions,
@@ -24,7 +21,7 @@ from diffdistill.eval.evaluation.workers import find_workers
 from diffdistill.eval.features.store import hash_features
 from diffdistill.eval.images.describe import describe
 from diffdistill.eval.images.files import open_images
-from diffdistill.eval.images.generate import SampledImages, show
+from diffdistill.eval.images.generate import SampledImages
 from diffdistill.eval.images.places import is_run
 from diffdistill.eval.protocols.captions import captions_of
 from diffdistill.eval.protocols.own import choose_features, make_protocol
@@ -42,7 +39,7 @@ class AgainstSetup:
     """What `--against` was resolved to; no image of a model is made yet.
 
     opponent: the model; None for images.  bench: of the records' own protocol.  told: what was chosen, in a line or
-    two for people.  needs_samples: whether the reference of that protocol are the model's own images.
+    two for people.  needs_samples: whether the model's own images are that protocol's reference.
     """
 
     opponent: Opponent | None
@@ -83,24 +80,15 @@ def prepare_against(places: Sequence[str], options: EvalOptions) -> AgainstSetup
 
 def _against_images(places: Sequence[str], options: EvalOptions, place: str) -> tuple[EvalOptions, str]:
     """The options with the protocol that was made of images."""
-    judged = places[0]
-    made = describe(judged, trusts_code=options.trusts_code).made if is_model(judged) else None
-    count = None if made else _check_alike(judged, place)
+    first = places[0]
+    made = describe(first, trusts_code=options.trusts_code).made if is_model(first) else None
+    judged = [open_images(one, Preparation()) for one in places if not is_model(one)]
     captions = captions_of(options.captions) if options.captions else None
     kept = protocol_of_images(
-        place, made, find_workers(options.device), judged=count, weights=options.weights, captions=captions
+        place, made, find_workers(options.device), judged=judged, weights=options.weights, captions=captions
     )
     references = (*options.references, *kept.references)
     return replace(options, protocol=str(kept.file), references=references), kept.told
-
-
-def _check_alike(judged: str, place: str) -> int:
-    """How many images are judged. Raises UserError where those to compare with have another size."""
-    images, real = open_images(judged, Preparation()), open_pictures(place, Preparation(), channels=3)
-    own, other = (tuple(side.rows(torch.tensor([0])).shape[1:]) for side in (images, real))
-    if own != other:
-        raise UserError(f"--against {place}: holds images of {show(other)}, and {judged} of {show(own)}")
-    return len(images)
 
 
 def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> AgainstSetup:
@@ -108,7 +96,7 @@ def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> A
     made, names = described.made, described.class_names
     for judged in filter(is_model, places):
         check_fits((judged, describe(judged, trusts_code=options.trusts_code).made), (place, made))
-    usual = options.protocol or (DIGITS_PIXELS.name if default_protocol(place, options) else None)
+    usual = options.protocol or (DIGITS_PIXELS.name if default_protocol(place, options, made) else None)
     main = set_up(places, replace(options, protocol=usual)) if usual else None
     if options.protocol:
         assert main is not None
@@ -132,7 +120,7 @@ def _against_model(places: Sequence[str], options: EvalOptions, place: str) -> A
     scale = "" if guidance == 1 else f" at guidance {guidance:g}"
     told = f"{place}{scale}: {sets.protocol.num_images:,} images a set, compared {told}"
     has_reference = main is not None and main.protocol.reference is not None
-    bench = main if main and has_reference else judging
+    bench = main if main and has_reference else replace(judging, protocol=replace(judging.protocol, repeats=1))
     return AgainstSetup(opponent, bench, told, needs_samples=not has_reference)
 
 
@@ -148,7 +136,7 @@ def _by_its_samples(bench: Bench, opponent: Opponent) -> Bench:
         num_images=end - first,
     )
     hashes = {label: hash_features([features.store], label) for label, features in real.items()}
-    named = replace(protocol, reference=reference, reference_sha256=hashes, repeats=1)
+    named = replace(protocol, reference=reference, reference_sha256=hashes)
     return replace(bench, protocol=named, real=real)
 
 

@@ -18,6 +18,7 @@ from diffdistill.eval.images.files import in_number_order, open_images
 from diffdistill.eval.images.judged_files import FileImages
 from diffdistill.eval.images.places import SamplingOptions, is_run, open_run, parse_sampler
 from diffdistill.eval.protocols.captions import read_captions
+from diffdistill.eval.protocols.own import Made
 from diffdistill.eval.protocols.packaged import DIGITS_PIXELS, PROTOCOLS, find_protocol
 from diffdistill.eval.protocols.protocol import Protocol
 from diffdistill.settings.schema import UserError
@@ -126,11 +127,11 @@ def with_seed(protocol: Protocol, seed: int) -> Protocol:
     return replace(protocol, first_seed=protocol.first_seed + seed * protocol.num_images)
 
 
-def default_protocol(place: str, options: EvalOptions) -> Protocol | None:
-    """digits-pixels for a model of digits; None for anything else."""
+def default_protocol(place: str, options: EvalOptions, made: Made | None = None) -> Protocol | None:
+    """digits-pixels for a model of digits; None for anything else.  made: what it makes, where that is known."""
     path = FilePath(place).expanduser()
     if is_run(path) or is_exported(path) or not (path.exists() or is_diffusers(path)):
-        made = describe(place, trusts_code=options.trusts_code).made
+        made = made or describe(place, trusts_code=options.trusts_code).made
         if made.shape == DIGITS_PIXELS.image_shape and made.num_classes == DIGITS_PIXELS.labels.num_classes:
             return DIGITS_PIXELS
     return None

@@ -8,7 +8,7 @@ import torch
 from diffdistill.eval.images.exported_folder import is_exported, whole_shape
 from diffdistill.eval.protocols.own import Made
 from diffdistill.export.record import read_record
-from diffdistill.exported.image_generators import load_own_code
+from diffdistill.exported.image_generators import load_own_code, refuse_kohya
 from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import describe_model
 from diffdistill.models.teachers import pipeline_of
@@ -23,7 +23,7 @@ class Described:
 
 
 def describe(place: str, *, trusts_code: bool = False) -> Described:
-    """A run, a checkpoint, a pipeline, an exported folder.
+    """What the model at a place makes: a run, a checkpoint, a pipeline, an exported folder.
 
     trusts_code: whether an exported folder's own code may run.  Raises UserError if it is no model.
     """
@@ -34,7 +34,10 @@ def describe(place: str, *, trusts_code: bool = False) -> Described:
         takes_text = bool(own.model.takes_text)
         made = Made(whole_shape(own), 0 if takes_text else own.model.num_classes, takes_text)
         return Described(made, record.class_names)
-    spec = describe_model(record.base if record is not None and record.base else place)
+    if record is not None:
+        refuse_kohya(str(path), record)
+    known = str(path) if path.exists() else place  # else a pipeline's name on the hub
+    spec = describe_model(record.base if record is not None and record.base else known)
     pipeline = pipeline_of(spec)
     has_vae = pipeline is not None and pipeline.has_vae
     shape = (3, *pipeline.image_size) if pipeline and has_vae else spec.image_shape

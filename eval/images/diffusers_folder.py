@@ -35,6 +35,8 @@ def open_diffusers(
     Raises UserError for anything else.
     """
     record = read_record(place)
+    if options.ema:
+        raise UserError(f"--ema {options.ema}: {place} is a pipeline, which has one set of weights")
     if place.exists() and not (place / INDEX).exists():
         raise UserError(f"{place}: a network without its scheduler; name the folder of the pipeline, with {INDEX}")
     pipeline = open_pipeline(place)
@@ -46,6 +48,7 @@ def open_diffusers(
         protocol=protocol,
         image_shape=pipeline.spec.image_shape,
         around=around,
+        classes=record.classes if record else (),
         class_names=pipeline.spec.class_names,
         wanted=options.class_names,
         guidance=options.guidance,

@@ -2,8 +2,9 @@
 a folder with code of its own, which runs only where the user trusts it.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -39,17 +40,24 @@ def open_exported(place: FilePath, protocol: Protocol, options: SamplingOptions,
         raise UserError(f"--ema {options.ema}: {place} is an exported folder, which has one set of weights")
     if record.kind != "self-contained":
         model = load_exported(str(place), record)
-        return sampled_images(model, hash_weights(model.denoiser), protocol, options, device)
+        made = sampled_images(model, hash_weights(model.denoiser), protocol, options, device)
+        licence = licence_in(place).get("license") or made.model.licence
+        return replace(made, model=replace(made.model, licence=licence))
     if options.sampler is not None:
         raise UserError(f"--sampler: {place} is sampled by its own code, as it was exported; evaluate the run instead")
     if not isinstance(options.guidance, int | float):
         raise UserError(f"--guidance: {place} is sampled by its own code, which takes a number")
     own = load_own_code(str(place), trusts_code=options.trusts_code, device=device)
+    if own.model.sampler.num_evaluations != record.sampler.num_evaluations:
+        raise UserError(
+            f"{place}: its code samples in {own.model.sampler.num_evaluations} NFE, and its record "
+            f"says {record.sampler.num_evaluations}; export the run again"
+        )
     around = _around(place, own, options.captions)
     return SampledImages(
-        denoiser=own.model.students[0],
+        denoiser=own.model._denoiser(None),
         sampler=record.sampler,
-        runs=OwnSampler(own, record.sampler.num_evaluations),
+        own_sampler=OwnSampler(own, record.sampler.num_evaluations),
         protocol=protocol,
         image_shape=tuple(own.model.image_shape),
         around=around,
@@ -61,7 +69,7 @@ def open_exported(place: FilePath, protocol: Protocol, options: SamplingOptions,
             source=str(place),
             sha256=hash_weights(own.model),
             parameters=count_parameters(own.model),
-            around_sha256=dict(around.sha256) if around else {},
+            around_sha256={**(around.sha256 if around else {}), "code": _code_sha256(place)},
             licence=licence_in(place).get("license"),
         ),
     )
@@ -69,7 +77,7 @@ def open_exported(place: FilePath, protocol: Protocol, options: SamplingOptions,
 
 @dataclass(frozen=True)
 class OwnSampler:
-    """The sampler of a folder's own code, around the folder's own model. Ours is the noise alone."""
+    """The sampler of a folder's own code, around the folder's own model; we give it the noise."""
 
     pipeline: Any
     num_evaluations: int
@@ -83,7 +91,7 @@ class OwnSampler:
         guidance: Guidance = 1.0,
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
-        """denoiser: not looked at.  cond: where the model takes text its prompts, as the folder's code encodes them."""
+        """denoiser: not looked at.  cond: of a model that takes text the prompts, encoded by the folder's code."""
         model, how = self.pipeline.model, {"guidance_scale": guidance, "fresh_noise": fresh_noise}
         if model.takes_text:
             made: Tensor = model(noise, torch.arange(len(noise), device=noise.device), conditions=cond, **how)
@@ -127,6 +135,14 @@ def _around(place: FilePath, own: Any, captions: Sequence[str] | None) -> OwnPar
 def whole_shape(own: Any) -> tuple[int, ...]:
     """[C, H, W] of the images that a folder's own code makes, behind its VAE if it has one."""
     return tuple(own.model.image_shape) if own.vae is None else (3, *own.model.source.image_size)
+
+
+def _code_sha256(place: FilePath) -> str:
+    """Of all code in a folder, which decides the images as its weights do."""
+    digest = hashlib.sha256()
+    for file in sorted(place.rglob("*.py")):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _record_of(place: FilePath) -> ExportRecord:

@@ -28,7 +28,7 @@ from diffdistill.settings.values import dump
 class SampledImages:
     """The images that `denoiser` makes by `protocol`. `take` gives them by number.
 
-    runs: what samples, where that is not `sampler`, which then describes it: code of a folder's own.
+    own_sampler: what is called where an exported folder's own code samples; `sampler` then only describes it.
     image_shape: [C, H, W] of what the network makes.  around: what stands between that and images, and before it.
     model: what a record says of it; its sha256 is of the weights.  classes: that it was trained on; empty for all.
     class_names: of its classes, and wanted: of those that the protocol draws, each by number; they are matched.
@@ -41,7 +41,7 @@ class SampledImages:
     protocol: Protocol
     image_shape: tuple[int, ...]
     model: ModelRecord
-    runs: Sampler | None = None
+    own_sampler: Sampler | None = None
     around: EncoderAndVAE | None = None
     guidance: float | AnyPolicy = 1.0
     method: str | None = None
@@ -121,7 +121,7 @@ class SampledImages:
     @property
     def whole_sampler(self) -> Sampler:
         """The sampler with what stands around the network: what its user waits for."""
-        sampler = self.runs or self.sampler
+        sampler = self.own_sampler or self.sampler
         return WholeSampler(sampler, self.around) if self.around else sampler
 
     @property
@@ -143,7 +143,7 @@ class SampledImages:
             return rng.normal(name, self.image_shape).to(device)
 
         with eval_mode(self.denoiser), threads(sampling_threads(self.denoiser, self.image_shape)):
-            made = (self.runs or self.sampler)(
+            made = (self.own_sampler or self.sampler)(
                 self.denoiser,
                 normal(protocol.noise.latent),
                 self._cond(rng, index),

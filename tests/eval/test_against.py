@@ -284,8 +284,23 @@ def test_what_are_no_images_to_compare_with_is_said(quick_teacher: Path, tmp_pat
     large = save_digits(tmp_path / "large", count=5, side=12)
     said = f"--against {large}: holds images of 3 x 12 x 12, and {one} of 3 x 8 x 8"
     assert said in refused(one, "--against", large)
+    small = save_digits(tmp_path / "small", count=5)
+    assert f"{large} of 3 x 12 x 12" in refused(small, large, "--against", small)
     assert not (tmp_path / "references").exists()
     assert "--against: is empty" in refused(quick_teacher, "--against", "")
+
+
+def test_images_of_any_size_are_compared_where_all_are_resized(tmp_path: Path) -> None:
+    real, made = save_digits(tmp_path / "real", count=6, side=40), save_digits(tmp_path / "made", count=6, side=36)
+    Image.new("L", (48, 48), 90).save(real / "large.png")
+    assert "7 images" in done(made, "--against", real)
+
+
+def test_files_are_enough_for_one_repeat_where_the_model_is_the_reference(quick_teacher: Path, tmp_path: Path) -> None:
+    protocol = write_protocol(tmp_path / "small.yaml", repeats=3)
+    images, _ = Digits().tensors()
+    np.savez(tmp_path / "digits.npz", images=((images[:60] + 1) * 127.5).round().numpy().astype("u1"))
+    done(tmp_path / "digits.npz", "--protocol", protocol, "--against", quick_teacher)
 
 
 def test_the_intervals_replicates_are_the_users(quick_teacher: Path, protocol: Path, tmp_path: Path) -> None:

@@ -117,12 +117,72 @@ def test_a_folder_with_code_of_its_own_is_judged_as_its_run(class_run: Path, tmp
 def test_its_code_runs_only_where_the_user_says(class_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported(class_run, "self-contained"), tmp_path / "planted")
     planted = folder / "pipeline.py"
-    planted.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{planted.read_text()}")
+    with planted.open("a") as end:
+        end.write(f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
     protocol = write_protocol(tmp_path / "small.yaml", list(describe(str(class_run)).made.shape))
     for arguments in ((folder,), (class_run, "--against", folder), (folder, "--against", class_run)):
         text = refused(*arguments, "--protocol", protocol)
         assert f"{folder}: holds its own code, {folder}/pipeline.py; read it, then add --trust-code" in text
     assert not (tmp_path / "ran").exists()
+    called(folder, "--protocol", protocol, "--trust-code")
+    assert (tmp_path / "ran").exists(), "it does run where the user says so"
+    planted.write_text("nonsense")
+    said = f"{folder}: its own code cannot be loaded: NameError: name 'nonsense' is not defined"
+    assert said in refused(folder, "--protocol", protocol, "--trust-code")
+
+
+def test_students_behind_a_router_are_judged_as_their_folder(home: Path, tmp_path: Path) -> None:
+    joined = train("msd", origin("mlp", "msd", home / "mlp-msd"), home / "msd-run")
+    folder, file = exported(joined, "self-contained"), tmp_path / "records.jsonl"
+    protocol = write_protocol(tmp_path / "small.yaml", list(describe(str(joined)).made.shape))
+    by = ("--protocol", protocol, "--trust-code", "--efficiency")
+    record = recorded(file, folder, "--against", joined, *by)
+    own = recorded(file, joined, "--against", joined, *by)
+    assert record.against is not None
+    assert record.against.end_points is not None
+    assert record.against.end_points.same_noise.value < 1e-5
+    assert record.efficiency is not None
+    assert own.efficiency is not None
+    assert record.efficiency.parameters == own.efficiency.parameters
+    assert record.model is not None
+    assert record.model.parameters == own.model.parameters  # type: ignore[union-attr]
+
+
+def test_other_code_makes_other_images(class_run: Path, tmp_path: Path) -> None:
+    """So that features which are kept are not taken for those of changed code."""
+    folder = shutil.copytree(exported(class_run, "self-contained"), tmp_path / "changed")
+    protocol = write_protocol(tmp_path / "small.yaml", list(describe(str(class_run)).made.shape))
+    options = EvalOptions(protocol=protocol, trusts_code=True)
+    bench = set_up([str(folder)], options)
+    before = open_place(str(folder), bench, options).key
+    file = folder / "pipeline.py"
+    file.write_text(file.read_text() + "# changed\n")
+    after = open_place(str(folder), bench, options).key
+    assert before != after
+    assert before["weights"] == after["weights"]
+
+
+def test_a_folder_is_compared_with_its_run(class_run: Path, tmp_path: Path) -> None:
+    folder = exported(class_run, "self-contained")
+    reference = {"name": "digits-train", "dataset": "digits", "split": "train", "num_images": 1437}
+    shape = list(describe(str(class_run)).made.shape)
+    protocol = write_protocol(tmp_path / "small.yaml", shape, reference=reference)
+    result = called("compare", folder, class_run, "--protocol", protocol, "--trust-code", "--replicates", 3)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("kind", ["stock", "lora"])
+def test_a_text_model_s_folder_is_measured_against_its_run(text_run: Path, tmp_path: Path, kind: str) -> None:
+    captions, file = tmp_path / "captions.txt", tmp_path / "records.jsonl"
+    captions.write_text("\n".join(FOXES * 10) + "\n")
+    asked = {"name": "foxes", "count": 20, "sha256": None}
+    protocol = write_protocol(tmp_path / "small.yaml", [3, 16, 16], labels={"policy": "captions"}, captions=asked)
+    for places in ((exported(text_run, kind), text_run), (text_run, exported(text_run, kind))):
+        by = ("--protocol", protocol, "--captions", captions)
+        apart = recorded(file, places[0], "--against", places[1], *by).against
+        assert apart is not None
+        assert apart.end_points is not None
+        assert apart.end_points.same_noise.value < 1e-4
 
 
 def test_what_an_exported_folder_does_not_take_is_said(class_run: Path, text_run: Path, tmp_path: Path) -> None:
@@ -137,5 +197,8 @@ def test_what_an_exported_folder_does_not_take_is_said(class_run: Path, text_run
     )
     kohya = exported(text_run, "kohya")
     assert "a LoRA file in kohya's keys" in refused(kohya, "--protocol", protocol)
+    assert "a LoRA file in kohya's keys" in refused(class_run, "--protocol", protocol, "--against", kohya)
+    stock = exported(text_run, "stock")
+    assert f"--ema long: {stock} is a pipeline" in refused(stock, "--protocol", protocol, "--ema", "long")
     prompted = exported(text_run, "self-contained")
     assert f"{prompted}: takes captions" in refused(prompted, "--protocol", protocol, "--trust-code")
