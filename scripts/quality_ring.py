@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffdistill.diffusion.cond import Cond
 from diffdistill.diffusion.denoiser import Denoiser
+from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import FewSteps, Heun
 from diffdistill.diffusion.step_random import StepRandom
 from diffdistill.distillation.method import Players, Problem
@@ -79,14 +80,11 @@ def student(
         gan_time_law=TIME_LAW,
     )
     problem = Problem((DIM,), CLASSES, PATH, teacher=teacher, batch_size=BATCH)
-    players = Players(teacher=teacher, **method.players(problem))  # type: ignore[arg-type]
+    players = Players(teacher=teacher, **method.players(problem))
     if start == "data":
         fit(players.generator, real, Drawn(seed + 1), steps=3 * steps)
     half_way, end = _train(method, players, problem, real, seed=seed, steps=steps)
-    noise, cond = Drawn(97).eps(COUNT), Cond(label=torch.arange(COUNT) % CLASSES)
-    with torch.no_grad():
-        own = _radius(Heun(num_steps=18)(teacher, noise, cond))
-    other = _radius(Drawn(99).batch(real, COUNT).images)
+    own, other = _radius(_taught(teacher, law)), _radius(Drawn(99).batch(real, COUNT).images)
     commit = describe_environment(torch.device("cpu"), dtype="float32", wall_seconds=0.0).commit
     return OnTheRing(gan_weight, features, start, seed, steps, half_way, end, own, other, commit)
 
@@ -120,6 +118,17 @@ def _train(
                 torch._foreach_lerp_(average, [weight.data for weight in weights], 0.02)
         if (step + 1) in (total // 2, total):
             yield _radius(_samples(players.generator, average))
+
+
+@torch.no_grad()
+def _taught(teacher: Denoiser, law: Denoiser) -> Tensor:
+    """Samples of the fitted teacher by its ODE, from diffused samples of the law at the highest noise that it knows."""
+    highest = TIME_LAW.ratio_max
+    path = EDM(sigma_min=PATH.sigma_min, sigma_max=highest)
+    known = Denoiser(teacher.net, path, teacher.predicts, sigma_data=teacher.sigma_data)
+    drawn = Drawn(97)
+    batch = drawn.batch(law, COUNT)
+    return Heun(num_steps=18)(known, batch.images / highest + drawn.eps(COUNT), batch.cond)
 
 
 @torch.no_grad()
