@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from support.exported_runs import class_student, exported, text_student
 from support.method_matrix import origin, train
 from typer.testing import CliRunner
 
@@ -15,7 +16,6 @@ from diffdistill.commands.cli import app
 from diffdistill.eval.evaluation.setup import EvalOptions, open_place, set_up
 from diffdistill.eval.images.describe import describe
 from diffdistill.eval.records.record import Record, read_records
-from diffdistill.export.run import ExportOptions, export
 
 KINDS = ("stock", "lora", "self-contained")
 FOXES = ("a red fox", "two blue birds")
@@ -28,26 +28,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text_run(home: Path) -> Path:
-    """A one-step student with LoRA on a stand-in of Stable Diffusion."""
-    return train("sid", origin("sd", "sid", home / "sd"), home / "sd-run", "lora.default={rank: 2}")
+    return text_student(home)
 
 
 @pytest.fixture(scope="module")
 def class_run(home: Path) -> Path:
-    return train("sid", origin("mlp", "sid", home / "mlp"), home / "mlp-run")
+    return class_student(home)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
-
-
-def exported(run: Path, kind: Any) -> Path:
-    """An export of it, made once."""
-    folder = run.with_name(f"{run.name}-{kind}")
-    if not folder.exists():
-        export(str(run), folder, ExportOptions(kind=kind, is_verified=False))
-    return folder
 
 
 def write_protocol(file: Path, shape: list[int], **more: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from support.method_matrix import origin, train
+from support.exported_runs import class_student, exported, text_student
 from support.stand_ins import save_stand_in
 from typer.testing import CliRunner
 
@@ -17,7 +17,6 @@ from diffdistill.diffusion.path import EDM
 from diffdistill.diffusion.sampling import DDIM, TCD, FewSteps, Heun, OneCall, Sampler
 from diffdistill.diffusion.steps import with_steps
 from diffdistill.export.record import guidance_of, read_record
-from diffdistill.export.run import ExportOptions, export
 from diffdistill.exported import sample
 from diffdistill.exported.image_generators import CodeImageGenerator, open_image_generator
 from diffdistill.exported.sample import SampleOptions, run_sample, teacher_of
@@ -36,21 +35,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text_run(home: Path) -> Path:
-    """A one-step student with LoRA on a stand-in of Stable Diffusion."""
-    return train("sid", origin("sd", "sid", home / "sd"), home / "sd-run", "lora.default={rank: 2}")
+    return text_student(home)
 
 
 @pytest.fixture(scope="module")
 def class_run(home: Path) -> Path:
-    return train("sid", origin("mlp", "sid", home / "mlp"), home / "mlp-run")
-
-
-def exported(run: Path, kind: Any) -> Path:
-    """An export of it, made once."""
-    folder = run.with_name(f"{run.name}-{kind}")
-    if not folder.exists():
-        export(str(run), folder, ExportOptions(kind=kind, is_verified=False))
-    return folder
+    return class_student(home)
 
 
 def images(place: Path, count: int = 4, **asked: Any) -> torch.Tensor:
