@@ -85,6 +85,8 @@ class FrozenFake(DMD2):
 
 @schema
 class FakeOnReal(DMD2):
+    needs_images = True
+
     def fake_loss(self, players: Players, draw: Draw, batch: Batch) -> Loss:
         args = (players.fake, batch.images, draw["fake eps"], draw["fake t"], batch.cond)
         return Loss(denoising_loss(*args, weight="edm"))
