@@ -101,7 +101,7 @@ def _evaluate(models: list[str], options: "EvalOptions") -> None:
         *(("report", model) for model in models[:1] if as_run(model)),
         ("leaderboard", records, "--out", str(FilePath(records).with_suffix("")))
         if records
-        else ("eval", *models, *_given(options.against, options.protocol), "--records", "runs/records.jsonl"),
+        else ("eval", *models, *_given(options, options.against), "--records", "runs/records.jsonl"),
     )
 
 
@@ -109,13 +109,14 @@ def _compare(model: str, other: str, options: "EvalOptions", num_replicates: int
     from diffdistill.eval.evaluation.command import run_compare
 
     run_compare((model, other), options, console, num_replicates=num_replicates, confidence=options.confidence)
-    say_next(("eval", model, "--against", other, *_given(None, options.protocol)))
+    say_next(("eval", model, "--against", other, *_given(options, None)))
 
 
-def _given(against: str | None, protocol: str | None) -> tuple[str, ...]:
-    """These options, as they were given."""
-    pairs = (("--against", against), ("--protocol", protocol))
-    return tuple(word for name, value in pairs if value for word in (name, value))
+def _given(options: "EvalOptions", against: str | None) -> tuple[str, ...]:
+    """Options as they were given."""
+    pairs = (("--against", against), ("--protocol", options.protocol))
+    words = tuple(word for name, value in pairs if value for word in (name, value))
+    return (*words, "--trust-code") if options.trusts_code else words
 
 
 @guarded

@@ -70,6 +70,13 @@ def recorded(file: Path, *arguments: object) -> Record:
     return read_records(file)[-1]
 
 
+def test_the_next_command_says_what_this_one_was_allowed(class_run: Path, tmp_path: Path) -> None:
+    folder = exported(class_run, "self-contained")
+    protocol = write_protocol(tmp_path / "small.yaml", list(describe(str(class_run)).made.shape))
+    result = called(folder, "--against", class_run, "--protocol", protocol, "--trust-code")
+    assert f"--protocol {protocol} --trust-code --records" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_makes_the_runs_images_from_captions(text_run: Path, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "captions.txt"
