@@ -52,11 +52,10 @@ def evaluate(
 
     Example: diffdistill eval compare runs/demo/teacher runs/demo/student --replicates 50
     """
-    from dataclasses import replace
-
     from diffdistill.eval.evaluation.setup import EvalOptions
-    from diffdistill.settings.schema import UserError
 
+    is_compared = models[0] == "compare"
+    _check(models, is_compared, against, replicates)
     options = EvalOptions(
         protocol=protocol,
         against=against,
@@ -78,18 +77,25 @@ def evaluate(
         efficiency=efficiency,
         trusts_code=trust_code,
         out=out,
+        replicates=replicates or (200 if is_compared else 50),
         confidence=confidence,
     )
-    if models[0] != "compare":
-        if replicates is not None and against is None:
-            raise UserError(f"--replicates {replicates}: goes with eval compare and with --against")
-        _evaluate(models, replace(options, replicates=replicates or options.replicates))
-        return
-    if against is not None:
+    if is_compared:
+        _compare(models[1], models[2], options)
+    else:
+        _evaluate(models, options)
+
+
+def _check(models: list[str], is_compared: bool, against: str | None, replicates: int | None) -> None:
+    """Raise UserError for words that do not go together."""
+    from diffdistill.settings.schema import UserError
+
+    if is_compared and against is not None:
         raise UserError("--against: goes with eval, not with eval compare")
-    if len(models) != 3:
+    if is_compared and len(models) != 3:
         raise UserError(f"eval compare: takes two models, not {len(models) - 1}")
-    _compare(models[1], models[2], options, replicates or 200)
+    if replicates is not None and not is_compared and against is None:
+        raise UserError(f"--replicates {replicates}: goes with eval compare and with --against")
 
 
 def _evaluate(models: list[str], options: "EvalOptions") -> None:
@@ -105,10 +111,10 @@ def _evaluate(models: list[str], options: "EvalOptions") -> None:
     )
 
 
-def _compare(model: str, other: str, options: "EvalOptions", num_replicates: int) -> None:
+def _compare(model: str, other: str, options: "EvalOptions") -> None:
     from diffdistill.eval.evaluation.command import run_compare
 
-    run_compare((model, other), options, console, num_replicates=num_replicates, confidence=options.confidence)
+    run_compare((model, other), options, console)
     say_next(("eval", model, "--against", other, *_given(options, None)))
 
 

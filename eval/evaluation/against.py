@@ -16,7 +16,7 @@ from diffdistill.eval.evaluation.run import Advance, own_images, store_key
 from diffdistill.eval.evaluation.workers import exact_matmul
 from diffdistill.eval.features.extractors import Pixels, load_extractor
 from diffdistill.eval.features.store import FeatureStore, discard, locked
-from diffdistill.eval.images.exported_folder import is_exported
+from diffdistill.eval.images.exported_folder import record_of
 from diffdistill.eval.images.generate import SampledImages, show
 from diffdistill.eval.metrics.against import EndPoints, distances_above_floor, end_points
 from diffdistill.eval.metrics.settings import Frechet
@@ -35,7 +35,7 @@ def check_fits(student: tuple[str, Made], teacher: tuple[str, Made]) -> None:
     """Raise UserError, in one sentence, where two models cannot be compared sample by sample."""
     (name, own), (place, other) = student, teacher
     classes = [own.num_classes, other.num_classes]
-    if is_pipeline(place) and not is_exported(FilePath(place)):  # its last class may be "none"
+    if is_pipeline(place) and record_of(FilePath(place)) is None:  # its last class may be "none"
         classes[1] -= classes[1] == classes[0] + 1
     for is_same, theirs, ours in (
         (own.shape == other.shape, f"makes {show(other.shape)} images", f"makes {show(own.shape)}"),

@@ -89,9 +89,6 @@ def run_compare(
     places: tuple[str, str],
     options: EvalOptions,
     console: Console,
-    *,
-    num_replicates: int = 200,
-    confidence: float = 0.95,
 ) -> dict[str, Difference]:
     """Judge both places on the same noise and print every metric's paired difference in the first repeat."""
     bench = set_up(places, replace(options, repeats=options.repeats or 1))
@@ -108,9 +105,14 @@ def run_compare(
         )
     metrics = bench.protocol.metrics
     found = paired_differences(
-        metrics, sides[0], sides[1], bench.real, num_replicates=num_replicates, confidence=confidence
+        metrics,
+        sides[0],
+        sides[1],
+        bench.real,
+        num_replicates=options.replicates,
+        confidence=options.confidence,
     )
-    show_differences(found, places, bench.protocol, console, confidence=confidence)
+    show_differences(found, places, bench.protocol, console, confidence=options.confidence)
     return found
 
 

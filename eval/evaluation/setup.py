@@ -13,7 +13,7 @@ from diffdistill.eval.evaluation.workers import find_workers
 from diffdistill.eval.features.store import BLOCK
 from diffdistill.eval.images.describe import describe
 from diffdistill.eval.images.diffusers_folder import is_diffusers, open_diffusers
-from diffdistill.eval.images.exported_folder import is_exported, open_exported
+from diffdistill.eval.images.exported_folder import open_exported, record_of
 from diffdistill.eval.images.files import in_number_order, open_images
 from diffdistill.eval.images.judged_files import FileImages
 from diffdistill.eval.images.places import SamplingOptions, is_run, open_run, parse_sampler
@@ -34,7 +34,7 @@ class EvalOptions:
     out: the table's rows as JSON.  trusts_code: whether features that are a program, and an exported folder's own code,
     may run.
     against: a model, the distance to which is measured as well, or images that a protocol is made of.
-    replicates, confidence: of the intervals of that distance.
+    replicates, confidence: of the intervals of that distance, or of the differences between two models.
     """
 
     protocol: str | None = None
@@ -104,7 +104,7 @@ def open_place(place: str, bench: Bench, options: EvalOptions) -> Source:
             class_names=bench.class_names,
             trusts_code=options.trusts_code,
         )
-        opener = open_run if is_run(path) else open_exported if is_exported(path) else open_diffusers
+        opener = open_run if is_run(path) else open_exported if record_of(path) else open_diffusers
         return opener(path, protocol, sampling, bench.workers.device)
     channels = protocol.image_shape[0] if protocol.image_shape else 3
     if not path.exists():
@@ -130,7 +130,7 @@ def with_seed(protocol: Protocol, seed: int) -> Protocol:
 def default_protocol(place: str, options: EvalOptions, made: Made | None = None) -> Protocol | None:
     """digits-pixels for a model of digits; None for anything else.  made: what it makes, where that is known."""
     path = FilePath(place).expanduser()
-    if is_run(path) or is_exported(path) or not (path.exists() or is_diffusers(path)):
+    if is_run(path) or record_of(path) or not (path.exists() or is_diffusers(path)):
         made = made or describe(place, trusts_code=options.trusts_code).made
         if made.shape == DIGITS_PIXELS.image_shape and made.num_classes == DIGITS_PIXELS.labels.num_classes:
             return DIGITS_PIXELS
@@ -140,4 +140,4 @@ def default_protocol(place: str, options: EvalOptions, made: Made | None = None)
 def is_model(place: str) -> bool:
     """Whether a place is a run, a checkpoint, students behind a router, a pipeline, or an exported folder."""
     path = FilePath(place).expanduser()
-    return is_run(path) or is_exported(path) or is_diffusers(path)
+    return is_run(path) or record_of(path) is not None or is_diffusers(path)

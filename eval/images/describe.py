@@ -5,9 +5,8 @@ from pathlib import Path as FilePath
 
 import torch
 
-from diffdistill.eval.images.exported_folder import is_exported, whole_shape
+from diffdistill.eval.images.exported_folder import record_of, whole_shape
 from diffdistill.eval.protocols.own import Made
-from diffdistill.export.record import read_record
 from diffdistill.exported.image_generators import load_own_code, refuse_kohya
 from diffdistill.models.encoders import encoder_of
 from diffdistill.models.load import describe_model
@@ -28,7 +27,7 @@ def describe(place: str, *, trusts_code: bool = False) -> Described:
     trusts_code: whether an exported folder's own code may run.  Raises UserError if it is no model.
     """
     path = FilePath(place).expanduser()
-    record = read_record(path) if is_exported(path) else None
+    record = record_of(path)
     if record is not None and record.kind == "self-contained":
         own = load_own_code(str(path), trusts_code=trusts_code, device=torch.device("cpu"))
         takes_text = bool(own.model.takes_text)

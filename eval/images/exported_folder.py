@@ -27,15 +27,16 @@ from diffdistill.exported.image_generators import load_exported, load_own_code
 from diffdistill.settings.schema import UserError
 
 
-def is_exported(place: FilePath) -> bool:
-    """Whether a place is an exported folder that `open_diffusers` does not open."""
+def record_of(place: FilePath) -> ExportRecord | None:
+    """The record of an exported folder that `open_diffusers` does not open; None for anything else."""
     record = read_record(place)
-    return record is not None and record.kind != "stock"
+    return None if record is None or record.kind == "stock" else record
 
 
 def open_exported(place: FilePath, protocol: Protocol, options: SamplingOptions, device: torch.device) -> SampledImages:
-    """The images of a folder, with the sampler that it was exported with. Raises UserError."""
-    record = _record_of(place)
+    """The images of a folder that has such a record, with the sampler that it was exported with. Raises UserError."""
+    record = record_of(place)
+    assert record is not None
     if options.ema:
         raise UserError(f"--ema {options.ema}: {place} is an exported folder, which has one set of weights")
     if record.kind != "self-contained":
@@ -92,11 +93,9 @@ class OwnSampler:
         fresh_noise: FreshNoise | None = None,
     ) -> Tensor:
         """denoiser: not looked at.  cond: of a model that takes text the prompts, encoded by the folder's code."""
-        model, how = self.pipeline.model, {"guidance_scale": guidance, "fresh_noise": fresh_noise}
-        if model.takes_text:
-            made: Tensor = model(noise, torch.arange(len(noise), device=noise.device), conditions=cond, **how)
-            return made
-        made = model(noise, cond.label, **how)
+        model = self.pipeline.model
+        told = (torch.arange(len(noise), device=noise.device), cond) if model.takes_text else (cond.label, None)
+        made: Tensor = model(noise, told[0], conditions=told[1], guidance_scale=guidance, fresh_noise=fresh_noise)
         return made
 
 
@@ -143,9 +142,3 @@ def _code_sha256(place: FilePath) -> str:
     for file in sorted(place.rglob("*.py")):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def _record_of(place: FilePath) -> ExportRecord:
-    record = read_record(place)
-    assert record is not None
-    return record

@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,7 +38,7 @@ from diffdistill.storage.checkpoint import STATE
 
 NPZ_KEYS = ("images", "arr_0")
 """Ours, and that of ADM's sample files."""
-A_CHECKPOINT = f"checkpoints/*/{STATE}"
+A_CHECKPOINT = re.compile(rf"((?:.*/)?)checkpoints/[^/]+/{re.escape(STATE)}")
 
 
 class Images(Interface):
@@ -201,7 +201,6 @@ def open_images(
     Raises UserError if there are none, the folder is of runs, or the archive must not be trusted.
     """
     path = FilePath(place).expanduser()
-    _refuse_runs(str(place), path)
     if path.suffix.lower() == ".npz" and path.is_file():
         images, others = _array(path)
         left_out = arrays_left_out(others, origin=str(place))
@@ -209,6 +208,7 @@ def open_images(
         items = array_items(channels_last(images, origin=str(place), layout=layout))
     else:
         listing = list_images(path, setting=None)
+        _refuse_runs(str(place), listing.others)
         items, left_out = listing.items, listing.notes(str(place))
         _refuse_two_formats(str(place), [item.name for item in items], is_judged=is_judged)
     return ImageFiles(str(place), items, preparation, channels, is_judged, left_out)
@@ -246,13 +246,13 @@ def _refuse_two_formats(origin: str, names: list[str], *, is_judged: bool) -> No
         raise UserError(f"{origin}: holds images of more than one format ({found}), such as {listed(first, most=1)}")
 
 
-def _refuse_runs(origin: str, folder: FilePath) -> None:
-    """The pictures in a folder of runs are their curves and previews."""
-    found = sorted({file.parents[2] for depth in ("", "*/", "*/*/") for file in folder.glob(f"{depth}{A_CHECKPOINT}")})
-    if found == [folder]:
+def _refuse_runs(origin: str, files: Iterable[str]) -> None:
+    """Raise UserError for runs, whose pictures are their curves and previews.  files: that are no images, by name."""
+    found = sorted({FilePath(match[1]) for match in map(A_CHECKPOINT.fullmatch, files) if match})
+    if found == [FilePath()]:
         raise UserError(f"{origin}: is a run, not images")
     if found:
-        choices = listed([str(FilePath(origin) / run.relative_to(folder)) for run in found], most=5)
+        choices = listed([str(FilePath(origin) / run) for run in found], most=5)
         raise UserError(f"{origin}: holds runs, not images; name one of them: {choices}")
 
 

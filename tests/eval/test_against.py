@@ -300,7 +300,9 @@ def test_files_are_enough_for_one_repeat_where_the_model_is_the_reference(quick_
     protocol = write_protocol(tmp_path / "small.yaml", repeats=3)
     images, _ = Digits().tensors()
     np.savez(tmp_path / "digits.npz", images=((images[:60] + 1) * 127.5).round().numpy().astype("u1"))
-    done(tmp_path / "digits.npz", "--protocol", protocol, "--against", quick_teacher)
+    file = tmp_path / "records.jsonl"
+    done(tmp_path / "digits.npz", "--protocol", protocol, "--against", quick_teacher, "--records", file)
+    assert only(file).protocol["repeats"] == 1
 
 
 def test_the_intervals_replicates_are_the_users(quick_teacher: Path, protocol: Path, tmp_path: Path) -> None:
